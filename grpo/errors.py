@@ -1,0 +1,8 @@
+"""The one exception that a user is meant to read."""
+
+
+class UserError(Exception):
+    """Bad input: one sentence that names the file, line or key, and the remedy.
+
+    The command line prints it without a traceback and exits with code 2; nothing has been written by then.
+    """
