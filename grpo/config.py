@@ -7,27 +7,37 @@ knows types, ranges and rules between fields; whether a file exists or a model f
 
 from __future__ import annotations
 
-import difflib
-import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from grpo.errors import UserError
+from grpo.explain import admits_none_as_text, explain
+from grpo.toml import NONE, apply_override, read_toml, write_toml
 
 SEVEN_PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 PositiveInt = Annotated[int, Field(gt=0)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+PositiveFloat = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
+PathText = Annotated[Path, Field(strict=False)]
 
 
 class Section(BaseModel):
     """Common rules: unknown keys are errors, values keep their type, field docstrings become descriptions."""
 
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True, strict=False)
+    model_config = ConfigDict(
+        extra="forbid", use_attribute_docstrings=True, validate_default=True, strict=True, allow_inf_nan=False
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def none_is_written_in_quotes(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        absent = {key for key, field in cls.model_fields.items() if admits_none_as_text(field)}
+        return {key: None if key in absent and value == NONE else value for key, value in values.items()}
 
 
 class Model(Section):
@@ -49,7 +59,7 @@ class Model(Section):
     with the largest quantisation error."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
-    chat_template: Path | None = None
+    chat_template: PathText | None = None
     """A Jinja file that replaces the tokenizer's chat template."""
     trust_remote_code: bool = False
     """Run Python code that the model's repository ships. Off unless you trust it."""
@@ -82,7 +92,7 @@ class Lora(Section):
     """Rank-stabilised scaling."""
     bias: Literal["none"] = "none"
     """Biases belong to the shared base and are never trained."""
-    init: Path | None = None
+    init: PathText | None = None
     """An adapter folder to start from."""
     init_lora_weights: bool | Literal["gaussian", "pissa", "loftq", "olora", "eva", "corda"] = True
     """peft's initialisation. Those that alter the base weights are refused."""
@@ -97,8 +107,10 @@ class Lora(Section):
                 'are shared with generation, or does not start from the base; use true or "gaussian"'
             )
         if self.use_dora:
-            raise ValueError("use_dora is not supported: its magnitude vector does not fit vLLM's LoRA layers; "
-                             "use plain LoRA or use_rslora")
+            raise ValueError(
+                "use_dora is not supported: its magnitude vector does not fit vLLM's LoRA layers; "
+                "use plain LoRA or use_rslora"
+            )
         return self
 
 
@@ -119,7 +131,7 @@ class Task(Section):
     """Use only the first so many training rows."""
     overlong: Literal["drop", "error"] = "drop"
     """What to do with prompts longer than `max_prompt_length`: drop and count them, or stop."""
-    pass_rate: tuple[Fraction, Fraction] | None = None
+    pass_rate: Annotated[tuple[Fraction, Fraction], Field(strict=False)] | None = None
     """Keep only questions that the starting model answers correctly this often, for example [0.1, 0.9]."""
     pass_rate_samples: PositiveInt = 8
     """Completions per question for `pass_rate`."""
@@ -130,7 +142,7 @@ class Reward(Section):
 
     function: str
     """A built-in name ("correctness", ...), "package.module:function" or "path/file.py:function"."""
-    weight: FiniteFloat = 1.0
+    weight: float = 1.0
     """Factor in the sum. 0: computed and logged only."""
     name: str | None = None
     """Column name in metrics; default: the function's name."""
@@ -201,7 +213,7 @@ class Loss(Section):
     """Objective and its normalisation."""
     function: str | None = None
     """Your own loss instead: "package.module:function" or "path/file.py:function"."""
-    beta: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    beta: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the KL penalty against the adapter-off model. 0: no reference forward."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     """Estimator of the KL penalty (Schulman's names)."""
@@ -228,7 +240,7 @@ class Loss(Section):
     """Normalise the weighted sum of rewards, or each reward before summing (GDPO)."""
     mask_truncated_completions: bool = False
     """Leave completions that ran into the length limit out of the loss."""
-    entropy_coef: FiniteFloat = 0.0
+    entropy_coef: float = 0.0
     """Weight of an entropy bonus."""
     top_entropy_quantile: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Train only on this share of tokens, those of highest entropy."""
@@ -251,8 +263,10 @@ class Loss(Section):
     @model_validator(mode="after")
     def cispo_cap_is_absolute(self) -> Loss:
         if self.loss_type == "cispo" and self.epsilon_high is not None and self.epsilon_high < 1:
-            raise ValueError(f"epsilon_high = {self.epsilon_high} is below 1: for cispo it is the absolute cap on the "
-                             "ratio, such as 5")
+            raise ValueError(
+                f"epsilon_high = {self.epsilon_high} is below 1: for cispo it is the absolute cap on the "
+                "ratio, such as 5"
+            )
         return self
 
     @model_validator(mode="after")
@@ -342,7 +356,7 @@ class Log(Section):
 class Checkpoint(Section):
     """`[checkpoint]`: the run folder and what is kept in it."""
 
-    output_dir: Path = Path("runs/grpo")
+    output_dir: PathText = Path("runs/grpo")
     """The run folder. It must not exist, unless `--resume` continues it."""
     save_steps: PositiveInt = 50
     """Write a checkpoint every so many steps, and after the last."""
@@ -406,93 +420,40 @@ class Config(Section):
         return self
 
 
-def read_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+def read_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The configuration in the TOML file `path`, with `section.key=value` overrides applied.
 
-    Raises UserError naming the file and line, or the key with the nearest valid one.
+    Raises UserError naming the file and line, or the override, and the remedy.
     """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such configuration file; pass the path of a .toml file") from None
-    except IsADirectoryError:
-        raise UserError(f"{path} is a folder; pass the path of a .toml file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as text ({error})") from None
-    try:
-        values = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{path}: not valid TOML: {error}") from None
-    for override in overrides or []:
+    values, text = read_toml(Path(path))
+    for override in overrides:
         apply_override(values, override)
-    return parse_config(values, source=str(path))
+    return parse_config(values, str(path), text, overrides)
 
 
-def parse_config(values: dict[str, Any], source: str = "configuration") -> Config:
-    """`values`, as TOML parses it, validated. `source` is named in errors."""
+def parse_config(
+    values: dict[str, Any], source: str = "configuration", text: str = "", overrides: Sequence[str] = ()
+) -> Config:
+    """`values`, as TOML parses it, validated. What it came from, `source` with its `text` and the `overrides`, is
+    named in errors."""
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise UserError(f"{source}: {explain(error)}") from None
+        raise explain(error, Config, values, source, text, overrides) from None
 
 
-def apply_override(values: dict[str, Any], override: str) -> None:
-    """Set one `section.key=value` in place; the value is TOML, or a bare string when it does not parse as TOML.
-
-    A list entry is named by its number: `rewards.0.weight=2`. `task.key` means the first task.
-    """
-    key, equals, text = override.partition("=")
-    parts = key.strip().split(".")
-    if not equals or len(parts) < 2 or not all(parts):
-        raise UserError(f"--set {override}: write it as section.key=value, for example train.learning_rate=1e-5")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text
-    place: Any = values
-    for part in parts[:-1]:
-        if isinstance(place, list) and not part.isdigit():
-            place = place[0]
-        if isinstance(place, list):
-            if int(part) >= len(place):
-                raise UserError(f"--set {override}: there is no entry {part}, only {len(place)}")
-            place = place[int(part)]
-        else:
-            place = place.setdefault(part, {})
-        if not isinstance(place, dict | list):
-            raise UserError(f"--set {override}: {part} is a value, not a section")
-    if isinstance(place, list):
-        place = place[0]
-    place[parts[-1]] = value
+def config_toml(config: Config) -> str:
+    """`config`, defaults included, as TOML: reading the text again gives an equal Config."""
+    tables: dict[str, Any] = {}
+    for name in Config.model_fields:
+        value = getattr(config, name)
+        tables[name] = [_written(entry) for entry in value] if isinstance(value, list) else _written(value)
+    if len(config.task) == 1:
+        tables["task"] = tables["task"][0]
+    return write_toml(tables)
 
 
-def explain(error: ValidationError) -> str:
-    """The first problem of a pydantic error as one sentence, with the nearest valid key for an unknown one."""
-    first = error.errors(include_url=False)[0]
-    key = ".".join(str(part) for part in first["loc"]) or "configuration"
-    if first["type"] == "extra_forbidden":
-        known = known_keys(first["loc"][:-1])
-        near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"valid keys are {', '.join(known)}"
-        return f"unknown key {key!r}; {hint}"
-    if first["type"] == "missing":
-        return f"{key!r} is missing; it has no default"
-    if first["type"] == "value_error":
-        return f"[{key}] {first['ctx']['error']}" if first["loc"] else str(first["ctx"]["error"])
-    return f"{key} = {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
-
-
-def known_keys(location: tuple[int | str, ...]) -> list[str]:
-    """Valid keys of the section at `location`, as in a pydantic error's `loc`."""
-    section: type[Section] = Config
-    for part in location:
-        if isinstance(part, str) and part in SECTIONS:
-            section = SECTIONS[part]
-    return list(section.model_fields)
-
-
-SECTIONS: dict[str, type[Section]] = {
-    "model": Model, "lora": Lora, "task": Task, "rewards": Reward, "rollout": Rollout, "loss": Loss, "train": Train,
-    "eval": Eval, "log": Log, "checkpoint": Checkpoint,
-}
+def _written(section: Section) -> dict[str, Any]:
+    fields = type(section).model_fields
+    values = {name: getattr(section, name) for name in fields}
+    return {k: NONE if v is None and admits_none_as_text(fields[k]) else v for k, v in values.items()}
