@@ -1,0 +1,188 @@
+"""Log-probabilities of chosen tokens and entropies from hidden states, without logits for a whole batch.
+
+The language-model head is frozen, so its gradient is never needed, and the gradient of each token's
+log-probability with respect to its hidden state is made while the logits exist, in the forward pass. The backward
+pass only scales it by whatever gradient arrives, which makes it exact for any loss on top.
+
+Not here: a head with a bias or with trainable weights, and anything about what the log-probabilities are for.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+CPU_CHUNK_BYTES = 24 << 20
+"""Logits at once on a CPU, whatever the caller allows: more leaves the caches and makes malloc return fresh pages
+(vocabulary 49152, hidden 576, 1024 tokens in bfloat16 on two cores: 0.30 s, against 0.43 s in one piece)."""
+BLOCK_BYTES = {"cpu": 1 << 21, "cuda": 1 << 27}
+"""Size of each fp32 buffer through which `softmax_stats_` passes a chunk. On a CPU it stays in the L2 cache."""
+
+
+def selected_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    chunk_tokens: int = 1024,
+    entropy_gradient: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """log p(target | hidden) and the entropy of p, with p = softmax(softcap(hidden @ weight.T) / temperature).
+
+    hidden: [M, H], after the final norm; float64, float32, bfloat16 or float16. M may be 0.
+    weight: [V, H], the head, in the same dtype; must not require a gradient.
+    targets: [M], int64 token ids in [0, V).
+    temperature: above 0. A model that divides its logits by a constant has it multiplied in here.
+    softcap: None, or c for c * tanh(logits / c) (Gemma 2).
+    chunk_tokens: rows whose logits exist at once, in `hidden`'s dtype. A CPU may take fewer (`CPU_CHUNK_BYTES`).
+    entropy_gradient: let gradients flow through the entropy; costs a second [M, H] and a second product per chunk.
+
+    Returns (logprobs [M], entropy [M]) in nats, float64 for float64 inputs and float32 otherwise: the product is
+    made in `hidden`'s dtype, as in generation, everything after it in that wider type. The entropy is detached
+    unless `entropy_gradient`. For the backward pass one tensor like `hidden` is kept, none where no gradient can
+    be asked for. Raises ValueError for arguments outside the above.
+    """
+    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(f"hidden [M, H] and weight [V, H] do not fit: {tuple(hidden.shape)}, {tuple(weight.shape)}")
+    if targets.shape != hidden.shape[:1]:
+        raise ValueError(f"targets must have shape [{hidden.shape[0]}], not {list(targets.shape)}")
+    if weight.requires_grad:
+        raise ValueError("weight requires a gradient; the head must be frozen")
+    if temperature <= 0 or chunk_tokens < 1:
+        raise ValueError(f"temperature = {temperature} and chunk_tokens = {chunk_tokens} must be positive")
+    wants_gradient = hidden.requires_grad and torch.is_grad_enabled()
+    logprobs, entropy = _SelectedLogprobs.apply(
+        hidden, weight, targets, temperature, softcap, chunk_tokens, wants_gradient, entropy_gradient
+    )
+    return logprobs, entropy
+
+
+class _SelectedLogprobs(torch.autograd.Function):
+    """Chunks of rows: product, `softmax_stats_`, product. Saves d logprob / d hidden, and d entropy / d hidden."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        temperature: float,
+        softcap: float | None,
+        chunk_tokens: int,
+        wants_gradient: bool,
+        entropy_gradient: bool,
+    ) -> tuple[Tensor, Tensor]:
+        rows, vocabulary = hidden.shape[0], weight.shape[0]
+        chunk = max(1, min(chunk_tokens, rows))
+        if hidden.device.type == "cpu":
+            chunk = max(1, min(chunk, CPU_CHUNK_BYTES // (vocabulary * hidden.itemsize)))
+        logprobs = hidden.new_empty(rows, dtype=_wide(hidden.dtype))
+        entropy = torch.empty_like(logprobs)
+        logits = hidden.new_empty(chunk, vocabulary)
+        logprob_grad = torch.empty_like(hidden) if wants_gradient else None
+        entropy_grad = torch.empty_like(hidden) if wants_gradient and entropy_gradient else None
+        entropy_logits_grad = torch.empty_like(logits) if entropy_grad is not None else None
+
+        for start in range(0, rows, chunk):
+            part = slice(start, min(start + chunk, rows))
+            size = part.stop - start
+            torch.mm(hidden[part], weight.t(), out=logits[:size])
+            stats = softmax_stats_(
+                logits[:size],
+                targets[part],
+                temperature,
+                softcap,
+                gradient=wants_gradient,
+                entropy_gradient=None if entropy_logits_grad is None else entropy_logits_grad[:size],
+            )
+            logprobs[part], entropy[part] = stats
+            if logprob_grad is not None:
+                torch.mm(logits[:size], weight, out=logprob_grad[part])
+            if entropy_grad is not None and entropy_logits_grad is not None:
+                torch.mm(entropy_logits_grad[:size], weight, out=entropy_grad[part])
+
+        ctx.scale = 1.0 / temperature
+        ctx.save_for_backward(logprob_grad, entropy_grad)
+        if not entropy_gradient:
+            ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
+        logprob_grad, entropy_grad = ctx.saved_tensors
+        grad_hidden = (grad_logprobs * ctx.scale)[:, None] * logprob_grad
+        if entropy_grad is not None:
+            grad_hidden += (grad_entropy * ctx.scale)[:, None] * entropy_grad
+        return grad_hidden.to(logprob_grad.dtype), None, None, None, None, None, None, None
+
+
+class SoftmaxStats(NamedTuple):
+    """Per row of a chunk: log-probability of the target and entropy, both [C], in nats."""
+
+    logprobs: Tensor
+    entropy: Tensor
+
+
+def softmax_stats_(
+    logits: Tensor,
+    targets: Tensor,
+    temperature: float,
+    softcap: float | None,
+    *,
+    gradient: bool,
+    entropy_gradient: Tensor | None = None,
+) -> SoftmaxStats:
+    """Statistics of softmax(softcap(logits) / temperature); everything between the two matrix products.
+
+    logits: [C, V], raw products. With `gradient` they are overwritten by temperature * d logprob / d logits, which
+        is onehot(target) - p, times 1 - tanh(logits / softcap)^2 under a softcap; otherwise their content is lost.
+    entropy_gradient: [C, V] in `logits`' dtype to receive temperature * d entropy / d logits, or None.
+
+    The rows go through a small workspace in float32 (float64 for float64), so a chunk exists once, in its dtype.
+    """
+    wide = _wide(logits.dtype)
+    rows, vocabulary = logits.shape
+    block = max(1, BLOCK_BYTES.get(logits.device.type, BLOCK_BYTES["cuda"]) // (vocabulary * wide.itemsize))
+    shifted = logits.new_empty(min(block, rows), vocabulary, dtype=wide)
+    probs = torch.empty_like(shifted)
+    logprobs = logits.new_empty(rows, dtype=wide)
+    entropy = torch.empty_like(logprobs)
+    for start in range(0, rows, block):
+        part = slice(start, min(start + block, rows))
+        x, p = shifted[: part.stop - start], probs[: part.stop - start]
+        index = targets[part, None]
+        slope = None
+        x.copy_(logits[part])
+        if softcap is not None:
+            x.div_(softcap).tanh_()
+            slope = 1 - x * x if gradient else None
+            x.mul_(softcap)
+        if temperature != 1.0:
+            x.div_(temperature)
+        x.sub_(x.amax(-1, keepdim=True))
+        torch.exp(x, out=p)
+        total = p.sum(-1, keepdim=True)
+        log_total = total.log()
+        p.div_(total)
+        logprobs[part] = (x.gather(-1, index) - log_total)[:, 0]
+        if entropy_gradient is None:
+            entropy[part] = log_total[:, 0] - x.mul_(p).sum(-1)
+        else:
+            mean_x = (x * p).sum(-1, keepdim=True)
+            entropy[part] = (log_total - mean_x)[:, 0]
+            x.sub_(mean_x).mul_(p).neg_()
+            entropy_gradient[part] = x if slope is None else x.mul_(slope)
+        if gradient:
+            p.neg_().scatter_add_(-1, index, torch.ones_like(total))
+            logits[part] = p if slope is None else p.mul_(slope)
+    return SoftmaxStats(logprobs, entropy)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
