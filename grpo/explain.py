@@ -127,7 +127,7 @@ def explain(
         sentence = f"[{key}] {first['ctx']['error']}" if key else str(first["ctx"]["error"])
     else:
         must = accepts(field) if field else "a table"
-        sentence = f"{key} = {_shown(_value_at(path, values))}: must be {must}"
+        sentence = f"{key} = {shown(_value_at(path, values))}: must be {must}"
     others = len({_locate(each["loc"], root)[0] for each in errors}) - 1
     more = f" (and {others} more problem{'s' if others > 1 else ''})" if others else ""
     where = _override(path, field, overrides) or source
@@ -175,12 +175,13 @@ def _value_at(path: Location, values: Any) -> Any:
     return values
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """`value` in TOML's notation where it has one, cut short."""
     try:
-        shown = write_value(value)
+        text = write_value(value)
     except TypeError:
-        shown = repr(value)
-    return shown if len(shown) <= LONGEST_VALUE else f"{shown[:LONGEST_VALUE]}..."
+        text = repr(value)
+    return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}..."
 
 
 def _nearest(key: str, section: type[BaseModel], root: type[BaseModel]) -> str:

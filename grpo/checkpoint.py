@@ -1,0 +1,361 @@
+"""The run folder and the checkpoints in it: whole or absent, never half-written, and free of pickle.
+
+A checkpoint is written beside its final place, flushed to the disk, described in a manifest with the SHA-256 of every
+file, and renamed. `latest` takes the newest whose manifest holds. What a checkpoint contains is the trainer's affair;
+this file has the rules for the folder, a lock against a second process, and a form for nested state
+(`save_tensors`) that can be read without running anything.
+
+    runs/NAME/
+      .lock               held while a process writes here
+      config.toml         the resolved configuration
+      checkpoints/step-N/ manifest.json and the trainer's files
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
+
+from grpo.config import Config, config_toml, read_config
+from grpo.errors import UserError
+from grpo.explain import shown
+from grpo.toml import NONE
+
+if TYPE_CHECKING:
+    import torch
+
+MANIFEST = "manifest.json"
+CONFIG = "config.toml"
+LOCK = ".lock"
+STEP = re.compile(r"step-(\d+)")
+
+# What a resumed run must have in common with the one that it continues: the base and the shape of the adapter, which
+# the saved tensors belong to, and what the position in the data and the optimiser's state refer to.
+FIXED = (
+    "model.name",
+    "model.revision",
+    "model.load_in_4bit",
+    "model.dtype",
+    "model.keep_16bit",
+    "lora.r",
+    "lora.lora_alpha",
+    "lora.use_rslora",
+    "lora.target_modules",
+    "task",
+    "rollout.max_prompt_length",
+    "train.seed",
+    "train.optim",
+)
+
+logger = logging.getLogger("grpo")
+
+
+class RunFolder:
+    """A run folder held for writing; `path` is the folder. Another process is refused until `close`."""
+
+    def __init__(self, path: Path, lock: int):
+        self.path = path
+        self._lock: int | None = lock
+
+    def close(self) -> None:
+        """Give the folder free. One in which no step was logged and no checkpoint written is removed again."""
+        if self._lock is None:
+            return
+        if _is_unused(self.path):
+            with contextlib.suppress(OSError):
+                (self.path / CONFIG).unlink(missing_ok=True)
+                (self.path / LOCK).unlink()
+                self.path.rmdir()
+        os.close(self._lock)
+        self._lock = None
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def open_run(config: Config, *, resume: bool = False) -> RunFolder:
+    """Take the run folder that `config` names, and write the resolved configuration into it.
+
+    Raises UserError as `check_run` and `create_run_folder` do.
+    """
+    check_run(config, resume=resume)
+    run = create_run_folder(config.checkpoint.output_dir, resume)
+    try:
+        write_atomically(run.path / CONFIG, config_toml(config).encode())
+    except OSError as error:
+        run.close()
+        raise UserError(f"{run.path}: cannot be written ({error.strerror}); name another with --output") from None
+    return run
+
+
+def check_run(config: Config, *, resume: bool) -> None:
+    """Raise UserError where the run folder that `config` names is not free or, with `resume`, not to be continued.
+
+    Nothing is written or locked: it is for saying so before torch and vLLM are loaded.
+    """
+    path = config.checkpoint.output_dir
+    _check_folder(path, resume)
+    if resume:
+        check_resumable(saved_config(path), config)
+
+
+def create_run_folder(path: Path, resume: bool) -> RunFolder:
+    """Take the folder `path` for this process alone, creating it unless `resume`.
+
+    A folder that holds nothing, or only what a run leaves that ended before its first step, counts as new.
+    Raises UserError where the folder exists and `resume` is false, where there is nothing to resume, where another
+    process holds it, and where it cannot be written.
+    """
+    _check_folder(path, resume)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        return RunFolder(path, _lock(path))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); name another folder with --output") from None
+
+
+def _check_folder(path: Path, resume: bool) -> None:
+    if resume and not (path / CONFIG).is_file():
+        raise UserError(f"{path}: there is no run to resume here (no {CONFIG}); start it without --resume")
+    if not resume and os.path.lexists(path) and not (path.is_dir() and _is_unused(path)):
+        raise UserError(f"{path} already exists; continue that run with --resume, or name another folder with --output")
+
+
+def saved_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """The configuration that the run in folder `path` was started or last resumed with, with `--set` overrides.
+
+    Raises UserError where there is no run.
+    """
+    _check_folder(path, resume=True)
+    return read_config(path / CONFIG, overrides)
+
+
+def _is_unused(path: Path) -> bool:
+    return {entry.name for entry in path.iterdir()} <= {LOCK, CONFIG}
+
+
+def _lock(path: Path) -> int:
+    """A descriptor that holds the folder's lock until it is closed, which the system does for a process that dies."""
+    descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.pread(descriptor, 32, 0).decode(errors="replace").strip()
+        os.close(descriptor)
+        raise UserError(
+            f"{path}: another process ({holder or 'starting'}) is writing to this run folder; wait for it, or name "
+            "another folder with --output"
+        ) from None
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+    return descriptor
+
+
+def check_resumable(saved: Config, new: Config) -> None:
+    """Raise UserError naming the first key in which `new` cannot continue the run that `saved` describes.
+
+    Whatever is not in `FIXED` may change: the number of steps, the learning rate, the loss, logging, checkpoints.
+    """
+    for key in FIXED:
+        before, now = _at(saved, key), _at(new, key)
+        if before != now:
+            raise UserError(
+                f"--resume: {key} = {now} does not fit the run in {new.checkpoint.output_dir}, which has {before}; set "
+                "it back, or start a new run with another --output"
+            )
+
+
+def _at(config: Config, key: str) -> str:
+    value: Any = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    if key == "task":
+        value = [task.model_dump(exclude_defaults=True, mode="json") for task in value]
+    return shown(NONE if value is None else value)
+
+
+def save(run: Path, step: int, write: Callable[[Path], None], keep: int | None) -> Path:
+    """Write checkpoint `step` of the run in folder `run` and return its folder.
+
+    `write` is called with an empty folder and puts the files there. Older checkpoints beyond the newest `keep` are
+    removed once the new one is safe (None: none are), and so are later ones: the run has gone back behind them.
+    Raises UserError where the disk refuses; the checkpoints before it are untouched then.
+    """
+    parent = run / "checkpoints"
+    final, partial = parent / f"step-{step}", parent / f".partial-{step}"
+    try:
+        parent.mkdir(exist_ok=True)
+        for leftover in parent.glob(".*-*"):
+            shutil.rmtree(leftover)
+        partial.mkdir()
+        write(partial)
+        manifest = {"step": step, "files": {name: _sha256(partial / name) for name in _files(partial)}}
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        for path in (*partial.rglob("*"), partial):
+            _flush(path)
+        if final.exists():
+            final.rename(parent / f".replaced-{step}")
+        partial.rename(final)
+        _flush(parent)
+        _prune(run, step, keep)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{final}: the checkpoint could not be written ({error}); the ones before it are whole, make room and "
+            "continue with --resume"
+        ) from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return final
+
+
+def _prune(run: Path, step: int, keep: int | None) -> None:
+    steps = step_numbers(run)
+    before = [each for each in steps if each < step]
+    surplus = [] if keep is None else before[: max(len(before) - keep + 1, 0)]
+    parent = run / "checkpoints"
+    for each in (*surplus, *(later for later in steps if later > step)):
+        # Renamed first, so that a folder called step-N is never half-removed.
+        (parent / f"step-{each}").rename(parent / f".removed-{each}")
+    for leftover in parent.glob(".*-*"):
+        shutil.rmtree(leftover)
+
+
+def step_numbers(run: Path) -> list[int]:
+    """The steps of which `run` has a checkpoint folder, in order; none of them verified."""
+    folder = run / "checkpoints"
+    found = (STEP.fullmatch(entry.name) for entry in folder.iterdir()) if folder.is_dir() else ()
+    return sorted(int(match[1]) for match in found if match)
+
+
+def latest(run: Path, notice: Callable[[str], None] = logger.warning) -> Path | None:
+    """The newest checkpoint whose files are all as they were written, or None.
+
+    `notice` is given a sentence for each newer one that is passed over.
+    """
+    for step in reversed(step_numbers(run)):
+        folder = run / "checkpoints" / f"step-{step}"
+        problem = _problem(folder)
+        if problem is None:
+            return folder
+        notice(f"{folder} is passed over: {problem}; the checkpoint before it is used")
+    return None
+
+
+def _problem(folder: Path) -> str | None:
+    """Why the checkpoint in `folder` is not whole; None if it is."""
+    try:
+        files = json.loads((folder / MANIFEST).read_bytes())["files"]
+        for name, digest in files.items():
+            if not (folder / name).is_file():
+                return f"{name} is missing"
+            if _sha256(folder / name) != digest:
+                return f"{name} has changed since it was written"
+    except FileNotFoundError:
+        return f"it has no {MANIFEST}"
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        return f"{MANIFEST} cannot be read ({error})"
+    return None
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write `data` to `path` so that a reader, or a crash, finds the old content or the new, never a part."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        partial.write_bytes(data)
+        _flush(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    _flush(path.parent)
+
+
+def save_tensors(path: Path, state: Any) -> None:
+    """Write nested dicts, lists and tuples of tensors, numbers, strings, booleans and None to one safetensors file.
+
+    The structure goes into the file's metadata as JSON, so that reading it back runs no code. Tensors of any dtype and
+    device keep their bits; keys are strings or integers. Raises TypeError for anything else.
+    """
+    from safetensors.torch import save_file
+
+    tensors: dict[str, torch.Tensor] = {}
+    structure = _encoded(state, tensors)
+    save_file(tensors, str(path), metadata={"structure": json.dumps(structure)})
+
+
+def _encoded(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    import torch
+
+    match value:
+        case torch.Tensor():
+            # A copy: safetensors refuses tensors that share storage.
+            tensors[str(len(tensors))] = value.detach().to("cpu", copy=True).contiguous()
+            return {"tensor": str(len(tensors) - 1)}
+        case None | bool() | int() | float() | str():
+            return value
+        case dict() if all(type(key) in (str, int) for key in value):
+            return {"dict": [[key, _encoded(entry, tensors)] for key, entry in value.items()]}
+        case list() | tuple():
+            return {type(value).__name__: [_encoded(entry, tensors) for entry in value]}
+    raise TypeError(f"a checkpoint has no form for {type(value).__name__} {value!r:.60}")
+
+
+def load_tensors(path: Path) -> Any:
+    """The state that `save_tensors` wrote to `path`, with its tensors on the CPU. Raises UserError for another file."""
+    from safetensors import safe_open
+
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            structure = json.loads((file.metadata() or {})["structure"])
+            return _decoded(structure, file.get_tensor)
+    except (OSError, SafetensorError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{path}: not a saved state ({error}); take an earlier checkpoint") from None
+
+
+def _decoded(value: Any, tensor: Callable[[str], torch.Tensor]) -> Any:
+    if not isinstance(value, dict):
+        return value
+    ((kind, inside),) = value.items()
+    match kind:
+        case "tensor":
+            return tensor(inside)
+        case "dict":
+            return {key: _decoded(entry, tensor) for key, entry in inside}
+        case "tuple":
+            return tuple(_decoded(entry, tensor) for entry in inside)
+        case "list":
+            return [_decoded(entry, tensor) for entry in inside]
+    raise ValueError(f"unknown kind {kind!r}")

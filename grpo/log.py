@@ -1,0 +1,403 @@
+"""What a person sees while a run goes on, and what is kept of it: metrics, sample completions, the summary.
+
+On a terminal a table of the figures stays below the notices and samples; elsewhere (a pipe, a file, `--verbose`) each
+step is one line. Completions are text by an untrusted model: markup in them is not interpreted, and control characters
+are shown as escapes, never sent to the terminal. Curves and HTML are not made here.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import re
+import sys
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.padding import Padding
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from grpo.checkpoint import write_atomically
+from grpo.config import Config
+from grpo.environment import hardware, versions
+
+METRICS = "metrics.jsonl"
+ENDS = 5  # steps that "first" and "last" are means over
+SHOWN_CHARACTERS = 700
+
+# C0 but for tab and newline, DEL and C1 move the cursor or start a terminal command; the bidirectional controls reorder
+# what is shown; lone surrogates cannot be encoded.
+UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+# Rows of the live table after rewards and evaluation: key in the metrics, label, format.
+ROWS = (
+    ("completion_length", "completion length", "{:.0f} tokens"),
+    ("clipped_ratio", "cut at the limit", "{:.0%}"),
+    ("frac_reward_zero_std", "groups without spread", "{:.0%}"),
+    ("entropy", "entropy", "{:.3f}"),
+    ("kl", "kl", "{:.5f}"),
+    ("mismatch_kl", "mismatch kl", "{:.5f}"),
+    ("grad_norm", "gradient norm", "{:.3g}"),
+    ("tokens_per_second", "rollout", "{:,.0f} tokens/s"),
+    ("rollout_seconds", "sampling", "{:.1f} s"),
+    ("train_seconds", "training", "{:.1f} s"),
+    ("peak_memory_gib", "peak memory", "{:.1f} GiB"),
+)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One completion with its scores. `extracted` is the answer that was read from it, where a reward says."""
+
+    text: str
+    reward: float | None
+    rewards: Mapping[str, float | None]
+    extracted: str | None = None
+    tokens: int | None = None
+    finish_reason: str | None = None
+
+
+@dataclass(frozen=True)
+class SampleGroup:
+    """A prompt (text or chat messages), its gold answer where there is one, and the completions sampled for it."""
+
+    prompt: str | Sequence[Mapping[str, Any]]
+    answer: Any
+    samples: Sequence[Sample]
+    task: str | None = None
+
+    @property
+    def question(self) -> str:
+        """The prompt, or the last message of a chat."""
+        if isinstance(self.prompt, str):
+            return self.prompt
+        return str(self.prompt[-1].get("content", "")) if self.prompt else ""
+
+
+def printable(text: str) -> str:
+    """`text` with characters that a terminal would act upon as `\\x1b`-like escapes; tabs and newlines stay."""
+    return UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+def json_line(value: Any) -> str:
+    """`value` as one line of JSON: numbers of any library as plain ones, NaN and infinities as null.
+
+    Characters that a terminal would act upon are escaped, so that the file can be shown with `cat`.
+    """
+    text = json.dumps(_plain(value), ensure_ascii=False, allow_nan=False)
+    return UNPRINTABLE.sub(lambda match: f"\\u{ord(match[0]):04x}", text) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    match value:
+        case None | bool() | int() | str():
+            return value
+        case float():
+            return float(value) if math.isfinite(value) else None
+        case Mapping():
+            return {str(key): _plain(entry) for key, entry in value.items()}
+        case list() | tuple():
+            return [_plain(entry) for entry in value]
+    # A number of numpy or torch; whatever else a user's data set holds is kept as its text.
+    item = getattr(value, "item", None)
+    if callable(item) and getattr(value, "ndim", 0) == 0:
+        return _plain(item())
+    return str(value)
+
+
+class RunLog:
+    """The record of one run in `run_folder`, and its display on `console` (standard output by default).
+
+    Nothing is written before the first step. A context manager: leaving it ends the live display.
+    """
+
+    def __init__(
+        self,
+        run_folder: Path,
+        config: Config,
+        *,
+        max_steps: int,
+        verbose: bool = False,
+        console: Console | None = None,
+    ):
+        self.run_folder = run_folder
+        self.max_steps = max_steps
+        self._samples_every = config.log.samples_every
+        self._last: dict[str, Any] = {"step": 0}
+        self._series: dict[str, list[float]] = {}
+        self._console = console or Console(highlight=False)
+        self._started = time.perf_counter()
+        self._stepped = False
+        self._status = ""
+        self._live: Live | None = None
+        # With --verbose other libraries write too, and would tear a display that redraws itself.
+        if not verbose and (self._console.is_interactive or self._console.is_jupyter):
+            self._live = Live(console=self._console, get_renderable=self._display, refresh_per_second=4)
+            self._live.start()
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the live display, leaving its last state on the screen."""
+        self._status = ""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def resume(self, step: int) -> None:
+        """Go on after `step`: what was recorded of later steps, or only in part, is dropped."""
+        path = self.run_folder / METRICS
+        if path.exists():
+            lines = path.read_text(encoding="utf-8").splitlines()
+            kept = [entry for entry in map(_parsed, lines) if entry is not None and entry["step"] <= step]
+            write_atomically(path, "".join(map(json_line, kept)).encode())
+            self._last, self._series = {"step": step}, {}
+            for entry in kept:
+                self._remember(entry)
+        for sampled in (self.run_folder / "completions").glob("step-*.jsonl"):
+            if int(sampled.stem.removeprefix("step-")) > step:
+                sampled.unlink()
+
+    def status(self, text: str) -> None:
+        """Say what is being done now, such as "starting vLLM"; replaced by the next status or step.
+
+        Without a live display only what comes before the first step is shown.
+        """
+        self._status = printable(text)
+        if self._live is not None:
+            self._live.refresh()
+        elif text and not self._stepped:
+            self._print(Text(self._status))
+
+    def notice(self, text: str) -> None:
+        """One sentence that stays on the screen."""
+        self._print(Text(printable(text), style="yellow"))
+
+    def step(self, metrics: Mapping[str, Any]) -> None:
+        """Record the metrics of one step, of which "step" (from 1) is required, and show them."""
+        entry = _plain(metrics)
+        self._remember(entry)
+        self._stepped = True
+        with (self.run_folder / METRICS).open("a", encoding="utf-8") as file:
+            file.write(json_line(entry))
+        self._status = ""
+        if self._live is None:
+            self._print(Text(self._line()))
+        else:
+            self._live.refresh()
+
+    def _remember(self, entry: dict[str, Any]) -> None:
+        self._last = entry
+        for key, value in entry.items():
+            if isinstance(value, int | float):
+                self._series.setdefault(key, []).append(value)
+
+    def wants_samples(self, step: int) -> bool:
+        """Whether completions of this step are to be kept: the first, the last, and every `samples_every`."""
+        return step in (1, self.max_steps) or step % self._samples_every == 0
+
+    def samples(self, step: int, groups: Sequence[SampleGroup]) -> None:
+        """Keep the completions of `groups` in `completions/step-N.jsonl`, one group a line, and show the first."""
+        folder = self.run_folder / "completions"
+        folder.mkdir(exist_ok=True)
+        lines = (json_line({"step": step, **asdict(group)}) for group in groups)
+        write_atomically(folder / f"step-{step}.jsonl", "".join(lines).encode())
+        if groups and groups[0].samples:
+            self._print(self._sample(step, groups[0]))
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Write `summary.json` (`summary`, first and last rewards, versions, hardware, seconds) and show the result.
+
+        `summary["adapter"]`, a path, is where the screen says the adapter is.
+        """
+        first, last = self._ends()
+        record = {
+            "steps": self._last["step"],
+            "seconds": math.fsum(self._series.get("step_seconds", ())),
+            "first": first,
+            "last": last,
+            **summary,
+            "versions": versions(),
+            "hardware": hardware(),
+        }
+        text = json.dumps(_plain(record), indent=2, allow_nan=False)
+        write_atomically(self.run_folder / "summary.json", text.encode())
+        self.close()
+        self._print(self._result(record))
+
+    def _scores(self, prefix: str) -> list[str]:
+        """Keys of the form PREFIX/NAME, in the order in which they came; PREFIX/NAME/std and such are left out."""
+        return [key for key in self._series if key.startswith(f"{prefix}/") and key.count("/") == 1]
+
+    def _ends(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Rewards, as means over the first and over the last five steps; evaluations, the first and the last."""
+        spans = {key: ENDS for key in ("reward", *self._scores("rewards"))} | dict.fromkeys(self._scores("eval"), 1)
+        series = {key: (self._series[key], span) for key, span in spans.items() if key in self._series}
+        first = {key: _mean(values[:span]) for key, (values, span) in series.items()}
+        return first, {key: _mean(values[-span:]) for key, (values, span) in series.items()}
+
+    def _seconds_left(self) -> float | None:
+        recent = self._series.get("step_seconds", [])[-20:]
+        return _mean(recent) * (self.max_steps - self._last["step"]) if recent else None
+
+    def _print(self, shown: RenderableType) -> None:
+        self._console.print(shown, highlight=False, soft_wrap=isinstance(shown, Text))
+
+    def _line(self) -> str:
+        """The last step as one line, for a log file."""
+        entry = self._last
+        parts = [f"step {entry['step']}/{self.max_steps}", f"reward {_shown(entry.get('reward'), '{:.3f}')}"]
+        functions = [f"{_label(key)} {_shown(entry.get(key), '{:.3f}')}" for key in self._scores("rewards")]
+        if functions:
+            parts[-1] += f" ({', '.join(functions)})"
+        forms = {
+            "completion_length": "length {:.0f}",
+            "tokens_per_second": "{:,.0f} tokens/s",
+            "kl": "kl {:.5f}",
+            "mismatch_kl": "mismatch {:.5f}",
+            "step_seconds": "{:.1f} s",
+        }
+        parts += [form.format(entry[key]) for key, form in forms.items() if entry.get(key) is not None]
+        parts += [f"{_label(key)} {entry[key]:.3f}" for key in self._scores("eval") if entry.get(key) is not None]
+        left = self._seconds_left()
+        return "  ".join(parts if left is None else [*parts, f"left {_duration(left)}"])
+
+    def _display(self) -> RenderableType:
+        """What is live: a bar, then every figure of the last step, of the last five and of the first five."""
+        done, left = self._last["step"], self._seconds_left()
+        head = Table.grid(padding=(0, 2))
+        head.add_row(
+            Text(f"step {done}/{self.max_steps}", style="bold"),
+            ProgressBar(total=max(self.max_steps, 1), completed=done, width=32),
+            Text(f"{_duration(time.perf_counter() - self._started)} gone"),
+            Text("" if left is None else f"{_duration(left)} left"),
+            Text(self._status, style="dim"),
+        )
+        return Group(head, self._table()) if self._series else head
+
+    def _table(self) -> Table:
+        first, recent = self._ends()
+        table = Table(box=None, padding=(0, 2), header_style="dim")
+        table.add_column("")
+        for title in ("now", f"last {ENDS}", f"first {ENDS}"):
+            table.add_column(title, justify="right")
+        for key in first:
+            figures = (self._series[key][-1], recent[key], first[key])
+            style = "bold" if key == "reward" else ""
+            table.add_row(Text(_label(key)), *(f"{figure:.3f}" for figure in figures), style=style)
+        for key, label, form in ROWS:
+            if known := self._series.get(key):
+                ends = (known[-1], _mean(known[-ENDS:]), _mean(known[:ENDS]))
+                table.add_row(label, *(form.format(figure) for figure in ends))
+        return table
+
+    def _sample(self, step: int, group: SampleGroup) -> RenderableType:
+        """A question with the best and the worst of its completions."""
+        ranked = sorted(group.samples, key=lambda sample: -math.inf if sample.reward is None else sample.reward)
+        chosen = {"best": ranked[-1], "worst": ranked[0]} if len(ranked) > 1 else {"only": ranked[0]}
+        parts: list[RenderableType] = [Text(f"Sample of step {step}", style="bold")]
+        parts.append(_entry("question", group.question))
+        if group.answer is not None:
+            parts.append(_entry("answer", str(group.answer)))
+        for which, sample in chosen.items():
+            parts.append(_entry(f"{which} of {len(ranked)}", sample.text))
+            if sample.extracted is not None:
+                parts.append(_entry("extracted", sample.extracted))
+            scores = [f"{_label(name)} {_shown(score, '{:g}')}" for name, score in sample.rewards.items()]
+            parts.append(_entry("reward", f"{_shown(sample.reward, '{:g}')}  ({', '.join(scores)})"))
+        return Padding(Group(*parts), (1, 0))
+
+    def _result(self, record: Mapping[str, Any]) -> RenderableType:
+        table = Table(box=None, padding=(0, 2), header_style="dim")
+        table.add_column("")
+        for title in (f"first {ENDS} steps", f"last {ENDS} steps", "change"):
+            table.add_column(title, justify="right")
+        for key, before in record["first"].items():
+            after = record["last"][key]
+            table.add_row(Text(_label(key)), f"{before:.3f}", f"{after:.3f}", f"{after - before:+.3f}")
+        parts: list[RenderableType] = [
+            Text(f"Done: {record['steps']} steps in {_duration(record['seconds'])}.", style="bold")
+        ]
+        if record["first"]:
+            parts.append(table)
+        if record.get("adapter") is not None:
+            parts.append(Text(f"The adapter is in {printable(str(record['adapter']))}"))
+        parts.append(Text(f"Metrics, samples and summary.json are in {printable(str(self.run_folder))}"))
+        return Padding(Group(*parts), (1, 0, 0, 0))
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    """A line of metrics, or None for one that a crash cut short."""
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return None
+    return entry if isinstance(entry, dict) and isinstance(entry.get("step"), int) else None
+
+
+def _label(key: str) -> str:
+    return printable(key.removeprefix("rewards/"))
+
+
+def _shown(value: float | None, form: str) -> str:
+    return "-" if value is None else form.format(value)
+
+
+def _entry(label: str, text: str) -> RenderableType:
+    cut = text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]} ... ({len(text)} characters)"
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(width=12, style="dim")
+    grid.add_column()
+    grid.add_row(Text(label), Text(printable(cut.strip("\n"))))
+    return grid
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
+
+
+def quiet_libraries(verbose: bool) -> None:
+    """Silence what vLLM, transformers and their kin write, errors excepted; with `verbose`, change nothing.
+
+    Call it before they are imported: most read these variables then. A variable that the user has set stays.
+    """
+    if verbose:
+        return
+    quiet = {
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "DATASETS_VERBOSITY": "error",
+        "HF_HUB_VERBOSITY": "error",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TQDM_DISABLE": "1",
+    }
+    for name, value in quiet.items():
+        os.environ.setdefault(name, value)
+    for name in ("vllm", "transformers", "datasets", "huggingface_hub", "peft", "accelerate", "torch", "gguf"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+        if not sys.warnoptions:
+            warnings.filterwarnings("ignore", module=rf"{name}(\.|$)")

@@ -1,0 +1,168 @@
+"""The command line of training: `python -m grpo.train configs/gsm8k.toml`.
+
+It reads the configuration and hands it to `grpo.trainer`; nothing else happens here. torch and vLLM are imported only
+once the configuration is known to be right, so that `--help`, `--dry-run` and a misspelt key answer at once.
+
+Exit codes: 0, done; 2, bad input, told in one sentence; 130, interrupted from the keyboard.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from grpo.checkpoint import check_run, saved_config, step_numbers
+from grpo.config import Config, config_toml, read_config
+from grpo.errors import UserError
+from grpo.toml import write_value
+
+BAD_INPUT = 2
+INTERRUPTED = 130
+DISK_REFUSES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line `arguments` (those of the process by default) and return its exit code."""
+    parsed = parser().parse_args(arguments)
+    config: Config | None = None
+    try:
+        config = configuration(parsed)
+        if parsed.dry_run:
+            print(dry_run(config))
+        else:
+            train(config, resume=parsed.resume is not None, verbose=parsed.verbose)
+    except UserError as error:
+        return fail(str(error), BAD_INPUT)
+    except OSError as error:
+        if error.errno not in DISK_REFUSES:
+            raise
+        return fail(
+            f"{error.filename or 'the disk'}: {error.strerror}; make room and continue with --resume", BAD_INPUT
+        )
+    except KeyboardInterrupt:
+        return fail(interrupted(config), INTERRUPTED)
+    return 0
+
+
+def fail(sentence: str, code: int) -> int:
+    print(f"grpo.train: {sentence}", file=sys.stderr)
+    return code
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of `python -m grpo.train`."""
+    result = argparse.ArgumentParser(
+        prog="python -m grpo.train",
+        description="Train a LoRA adapter with GRPO, as the configuration says.",
+        epilog="Every key of the configuration is explained in docs/config.md.",
+        allow_abbrev=False,
+    )
+    result.add_argument("config", nargs="?", type=Path, metavar="CONFIG", help="a .toml file")
+    result.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        help="override one key, such as train.learning_rate=1e-5; may be given several times",
+    )
+    result.add_argument("--dry-run", action="store_true", help="print the whole configuration and what a step is; stop")
+    result.add_argument(
+        "--resume",
+        nargs="?",
+        const="",
+        metavar="RUN_FOLDER",
+        help="continue the run in this folder (default: the configuration's) from its last checkpoint; without CONFIG, "
+        "with the configuration saved there",
+    )
+    result.add_argument("--output", type=Path, metavar="DIR", help="the run folder, instead of checkpoint.output_dir")
+    result.add_argument("--verbose", action="store_true", help="let vLLM and transformers write their logs")
+    return result
+
+
+def configuration(parsed: argparse.Namespace) -> Config:
+    """The configuration that the command line asks for. Raises UserError."""
+    folder = Path(parsed.resume) if parsed.resume else None
+    if folder is not None and folder.is_file():
+        raise UserError(f"--resume {folder}: this is a file, not a run folder; put CONFIG before --resume")
+    if folder is not None and parsed.output is not None:
+        raise UserError(f"--resume {folder} and --output {parsed.output}: a run goes on in its own folder; keep one")
+    overrides = list(parsed.set)
+    if output := folder or parsed.output:
+        overrides.append(f"checkpoint.output_dir={write_value(output)}")
+    if parsed.config is not None:
+        return read_config(parsed.config, overrides)
+    if folder is not None:
+        return saved_config(folder, overrides)
+    raise UserError(
+        "no configuration given; pass a .toml file, for example: python -m grpo.train configs/quickstart.toml"
+    )
+
+
+def train(config: Config, *, resume: bool, verbose: bool) -> None:
+    """Train; imports torch and vLLM once the run folder is known to be free, or to fit."""
+    check_run(config, resume=resume)
+    from grpo.log import quiet_libraries
+
+    quiet_libraries(verbose)
+    from grpo.trainer import Trainer
+
+    Trainer(config, resume=resume, verbose=verbose).run()
+
+
+def interrupted(config: Config | None) -> str:
+    """What to say after Ctrl-C: where the run can be taken up again."""
+    run = config.checkpoint.output_dir if config is not None else None
+    steps = step_numbers(run) if run is not None else []
+    if not steps:
+        return "interrupted; no checkpoint was written yet"
+    return f"interrupted; the last checkpoint is step {steps[-1]}, continue with --resume {run}"
+
+
+def dry_run(config: Config) -> str:
+    """The resolved configuration as TOML, and below it, as TOML comments, what a step and the run amount to."""
+    comments = "\n".join(f"# {line}".rstrip() for line in arithmetic(config))
+    return f"{config_toml(config)}\n{comments}"
+
+
+def arithmetic(config: Config) -> list[str]:
+    """The sizes of a step and of the run in words, one sentence a line. Token counts are upper limits."""
+    rollout, training = config.rollout, config.train
+    completions, longest = config.completions_per_step, config.max_seq_length
+    updates = training.num_iterations * training.optimizer_steps_per_rollout
+    prompts_each = math.ceil(rollout.prompts_per_step / training.optimizer_steps_per_rollout)
+    sequences_each = prompts_each * rollout.num_generations
+    fit = max(training.tokens_per_micro_batch // longest, 1)
+    most = math.ceil(sequences_each / fit)
+    lines = [
+        f"A step: {rollout.prompts_per_step} prompts x {rollout.num_generations} generations = {completions} "
+        f"completions, of at most {rollout.max_completion_length} tokens each:",
+        f"  at most {completions * rollout.max_completion_length:,} sampled tokens, and "
+        f"{completions * longest:,} with prompts.",
+        f"  {_count(updates, 'optimiser step')} ({_count(training.num_iterations, 'pass', 'passes')} over the batch, "
+        f"{_count(training.optimizer_steps_per_rollout, 'update')} in each), of {sequences_each} completions each,",
+        f"  in at most {_count(most, 'micro-batch', 'micro-batches')} of {training.tokens_per_micro_batch:,} tokens, "
+        f"the longest sequence being {longest:,}.",
+    ]
+    if training.max_steps is not None:
+        lines.append(
+            f"The run: {_count(training.max_steps, 'step')} = {training.max_steps * updates:,} optimiser steps on "
+            f"{training.max_steps * completions:,} completions."
+        )
+    else:
+        lines.append(
+            f"The run: {training.num_train_epochs:g} x the training rows / {rollout.prompts_per_step} steps; "
+            "train.max_steps sets a number."
+        )
+    return lines
+
+
+def _count(number: int, one: str, many: str = "") -> str:
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
