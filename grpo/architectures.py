@@ -1,0 +1,61 @@
+"""The model families that both vLLM and the training graph build from the one copy, and how their linears fuse.
+
+A family is here when a test compares vLLM's and the trainer's logprobs for it. Mixture-of-experts, vision and speech
+models are not.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from grpo.errors import UserError
+
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "gemma": "GemmaForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+}
+"""transformers' `model_type` to the class name that vLLM and transformers share."""
+
+FUSED_PARTS = {
+    "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "self_attn.o_proj": ("self_attn.o_proj",),
+    "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
+    "mlp.down_proj": ("mlp.down_proj",),
+}
+"""vLLM's linear layers of a decoder block, each with the transformers modules whose rows it stacks, in order."""
+
+ALREADY_FUSED = {"phi3"}
+"""Families whose transformers modules are fused as vLLM's are."""
+
+
+def check_supported(config: Any, where: str) -> None:
+    """Raise UserError unless `config` (transformers') is a supported decoder."""
+    if config.model_type not in ARCHITECTURES:
+        raise UserError(
+            f"{where}: architecture {config.model_type!r} is not supported; supported are {', '.join(ARCHITECTURES)}"
+        )
+
+
+def fused_linears(config: Any) -> dict[str, list[str]]:
+    """vLLM's name of every linear layer to the transformers module names whose rows it stacks."""
+    linears = {}
+    for layer in range(config.num_hidden_layers):
+        for fused, parts in FUSED_PARTS.items():
+            own = (fused,) if config.model_type in ALREADY_FUSED else parts
+            linears[f"model.layers.{layer}.{fused}"] = [f"model.layers.{layer}.{part}" for part in own]
+    return linears
+
+
+def adapter_targets(config: Any, target_modules: list[str]) -> list[str]:
+    """`target_modules` in the family's own names: where q, k, v (gate, up) are one module, naming any names it."""
+    if config.model_type not in ALREADY_FUSED:
+        return list(target_modules)
+    fused_name = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj",
+                  "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}
+    return list(dict.fromkeys(fused_name.get(name, name) for name in target_modules))

@@ -1,0 +1,427 @@
+"""Generation: vLLM serving from `BaseWeights`, with the adapter inside our own linear layers. The only file that
+knows vLLM's insides.
+
+vLLM builds its model with empty linear layers; our loader gives them the storage that the training graph uses. A
+quantisation method (vLLM's plugin interface) multiplies with it and adds the adapter from two buffers a layer, which
+`sync_adapter` refreshes after an optimiser step. vLLM's own LoRA is not used: it would need per-token adapter
+look-ups for a batch that always shares one adapter. Token ids go in and come out; text is none of this file's business.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # one process: the storage is shared by address
+os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
+os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("DO_NOT_TRACK", "1")
+os.environ.setdefault("VLLM_PLUGINS", "")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+import gc
+import json
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import vllm
+from torch import Tensor, nn
+from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase
+from vllm.model_executor.layers.quantization import register_quantization_config
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.model_executor.model_loader import register_model_loader
+from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+from grpo.architectures import ARCHITECTURES
+from grpo.base import BaseWeights, FusedLinear
+from grpo.errors import UserError
+from grpo.kernels import nf4
+from grpo.policy import Policy
+
+SHARED = "grpo_shared"
+"""Name of our quantisation method and load format in vLLM."""
+
+VLLM_TESTED = ((0, 26), (0, 33))
+"""First and last minor version that this file was written for."""
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How to sample; the same for every request of a call. `temperature` 0 is greedy."""
+
+    temperature: float
+    max_tokens: int
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    stop_token_ids: tuple[int, ...] = ()
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Request:
+    """One completion to sample. `seed` alone decides its random numbers."""
+
+    id: int
+    prompt_ids: Sequence[int]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A finished completion: its token ids (with the end token, if it stopped) and their logprobs as sampled."""
+
+    request_id: int
+    token_ids: list[int]
+    logprobs: list[float]
+    finish_reason: str
+    """ "stop" or "length"."""
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """What vLLM is started with. `kv_cache_memory_bytes` None: planned from the lengths."""
+
+    max_seq_length: int
+    max_num_seqs: int
+    kv_cache_memory_bytes: int | None = None
+    kv_cache_dtype: str = "auto"
+    enforce_eager: bool = False
+    seed: int = 0
+    stop_strings: bool = False
+
+
+@dataclass
+class AdapterBuffers:
+    """A fused linear's adapter in the compute dtype: y += (x a^T) b^T.
+
+    `a` [ranks, in] stacks the parts' A; `b` [out, ranks] holds each part's scaled B in its own rows and columns, zeros
+    elsewhere, so that q, k and v take two small products instead of six.
+    """
+
+    a: Tensor
+    b: Tensor
+
+
+class Engine:
+    """vLLM in this process, on the storage of a `BaseWeights`."""
+
+    def __init__(self, base: BaseWeights, policy: Policy | None, settings: EngineSettings, tokenizer: Any = None):
+        """Start vLLM. `policy` supplies the adapter; None serves the base alone. `tokenizer` is needed for stop strings."""
+        check_version()
+        self.base, self.policy, self.settings = base, policy, settings
+        self.buffers = allocate_adapter(base, policy) if policy is not None else {}
+        self.adapter_on = torch.ones((), dtype=base.dtype, device=base.device)
+        self._adapter_enabled = True
+        self._folder = tempfile.TemporaryDirectory(prefix="grpo-model-")
+        write_model_folder(Path(self._folder.name), base, tokenizer if settings.stop_strings else None)
+        handle = str(id(self))
+        SERVED[handle] = self
+        self._handle = handle
+        self.llm = vllm.LLM(**self._arguments(handle))
+        if policy is not None:
+            self.sync_adapter()
+
+    def _arguments(self, handle: str) -> dict[str, Any]:
+        settings, on_cpu = self.settings, self.base.device.type == "cpu"
+        arguments: dict[str, Any] = {
+            "model": self._folder.name,
+            "skip_tokenizer_init": not settings.stop_strings,
+            "dtype": str(self.base.dtype).removeprefix("torch."),
+            "quantization": SHARED,
+            "load_format": SHARED,
+            "model_loader_extra_config": {"engine": handle},
+            "max_model_len": settings.max_seq_length,
+            "max_num_seqs": settings.max_num_seqs,
+            "max_num_batched_tokens": max(8192, settings.max_seq_length),
+            "kv_cache_memory_bytes": settings.kv_cache_memory_bytes or self.planned_kv_bytes(),
+            "kv_cache_dtype": settings.kv_cache_dtype,
+            "logprobs_mode": "processed_logprobs",
+            "generation_config": "vllm",
+            "seed": settings.seed,
+            "disable_log_stats": True,
+            "enable_prefix_caching": True,
+            "enforce_eager": settings.enforce_eager or on_cpu,
+        }
+        if on_cpu:
+            arguments["block_size"] = CPU_BLOCK
+        else:
+            arguments["gpu_memory_utilization"] = 0.05
+            if not settings.enforce_eager:
+                arguments["compilation_config"] = {
+                    "mode": 0,
+                    "cudagraph_mode": "FULL_DECODE_ONLY",
+                    "cudagraph_capture_sizes": capture_sizes(settings.max_num_seqs),
+                }
+        return arguments
+
+    def planned_kv_bytes(self) -> int:
+        """KV cache that lets every sequence of `max_num_seqs` reach its full length, in bytes."""
+        block = CPU_BLOCK if self.base.device.type == "cpu" else GPU_BLOCK
+        blocks = -(-self.settings.max_seq_length // block) * self.settings.max_num_seqs + 2
+        return blocks * block * kv_bytes_per_token(self.base.config, self.base.dtype, self.settings.kv_cache_dtype)
+
+    def generate(
+        self, requests: Sequence[Request], sampling: SamplingSettings, *, adapter: bool = True
+    ) -> Iterator[Completion]:
+        """Sample all `requests`, yielding each as it finishes. `adapter` False samples from the base."""
+        self._switch_adapter(adapter)
+        core = self.llm.llm_engine
+        for request in requests:
+            core.add_request(
+                str(request.id), {"prompt_token_ids": list(request.prompt_ids)}, self._params(sampling, request.seed)
+            )
+        try:
+            while core.has_unfinished_requests():
+                for output in core.step():
+                    if output.finished:
+                        yield completion(output)
+        finally:
+            if core.has_unfinished_requests():
+                core.abort_request([str(request.id) for request in requests])
+                while core.has_unfinished_requests():
+                    core.step()
+
+    def _params(self, sampling: SamplingSettings, seed: int) -> SamplingParams:
+        return SamplingParams(
+            n=1,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            min_p=sampling.min_p,
+            seed=seed if sampling.temperature > 0 else None,
+            max_tokens=sampling.max_tokens,
+            stop_token_ids=list(sampling.stop_token_ids),
+            stop=list(sampling.stop) or None,
+            include_stop_str_in_output=True,
+            logprobs=0,
+            flat_logprobs=True,
+            detokenize=bool(sampling.stop),
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+
+    def _switch_adapter(self, enabled: bool) -> None:
+        if enabled != self._adapter_enabled:
+            self.adapter_on.fill_(float(enabled))
+            self._adapter_enabled = enabled
+            self._forget_prefixes()
+
+    @torch.no_grad()
+    def sync_adapter(self) -> float:
+        """Copy the trained adapter into the buffers and forget cached prefixes; returns seconds."""
+        start = time.perf_counter()
+        layers = self.policy.adapter_layers()
+        sources, targets = [], []
+        for name, buffers in self.buffers.items():
+            for part, a_rows, b_rows in adapter_places(self.base.linears[name], layers):
+                a, b = layers[part].scaled()
+                targets += [buffers.a[a_rows], buffers.b[b_rows, a_rows]]
+                sources += [a, b]
+        torch._foreach_copy_(targets, sources)
+        self._forget_prefixes()
+        if self.base.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    def _forget_prefixes(self) -> None:
+        """Cached keys and values belong to the adapter that computed them."""
+        if hasattr(self, "llm") and not self.llm.reset_prefix_cache():
+            raise RuntimeError("vLLM kept its prefix cache because requests are in flight; completions would be stale")
+
+    def vllm_model(self) -> nn.Module:
+        """vLLM's module tree, for tests of storage identity."""
+        return self.llm.llm_engine.model_executor.driver_worker.model_runner.model
+
+    def close(self) -> None:
+        """Stop vLLM and give its memory back."""
+        SERVED.pop(self._handle, None)
+        if hasattr(self, "llm"):
+            shutdown = getattr(self.llm.llm_engine.engine_core, "shutdown", None)
+            if shutdown is not None:
+                shutdown()
+            del self.llm
+        self._folder.cleanup()
+        gc.collect()
+        if self.base.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+SERVED: dict[str, Engine] = {}
+"""Engines by the handle that reaches our loader through vLLM's configuration."""
+
+CPU_BLOCK, GPU_BLOCK = 32, 16
+"""Tokens in a KV block. vLLM's default of 128 on a CPU shares no prefix of a short prompt."""
+
+
+class SharedLinearMethod(LinearMethodBase):
+    """y = x W^T + b, plus the adapter, from storage that the loader attaches."""
+
+    def create_weights(
+        self,
+        layer: nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        layer.register_parameter("weight", nn.Parameter(torch.empty(0, dtype=params_dtype), requires_grad=False))
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        pieces = [
+            F.linear(flat, segment.weight) if segment.absmax is None else nf4.linear(flat, segment.weight, segment.absmax)
+            for segment in layer.shared.segments
+        ]
+        y = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
+        if bias is not None:
+            y = y + bias
+        if layer.adapter is not None:
+            shrunk = F.linear(flat, layer.adapter.a) * layer.adapter_on
+            y = torch.addmm(y, shrunk, layer.adapter.b.t())
+        return y.reshape(*x.shape[:-1], -1)
+
+
+@register_quantization_config(SHARED)
+class SharedConfig(QuantizationConfig):
+    """Tells vLLM to leave every linear layer to `SharedLinearMethod`."""
+
+    def get_name(self) -> str:
+        return SHARED
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 75
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> SharedConfig:
+        return cls()
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
+        return SharedLinearMethod() if isinstance(layer, LinearBase) else None
+
+
+@register_model_loader(SHARED)
+class SharedLoader(BaseModelLoader):
+    """Gives vLLM's modules the storage of a `BaseWeights` instead of loading anything."""
+
+    def download_model(self, model_config: Any) -> None:
+        """Nothing to download."""
+
+    def load_weights(self, model: nn.Module, model_config: Any) -> None:
+        engine = SERVED[self.load_config.model_loader_extra_config["engine"]]
+        base = engine.base
+        attached = set()
+        for module in model.modules():
+            if isinstance(getattr(module, "quant_method", None), SharedLinearMethod):
+                attach(module, base.linears[module.prefix], engine)
+                attached.add(module.prefix)
+        if attached != set(base.linears):
+            missing = sorted(set(base.linears) - attached)
+            raise UserError(f"{base.source_path}: vLLM {vllm.__version__} builds this model without {missing[0]}")
+        in_linears = tuple(f"{name}." for name in base.linears)
+        for name, parameter in model.named_parameters():
+            if name.startswith(in_linears):
+                continue
+            tensor = base.tensors[name]
+            assert parameter.dtype == tensor.dtype and parameter.shape == tensor.shape, (name, parameter.shape)
+            parameter.data = tensor
+
+
+def attach(module: nn.Module, linear: FusedLinear, engine: Engine) -> None:
+    """Hand `linear`'s storage, and the adapter's buffers if it has any, to vLLM's layer `module`."""
+    module.shared = linear
+    module.weight = nn.Parameter(linear.segments[0].weight, requires_grad=False)
+    if linear.bias is not None:
+        module.bias = nn.Parameter(linear.bias, requires_grad=False)
+    module.adapter = engine.buffers.get(linear.name)
+    module.adapter_on = engine.adapter_on
+
+
+def allocate_adapter(base: BaseWeights, policy: Policy) -> dict[str, AdapterBuffers]:
+    """Zero buffers for every fused linear that has an adapter. Their addresses never change: CUDA graphs hold them."""
+    layers = policy.adapter_layers()
+    buffers = {}
+    for name, linear in base.linears.items():
+        ranks = sum(layers[part].r["default"] for part in linear.parts if part in layers)
+        if ranks:
+            a = torch.zeros(ranks, linear.in_features, dtype=base.dtype, device=base.device)
+            b = torch.zeros(linear.out_features, ranks, dtype=base.dtype, device=base.device)
+            buffers[name] = AdapterBuffers(a, b)
+    return buffers
+
+
+def adapter_places(linear: FusedLinear, layers: dict[str, Any]) -> Iterator[tuple[str, slice, slice]]:
+    """(part, its ranks, its rows) for every part of `linear` with an adapter."""
+    start = 0
+    for part, (first, rows) in linear.parts.items():
+        if part in layers:
+            rank = layers[part].r["default"]
+            yield part, slice(start, start + rank), slice(first, first + rows)
+            start += rank
+
+
+def completion(output: Any) -> Completion:
+    """vLLM's finished request as a Completion."""
+    sample = output.outputs[0]
+    if sample.finish_reason not in ("stop", "length"):
+        raise RuntimeError(f"vLLM ended a completion with {sample.finish_reason!r}")
+    token_ids = list(sample.token_ids)
+    return Completion(int(output.request_id.split("-")[0]), token_ids, sampled_logprobs(sample, token_ids), sample.finish_reason)
+
+
+def sampled_logprobs(sample: Any, token_ids: list[int]) -> list[float]:
+    """The logprob of each sampled token, from vLLM's flat or nested form."""
+    logprobs = sample.logprobs
+    if hasattr(logprobs, "start_indices"):
+        return [logprobs.logprobs[start] for start in logprobs.start_indices]
+    return [entry[token].logprob for entry, token in zip(logprobs, token_ids, strict=True)]
+
+
+def capture_sizes(max_num_seqs: int) -> list[int]:
+    """Batch sizes to capture as CUDA graphs: powers of two to 16, then steps of 16, and the largest itself."""
+    sizes = [size for size in (1, 2, 4, 8, *range(16, max_num_seqs + 1, 16)) if size <= max_num_seqs]
+    return sorted({*sizes, max_num_seqs})
+
+
+def kv_bytes_per_token(config: Any, dtype: torch.dtype, kv_cache_dtype: str) -> int:
+    """Bytes that one token takes in the KV cache over all layers."""
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    size = 1 if kv_cache_dtype == "fp8" else dtype.itemsize
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * head * size
+
+
+def write_model_folder(folder: Path, base: BaseWeights, tokenizer: Any) -> None:
+    """A folder with just what vLLM reads: the configuration, and the tokenizer if stop strings need one."""
+    values = base.config.to_dict()
+    values.pop("quantization_config", None)
+    values["architectures"] = [ARCHITECTURES[base.config.model_type]]
+    (folder / "config.json").write_text(json.dumps(values, default=str))
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def check_version() -> None:
+    """Raise UserError for a vLLM older than this file knows."""
+    first, last = VLLM_TESTED
+    version = tuple(int(part) for part in vllm.__version__.split("+")[0].split(".")[:2])
+    if not first <= version <= last:
+        raise UserError(
+            f"vLLM {vllm.__version__} is installed; this version of grpo knows {first[0]}.{first[1]} to "
+            f"{last[0]}.{last[1]}: install one of them"
+        )

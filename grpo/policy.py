@@ -1,0 +1,308 @@
+"""The training graph: transformers' model over the one copy of the base, with LoRA through peft.
+
+Built on the `meta` device and then given views of `BaseWeights`, so it owns nothing but the adapter. It turns token
+ids into logprobs; sampling is `engine.py`'s. Sequences are packed one after another without padding, and logits exist
+only for a chunk of tokens at a time.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import LoraLayer
+from torch import Tensor, nn
+from transformers import AttentionInterface, AutoModelForCausalLM
+
+from grpo.architectures import adapter_targets
+from grpo.base import BaseWeights, Segment
+from grpo.config import Lora
+from grpo.errors import UserError
+from grpo.kernels import nf4
+from grpo.kernels.attention import packed_attention
+from grpo.kernels.logprob import selected_logprobs
+
+ADAPTER = "default"
+ATTENTION = "grpo_packed"
+
+
+class BaseLinear(nn.Module):
+    """A frozen linear layer over rows of the one copy; knows no adapter."""
+
+    def __init__(self, rows: Segment, bias: Tensor | None):
+        super().__init__()
+        self.out_features = rows.rows
+        self.in_features = rows.weight.shape[1] * (1 if rows.absmax is None else 2)
+        self.weight = nn.Parameter(rows.weight, requires_grad=False)
+        self.register_buffer("absmax", rows.absmax, persistent=False)
+        self.register_buffer("bias", bias, persistent=False)
+
+    def dense(self) -> Tensor:
+        """The weight [out, in] in the compute dtype: a view, or dequantised anew."""
+        return self.weight if self.absmax is None else nf4.dequantize(self.weight, self.absmax)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.absmax is None:
+            return F.linear(x, self.weight, self.bias)
+        return PackedLinear.apply(x, self)
+
+
+class PackedLinear(torch.autograd.Function):
+    """x W^T + b with W dequantised in the forward and again in the backward, so that no dense W is saved."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: BaseLinear) -> Tensor:
+        ctx.layer = layer
+        return F.linear(x, layer.dense(), layer.bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
+        return grad_output @ ctx.layer.dense(), None
+
+
+class LoraLinear(nn.Module, LoraLayer):
+    """peft's LoRA on a BaseLinear: y = base(x) + (dropout(x) A^T) (s B)^T.
+
+    A and B are kept in float32 and used in x's dtype, with s B rounded once, as the engine uses them.
+    """
+
+    def __init__(self, base_layer: BaseLinear, adapter_name: str, config: LoraConfig, r: int = 0, lora_alpha: int = 1, **kwargs: Any):
+        super().__init__()
+        LoraLayer.__init__(self, base_layer, **kwargs)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+
+    def scaled(self, adapter: str = ADAPTER) -> tuple[Tensor, Tensor]:
+        """A [r, in] and s B [out, r] in float32."""
+        return self.lora_A[adapter].weight, self.lora_B[adapter].weight * self.scaling[adapter]
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        y = self.base_layer(x)
+        if self.disable_adapters:
+            return y
+        for adapter in self.active_adapters:
+            if adapter in self.lora_A:
+                a, b = self.scaled(adapter)
+                y = y + F.linear(F.linear(self.lora_dropout[adapter](x), a.to(x.dtype)), b.to(x.dtype))
+        return y
+
+    def merge(self, *args: Any, **kwargs: Any) -> None:
+        raise UserError("the adapter cannot be merged in place, the base is shared with generation; export a merged "
+                        "model instead")
+
+    unmerge = merge
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    lengths: Sequence[int] | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface over `packed_attention`. query, key, value [1, heads, tokens, dim]."""
+    assert attention_mask is None and query.shape[0] == 1, "sequences come packed in one row, without a mask"
+    if lengths is None:
+        lengths = [query.shape[2]]
+    output = packed_attention(
+        query[0], key[0], value[0], lengths, scale=scaling, window=sliding_window, softcap=softcap
+    )
+    return output[None], None
+
+
+AttentionInterface.register(ATTENTION, attend)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Logprob and entropy of every completion token, sequences one after another; float32 [tokens]."""
+
+    logprobs: Tensor
+    entropy: Tensor
+
+
+class Policy:
+    """The model in training: base (borrowed) plus adapter (owned)."""
+
+    def __init__(self, base: BaseWeights, lora: Lora, *, seed: int = 0, base_name: str = ""):
+        """Build the graph and a fresh adapter, or the one in `lora.init`. `base_name` is recorded in saved adapters."""
+        self.base = base
+        self.lora = lora
+        self.peft_config = peft_config(base, lora, base_name)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.model: PeftModel = get_peft_model(build_graph(base), self.peft_config)
+        self.model.eval()
+        if lora.init is not None:
+            self.load_adapter(lora.init)
+        if not self.adapter_layers():
+            raise UserError(f"lora.target_modules = {lora.target_modules}: the model has none of them")
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The causal LM inside peft's wrapper."""
+        return self.model.get_base_model()
+
+    def adapter_layers(self) -> dict[str, LoraLinear]:
+        """transformers module name -> its LoRA layer."""
+        return {name: module for name, module in self.decoder.named_modules() if isinstance(module, LoraLinear)}
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The trained tensors, in a fixed order."""
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """The adapter switched off, without gradient: the KL reference."""
+        with torch.no_grad(), self.model.disable_adapter():
+            yield
+
+    def score(
+        self,
+        prompts: Sequence[Sequence[int]],
+        completions: Sequence[Sequence[int]],
+        *,
+        temperature: float,
+        chunk_tokens: int = 1024,
+        entropy_gradient: bool = False,
+    ) -> Scored:
+        """Logprob of every completion token under `softmax(logits / temperature)`, and the entropy there.
+
+        The last completion token predicts nothing and is not fed.
+        """
+        device = self.base.device
+        rows = [[*prompt, *completion[:-1]] for prompt, completion in zip(prompts, completions, strict=True)]
+        lengths = [len(row) for row in rows]
+        tokens = torch.tensor([token for row in rows for token in row], device=device)
+        positions = torch.tensor([place for length in lengths for place in range(length)], device=device)
+        hidden = self.decoder.model(
+            input_ids=tokens[None], position_ids=positions[None], use_cache=False, lengths=lengths
+        ).last_hidden_state[0]
+        predicting, start = [], 0
+        for prompt, length in zip(prompts, lengths, strict=True):
+            predicting += range(start + len(prompt) - 1, start + length)
+            start += length
+        targets = torch.tensor([token for completion in completions for token in completion], device=device)
+        logprobs, entropy = selected_logprobs(
+            hidden[torch.tensor(predicting, device=device)],
+            self.head_weight(),
+            targets,
+            temperature=temperature,
+            softcap=getattr(self.base.config, "final_logit_softcapping", None),
+            chunk_tokens=chunk_tokens,
+            entropy_gradient=entropy_gradient,
+        )
+        return Scored(logprobs, entropy)
+
+    def head_weight(self) -> Tensor:
+        """The output head [vocabulary, hidden]."""
+        name = "model.embed_tokens.weight" if self.base.config.tie_word_embeddings else "lm_head.weight"
+        return self.base.tensors[name][: self.base.config.vocab_size]
+
+    def save_adapter(self, folder: Path) -> None:
+        """Write the adapter in peft's format."""
+        self.model.save_pretrained(folder)
+
+    def load_adapter(self, folder: Path) -> None:
+        """Replace the adapter's values by those in `folder`, whose shape must be the same."""
+        from peft.utils import load_peft_weights, set_peft_model_state_dict
+
+        check_adapter(folder, self.peft_config)
+        result = set_peft_model_state_dict(self.model, load_peft_weights(str(folder), device="cpu"), ADAPTER)
+        if result.unexpected_keys:
+            raise UserError(f"{folder}: the adapter has weights that this model lacks, such as "
+                            f"{result.unexpected_keys[0]}; was it trained on another base?")
+
+
+def peft_config(base: BaseWeights, lora: Lora, base_name: str) -> LoraConfig:
+    """`[lora]` as peft's configuration, with our layer registered for the shared weights."""
+    config = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.lora_alpha,
+        target_modules=adapter_targets(base.config, lora.target_modules),
+        lora_dropout=lora.lora_dropout,
+        use_rslora=lora.use_rslora,
+        bias=lora.bias,
+        init_lora_weights=lora.init_lora_weights,
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base_name,
+    )
+    config._register_custom_module({BaseLinear: LoraLinear})
+    return config
+
+
+def check_adapter(folder: Path, expected: LoraConfig) -> None:
+    """Raise UserError unless `folder` holds a LoRA adapter of the expected rank, scale and targets."""
+    import json
+
+    file = Path(folder) / "adapter_config.json"
+    if not file.is_file():
+        raise UserError(f"{folder}: no adapter_config.json; pass the folder of a peft adapter")
+    if not (Path(folder) / "adapter_model.safetensors").is_file():
+        raise UserError(f"{folder}: no adapter_model.safetensors; pickled adapters are never loaded")
+    saved = json.loads(file.read_text())
+    for key in ("r", "lora_alpha", "use_rslora"):
+        if saved.get(key) != getattr(expected, key):
+            raise UserError(f"{file}: {key} = {saved.get(key)}, the configuration says {getattr(expected, key)}; "
+                            f"set lora.{key} = {saved.get(key)}")
+    if set(saved["target_modules"]) != set(expected.target_modules):
+        raise UserError(f"{file}: target_modules = {sorted(saved['target_modules'])}, the configuration says "
+                        f"{sorted(expected.target_modules)}; set lora.target_modules as the adapter has them")
+
+
+def build_graph(base: BaseWeights) -> nn.Module:
+    """transformers' causal LM with every weight a view of `base`."""
+    config = copy.deepcopy(base.config)
+    with torch.device("meta"):
+        graph = AutoModelForCausalLM.from_config(config, dtype=base.dtype, attn_implementation=ATTENTION)
+    for linear in base.linears.values():
+        for part in linear.parts:
+            set_module(graph, part, BaseLinear(*linear.part(part)))
+    for name, tensor in base.tensors.items():
+        rows = base.config.vocab_size if name in ("model.embed_tokens.weight", "lm_head.weight") else tensor.shape[0]
+        set_parameter(graph, name, tensor[:rows])
+    graph.tie_weights()
+    rebuild_buffers(graph, config, base)
+    left = [name for name, tensor in [*graph.named_parameters(), *graph.named_buffers()] if tensor.is_meta]
+    if left:
+        raise UserError(f"{base.source_path}: tensor {left[0]} is missing; pass a complete model")
+    return graph.requires_grad_(False)
+
+
+def rebuild_buffers(graph: nn.Module, config: Any, base: BaseWeights) -> None:
+    """Compute what a checkpoint does not hold: rotary frequencies and Gemma's embedding scale."""
+    for name, module in list(graph.named_modules()):
+        if not any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+            continue
+        if "rotary" in name:
+            set_module(graph, name, type(module)(config).to(base.device))
+        elif hasattr(module, "embed_scale"):
+            module.embed_scale = torch.tensor(config.hidden_size**0.5, dtype=base.dtype, device=base.device)
+
+
+def set_module(root: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` at the dotted `name`."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(root.get_submodule(parent), leaf, module)
+
+
+def set_parameter(root: nn.Module, name: str, tensor: Tensor) -> None:
+    """Make `tensor` the frozen parameter at the dotted `name`."""
+    parent, _, leaf = name.rpartition(".")
+    owner = root.get_submodule(parent)
+    if owner._parameters.get(leaf) is None:
+        raise UserError(f"the checkpoint has a tensor {name} that the model's architecture lacks")
+    owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)

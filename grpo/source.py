@@ -1,0 +1,308 @@
+"""Where base weights come from: a folder of safetensors, a bitsandbytes 4-bit checkpoint, a hub id, or a GGUF file.
+
+A `Source` names its tensors as transformers does and reads them one at a time, so that loading never holds more than
+one 16-bit tensor. Pickled checkpoints are refused: loading one can run arbitrary code. What becomes of the tensors is
+decided in `base.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from grpo.architectures import check_supported, fused_linears
+from grpo.config import Model
+from grpo.errors import UserError
+
+
+@dataclass(frozen=True)
+class NF4Tensor:
+    """A weight as bitsandbytes stores it.
+
+    `codes` uint8 [out * in / 2], two codes a byte, even column in the high half; `absmax` float32 [out * in / 64].
+    """
+
+    codes: Tensor
+    absmax: Tensor
+    shape: tuple[int, int]
+
+
+class Source(Protocol):
+    """A checkpoint that can be read tensor by tensor."""
+
+    path: Path
+    config: Any
+    """transformers' configuration of the model."""
+    names: set[str]
+
+    def read(self, name: str) -> Tensor | NF4Tensor:
+        """The tensor called `name`, on the CPU, in the checkpoint's precision."""
+        ...
+
+    def tokenizer(self) -> Any:
+        """transformers' tokenizer."""
+        ...
+
+
+def open_source(model: Model) -> Source:
+    """The checkpoint that `[model]` names. Raises UserError when it cannot be found, read or trusted."""
+    path = locate(model)
+    if path.suffix == ".gguf":
+        return GGUFSource(path)
+    return SafetensorsSource(path, model)
+
+
+def locate(model: Model) -> Path:
+    """The local file or folder of `model.name`; a hub id is downloaded, unless transformers is told to be offline."""
+    name = model.name
+    if name.startswith("package:"):
+        package, _, inside = name.removeprefix("package:").partition("/")
+        spec = find_spec(package)
+        if spec is None or not spec.submodule_search_locations:
+            raise UserError(f"model.name = {name!r}: the Python package {package!r} is not installed; pip install it")
+        path = Path(spec.submodule_search_locations[0]) / inside
+        if not path.exists():
+            raise UserError(f"model.name = {name!r}: the package has no file {inside!r}; look in {path.parent}")
+        return path
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    if path.suffix == ".gguf" or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UserError(f"model.name = {name!r}: no such file or folder; pass a model folder, a .gguf file or a hub id")
+    return download(name, model.revision)
+
+
+def download(name: str, revision: str | None) -> Path:
+    """The hub repository `name` in the local cache, without its pickled or foreign weights."""
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py"]
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"model.name = {name!r}: not a local path, and the hub gives no such model ({reason})") from None
+
+
+class SafetensorsSource:
+    """A folder with config.json and safetensors, whole or in shards, 16-bit, 32-bit or bitsandbytes 4-bit."""
+
+    def __init__(self, path: Path, model: Model):
+        from transformers import AutoConfig
+
+        if not (path / "config.json").is_file():
+            raise UserError(f"{path}: no config.json; pass a model folder in Hugging Face format or a .gguf file")
+        self.path = path
+        self._trust_remote_code = model.trust_remote_code
+        try:
+            self.config = AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code)
+        except (ValueError, OSError, KeyError) as error:
+            raise UserError(f"{path / 'config.json'}: {str(error).strip().splitlines()[0]}") from None
+        self._shard_of = self._index()
+        self.names = {logical_name(name) for name in self._shard_of}
+        self._open: dict[Path, Any] = {}
+
+    def _index(self) -> dict[str, Path]:
+        index = self.path / "model.safetensors.index.json"
+        if index.is_file():
+            try:
+                weight_map = json.loads(index.read_text())["weight_map"]
+            except (json.JSONDecodeError, KeyError) as error:
+                raise UserError(f"{index}: not a valid shard index ({error}); download the model again") from None
+            shards = {self.path / file for file in weight_map.values()}
+            missing = sorted(str(shard.name) for shard in shards if not shard.is_file())
+            if missing:
+                raise UserError(f"{self.path}: shard {missing[0]} is missing; download the model again")
+            return {name: self.path / file for name, file in weight_map.items()}
+        files = sorted(self.path.glob("*.safetensors"))
+        if not files:
+            pickled = sorted([*self.path.glob("*.bin"), *self.path.glob("*.pt"), *self.path.glob("*.pth")])
+            if pickled:
+                raise UserError(f"{pickled[0]}: pickled weights can run code and are never loaded; convert the model "
+                                "to safetensors")
+            raise UserError(f"{self.path}: no .safetensors file; pass a complete model folder")
+        return {name: file for file in files for name in self._handle_names(file)}
+
+    @staticmethod
+    def _handle_names(file: Path) -> list[str]:
+        with opened_safetensors(file) as handle:
+            return list(handle.keys())
+
+    def read(self, name: str) -> Tensor | NF4Tensor:
+        raw = self._raw(name)
+        if f"{name}.quant_state.bitsandbytes__nf4" in self._shard_of:
+            return self._read_nf4(name, raw)
+        if raw.dtype == torch.uint8 or raw.dtype == torch.int8:
+            raise UserError(f"{self._shard_of[name]}: {name} is quantised in a form other than bitsandbytes NF4; use an "
+                            "NF4 or an unquantised checkpoint")
+        return raw
+
+    def _raw(self, name: str) -> Tensor:
+        file = self._shard_of[name]
+        if file not in self._open:
+            from safetensors import SafetensorError, safe_open
+
+            try:
+                self._open[file] = safe_open(file, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{file}: damaged safetensors ({error}); download it again") from None
+        return self._open[file].get_tensor(name)
+
+    def _read_nf4(self, name: str, codes: Tensor) -> NF4Tensor:
+        state = json.loads(bytes(self._raw(f"{name}.quant_state.bitsandbytes__nf4").tolist()))
+        if state["blocksize"] != 64:
+            raise UserError(f"{self._shard_of[name]}: {name} has NF4 blocks of {state['blocksize']}; only 64 is supported")
+        absmax = self._raw(f"{name}.absmax")
+        if f"{name}.nested_absmax" in self._shard_of:
+            nested = self._raw(f"{name}.nested_absmax").float()
+            table = self._raw(f"{name}.nested_quant_map").float()
+            per_block = nested.repeat_interleave(state["nested_blocksize"])[: absmax.numel()]
+            absmax = table[absmax.long()] * per_block + state["nested_offset"]
+        rows, columns = state["shape"]
+        return NF4Tensor(codes.reshape(-1), absmax.float().reshape(-1), (rows, columns))
+
+    def tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(self.path, trust_remote_code=self._trust_remote_code)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"{self.path}: no usable tokenizer ({reason}); copy the model's tokenizer files there") from None
+
+
+@contextmanager
+def opened_safetensors(file: Path) -> Iterator[Any]:
+    """`file` opened; damage becomes a UserError."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as handle:
+            yield handle
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file}: damaged safetensors ({error}); download it again") from None
+
+
+def logical_name(name: str) -> str:
+    """The weight that a checkpoint entry belongs to: bitsandbytes stores several entries for one."""
+    head, weight, tail = name.partition(".weight.")
+    return head + ".weight" if tail else name
+
+
+class GGUFSource:
+    """A GGUF file: metadata and tokenizer through transformers, tensors dequantised one by one through `gguf`."""
+
+    def __init__(self, path: Path):
+        from gguf import GGUFReader
+        from transformers import AutoConfig
+
+        self.path = path
+        try:
+            self._metadata = metadata_folder(path)
+            self.config = AutoConfig.from_pretrained(self._metadata)
+            self._reader = GGUFReader(path)
+        except (ValueError, KeyError, IndexError, OSError, RuntimeError) as error:
+            raise UserError(f"{path}: not a readable GGUF file ({str(error).strip().splitlines()[0]})") from None
+        self._tensors = self._name_tensors()
+        self.names = set(self._tensors)
+        self.config.tie_word_embeddings = "lm_head.weight" not in self.names
+
+    def _name_tensors(self) -> dict[str, Any]:
+        from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+
+        field = self._reader.get_field("general.architecture")
+        self._architecture = field.contents() if field else ""
+        by_name = {name: arch for arch, name in MODEL_ARCH_NAMES.items()}
+        if self._architecture not in by_name:
+            raise UserError(f"{self.path}: GGUF architecture {self._architecture!r} is unknown to the gguf package")
+        text_config = self.config.get_text_config()
+        check_supported(text_config, str(self.path))
+        names = get_tensor_name_map(by_name[self._architecture], text_config.num_hidden_layers)
+        tensors = {tensor.name: tensor for tensor in self._reader.tensors}
+        found = {}
+        for candidate in candidate_names(text_config):
+            stored = names.get_name(candidate, try_suffixes=(".weight", ".bias"))
+            if stored in tensors:
+                found[candidate] = tensors[stored]
+        return found
+
+    def read(self, name: str) -> Tensor:
+        from gguf.quants import dequantize
+
+        stored = self._tensors[name]
+        weight = torch.from_numpy(dequantize(stored.data, stored.tensor_type).copy()).float()
+        return self._undo_conversion(name, weight)
+
+    def _undo_conversion(self, name: str, weight: Tensor) -> Tensor:
+        """llama.cpp interleaves the rotary halves of Llama's q and k, and stores Gemma's norm weights plus one."""
+        text_config = self.config.get_text_config()
+        if self._architecture == "llama" and name.endswith(("q_proj.weight", "k_proj.weight", "q_proj.bias", "k_proj.bias")):
+            heads = text_config.num_attention_heads if ".q_proj." in name else text_config.num_key_value_heads
+            halves = weight.reshape(heads, weight.shape[0] // heads // 2, 2, *weight.shape[1:])
+            return halves.transpose(1, 2).reshape(weight.shape).contiguous()
+        if self._architecture.startswith("gemma") and name.endswith("norm.weight"):
+            return weight - 1
+        return weight
+
+    def tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self._metadata)
+
+
+def metadata_folder(path: Path) -> Path:
+    """Configuration and tokenizer of a GGUF file as transformers saves them, kept in the user's cache.
+
+    Reading the vocabulary out of the file takes transformers seconds, twice; the cache makes that once a file.
+    """
+    import transformers
+
+    stat = path.stat()
+    key = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns} {transformers.__version__}"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "grpo" / "gguf"
+    folder = cache / hashlib.sha256(key.encode()).hexdigest()[:16]
+    if folder.is_dir():
+        return folder
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(dir=cache))
+    except OSError:
+        scratch = Path(tempfile.mkdtemp(prefix="grpo-gguf-"))
+    transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(scratch)
+    transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(scratch)
+    try:
+        return scratch.rename(folder)
+    except OSError:
+        return folder if folder.is_dir() else scratch
+
+
+def candidate_names(config: Any) -> Iterator[str]:
+    """Every parameter name that a supported decoder with transformers' `config` may have."""
+    yield from ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
+    for parts in fused_linears(config).values():
+        for part in parts:
+            yield from (f"{part}.weight", f"{part}.bias")
+    for layer in range(config.num_hidden_layers):
+        for norm in NORMS:
+            yield f"model.layers.{layer}.{norm}.weight"
+
+
+NORMS = (
+    "input_layernorm",
+    "post_attention_layernorm",
+    "pre_feedforward_layernorm",
+    "post_feedforward_layernorm",
+    "self_attn.q_norm",
+    "self_attn.k_norm",
+)
