@@ -31,7 +31,7 @@ types:
 	MYPYPATH=build/types $(BIN)/python -m mypy -p grpo
 
 docs: $(INSTALLED)
-	$(BIN)/python docs/make_config.py > docs/config.md
+	$(BIN)/python docs/make_config.py
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -76,16 +76,17 @@ def _one_of(options: list[str]) -> str:
 def _bounds(metadata: Sequence[Any], step: int = 0) -> str:
     """The limits in words. Integers (`step` 1) have no open ends: above 0 is at least 1."""
     low = high = ""
+    bound: Any
     for limit in metadata:
         match limit:
-            case annotated_types.Ge():
-                low = f"at least {limit.ge}"
-            case annotated_types.Gt():
-                low = f"at least {limit.gt + step}" if step else f"above {limit.gt}"
-            case annotated_types.Le():
-                high = f"at most {limit.le}"
-            case annotated_types.Lt():
-                high = f"at most {limit.lt - step}" if step else f"below {limit.lt}"
+            case annotated_types.Ge(bound):
+                low = f"at least {bound}"
+            case annotated_types.Gt(bound):
+                low = f"at least {bound + step}" if step else f"above {bound}"
+            case annotated_types.Le(bound):
+                high = f"at most {bound}"
+            case annotated_types.Lt(bound):
+                high = f"at most {bound - step}" if step else f"below {bound}"
     if low.startswith("at least ") and high.startswith("at most "):
         return f" from {low.removeprefix('at least ')} to {high.removeprefix('at most ')}"
     both = " and ".join(part for part in (low, high) if part)
