@@ -103,10 +103,10 @@ def _all_equal(rewards: Tensor) -> Tensor:
 def may_skip_equal_groups(settings: Loss) -> bool:
     """Whether a group with `zero_std` adds nothing to the gradient, so that its forward and backward can be left out.
 
-    Its tokens still count in `BatchTotals`. A KL penalty or an entropy bonus acts on every token, and a user's own
-    loss may.
+    Its tokens still count in `BatchTotals`, for the quantile of entropies too. A KL penalty or an entropy bonus acts
+    on every token, and a user's own loss may use any.
     """
-    return settings.function is None and settings.beta == 0 and settings.entropy_coef == 0
+    return settings.beta == 0 and settings.entropy_coef == 0 and settings.function is None
 
 
 def reward_metrics(rewards: Tensor, advantages: Advantages, names: Sequence[str]) -> dict[str, float]:

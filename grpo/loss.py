@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ from grpo.corrections import (
 )
 from grpo.errors import UserError
 from grpo.loss_metrics import EffectiveSampleSize, Maximum, Mean, Metric, Metrics, Total
+from grpo.rewards.resolve import resolve
 
 CISPO_CAP = 5.0
 """CISPO's cap on the ratio where `epsilon_high` is not set; ScaleRL's value (arXiv:2510.13786)."""
@@ -47,10 +48,10 @@ class LossInputs:
     rollout_logprobs: [T], as the generation engine reported them; NaN where it reported none.
     advantages: [S].
     sequence: [T], int64, index of each token's sequence, not decreasing.
-    mask: [T] bool, tokens that are trained on. Under `mask_truncated_completions` (DAPO's overlong filtering) the
-        caller leaves out those of completions that ran into the length limit.
+    mask: [T] bool, tokens that are trained on.
     ref_logprobs: [T], of the reference policy; needed for `beta` > 0.
     entropy: [T], of the policy's distribution at each token; with gradient for `entropy_coef` != 0.
+    truncated: [S] bool, sequences that ran into the length limit; needed for `mask_truncated_completions`.
     """
 
     logprobs: Tensor
@@ -61,6 +62,7 @@ class LossInputs:
     mask: Tensor
     ref_logprobs: Tensor | None = None
     entropy: Tensor | None = None
+    truncated: Tensor | None = None
 
     @property
     def num_sequences(self) -> int:
@@ -86,19 +88,28 @@ class BatchTotals:
 
 
 def batch_totals(
-    lengths: Sequence[int], settings: Loss, max_completion_length: int, entropy: Tensor | None = None
+    lengths: Sequence[int],
+    settings: Loss,
+    max_completion_length: int,
+    *,
+    truncated: Sequence[bool] | None = None,
+    entropy: Tensor | None = None,
 ) -> BatchTotals:
     """The constants of an optimiser step.
 
-    lengths: tokens trained on of each of its completions, skipped groups included; 0 for one that is masked.
-    entropy: of all those tokens, [sum of lengths] in any order; needed for `top_entropy_quantile` < 1.
+    lengths: tokens of each of its completions, skipped groups included.
+    truncated: whether each ran into the length limit; needed for `mask_truncated_completions`.
+    entropy: of all those tokens in that order, [sum of lengths]; needed for `top_entropy_quantile` < 1.
     """
-    num_tokens = sum(lengths)
+    sizes = torch.as_tensor(lengths, dtype=torch.int64)
+    kept = torch.ones_like(sizes, dtype=torch.bool)
+    if settings.mask_truncated_completions:
+        kept = ~torch.as_tensor(_needed(truncated, "truncated", "mask_truncated_completions"), dtype=torch.bool)
+    num_tokens = int((sizes * kept).sum())
     if settings.top_entropy_quantile == 1:
         return BatchTotals(len(lengths), num_tokens, max_completion_length)
     entropy = _needed(entropy, "entropy", "top_entropy_quantile")
-    if entropy.shape != (num_tokens,):
-        raise ValueError(f"entropy has shape {list(entropy.shape)}; {num_tokens} tokens are trained on")
+    entropy = entropy[kept.repeat_interleave(sizes).to(entropy.device)]
     threshold = entropy_quantile(entropy, settings.top_entropy_quantile)
     count = int((entropy >= threshold).sum())
     return BatchTotals(len(lengths), num_tokens, max_completion_length, threshold, count)
@@ -240,16 +251,26 @@ def clip_bounds(settings: Loss) -> tuple[float, float]:
 
 
 def compute_loss(inputs: LossInputs, totals: BatchTotals, settings: Loss) -> tuple[Tensor, Metrics]:
-    """A micro-batch's share of the loss of its optimiser step, and metrics to merge.
+    """A micro-batch's share of the loss of its optimiser step, and metrics for `merge_metrics`.
 
-    The sum of the losses over the micro-batches is the step's loss; it can be backpropagated, and is 0 for a
+    The sum of the losses over the micro-batches is the step's loss; each can be backpropagated, and is 0 for a
     micro-batch without tokens. Raises ValueError where `inputs` lack what `settings` need.
     """
+    inputs = without_truncated(inputs, settings)
     terms, metrics = _terms(inputs, totals, settings)
     loss = OBJECTIVES[settings.loss_type](terms, totals, settings)
     if settings.entropy_coef != 0:
         loss = loss - settings.entropy_coef * _entropy_mean(inputs, totals)
-    return loss, {"loss": Total(loss.detach().double()), **metrics, **diagnostics(inputs)}
+    return loss, {"loss": Total(loss.detach().double()), **diagnostics(inputs), **metrics}
+
+
+def without_truncated(inputs: LossInputs, settings: Loss) -> LossInputs:
+    """`inputs` with truncated sequences masked where `settings.mask_truncated_completions` (DAPO's overlong
+    filtering, arXiv:2503.14476)."""
+    if not settings.mask_truncated_completions:
+        return inputs
+    truncated = _needed(inputs.truncated, "truncated", "mask_truncated_completions")
+    return replace(inputs, mask=inputs.mask & ~per_token(truncated, inputs.sequence))
 
 
 def _terms(inputs: LossInputs, totals: BatchTotals, settings: Loss) -> tuple[Terms, Metrics]:
@@ -361,33 +382,36 @@ LossFunction = Callable[[LossInputs, BatchTotals, Loss], tuple[Tensor, Metrics]]
 
 
 def resolve_loss(settings: Loss) -> LossFunction:
-    """The loss that `settings` name: `compute_loss`, or the user's own `function`, with the metrics of `diagnostics`.
+    """The loss that `settings` name: `compute_loss`, or the user's own `function` with the metrics of `diagnostics`.
 
-    A user's function is called as function(inputs, totals, settings). It returns its micro-batch's share of the
-    step's loss, a scalar made from `inputs.logprobs`, alone or with a dict of metrics: numbers (averaged over
-    tokens) or the records of grpo/loss_metrics.py. What `settings` say is its own to use: clip, corrections, KL and
-    entropy terms are not added to it.
+    A user's function is called as function(inputs, totals, settings) for every micro-batch, with truncated sequences
+    already masked where asked. It returns that micro-batch's share of the step's loss, a scalar made from
+    `inputs.logprobs`, alone or with a dict of metrics: numbers (averaged over tokens) or the records of
+    grpo/loss_metrics.py. What else `settings` say is its own to use: clip, corrections, KL and entropy terms are not
+    added to it.
 
-    Raises UserError naming the reference where it cannot be loaded or returns something else.
+    Raises UserError naming the reference where it cannot be loaded, is no function or returns something else.
     """
     if settings.function is None:
         return compute_loss
-    from grpo.rewards.resolve import resolve  # runs the user's module, only where there is one
-
+    name = f'loss.function = "{settings.function}"'
+    if ":" not in settings.function and "." not in settings.function:
+        raise UserError(f"{name} is no reference; write path/file.py:function, or set loss_type instead")
     function = resolve(settings.function, kind="loss", builtin={})
-    name = f"loss.function {settings.function!r}"
+    if not callable(function):
+        raise UserError(f"{name} is {_kind(function)}; name a function")
 
     def own_loss(inputs: LossInputs, totals: BatchTotals, settings: Loss) -> tuple[Tensor, Metrics]:
+        inputs = without_truncated(inputs, settings)
         result = function(inputs, totals, settings)
         loss, own = result if isinstance(result, tuple) and len(result) == 2 else (result, {})
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not isinstance(own, Mapping):
             raise UserError(f"{name} returned {_kind(result)}; return a scalar tensor, or (scalar tensor, metrics)")
         if inputs.logprobs.requires_grad and not loss.requires_grad:
             raise UserError(f"{name} returned a loss without a gradient; compute it from inputs.logprobs")
-        loss = loss.reshape(())
         tokens = inputs.mask.double().sum()
         metrics = {key: _as_metric(value, tokens, f"{name}: metric {key!r}") for key, value in own.items()}
-        return loss, {"loss": Total(loss.detach().double()), **diagnostics(inputs), **metrics}
+        return loss.reshape(()), {"loss": Total(loss.detach().double().sum()), **diagnostics(inputs), **metrics}
 
     return own_loss
 
