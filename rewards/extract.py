@@ -1,0 +1,142 @@
+"""Answers in text: the text of a completion, and the tagged, boxed, `####` or last-number answer within it.
+
+Pure functions over strings, shared by rewards, tasks and evaluation. They never raise on odd text: what is not there
+is None. Deciding whether an answer is right is left to the rewards, algebra to `math_verify`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any
+
+LONGEST_NUMBER = 300
+"""Characters of a number that is still read; a longer run of digits is noise, and costly to compute with."""
+
+_MINUS_SIGNS = dict.fromkeys(map(ord, "\u2212\u2010\u2011\u2012\u2013\ufe63\uff0d"), "-")
+_GROUP_GAP = re.compile(r"(?<=[0-9])(?:\{,\}|\\[,!;: ]|[\u00a0\u2009\u202f])(?=[0-9]{3}(?![0-9]))")
+_LATEX_FRACTION = re.compile(r"(?:(?<![0-9A-Za-z.,])([0-9]{1,9})\s*)?\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
+_BRACES = re.compile(
+    r"(?P<box>\\(?:boxed|fbox)\s*)(?:(?P<open>\{)|(?P<bare>[^\s{}\\]+))|\\.|(?P<lone>\{)|(?P<close>\})", re.DOTALL
+)
+_NUMBER = re.compile(
+    r"""
+    (?P<sign>(?<![0-9A-Za-z_)\]}])[-+])?      # a minus after a word or a number is a hyphen or a subtraction
+    (?:[$€£¥₹]\s?(?P<inner>[-+])?)?
+    (?P<value>
+        (?<![0-9A-Za-z_])(?<![0-9]\.)         # not the tail of x2, H2O or 1.2.3
+        (?: [0-9]{1,3}(?:,[0-9]{3})+(?![0-9]) | [0-9]+ ) (?:\.[0-9]+)?
+      | (?<![0-9A-Za-z_.])\.[0-9]+
+    )
+    (?P<exponent>[eE][-+]?[0-9]{1,3}(?![0-9A-Za-z]))?
+    """,
+    re.VERBOSE,
+)
+
+
+def completion_text(completion: str | Sequence[dict[str, Any]]) -> str:
+    """The text of a completion: itself, or the content of the last message of a conversation."""
+    return completion if isinstance(completion, str) else str(completion[-1]["content"])
+
+
+def xml_answer(text: str) -> str:
+    """The text after the last `<answer>`, cut at the next `</answer>`, stripped; without a tag, the whole text."""
+    return text.rpartition("<answer>")[2].partition("</answer>")[0].strip()
+
+
+def hash_answer(text: str) -> str | None:
+    """The text after the last `####`, stripped, as GSM8K marks its answers; commas are kept."""
+    _, mark, rest = text.rpartition("####")
+    return rest.strip() if mark else None
+
+
+def boxed_answer(text: str) -> str | None:
+    r"""The content of the last LaTeX `\boxed{...}` (or `\fbox`) whose braces close; `\boxed 7` gives "7"."""
+    last: tuple[int, str] | None = None
+    open_braces: list[int | None] = []  # where a box's content starts; None for any other brace
+    for token in _BRACES.finditer(text):
+        if token["bare"]:
+            last = (token.start(), token["bare"].rstrip("$."))
+        elif token["open"] or token["lone"]:
+            open_braces.append(token.end() if token["box"] else None)
+        elif token["close"] and open_braces:
+            start = open_braces.pop()
+            if start is not None and (last is None or start > last[0]):
+                last = (start, text[start : token.start()].strip())
+    return last[1] if last else None
+
+
+def last_number(text: str) -> Fraction | None:
+    r"""The last number written in `text`, exactly; None when there is none, or it is a division by zero.
+
+    Read are signs (Unicode minus too), thousands separated by commas or LaTeX and no-break spaces, decimals,
+    exponents such as `1.5e-3`, `3/4`, `\frac{3}{4}` and `2\frac{1}{2}`. Currency, percent signs and units are passed
+    over: "50%" is 50. A comma that does not part thousands parts numbers, so "3,14" ends in 14. Roots, letters and
+    numbers of more than LONGEST_NUMBER characters are not read.
+    """
+    text = text.translate(_MINUS_SIGNS).replace("\\$", "$")
+    text = _GROUP_GAP.sub("", text)
+    text = _LATEX_FRACTION.sub(_plain_fraction, text)
+    matches = list(_NUMBER.finditer(text))
+    if not matches:
+        return None
+    number = _value(matches[-1])
+    if len(matches) > 1 and number is not None and _is_denominator(text, matches):
+        top = _value(matches[-2])
+        return top / number if top is not None and number != 0 else None
+    return number
+
+
+def final_number(text: str) -> Fraction | None:
+    r"""The number a completion answers with: the last one of its last `<answer>`, else of its last `\boxed`, else of
+    the line after its last `####`, else of the whole text.
+
+    The first marker that is there decides: an `<answer>` without a number has no number, whatever else was written.
+    """
+    if "<answer>" in text:
+        return last_number(xml_answer(text))
+    boxed = boxed_answer(text)
+    if boxed is not None:
+        return last_number(boxed)
+    marked = hash_answer(text)
+    return last_number(text if marked is None else marked.partition("\n")[0])
+
+
+def same_number(
+    number: Fraction | str | None, gold: Fraction | str | None, tolerance: float = 0.0, relative_tolerance: float = 0.0
+) -> bool:
+    """Whether two numbers, or the last numbers of two texts, differ by no more than the wider tolerance.
+
+    `tolerance` is in the numbers' units, `relative_tolerance` a share of `gold`. Compared exactly, without float
+    rounding. False where either number is missing.
+    """
+    number = last_number(number) if isinstance(number, str) else number
+    gold = last_number(gold) if isinstance(gold, str) else gold
+    if number is None or gold is None:
+        return False
+    return abs(number - gold) <= max(Fraction(tolerance), Fraction(relative_tolerance) * abs(gold))
+
+
+def _plain_fraction(match: re.Match[str]) -> str:
+    """`a/b` for a LaTeX fraction; a whole number written before it is added to it."""
+    whole, top, bottom = match.groups()
+    if whole is None:
+        return f"{top}/{bottom}"
+    if re.fullmatch("[0-9]{1,9}", top) and re.fullmatch("[0-9]{1,9}", bottom):
+        return f"{int(whole) * int(bottom) + int(top)}/{bottom}"
+    return f"{whole} {top}/{bottom}"
+
+
+def _value(match: re.Match[str]) -> Fraction | None:
+    if len(match["value"]) > LONGEST_NUMBER:
+        return None
+    number = Fraction(match["value"].replace(",", "") + (match["exponent"] or ""))
+    return -number if (match["sign"] == "-") != (match["inner"] == "-") else number
+
+
+def _is_denominator(text: str, matches: list[re.Match[str]]) -> bool:
+    """Whether the last two numbers form a fraction, and not the end of a date such as 1/2/2024."""
+    top, bottom = matches[-2:]
+    joined = text[top.end() : bottom.start()] == "/" and bottom["sign"] is None
+    return joined and not text[: top.start()].endswith("/") and not text[bottom.end() :].startswith("/")
