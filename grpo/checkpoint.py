@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 MANIFEST = "manifest.json"
 CONFIG = "config.toml"
 LOCK = ".lock"
+BEFORE_FIRST_STEP = {LOCK, CONFIG, "eval.jsonl", "best_adapter"}
 STEP = re.compile(r"step-(\d+)")
 
 # What a resumed run must have in common with the one that it continues: the base and the shape of the adapter, which
@@ -75,7 +76,7 @@ class RunFolder:
             return
         if _is_unused(self.path):
             with contextlib.suppress(OSError):
-                (self.path / CONFIG).unlink(missing_ok=True)
+                _clear(self.path)
                 (self.path / LOCK).unlink()
                 self.path.rmdir()
         os.close(self._lock)
@@ -126,15 +127,28 @@ def create_run_folder(path: Path, resume: bool) -> RunFolder:
     _check_folder(path, resume)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        return RunFolder(path, _lock(path))
+        run = RunFolder(path, _lock(path))
+        try:
+            # Again, now that no other process can have changed it since.
+            _check_folder(path, resume)
+            if not resume:
+                _clear(path)
+        except BaseException:
+            run.close()
+            raise
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); name another folder with --output") from None
+    return run
 
 
 def _check_folder(path: Path, resume: bool) -> None:
     if resume and not (path / CONFIG).is_file():
         raise UserError(f"{path}: there is no run to resume here (no {CONFIG}); start it without --resume")
-    if not resume and os.path.lexists(path) and not (path.is_dir() and _is_unused(path)):
+    try:
+        free = not os.path.lexists(path) or (path.is_dir() and _is_unused(path))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); name another folder with --output") from None
+    if not resume and not free:
         raise UserError(f"{path} already exists; continue that run with --resume, or name another folder with --output")
 
 
@@ -148,7 +162,18 @@ def saved_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def _is_unused(path: Path) -> bool:
-    return {entry.name for entry in path.iterdir()} <= {LOCK, CONFIG}
+    """Whether the folder is empty, or a run's that ended before its first step (the lock tells that it is a run's)."""
+    names = {entry.name for entry in path.iterdir()}
+    return not names or (LOCK in names and names <= BEFORE_FIRST_STEP)
+
+
+def _clear(path: Path) -> None:
+    """Remove what a run leaves that ended before its first step, the lock excepted."""
+    for name in BEFORE_FIRST_STEP - {LOCK}:
+        if (path / name).is_dir():
+            shutil.rmtree(path / name)
+        else:
+            (path / name).unlink(missing_ok=True)
 
 
 def _lock(path: Path) -> int:

@@ -32,7 +32,7 @@ from grpo.checkpoint import write_atomically
 from grpo.config import Config
 from grpo.environment import hardware, versions
 
-METRICS = "metrics.jsonl"
+METRICS, EVALUATIONS = "metrics.jsonl", "eval.jsonl"
 ENDS = 5  # steps that "first" and "last" are means over
 SHOWN_CHARACTERS = 700
 
@@ -119,7 +119,8 @@ def _plain(value: Any) -> Any:
 class RunLog:
     """The record of one run in `run_folder`, and its display on `console` (standard output by default).
 
-    Nothing is written before the first step. A context manager: leaving it ends the live display.
+    Nothing is written before the first step or evaluation. `max_steps` may be set later, when the data are known.
+    A context manager: leaving it ends the live display.
     """
 
     def __init__(
@@ -163,14 +164,14 @@ class RunLog:
 
     def resume(self, step: int) -> None:
         """Go on after `step`: what was recorded of later steps, or only in part, is dropped."""
-        path = self.run_folder / METRICS
-        if path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines()
-            kept = [entry for entry in map(_parsed, lines) if entry is not None and entry["step"] <= step]
-            write_atomically(path, "".join(map(json_line, kept)).encode())
-            self._last, self._series = {"step": step}, {}
-            for entry in kept:
-                self._remember(entry)
+        self._last, self._series = {"step": step}, {}
+        for path in (self.run_folder / METRICS, self.run_folder / EVALUATIONS):
+            if path.exists():
+                lines = path.read_text(encoding="utf-8").splitlines()
+                kept = [entry for entry in map(_parsed, lines) if entry is not None and entry["step"] <= step]
+                write_atomically(path, "".join(map(json_line, kept)).encode())
+                for entry in kept:
+                    self._remember(entry)
         for sampled in (self.run_folder / "completions").glob("step-*.jsonl"):
             if int(sampled.stem.removeprefix("step-")) > step:
                 sampled.unlink()
@@ -192,19 +193,28 @@ class RunLog:
 
     def step(self, metrics: Mapping[str, Any]) -> None:
         """Record the metrics of one step, of which "step" (from 1) is required, and show them."""
-        entry = _plain(metrics)
-        self._remember(entry)
+        self._last = self._record(METRICS, metrics)
         self._stepped = True
-        with (self.run_folder / METRICS).open("a", encoding="utf-8") as file:
-            file.write(json_line(entry))
         self._status = ""
         if self._live is None:
             self._print(Text(self._line()))
         else:
             self._live.refresh()
 
-    def _remember(self, entry: dict[str, Any]) -> None:
-        self._last = entry
+    def evaluation(self, step: int, result: Mapping[str, Any]) -> None:
+        """Record held-out figures after `step` (0: before the first) in `eval.jsonl`, and show "eval/NAME" ones."""
+        entry = self._record(EVALUATIONS, {"step": step, **result})
+        figures = [f"{_label(key)} {_shown(entry.get(key), '{:.3f}')}" for key in self._scores("eval") if key in entry]
+        self._print(Text(f"held out after step {step}: {', '.join(figures)}"))
+
+    def _record(self, name: str, metrics: Mapping[str, Any]) -> dict[str, Any]:
+        entry = _plain(metrics)
+        with (self.run_folder / name).open("a", encoding="utf-8") as file:
+            file.write(json_line(entry))
+        self._remember(entry)
+        return entry
+
+    def _remember(self, entry: Mapping[str, Any]) -> None:
         for key, value in entry.items():
             if isinstance(value, int | float):
                 self._series.setdefault(key, []).append(value)
@@ -275,22 +285,23 @@ class RunLog:
             "step_seconds": "{:.1f} s",
         }
         parts += [form.format(entry[key]) for key, form in forms.items() if entry.get(key) is not None]
-        parts += [f"{_label(key)} {entry[key]:.3f}" for key in self._scores("eval") if entry.get(key) is not None]
         left = self._seconds_left()
         return "  ".join(parts if left is None else [*parts, f"left {_duration(left)}"])
 
     def _display(self) -> RenderableType:
         """What is live: a bar, then every figure of the last step, of the last five and of the first five."""
         done, left = self._last["step"], self._seconds_left()
+        if not self._stepped:
+            return Text(self._status or "starting", style="dim")
         head = Table.grid(padding=(0, 2))
         head.add_row(
             Text(f"step {done}/{self.max_steps}", style="bold"),
-            ProgressBar(total=max(self.max_steps, 1), completed=done, width=32),
+            ProgressBar(total=self.max_steps, completed=done, width=32),
             Text(f"{_duration(time.perf_counter() - self._started)} gone"),
             Text("" if left is None else f"{_duration(left)} left"),
             Text(self._status, style="dim"),
         )
-        return Group(head, self._table()) if self._series else head
+        return Group(head, self._table())
 
     def _table(self) -> Table:
         first, recent = self._ends()
@@ -353,7 +364,7 @@ def _parsed(line: str) -> dict[str, Any] | None:
 
 
 def _label(key: str) -> str:
-    return printable(key.removeprefix("rewards/"))
+    return printable(key.removeprefix("rewards/").replace("eval/", "held-out ", 1))
 
 
 def _shown(value: float | None, form: str) -> str:
