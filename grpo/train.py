@@ -143,10 +143,13 @@ def arithmetic(config: Config) -> list[str]:
         f"  at most {completions * rollout.max_completion_length:,} sampled tokens, and "
         f"{completions * longest:,} with prompts.",
         f"  {_count(updates, 'optimiser step')} ({_count(training.num_iterations, 'pass', 'passes')} over the batch, "
-        f"{_count(training.optimizer_steps_per_rollout, 'update')} in each), of {sequences_each} completions each,",
-        f"  in at most {_count(most, 'micro-batch', 'micro-batches')} of {training.tokens_per_micro_batch:,} tokens, "
-        f"the longest sequence being {longest:,}.",
+        f"{_count(training.optimizer_steps_per_rollout, 'update')} in each),",
+        f"  each on at most {sequences_each} completions, in at most {_count(most, 'micro-batch', 'micro-batches')} of "
+        f"{training.tokens_per_micro_batch:,} tokens; the longest sequence is {longest:,}.",
     ]
+    if config.loss.dynamic_sampling:
+        rounds = config.loss.dynamic_sampling_max_rounds
+        lines.append(f"  Dynamic sampling: at most {rounds} times as many completions are sampled to fill the batch.")
     if training.max_steps is not None:
         lines.append(
             f"The run: {_count(training.max_steps, 'step')} = {training.max_steps * updates:,} optimiser steps on "
