@@ -8,6 +8,8 @@ only for a chunk of tokens at a time.
 from __future__ import annotations
 
 import copy
+import json
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -142,7 +144,8 @@ class Policy:
         self.base = base
         self.lora = lora
         self.peft_config = peft_config(base, lora, base_name)
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # peft names our layer as unknown, and the base's folder as renamed
             torch.manual_seed(seed)
             self.model: PeftModel = get_peft_model(build_graph(base), self.peft_config)
         self.model.eval()
@@ -246,8 +249,6 @@ def peft_config(base: BaseWeights, lora: Lora, base_name: str) -> LoraConfig:
 
 def check_adapter(folder: Path, expected: LoraConfig) -> None:
     """Raise UserError unless `folder` holds a LoRA adapter of the expected rank, scale and targets."""
-    import json
-
     file = Path(folder) / "adapter_config.json"
     if not file.is_file():
         raise UserError(f"{folder}: no adapter_config.json; pass the folder of a peft adapter")

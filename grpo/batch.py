@@ -1,0 +1,85 @@
+"""What the training graph is fed: sequences with their advantages, packed to a token budget without padding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from grpo.sampler import Group
+
+
+@dataclass
+class TrainingSequence:
+    """A prompt with one completion, and all that the loss needs to know of it."""
+
+    prompt_ids: Sequence[int]
+    completion_ids: Sequence[int]
+    rollout_logprobs: Sequence[float]
+    advantage: float
+    truncated: bool
+    """Cut at the length limit."""
+    old_logprobs: Tensor | None = None
+    """float32 [completion]: under the policy before this rollout's first update; None: that of the current forward."""
+
+    def __len__(self) -> int:
+        """Tokens that a forward pass sees."""
+        return len(self.prompt_ids) + len(self.completion_ids) - 1
+
+
+def training_sequences(group: Group, advantages: Tensor) -> list[TrainingSequence]:
+    """`group`'s completions with their `advantages` [G]."""
+    return [
+        TrainingSequence(
+            group.prompt.token_ids,
+            sample.token_ids,
+            sample.logprobs,
+            float(advantage),
+            sample.truncated,
+        )
+        for sample, advantage in zip(group.samples, advantages, strict=True)
+    ]
+
+
+def pack(sequences: Sequence[TrainingSequence], tokens: int) -> list[list[TrainingSequence]]:
+    """Micro-batches of at most `tokens` tokens each, filled in order; a longer sequence gets one of its own."""
+    batches: list[list[TrainingSequence]] = []
+    room = 0
+    for sequence in sequences:
+        if not batches or len(sequence) > room:
+            batches.append([])
+            room = tokens
+        batches[-1].append(sequence)
+        room -= len(sequence)
+    return batches
+
+
+@dataclass(frozen=True)
+class PackedTokens:
+    """The completion tokens of a micro-batch, one sequence after another."""
+
+    sequence: Tensor
+    """int64 [T], which sequence of the micro-batch a token is of."""
+    rollout_logprobs: Tensor
+    """float32 [T]."""
+    advantages: Tensor
+    """float32 [S]."""
+    truncated: Tensor
+    """bool [S]."""
+    old_logprobs: Tensor | None
+    """float32 [T], or None on policy."""
+
+
+def packed_tokens(batch: Sequence[TrainingSequence], device: torch.device) -> PackedTokens:
+    """The tensors of a micro-batch."""
+    lengths = torch.tensor([len(sequence.completion_ids) for sequence in batch])
+    old = [sequence.old_logprobs for sequence in batch]
+    return PackedTokens(
+        sequence=torch.arange(len(batch)).repeat_interleave(lengths).to(device),
+        rollout_logprobs=torch.tensor([p for s in batch for p in s.rollout_logprobs], device=device),
+        advantages=torch.tensor([sequence.advantage for sequence in batch], device=device),
+        truncated=torch.tensor([sequence.truncated for sequence in batch], device=device),
+        old_logprobs=torch.cat(old).to(device) if all(entry is not None for entry in old) else None,
+    )

@@ -1,0 +1,160 @@
+"""From a rollout to optimiser steps: micro-batches, logprobs, loss, gradients, AdamW.
+
+The loss is normalised by constants of one optimiser step, so neither the token budget of a micro-batch nor the order
+of sequences changes the gradient. Old logprobs are computed only when a rollout is used for more than one optimiser
+step, the reference's only when `beta` > 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grpo.advantages import Advantages, may_skip_equal_groups
+from grpo.batch import PackedTokens, TrainingSequence, pack, packed_tokens, training_sequences
+from grpo.config import Config
+from grpo.loss import BatchTotals, LossInputs, batch_totals, resolve_loss
+from grpo.loss_metrics import Metrics, merge_metrics
+from grpo.optim import build_optimizer, learning_rate
+from grpo.policy import Policy, Scored
+from grpo.sampler import Group
+
+
+class Learner:
+    """Owns the optimiser; changes the policy's adapter."""
+
+    def __init__(self, policy: Policy, config: Config, *, max_steps: int, notice: Callable[[str], None]):
+        self.policy, self.config, self.max_steps = policy, config, max_steps
+        self.loss = resolve_loss(config.loss)
+        self.parameters = policy.parameters()
+        self.optimizer = build_optimizer(self.parameters, config.train, policy.base.device, notice)
+
+    def update(self, groups: Sequence[Group], advantages: Advantages, step: int) -> dict[str, float]:
+        """All optimiser steps of one rollout. Returns the step's training metrics."""
+        train = self.config.train
+        rate = learning_rate(step, self.max_steps, train)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        prompts = [
+            training_sequences(group, values)
+            for group, values in zip(groups, advantages.values, strict=True)
+        ]
+        if may_skip_equal_groups(self.config.loss):
+            idle = {id(prompt) for prompt, equal in zip(prompts, advantages.zero_std, strict=True) if equal}
+        else:
+            idle = set()
+        updates = train.num_iterations * train.optimizer_steps_per_rollout
+        self.policy.model.train()
+        try:
+            if updates > 1:
+                self.remember_old_logprobs([s for prompt in prompts if id(prompt) not in idle for s in prompt])
+            figures = [
+                self.optimizer_step(part, idle)
+                for _ in range(train.num_iterations)
+                for part in split(prompts, train.optimizer_steps_per_rollout)
+            ]
+        finally:
+            self.policy.model.eval()
+        return {**mean_of(figures), "learning_rate": rate}
+
+    def optimizer_step(self, prompts: list[list[TrainingSequence]], idle: set[int]) -> dict[str, float]:
+        """One optimiser step on `prompts`; those in `idle` count in the normaliser only."""
+        active = [sequence for prompt in prompts if id(prompt) not in idle for sequence in prompt]
+        batches = pack(active, self.config.train.tokens_per_micro_batch)
+        totals = self.totals([sequence for prompt in prompts for sequence in prompt])
+        metrics = []
+        for batch in batches:
+            loss, measured = self.micro_batch(batch, totals)
+            loss.backward()
+            metrics.append(measured)
+        return {"loss": 0.0, "grad_norm": self.apply_gradients(), **merge_metrics(metrics)}
+
+    def micro_batch(self, batch: list[TrainingSequence], totals: BatchTotals) -> tuple[Tensor, Metrics]:
+        """The share of the loss that `batch` contributes."""
+        tokens = packed_tokens(batch, self.policy.base.device)
+        scored = self.score(batch, entropy_gradient=self.config.loss.entropy_coef != 0)
+        return self.loss(self.loss_inputs(batch, tokens, scored), totals, self.config.loss)
+
+    def loss_inputs(self, batch: list[TrainingSequence], tokens: PackedTokens, scored: Scored) -> LossInputs:
+        reference = None
+        if self.config.loss.beta > 0:
+            with self.policy.reference():
+                reference = self.score(batch).logprobs
+        return LossInputs(
+            logprobs=scored.logprobs,
+            old_logprobs=tokens.old_logprobs,
+            rollout_logprobs=tokens.rollout_logprobs,
+            ref_logprobs=reference,
+            advantages=tokens.advantages,
+            sequence=tokens.sequence,
+            mask=torch.ones_like(tokens.sequence, dtype=torch.bool),
+            entropy=scored.entropy,
+            truncated=tokens.truncated,
+        )
+
+    def totals(self, sequences: Sequence[TrainingSequence]) -> BatchTotals:
+        """The constants that normalise the loss of one optimiser step."""
+        return batch_totals(
+            [len(sequence.completion_ids) for sequence in sequences],
+            self.config.loss,
+            self.config.rollout.max_completion_length,
+            truncated=[sequence.truncated for sequence in sequences],
+            entropy=self.entropy(sequences) if self.config.loss.top_entropy_quantile < 1 else None,
+        )
+
+    @torch.no_grad()
+    def entropy(self, sequences: Sequence[TrainingSequence]) -> Tensor:
+        """Entropy at every completion token, from an extra forward pass."""
+        batches = pack(sequences, self.config.train.tokens_per_micro_batch)
+        return torch.cat([self.score(batch).entropy for batch in batches])
+
+    @torch.no_grad()
+    def remember_old_logprobs(self, sequences: list[TrainingSequence]) -> None:
+        """Store each sequence's logprobs under the policy as it is now."""
+        for batch in pack(sequences, self.config.train.tokens_per_micro_batch):
+            lengths = [len(sequence.completion_ids) for sequence in batch]
+            for sequence, logprobs in zip(batch, self.score(batch).logprobs.split(lengths), strict=True):
+                sequence.old_logprobs = logprobs
+
+    def score(self, batch: Sequence[TrainingSequence], *, entropy_gradient: bool = False) -> Scored:
+        return self.policy.score(
+            [sequence.prompt_ids for sequence in batch],
+            [sequence.completion_ids for sequence in batch],
+            temperature=self.config.rollout.temperature,
+            chunk_tokens=self.config.train.logprob_chunk_tokens,
+            entropy_gradient=entropy_gradient,
+        )
+
+    def apply_gradients(self) -> float:
+        """Clip, step, clear; returns the gradient norm before clipping. Without any gradient nothing moves."""
+        if all(parameter.grad is None for parameter in self.parameters):
+            return 0.0
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.train.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return float(norm)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+def split(prompts: list[list[TrainingSequence]], parts: int) -> list[list[list[TrainingSequence]]]:
+    """`prompts` in `parts` runs whose lengths differ by at most one; none is empty unless there are too few."""
+    bounds = [len(prompts) * part // parts for part in range(parts + 1)]
+    return [prompts[first:last] for first, last in zip(bounds, bounds[1:], strict=False) if last > first]
+
+
+def mean_of(figures: list[dict[str, float]]) -> dict[str, float]:
+    """The mean of each figure over the optimiser steps that have it."""
+    names = dict.fromkeys(name for entry in figures for name in entry)
+    return {name: average([entry[name] for entry in figures if name in entry]) for name in names}
+
+
+def average(values: list[float]) -> float:
+    return sum(values) / len(values)

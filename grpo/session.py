@@ -1,0 +1,142 @@
+"""A model ready to sample and train: source, tokenizer, the one copy, the training graph and vLLM, opened together.
+
+Training, evaluation and generation all start here. The order matters on a GPU: the weights take their memory first,
+then vLLM is told exactly how much is left for its KV cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from grpo.base import BaseWeights
+from grpo.config import Config
+from grpo.engine import Engine, EngineSettings, SamplingSettings
+from grpo.errors import UserError
+from grpo.policy import Policy
+from grpo.source import open_source
+
+
+def open_session(
+    config: Config, *, adapter: Path | None = None, status: Callable[[str], None] = lambda text: None
+) -> Session:
+    """Load the model of `config` and start vLLM on it. `adapter`: a folder whose values replace the fresh adapter's.
+
+    `status` is told what is being done. Raises UserError for whatever about the model cannot be used.
+    """
+    return Session(config, adapter, status)
+
+
+class Session:
+    """Everything that holds the model. A context manager: leaving it stops vLLM and frees the memory."""
+
+    def __init__(self, config: Config, adapter: Path | None, status: Callable[[str], None]):
+        self.config = config
+        device = resolve_device(config.model.device)
+        dtype = resolve_dtype(config.model.dtype, device)
+        status(f"reading {config.model.name}")
+        source = open_source(config.model)
+        self.tokenizer = source.tokenizer()
+        if config.model.chat_template is not None:
+            self.tokenizer.chat_template = read_template(config.model.chat_template)
+        self.stop_token_ids = stop_token_ids(source, self.tokenizer)
+        self.base = BaseWeights(source, config.model, device=device, dtype=dtype)
+        check_length(self.base, config.max_seq_length)
+        self.policy = Policy(self.base, config.lora, seed=config.train.seed, base_name=config.model.name)
+        if adapter is not None:
+            self.policy.load_adapter(adapter)
+        status("starting vLLM")
+        self.engine = Engine(self.base, self.policy, engine_settings(config), self.tokenizer)
+
+    def sampling(self, temperature: float, max_tokens: int, top_p: float = 1.0) -> SamplingSettings:
+        """Sampling settings with this model's end tokens and the configuration's stop strings."""
+        return SamplingSettings(
+            temperature=temperature,
+            max_tokens=max_tokens,
+            top_p=top_p,
+            stop_token_ids=self.stop_token_ids,
+            stop=tuple(self.config.rollout.stop),
+        )
+
+    def decode(self, token_ids: list[int]) -> str:
+        """Text of a completion, without special tokens."""
+        return self.tokenizer.decode(token_ids, skip_special_tokens=True)
+
+    def close(self) -> None:
+        """Stop vLLM and let go of the weights."""
+        self.engine.close()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def resolve_device(wanted: str) -> torch.device:
+    """The device that `model.device` asks for."""
+    available = torch.cuda.is_available()
+    if wanted == "cuda" and not available:
+        raise UserError('model.device = "cuda": torch sees no GPU; install a CUDA build of torch, or set "cpu"')
+    return torch.device("cuda" if available and wanted != "cpu" else "cpu")
+
+
+def resolve_dtype(wanted: str, device: torch.device) -> torch.dtype:
+    """The compute type that `model.dtype` asks for; "auto" is bfloat16 where the hardware computes in it."""
+    if wanted != "auto":
+        return getattr(torch, wanted)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+
+
+def read_template(path: Path) -> str:
+    """The chat template in `path`."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"model.chat_template = {str(path)!r}: cannot be read ({error.strerror})") from None
+
+
+def stop_token_ids(source: Any, tokenizer: Any) -> tuple[int, ...]:
+    """Every token that ends a completion: the tokenizer's, the configuration's and the generation configuration's."""
+    found = [tokenizer.eos_token_id, source.config.get_text_config().eos_token_id]
+    file = source.path / "generation_config.json"
+    if file.is_file():
+        import json
+
+        found.append(json.loads(file.read_text()).get("eos_token_id"))
+    flat = [token for entry in found if entry is not None for token in (entry if isinstance(entry, list) else [entry])]
+    if not flat:
+        raise UserError(f"{source.path}: neither the tokenizer nor the configuration names an end-of-sequence token, so "
+                        "completions would never stop; set eos_token in tokenizer_config.json")
+    return tuple(sorted(set(flat)))
+
+
+def check_length(base: BaseWeights, length: int) -> None:
+    """Raise UserError if sequences of `length` tokens exceed the positions that the model knows."""
+    longest = getattr(base.config, "max_position_embeddings", length)
+    if length > longest:
+        raise UserError(f"sequences of {length} tokens exceed the {longest} positions of {base.source_path}; lower "
+                        "rollout.max_prompt_length or rollout.max_completion_length")
+
+
+def engine_settings(config: Config) -> EngineSettings:
+    """What the configuration asks of vLLM."""
+    rollout = config.rollout
+    evaluation = config.eval.max_completion_length or 0
+    return EngineSettings(
+        max_seq_length=max(config.max_seq_length, rollout.max_prompt_length + evaluation),
+        max_num_seqs=rollout.max_num_seqs or min(config.completions_per_step, 256),
+        kv_cache_memory_bytes=rollout.kv_cache_memory_bytes,
+        kv_cache_dtype=rollout.kv_cache_dtype,
+        enforce_eager=rollout.enforce_eager,
+        seed=config.train.seed,
+        stop_strings=bool(rollout.stop),
+    )
