@@ -35,6 +35,17 @@ from grpo.environment import hardware, versions
 METRICS, EVALUATIONS = "metrics.jsonl", "eval.jsonl"
 ENDS = 5  # steps that "first" and "last" are means over
 SHOWN_CHARACTERS = 700
+LIBRARIES = (
+    "vllm",
+    "transformers",
+    "datasets",
+    "huggingface_hub",
+    "peft",
+    "accelerate",
+    "bitsandbytes",
+    "torch",
+    "gguf",
+)
 
 # C0 but for tab and newline, DEL and C1 move the cursor or start a terminal command; the bidirectional controls reorder
 # what is shown; lone surrogates cannot be encoded.
@@ -405,10 +416,11 @@ def quiet_libraries(verbose: bool) -> None:
         "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "TQDM_DISABLE": "1",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
     }
     for name, value in quiet.items():
         os.environ.setdefault(name, value)
-    for name in ("vllm", "transformers", "datasets", "huggingface_hub", "peft", "accelerate", "torch", "gguf"):
+    for name in LIBRARIES:
         logging.getLogger(name).setLevel(logging.ERROR)
         if not sys.warnoptions:
             warnings.filterwarnings("ignore", module=rf"{name}(\.|$)")
