@@ -80,7 +80,7 @@ def _centred(rewards: Tensor, leave_one_out: bool) -> Tensor:
     """Rewards [P, G, ...] minus their group's mean, or the mean of the group's others; NaN where there are none."""
     centred = rewards - rewards.nanmean(1, keepdim=True)
     if leave_one_out:
-        count = (~rewards.isnan()).sum(1, keepdim=True)
+        count = (~rewards.isnan()).double().sum(1, keepdim=True)
         # r - (sum - r) / (n - 1) = (r - mean) n / (n - 1)
         centred = centred * (count / (count - 1))
     return centred

@@ -206,8 +206,8 @@ def sapo(terms: Terms, totals: BatchTotals, settings: Loss) -> Tensor:
 
     tau is `sapo_temperature_pos` where A_i > 0, else `sapo_temperature_neg`.
     """
-    positive = terms.advantages > 0
-    tau = torch.where(positive, settings.sapo_temperature_pos, settings.sapo_temperature_neg).to(terms.ratio.dtype)
+    # Float32 whatever the ratio's dtype, as TRL has it.
+    tau = torch.where(terms.advantages > 0, settings.sapo_temperature_pos, settings.sapo_temperature_neg)
     loss = -torch.sigmoid(tau * (terms.ratio - 1)) * 4 / tau * terms.advantages
     return _mean_of_means(terms, loss, totals)
 
