@@ -157,14 +157,17 @@ def test_the_command_line_runs_from_the_wheel(installed: dict[str, Path | None],
     assert "# A step: 16 prompts" in printed
 
 
-def test_the_wheel_has_every_module_and_nothing_outside_the_package(wheel: Path) -> None:
+def test_the_wheel_has_every_file_of_the_four_folders_and_nothing_outside_the_package(
+    wheel: Path, project: Path
+) -> None:
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    modules = {
-        f"{place}/{path.relative_to(ROOT / folder)}"
+    files = {
+        f"{place}/{path.name}"
         for folder, place in FOLDERS.items()
-        for path in (ROOT / folder).glob("*.py")
+        for path in (project / folder).iterdir()
+        if path.is_file()
     }
-    assert names == modules
+    assert names == files
 
 
 def test_the_wheel_names_its_extras(wheel: Path) -> None:
