@@ -1,0 +1,236 @@
+"""Times the NF4 product against bitsandbytes and bf16 cuBLAS, or (--tune) measures the table it chooses tiles from.
+
+The linear layers of one decoder layer of Llama-3.1-8B, Llama-3.2-3B and Qwen2.5-1.5B, random weights. Weights are
+cold: every call in a CUDA graph reads another copy, together larger than the L2 cache. bitsandbytes multiplies q, k, v
+and gate, up one after the other, as vLLM's integration of it does, here without that integration's copies between.
+Before timing, every product is compared with float32 on the same dequantised weights, and its rows with those of
+smaller batches, bit for bit.
+
+    python benchmarks/nf4_gemm.py                                   # a table, then one line of JSON
+    python benchmarks/nf4_gemm.py --tune kernels/nf4_table.json     # search tiles first, and measure with them
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks import nf4_tune
+from grpo.environment import hardware, versions
+from grpo.kernels import nf4, nf4_gemm
+
+MODELS: dict[str, dict[str, tuple[tuple[int, ...], int]]] = {
+    "Llama-3.1-8B": {
+        "qkv": ((4096, 1024, 1024), 4096),
+        "o": ((4096,), 4096),
+        "gate_up": ((14336, 14336), 4096),
+        "down": ((4096,), 14336),
+    },
+    "Llama-3.2-3B": {
+        "qkv": ((3072, 1024, 1024), 3072),
+        "o": ((3072,), 3072),
+        "gate_up": ((8192, 8192), 3072),
+        "down": ((3072,), 8192),
+    },
+    "Qwen2.5-1.5B": {
+        "qkv": ((1536, 256, 256), 1536),
+        "o": ((1536,), 1536),
+        "gate_up": ((8960, 8960), 1536),
+        "down": ((1536,), 8960),
+    },
+}
+"""Model -> linear layer -> (rows of each part, columns)."""
+
+ROWS = (1, 8, 16, 32, 64, 128, 256, 512, 2048)
+COLD_BYTES = 160e6
+"""What the copies that one graph reads add up to, at least: three times the L2 cache of an H100."""
+MOST_COPIES = 96
+MEMORY_BANDWIDTH = 3.0e12
+"""Bytes per second of a device-to-device copy on an H100 80GB HBM3, for the column `floor`."""
+
+
+class Weight:
+    """Copies of one random weight in one form, for cold reads, and the product that reads one of them."""
+
+    def __init__(self, copies: list, multiply: Callable[[Tensor, Any], Any]):
+        self.copies, self.multiply = copies, multiply
+
+    def microseconds(self, x: Tensor) -> float:
+        return microseconds(self.copies, partial(self.multiply, x))
+
+
+def microseconds(copies: list, call: Callable[[Any], Any], replays: int = 9) -> float:
+    """Median time of `call(copy)`, over replays of a CUDA graph that calls it with every copy in turn."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    graph = torch.cuda.CUDAGraph()
+    times = []
+    with torch.cuda.stream(stream):
+        for copy in copies[:2]:
+            call(copy)
+        graph.capture_begin()
+        for copy in copies:
+            call(copy)
+        graph.capture_end()
+        graph.replay()
+        for _ in range(replays):
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            graph.replay()
+            end.record()
+            times.append((start, end))
+    stream.synchronize()
+    return statistics.median(start.elapsed_time(end) for start, end in times) / len(copies) * 1e3
+
+
+def copies_for(size: float) -> int:
+    return max(2, min(MOST_COPIES, math.ceil(COLD_BYTES / size)))
+
+
+def random_weight(features: int, columns: int) -> Tensor:
+    return torch.randn(features, columns, dtype=torch.bfloat16, device="cuda") * 0.02
+
+
+def packed_weight(dense: Tensor) -> Weight:
+    features, columns = dense.shape
+    copies = []
+    for _ in range(copies_for(dense.numel() * 0.53125)):
+        copies.append(nf4.allocate(features, columns, torch.bfloat16, "cuda"))
+        nf4.quantize_rows(*copies[-1], 0, dense)
+    return Weight(copies, lambda x, copy: nf4_gemm.nf4_linear(x, *copy))
+
+
+def dense_weight(dense: Tensor) -> Weight:
+    copies = [dense.clone() for _ in range(copies_for(dense.numel() * 2))]
+    return Weight(copies, lambda x, copy: F.linear(x, copy))
+
+
+def bitsandbytes_weight(dense: Tensor, parts: tuple[int, ...]) -> Weight:
+    import bitsandbytes
+    from bitsandbytes.functional import quantize_4bit
+
+    copies = [
+        [quantize_4bit(part.contiguous(), quant_type="nf4", blocksize=64) for part in dense.split(parts)]
+        for _ in range(copies_for(dense.numel() * 0.5625))
+    ]
+    return Weight(copies, lambda x, copy: [bitsandbytes.matmul_4bit(x, codes.t(), state) for codes, state in copy])
+
+
+def check(packed: Weight) -> dict[str, float]:
+    """Relative error against float32, the largest over numbers of rows, and how many rows changed with the batch."""
+    copy = packed.copies[0]
+    features, columns = copy[0].shape[0], copy[0].shape[1] * 2
+    dense = nf4.dequantize(*copy).float()
+    plan = nf4_gemm.find_plan(torch.device("cuda", 0), features, columns)
+    most = plan.tiles[-1][0] if plan else 256
+    x = torch.randn(max(most, 512), columns, dtype=torch.bfloat16, device="cuda")
+    reference = x.float() @ dense.T
+    worst, changed = 0.0, 0
+    whole = nf4_gemm.nf4_linear(x[:most], *copy)
+    for rows in (1, 2, 3, 7, 8, 9, 16, 17, 31, 32, 33, 64, 65, 100, 128, 129, 200, 256, 257, 300, 512):
+        out = torch.full((rows, features), math.nan, dtype=torch.bfloat16, device="cuda")
+        nf4_gemm.nf4_linear(x[:rows], *copy, out=out)
+        error = (out.float() - reference[:rows]).norm() / reference[:rows].norm()
+        worst = max(worst, error.item() if error.isfinite() else math.inf)
+        if rows <= most:
+            changed += int((out != whole[:rows]).any(1).sum())
+    return {"relative_error": worst, "rows_changed_by_batch": changed}
+
+
+def measure(models: Iterable[str], row_counts: Iterable[int]) -> list[dict]:
+    """One record per model, linear layer and number of rows, times in microseconds."""
+    records = []
+    for model in models:
+        for name, (parts, columns) in MODELS[model].items():
+            dense = random_weight(sum(parts), columns)
+            packed = packed_weight(dense)
+            checks = check(packed)
+            systems = {"ours": packed, "bf16": dense_weight(dense), "bitsandbytes": bitsandbytes_weight(dense, parts)}
+            for rows in row_counts:
+                x = torch.randn(rows, columns, dtype=torch.bfloat16, device="cuda")
+                record = {"model": model, "linear": name, "shape": [sum(parts), columns], "rows": rows, **checks}
+                record |= {system: round(weight.microseconds(x), 2) for system, weight in systems.items()}
+                record["floor"] = round(dense.numel() * 0.53125 / MEMORY_BANDWIDTH * 1e6, 2)
+                records.append(record)
+            del dense, packed, systems
+            torch.cuda.empty_cache()
+    return records
+
+
+def layer_sums(records: list[dict]) -> list[dict]:
+    """The linear layers of a decoder layer added up, with the ratios that matter."""
+    sums: dict[tuple[str, int], dict] = {}
+    for record in records:
+        entry = sums.setdefault((record["model"], record["rows"]), {"model": record["model"], "rows": record["rows"]})
+        for key in ("ours", "bf16", "bitsandbytes", "floor"):
+            entry[key] = round(entry.get(key, 0.0) + record[key], 2)
+    for entry in sums.values():
+        entry["against_bitsandbytes"] = round(entry["bitsandbytes"] / entry["ours"], 3)
+        entry["against_bf16"] = round(entry["bf16"] / entry["ours"], 3)
+    return list(sums.values())
+
+
+def print_table(records: list[dict], sums: list[dict]) -> None:
+    print("microseconds, cold weights")
+    heading = ("model", "linear", "rows", "bf16", "bnb", "ours", "floor", "x bnb", "x bf16")
+    print("{:14} {:8} {:>5} {:>9} {:>9} {:>9} {:>7} {:>6} {:>6}".format(*heading))
+    for record in [*records, *({**entry, "linear": "layer"} for entry in sums)]:
+        print(
+            f"{record['model']:14} {record['linear']:8} {record['rows']:5} {record['bf16']:9.1f} "
+            f"{record['bitsandbytes']:9.1f} {record['ours']:9.1f} {record['floor']:7.1f} "
+            f"{record['bitsandbytes'] / record['ours']:6.2f} {record['bf16'] / record['ours']:6.2f}"
+        )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--models", default=",".join(MODELS), help="comma-separated")
+    parser.add_argument("--rows", default=",".join(map(str, ROWS)), help="numbers of rows of x")
+    parser.add_argument(
+        "--tune", type=Path, metavar="TABLE", help="search tiles, write them to this JSON file, use them"
+    )
+    parser.add_argument("--budget", type=float, default=600.0, help="seconds for --tune")
+    parser.add_argument("--out", type=Path, help="write the result there too, as JSON")
+    options = parser.parse_args()
+    models = options.models.split(",")
+    started = time.monotonic()
+    if options.tune:
+        shapes = [(sum(parts), columns) for model in models for parts, columns in MODELS[model].values()]
+        nf4_tune.tune(shapes, options.tune, started + options.budget)
+        nf4_gemm.use_table(options.tune)
+    torch.cuda.init()
+    records = measure(models, [int(rows) for rows in options.rows.split(",")])
+    sums = layer_sums(records)
+    print_table(records, sums)
+    result = {
+        "benchmark": "nf4_gemm",
+        "hardware": hardware(),
+        "versions": versions(),
+        "seconds": round(time.monotonic() - started, 1),
+        "worst_relative_error": max(record["relative_error"] for record in records),
+        "rows_changed_by_batch": sum(record["rows_changed_by_batch"] for record in records),
+        "layers": sums,
+        "linears": records,
+    }
+    if options.out:
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps({key: value for key, value in result.items() if key != "linears"}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

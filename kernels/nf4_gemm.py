@@ -1,0 +1,283 @@
+"""y = x W^T + b for W in the stored form of nf4.py: one call, which multiplies packed weights where that is faster.
+
+`nf4_linear` chooses between a fused Triton kernel and dequantise + cuBLAS by nf4_table.json, measured per GPU model by
+benchmarks/nf4_gemm.py --tune. docs/nf4-kernel.md explains the kernel.
+
+The fused kernel's result for a row of x has the same bits whatever other rows there are: K is split by the shape of W
+alone, each split is summed in the order of K, and the splits are added in their order by whichever program finishes
+last. Tile sizes, which do depend on the number of rows, do not enter. Two limits: above the table's largest number of
+rows (256 on an H100) the product is cuBLAS's, with cuBLAS's bits; and another shape, GPU model or table may split
+otherwise.
+
+Not here: gradients, LoRA, products of W with anything on the other side. One stream at a time per device: calls share
+a workspace.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from grpo.kernels import nf4
+from grpo.kernels.nf4_lookup import byte_tables, load_rows, lookup_half, round_to, scaled, tile_columns
+
+TABLE = Path(__file__).with_name("nf4_table.json")
+WORKSPACE_BYTES = 64 << 20
+"""Per device: a dequantised piece of a weight, or the partial sums of a split product."""
+DENSE_BYTES = 32 << 20
+"""Size of a dequantised piece: the product then reads it from an L2 cache of 50 MB."""
+COUNTERS = 1 << 14
+"""Output tiles of a split product, at most."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How the fused kernel cuts up a product. None of it changes a bit of the result."""
+
+    n: int
+    """Rows of W (columns of y) per program; a multiple of 16 * warps."""
+    m: int
+    """Rows of x per program, at least 16."""
+    warps: int
+    stages: int
+    """Depth of the pipeline of loads."""
+    dots: int
+    """Matrix products per 128 columns: 1 overlaps looking up with multiplying, 2 needs fewer registers."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to do for one shape of W."""
+
+    split: int
+    """Programs that share the columns of a tile. Part of the result's definition: see the module's docstring."""
+    tiles: tuple[tuple[int, Tile], ...]
+    """(largest number of rows, tile), ascending."""
+
+    def tile(self, rows: int) -> Tile | None:
+        """The tile for `rows` rows of x; None: dequantise + cuBLAS is faster."""
+        return next((tile for most, tile in self.tiles if rows <= most), None)
+
+
+def nf4_linear(
+    x: Tensor, packed: Tensor, absmax: Tensor, bias: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
+    """x [M, K] times the transpose of W [N, K], plus bias [N]: [M, N], rounded once to x's dtype.
+
+    packed, absmax: rows of a weight made by `nf4.allocate`; absmax has x's dtype (bfloat16, float16; float32 without
+    the fused kernel). out: where to write, [M, N] with its last stride 1. Sums are float32. Records no gradient.
+    Safe in CUDA graphs and under torch.inference_mode; in a graph only after `prepare(device)` or an earlier call.
+    Raises ValueError for shapes, dtypes or strides outside this.
+    """
+    rows, columns = x.shape
+    features = packed.shape[0]
+    if columns != packed.shape[1] * 2 or x.dtype != absmax.dtype or x.stride(1) != 1:
+        raise ValueError(f"x is {x.dtype} {tuple(x.shape)} with strides {x.stride()}; the weight takes {absmax.dtype} "
+                         f"[M, {packed.shape[1] * 2}] with a last stride of 1")  # fmt: skip
+    if out is None:
+        out = torch.empty(rows, features, dtype=x.dtype, device=x.device)
+    if out.shape != (rows, features) or out.dtype != x.dtype or out.stride(1) != 1:
+        raise ValueError(f"out must be {x.dtype} [{rows}, {features}] with a last stride of 1")
+    plan = find_plan(x.device, features, columns) if x.is_cuda and x.dtype != torch.float32 else None
+    tile = plan.tile(rows) if plan else None
+    if rows == 0:
+        return out
+    if plan and tile:
+        launch_gemm(x, packed, absmax, bias, out, tile, plan.split)
+    elif x.is_cuda:
+        dense_linear(x, packed, absmax, bias, out)
+    else:
+        out.copy_(F.linear(x, nf4.dequantize(packed, absmax), bias))
+    return out
+
+
+def dense_linear(x: Tensor, packed: Tensor, absmax: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """`nf4_linear` by dequantising W piece by piece into the workspace and multiplying each piece by cuBLAS."""
+    features, columns = packed.shape[0], packed.shape[1] * 2
+    pieces = math.ceil(features * columns * x.element_size() / DENSE_BYTES)
+    step = math.ceil(features / pieces / 256) * 256
+    scratch, _ = workspace(x.device)
+    for start in range(0, features, step):
+        part = slice(start, min(start + step, features))
+        dense = scratch.view(x.dtype)[: (part.stop - start) * columns].view(-1, columns)
+        nf4.dequantize(packed[part], absmax[part], out=dense)
+        if bias is None:
+            torch.mm(x, dense.t(), out=out[:, part])
+        else:
+            torch.addmm(bias[part], x, dense.t(), out=out[:, part])
+
+
+_workspaces: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+
+def workspace(device: torch.device) -> tuple[Tensor, Tensor]:
+    """(uint8 [WORKSPACE_BYTES], int32 zeros [COUNTERS]) of `device`, made by the first call."""
+    if device not in _workspaces:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("call nf4_gemm.prepare(device) before a CUDA graph is captured")
+        with torch.inference_mode(False):
+            scratch = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+            _workspaces[device] = scratch, torch.zeros(COUNTERS, dtype=torch.int32, device=device)
+    return _workspaces[device]
+
+
+def prepare(device: torch.device) -> None:
+    """Allocate what calls on `device` share, and read the table. Later calls allocate only their result."""
+    workspace(device)
+    load_table()
+
+
+def launch_gemm(
+    x: Tensor, packed: Tensor, absmax: Tensor, bias: Tensor | None, out: Tensor, tile: Tile, split: int,
+    *, portable: bool = False,
+) -> None:  # fmt: skip
+    """The fused kernel. Arguments as `nf4_linear` has checked them; portable: the form for Triton's interpreter."""
+    rows, columns = x.shape
+    features = packed.shape[0]
+    words, scales = nf4._stored_rows(packed, absmax, 0, features, columns)
+    assert words.is_contiguous() and scales.is_contiguous(), "groups of 8 rows lie one after the other"
+    assert x.stride(1) == 1 and out.stride(1) == 1 and (bias is None or bias.is_contiguous())
+    assert x.dtype == absmax.dtype == out.dtype and x.element_size() == 2, "two scales are read as one word"
+    grid = (triton.cdiv(rows, tile.m), triton.cdiv(features, tile.n), split)
+    scratch, arrived = workspace(x.device)
+    assert grid[0] * grid[1] <= COUNTERS and (split == 1 or 4 * math.prod(grid) * tile.m * tile.n <= WORKSPACE_BYTES)
+    with nf4._on_device(x):
+        _gemm_kernel[grid](
+            x, words.view(torch.int32), scales.view(torch.int32), x if bias is None else bias, out,
+            scratch.view(torch.float32), arrived, rows, features, columns, words.shape[1], x.stride(0), out.stride(0),
+            *byte_tables(x.dtype), tile.n, tile.m, split, tile.warps, tile.stages, tile.dots, columns % nf4.TILE != 0,
+            bias is not None, portable, num_warps=tile.warps,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["rows", "tiles"])
+def _gemm_kernel(
+    x, words, scales, bias, out, partial, arrived, rows, features, columns, tiles, x_stride, out_stride,
+    t0, t1, t2, t3, t4, t5, t6, t7,
+    BN: tl.constexpr, BM: tl.constexpr, SPLIT: tl.constexpr, WARPS: tl.constexpr, STAGES: tl.constexpr,
+    DOTS: tl.constexpr, HALF_TAIL: tl.constexpr, HAS_BIAS: tl.constexpr, PORTABLE: tl.constexpr,
+):  # fmt: skip
+    """out^T [BN, BM] = W [BN, part of K] x^T. words: [N / 8, tiles, 8, 16]; scales: pairs, [N / 8, tiles, 8]."""
+    DTYPE: tl.constexpr = x.dtype.element_ty
+    WIDTH: tl.constexpr = 128 // DOTS
+    n0 = tl.program_id(1) * BN
+    last_group = features // 8 - 1
+    n = n0 + load_rows(BN, WARPS)
+    word_at = words + (tl.minimum(n // 8, last_group) * tiles * 128 + n % 8 * 16)[:, None] + tl.arange(0, 16)[None, :]
+    n = n0 + tl.arange(0, BN)
+    scale_at = scales + tl.minimum(n // 8, last_group) * tiles * 8 + n % 8
+    m = tl.program_id(0) * BM + tl.arange(0, BM)
+    k = tl.arange(0, WIDTH)
+    # Rows past the last are read from the last and never stored: cheaper than a mask.
+    x_at = x + (tl.minimum(m, rows - 1) * x_stride)[None, :] + k[:, None]
+    share = tl.cdiv(tiles, SPLIT)
+    first = tl.program_id(2) * share
+    total = tl.zeros([BN, BM], tl.float32)
+    for tile in tl.range(first, tl.minimum(first + share, tiles), num_stages=STAGES):
+        word = tl.load(word_at + tile * 128)
+        pair = tl.load(scale_at + tile * 8)
+        scale0 = (pair & 0xFFFF).to(tl.int16).to(DTYPE, bitcast=True)
+        scale1 = (pair >> 16).to(tl.int16).to(DTYPE, bitcast=True)
+        low = tile_columns(lookup_half(word, 0, t0, t1, t2, t3, t4, t5, t6, t7, DTYPE, PORTABLE), BN, WARPS)
+        low = scaled(low, scale0, DTYPE, PORTABLE)
+        if DOTS == 2:
+            total = _dot(low, _load_x(x_at, tile * 128, k, columns, False), total, PORTABLE)
+        high = tile_columns(lookup_half(word, 1, t0, t1, t2, t3, t4, t5, t6, t7, DTYPE, PORTABLE), BN, WARPS)
+        high = scaled(high, scale1, DTYPE, PORTABLE)
+        if DOTS == 2:
+            total = _dot(high, _load_x(x_at, tile * 128 + 64, k, columns, HALF_TAIL), total, PORTABLE)
+        else:
+            both = tl.reshape(tl.permute(tl.join(low, high), [0, 2, 1]), [BN, 128])
+            total = _dot(both, _load_x(x_at, tile * 128, k, columns, HALF_TAIL), total, PORTABLE)
+    if SPLIT == 1:
+        _store(total, out, bias, m, n, rows, features, out_stride, HAS_BIAS, PORTABLE)
+    else:
+        tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+        part_at = tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]
+        part_at += partial + tile * SPLIT * BN * BM
+        tl.store(part_at + tl.program_id(2) * BN * BM, total)
+        tl.debug_barrier()  # every thread's part is written before one thread says so
+        if tl.atomic_add(arrived + tile, 1, sem="acq_rel") == SPLIT - 1:
+            total = tl.load(part_at, cache_modifier=".cg")
+            for index in tl.static_range(1, SPLIT):
+                total += tl.load(part_at + index * BN * BM, cache_modifier=".cg")
+            _store(total, out, bias, m, n, rows, features, out_stride, HAS_BIAS, PORTABLE)
+            tl.store(arrived + tile, 0)
+
+
+@triton.jit
+def _load_x(x_at, first, k, columns, MASKED: tl.constexpr):
+    if MASKED:
+        return tl.load(x_at + first, mask=(first + k < columns)[:, None], other=0.0)
+    return tl.load(x_at + first)
+
+
+@triton.jit
+def _dot(a, b, total, PORTABLE: tl.constexpr):
+    if PORTABLE:  # the interpreter multiplies bf16 as if it were integers
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
+    return tl.dot(a, b, total)
+
+
+@triton.jit
+def _store(total, out, bias, m, n, rows, features, out_stride, HAS_BIAS: tl.constexpr, PORTABLE: tl.constexpr):
+    if HAS_BIAS:
+        total += tl.load(bias + n, mask=n < features, other=0.0).to(tl.float32)[:, None]
+    at = out + m[None, :] * out_stride + n[:, None]
+    mask = (m < rows)[None, :] & (n < features)[:, None]
+    tl.store(at, round_to(total, out.dtype.element_ty, PORTABLE), mask=mask)
+
+
+@lru_cache
+def load_table() -> dict[str, dict[tuple[int, int], Plan]]:
+    """GPU name -> (N, K) -> Plan, from the file that benchmarks/nf4_gemm.py --tune writes."""
+    gpus = json.loads(TABLE.read_text())
+    return {
+        gpu: {tuple(map(int, shape.split("x"))): _read_plan(entry) for shape, entry in content["shapes"].items()}
+        for gpu, content in gpus.items()
+    }
+
+
+def use_table(path: Path) -> None:
+    """Take plans from `path` from now on."""
+    global TABLE
+    TABLE = path
+    load_table.cache_clear()
+    find_plan.cache_clear()
+
+
+def _read_plan(entry: dict) -> Plan:
+    tiles = sorted((int(rows), Tile(**tile)) for rows, tile in entry["tiles"].items())
+    return Plan(entry["split"], tuple(tiles))
+
+
+@lru_cache
+def find_plan(device: torch.device, features: int, columns: int) -> Plan | None:
+    """The plan for W [features, columns] on `device`: that of the nearest measured shape. None: not measured there."""
+    name = torch.cuda.get_device_name(device)
+    shapes = load_table().get(name)
+    if not shapes or torch.cuda.get_device_capability(device) < (9, 0):
+        _warn_unmeasured(name)
+        return None
+    distance = {shape: abs(math.log(shape[0] / features)) + abs(math.log(shape[1] / columns)) for shape in shapes}
+    return shapes[min(distance, key=lambda shape: distance[shape])]
+
+
+@lru_cache
+def _warn_unmeasured(name: str) -> None:
+    log.warning(
+        "%s is not in %s: NF4 products are dequantised first; run benchmarks/nf4_gemm.py --tune to measure it",
+        name, TABLE.name,
+    )  # fmt: skip

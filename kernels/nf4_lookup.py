@@ -1,0 +1,131 @@
+"""NF4's sixteen values, and how a Triton kernel turns packed words into them in registers.
+
+A 32-bit word of the stored form (docs/nf4-kernel.md) holds four codes of each of two blocks of 64. On NVIDIA hardware
+four codes are looked up at once by byte permutation: the table of 16-bit values is split into a table of upper and
+one of lower bytes, each 16 bytes or four registers; three `prmt` look up four bytes of one table, and a last pair of
+them interleaves the two tables' bytes. The portable form does the same with shifts, for Triton's interpreter.
+
+Not here: scales, tiles of a matrix product, anything on the host but the tables.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+
+CODE = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+"""NormalFloat4 (Dettmers et al., 2023, arXiv:2305.14314, appendix E), as bitsandbytes' float32 values."""
+
+BOUNDS = tuple(((torch.tensor(CODE)[:-1] + torch.tensor(CODE)[1:]) / 2).tolist())
+"""Half-way between neighbouring codes, rounded to float32: above BOUNDS[i] lies code i + 1."""
+
+
+@lru_cache
+def byte_tables(dtype: torch.dtype) -> tuple[int, ...]:
+    """Eight int32 for a kernel's t0..t7: the upper bytes of the sixteen values in `dtype` (16 bits), then the lower.
+
+    Kernel arguments rather than immediates: ptxas moves an immediate to a register again for every `prmt`.
+    """
+    bits = torch.tensor(CODE).to(dtype).view(torch.int16).to(torch.int32)
+    both = torch.stack([bits >> 8, bits]).to(torch.uint8)
+    return tuple(both.reshape(-1).view(torch.int32).tolist())
+
+
+PRMT = tl.constexpr(
+    """{
+.reg .b32 a, b, upper, lower, first, second;
+prmt.b32 a, $6, $7, $4;
+prmt.b32 b, $8, $9, $4;
+prmt.b32 upper, a, b, $5;
+prmt.b32 a, $10, $11, $4;
+prmt.b32 b, $12, $13, $4;
+prmt.b32 lower, a, b, $5;
+prmt.b32 first, lower, upper, 0x4051;
+prmt.b32 second, lower, upper, 0x6273;
+mov.b32 {$0, $1}, first;
+mov.b32 {$2, $3}, second;
+}"""
+)
+"""Four values $0..$3 from the nibbles of a word's low half, in the order 1, 0, 3, 2. $4: each nibble's three low bits,
+which choose among the first and among the last eight codes. $5: nibble i is i, or i + 4 where bit 3 of nibble i is
+set, which chooses between those two choices. $6..$13: `byte_tables`."""
+
+
+@triton.jit
+def lookup_half(
+    word, HALF: tl.constexpr, t0, t1, t2, t3, t4, t5, t6, t7, DTYPE: tl.constexpr, PORTABLE: tl.constexpr
+):  # fmt: skip
+    """int32 words [R, 16] -> values [R, 16, 2 (e), 2 (j)] of block HALF of the tile, in DTYPE (bf16 or fp16).
+
+    t0..t7: `byte_tables` of DTYPE.
+    """
+    if PORTABLE:
+        first = _portable_bits(word, HALF * 16 + 4, t0, t1, t2, t3, t4, t5, t6, t7)
+        second = _portable_bits(word, HALF * 16, t0, t1, t2, t3, t4, t5, t6, t7)
+        third = _portable_bits(word, HALF * 16 + 12, t0, t1, t2, t3, t4, t5, t6, t7)
+        fourth = _portable_bits(word, HALF * 16 + 8, t0, t1, t2, t3, t4, t5, t6, t7)
+    else:
+        low = word & 0x77777777
+        choice = ((word >> 1) & 0x44444444) | 0x32103210
+        first, second, third, fourth = tl.inline_asm_elementwise(
+            PRMT, "=h,=h,=h,=h,r,r,r,r,r,r,r,r,r,r",
+            [low >> (16 * HALF), choice >> (16 * HALF), t0, t1, t2, t3, t4, t5, t6, t7],
+            dtype=(tl.int16, tl.int16, tl.int16, tl.int16), is_pure=True, pack=1,
+        )  # fmt: skip
+    return tl.join(tl.join(first, second), tl.join(third, fourth)).to(DTYPE, bitcast=True)
+
+
+@triton.jit
+def _portable_bits(word, SHIFT: tl.constexpr, t0, t1, t2, t3, t4, t5, t6, t7):
+    code = (word >> SHIFT) & 15
+    upper = tl.where(code < 8, tl.where(code < 4, t0, t1), tl.where(code < 12, t2, t3))
+    lower = tl.where(code < 8, tl.where(code < 4, t4, t5), tl.where(code < 12, t6, t7))
+    shift = (code & 3) * 8
+    return (((upper >> shift) & 255) << 8 | (lower >> shift) & 255).to(tl.int16)
+
+
+@triton.jit
+def round_to(value, DTYPE: tl.constexpr, PORTABLE: tl.constexpr):
+    """float32 -> DTYPE, to nearest even. Triton's interpreter truncates to bf16, so the portable form rounds itself."""
+    if PORTABLE and DTYPE == tl.bfloat16:
+        bits = value.to(tl.uint32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    return value.to(DTYPE)
+
+
+@triton.jit
+def scaled(values, scale, DTYPE: tl.constexpr, PORTABLE: tl.constexpr):
+    """values [R, C] times scale [R], rounded once to DTYPE: the product of two 16-bit floats is exact in float32."""
+    if PORTABLE:
+        return round_to(values.to(tl.float32) * scale.to(tl.float32)[:, None], DTYPE, PORTABLE)
+    return values * scale[:, None]
+
+
+@triton.jit
+def tile_columns(values, ROWS: tl.constexpr, WARPS: tl.constexpr):
+    """`lookup_half`'s [ROWS, 16 (c, w), 2 (e), 2 (j)] -> [ROWS, 64] in the order of the matrix's columns, 16 w + 8 j +
+    2 c + e, and of its rows, where the words were loaded in the order of `load_rows`.
+
+    With one warp the orders of rows are the same. Otherwise: Triton gives neighbouring groups of 8 loaded rows to
+    different warps, while wgmma's register operand wants groups 2 i and 2 i + 1 in warp i; exchanging them here, in
+    the names of the rows, leaves every value in the lane and warp that loaded it. No shared memory, no barrier.
+    """
+    values = tl.reshape(values, [ROWS // (16 * WARPS), 2, WARPS, 8, 4, 4, 2, 2])
+    values = tl.permute(values, [0, 2, 1, 3, 5, 7, 4, 6])
+    return tl.reshape(values, [ROWS, 64])
+
+
+@triton.jit
+def load_rows(ROWS: tl.constexpr, WARPS: tl.constexpr):
+    """[ROWS]: which row of the tile to load at each position, so that `tile_columns` puts them in order."""
+    position = tl.arange(0, ROWS)
+    group = position // 8
+    return position // (16 * WARPS) * (16 * WARPS) + group % WARPS * 16 + group // WARPS % 2 * 8 + position % 8
