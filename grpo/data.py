@@ -1,0 +1,301 @@
+"""From `[task]` sections to tokenised prompts, and the stream that training takes them from.
+
+Nothing here generates or scores. The order of the stream is a function of the seed and of how many prompts were
+taken, so that its state is a few integers and resuming is exact. Measuring how often a question is solved, for
+`pass_rate`, is `grpo/evaluate.py`'s; choosing by that rate is here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jinja2
+
+from grpo import config as sections
+from grpo.errors import UserError
+from grpo.rewards.contract import RewardSpec
+from grpo.tasks.common import Row, Task, load_task
+
+Messages = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One question as the model reads it."""
+
+    index: int
+    """Its row number over all tasks, training and held-out rows counted apart; dropping others leaves it."""
+    task: str
+    prompt: str | Messages
+    columns: dict[str, Any]
+    """The row without "prompt". With several tasks, columns that only the others have are None."""
+    token_ids: list[int]
+
+    @property
+    def row(self) -> Row:
+        """The whole row, as the task's checks take it."""
+        return {**self.columns, "prompt": self.prompt}
+
+
+@dataclass
+class Data:
+    """What a run trains and evaluates on."""
+
+    train: list[Prompt] = field(default_factory=list)
+    eval: list[Prompt] = field(default_factory=list)
+    tasks: dict[str, Task] = field(default_factory=dict)
+    settings: dict[str, sections.Task] = field(default_factory=dict)
+    """Each task's section of the configuration."""
+    rewards: list[RewardSpec] = field(default_factory=list)
+    dropped: int = 0
+    """Training prompts longer than `max_prompt_length`."""
+    eval_dropped: int = 0
+    """Held-out ones."""
+
+
+def load_data(config: sections.Config, tokenizer: Any, *, train: bool = True) -> Data:
+    """The prompts of all `[task]` sections, and the rewards to train with.
+
+    `tokenizer` is transformers'. `train = False` leaves the training rows and the rewards out. `eval.limit` counts
+    for each task. Raises UserError for an unknown task, a row without a usable prompt, no rows, nothing but overlong
+    prompts, chat prompts without a chat template, and rewards neither given nor agreed on by the tasks.
+    """
+    data = Data()
+    for section in config.task:
+        task = load_task(section.name, section.options)
+        name = unused_name(task.name, data.tasks)
+        data.tasks[name], data.settings[name] = task, section
+    splits: list[tuple[str, dict[str, Sequence[Row]]]] = [
+        ("held-out", {name: task.eval[: config.eval.limit] for name, task in data.tasks.items()})
+    ]
+    if train:
+        splits.append(("training", {name: t.train[: data.settings[name].limit] for name, t in data.tasks.items()}))
+        data.rewards = [RewardSpec.of(reward) for reward in config.rewards] or default_rewards(data.tasks)
+    for split, rows in splits:
+        prompts, dropped = make_prompts(rows, split, data.settings, config, tokenizer)
+        if split == "training":
+            data.train, data.dropped = prompts, dropped
+        else:
+            data.eval, data.eval_dropped = prompts, dropped
+    if not data.eval and (config.eval.every is not None or not train):
+        raise UserError(
+            f"task {', '.join(data.tasks)}: no held-out rows to evaluate on; give the task some, or unset eval.every"
+        )
+    return data
+
+
+def unused_name(name: str, taken: Mapping[str, Any]) -> str:
+    """`name`, or with a number when another task is called the same."""
+    number, free = 2, name
+    while free in taken:
+        free, number = f"{name}-{number}", number + 1
+    return free
+
+
+def default_rewards(tasks: Mapping[str, Task]) -> list[RewardSpec]:
+    """The rewards that the tasks suggest; several tasks must suggest the same."""
+    (first, task), *others = tasks.items()
+    for name, other in others:
+        if other.rewards != task.rewards:
+            raise UserError(
+                f"tasks {first!r} and {name!r} suggest different rewards; list those to train with as [[rewards]]"
+            )
+    if not task.rewards:
+        raise UserError(f"task {first!r} suggests no rewards; add a [[rewards]] section")
+    return [RewardSpec.of(table) for table in task.rewards]
+
+
+# Tokenising
+
+
+def make_prompts(
+    rows: Mapping[str, Sequence[Row]],
+    split: str,
+    settings: Mapping[str, sections.Task],
+    config: sections.Config,
+    tokenizer: Any,
+) -> tuple[list[Prompt], int]:
+    """Every task's rows as prompts no longer than `max_prompt_length`, and how many were longer."""
+    limit = config.rollout.max_prompt_length
+    columns: dict[str, None] = {}
+    for row in (row for task_rows in rows.values() for row in task_rows if isinstance(row, dict)):
+        columns |= dict.fromkeys(row)
+    prompts: list[Prompt] = []
+    index = dropped = 0
+    for task, task_rows in rows.items():
+        if not task_rows and split == "training":
+            raise UserError(f"task {task!r} has no training rows; check its options")
+        where = [f"task {task!r}, {split} row {number}" for number in range(1, len(task_rows) + 1)]
+        texts = [checked_prompt(row, place) for row, place in zip(task_rows, where, strict=True)]
+        if (system := settings[task].system_prompt) is not None:
+            texts = [with_system_prompt(text, system, place) for text, place in zip(texts, where, strict=True)]
+        ids = tokenize(texts, tokenizer, config.rollout.chat_template_kwargs, task)
+        lengths = [len(one) for one in ids]
+        if lengths and min(lengths) > limit:
+            raise UserError(
+                f"task {task!r}: all {len(lengths)} {split} prompts are longer than rollout.max_prompt_length = "
+                f"{limit}; the shortest has {min(lengths)} tokens, so raise it"
+            )
+        for row, place, text, token_ids in zip(task_rows, where, texts, ids, strict=True):
+            if len(token_ids) <= limit:
+                rest = {name: row.get(name) for name in columns if name != "prompt"}
+                prompts.append(Prompt(index, task, text, rest, token_ids))
+            elif settings[task].overlong == "error":
+                raise UserError(
+                    f"{place}: {len(token_ids)} tokens exceed rollout.max_prompt_length = {limit}; raise it, or set "
+                    'overlong = "drop"'
+                )
+            else:
+                dropped += 1
+            index += 1
+    return prompts, dropped
+
+
+def checked_prompt(row: Row, where: str) -> str | Messages:
+    """The row's prompt. Raises UserError unless it is text or chat messages with a role and text each."""
+    prompt = row.get("prompt") if isinstance(row, dict) else None
+    if isinstance(prompt, str) and prompt:
+        return prompt
+    if isinstance(prompt, list) and prompt:
+        if all(
+            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in prompt
+        ):
+            return prompt
+    raise UserError(
+        f'{where}: "prompt" must be text or a list of messages such as {{"role": "user", "content": "..."}}; '
+        f"it is {str(prompt)[:60]!r}"
+    )
+
+
+def with_system_prompt(prompt: str | Messages, system: str, where: str) -> Messages:
+    """The messages with `system` in place of their own system prompt; an empty one removes it."""
+    if isinstance(prompt, str):
+        raise UserError(f"{where}: a plain-text prompt takes no system_prompt; remove it from [task]")
+    rest = prompt[1:] if prompt[0]["role"] == "system" else prompt
+    return [{"role": "system", "content": system}, *rest] if system else rest
+
+
+def tokenize(
+    prompts: Sequence[str | Messages], tokenizer: Any, chat_template_kwargs: Mapping[str, Any], task: str
+) -> list[list[int]]:
+    """Token ids of each prompt: text with the tokenizer's special tokens, messages through the chat template.
+
+    Messages that end with an assistant's are continued; others get the template's opening of an answer.
+    """
+    if any(not isinstance(prompt, str) for prompt in prompts) and getattr(tokenizer, "chat_template", None) is None:
+        raise UserError(
+            f"task {task!r} has chat prompts, but the model's tokenizer has no chat template; set model.chat_template "
+            "to a Jinja file, or use a task with plain-text prompts"
+        )
+    ids: dict[int, list[int]] = {}
+    kinds: dict[str, list[int]] = {"text": [], "ask": [], "continue": []}
+    for number, prompt in enumerate(prompts):
+        kind = "text" if isinstance(prompt, str) else "continue" if prompt[-1]["role"] == "assistant" else "ask"
+        kinds[kind].append(number)
+    for kind, numbers in kinds.items():
+        batch = [prompts[number] for number in numbers]
+        if not batch:
+            continue
+        if kind == "text":
+            encoded = tokenizer(batch)
+        else:
+            ending = {"continue_final_message" if kind == "continue" else "add_generation_prompt": True}
+            try:
+                encoded = tokenizer.apply_chat_template(batch, return_dict=True, **ending, **chat_template_kwargs)
+            except (jinja2.TemplateError, TypeError, ValueError) as error:
+                raise UserError(
+                    f"task {task!r}: the chat template refuses its prompts ({error}); change system_prompt, "
+                    "rollout.chat_template_kwargs or model.chat_template"
+                ) from None
+        ids.update(zip(numbers, map(list, encoded["input_ids"]), strict=True))
+    return [ids[number] for number in range(len(prompts))]
+
+
+# Taking
+
+
+class PromptStream:
+    """Endless training prompts: every task's rows once an epoch, tasks mixed in proportion to their weights.
+
+    Which task is next and where its row stands in its epoch's order follow from how many were taken before, and from
+    the seed; there is no random state. `shuffle = false` keeps a task's rows in order.
+    """
+
+    def __init__(self, prompts: Sequence[Prompt], settings: Mapping[str, sections.Task], seed: int):
+        self.rows: dict[str, list[Prompt]] = {}
+        for prompt in prompts:
+            self.rows.setdefault(prompt.task, []).append(prompt)
+        if not self.rows:
+            raise UserError("there are no training prompts; check the [task] section")
+        self.settings, self.seed = settings, seed
+        self.taken = dict.fromkeys(self.rows, 0)
+        self._orders: dict[str, tuple[int, list[int]]] = {}
+
+    @property
+    def epoch(self) -> float:
+        """Prompts taken over the number of prompts."""
+        return sum(self.taken.values()) / sum(map(len, self.rows.values()))
+
+    def take(self, count: int) -> list[Prompt]:
+        """The next `count` prompts. A new epoch may begin among them, so that a prompt can occur twice."""
+        return [self._next() for _ in range(count)]
+
+    def _next(self) -> Prompt:
+        # Stride scheduling: the task whose share is least used up, in exact proportion over any stretch.
+        task = min(self.taken, key=lambda name: (self.taken[name] + 1) / self.settings[name].weight)
+        epoch, place = divmod(self.taken[task], len(self.rows[task]))
+        self.taken[task] += 1
+        return self.rows[task][self._order(task, epoch)[place]]
+
+    def _order(self, task: str, epoch: int) -> list[int]:
+        """Row numbers of `task` in the order of `epoch`."""
+        if self._orders.get(task, (None,))[0] != epoch:
+            order = list(range(len(self.rows[task])))
+            if self.settings[task].shuffle:
+                # Sorting by random() and not shuffle(): only the former's values are promised for later Pythons.
+                generator = random.Random(f"{self.seed} {task} {epoch}")
+                order.sort(key=lambda _: generator.random())
+            self._orders[task] = epoch, order
+        return self._orders[task][1]
+
+    def fingerprint(self) -> str:
+        """A digest of the prompts, by which a checkpoint knows its data again."""
+        digest = hashlib.sha256()
+        for task, prompts in self.rows.items():
+            for prompt in prompts:
+                digest.update(f"{task} {prompt.index} {prompt.token_ids}\n".encode())
+        return digest.hexdigest()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, as JSON values."""
+        return {"taken": dict(self.taken), "seed": self.seed, "fingerprint": self.fingerprint()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state` was taken. Raises UserError if the prompts or the seed are others."""
+        if state["fingerprint"] != self.fingerprint():
+            raise UserError(
+                "the training prompts are not those of the checkpoint; resume with the same data, [task], tokenizer "
+                "and rollout.max_prompt_length, or start a new run"
+            )
+        if state["seed"] != self.seed:
+            raise UserError(f"train.seed = {self.seed}: the checkpoint's is {state['seed']}; resume with that one")
+        self.taken = {task: int(state["taken"][task]) for task in self.rows}
+
+
+def keep_by_pass_rate(prompts: Sequence[Prompt], rates: Sequence[float], window: tuple[float, float]) -> list[Prompt]:
+    """The prompts whose pass rate lies within `window`, both ends included. Raises UserError when none does."""
+    low, high = window
+    kept = [prompt for prompt, rate in zip(prompts, rates, strict=True) if low <= rate <= high]
+    if not kept:
+        shown = (
+            f"from {min(rates):.2f} to {max(rates):.2f}, on average {sum(rates) / len(rates):.2f}" if rates else "none"
+        )
+        raise UserError(
+            f"no question has a pass rate within task.pass_rate = [{low:g}, {high:g}]; those measured are {shown}, so "
+            "widen the window"
+        )
+    return kept
