@@ -131,14 +131,15 @@ def dry_run(config: Config) -> str:
 def arithmetic(config: Config) -> list[str]:
     """The sizes of a step and of the run in words, one sentence a line. Token counts are upper limits."""
     rollout, training = config.rollout, config.train
-    completions, longest = config.completions_per_step, config.max_seq_length
+    completions = config.completions_per_step
+    longest = rollout.max_prompt_length + rollout.max_completion_length
     updates = training.num_iterations * training.optimizer_steps_per_rollout
     prompts_each = math.ceil(rollout.prompts_per_step / training.optimizer_steps_per_rollout)
     sequences_each = prompts_each * rollout.num_generations
     fit = max(training.tokens_per_micro_batch // longest, 1)
     most = math.ceil(sequences_each / fit)
     lines = [
-        f"A step: {rollout.prompts_per_step} prompts x {rollout.num_generations} generations = {completions} "
+        f"A step: {_count(rollout.prompts_per_step, 'prompt')} x {rollout.num_generations} generations = {completions} "
         f"completions, of at most {rollout.max_completion_length} tokens each:",
         f"  at most {completions * rollout.max_completion_length:,} sampled tokens, and "
         f"{completions * longest:,} with prompts.",
