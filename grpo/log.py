@@ -31,6 +31,7 @@ from rich.text import Text
 from grpo.checkpoint import write_atomically
 from grpo.config import Config
 from grpo.environment import hardware, versions
+from grpo.trackers import Trackers
 
 METRICS, EVALUATIONS = "metrics.jsonl", "eval.jsonl"
 ENDS = 5  # steps that "first" and "last" are means over
@@ -146,6 +147,7 @@ class RunLog:
         self.run_folder = run_folder
         self.max_steps = max_steps
         self._samples_every = config.log.samples_every
+        self._trackers = Trackers(config, run_folder)
         self._last: dict[str, Any] = {"step": 0}
         self._series: dict[str, list[float]] = {}
         self._console = console or Console(highlight=False)
@@ -167,8 +169,9 @@ class RunLog:
         self.close()
 
     def close(self) -> None:
-        """End the live display, leaving its last state on the screen."""
+        """End the live display, leaving its last state on the screen, and the trackers."""
         self._status = ""
+        self._trackers.close()
         if self._live is not None:
             self._live.stop()
             self._live = None
@@ -223,6 +226,7 @@ class RunLog:
         with (self.run_folder / name).open("a", encoding="utf-8") as file:
             file.write(json_line(entry))
         self._remember(entry)
+        self._trackers.step(entry)
         return entry
 
     def _remember(self, entry: Mapping[str, Any]) -> None:
