@@ -76,16 +76,15 @@ def _one_of(options: list[str]) -> str:
 def _bounds(metadata: Sequence[Any], step: int = 0) -> str:
     """The limits in words. Integers (`step` 1) have no open ends: above 0 is at least 1."""
     low = high = ""
-    bound: Any
     for limit in metadata:
         match limit:
-            case annotated_types.Ge(bound):
+            case annotated_types.Ge(int() | float() as bound):
                 low = f"at least {bound}"
-            case annotated_types.Gt(bound):
+            case annotated_types.Gt(int() | float() as bound):
                 low = f"at least {bound + step}" if step else f"above {bound}"
-            case annotated_types.Le(bound):
+            case annotated_types.Le(int() | float() as bound):
                 high = f"at most {bound}"
-            case annotated_types.Lt(bound):
+            case annotated_types.Lt(int() | float() as bound):
                 high = f"at most {bound - step}" if step else f"below {bound}"
     if low.startswith("at least ") and high.startswith("at most "):
         return f" from {low.removeprefix('at least ')} to {high.removeprefix('at most ')}"
