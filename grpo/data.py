@@ -60,31 +60,26 @@ class Data:
 def load_data(config: sections.Config, tokenizer: Any, *, train: bool = True) -> Data:
     """The prompts of all `[task]` sections, and the rewards to train with.
 
-    `tokenizer` is transformers'. `train = False` leaves the training rows and the rewards out. `eval.limit` counts
-    for each task. Raises UserError for an unknown task, a row without a usable prompt, no rows, nothing but overlong
-    prompts, chat prompts without a chat template, and rewards neither given nor agreed on by the tasks.
+    `tokenizer` is transformers'. `train = False` leaves the training rows and the rewards out; held-out rows are left
+    out if `eval.every` is not set, unless they are all that is asked for. `eval.limit` counts for each task. Raises
+    UserError for an unknown task, a row without a usable prompt, no rows, nothing but overlong prompts, chat prompts
+    without a chat template, and rewards neither given nor agreed on by the tasks.
     """
     data = Data()
     for section in config.task:
         task = load_task(section.name, section.options)
         name = unused_name(task.name, data.tasks)
         data.tasks[name], data.settings[name] = task, section
-    splits: list[tuple[str, dict[str, Sequence[Row]]]] = [
-        ("held-out", {name: task.eval[: config.eval.limit] for name, task in data.tasks.items()})
-    ]
     if train:
-        splits.append(("training", {name: t.train[: data.settings[name].limit] for name, t in data.tasks.items()}))
+        rows = {name: task.train[: data.settings[name].limit] for name, task in data.tasks.items()}
+        data.train, data.dropped = make_prompts(rows, "training", data.settings, config, tokenizer)
         data.rewards = [RewardSpec.of(reward) for reward in config.rewards] or default_rewards(data.tasks)
-    for split, rows in splits:
-        prompts, dropped = make_prompts(rows, split, data.settings, config, tokenizer)
-        if split == "training":
-            data.train, data.dropped = prompts, dropped
-        else:
-            data.eval, data.eval_dropped = prompts, dropped
-    if not data.eval and (config.eval.every is not None or not train):
-        raise UserError(
-            f"task {', '.join(data.tasks)}: no held-out rows to evaluate on; give the task some, or unset eval.every"
-        )
+    if config.eval.every is not None or not train:
+        rows = {name: task.eval[: config.eval.limit] for name, task in data.tasks.items()}
+        data.eval, data.eval_dropped = make_prompts(rows, "held-out", data.settings, config, tokenizer)
+        if not data.eval:
+            names = ", ".join(data.tasks)
+            raise UserError(f"task {names}: no held-out rows to evaluate on; give the task some, or unset eval.every")
     return data
 
 

@@ -69,7 +69,8 @@ def wilson_interval(mean: float, trials: int, z: float = Z95) -> tuple[float, fl
     scale = 1 + z * z / trials
     centre = mean + z * z / (2 * trials)
     spread = z * math.sqrt(mean * (1 - mean) / trials + (z / (2 * trials)) ** 2)
-    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+    # At the ends rounding would leave 1e-17 where the interval reaches 0 or 1 exactly.
+    return (centre - spread) / scale if mean > 0 else 0.0, (centre + spread) / scale if mean < 1 else 1.0
 
 
 def with_interval(name: str, values: Sequence[float]) -> dict[str, float]:
