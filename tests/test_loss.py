@@ -128,8 +128,27 @@ def test_kl_penalty_equals_the_plain_form(estimator, weighted, level):
 
 
 @pytest.mark.parametrize("loss_type", OBJECTIVES)
-def test_all_parts_together_equal_the_plain_form(loss_type):
-    assert_equals_plain(random_inputs(), Loss(loss_type=loss_type, **ALL_PARTS | {"top_entropy_quantile": 1.0}))
+@pytest.mark.parametrize("seed", range(4))
+def test_all_parts_together_equal_the_plain_form(loss_type, seed):
+    assert_equals_plain(
+        random_inputs(seed=seed), Loss(loss_type=loss_type, **ALL_PARTS | {"top_entropy_quantile": 1.0})
+    )
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_off_policy_mask_drops_drifted_sequences_of_negative_advantage(seed):
+    inputs = random_inputs(seed=seed)
+    settings = Loss(off_policy_mask_threshold=0.1, importance_sampling_correction="none")
+    loss, metrics = compute_loss(inputs, totals_of(inputs, settings), settings)
+    drift = torch.stack([
+        (inputs.rollout_logprobs - inputs.logprobs)[inputs.sequence == number].mean()
+        for number in range(inputs.num_sequences)
+    ])  # fmt: skip
+    dropped = (inputs.advantages < 0) & (drift > 0.1)
+    kept = replace(inputs, mask=~dropped[inputs.sequence])
+    expected, _ = compute_loss(kept, totals_of(inputs, settings), Loss(importance_sampling_correction="none"))
+    torch.testing.assert_close(loss, expected)
+    assert merge_metrics([metrics])["off_policy_masked"] == pytest.approx(dropped.double().mean().item())
 
 
 def test_two_sided_clip_bounds_the_loss_of_a_bad_sample():
@@ -184,16 +203,16 @@ def test_weighted_k1_and_k3_have_the_gradient_of_the_reverse_kl():
 
 
 def test_truncation_and_masking_at_the_bounds():
-    gaps = torch.tensor([0.5, 1.0, 2.0, 4.0], dtype=torch.float64).log()
-    sequence = torch.tensor([0, 0, 1, 1])
-    weights = {
-        mode: rollout_weights(gaps, sequence, 2, mode, 0.6, 2.0)[0].tolist()
-        for mode in ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
+    """Both bounds belong to what is kept."""
+    gaps = torch.tensor([0.25, 0.5, 1.0, 2.0, 4.0], dtype=torch.float64).log()
+    sequence = torch.tensor([0, 0, 1, 1, 2])
+    weights = {mode: rollout_weights(gaps, sequence, 3, mode, 0.5, 2.0)[0].tolist() for mode in CORRECTIONS}
+    assert weights == {
+        "token_truncate": [0.5, 0.5, 1.0, 2.0, 2.0],
+        "token_mask": [0.0, 0.5, 1.0, 2.0, 0.0],
+        "sequence_truncate": [0.5, 0.5, 2.0, 2.0, 2.0],
+        "sequence_mask": [0.0, 0.0, 2.0, 2.0, 0.0],
     }
-    assert weights["token_truncate"] == pytest.approx([0.6, 1.0, 2.0, 2.0])
-    assert weights["token_mask"] == pytest.approx([0.0, 1.0, 2.0, 0.0])
-    assert weights["sequence_truncate"] == pytest.approx([0.6, 0.6, 2.0, 2.0])
-    assert weights["sequence_mask"] == [0.0] * 4
 
 
 @given(
