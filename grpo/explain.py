@@ -89,7 +89,7 @@ def _bounds(metadata: Sequence[Any], step: int = 0) -> str:
     if low.startswith("at least ") and high.startswith("at most "):
         return f" from {low.removeprefix('at least ')} to {high.removeprefix('at most ')}"
     both = " and ".join(part for part in (low, high) if part)
-    return f" of {both}" if low.startswith("at") else f" {both}" if both else ""
+    return f" of {both}" if both.startswith("at") else f" {both}" if both else ""
 
 
 def _is_model(annotation: Any) -> bool:
