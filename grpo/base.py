@@ -175,18 +175,17 @@ class BaseWeights:
         if tuple(weight.shape) != shape:
             raise UserError(f"{source.path}: {name} has shape {tuple(weight.shape)}, config.json says {shape}; pass a "
                             "model whose files belong together")
-        if quantize:
+        if segment.absmax is not None and isinstance(weight, NF4Tensor):
+            codes, absmax = weight.codes.to(self.device), weight.absmax.to(self.device)
+            nf4.pack_rows(segment.weight, segment.absmax, row, codes, absmax, shape)
+        elif segment.absmax is not None:
+            nf4.quantize_rows(segment.weight, segment.absmax, row, weight.to(self.device))
+        else:
+            if quantize and not isinstance(weight, NF4Tensor):
+                weight = NF4Tensor(*nf4.quantize(weight), shape)
             if isinstance(weight, NF4Tensor):
-                codes, absmax = weight.codes, weight.absmax
-            else:
-                codes, absmax = nf4.quantize(weight.to(self.device))
-            if segment.absmax is not None:
-                nf4.pack_rows(segment.weight, segment.absmax, row, codes, absmax, shape)
-                return
-            weight = nf4.dequantize_bitsandbytes(codes, absmax, shape, self.dtype)
-        elif isinstance(weight, NF4Tensor):
-            weight = nf4.dequantize_bitsandbytes(weight.codes, weight.absmax, shape, self.dtype)
-        segment.weight[row : row + shape[0]].copy_(weight)
+                weight = nf4.dequantize_bitsandbytes(weight.codes, weight.absmax, shape, self.dtype)
+            segment.weight[row : row + shape[0]].copy_(weight)
 
     def _load_bias(self, source: Source, linear: FusedLinear) -> Tensor | None:
         names = {part: f"{part}.bias" for part in linear.parts}

@@ -42,7 +42,7 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 from grpo.architectures import ARCHITECTURES
 from grpo.base import BaseWeights, FusedLinear
 from grpo.errors import UserError
-from grpo.kernels import nf4
+from grpo.kernels.nf4_gemm import nf4_linear, prepare
 from grpo.policy import Policy
 
 SHARED = "grpo_shared"
@@ -125,6 +125,8 @@ class Engine:
         handle = str(id(self))
         SERVED[handle] = self
         self._handle = handle
+        if base.packed:
+            prepare(base.device)
         self.llm = vllm.LLM(**self._arguments(handle))
         if policy is not None:
             self.sync_adapter()
@@ -278,7 +280,7 @@ class SharedLinearMethod(LinearMethodBase):
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
         pieces = [
-            F.linear(flat, segment.weight) if segment.absmax is None else nf4.linear(flat, segment.weight, segment.absmax)
+            F.linear(flat, segment.weight) if segment.absmax is None else nf4_linear(flat, segment.weight, segment.absmax)
             for segment in layer.shared.segments
         ]
         y = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)

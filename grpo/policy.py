@@ -28,7 +28,7 @@ from grpo.base import BaseWeights, Segment
 from grpo.config import Lora
 from grpo.errors import UserError
 from grpo.kernels import nf4
-from grpo.kernels.attention import packed_attention
+from grpo.kernels.attention import Packing, packed_attention
 from grpo.kernels.logprob import selected_logprobs
 
 ADAPTER = "default"
@@ -110,17 +110,16 @@ def attend(
     attention_mask: Tensor | None,
     *,
     scaling: float,
-    lengths: Sequence[int] | None = None,
+    packing: Packing | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface over `packed_attention`. query, key, value [1, heads, tokens, dim]."""
     assert attention_mask is None and query.shape[0] == 1, "sequences come packed in one row, without a mask"
-    if lengths is None:
-        lengths = [query.shape[2]]
+    packing = packing or Packing.of([query.shape[2]], query.device)
     output = packed_attention(
-        query[0], key[0], value[0], lengths, scale=scaling, window=sliding_window, softcap=softcap
+        query[0], key[0], value[0], packing, scale=scaling, window=sliding_window, softcap=softcap
     )
     return output[None], None
 
@@ -192,7 +191,7 @@ class Policy:
         tokens = torch.tensor([token for row in rows for token in row], device=device)
         positions = torch.tensor([place for length in lengths for place in range(length)], device=device)
         hidden = self.decoder.model(
-            input_ids=tokens[None], position_ids=positions[None], use_cache=False, lengths=lengths
+            input_ids=tokens[None], position_ids=positions[None], use_cache=False, packing=Packing.of(lengths, device)
         ).last_hidden_state[0]
         predicting, start = [], 0
         for prompt, length in zip(prompts, lengths, strict=True):

@@ -6,6 +6,7 @@ elsewhere: sampling in `sampler.py`, advantages in `advantages.py`, the loss in 
 
 from __future__ import annotations
 
+import json
 import math
 import resource
 import time
@@ -15,11 +16,11 @@ from typing import Any
 import torch
 
 from grpo.advantages import Advantages, compute_advantages, reward_metrics
-from grpo.checkpoint import latest, load_tensors, open_run, save, save_tensors
+from grpo.checkpoint import latest, load_tensors, open_run, save, save_tensors, write_atomically
 from grpo.config import Config
-from grpo.data import Data, PromptStream, load_data
+from grpo.data import Data, Prompt, PromptStream, keep_by_pass_rate, load_data
 from grpo.errors import UserError
-from grpo.evaluate import evaluate
+from grpo.evaluate import evaluate, measure_pass_rates
 from grpo.learner import Learner
 from grpo.log import RunLog, SampleGroup
 from grpo.log import Sample as LoggedSample
@@ -30,6 +31,7 @@ from grpo.sampler import Group, Rollout, Sampler, sample_seed
 from grpo.session import Session, open_session
 
 STATE = "trainer.safetensors"
+PASS_RATES = "pass_rates.json"
 
 
 class Trainer:
@@ -59,7 +61,7 @@ class Run:
     ):
         self.config, self.folder, self.log = config, folder, log
         self.session, self.data = session, data
-        self.stream = PromptStream(data.train, config)
+        self.stream = PromptStream(self.chosen_prompts(), data.settings, config.train.seed)
         self.max_steps = config.train.max_steps or math.ceil(
             config.train.num_train_epochs * len(data.train) / config.rollout.prompts_per_step
         )
@@ -78,6 +80,31 @@ class Run:
         )
         self.step = 0
         self.best_accuracy = -1.0
+
+    def chosen_prompts(self) -> list[Prompt]:
+        """The training prompts, without those whose pass rate is outside their task's window.
+
+        Rates are measured once a run, with the starting model, and kept in the run folder.
+        """
+        windows = {name: section.pass_rate for name, section in self.data.settings.items() if section.pass_rate}
+        if not windows:
+            return self.data.train
+        file = self.folder / PASS_RATES
+        measured = [prompt for prompt in self.data.train if prompt.task in windows]
+        if not file.exists():
+            self.log.status("measuring pass rates")
+            samples = max(self.data.settings[name].pass_rate_samples for name in windows)
+            rates = measure_pass_rates(self.session, measured, self.data.tasks, samples)
+            write_atomically(file, json.dumps(rates).encode())
+        rates = dict(zip((prompt.index for prompt in measured), json.loads(file.read_text()), strict=True))
+        chosen = []
+        for task in self.data.tasks:
+            prompts = [prompt for prompt in self.data.train if prompt.task == task]
+            if task in windows:
+                prompts = keep_by_pass_rate(prompts, [rates[prompt.index] for prompt in prompts], windows[task])
+            chosen += prompts
+        self.log.notice(f"{len(chosen)} of {len(self.data.train)} prompts have a pass rate within the window")
+        return chosen
 
     def train(self, resume: bool) -> dict[str, Any]:
         """All remaining steps; returns the summary."""
@@ -196,9 +223,9 @@ class Run:
         if not due or not self.data.eval:
             return
         self.log.status("evaluating")
-        result = evaluate(self.session, self.data, step=self.step)
-        self.log.evaluation(self.step, result)
-        accuracy = result["eval/strict_accuracy"]
+        result = evaluate(self.session, self.data.eval, self.data.tasks, settings)
+        self.log.evaluation(self.step, result.metrics)
+        accuracy = result.metrics["eval/strict_accuracy"]
         if settings.keep_best and accuracy > self.best_accuracy:
             self.best_accuracy = accuracy
             self.session.policy.save_adapter(self.folder / "best_adapter")
