@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import math
 import numbers
-import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
@@ -129,7 +128,7 @@ def merge_results(results: Sequence[RewardResult]) -> RewardResult:
         merged.extras[name] = [value for column in columns for value in column]
     for name in _keys(result.metrics for result in results):
         values = [result.metrics[name] for result in results if name in result.metrics]
-        merged.metrics[name] = sum(values) if name.endswith("/errors") else statistics.fmean(values)
+        merged.metrics[name] = sum(values) if name.endswith("/errors") else mean(values)
     return merged
 
 
@@ -141,10 +140,15 @@ def reward_metrics(result: RewardResult) -> dict[str, float]:
     for name, scores in result.scores.items():
         known = [score for score in scores if score is not None]
         if known:
-            metrics[f"rewards/{name}"] = statistics.fmean(known)
-            metrics[f"rewards/{name}/std"] = statistics.pstdev(known)
+            metrics[f"rewards/{name}"] = mean(known)
+            metrics[f"rewards/{name}/std"] = math.sqrt(mean([(score - mean(known)) ** 2 for score in known]))
         metrics[f"rewards/{name}/seconds"] = result.seconds[name]
     return metrics | result.metrics
+
+
+def mean(values: Sequence[float]) -> float:
+    """The arithmetic mean, rounded once."""
+    return math.fsum(values) / len(values)
 
 
 def _keys(mappings: Iterable[Mapping[str, Any]]) -> list[str]:
@@ -203,7 +207,7 @@ def check_scores(returned: Any, count: int, name: str) -> Scores:
     for column_name, column in scores.extras.items():
         known = [value for value in column if value is not None]
         if known and all(isinstance(value, int | float) and math.isfinite(value) for value in known):
-            scores.metrics[f"rewards/{column_name}"] = [statistics.fmean(known)]
+            scores.metrics[f"rewards/{column_name}"] = [mean(known)]
     return scores
 
 

@@ -13,6 +13,8 @@ from typing import Any
 
 LONGEST_NUMBER = 300
 """Characters of a number that is still read; a longer run of digits is noise, and costly to compute with."""
+LONGEST_EXPONENT = 3
+"""Digits of an exponent that is still read."""
 
 _MINUS_SIGNS = dict.fromkeys(map(ord, "\u2212\u2010\u2011\u2012\u2013\ufe63\uff0d"), "-")
 _GROUP_GAP = re.compile(r"(?<=[0-9])(?:\{,\}|\\[,!;: ]|[\u00a0\u2009\u202f])(?=[0-9]{3}(?![0-9]))")
@@ -29,7 +31,7 @@ _NUMBER = re.compile(
         (?: [0-9]{1,3}(?:,[0-9]{3})+(?![0-9]) | [0-9]+ ) (?:\.[0-9]+)?
       | (?<![0-9A-Za-z_.])\.[0-9]+
     )
-    (?P<exponent>[eE][-+]?[0-9]{1,3}(?![0-9A-Za-z]))?
+    (?P<exponent>[eE][-+]?[0-9]+(?![0-9A-Za-z]))?
     """,
     re.VERBOSE,
 )
@@ -73,7 +75,7 @@ def last_number(text: str) -> Fraction | None:
     Read are signs (Unicode minus too), thousands separated by commas or LaTeX and no-break spaces, decimals,
     exponents such as `1.5e-3`, `3/4`, `\frac{3}{4}` and `2\frac{1}{2}`. Currency, percent signs and units are passed
     over: "50%" is 50. A comma that does not part thousands parts numbers, so "3,14" ends in 14. Roots, letters and
-    numbers of more than LONGEST_NUMBER characters are not read.
+    numbers beyond LONGEST_NUMBER and LONGEST_EXPONENT are not read.
     """
     text = text.translate(_MINUS_SIGNS).replace("\\$", "$")
     text = _GROUP_GAP.sub("", text)
@@ -108,14 +110,14 @@ def same_number(
 ) -> bool:
     """Whether two numbers, or the last numbers of two texts, differ by no more than the wider tolerance.
 
-    `tolerance` is in the numbers' units, `relative_tolerance` a share of `gold`. Compared exactly, without float
-    rounding. False where either number is missing.
+    `tolerance` is in the numbers' units, `relative_tolerance` a share of `gold`; both as they are written, 0.1
+    being 1/10. False where either number is missing.
     """
     number = last_number(number) if isinstance(number, str) else number
     gold = last_number(gold) if isinstance(gold, str) else gold
     if number is None or gold is None:
         return False
-    return abs(number - gold) <= max(Fraction(tolerance), Fraction(relative_tolerance) * abs(gold))
+    return abs(number - gold) <= max(Fraction(str(tolerance)), Fraction(str(relative_tolerance)) * abs(gold))
 
 
 def _plain_fraction(match: re.Match[str]) -> str:
@@ -129,9 +131,10 @@ def _plain_fraction(match: re.Match[str]) -> str:
 
 
 def _value(match: re.Match[str]) -> Fraction | None:
-    if len(match["value"]) > LONGEST_NUMBER:
+    exponent = match["exponent"] or ""
+    if len(match["value"]) > LONGEST_NUMBER or len(exponent.lstrip("eE+-")) > LONGEST_EXPONENT:
         return None
-    number = Fraction(match["value"].replace(",", "") + (match["exponent"] or ""))
+    number = Fraction(match["value"].replace(",", "") + exponent)
     return -number if (match["sign"] == "-") != (match["inner"] == "-") else number
 
 

@@ -21,7 +21,6 @@ or else `answer`. Nothing here knows about processes or timeouts.
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import inspect
 from collections.abc import Callable, Mapping
@@ -123,6 +122,8 @@ class RewardFunction:
 
     async def score_async(self, batch: RewardBatch) -> Scores:
         """As `score`, for a coroutine function; the calls of a per-completion form run concurrently."""
+        import asyncio  # here, as most functions need no event loop: it is slow to import
+
         log = Log()
         returned = await asyncio.gather(*(self.function(**arguments) for arguments in self._calls(batch, log)))
         return self._scores(list(returned), batch, log)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import pickle
-import statistics
 import sys
 import threading
 import weakref
@@ -26,7 +25,7 @@ from typing import Any
 import cloudpickle  # type: ignore[import-untyped]
 
 from grpo.errors import UserError
-from grpo.rewards.contract import RewardBatch, RewardResult, RewardSpec
+from grpo.rewards.contract import RewardBatch, RewardResult, RewardSpec, mean
 from grpo.rewards.resolve import described
 from grpo.rewards.runner import Outcome, Runner
 
@@ -89,6 +88,9 @@ class RewardPool:
         with self._order:
             if self._closed:
                 raise RuntimeError("the reward pool is closed")
+            if not len(batch):
+                pending.future.set_result(RewardResult({spec.column: [] for spec in self.specs}, {}, {}, {}))
+                return pending.future
             for index, runner in enumerate(self._runners):
                 runner.put(payload, functools.partial(pending.take, index))
         return pending.future
@@ -156,7 +158,7 @@ class PendingBatch:
             result.extras |= outcome.scores.extras
             for metric, values in outcome.scores.metrics.items():
                 logged.setdefault(metric, []).extend(values)
-        result.metrics |= {metric: statistics.fmean(values) for metric, values in logged.items()}
+        result.metrics |= {metric: mean(values) for metric, values in logged.items()}
         return result
 
 

@@ -149,6 +149,9 @@ class Runner:
             self._send(self._waiting.popleft())
         for answer in self._wait():
             self._take(answer)
+        if self._process is not None and time.monotonic() >= self._deadline():
+            for answer in self._process.poll(0):  # this thread may be the late one: the answer may be there by now
+                self._take(answer)
         if self._process is not None and self._process.ended:
             self._died()
         elif self._process is not None and time.monotonic() >= self._deadline():

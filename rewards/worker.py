@@ -10,7 +10,6 @@ stay quick to import: no torch, no pydantic.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import ctypes
 import faulthandler
@@ -106,7 +105,9 @@ def main(link: socket.socket) -> None:
     reply(link, json.dumps({"concurrent": function.is_async, "subject": subject(function)}).encode())
     with contextlib.suppress(ConnectionError):
         if function.is_async:
-            asyncio.run(serve_async(link, function, setup))
+            from grpo.rewards.coroutines import run  # here, as most workers need no event loop: it is slow to import
+
+            run(link, function, setup)
         else:
             serve(link, function, setup)
 
@@ -162,38 +163,6 @@ def serve(link: socket.socket, function: RewardFunction, setup: Setup) -> None:
         except BaseException as error:
             answer = encode(failure(error, function, setup), message, start)
         reply(link, answer)
-
-
-async def serve_async(link: socket.socket, function: RewardFunction, setup: Setup) -> None:
-    """Score batches concurrently: each starts when it arrives."""
-    loop = asyncio.get_running_loop()
-    closed = asyncio.Event()
-    calls: set[asyncio.Task[None]] = set()
-
-    async def score(message: bytes) -> None:
-        start = time.perf_counter()
-        try:
-            async with asyncio.timeout(setup.timeout) as limit:
-                answer = encode(asdict(await function.score_async(unpack(message))), message, start)
-        except BaseException as error:
-            if closed.is_set():
-                raise
-            report = {"overdue": True} if limit.expired() else failure(error, function, setup)
-            answer = encode(report, message, start)
-        reply(link, answer)
-
-    def on_message() -> None:
-        message = receive(link)
-        if message is None:
-            loop.remove_reader(link)
-            closed.set()
-            return
-        task = loop.create_task(score(message))
-        calls.add(task)
-        task.add_done_callback(calls.discard)
-
-    loop.add_reader(link, on_message)
-    await closed.wait()
 
 
 def unpack(message: bytes) -> RewardBatch:
