@@ -83,9 +83,14 @@ class RewardFunction:
 
     Raises UserError when its signature cannot be read, does not take one of `options`, or lacks an option that a
     class needs. A class is called once, with `options`, and its instance is the function.
+
+    Args:
+        any_option: options that only `**kwargs` would take are passed on, and not refused as misspelt.
     """
 
-    def __init__(self, function: Callable[..., Any], name: str, options: Mapping[str, Any]) -> None:
+    def __init__(
+        self, function: Callable[..., Any], name: str, options: Mapping[str, Any], any_option: bool = True
+    ) -> None:
         self.name = name
         self.options = dict(options)
         if inspect.isclass(function):
@@ -104,8 +109,9 @@ class RewardFunction:
         self.takes_any = any(entry.kind is entry.VAR_KEYWORD for entry in parameters)
         if any(entry.kind is entry.POSITIONAL_ONLY for entry in parameters):
             raise UserError(f"reward {name!r} has positional-only parameters; arguments are passed by name")
-        for option in self.options.keys() - self.names if not self.takes_any else ():
-            raise UserError(f"reward {name!r} takes no option {option!r}; it takes {', '.join(sorted(self.names))}")
+        unknown = sorted(self.options.keys() - self.names)
+        if unknown and not (self.takes_any and any_option):
+            raise UserError(f"reward {name!r} takes no option {unknown[0]!r}; it takes {', '.join(sorted(self.names))}")
         self.is_async = _is_async(function)
         self.per_completion, self.arguments = _recognise(self.names - self.options.keys())
 

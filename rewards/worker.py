@@ -29,6 +29,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from grpo.errors import UserError
+from grpo.rewards.builtin import ALIASES, BUILTIN
 from grpo.rewards.contract import BadReturn, RewardBatch
 from grpo.rewards.forms import RewardFunction
 from grpo.rewards.resolve import described, location, resolve
@@ -139,7 +140,11 @@ def limit_memory(limit: int) -> None:
 def load(setup: Setup) -> RewardFunction:
     """The function to serve. Raises UserError naming what is wrong with it, or what unpickling it raised."""
     source, options, example = pickle.loads(setup.function)
-    function = RewardFunction(resolve(source) if isinstance(source, str) else source, setup.name, options)
+    if isinstance(source, str):
+        built_in = source in BUILTIN | ALIASES
+        function = RewardFunction(resolve(source), setup.name, options, any_option=not built_in)
+    else:
+        function = RewardFunction(source, setup.name, options)
     if example is not None:
         function.check_columns(example)
     return function

@@ -283,6 +283,8 @@ def test_options_are_passed_and_unknown_ones_refused():
         return [factor + offset] * len(completions)
 
     assert scores(scaled, batch(), {"factor": 2.0, "offset": 1.0}) == [3.0, 3.0]
+    extra = RewardFunction(lambda completions, **kwargs: [kwargs["factor"]] * 2, "mine", {"factor": 2.0})
+    assert extra.score(batch()).values == [2.0, 2.0]
     with pytest.raises(UserError, match="takes no option 'ofset'; it takes completions, factor, offset"):
         RewardFunction(scaled, "mine", {"ofset": 1.0})
     with pytest.raises(UserError, match="'mine': got an unexpected keyword argument 'full'"):
