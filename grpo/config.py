@@ -152,6 +152,8 @@ class Reward(Section):
     """Seconds that one call may take."""
     on_error: Literal["stop", "skip"] = "stop"
     """A call that raises, hangs, dies or returns nonsense: stop the run, or score its completions as missing."""
+    memory_limit_gb: PositiveFloat | None = None
+    """Memory that the function's process may allocate, in GB (10^9 bytes). Default: half of the machine's."""
 
 
 class Rollout(Section):
