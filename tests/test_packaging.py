@@ -11,7 +11,9 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
+from collections.abc import Sequence
 from email.parser import Parser
 from pathlib import Path
 from typing import Any
@@ -39,12 +41,14 @@ print(json.dumps(found))
 """
 
 
-def run(*command: str | Path, cwd: Path, path: str = "") -> str:
-    """Standard output of a command, which must succeed, with `path` as PYTHONPATH."""
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    if path:
-        environment["PYTHONPATH"] = path
-    result = subprocess.run([*map(str, command)], cwd=cwd, env=environment, capture_output=True, text=True)
+def python(*arguments: str | Path, cwd: Path, sites: Sequence[Path] = ()) -> str:
+    """Standard output of a Python that finds packages in `sites` and in this one's site-packages.
+
+    Without the `site` module: an editable install of the project in this environment would otherwise be found first.
+    """
+    path = os.pathsep.join([*map(str, sites), sysconfig.get_path("purelib")])
+    command = [sys.executable, "-S", *map(str, arguments)]
+    result = subprocess.run(command, cwd=cwd, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 
@@ -64,7 +68,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def wheel(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("wheel")
     offline = ("--no-index", "--no-deps", "--no-build-isolation")
-    run(sys.executable, "-m", "pip", "wheel", "--quiet", *offline, "--wheel-dir", out, ".", cwd=project)
+    python("-m", "pip", "wheel", "--quiet", *offline, "--wheel-dir", out, ".", cwd=project)
     (built,) = out.glob("*.whl")
     return built
 
@@ -74,7 +78,7 @@ def installed(project: Path, wheel: Path, tmp_path_factory: pytest.TempPathFacto
     """For each kind, the folder that stands in for site-packages; none for a bare checkout."""
     editable, site = tmp_path_factory.mktemp("editable"), tmp_path_factory.mktemp("site")
     build = f"import setuptools.build_meta as backend; backend.build_editable({str(editable)!r})"
-    run(sys.executable, "-c", build, cwd=project)
+    python("-c", build, cwd=project)
     (built,) = editable.glob("*.whl")
     zipfile.ZipFile(built).extractall(editable)
     zipfile.ZipFile(wheel).extractall(site)
@@ -101,11 +105,11 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 def probe(kind: str, installed: dict[str, Path | None], project: Path, cwd: Path, *sites: Path) -> dict[str, Any]:
     """What the names resolve to, in a new process."""
-    if kind == "checkout":
-        return json.loads(run(sys.executable, "-c", PROBE, *sites, cwd=project))
     folder = installed[kind]
-    assert folder is not None
-    return json.loads(run(sys.executable, "-P", "-c", PROBE, folder, *sites, cwd=cwd, path=""))
+    if folder is None:
+        return json.loads(python("-c", PROBE, *sites, cwd=project))
+    # On the path as well, before this environment, whose own editable install has a module of the same name.
+    return json.loads(python("-P", "-c", PROBE, folder, *sites, cwd=cwd, sites=[folder]))
 
 
 def test_the_package_is_found_whole_from_any_kind_of_installation(
@@ -134,11 +138,11 @@ def test_an_installed_package_called_kernels_wins_over_the_folder(
 
 def test_transformers_sees_the_installed_kernels_and_not_the_folder(project: Path, hugging_face: Path) -> None:
     ask = "import grpo.kernels, transformers.utils.import_utils as u; print(u._is_package_available('kernels', True))"
-    assert run(sys.executable, "-c", ask, cwd=project) == "(False, 'N/A')\n"
-    assert run(sys.executable, "-c", ask, cwd=project, path=str(hugging_face)) == "(True, '0.10.0')\n"
+    assert python("-c", ask, cwd=project) == "(False, 'N/A')\n"
+    assert python("-c", ask, cwd=project, sites=[hugging_face]) == "(True, '0.10.0')\n"
 
 
-def test_a_kernel_runs_from_the_wheel(installed: dict[str, Path | None], tmp_path: Path) -> None:
+def test_a_kernel_runs_from_the_wheel(installed: dict[str, Path], tmp_path: Path) -> None:
     script = """
 import torch
 from grpo.kernels.logprob import selected_logprobs
@@ -147,13 +151,13 @@ logprobs, _ = selected_logprobs(hidden, weight, targets)
 wanted = torch.log_softmax(hidden @ weight.T, -1).gather(1, targets[:, None])[:, 0]
 assert torch.allclose(logprobs, wanted, atol=1e-5)
 """
-    run(sys.executable, "-P", "-c", script, cwd=tmp_path, path=str(installed["wheel"]))
+    python("-P", "-c", script, cwd=tmp_path, sites=[installed["wheel"]])
 
 
-def test_the_command_line_runs_from_the_wheel(installed: dict[str, Path | None], tmp_path: Path) -> None:
+def test_the_command_line_runs_from_the_wheel(installed: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "mine.toml").write_text('[model]\nname = "m"\n[task]\nname = "t"\n')
-    command = (sys.executable, "-P", "-m", "grpo.train", "mine.toml", "--dry-run")
-    printed = run(*command, cwd=tmp_path, path=str(installed["wheel"]))
+    command = ("-P", "-m", "grpo.train", "mine.toml", "--dry-run")
+    printed = python(*command, cwd=tmp_path, sites=[installed["wheel"]])
     assert "# A step: 16 prompts" in printed
 
 
