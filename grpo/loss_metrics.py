@@ -60,9 +60,8 @@ class Maximum:
     @classmethod
     def of(cls, values: Tensor, weights: Tensor) -> Self:
         """Largest of `values` [T] where `weights` [T] are not 0."""
-        if values.numel() == 0:
-            return cls(float("-inf"))
-        return cls(torch.where(weights > 0, values.detach().double(), float("-inf")).max())
+        kept = torch.where(weights > 0, values.detach().double(), float("-inf"))
+        return cls(kept.max() if len(kept) else kept.new_full((), float("-inf")))
 
     def merge(self, other: Maximum) -> Maximum:
         return Maximum(torch.maximum(torch.as_tensor(self.largest), torch.as_tensor(other.largest)))

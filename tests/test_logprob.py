@@ -148,18 +148,24 @@ def test_saves_one_hidden_sized_tensor_and_nothing_without_gradients():
     assert sizes == [] and not logprobs.requires_grad
 
 
-def test_logits_never_exist_for_more_than_a_chunk(monkeypatch):
+def test_logits_never_exist_for_more_than_a_chunk_nor_gradients_unasked(monkeypatch):
     hidden, weight, targets = example()
-    seen = []
+    seen, gradients = [], []
     original = logprob.softmax_stats_
 
-    def spy(logits, *args, **kwargs):
+    def spy(logits, *args, gradient, **kwargs):
         seen.append(tuple(logits.shape))
-        return original(logits, *args, **kwargs)
+        gradients.append(gradient)
+        return original(logits, *args, gradient=gradient, **kwargs)
 
     monkeypatch.setattr(logprob, "softmax_stats_", spy)
     selected_logprobs(hidden, weight, targets, chunk_tokens=4)
     assert seen == [(4, VOCABULARY), (4, VOCABULARY), (3, VOCABULARY)]
+    assert gradients == [True] * 3
+    with torch.no_grad():
+        selected_logprobs(hidden, weight, targets)
+    selected_logprobs(hidden.detach(), weight, targets)
+    assert gradients[3:] == [False] * 2
 
 
 def test_no_tokens_give_empty_results_and_a_zero_gradient():
