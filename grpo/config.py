@@ -272,6 +272,17 @@ class Loss(Section):
         return self
 
     @model_validator(mode="after")
+    def nothing_is_ignored(self) -> Loss:
+        if self.delta is not None and self.loss_type in ("cispo", "sapo"):
+            raise ValueError(f"delta caps a ratio beside a clip, which {self.loss_type} has not; leave it out")
+        if self.multi_objective_aggregation == "normalize_then_sum" and self.scale_rewards != "group":
+            raise ValueError(
+                f'multi_objective_aggregation = "normalize_then_sum" scales each reward by its group; leave '
+                f'scale_rewards = "{self.scale_rewards}" out'
+            )
+        return self
+
+    @model_validator(mode="after")
     def bounds_in_order(self) -> Loss:
         if self.importance_sampling_clip_min >= self.importance_sampling_clip_max:
             raise ValueError("importance_sampling_clip_min must be below importance_sampling_clip_max")
