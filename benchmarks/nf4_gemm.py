@@ -73,12 +73,14 @@ class Weight:
         return microseconds(self.copies, partial(self.multiply, x))
 
 
-def microseconds(copies: list, call: Callable[[Any], Any], replays: int = 9) -> float:
-    """Median time of `call(copy)`, over replays of a CUDA graph that calls it with every copy in turn."""
+def microseconds(copies: list, call: Callable[[Any], Any], milliseconds: float = 8.0) -> float:
+    """Median time of `call(copy)`, over replays of a CUDA graph that calls it with every copy in turn.
+
+    The replays that count take about `milliseconds`; half as many before them raise the clocks.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     graph = torch.cuda.CUDAGraph()
-    times = []
     with torch.cuda.stream(stream):
         for copy in copies[:2]:
             call(copy)
@@ -86,15 +88,21 @@ def microseconds(copies: list, call: Callable[[Any], Any], replays: int = 9) -> 
         for copy in copies:
             call(copy)
         graph.capture_end()
+        replay_milliseconds(graph, 1)
+        replays = max(5, math.ceil(milliseconds / statistics.median(replay_milliseconds(graph, 3))))
+        times = replay_milliseconds(graph, replays + replays // 2)[replays // 2 :]
+    return statistics.median(times) / len(copies) * 1e3
+
+
+def replay_milliseconds(graph: torch.cuda.CUDAGraph, replays: int) -> list[float]:
+    """Time of each of `replays` replays, queued without waiting in between."""
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 1)]
+    events[0].record()
+    for event in events[1:]:
         graph.replay()
-        for _ in range(replays):
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            graph.replay()
-            end.record()
-            times.append((start, end))
-    stream.synchronize()
-    return statistics.median(start.elapsed_time(end) for start, end in times) / len(copies) * 1e3
+        event.record()
+    torch.cuda.current_stream().synchronize()
+    return [start.elapsed_time(end) for start, end in zip(events, events[1:], strict=False)]
 
 
 def copies_for(size: float) -> int:

@@ -45,7 +45,7 @@ def candidates(rows: int) -> list[Tile]:
     heights = {16: (16,), 32: (32,), 64: (64,), 128: (128,)}.get(rows, (128, 256))
     found = []
     for m in heights:
-        for n, warps in ((64, 4), (128, 4), (128, 8), (256, 8)):
+        for n, warps in ((64, 4), (128, 4)) if m < 128 else ((64, 4), (128, 4), (128, 8), (256, 8)):
             for stages in (3, 4, 6) if m < 64 else (2, 3, 4):
                 shared = stages * 256 * m + (stages - 1) * 68 * n
                 if n * m <= warps * 32 * 128 and shared <= SHARED_MEMORY:
@@ -147,7 +147,7 @@ def time_shape(weight, shape, tiles: dict[int, list[Tile]], ready: set[tuple[Til
                     continue
                 call = partial(launch, x, out, tile, split)
                 try:
-                    times[rows, split, tile] = benchmark.microseconds(weight.copies, call, replays=5)
+                    times[rows, split, tile] = benchmark.microseconds(weight.copies, call, milliseconds=4.0)
                 except (RuntimeError, TritonError) as error:
                     print(f"tune: {shape} {rows} {tile} split {split}: {str(error).splitlines()[0][:120]}", flush=True)
     return times
@@ -169,7 +169,7 @@ def dense_times(weight, shape: tuple[int, int]) -> dict[int, float]:
     for rows in ROWS:
         x = torch.randn(rows, shape[1], dtype=torch.bfloat16, device="cuda")
         out = torch.empty(rows, shape[0], dtype=torch.bfloat16, device="cuda")
-        times[rows] = benchmark.microseconds(weight.copies, partial(launch_dense, x, out), replays=5)
+        times[rows] = benchmark.microseconds(weight.copies, partial(launch_dense, x, out), milliseconds=4.0)
     return times
 
 

@@ -202,28 +202,32 @@ def _quantize_kernel(
     """A [TILE_ROWS, 128] tile of `weight` -> words [n / 8, tiles, 8, 16] and scales [n / 8, tiles, 8, 2]."""
     tile = tl.program_id(0)
     row = tl.program_id(1) * TILE_ROWS + tl.arange(0, TILE_ROWS)
-    column = tile * 128 + tl.arange(0, 128)
     inside = (row < rows)[:, None]
-    if HALF_TAIL:
-        inside = inside & (column < columns)[None, :]
-    source = weight + row.to(tl.int64)[:, None] * columns + column[None, :]
-    values = tl.reshape(tl.load(source, mask=inside, other=0.0).to(tl.float32), [TILE_ROWS, 2, 64])
-    absmax = tl.max(tl.abs(values), 2)
-    divisor = tl.maximum(absmax, tl.full([TILE_ROWS, 2], 1e-38, tl.float32))
-    unit = values * tl.div_rn(tl.full([TILE_ROWS, 2], 1.0, tl.float32), divisor)[:, :, None]
-    code = tl.zeros([TILE_ROWS, 2, 64], tl.int32)
-    for index in tl.static_range(15):
-        code += (unit > _BOUNDS[index]).to(tl.int32)
-    # (block, w, j, c, e) -> word (c, w), nibble (block, j, e), the second of two neighbours in the lower nibble
-    code = tl.permute(tl.reshape(code, [TILE_ROWS, 2, 4, 2, 4, 2]), [0, 4, 2, 1, 3, 5])
-    code = tl.reshape(code, [TILE_ROWS, 16, 8])
-    shift = (tl.arange(0, 8) ^ 1) * 4
-    word = tl.sum(code << shift[None, None, :], 2)
     group = row // 8 * tiles + tile
-    at = (group * 128 + row % 8 * 16)[:, None] + tl.arange(0, 16)[None, :]
-    tl.store(words + at, word, mask=(row < rows)[:, None])
-    at = (group * 16 + row % 8 * 2)[:, None] + tl.arange(0, 2)[None, :]
-    tl.store(scales + at, round_to(absmax, scales.dtype.element_ty, PORTABLE), mask=(row < rows)[:, None])
+    word = tl.zeros([TILE_ROWS, 16], tl.int32)
+    for half in tl.static_range(2):
+        column = tile * 128 + half * 64 + tl.arange(0, 64)
+        valid = inside
+        if HALF_TAIL:
+            valid = valid & (column < columns)[None, :]
+        source = weight + row.to(tl.int64)[:, None] * columns + column[None, :]
+        value = tl.load(source, mask=valid, other=0.0).to(tl.float32)
+        absmax = tl.max(tl.abs(value), 1)
+        divisor = tl.maximum(absmax, tl.full([TILE_ROWS], 1e-38, tl.float32))
+        unit = value * tl.div_rn(tl.full([TILE_ROWS], 1.0, tl.float32), divisor)[:, None]
+        code = tl.zeros([TILE_ROWS, 64], tl.int32)
+        for index in tl.static_range(15):
+            code += (unit > _BOUNDS[index]).to(tl.int32)
+        # Columns are (w, j, c, e); a word is (c, w), its nibbles (half, j, e) from high e to low.
+        first, second = tl.split(tl.reshape(code, [TILE_ROWS, 4, 2, 4, 2]))
+        low, high = tl.split(tl.permute(first << 4 | second, [0, 3, 1, 2]))
+        word |= tl.reshape(low | high << 8, [TILE_ROWS, 16]) << (16 * half)
+        tl.store(
+            scales + group * 16 + row % 8 * 2 + half,
+            round_to(absmax, scales.dtype.element_ty, PORTABLE),
+            mask=row < rows,
+        )
+    tl.store(words + (group * 128 + row % 8 * 16)[:, None] + tl.arange(0, 16)[None, :], word, mask=inside)
 
 
 @triton.jit
