@@ -19,6 +19,7 @@ from __future__ import annotations
 import functools
 import random
 import re
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from grpo.errors import UserError
@@ -44,7 +45,7 @@ REWARDS = [
 
 
 def load(
-    operations: list[Operation] = ["+"],  # noqa: B006  (never changed)
+    operations: Sequence[Operation] = ("+",),
     low: int = 10,
     high: int = 49,
     rows: int = 2000,
@@ -61,7 +62,7 @@ def load(
     """
     if low > high or not operations or rows < 1 or min(held_out, shots) < 0:
         raise UserError("task arithmetic: needs low <= high, an operation, rows >= 1, held_out >= 0 and shots >= 0")
-    questions = drawn(operations, low, high, rows + 2 * (held_out + shots), random.Random(seed))
+    questions = drawn(tuple(dict.fromkeys(operations)), low, high, rows + 2 * (held_out + shots), random.Random(seed))
     kept_apart: dict[tuple[str, int, int], tuple[str, int, int]] = {}
     for question in questions:
         if len(kept_apart) == shots + held_out:
@@ -86,7 +87,7 @@ def load(
 
 
 def drawn(
-    operations: list[Operation], low: int, high: int, count: int, rng: random.Random
+    operations: Sequence[Operation], low: int, high: int, count: int, rng: random.Random
 ) -> list[tuple[str, int, int]]:
     """At most `count` different (operation, a, b), in random order."""
     span = high - low + 1

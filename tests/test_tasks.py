@@ -18,6 +18,8 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from grpo.errors import UserError
+from grpo.rewards.contract import RewardBatch, RewardSpec
+from grpo.rewards.forms import RewardFunction
 from grpo.rewards.resolve import resolve
 from grpo.tasks import arithmetic, common, countdown, expression, gsm8k, table
 from grpo.tasks.common import Task, load_task
@@ -87,15 +89,20 @@ def test_gsm8k_without_a_marked_answer_names_the_row(tmp_path: Path) -> None:
     assert "row 2" in refusal(lambda: load_task("gsm8k", {"path": str(tmp_path)}))
 
 
-def test_every_suggested_reward_exists(gsm8k_folder: Path) -> None:
+def test_every_suggested_reward_scores_the_tasks_rows(gsm8k_folder: Path) -> None:
     tasks = [
         load_task("gsm8k", {"path": str(gsm8k_folder)}),
         load_task("arithmetic", {"rows": 5, "held_out": 2}),
         load_task("countdown", {"rows": 5, "held_out": 2}),
         load_task("table", {"path": str(gsm8k_folder)}),
     ]
-    for reward in itertools.chain.from_iterable(task.rewards for task in tasks):
-        assert callable(resolve(reward["function"]))
+    for task in tasks:
+        columns = {name: [value] for name, value in task.train[0].items() if name != "prompt"}
+        batch = RewardBatch([task.train[0]["prompt"]], ["<answer>1</answer>"], [[1]], columns)
+        for table_ in task.rewards:
+            spec = RewardSpec.of(table_)
+            function = RewardFunction(resolve(spec.function), spec.column, spec.options)
+            assert len(function.score(batch).values) == 1
 
 
 # Arithmetic
