@@ -12,8 +12,9 @@ import math
 import multiprocessing
 import os
 import random
+import re
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -35,6 +36,8 @@ MULTIPROCESSORS = 132
 EXPLORED_SHAPES = 4
 """The first shapes are timed with every tile, the others with the best of those."""
 KEPT_TILES = 8
+SLACK = 1.02
+"""A tile up to this much slower is taken if another shape has it already: every tile is a kernel to compile."""
 
 Times = dict[tuple[int, int, Tile], float]
 """(rows, split, tile) -> microseconds, of one shape."""
@@ -56,17 +59,14 @@ def candidates(rows: int) -> list[Tile]:
 def splits(shape: tuple[int, int], rows: int, tile: Tile) -> list[int]:
     """Splits that keep the GPU busy without filling it many times over, and fit the workspace."""
     programs = math.ceil(shape[0] / tile.n) * math.ceil(rows / tile.m)
+    few, many = MULTIPROCESSORS // 3, 8 * MULTIPROCESSORS
     return [
         split
         for split in SPLITS
-        if split == 1 or (
-            programs * split <= 8 * MULTIPROCESSORS
-            and split * 2 <= shape[1] // 128
-            and programs <= nf4_gemm.COUNTERS
-            and 4 * programs * split * tile.n * tile.m <= nf4_gemm.WORKSPACE_BYTES
-        )
-        if programs * split >= MULTIPROCESSORS // 3
-    ]  # fmt: skip
+        if programs * split >= few
+        and (split == 1 or (programs * split <= many and split * 2 <= shape[1] // 128))
+        and nf4_gemm.fits(tile, split, rows, shape[0])
+    ]
 
 
 def compile_kernel(tile_and_split: tuple[Tile, int]) -> tuple[Tile, int] | None:
@@ -76,7 +76,7 @@ def compile_kernel(tile_and_split: tuple[Tile, int]) -> tuple[Tile, int] | None:
         nf4_gemm._gemm_kernel.warmup(
             torch.bfloat16, torch.int32, torch.int32, torch.bfloat16, torch.bfloat16, torch.float32, torch.int32,
             256, 4096, 4096, 32, 4096, 4096, *byte_tables(torch.bfloat16), tile.n, tile.m, split, tile.warps,
-            tile.stages, tile.dots, False, False, False, grid=(1,), num_warps=tile.warps,
+            tile.stages, tile.dots, False, False, False, False, grid=(1,), num_warps=tile.warps,
         )  # fmt: skip
     except (RuntimeError, TritonError):
         return None
@@ -112,11 +112,11 @@ def tune(shapes: list[tuple[int, int]], path: Path, deadline: float) -> None:
     ready = compile_all(order, started + 0.5 * (deadline - started))
     print(f"tune: {len(ready)} of {len(wanted)} kernels compiled in {time.monotonic() - started:.0f} s", flush=True)
     score: dict[tuple[int, Tile], list[float]] = defaultdict(list)
+    used: Counter[tuple[int, Tile]] = Counter()
     plans = {}
     for index, shape in enumerate(shapes):
-        tiles = {rows: [tile for tile in candidates(rows)] for rows in ROWS}
-        if index >= EXPLORED_SHAPES:
-            tiles = {rows: best_tiles(score, rows) for rows in ROWS}
+        explore = index < EXPLORED_SHAPES
+        tiles = {rows: candidates(rows) if explore else best_tiles(score, rows) for rows in ROWS}
         weight = benchmark.packed_weight(benchmark.random_weight(*shape))
         times = time_shape(weight, shape, tiles, ready, deadline)
         for rows in ROWS:
@@ -124,7 +124,7 @@ def tune(shapes: list[tuple[int, int]], path: Path, deadline: float) -> None:
             for (_, _, tile), value in mine.items():
                 score[rows, tile].append(value / min(mine.values()))
         if times:
-            plans[shape] = choose(times, dense_times(weight, shape), shape)
+            plans[shape] = choose(times, dense_times(weight, shape), shape, used)
         del weight
     write(path, plans)
 
@@ -173,35 +173,36 @@ def dense_times(weight, shape: tuple[int, int]) -> dict[int, float]:
     return times
 
 
-def choose(times: Times, dense: dict[int, float], shape: tuple[int, int]) -> dict:
-    """The plan for one shape: the split with the best geometric mean over numbers of rows, its best tile for each."""
-    best: dict[int, dict[int, tuple[float, Tile]]] = defaultdict(dict)
+def choose(times: Times, dense: dict[int, float], shape: tuple[int, int], used: Counter[tuple[int, Tile]]) -> dict:
+    """The plan for one shape: the split with the best geometric mean over numbers of rows, a tile for each of them.
+
+    used: (split, tile) -> how many plans have it so far; counted up here.
+    """
+    fastest = {rows: min(times[key] for key in times if key[0] == rows) for rows in {key[0] for key in times}}
+    by_split: dict[int, dict[int, dict[Tile, float]]] = defaultdict(lambda: defaultdict(dict))
     for (rows, split, tile), value in times.items():
-        if rows not in best[split] or value < best[split][rows][0]:
-            best[split][rows] = value, tile
-    fastest = {
-        rows: min(found[rows][0] for found in best.values() if rows in found) for rows in {key[0] for key in times}
-    }
+        by_split[split][rows][tile] = value
 
     def loss(split: int) -> float:
         # Above 256 rows dequantising usually wins: those do not decide the split.
+        at = by_split[split]
         return math.fsum(
-            math.log(best[split][rows][0] / fastest[rows]) if rows in best[split] else 9.0
-            for rows in fastest
-            if rows <= 256
+            math.log(min(at[rows].values()) / fastest[rows]) if rows in at else 9.0 for rows in fastest if rows <= 256
         )
 
-    split = min(best, key=loss)
-    chosen = best[split]
-    tiles = {}
-    for rows in sorted(chosen):
-        if chosen[rows][0] > dense[rows]:
+    split = min(by_split, key=loss)
+    plan, report = {}, []
+    for rows, choices in sorted(by_split[split].items()):
+        best = min(choices.values())
+        report.append(f"{rows}: {best:.1f} ({fastest[rows]:.1f}, {dense[rows]:.1f})")
+        if best > dense[rows]:
             break
-        tiles[rows] = chosen[rows][1]
-    print(f"tune: {shape} split {split}, us (best of any split, dequantise + cuBLAS): " + ", ".join(
-        f"{rows}: {chosen[rows][0]:.1f} ({fastest[rows]:.1f}, {dense[rows]:.1f})" for rows in sorted(chosen)
-    ), flush=True)  # fmt: skip
-    return {"split": split, "tiles": {str(rows): asdict(tile) for rows, tile in tiles.items()}}
+        close = [tile for tile in choices if choices[tile] <= SLACK * best]
+        tile = max(close, key=lambda tile: (used[split, tile], -choices[tile]))
+        used[split, tile] += 1
+        plan[str(rows)] = asdict(tile)
+    print(f"tune: {shape} split {split}, us (best of any split, dequantise + cuBLAS): {', '.join(report)}", flush=True)
+    return {"split": split, "tiles": plan}
 
 
 def write(path: Path, plans: dict[tuple[int, int], dict]) -> None:
@@ -210,4 +211,5 @@ def write(path: Path, plans: dict[tuple[int, int], dict]) -> None:
     measured = {key: value for key, value in versions().items() if key in ("torch", "triton")}
     shapes = {f"{features}x{columns}": plan for (features, columns), plan in plans.items()}
     table[torch.cuda.get_device_name()] = {"measured_with": measured, "shapes": shapes}
-    path.write_text(json.dumps(table, indent=1) + "\n")
+    text = json.dumps(table, indent=1)
+    path.write_text(re.sub(r"\{[^{}]*\}", lambda inner: json.dumps(json.loads(inner[0])), text) + "\n")

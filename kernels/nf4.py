@@ -107,7 +107,7 @@ def allocate(
 def pack_rows(packed: Tensor, absmax: Tensor, row: int, codes: Tensor, scales: Tensor, shape: tuple[int, int]) -> None:
     """Write a weight [n, K] = `shape`, given in bitsandbytes' form (scales float32, un-nested), to rows row..row+n."""
     rows, columns = shape
-    words, pairs = _stored_rows(packed, absmax, row, rows, columns)
+    words, pairs = stored_rows(packed, absmax, row, rows, columns)
     tiles = words.shape[1]
     codes, scales = codes.reshape(rows, columns // 2), scales.reshape(rows, columns // BLOCK)
     if columns % TILE:
@@ -131,7 +131,7 @@ def quantize_rows(packed: Tensor, absmax: Tensor, row: int, weight: Tensor) -> N
 def unpack_rows(packed: Tensor, absmax: Tensor) -> tuple[Tensor, Tensor]:
     """Rows of the stored form in bitsandbytes' form: (codes uint8 [n * K / 2, 1], absmax float32 [n * K / 64])."""
     rows, columns = packed.shape[0], packed.shape[1] * 2
-    words, pairs = _stored_rows(packed, absmax, 0, rows, columns)
+    words, pairs = stored_rows(packed, absmax, 0, rows, columns)
     tiles = words.shape[1]
     stored = words.view(rows // GROUP, tiles, GROUP, 4, 4, 2, 2)
     codes = stored.permute(0, 2, 1, 5, 4, 6, 3).reshape(rows, tiles * TILE // 2)
@@ -156,7 +156,7 @@ def dequantize(packed: Tensor, absmax: Tensor, out: Tensor | None = None) -> Ten
         launch_dequantize(packed, absmax, out)
         return out
     codes, _ = unpack_rows(packed, absmax)
-    _, pairs = _stored_rows(packed, absmax, 0, rows, columns)
+    _, pairs = stored_rows(packed, absmax, 0, rows, columns)
     scales = pairs.permute(0, 2, 1, 3).reshape(rows, -1)[:, : columns // BLOCK]
     return out.copy_(dequantize_bitsandbytes(codes, scales, (rows, columns), absmax.dtype))
 
@@ -164,11 +164,11 @@ def dequantize(packed: Tensor, absmax: Tensor, out: Tensor | None = None) -> Ten
 def launch_quantize(packed: Tensor, absmax: Tensor, row: int, weight: Tensor, *, portable: bool = False) -> None:
     """The Triton form of `quantize_rows`. portable: as for `launch_dequantize`."""
     rows, columns = weight.shape
-    words, pairs = _stored_rows(packed, absmax, row, rows, columns)
+    words, pairs = stored_rows(packed, absmax, row, rows, columns)
     assert weight.is_contiguous() and words.is_contiguous() and pairs.is_contiguous()
     tiles = words.shape[1]
     grid = (tiles, triton.cdiv(rows, _TILE_ROWS))
-    with _on_device(packed):
+    with on_device(packed):
         _quantize_kernel[grid](
             weight, words.view(torch.int32), pairs, rows, columns, tiles, _TILE_ROWS, columns % TILE != 0,
             portable, num_warps=4,
@@ -178,11 +178,11 @@ def launch_quantize(packed: Tensor, absmax: Tensor, row: int, weight: Tensor, *,
 def launch_dequantize(packed: Tensor, absmax: Tensor, out: Tensor, *, portable: bool = False) -> None:
     """The Triton form of `dequantize`. portable: look codes up without PTX, as Triton's interpreter needs."""
     rows, columns = out.shape
-    words, pairs = _stored_rows(packed, absmax, 0, rows, columns)
+    words, pairs = stored_rows(packed, absmax, 0, rows, columns)
     assert out.is_contiguous() and words.is_contiguous() and pairs.is_contiguous()
     tiles = words.shape[1]
     grid = (tiles, triton.cdiv(rows, _TILE_ROWS))
-    with _on_device(packed):
+    with on_device(packed):
         _dequantize_kernel[grid](
             words.view(torch.int32), pairs, out, rows, columns, tiles, *byte_tables(out.dtype), _TILE_ROWS,
             columns % TILE != 0, portable, num_warps=4,
@@ -253,8 +253,9 @@ def _dequantize_kernel(
         tl.store(target + column[None, :], value, mask=inside)
 
 
-def _stored_rows(packed: Tensor, absmax: Tensor, row: int, rows: int, columns: int) -> tuple[Tensor, Tensor]:
-    """Rows of the storage as (bytes [rows / 8, tiles, 8, 64], scales [rows / 8, tiles, 8, 2]), both contiguous."""
+def stored_rows(packed: Tensor, absmax: Tensor, row: int, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    """Rows row..row+rows of the storage as the kernels see it: bytes [rows / 8, tiles, 8, 64] and scales [rows / 8,
+    tiles, 8, 2], contiguous, with tiles = ceil(columns / 128). ValueError if that is not what the tensors are."""
     tiles = -(-columns // TILE)
     if packed.shape != (packed.shape[0], columns // 2) or absmax.shape != (packed.shape[0], columns // BLOCK):
         raise ValueError(f"storage of {tuple(packed.shape)} and {tuple(absmax.shape)} does not hold {columns} columns")
@@ -290,6 +291,6 @@ def _pair_table(dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.stack([code[byte >> 4], code[byte & 15]], 1).to(device)
 
 
-def _on_device(tensor: Tensor) -> torch.cuda.device:
+def on_device(tensor: Tensor) -> torch.cuda.device:
     """Triton launches on the current device; a CPU tensor (interpreter) leaves it alone."""
     return torch.cuda.device(tensor.device if tensor.is_cuda else -1)

@@ -5,9 +5,9 @@ benchmarks/nf4_gemm.py --tune. docs/nf4-kernel.md explains the kernel.
 
 The fused kernel's result for a row of x has the same bits whatever other rows there are: K is split by the shape of W
 alone, each split is summed in the order of K, and the splits are added in their order by whichever program finishes
-last. Tile sizes, which do depend on the number of rows, do not enter. Two limits: above the table's largest number of
-rows (256 on an H100) the product is cuBLAS's, with cuBLAS's bits; and another shape, GPU model or table may split
-otherwise.
+last. Tile sizes, which do depend on the number of rows, do not enter. Two limits: above a shape's largest number of
+rows in the table (128 to 512 on an H100) the product is cuBLAS's, with cuBLAS's bits; and another shape, GPU model or
+table may split otherwise.
 
 Not here: gradients, LoRA, products of W with anything on the other side. One stream at a time per device: calls share
 a workspace.
@@ -146,20 +146,26 @@ def launch_gemm(
     """The fused kernel. Arguments as `nf4_linear` has checked them; portable: the form for Triton's interpreter."""
     rows, columns = x.shape
     features = packed.shape[0]
-    words, scales = nf4._stored_rows(packed, absmax, 0, features, columns)
+    words, scales = nf4.stored_rows(packed, absmax, 0, features, columns)
     assert words.is_contiguous() and scales.is_contiguous(), "groups of 8 rows lie one after the other"
     assert x.stride(1) == 1 and out.stride(1) == 1 and (bias is None or bias.is_contiguous())
     assert x.dtype == absmax.dtype == out.dtype and x.element_size() == 2, "two scales are read as one word"
     grid = (triton.cdiv(rows, tile.m), triton.cdiv(features, tile.n), split)
     scratch, arrived = workspace(x.device)
-    assert grid[0] * grid[1] <= COUNTERS and (split == 1 or 4 * math.prod(grid) * tile.m * tile.n <= WORKSPACE_BYTES)
-    with nf4._on_device(x):
+    assert fits(tile, split, rows, features), "the workspace holds every partial sum"
+    with nf4.on_device(x):
         _gemm_kernel[grid](
             x, words.view(torch.int32), scales.view(torch.int32), x if bias is None else bias, out,
             scratch.view(torch.float32), arrived, rows, features, columns, words.shape[1], x.stride(0), out.stride(0),
-            *byte_tables(x.dtype), tile.n, tile.m, split, tile.warps, tile.stages, tile.dots, columns % nf4.TILE != 0,
-            bias is not None, portable, num_warps=tile.warps,
+            *byte_tables(x.dtype), tile.n, tile.m, split, tile.warps, tile.stages, tile.dots, rows % tile.m != 0,
+            columns % nf4.TILE != 0, bias is not None, portable, num_warps=tile.warps,
         )  # fmt: skip
+
+
+def fits(tile: Tile, split: int, rows: int, features: int) -> bool:
+    """Whether the workspace has room for the partial sums of a product."""
+    programs = math.ceil(rows / tile.m) * math.ceil(features / tile.n)
+    return split == 1 or (programs <= COUNTERS and 4 * programs * split * tile.m * tile.n <= WORKSPACE_BYTES)
 
 
 @triton.jit(do_not_specialize=["rows", "tiles"])
@@ -167,7 +173,7 @@ def _gemm_kernel(
     x, words, scales, bias, out, partial, arrived, rows, features, columns, tiles, x_stride, out_stride,
     t0, t1, t2, t3, t4, t5, t6, t7,
     BN: tl.constexpr, BM: tl.constexpr, SPLIT: tl.constexpr, WARPS: tl.constexpr, STAGES: tl.constexpr,
-    DOTS: tl.constexpr, HALF_TAIL: tl.constexpr, HAS_BIAS: tl.constexpr, PORTABLE: tl.constexpr,
+    DOTS: tl.constexpr, RAGGED: tl.constexpr, HALF_TAIL: tl.constexpr, HAS_BIAS: tl.constexpr, PORTABLE: tl.constexpr,
 ):  # fmt: skip
     """out^T [BN, BM] = W [BN, part of K] x^T. words: [N / 8, tiles, 8, 16]; scales: pairs, [N / 8, tiles, 8]."""
     DTYPE: tl.constexpr = x.dtype.element_ty
@@ -180,8 +186,10 @@ def _gemm_kernel(
     scale_at = scales + tl.minimum(n // 8, last_group) * tiles * 8 + n % 8
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     k = tl.arange(0, WIDTH)
-    # Rows past the last are read from the last and never stored: cheaper than a mask.
-    x_at = x + (tl.minimum(m, rows - 1) * x_stride)[None, :] + k[:, None]
+    x_at = x + (m * x_stride)[None, :] + k[:, None]
+    # Rows past the last are not read. Reading the last row in their place makes every program ask for the same lines
+    # of the L2 cache: one row of x then takes longer than sixteen.
+    x_mask = (m < rows)[None, :]
     share = tl.cdiv(tiles, SPLIT)
     first = tl.program_id(2) * share
     total = tl.zeros([BN, BM], tl.float32)
@@ -193,14 +201,23 @@ def _gemm_kernel(
         low = tile_columns(lookup_half(word, 0, t0, t1, t2, t3, t4, t5, t6, t7, DTYPE, PORTABLE), BN, WARPS)
         low = scaled(low, scale0, DTYPE, PORTABLE)
         if DOTS == 2:
-            total = _dot(low, _load_x(x_at, tile * 128, k, columns, False), total, PORTABLE)
+            total = _dot(
+                low, _load_x(x_at + tile * 128, x_mask, tile * 128 + k, columns, RAGGED, False), total, PORTABLE
+            )
         high = tile_columns(lookup_half(word, 1, t0, t1, t2, t3, t4, t5, t6, t7, DTYPE, PORTABLE), BN, WARPS)
         high = scaled(high, scale1, DTYPE, PORTABLE)
         if DOTS == 2:
-            total = _dot(high, _load_x(x_at, tile * 128 + 64, k, columns, HALF_TAIL), total, PORTABLE)
+            total = _dot(
+                high,
+                _load_x(x_at + tile * 128 + 64, x_mask, tile * 128 + 64 + k, columns, RAGGED, HALF_TAIL),
+                total,
+                PORTABLE,
+            )
         else:
             both = tl.reshape(tl.permute(tl.join(low, high), [0, 2, 1]), [BN, 128])
-            total = _dot(both, _load_x(x_at, tile * 128, k, columns, HALF_TAIL), total, PORTABLE)
+            total = _dot(
+                both, _load_x(x_at + tile * 128, x_mask, tile * 128 + k, columns, RAGGED, HALF_TAIL), total, PORTABLE
+            )
     if SPLIT == 1:
         _store(total, out, bias, m, n, rows, features, out_stride, HAS_BIAS, PORTABLE)
     else:
@@ -218,10 +235,12 @@ def _gemm_kernel(
 
 
 @triton.jit
-def _load_x(x_at, first, k, columns, MASKED: tl.constexpr):
-    if MASKED:
-        return tl.load(x_at + first, mask=(first + k < columns)[:, None], other=0.0)
-    return tl.load(x_at + first)
+def _load_x(at, mask, column, columns, RAGGED: tl.constexpr, HALF_TAIL: tl.constexpr):
+    if HALF_TAIL:  # times a padded block of zeros, so it has to be finite
+        return tl.load(at, mask=mask & (column < columns)[:, None], other=0.0)
+    if RAGGED:  # whatever is left in the other rows' place only reaches rows of y that are not stored
+        return tl.load(at, mask=mask)
+    return tl.load(at)
 
 
 @triton.jit
@@ -245,9 +264,14 @@ def load_table() -> dict[str, dict[tuple[int, int], Plan]]:
     """GPU name -> (N, K) -> Plan, from the file that benchmarks/nf4_gemm.py --tune writes."""
     gpus = json.loads(TABLE.read_text())
     return {
-        gpu: {tuple(map(int, shape.split("x"))): _read_plan(entry) for shape, entry in content["shapes"].items()}
+        gpu: {_read_shape(shape): _read_plan(entry) for shape, entry in content["shapes"].items()}
         for gpu, content in gpus.items()
     }
+
+
+def _read_shape(text: str) -> tuple[int, int]:
+    features, columns = text.split("x")
+    return int(features), int(columns)
 
 
 def use_table(path: Path) -> None:
@@ -265,14 +289,17 @@ def _read_plan(entry: dict) -> Plan:
 
 @lru_cache
 def find_plan(device: torch.device, features: int, columns: int) -> Plan | None:
-    """The plan for W [features, columns] on `device`: that of the nearest measured shape. None: not measured there."""
+    """The plan for W [features, columns] on `device`: that of the nearest measured shape, by the ratios of both sides,
+    as far as the workspace allows. None, with a warning, for a GPU that is not in the table or is no Hopper GPU.
+    """
     name = torch.cuda.get_device_name(device)
     shapes = load_table().get(name)
     if not shapes or torch.cuda.get_device_capability(device) < (9, 0):
         _warn_unmeasured(name)
         return None
     distance = {shape: abs(math.log(shape[0] / features)) + abs(math.log(shape[1] / columns)) for shape in shapes}
-    return shapes[min(distance, key=lambda shape: distance[shape])]
+    nearest = shapes[min(distance, key=lambda shape: distance[shape])]
+    return Plan(nearest.split, tuple(pair for pair in nearest.tiles if fits(pair[1], nearest.split, pair[0], features)))
 
 
 @lru_cache

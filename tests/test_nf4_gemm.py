@@ -69,9 +69,7 @@ def test_every_plan_of_the_table_fits_kernel_and_workspace():
             assert limits == sorted(limits) and len(plan.tiles) > 0
             for rows, tile in plan.tiles:
                 assert tile.n % (16 * tile.warps) == 0 and tile.warps % 4 == 0, "wgmma wants whole warp groups of rows"
-                programs = -(-rows // tile.m) * -(-features // tile.n)
-                assert programs <= nf4_gemm.COUNTERS
-                assert plan.split == 1 or 4 * programs * plan.split * tile.n * tile.m <= nf4_gemm.WORKSPACE_BYTES
+                assert nf4_gemm.fits(tile, plan.split, rows, features)
 
 
 def test_the_tile_depends_on_rows_and_the_split_does_not():
@@ -92,9 +90,11 @@ def test_a_shape_that_was_not_measured_takes_the_plan_of_the_nearest(monkeypatch
     pretend_gpu(monkeypatch, "NVIDIA H100 80GB HBM3", (9, 0))
     device = torch.device("cuda", 0)
     plans = nf4_gemm.load_table()["NVIDIA H100 80GB HBM3"]
-    assert nf4_gemm.find_plan(device, 28672, 4096) is plans[28672, 4096]
-    assert nf4_gemm.find_plan(device, 30000, 4096) is plans[28672, 4096]
-    assert nf4_gemm.find_plan(device, 4096, 14000) is plans[4096, 14336]
+    assert nf4_gemm.find_plan(device, 28672, 4096) == plans[28672, 4096]
+    assert nf4_gemm.find_plan(device, 30000, 4096) == plans[28672, 4096]
+    assert nf4_gemm.find_plan(device, 4096, 14000) == plans[4096, 14336]
+    wider = nf4_gemm.find_plan(device, 10240, 14336)  # partial sums of four splits and 512 rows would not fit
+    assert wider.split == plans[4096, 14336].split and wider.tile(512) is None and wider.tile(128) is not None
     nf4_gemm.find_plan.cache_clear()
 
 
@@ -113,7 +113,7 @@ def compile_for_hopper(tile, split, element):
     kernel = nf4_gemm._gemm_kernel
     constants = {
         "BN": tile.n, "BM": tile.m, "SPLIT": split, "WARPS": tile.warps, "STAGES": tile.stages, "DOTS": tile.dots,
-        "HALF_TAIL": False, "HAS_BIAS": False, "PORTABLE": False,
+        "RAGGED": True, "HALF_TAIL": False, "HAS_BIAS": False, "PORTABLE": False,
     }  # fmt: skip
     pointers = dict.fromkeys(("x", "bias", "out"), f"*{element}")
     pointers |= {"words": "*i32", "scales": "*i32", "partial": "*fp32", "arrived": "*i32"}
@@ -152,15 +152,16 @@ def test_on_the_gpu_products_are_right_and_rows_do_not_depend_on_the_batch(shape
     bias = torch.randn(features, device="cuda").to(dtype)
     reference = x.float() @ dense.T + bias.float()
     plan = nf4_gemm.find_plan(x.device, features, columns)
-    whole = {}
-    for rows in (256, 1, 2, 7, 8, 16, 17, 32, 33, 64, 65, 100, 128, 129, 200, 257, 300):
+    fused = {}
+    for rows in (1, 2, 7, 8, 16, 17, 32, 33, 64, 65, 100, 128, 129, 200, 256, 257, 300):
         out = torch.full((rows, features), float("nan"), device="cuda", dtype=dtype)
         nf4_gemm.nf4_linear(x[:rows], *weight, bias, out=out)
         error = (out.float() - reference[:rows]).norm() / reference[:rows].norm()
         assert error < {torch.bfloat16: 3e-3, torch.float16: 4e-4}[dtype]
         if plan is not None and plan.tile(rows) is not None:
-            whole.setdefault("fused", out)
-            assert torch.equal(out, whole["fused"][:rows]), rows
+            fused[rows] = out
+    for rows, out in fused.items():
+        assert torch.equal(out, fused[max(fused)][:rows]), rows
     assert not nf4_gemm.workspace(x.device)[1].any()
 
 
