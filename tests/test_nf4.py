@@ -188,6 +188,7 @@ def test_the_ptx_lookup_gives_the_codes_values_for_every_half_word(dtype):
         assert values == [expected[nibbles[index]] for index in (1, 0, 3, 2)]
 
 
+@pytest.mark.slow
 def test_kernels_in_the_interpreter():
     """interpreted_nf4.py needs TRITON_INTERPRET before Triton is imported, hence a process of its own."""
     folder = Path(__file__).parent
