@@ -44,15 +44,20 @@ def training_sequences(group: Group, advantages: Tensor) -> list[TrainingSequenc
 
 
 def pack(sequences: Sequence[TrainingSequence], tokens: int) -> list[list[TrainingSequence]]:
-    """Micro-batches of at most `tokens` tokens each, filled in order; a longer sequence gets one of its own."""
+    """Micro-batches of at most `tokens` tokens each, filled in order; a longer sequence gets one of its own.
+
+    A prompt that follows itself in the same micro-batch is computed, and counted, once.
+    """
     batches: list[list[TrainingSequence]] = []
     room = 0
     for sequence in sequences:
-        if not batches or len(sequence) > room:
+        shared = batches and batches[-1][-1].prompt_ids == sequence.prompt_ids
+        cost = len(sequence) - (len(sequence.prompt_ids) if shared else 0)
+        if not batches or cost > room:
             batches.append([])
-            room = tokens
+            room, cost = tokens, len(sequence)
         batches[-1].append(sequence)
-        room -= len(sequence)
+        room -= cost
     return batches
 
 

@@ -12,7 +12,8 @@ import json
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from grpo.base import BaseWeights, Segment
 from grpo.config import Lora
 from grpo.errors import UserError
 from grpo.kernels import nf4
-from grpo.kernels.attention import Packing, packed_attention
+from grpo.kernels.attention import Packing, Span, packed_attention
 from grpo.kernels.logprob import selected_logprobs
 
 ADAPTER = "default"
@@ -117,7 +118,7 @@ def attend(
 ) -> tuple[Tensor, None]:
     """transformers' attention interface over `packed_attention`. query, key, value [1, heads, tokens, dim]."""
     assert attention_mask is None and query.shape[0] == 1, "sequences come packed in one row, without a mask"
-    packing = packing or Packing.of([query.shape[2]], query.device)
+    packing = packing or Packing.of_lengths([query.shape[2]], query.device)
     output = packed_attention(
         query[0], key[0], value[0], packing, scale=scaling, window=sliding_window, softcap=softcap
     )
@@ -133,6 +134,45 @@ class Scored:
 
     logprobs: Tensor
     entropy: Tensor
+
+
+@dataclass
+class PackedRow:
+    """Sequences laid out one after another, a prompt shared by neighbours only once."""
+
+    tokens: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    """Of each token in its own sequence."""
+    spans: list[Span] = field(default_factory=list)
+    predicting: list[int] = field(default_factory=list)
+    """For every completion token, the place in the row that predicts it."""
+
+    def append(self, tokens: Sequence[int], first_position: int, prefix: Span | None = None) -> None:
+        """Add `tokens` as a span that continues `prefix`."""
+        if not tokens:
+            return
+        place = (prefix.start, prefix.length) if prefix else (0, 0)
+        self.spans.append(Span(len(self.tokens), len(tokens), *place))
+        self.positions += range(first_position, first_position + len(tokens))
+        self.tokens += tokens
+
+
+def packed_row(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> PackedRow:
+    """`completions` after their `prompts`."""
+    row = PackedRow()
+    pairs = zip(prompts, completions, strict=True)
+    for prompt, members in groupby(pairs, key=lambda pair: list(pair[0])):
+        fed = [list(completion[:-1]) for _, completion in members]
+        if len(fed) == 1:
+            row.append(prompt + fed[0], 0)
+            row.predicting += range(len(row.tokens) - len(fed[0]) - 1, len(row.tokens))
+            continue
+        row.append(prompt, 0)
+        shared = row.spans[-1]
+        for own in fed:
+            row.predicting += [shared.start + shared.length - 1, *range(len(row.tokens), len(row.tokens) + len(own))]
+            row.append(own, len(prompt), prefix=shared)
+    return row
 
 
 class Policy:
@@ -183,23 +223,20 @@ class Policy:
     ) -> Scored:
         """Logprob of every completion token under `softmax(logits / temperature)`, and the entropy there.
 
-        The last completion token predicts nothing and is not fed.
+        Neighbours with the same prompt share one computation of it. The last completion token predicts nothing and is
+        not fed.
         """
         device = self.base.device
-        rows = [[*prompt, *completion[:-1]] for prompt, completion in zip(prompts, completions, strict=True)]
-        lengths = [len(row) for row in rows]
-        tokens = torch.tensor([token for row in rows for token in row], device=device)
-        positions = torch.tensor([place for length in lengths for place in range(length)], device=device)
+        row = packed_row(prompts, completions)
         hidden = self.decoder.model(
-            input_ids=tokens[None], position_ids=positions[None], use_cache=False, packing=Packing.of(lengths, device)
+            input_ids=torch.tensor([row.tokens], device=device),
+            position_ids=torch.tensor([row.positions], device=device),
+            use_cache=False,
+            packing=Packing(row.spans, device),
         ).last_hidden_state[0]
-        predicting, start = [], 0
-        for prompt, length in zip(prompts, lengths, strict=True):
-            predicting += range(start + len(prompt) - 1, start + length)
-            start += length
         targets = torch.tensor([token for completion in completions for token in completion], device=device)
         logprobs, entropy = selected_logprobs(
-            hidden[torch.tensor(predicting, device=device)],
+            hidden.index_select(0, torch.tensor(row.predicting, device=device)),
             self.head_weight(),
             targets,
             temperature=temperature,

@@ -1,14 +1,16 @@
-"""Causal attention over sequences packed one after another, without padding.
+"""Causal attention over packed sequences that may share a prompt, without padding between them.
 
-Exact: every sequence attends to itself only. One variable-length flash call for all sequences where the GPU and the
-model's attention allow it, otherwise one scaled-dot-product call a sequence. No dropout, no cache.
+Exact: a sequence attends to its own tokens and, where it continues a shared prompt, to that prompt, which is computed
+once. One variable-length flash call on a GPU; elsewhere sequences of similar length are gathered into padded batches
+for scaled-dot-product attention. No dropout, no cache.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -21,21 +23,130 @@ except ImportError:  # torch older than 2.10
 
 VARLEN_ARGUMENTS = frozenset(inspect.signature(varlen_attn).parameters) if varlen_attn else frozenset()
 LARGEST_FLASH_HEAD = 256
+PADDED_SCORES = 1 << 22
+"""Query-key pairs in one padded batch."""
+EXPLICIT_SCORES = 1 << 22
+"""Up to so many scores (all heads) attention is written out: on a CPU the fused call's backward is far slower."""
 
 
 @dataclass(frozen=True)
-class Packing:
-    """Where the packed sequences begin and end."""
+class Span:
+    """Consecutive tokens `start`... that attend to themselves causally and to all of an earlier span before them."""
 
-    lengths: tuple[int, ...]
-    bounds: Tensor
-    """int32 [sequences + 1], cumulative lengths, on the device of the tokens."""
+    start: int
+    length: int
+    prefix_start: int = 0
+    prefix_length: int = 0
+
+    @property
+    def keys(self) -> int:
+        return self.prefix_length + self.length
+
+
+@dataclass(frozen=True)
+class PaddedBatch:
+    """Spans gathered to one shape: S spans, at most Q queries and K keys each."""
+
+    queries: Tensor
+    """int64 [S, Q], packed position of each query; 0 beyond a span's end."""
+    keys: Tensor
+    """int64 [S, K], packed position of each key: the prefix, then the span; 0 beyond the end."""
+    distance: Tensor
+    """int64 [S, Q, K], how many tokens a key lies before the query; negative where it must not be seen."""
+    valid: Tensor
+    """bool [S, Q], queries that exist."""
+
+
+class Packing:
+    """The spans of a packed row, in order and without gaps, and the index tensors that attention needs."""
+
+    def __init__(self, spans: Sequence[Span], device: torch.device):
+        position = 0
+        for span in spans:
+            assert span.start == position and span.length > 0, span
+            assert span.prefix_start + span.prefix_length <= span.start, span
+            position += span.length
+        self.spans, self.device, self.tokens = tuple(spans), device, position
 
     @classmethod
-    def of(cls, lengths: Sequence[int], device: torch.device) -> Packing:
-        """The packing of sequences of these `lengths`."""
-        bounds = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
-        return cls(tuple(lengths), bounds)
+    def of_lengths(cls, lengths: Sequence[int], device: torch.device) -> Packing:
+        """Independent sequences of these `lengths`."""
+        starts = [0, *torch.tensor(lengths).cumsum(0).tolist()]
+        return cls([Span(start, length) for start, length in zip(starts, lengths, strict=False)], device)
+
+    @cached_property
+    def shares_prefixes(self) -> bool:
+        return any(span.prefix_length for span in self.spans)
+
+    @cached_property
+    def query_bounds(self) -> Tensor:
+        """int32 [spans + 1], cumulative query counts."""
+        return self._bounds([span.length for span in self.spans])
+
+    @cached_property
+    def key_bounds(self) -> Tensor:
+        """int32 [spans + 1], cumulative key counts."""
+        return self._bounds([span.keys for span in self.spans])
+
+    def _bounds(self, counts: list[int]) -> Tensor:
+        return torch.tensor([0, *counts]).cumsum(0).to(self.device, torch.int32)
+
+    @cached_property
+    def longest(self) -> tuple[int, int]:
+        """Most queries and most keys of a span."""
+        return max(span.length for span in self.spans), max(span.keys for span in self.spans)
+
+    @cached_property
+    def key_positions(self) -> Tensor:
+        """int64, packed position of every span's keys, span after span."""
+        ranges = [part for span in self.spans for part in key_ranges(span)]
+        return torch.cat([torch.arange(start, start + length) for start, length in ranges]).to(self.device)
+
+    @cached_property
+    def padded(self) -> list[PaddedBatch]:
+        """The spans as padded batches, in an order that `order` undoes."""
+        return [padded_batch(batch, self.device) for batch in self._similar()]
+
+    @cached_property
+    def order(self) -> Tensor:
+        """int64 [tokens]: where each packed token stands among the valid queries of `padded`."""
+        positions = torch.cat([batch.queries[batch.valid] for batch in self.padded])
+        return torch.argsort(positions)
+
+    def _similar(self) -> Iterator[list[Span]]:
+        """Spans by whether they have a prefix and by length, in batches of at most PADDED_SCORES pairs."""
+        batch: list[Span] = []
+        for span in sorted(self.spans, key=lambda span: (span.prefix_length > 0, span.keys, span.length)):
+            most_queries = max((one.length for one in [*batch, span]))
+            mixed = batch and (batch[0].prefix_length > 0) != (span.prefix_length > 0)
+            if batch and (mixed or (len(batch) + 1) * most_queries * span.keys > PADDED_SCORES):
+                yield batch
+                batch = []
+            batch.append(span)
+        yield batch
+
+
+def key_ranges(span: Span) -> list[tuple[int, int]]:
+    """(start, length) of the packed tokens that the span sees."""
+    return [(span.prefix_start, span.prefix_length), (span.start, span.length)]
+
+
+def padded_batch(spans: Sequence[Span], device: torch.device) -> PaddedBatch:
+    """`spans` gathered to the shape of the largest."""
+    most_queries, most_keys = max(span.length for span in spans), max(span.keys for span in spans)
+    column = torch.tensor([[s.start, s.length, s.prefix_start, s.prefix_length] for s in spans]).unbind(1)
+    start, length, prefix_start, prefix_length = (part[:, None] for part in column)
+    query, key = torch.arange(most_queries)[None], torch.arange(most_keys)[None]
+    valid = query < length
+    queries = torch.where(valid, start + query, 0)
+    own = start + key - prefix_length
+    keys = torch.where(key < prefix_length, prefix_start + key, torch.where(key < prefix_length + length, own, 0))
+    distance = (prefix_length + query)[:, :, None] - key[:, None, :]
+    distance = distance.masked_fill((key >= prefix_length + length)[:, None, :], -1)
+    # A query beyond the end sees key 0 alone: softmax over nothing would be NaN.
+    distance[~valid] = -1
+    distance[:, :, 0] = distance[:, :, 0].clamp(min=0)
+    return PaddedBatch(*(part.to(device) for part in (queries, keys, distance, valid)))
 
 
 def packed_attention(
@@ -48,21 +159,20 @@ def packed_attention(
     window: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """Causal self-attention of every packed sequence.
+    """Attention of every span.
 
     `query` [heads, tokens, dim], `key` and `value` [key-value heads, tokens, dim]. `window`: a token sees itself and
     the `window - 1` before it. `softcap`: scores become `softcap * tanh(score / softcap)` (Gemma 2). Returns
     [tokens, heads, dim].
     """
-    assert sum(packing.lengths) == query.shape[1], (packing.lengths, query.shape)
+    assert packing.tokens == query.shape[1] == key.shape[1], (packing.tokens, query.shape, key.shape)
     assert query.shape[0] % key.shape[0] == 0, (query.shape, key.shape)
     if softcap is None and flash_serves(query):
         return _flash(query, key, value, packing, scale, window)
-    outputs = []
-    sequences = zip(*(part.split(list(packing.lengths), 1) for part in (query, key, value)), strict=True)
-    for q, k, v in sequences:
-        outputs.append(_softcapped(q, k, v, scale, window, softcap) if softcap else _fused(q, k, v, scale, window))
-    return torch.cat(outputs, 1).transpose(0, 1)
+    groups = query.shape[0] // key.shape[0]
+    key, value = key.repeat_interleave(groups, 0), value.repeat_interleave(groups, 0)
+    outputs = [_padded(query, key, value, batch, scale, window, softcap) for batch in packing.padded]
+    return torch.cat(outputs).index_select(0, packing.order)
 
 
 def flash_serves(query: Tensor) -> bool:
@@ -75,43 +185,44 @@ def flash_serves(query: Tensor) -> bool:
     )
 
 
-def _flash(
-    query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: float, window: int | None
-) -> Tensor:
+def _flash(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: float, window: int | None) -> Tensor:
     arguments: dict = {"scale": scale, "window_size": (-1 if window is None else window - 1, 0)}
-    if key.shape[0] != query.shape[0]:
-        if "enable_gqa" in VARLEN_ARGUMENTS:
-            arguments["enable_gqa"] = True
-        else:
-            groups = query.shape[0] // key.shape[0]
-            key, value = key.repeat_interleave(groups, 0), value.repeat_interleave(groups, 0)
-    longest = max(packing.lengths)
-    rows = [part.transpose(0, 1) for part in (query, key, value)]
-    return varlen_attn(*rows, packing.bounds, packing.bounds, longest, longest, **arguments)
+    if key.shape[0] != query.shape[0] and "enable_gqa" in VARLEN_ARGUMENTS:
+        arguments["enable_gqa"] = True
+    elif key.shape[0] != query.shape[0]:
+        groups = query.shape[0] // key.shape[0]
+        key, value = key.repeat_interleave(groups, 0), value.repeat_interleave(groups, 0)
+    query, key, value = (part.transpose(0, 1) for part in (query, key, value))
+    if packing.shares_prefixes:
+        key, value = key.index_select(0, packing.key_positions), value.index_select(0, packing.key_positions)
+    # With fewer queries than keys, flash attention aligns the causal mask to the last key, as a continuation needs.
+    return varlen_attn(query, key, value, packing.query_bounds, packing.key_bounds, *packing.longest, **arguments)
 
 
-def _fused(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
-    length = query.shape[1]
-    mask = None if window is None or window >= length else causal_mask(length, window, query.device)
-    grouped = query.shape[0] != key.shape[0]
-    return F.scaled_dot_product_attention(
-        query[None], key[None], value[None], attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
-    )[0]
-
-
-def _softcapped(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None, softcap: float
+def _padded(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    batch: PaddedBatch,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
 ) -> Tensor:
-    groups = query.shape[0] // key.shape[0]
-    key, value = key.repeat_interleave(groups, 0), value.repeat_interleave(groups, 0)
-    scores = softcap * torch.tanh(query @ key.transpose(1, 2) * (scale / softcap))
-    visible = causal_mask(query.shape[1], window, query.device)
-    weights = scores.masked_fill(~visible, float("-inf")).float().softmax(-1)
-    return weights.to(query.dtype) @ value
-
-
-def causal_mask(length: int, window: int | None, device: torch.device) -> Tensor:
-    """bool [length, length], True where the row's token sees the column's."""
-    distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)[None, :]
-    visible = distance >= 0
-    return visible if window is None else visible & (distance < window)
+    """Attention of one padded batch: its valid queries [tokens, heads, dim]."""
+    spans = batch.queries.shape[0]
+    q, k, v = (
+        part.index_select(1, index.flatten()).unflatten(1, (spans, -1)).transpose(0, 1)
+        for part, index in ((query, batch.queries), (key, batch.keys), (value, batch.keys))
+    )
+    visible = batch.distance >= 0
+    if window is not None:
+        visible &= batch.distance < window
+    if softcap is None and visible.numel() * q.shape[1] > EXPLICIT_SCORES:
+        output = F.scaled_dot_product_attention(q, k, v, attn_mask=visible[:, None], scale=scale)
+    else:
+        scores = (q * scale) @ k.transpose(-1, -2)
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        weights = scores.masked_fill(~visible[:, None], float("-inf")).softmax(-1, dtype=torch.float32)
+        output = weights.to(q.dtype) @ v
+    return output.transpose(1, 2)[batch.valid]
