@@ -67,7 +67,7 @@ class SamplingSettings:
 
 @dataclass(frozen=True)
 class Request:
-    """One completion to sample. `seed` alone decides its random numbers."""
+    """One completion to sample. On a CPU `seed` alone decides its random numbers; on a GPU see `Engine.generate`."""
 
     id: int
     prompt_ids: Sequence[int]
@@ -173,12 +173,21 @@ class Engine:
     def generate(
         self, requests: Sequence[Request], sampling: SamplingSettings, *, adapter: bool = True
     ) -> Iterator[Completion]:
-        """Sample all `requests`, yielding each as it finishes. `adapter` False samples from the base."""
+        """Sample all `requests`, yielding each as it finishes. `adapter` False samples from the base.
+
+        On a CPU each request's own seed decides its tokens. On a GPU vLLM would launch a kernel a row for that, so
+        there the generator is seeded once a call, from the first request.
+        """
         self._switch_adapter(adapter)
         core = self.llm.llm_engine
+        on_gpu = self.base.device.type == "cuda"
+        if on_gpu and requests:
+            torch.cuda.manual_seed(requests[0].seed)
         for request in requests:
             core.add_request(
-                str(request.id), {"prompt_token_ids": list(request.prompt_ids)}, self._params(sampling, request.seed)
+                str(request.id),
+                {"prompt_token_ids": list(request.prompt_ids)},
+                self._params(sampling, None if on_gpu else request.seed),
             )
         try:
             while core.has_unfinished_requests():
@@ -191,7 +200,7 @@ class Engine:
                 while core.has_unfinished_requests():
                     core.step()
 
-    def _params(self, sampling: SamplingSettings, seed: int) -> SamplingParams:
+    def _params(self, sampling: SamplingSettings, seed: int | None) -> SamplingParams:
         return SamplingParams(
             n=1,
             temperature=sampling.temperature,
