@@ -179,7 +179,7 @@ def print_summary(parts: dict[str, Any], found: list[dict[str, Any]]) -> None:
             sync = f"sync {part['sync']['median_ms']:.2f} ms" if "sync" in part else ""
             rollout, decode = entry["rollout_tokens_per_second"], entry["decode_tokens_per_second"]
             print(
-                f"{route:9} {entry['sequences']:4} sequences: rollout {rollout:9,.0f} decode {decode:9,.0f} tok/s  {sync}"
+                f"{route:9} {entry['sequences']:4} sequences: all {rollout:9,.0f} decode {decode:9,.0f} tok/s  {sync}"
             )
     for name, part in parts.get("mismatch", {}).items():
         figures = part.get("after_training", part)
