@@ -118,7 +118,10 @@ def test_the_readmes_first_reward_fits_the_quickstart():
     (table,) = [block.text for block in blocks(ROOT / "README.md", "toml") if "my_rewards.py" in block.text]
     config = Config.model_validate(tomllib.loads((ROOT / "configs/quickstart.toml").read_text() + "\n" + table))
     assert [reward.function for reward in config.rewards] == ["numeric_answer", "my_rewards.py:brevity"]
-    limit = config.rollout.max_completion_length
+    rollout = config.rollout
+    sizes = f"{rollout.num_generations} completions of {rollout.prompts_per_step} questions"
+    assert sizes in (ROOT / "README.md").read_text(), "what a step of the demo samples"
+    limit = rollout.max_completion_length
     assert f"/ {limit} for" in python_block(ROOT / "README.md", "def brevity"), (
         "the example's limit is the quickstart's"
     )
