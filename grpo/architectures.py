@@ -56,6 +56,11 @@ def adapter_targets(config: Any, target_modules: list[str]) -> list[str]:
     """`target_modules` in the family's own names: where q, k, v (gate, up) are one module, naming any names it."""
     if config.model_type not in ALREADY_FUSED:
         return list(target_modules)
-    fused_name = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj",
-                  "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}
+    fused_name = {
+        "q_proj": "qkv_proj",
+        "k_proj": "qkv_proj",
+        "v_proj": "qkv_proj",
+        "gate_proj": "gate_up_proj",
+        "up_proj": "gate_up_proj",
+    }
     return list(dict.fromkeys(fused_name.get(name, name) for name in target_modules))

@@ -24,6 +24,9 @@ from grpo.source import NF4Tensor, Source
 BLOCK = 64
 """Weights that share one NF4 scale."""
 
+AUTO_SHARE = 0.05
+"""Share of the linear layers that `keep_16bit = "auto"` leaves unquantised."""
+
 VOCABULARY_PADDING = 64
 """vLLM rounds the vocabulary up to a multiple of this."""
 
@@ -84,11 +87,38 @@ class BaseWeights:
         self.load_in_4bit = model.load_in_4bit
         self.packed = model.load_in_4bit and device.type == "cuda"
         self.kept_16bit: list[str] = []
-        self._keep_16bit = list(model.keep_16bit) if model.keep_16bit != "auto" else []
+        self._keep_16bit = self._chosen_16bit(source, model)
         self.linears = {
             name: self._load_linear(source, name, parts) for name, parts in fused_linears(self.config).items()
         }
         self.tensors = self._load_plain(source)
+
+    def _chosen_16bit(self, source: Source, model: Model) -> list[str]:
+        """Names or endings of the parts that stay unquantised. Raises UserError for one that names no part."""
+        if not model.load_in_4bit:
+            return []
+        parts = [part for group in fused_linears(self.config).values() for part in group]
+        if model.keep_16bit == "auto":
+            return self._worst_quantised(source, parts)
+        for kept in model.keep_16bit:
+            if not any(is_named(part, kept) for part in parts):
+                raise UserError(
+                    f"model.keep_16bit names {kept!r}, which is no linear layer of this model; name one such "
+                    f"as {parts[0]!r} or its ending"
+                )
+        return list(model.keep_16bit)
+
+    def _worst_quantised(self, source: Source, parts: list[str]) -> list[str]:
+        """The `AUTO_SHARE` of `parts` that NF4 changes most: ||NF4(W) - W|| / ||W||. Reads every weight once more."""
+        errors = {}
+        for part in parts:
+            weight = source.read(f"{part}.weight")
+            if isinstance(weight, NF4Tensor):
+                raise UserError(f'{source.path}: keep_16bit = "auto" needs an unquantised checkpoint; {part} is NF4')
+            weight = weight.to(self.device)
+            rounded = nf4.dequantize_bitsandbytes(*nf4.quantize(weight), tuple(weight.shape), torch.float32)
+            errors[part] = float((rounded - weight.float()).norm() / weight.float().norm())
+        return sorted(parts, key=errors.__getitem__, reverse=True)[: max(1, round(AUTO_SHARE * len(parts)))]
 
     def _load_plain(self, source: Source) -> dict[str, Tensor]:
         in_linears = {part for linear in self.linears.values() for part in linear.parts}
@@ -112,8 +142,10 @@ class BaseWeights:
         if name in ("model.embed_tokens.weight", "lm_head.weight"):
             vocabulary, width = self.config.vocab_size, self.config.hidden_size
             if tensor.shape != (vocabulary, width):
-                raise UserError(f"{source.path}: {name} has shape {tuple(tensor.shape)}, config.json says "
-                                f"{(vocabulary, width)}; pass a model whose files belong together")
+                raise UserError(
+                    f"{source.path}: {name} has shape {tuple(tensor.shape)}, config.json says "
+                    f"{(vocabulary, width)}; pass a model whose files belong together"
+                )
             padded = -(-vocabulary // VOCABULARY_PADDING) * VOCABULARY_PADDING
             storage = torch.zeros(padded, width, dtype=self.dtype, device=self.device)
             storage[:vocabulary].copy_(tensor)
@@ -142,9 +174,7 @@ class BaseWeights:
         yield run
 
     def _is_kept(self, part: str) -> bool:
-        return not self.load_in_4bit or any(
-            part == kept or part.endswith("." + kept) for kept in self._keep_16bit
-        )
+        return not self.load_in_4bit or any(is_named(part, kept) for kept in self._keep_16bit)
 
     def _load_segment(self, source: Source, linear: FusedLinear, parts: list[str]) -> Segment:
         first = linear.parts[parts[0]][0]
@@ -154,8 +184,10 @@ class BaseWeights:
         if self.load_in_4bit and kept:
             self.kept_16bit += parts
         if not kept and columns % BLOCK:
-            raise UserError(f"{source.path}: {parts[0]} has {columns} inputs, not a multiple of {BLOCK}, so NF4 blocks "
-                            "would cross rows; set model.load_in_4bit = false")
+            raise UserError(
+                f"{source.path}: {parts[0]} has {columns} inputs, not a multiple of {BLOCK}, so NF4 blocks "
+                "would cross rows; set model.load_in_4bit = false"
+            )
         if not kept and self.packed:
             packed, absmax = nf4.allocate(rows, columns, self.dtype, self.device)
             segment = Segment(first, rows, packed, absmax)
@@ -166,15 +198,19 @@ class BaseWeights:
             self._fill(source, part, segment, offset - first, (count, columns), quantize=not kept)
         return segment
 
-    def _fill(self, source: Source, part: str, segment: Segment, row: int, shape: tuple[int, int], *, quantize: bool) -> None:
+    def _fill(
+        self, source: Source, part: str, segment: Segment, row: int, shape: tuple[int, int], *, quantize: bool
+    ) -> None:
         """Read one weight into rows `row`... of `segment`."""
         name = f"{part}.weight"
         if name not in source.names:
             raise UserError(f"{source.path}: tensor {name} is missing; pass a complete model")
         weight = source.read(name)
         if tuple(weight.shape) != shape:
-            raise UserError(f"{source.path}: {name} has shape {tuple(weight.shape)}, config.json says {shape}; pass a "
-                            "model whose files belong together")
+            raise UserError(
+                f"{source.path}: {name} has shape {tuple(weight.shape)}, config.json says {shape}; pass a "
+                "model whose files belong together"
+            )
         if segment.absmax is not None and isinstance(weight, NF4Tensor):
             codes, absmax = weight.codes.to(self.device), weight.absmax.to(self.device)
             nf4.pack_rows(segment.weight, segment.absmax, row, codes, absmax, shape)
@@ -213,15 +249,25 @@ class BaseWeights:
                 yield linear.bias
 
 
+def is_named(part: str, name: str) -> bool:
+    """Whether `name` is the module name `part` or an ending of it."""
+    return part == name or part.endswith("." + name)
+
+
 def expected_shapes(config: Any, name: str, parts: list[str]) -> dict[str, tuple[int, int]]:
     """(out, in) of every part of the linear `name`, from the model's configuration."""
     hidden, inner = config.hidden_size, config.intermediate_size
     head = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
     query, key_value = config.num_attention_heads * head, config.num_key_value_heads * head
     by_leaf = {
-        "q_proj": (query, hidden), "k_proj": (key_value, hidden), "v_proj": (key_value, hidden),
-        "qkv_proj": (query + 2 * key_value, hidden), "o_proj": (hidden, query),
-        "gate_proj": (inner, hidden), "up_proj": (inner, hidden), "gate_up_proj": (2 * inner, hidden),
+        "q_proj": (query, hidden),
+        "k_proj": (key_value, hidden),
+        "v_proj": (key_value, hidden),
+        "qkv_proj": (query + 2 * key_value, hidden),
+        "o_proj": (hidden, query),
+        "gate_proj": (inner, hidden),
+        "up_proj": (inner, hidden),
+        "gate_up_proj": (2 * inner, hidden),
         "down_proj": (hidden, inner),
     }
     return {part: by_leaf[part.rpartition(".")[2]] for part in parts}

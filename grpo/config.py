@@ -187,8 +187,6 @@ class Rollout(Section):
     """KV cache in bytes, instead. With neither, planned from the lengths and what training needs."""
     kv_cache_dtype: Literal["auto", "fp8"] = "auto"
     """"fp8" halves the KV cache on a GPU, at a larger mismatch between rollout and training."""
-    release_kv_cache: bool = False
-    """Give the KV cache's memory to the training step (GPU)."""
     enforce_eager: bool = False
     """Do without CUDA graphs."""
 
@@ -382,7 +380,7 @@ class Config(Section):
 
     model: Model
     lora: Lora = Lora()
-    task: list[Task]
+    task: list[Task] = Field(min_length=1)
     rewards: list[Reward] = []
     rollout: Rollout = Rollout()
     loss: Loss = Loss()

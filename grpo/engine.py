@@ -26,7 +26,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +43,7 @@ from grpo.architectures import ARCHITECTURES
 from grpo.base import BaseWeights, FusedLinear
 from grpo.errors import UserError
 from grpo.kernels.nf4_gemm import nf4_linear, prepare
-from grpo.policy import Policy
+from grpo.policy import ADAPTER, Policy
 
 SHARED = "grpo_shared"
 """Name of our quantisation method and load format in vLLM."""
@@ -92,6 +92,8 @@ class EngineSettings:
     max_seq_length: int
     max_num_seqs: int
     kv_cache_memory_bytes: int | None = None
+    gpu_memory_utilization: float | None = None
+    """Share of the GPU that weights, KV cache and vLLM's buffers may take; decides the KV cache instead."""
     kv_cache_dtype: str = "auto"
     enforce_eager: bool = False
     seed: int = 0
@@ -110,16 +112,27 @@ class AdapterBuffers:
     b: Tensor
 
 
+class AdapterPlaces(NamedTuple):
+    """Where every trained A and B goes; the lists run in parallel."""
+
+    a_buffers: list[Tensor]
+    b_buffers: list[Tensor]
+    a_trained: list[Tensor]
+    b_trained: list[Tensor]
+    scales: list[float]
+
+
 class Engine:
     """vLLM in this process, on the storage of a `BaseWeights`."""
 
     def __init__(self, base: BaseWeights, policy: Policy | None, settings: EngineSettings, tokenizer: Any = None):
-        """Start vLLM. `policy` supplies the adapter; None serves the base alone. `tokenizer` is needed for stop strings."""
+        """Start vLLM. `policy` supplies the adapter; None serves the base alone. Stop strings need `tokenizer`."""
         check_version()
         self.base, self.policy, self.settings = base, policy, settings
         self.buffers = allocate_adapter(base, policy) if policy is not None else {}
         self.adapter_on = torch.ones((), dtype=base.dtype, device=base.device)
         self._adapter_enabled = True
+        self._adapter_places: AdapterPlaces | None = None
         self._folder = tempfile.TemporaryDirectory(prefix="grpo-model-")
         write_model_folder(Path(self._folder.name), base, tokenizer if settings.stop_strings else None)
         handle = str(id(self))
@@ -143,7 +156,7 @@ class Engine:
             "max_model_len": settings.max_seq_length,
             "max_num_seqs": settings.max_num_seqs,
             "max_num_batched_tokens": max(8192, settings.max_seq_length),
-            "kv_cache_memory_bytes": settings.kv_cache_memory_bytes or self.planned_kv_bytes(),
+            "kv_cache_memory_bytes": self.kv_bytes(),
             "kv_cache_dtype": settings.kv_cache_dtype,
             "logprobs_mode": "processed_logprobs",
             "generation_config": "vllm",
@@ -164,10 +177,31 @@ class Engine:
                 }
         return arguments
 
-    def planned_kv_bytes(self) -> int:
-        """KV cache that lets every sequence of `max_num_seqs` reach its full length, in bytes."""
+    def kv_bytes(self) -> int:
+        """Size of the KV cache: as set, or what `gpu_memory_utilization` leaves, or enough for every sequence.
+
+        Raises UserError when the GPU's share leaves no room for one sequence of full length.
+        """
+        settings = self.settings
+        if settings.kv_cache_memory_bytes is not None:
+            return settings.kv_cache_memory_bytes
+        if settings.gpu_memory_utilization is None or self.base.device.type == "cpu":
+            return self.kv_bytes_for(settings.max_num_seqs)
+        total = torch.cuda.get_device_properties(self.base.device).total_memory
+        left = int(settings.gpu_memory_utilization * total) - torch.cuda.memory_allocated() - VLLM_BUFFERS
+        if left < self.kv_bytes_for(1):
+            raise UserError(
+                f"rollout.gpu_memory_utilization = {settings.gpu_memory_utilization}: of {total / 1e9:.1f} GB, "
+                f"{torch.cuda.memory_allocated() / 1e9:.1f} GB are weights and {VLLM_BUFFERS / 1e9:.1f} GB vLLM's "
+                f"buffers, which leaves too little for one sequence of {settings.max_seq_length} tokens; raise it, or "
+                "lower rollout.max_completion_length"
+            )
+        return left
+
+    def kv_bytes_for(self, sequences: int) -> int:
+        """KV cache in which so many sequences reach their full length, in bytes."""
         block = CPU_BLOCK if self.base.device.type == "cpu" else GPU_BLOCK
-        blocks = -(-self.settings.max_seq_length // block) * self.settings.max_num_seqs + 2
+        blocks = -(-self.settings.max_seq_length // block) * sequences + 2
         return blocks * block * kv_bytes_per_token(self.base.config, self.base.dtype, self.settings.kv_cache_dtype)
 
     def generate(
@@ -228,18 +262,28 @@ class Engine:
     def sync_adapter(self) -> float:
         """Copy the trained adapter into the buffers and forget cached prefixes; returns seconds."""
         start = time.perf_counter()
-        layers = self.policy.adapter_layers()
-        sources, targets = [], []
-        for name, buffers in self.buffers.items():
-            for part, a_rows, b_rows in adapter_places(self.base.linears[name], layers):
-                a, b = layers[part].scaled()
-                targets += [buffers.a[a_rows], buffers.b[b_rows, a_rows]]
-                sources += [a, b]
-        torch._foreach_copy_(targets, sources)
+        places = self._places()
+        torch._foreach_copy_(places.a_buffers, places.a_trained)
+        torch._foreach_copy_(places.b_buffers, torch._foreach_mul(places.b_trained, places.scales))
         self._forget_prefixes()
         if self.base.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - start
+
+    def _places(self) -> AdapterPlaces:
+        """Views of the buffers beside the trained tensors that belong there."""
+        if self._adapter_places is None:
+            places, layers = AdapterPlaces([], [], [], [], []), self.policy.adapter_layers()
+            for name, buffers in self.buffers.items():
+                for part, ranks, rows in adapter_places(self.base.linears[name], layers):
+                    layer = layers[part]
+                    places.a_buffers.append(buffers.a[ranks])
+                    places.b_buffers.append(buffers.b[rows, ranks])
+                    places.a_trained.append(layer.lora_A[ADAPTER].weight)
+                    places.b_trained.append(layer.lora_B[ADAPTER].weight)
+                    places.scales.append(layer.scaling[ADAPTER])
+            self._adapter_places = places
+        return self._adapter_places
 
     def _forget_prefixes(self) -> None:
         """Cached keys and values belong to the adapter that computed them."""
@@ -267,6 +311,9 @@ class Engine:
 SERVED: dict[str, Engine] = {}
 """Engines by the handle that reaches our loader through vLLM's configuration."""
 
+VLLM_BUFFERS = 1 << 30
+"""Bytes set aside for vLLM's activations, sampler and CUDA graphs."""
+
 CPU_BLOCK, GPU_BLOCK = 32, 16
 """Tokens in a KV block. vLLM's default of 128 on a CPU shares no prefix of a short prompt."""
 
@@ -289,7 +336,9 @@ class SharedLinearMethod(LinearMethodBase):
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
         pieces = [
-            F.linear(flat, segment.weight) if segment.absmax is None else nf4_linear(flat, segment.weight, segment.absmax)
+            F.linear(flat, segment.weight)
+            if segment.absmax is None
+            else nf4_linear(flat, segment.weight, segment.absmax)
             for segment in layer.shared.segments
         ]
         y = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
@@ -369,7 +418,7 @@ def allocate_adapter(base: BaseWeights, policy: Policy) -> dict[str, AdapterBuff
     layers = policy.adapter_layers()
     buffers = {}
     for name, linear in base.linears.items():
-        ranks = sum(layers[part].r["default"] for part in linear.parts if part in layers)
+        ranks = sum(layers[part].r[ADAPTER] for part in linear.parts if part in layers)
         if ranks:
             a = torch.zeros(ranks, linear.in_features, dtype=base.dtype, device=base.device)
             b = torch.zeros(linear.out_features, ranks, dtype=base.dtype, device=base.device)
@@ -382,7 +431,7 @@ def adapter_places(linear: FusedLinear, layers: dict[str, Any]) -> Iterator[tupl
     start = 0
     for part, (first, rows) in linear.parts.items():
         if part in layers:
-            rank = layers[part].r["default"]
+            rank = layers[part].r[ADAPTER]
             yield part, slice(start, start + rank), slice(first, first + rows)
             start += rank
 
@@ -393,7 +442,9 @@ def completion(output: Any) -> Completion:
     if sample.finish_reason not in ("stop", "length"):
         raise RuntimeError(f"vLLM ended a completion with {sample.finish_reason!r}")
     token_ids = list(sample.token_ids)
-    return Completion(int(output.request_id.split("-")[0]), token_ids, sampled_logprobs(sample, token_ids), sample.finish_reason)
+    return Completion(
+        int(output.request_id.split("-")[0]), token_ids, sampled_logprobs(sample, token_ids), sample.finish_reason
+    )
 
 
 def sampled_logprobs(sample: Any, token_ids: list[int]) -> list[float]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -30,6 +31,7 @@ class Learner:
         self.policy, self.config, self.max_steps = policy, config, max_steps
         self.loss = resolve_loss(config.loss)
         self.parameters = policy.parameters()
+        policy.recompute_layers(wants_recomputing(policy, config))
         self.optimizer = build_optimizer(self.parameters, config.train, policy.base.device, notice)
 
     def update(self, groups: Sequence[Group], advantages: Advantages, step: int) -> dict[str, float]:
@@ -38,10 +40,7 @@ class Learner:
         rate = learning_rate(step, self.max_steps, train)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        prompts = [
-            training_sequences(group, values)
-            for group, values in zip(groups, advantages.values, strict=True)
-        ]
+        prompts = [training_sequences(group, values) for group, values in zip(groups, advantages.values, strict=True)]
         if may_skip_equal_groups(self.config.loss):
             idle = {id(prompt) for prompt, equal in zip(prompts, advantages.zero_std, strict=True) if equal}
         else:
@@ -142,6 +141,28 @@ class Learner:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state["optimizer"])
+
+
+def wants_recomputing(policy: Policy, config: Config) -> bool:
+    """`train.gradient_checkpointing`; "auto": where a micro-batch's activations exceed half the free memory."""
+    wanted = config.train.gradient_checkpointing
+    if wanted != "auto":
+        return wanted
+    model, base = policy.base.config, policy.base
+    per_token = base.dtype.itemsize * (KEPT_HIDDEN * model.hidden_size + KEPT_INNER * model.intermediate_size)
+    tokens = max(config.train.tokens_per_micro_batch, config.max_seq_length)
+    return per_token * model.num_hidden_layers * tokens > free_memory(base.device) / 2
+
+
+KEPT_HIDDEN, KEPT_INNER = 18, 6
+"""Tensors of the hidden and of the intermediate size that a layer keeps for its backward pass."""
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes free on the GPU or, on a CPU, available to processes."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
 
 
 def split(prompts: list[list[TrainingSequence]], parts: int) -> list[list[list[TrainingSequence]]]:

@@ -76,7 +76,15 @@ class LoraLinear(nn.Module, LoraLayer):
     A and B are kept in float32 and used in x's dtype, with s B rounded once, as the engine uses them.
     """
 
-    def __init__(self, base_layer: BaseLinear, adapter_name: str, config: LoraConfig, r: int = 0, lora_alpha: int = 1, **kwargs: Any):
+    def __init__(
+        self,
+        base_layer: BaseLinear,
+        adapter_name: str,
+        config: LoraConfig,
+        r: int = 0,
+        lora_alpha: int = 1,
+        **kwargs: Any,
+    ):
         super().__init__()
         LoraLayer.__init__(self, base_layer, **kwargs)
         self._active_adapter = adapter_name
@@ -97,8 +105,9 @@ class LoraLinear(nn.Module, LoraLayer):
         return y
 
     def merge(self, *args: Any, **kwargs: Any) -> None:
-        raise UserError("the adapter cannot be merged in place, the base is shared with generation; export a merged "
-                        "model instead")
+        raise UserError(
+            "the adapter cannot be merged in place, the base is shared with generation; export a merged model instead"
+        )
 
     unmerge = merge
 
@@ -206,6 +215,13 @@ class Policy:
         """The trained tensors, in a fixed order."""
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
+    def recompute_layers(self, enabled: bool) -> None:
+        """Whether training keeps only each layer's input and computes the rest again in the backward pass."""
+        if enabled:
+            self.decoder.gradient_checkpointing_enable({"use_reentrant": False})
+        else:
+            self.decoder.gradient_checkpointing_disable()
+
     @contextmanager
     def reference(self) -> Iterator[None]:
         """The adapter switched off, without gradient: the KL reference."""
@@ -262,8 +278,10 @@ class Policy:
         check_adapter(folder, self.peft_config)
         result = set_peft_model_state_dict(self.model, load_peft_weights(str(folder), device="cpu"), ADAPTER)
         if result.unexpected_keys:
-            raise UserError(f"{folder}: the adapter has weights that this model lacks, such as "
-                            f"{result.unexpected_keys[0]}; was it trained on another base?")
+            raise UserError(
+                f"{folder}: the adapter has weights that this model lacks, such as "
+                f"{result.unexpected_keys[0]}; was it trained on another base?"
+            )
 
 
 def peft_config(base: BaseWeights, lora: Lora, base_name: str) -> LoraConfig:
@@ -293,11 +311,15 @@ def check_adapter(folder: Path, expected: LoraConfig) -> None:
     saved = json.loads(file.read_text())
     for key in ("r", "lora_alpha", "use_rslora"):
         if saved.get(key) != getattr(expected, key):
-            raise UserError(f"{file}: {key} = {saved.get(key)}, the configuration says {getattr(expected, key)}; "
-                            f"set lora.{key} = {saved.get(key)}")
+            raise UserError(
+                f"{file}: {key} = {saved.get(key)}, the configuration says {getattr(expected, key)}; "
+                f"set lora.{key} = {saved.get(key)}"
+            )
     if set(saved["target_modules"]) != set(expected.target_modules):
-        raise UserError(f"{file}: target_modules = {sorted(saved['target_modules'])}, the configuration says "
-                        f"{sorted(expected.target_modules)}; set lora.target_modules as the adapter has them")
+        raise UserError(
+            f"{file}: target_modules = {sorted(saved['target_modules'])}, the configuration says "
+            f"{sorted(expected.target_modules)}; set lora.target_modules as the adapter has them"
+        )
 
 
 def build_graph(base: BaseWeights) -> nn.Module:

@@ -114,8 +114,10 @@ def stop_token_ids(source: Any, tokenizer: Any) -> tuple[int, ...]:
         found.append(json.loads(file.read_text()).get("eos_token_id"))
     flat = [token for entry in found if entry is not None for token in (entry if isinstance(entry, list) else [entry])]
     if not flat:
-        raise UserError(f"{source.path}: neither the tokenizer nor the configuration names an end-of-sequence token, so "
-                        "completions would never stop; set eos_token in tokenizer_config.json")
+        raise UserError(
+            f"{source.path}: neither the tokenizer nor the configuration names an end-of-sequence token, so "
+            "completions would never stop; set eos_token in tokenizer_config.json"
+        )
     return tuple(sorted(set(flat)))
 
 
@@ -123,8 +125,10 @@ def check_length(base: BaseWeights, length: int) -> None:
     """Raise UserError if sequences of `length` tokens exceed the positions that the model knows."""
     longest = getattr(base.config, "max_position_embeddings", length)
     if length > longest:
-        raise UserError(f"sequences of {length} tokens exceed the {longest} positions of {base.source_path}; lower "
-                        "rollout.max_prompt_length or rollout.max_completion_length")
+        raise UserError(
+            f"sequences of {length} tokens exceed the {longest} positions of {base.source_path}; lower "
+            "rollout.max_prompt_length or rollout.max_completion_length"
+        )
 
 
 def engine_settings(config: Config) -> EngineSettings:
@@ -135,6 +139,7 @@ def engine_settings(config: Config) -> EngineSettings:
         max_seq_length=max(config.max_seq_length, rollout.max_prompt_length + evaluation),
         max_num_seqs=rollout.max_num_seqs or min(config.completions_per_step, 256),
         kv_cache_memory_bytes=rollout.kv_cache_memory_bytes,
+        gpu_memory_utilization=rollout.gpu_memory_utilization,
         kv_cache_dtype=rollout.kv_cache_dtype,
         enforce_eager=rollout.enforce_eager,
         seed=config.train.seed,

@@ -92,7 +92,9 @@ def download(name: str, revision: str | None) -> Path:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"model.name = {name!r}: not a local path, and the hub gives no such model ({reason})") from None
+        raise UserError(
+            f"model.name = {name!r}: not a local path, and the hub gives no such model ({reason})"
+        ) from None
 
 
 class SafetensorsSource:
@@ -129,8 +131,9 @@ class SafetensorsSource:
         if not files:
             pickled = sorted([*self.path.glob("*.bin"), *self.path.glob("*.pt"), *self.path.glob("*.pth")])
             if pickled:
-                raise UserError(f"{pickled[0]}: pickled weights can run code and are never loaded; convert the model "
-                                "to safetensors")
+                raise UserError(
+                    f"{pickled[0]}: pickled weights can run code and are never loaded; convert the model to safetensors"
+                )
             raise UserError(f"{self.path}: no .safetensors file; pass a complete model folder")
         return {name: file for file in files for name in self._handle_names(file)}
 
@@ -144,8 +147,10 @@ class SafetensorsSource:
         if f"{name}.quant_state.bitsandbytes__nf4" in self._shard_of:
             return self._read_nf4(name, raw)
         if raw.dtype == torch.uint8 or raw.dtype == torch.int8:
-            raise UserError(f"{self._shard_of[name]}: {name} is quantised in a form other than bitsandbytes NF4; use an "
-                            "NF4 or an unquantised checkpoint")
+            raise UserError(
+                f"{self._shard_of[name]}: {name} is quantised in a form other than bitsandbytes NF4; use an "
+                "NF4 or an unquantised checkpoint"
+            )
         return raw
 
     def _raw(self, name: str) -> Tensor:
@@ -162,7 +167,9 @@ class SafetensorsSource:
     def _read_nf4(self, name: str, codes: Tensor) -> NF4Tensor:
         state = json.loads(bytes(self._raw(f"{name}.quant_state.bitsandbytes__nf4").tolist()))
         if state["blocksize"] != 64:
-            raise UserError(f"{self._shard_of[name]}: {name} has NF4 blocks of {state['blocksize']}; only 64 is supported")
+            raise UserError(
+                f"{self._shard_of[name]}: {name} has NF4 blocks of {state['blocksize']}; only 64 is supported"
+            )
         absmax = self._raw(f"{name}.absmax")
         if f"{name}.nested_absmax" in self._shard_of:
             nested = self._raw(f"{name}.nested_absmax").float()
@@ -179,7 +186,9 @@ class SafetensorsSource:
             return AutoTokenizer.from_pretrained(self.path, trust_remote_code=self._trust_remote_code)
         except (OSError, ValueError, KeyError, TypeError) as error:
             reason = str(error).strip().splitlines()[0]
-            raise UserError(f"{self.path}: no usable tokenizer ({reason}); copy the model's tokenizer files there") from None
+            raise UserError(
+                f"{self.path}: no usable tokenizer ({reason}); copy the model's tokenizer files there"
+            ) from None
 
 
 @contextmanager
@@ -247,7 +256,9 @@ class GGUFSource:
     def _undo_conversion(self, name: str, weight: Tensor) -> Tensor:
         """llama.cpp interleaves the rotary halves of Llama's q and k, and stores Gemma's norm weights plus one."""
         text_config = self.config.get_text_config()
-        if self._architecture == "llama" and name.endswith(("q_proj.weight", "k_proj.weight", "q_proj.bias", "k_proj.bias")):
+        if self._architecture == "llama" and name.endswith(
+            ("q_proj.weight", "k_proj.weight", "q_proj.bias", "k_proj.bias")
+        ):
             heads = text_config.num_attention_heads if ".q_proj." in name else text_config.num_key_value_heads
             halves = weight.reshape(heads, weight.shape[0] // heads // 2, 2, *weight.shape[1:])
             return halves.transpose(1, 2).reshape(weight.shape).contiguous()

@@ -19,15 +19,15 @@ from grpo.advantages import Advantages, compute_advantages, reward_metrics
 from grpo.checkpoint import latest, load_tensors, open_run, save, save_tensors, write_atomically
 from grpo.config import Config
 from grpo.data import Data, Prompt, PromptStream, keep_by_pass_rate, load_data
-from grpo.errors import UserError
 from grpo.evaluate import evaluate, measure_pass_rates
 from grpo.learner import Learner
 from grpo.log import RunLog, SampleGroup
 from grpo.log import Sample as LoggedSample
 from grpo.rewards.contract import merge_results
-from grpo.rewards.contract import reward_metrics as function_metrics
+from grpo.rewards.extract import extracted_answer
 from grpo.rewards.pool import RewardPool
 from grpo.sampler import Group, Rollout, Sampler, sample_seed
+from grpo.selftest import check_rollout_follows_adapter
 from grpo.session import Session, open_session
 
 STATE = "trainer.safetensors"
@@ -48,17 +48,17 @@ class Trainer:
                 data = load_data(self.config, session.tokenizer)
                 if data.dropped:
                     log.notice(f"{data.dropped} prompts longer than rollout.max_prompt_length were dropped")
+                log.status("checking that vLLM follows the adapter")
+                check_rollout_follows_adapter(session)
                 log.status("starting rewards")
-                with RewardPool(data.rewards) as pool:
+                with RewardPool(data.rewards, example=data.train[0].columns) as pool:
                     return Run(self.config, run.path, log, session, data, pool).train(self.resume)
 
 
 class Run:
     """The live parts of a run. `step` counts from 1; 0 is before the first."""
 
-    def __init__(
-        self, config: Config, folder: Path, log: RunLog, session: Session, data: Data, pool: RewardPool
-    ):
+    def __init__(self, config: Config, folder: Path, log: RunLog, session: Session, data: Data, pool: RewardPool):
         self.config, self.folder, self.log = config, folder, log
         self.session, self.data = session, data
         self.stream = PromptStream(self.chosen_prompts(), data.settings, config.train.seed)
@@ -186,10 +186,12 @@ class Run:
         self, groups: list[Group], rollouts: list[Rollout], advantages: Advantages
     ) -> dict[str, float]:
         """Rewards and lengths over all completions, before any group is dropped."""
+        result = merge_results([rollout.result for rollout in rollouts])
         samples = [sample for group in groups for sample in group.samples]
         lengths = [len(sample.token_ids) for sample in samples]
         return {
-            **function_metrics(merge_results([rollout.result for rollout in rollouts])),
+            **result.metrics,
+            **{f"rewards/{name}/seconds": seconds for name, seconds in result.seconds.items()},
             **reward_metrics(self.reward_table(groups), advantages, self.reward_names),
             "completion_length": sum(lengths) / len(lengths),
             "completion_length_max": max(lengths),
@@ -204,6 +206,7 @@ class Run:
                 text=sample.text,
                 reward=self.total(sample.rewards),
                 rewards=sample.rewards,
+                extracted=extracted_answer(sample.text),
                 tokens=len(sample.token_ids),
                 finish_reason="length" if sample.truncated else "stop",
             )
@@ -246,10 +249,13 @@ class Run:
         save(self.folder, self.step, write, self.config.checkpoint.save_total_limit)
 
     def restore(self) -> None:
-        """Continue from the newest good checkpoint."""
+        """Continue from the newest good checkpoint, or from the beginning if the run ended before its first."""
         folder = latest(self.folder, self.log.notice)
         if folder is None:
-            raise UserError(f"{self.folder}: no usable checkpoint to resume from; start a new run")
+            self.log.notice("no checkpoint was written yet; starting again from the first step")
+            self.log.resume(0)
+            self.evaluate()
+            return
         state = load_tensors(folder / STATE)
         self.session.policy.load_adapter(folder / "adapter")
         self.learner.load_state_dict(state["learner"])

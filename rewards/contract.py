@@ -132,20 +132,6 @@ def merge_results(results: Sequence[RewardResult]) -> RewardResult:
     return merged
 
 
-def reward_metrics(result: RewardResult) -> dict[str, float]:
-    """A step's metrics: per reward `rewards/<name>` (mean over the completions it applies to; left out if none),
-    `/std` (over them all, without Bessel's correction), `/seconds`; and what the functions logged themselves.
-    """
-    metrics: dict[str, float] = {}
-    for name, scores in result.scores.items():
-        known = [score for score in scores if score is not None]
-        if known:
-            metrics[f"rewards/{name}"] = mean(known)
-            metrics[f"rewards/{name}/std"] = math.sqrt(mean([(score - mean(known)) ** 2 for score in known]))
-        metrics[f"rewards/{name}/seconds"] = result.seconds[name]
-    return metrics | result.metrics
-
-
 def mean(values: Sequence[float]) -> float:
     """The arithmetic mean, rounded once."""
     return math.fsum(values) / len(values)

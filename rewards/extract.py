@@ -143,3 +143,12 @@ def _is_denominator(text: str, matches: list[re.Match[str]]) -> bool:
     top, bottom = matches[-2:]
     joined = text[top.end() : bottom.start()] == "/" and bottom["sign"] is None
     return joined and not text[: top.start()].endswith("/") and not text[bottom.end() :].startswith("/")
+
+
+def extracted_answer(text: str) -> str | None:
+    """The answer that a person would read from a completion: between answer tags, in a box, or the last number."""
+    if "<answer>" in text:
+        return xml_answer(text)
+    boxed = boxed_answer(text)
+    number = final_number(text)
+    return boxed if boxed is not None else None if number is None else str(number)

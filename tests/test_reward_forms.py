@@ -23,7 +23,6 @@ from grpo.rewards.contract import (
     RewardSpec,
     check_scores,
     merge_results,
-    reward_metrics,
 )
 from grpo.rewards.forms import RewardFunction
 
@@ -383,13 +382,6 @@ def test_results_of_groups_merge_in_order():
     assert merged.extras == {"x": [1, 2, None]}
     assert merged.metrics == {"m": 1.5, "rewards/a/errors": 2.0}
     assert merged.seconds == {"a": 0.75}
-    assert reward_metrics(merged) == {
-        "rewards/a": 2.0,
-        "rewards/a/std": 1.0,
-        "rewards/a/seconds": 0.75,
-        "m": 1.5,
-        "rewards/a/errors": 2.0,
-    }
 
 
 def test_a_reward_may_be_given_as_a_name_a_table_a_callable_or_a_config():

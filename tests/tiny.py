@@ -28,8 +28,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {"tie_word_embeddings": True},
     "qwen3": WIDE_HEADS,
     "gemma": WIDE_HEADS,
-    "gemma2": {**WIDE_HEADS, "sliding_window": 16, "query_pre_attn_scalar": 64, "attn_logit_softcapping": 5.0,
-               "final_logit_softcapping": 3.0},
+    "gemma2": {
+        **WIDE_HEADS,
+        "sliding_window": 16,
+        "query_pre_attn_scalar": 64,
+        "attn_logit_softcapping": 5.0,
+        "final_logit_softcapping": 3.0,
+    },
     "gemma3_text": {**WIDE_HEADS, "sliding_window": 16, "query_pre_attn_scalar": 64},
     "phi3": {"tie_word_embeddings": False},
 }
