@@ -35,9 +35,7 @@ def quantize_folder(folder: Path, *, nested: bool, quant_type: str = "nf4") -> d
     file = folder / "model.safetensors"
     tensors, plain = load_file(file), {}
     for name in [name for name in tensors if name.endswith("proj.weight")]:
-        codes, state = quantize_4bit(
-            tensors[name], blocksize=64, quant_type=quant_type, compress_statistics=nested
-        )
+        codes, state = quantize_4bit(tensors[name], blocksize=64, quant_type=quant_type, compress_statistics=nested)
         plain[name] = dequantize_4bit(codes, state)
         tensors[name] = codes
         tensors |= {f"{name}.{key}": value for key, value in state.as_dict(packed=True).items()}
@@ -96,7 +94,7 @@ def write_gguf(file: Path, model: Any) -> None:
 
 
 def interleave(weight: Tensor, heads: int) -> Tensor:
-    """llama.cpp rotates neighbouring rows, transformers rows half a head apart: row 2i is i, row 2i + 1 is i + dim/2."""
+    """Row 2i of a head is transformers' row i, row 2i + 1 its row i + dim / 2: llama.cpp rotates neighbours."""
     rows = weight.shape[0] // heads
     order = [half * rows // 2 + row for row in range(rows // 2) for half in (0, 1)]
     return torch.cat([head[order] for head in weight.split(rows)])

@@ -94,7 +94,7 @@ def test_a_name_that_ends_alike_is_not_kept(tmp_path: Path) -> None:
         "model.layers.0.self_attn.k_proj",
         "model.layers.1.self_attn.k_proj",
     ]
-    with pytest.raises(UserError, match="keep_16bit .*'proj'"):
+    with pytest.raises(UserError, match="keep_16bit.*'proj'"):
         load(tmp_path, load_in_4bit=True, keep_16bit=["proj"])
 
 

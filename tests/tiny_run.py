@@ -62,11 +62,13 @@ def wants_a_column(completions, solution, **kwargs):
 
 def save_tiny_chat_model(folder: Path) -> Path:
     """A tiny Llama with SmolLM2's tokenizer in `folder`, as a user has a model."""
+    from transformers import AutoTokenizer
+
     from grpo.config import Model
-    from grpo.source import open_source
+    from grpo.source import locate, metadata_folder
 
     save_tiny(folder, "llama", **SHAPE)
-    open_source(Model(name=SMOLLM2)).tokenizer().save_pretrained(folder)
+    AutoTokenizer.from_pretrained(metadata_folder(locate(Model(name=SMOLLM2)))).save_pretrained(folder)
     return folder
 
 
