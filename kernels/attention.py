@@ -117,7 +117,7 @@ class Packing:
         """Spans by whether they have a prefix and by length, in batches of at most PADDED_SCORES pairs."""
         batch: list[Span] = []
         for span in sorted(self.spans, key=lambda span: (span.prefix_length > 0, span.keys, span.length)):
-            most_queries = max((one.length for one in [*batch, span]))
+            most_queries = max(one.length for one in [*batch, span])
             mixed = batch and (batch[0].prefix_length > 0) != (span.prefix_length > 0)
             if batch and (mixed or (len(batch) + 1) * most_queries * span.keys > PADDED_SCORES):
                 yield batch
