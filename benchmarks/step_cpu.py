@@ -128,7 +128,8 @@ def run_grpo(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             Run(config, folder / "run", log, session, data, pool).train(resume=False)
     steps = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     timed = steps[options.warmup :]
-    assert all(step["completion_length"] == TOKENS and step["frac_reward_zero_std"] == 0 for step in timed)
+    for step in timed:
+        assert step["completion_length"] == TOKENS and step["frac_reward_zero_std"] == 0, step
     return {
         "seconds": [step["step_seconds"] for step in timed],
         "rollout_seconds": round(statistics.median(step["rollout_seconds"] for step in timed), 3),
