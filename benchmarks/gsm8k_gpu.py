@@ -1,4 +1,4 @@
-"""A real run on a GPU: SmolLM2-135M on GSM8K with the five rewards, over several processes that are stopped and resumed.
+"""A real run on a GPU: SmolLM2-135M on GSM8K with the five rewards, in several processes that are stopped and resumed.
 
 Starts `python -m grpo.train` on configs/gsm8k-smollm2.toml, stops it at the given steps (as Ctrl-C does, or with
 --kill as a power cut does), continues with --resume, and notes in RUN/processes.jsonl what each process did. Call it
