@@ -49,7 +49,7 @@ def one_process(options: argparse.Namespace, stop: int | None, ends: float) -> d
     run = options.run
     saved = checkpoints(run)
     command = [sys.executable, "-m", "grpo.train", str(options.config), "--output", str(run), *overrides(options)]
-    if saved:
+    if steps_done(run):
         command = [*command[:4], "--resume", str(run), *overrides(options)]
     first = (saved[-1] if saved else 0) + 1
     started = time.time()

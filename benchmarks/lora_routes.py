@@ -35,7 +35,12 @@ class VllmLoraEngine(Engine):
         manager.activate_adapter(ADAPTER.lora_int_id)
         runner.lora_manager.pin_adapter(ADAPTER.lora_int_id)
         slot = manager.lora_index_to_id.index(ADAPTER.lora_int_id)
-        self._places = list(self._buffers(manager.modules, slot, rank))
+        layers = policy.adapter_layers()
+        places = list(self._buffers(manager.modules, slot, rank))
+        self._a_buffers, self._b_buffers = [a for _, a, _ in places], [b for _, _, b in places]
+        self._a_trained = [layers[part].lora_A["default"].weight for part, _, _ in places]
+        self._b_trained = [layers[part].lora_B["default"].weight for part, _, _ in places]
+        self._scales = [layers[part].scaling["default"] for part, _, _ in places]
         self.llm.llm_engine.add_request = functools.partial(self.llm.llm_engine.add_request, lora_request=ADAPTER)
         self.sync_adapter()
 
@@ -63,12 +68,8 @@ class VllmLoraEngine(Engine):
     def sync_adapter(self) -> float:
         """Write the trained adapter into vLLM's buffers and forget cached prefixes; returns seconds."""
         start = time.perf_counter()
-        layers = self.trained.adapter_layers()
-        sources, targets = [], []
-        for part, a_place, b_place in self._places:
-            sources += layers[part].scaled()
-            targets += [a_place, b_place]
-        torch._foreach_copy_(targets, sources)
+        torch._foreach_copy_(self._a_buffers, self._a_trained)
+        torch._foreach_copy_(self._b_buffers, torch._foreach_mul(self._b_trained, self._scales))
         self._forget_prefixes()
         if self.base.device.type == "cuda":
             torch.cuda.synchronize()

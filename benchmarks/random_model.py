@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig
 
-from grpo.architectures import fused_linears
-from grpo.base import BLOCK, VOCABULARY_PADDING, expected_shapes
+from grpo.architectures import expected_shapes, fused_linears
+from grpo.base import BLOCK
+from grpo.plan import VOCABULARY_PADDING
 
 LLAMA3: dict[str, Any] = {
     "vocab_size": 128256,

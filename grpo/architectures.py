@@ -64,3 +64,22 @@ def adapter_targets(config: Any, target_modules: list[str]) -> list[str]:
         "up_proj": "gate_up_proj",
     }
     return list(dict.fromkeys(fused_name.get(name, name) for name in target_modules))
+
+
+def expected_shapes(config: Any, name: str, parts: list[str]) -> dict[str, tuple[int, int]]:
+    """(out, in) of every part of the linear `name`, from the model's configuration."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    head = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
+    query, key_value = config.num_attention_heads * head, config.num_key_value_heads * head
+    by_leaf = {
+        "q_proj": (query, hidden),
+        "k_proj": (key_value, hidden),
+        "v_proj": (key_value, hidden),
+        "qkv_proj": (query + 2 * key_value, hidden),
+        "o_proj": (hidden, query),
+        "gate_proj": (inner, hidden),
+        "up_proj": (inner, hidden),
+        "gate_up_proj": (2 * inner, hidden),
+        "down_proj": (hidden, inner),
+    }
+    return {part: by_leaf[part.rpartition(".")[2]] for part in parts}

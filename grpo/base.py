@@ -15,20 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo.architectures import check_supported, fused_linears
+from grpo.architectures import check_supported, expected_shapes, fused_linears
 from grpo.config import Model
 from grpo.errors import UserError
 from grpo.kernels import nf4
+from grpo.plan import AUTO_SHARE, VOCABULARY_PADDING
 from grpo.source import NF4Tensor, Source
 
 BLOCK = 64
 """Weights that share one NF4 scale."""
 
-AUTO_SHARE = 0.05
-"""Share of the linear layers that `keep_16bit = "auto"` leaves unquantised."""
 
-VOCABULARY_PADDING = 64
-"""vLLM rounds the vocabulary up to a multiple of this."""
 
 
 @dataclass
@@ -230,7 +227,13 @@ class BaseWeights:
         bias = torch.zeros(linear.out_features, dtype=self.dtype, device=self.device)
         for part, name in names.items():
             first, rows = linear.parts[part]
-            bias[first : first + rows].copy_(source.read(name))
+            if name not in source.names:
+                raise UserError(f"{source.path}: tensor {name} is missing; pass a complete model")
+            stored = source.read(name)
+            if tuple(stored.shape) != (rows,):
+                raise UserError(f"{source.path}: {name} has shape {tuple(stored.shape)}, config.json says {(rows,)}; "
+                                "pass a model whose files belong together")
+            bias[first : first + rows].copy_(stored)
         return bias
 
     def nbytes(self) -> int:
@@ -252,22 +255,3 @@ class BaseWeights:
 def is_named(part: str, name: str) -> bool:
     """Whether `name` is the module name `part` or an ending of it."""
     return part == name or part.endswith("." + name)
-
-
-def expected_shapes(config: Any, name: str, parts: list[str]) -> dict[str, tuple[int, int]]:
-    """(out, in) of every part of the linear `name`, from the model's configuration."""
-    hidden, inner = config.hidden_size, config.intermediate_size
-    head = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
-    query, key_value = config.num_attention_heads * head, config.num_key_value_heads * head
-    by_leaf = {
-        "q_proj": (query, hidden),
-        "k_proj": (key_value, hidden),
-        "v_proj": (key_value, hidden),
-        "qkv_proj": (query + 2 * key_value, hidden),
-        "o_proj": (hidden, query),
-        "gate_proj": (inner, hidden),
-        "up_proj": (inner, hidden),
-        "gate_up_proj": (2 * inner, hidden),
-        "down_proj": (hidden, inner),
-    }
-    return {part: by_leaf[part.rpartition(".")[2]] for part in parts}

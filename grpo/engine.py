@@ -43,6 +43,7 @@ from grpo.architectures import ARCHITECTURES
 from grpo.base import BaseWeights, FusedLinear
 from grpo.errors import UserError
 from grpo.kernels.nf4_gemm import nf4_linear, prepare
+from grpo.plan import CPU_BLOCK, GPU_BLOCK, VLLM_BUFFERS, kv_cache_bytes
 from grpo.policy import ADAPTER, Policy
 
 SHARED = "grpo_shared"
@@ -140,6 +141,9 @@ class Engine:
         self._handle = handle
         if base.packed:
             prepare(base.device)
+        if base.device.type == "cpu":
+            # vLLM compiles a helper of its sampler: seconds at the first rollout, and a C++ compiler needed.
+            torch.compiler.set_stance("force_eager")
         self.llm = vllm.LLM(**self._arguments(handle))
         if policy is not None:
             self.sync_adapter()
@@ -201,8 +205,10 @@ class Engine:
     def kv_bytes_for(self, sequences: int) -> int:
         """KV cache in which so many sequences reach their full length, in bytes."""
         block = CPU_BLOCK if self.base.device.type == "cpu" else GPU_BLOCK
-        blocks = -(-self.settings.max_seq_length // block) * sequences + 2
-        return blocks * block * kv_bytes_per_token(self.base.config, self.base.dtype, self.settings.kv_cache_dtype)
+        settings, itemsize = self.settings, self.base.dtype.itemsize
+        return kv_cache_bytes(
+            self.base.config, itemsize, settings.kv_cache_dtype, settings.max_seq_length, sequences, block
+        )
 
     def generate(
         self, requests: Sequence[Request], sampling: SamplingSettings, *, adapter: bool = True
@@ -244,6 +250,7 @@ class Engine:
             seed=seed if sampling.temperature > 0 else None,
             max_tokens=sampling.max_tokens,
             stop_token_ids=list(sampling.stop_token_ids),
+            ignore_eos=True,  # the configuration's end tokens are in stop_token_ids if they are wanted
             stop=list(sampling.stop) or None,
             include_stop_str_in_output=True,
             logprobs=0,
@@ -311,11 +318,7 @@ class Engine:
 SERVED: dict[str, Engine] = {}
 """Engines by the handle that reaches our loader through vLLM's configuration."""
 
-VLLM_BUFFERS = 1 << 30
-"""Bytes set aside for vLLM's activations, sampler and CUDA graphs."""
 
-CPU_BLOCK, GPU_BLOCK = 32, 16
-"""Tokens in a KV block. vLLM's default of 128 on a CPU shares no prefix of a short prompt."""
 
 
 class SharedLinearMethod(LinearMethodBase):
@@ -459,13 +462,6 @@ def capture_sizes(max_num_seqs: int) -> list[int]:
     """Batch sizes to capture as CUDA graphs: powers of two to 16, then steps of 16, and the largest itself."""
     sizes = [size for size in (1, 2, 4, 8, *range(16, max_num_seqs + 1, 16)) if size <= max_num_seqs]
     return sorted({*sizes, max_num_seqs})
-
-
-def kv_bytes_per_token(config: Any, dtype: torch.dtype, kv_cache_dtype: str) -> int:
-    """Bytes that one token takes in the KV cache over all layers."""
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    size = 1 if kv_cache_dtype == "fp8" else dtype.itemsize
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * head * size
 
 
 def write_model_folder(folder: Path, base: BaseWeights, tokenizer: Any) -> None:

@@ -17,6 +17,7 @@ from grpo.base import BaseWeights
 from grpo.config import Config
 from grpo.engine import Engine, EngineSettings, SamplingSettings
 from grpo.errors import UserError
+from grpo.plan import check_memory, sequence_limits
 from grpo.policy import Policy
 from grpo.source import open_source
 
@@ -44,13 +45,14 @@ class Session:
         if config.model.chat_template is not None:
             self.tokenizer.chat_template = read_template(config.model.chat_template)
         self.stop_token_ids = stop_token_ids(source, self.tokenizer)
+        settings = engine_settings(config, fitted_kv_bytes(config, source.config, device, dtype))
         self.base = BaseWeights(source, config.model, device=device, dtype=dtype)
         check_length(self.base, config.max_seq_length)
         self.policy = Policy(self.base, config.lora, seed=config.train.seed, base_name=config.model.name)
         if adapter is not None:
             self.policy.load_adapter(adapter)
         status("starting vLLM")
-        self.engine = Engine(self.base, self.policy, engine_settings(config), self.tokenizer)
+        self.engine = Engine(self.base, self.policy, settings, self.tokenizer)
 
     def sampling(self, temperature: float, max_tokens: int, top_p: float = 1.0) -> SamplingSettings:
         """Sampling settings with this model's end tokens and the configuration's stop strings."""
@@ -131,14 +133,22 @@ def check_length(base: BaseWeights, length: int) -> None:
         )
 
 
-def engine_settings(config: Config) -> EngineSettings:
+def fitted_kv_bytes(config: Config, model: Any, device: torch.device, dtype: torch.dtype) -> int | None:
+    """KV cache for a GPU on which nothing is loaded yet; None where the engine decides. `model`: transformers'
+    configuration. Raises UserError if the run cannot fit."""
+    if device.type != "cuda":
+        return config.rollout.kv_cache_memory_bytes
+    return check_memory(config, model.get_text_config(), dtype.itemsize, *torch.cuda.mem_get_info(device))
+
+
+def engine_settings(config: Config, kv_cache_memory_bytes: int | None) -> EngineSettings:
     """What the configuration asks of vLLM."""
     rollout = config.rollout
-    evaluation = config.eval.max_completion_length or 0
+    max_seq_length, max_num_seqs = sequence_limits(config)
     return EngineSettings(
-        max_seq_length=max(config.max_seq_length, rollout.max_prompt_length + evaluation),
-        max_num_seqs=rollout.max_num_seqs or min(config.completions_per_step, 256),
-        kv_cache_memory_bytes=rollout.kv_cache_memory_bytes,
+        max_seq_length=max_seq_length,
+        max_num_seqs=max_num_seqs,
+        kv_cache_memory_bytes=kv_cache_memory_bytes,
         gpu_memory_utilization=rollout.gpu_memory_utilization,
         kv_cache_dtype=rollout.kv_cache_dtype,
         enforce_eager=rollout.enforce_eager,

@@ -14,7 +14,6 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,6 +23,7 @@ from torch import Tensor
 from grpo.architectures import check_supported, fused_linears
 from grpo.config import Model
 from grpo.errors import UserError
+from grpo.locate import local_path
 
 
 @dataclass(frozen=True)
@@ -65,22 +65,7 @@ def open_source(model: Model) -> Source:
 
 def locate(model: Model) -> Path:
     """The local file or folder of `model.name`; a hub id is downloaded, unless transformers is told to be offline."""
-    name = model.name
-    if name.startswith("package:"):
-        package, _, inside = name.removeprefix("package:").partition("/")
-        spec = find_spec(package)
-        if spec is None or not spec.submodule_search_locations:
-            raise UserError(f"model.name = {name!r}: the Python package {package!r} is not installed; pip install it")
-        path = Path(spec.submodule_search_locations[0]) / inside
-        if not path.exists():
-            raise UserError(f"model.name = {name!r}: the package has no file {inside!r}; look in {path.parent}")
-        return path
-    path = Path(name).expanduser()
-    if path.exists():
-        return path
-    if path.suffix == ".gguf" or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise UserError(f"model.name = {name!r}: no such file or folder; pass a model folder, a .gguf file or a hub id")
-    return download(name, model.revision)
+    return local_path(model.name) or download(model.name, model.revision)
 
 
 def download(name: str, revision: str | None) -> Path:
@@ -154,15 +139,15 @@ class SafetensorsSource:
         return raw
 
     def _raw(self, name: str) -> Tensor:
-        file = self._shard_of[name]
-        if file not in self._open:
-            from safetensors import SafetensorError, safe_open
+        from safetensors import SafetensorError, safe_open
 
-            try:
+        file = self._shard_of[name]
+        try:
+            if file not in self._open:
                 self._open[file] = safe_open(file, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"{file}: damaged safetensors ({error}); download it again") from None
-        return self._open[file].get_tensor(name)
+            return self._open[file].get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file}: damaged safetensors ({error}); download it again") from None
 
     def _read_nf4(self, name: str, codes: Tensor) -> NF4Tensor:
         state = json.loads(bytes(self._raw(f"{name}.quant_state.bitsandbytes__nf4").tolist()))

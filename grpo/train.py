@@ -18,6 +18,7 @@ from pathlib import Path
 from grpo.checkpoint import check_run, saved_config, step_numbers
 from grpo.config import Config, config_toml, read_config
 from grpo.errors import UserError
+from grpo.plan import memory_plan
 from grpo.toml import write_value
 
 BAD_INPUT = 2
@@ -69,7 +70,9 @@ def parser() -> argparse.ArgumentParser:
         metavar="SECTION.KEY=VALUE",
         help="override one key, such as train.learning_rate=1e-5; may be given several times",
     )
-    result.add_argument("--dry-run", action="store_true", help="print the whole configuration and what a step is; stop")
+    result.add_argument(
+        "--dry-run", action="store_true", help="print the whole configuration, what a step is, and its memory; stop"
+    )
     result.add_argument(
         "--resume",
         nargs="?",
@@ -123,8 +126,8 @@ def interrupted(config: Config | None) -> str:
 
 
 def dry_run(config: Config) -> str:
-    """The resolved configuration as TOML, and below it, as TOML comments, what a step and the run amount to."""
-    comments = "\n".join(f"# {line}".rstrip() for line in arithmetic(config))
+    """The resolved configuration as TOML, and below it, as TOML comments, what a step, the run and its memory are."""
+    comments = "\n".join(f"# {line}".rstrip() for line in (*arithmetic(config), *memory_plan(config)))
     return f"{config_toml(config)}\n{comments}"
 
 

@@ -23,9 +23,9 @@ from grpo.engine import (
     Request,
     SamplingSettings,
     check_version,
-    kv_bytes_per_token,
 )
 from grpo.errors import UserError
+from grpo.plan import kv_bytes_per_token
 from grpo.policy import Policy
 from grpo.source import open_source
 
@@ -259,7 +259,7 @@ def test_an_engine_closed_makes_room_for_another(tmp_path: Path) -> None:
     first.engine.close()  # harmless
 
     save_tiny(tmp_path / "second", "llama", tie_word_embeddings=True)
-    block = 32 * kv_bytes_per_token(first.base.config, torch.float32, "auto")
+    block = 32 * kv_bytes_per_token(first.base.config, 4, "auto")
     second = Shared(tmp_path / "second", {"load_in_4bit": True}, kv_cache_memory_bytes=9 * block)
     try:
         assert "lm_head.weight" not in second.vllm_addresses()

@@ -1,0 +1,352 @@
+"""The memory of a run by arithmetic, before anything is loaded: weights, KV cache, adapter, activations, logits.
+
+`memory_plan` prints it for a dry run and therefore imports neither torch nor transformers; `check_memory` decides
+before vLLM starts whether a GPU is large enough, and how large the KV cache may be. Weights, KV cache and adapter are
+exact to a per cent; activations are an upper estimate. GB is 10^9 bytes. Nothing here allocates.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from grpo.architectures import ARCHITECTURES, adapter_targets, expected_shapes, fused_linears
+from grpo.config import Config
+from grpo.errors import UserError
+from grpo.gguf_header import read_header
+from grpo.locate import local_path
+
+CPU_BLOCK, GPU_BLOCK = 32, 16
+"""Tokens in a block of the KV cache. vLLM's default of 128 on a CPU shares no prefix of a short prompt."""
+VLLM_BUFFERS = 1 << 30
+"""Bytes set aside for vLLM's activations, sampler and CUDA graphs."""
+KEPT_HIDDEN, KEPT_INNER = 18, 6
+"""Tensors of the hidden and of the intermediate size that a layer keeps for its backward pass."""
+AUTO_SHARE = 0.05
+"""Share of the linear layers that `keep_16bit = "auto"` leaves unquantised."""
+VOCABULARY_PADDING = 64
+"""vLLM rounds the vocabulary up to a multiple of this."""
+MARGIN = 0.03
+"""Share of the free memory that the allocator loses to fragments."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a decoder, under transformers' names."""
+
+    model_type: str
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    tie_word_embeddings: bool
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Shape:
+        """From the entries of a config.json. Raises KeyError for a model without the usual sizes."""
+        values = values.get("text_config") or values
+        heads = values["num_attention_heads"]
+        return cls(
+            model_type=values["model_type"],
+            hidden_size=values["hidden_size"],
+            intermediate_size=values["intermediate_size"],
+            num_hidden_layers=values["num_hidden_layers"],
+            num_attention_heads=heads,
+            num_key_value_heads=values.get("num_key_value_heads") or heads,
+            head_dim=values.get("head_dim") or values["hidden_size"] // heads,
+            vocab_size=values["vocab_size"],
+            tie_word_embeddings=values.get("tie_word_embeddings", values["model_type"].startswith("gemma")),
+        )
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes that a run takes, by what takes them."""
+
+    weights: int
+    adapter: int
+    """Values, gradients and moments in training, and the copy that vLLM reads."""
+    kv_cache: int
+    """For every sequence of `max_num_seqs` at its full length, unless the configuration sets it."""
+    kv_one_sequence: int
+    vllm: int
+    activations: int
+    """Of one micro-batch, at most."""
+    recomputed: int
+    """The same, where each layer is computed again in the backward pass."""
+    logits: int
+    gradient_checkpointing: bool | str
+
+    @property
+    def training(self) -> int:
+        """What a training step adds; at the least, where the learner chooses whether to recompute."""
+        return self.logits + (self.recomputed if self.gradient_checkpointing else self.activations)
+
+    @property
+    def without_kv(self) -> int:
+        return self.weights + self.adapter + self.vllm + self.training
+
+
+# What the model is
+
+
+def model_shape(config: Config) -> Shape | None:
+    """The sizes of the model that `config` names, or None where it is not on this machine or of an unknown kind."""
+    path = local_path(config.model.name) or cached_config(config.model.name, config.model.revision)
+    if path is None:
+        return None
+    if path.suffix == ".gguf":
+        return gguf_shape(path)
+    file = path if path.suffix == ".json" else path / "config.json"
+    try:
+        shape = Shape.of(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return shape if shape.model_type in ARCHITECTURES else None
+
+
+def cached_config(name: str, revision: str | None) -> Path | None:
+    """config.json of a hub model that was downloaded before; the network is not asked."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(name, "config.json", revision=revision)
+    except HFValidationError:
+        return None
+    return Path(found) if isinstance(found, str) else None
+
+
+def gguf_shape(path: Path) -> Shape | None:
+    """The sizes that a GGUF file states."""
+    metadata, tensors = read_header(path)
+    family = metadata.get("general.architecture", "")
+    own = {key.removeprefix(f"{family}."): value for key, value in metadata.items()}
+    values = {
+        "model_type": {"gemma3": "gemma3_text"}.get(family, family),
+        "hidden_size": own.get("embedding_length"),
+        "intermediate_size": own.get("feed_forward_length"),
+        "num_hidden_layers": own.get("block_count"),
+        "num_attention_heads": own.get("attention.head_count"),
+        "num_key_value_heads": own.get("attention.head_count_kv"),
+        "head_dim": own.get("attention.key_length"),
+        "vocab_size": own.get("tokenizer.ggml.tokens") or own.get("vocab_size"),
+        "tie_word_embeddings": "output.weight" not in tensors,
+    }
+    try:
+        shape = Shape.of(values)
+    except TypeError:
+        return None
+    return shape if shape.model_type in ARCHITECTURES else None
+
+
+# What it takes
+
+
+def plan_memory(config: Config, shape: Any, itemsize: int, *, on_gpu: bool) -> MemoryPlan:
+    """The plan for a model of `shape` (a Shape or transformers' configuration), computed in `itemsize` bytes."""
+    length, sequences = sequence_limits(config)
+    block = GPU_BLOCK if on_gpu else CPU_BLOCK
+
+    def kv(count: int) -> int:
+        return kv_cache_bytes(shape, itemsize, config.rollout.kv_cache_dtype, length, count, block)
+
+    return MemoryPlan(
+        weights=weight_bytes(config, shape, itemsize, packed=on_gpu and config.model.load_in_4bit),
+        adapter=adapter_bytes(config, shape, itemsize, on_gpu=on_gpu),
+        kv_cache=config.rollout.kv_cache_memory_bytes or kv(sequences),
+        kv_one_sequence=kv(1),
+        vllm=VLLM_BUFFERS if on_gpu else 0,
+        activations=activation_bytes(config, shape, itemsize, recomputed=False),
+        recomputed=activation_bytes(config, shape, itemsize, recomputed=True),
+        logits=logit_bytes(config, shape, itemsize),
+        gradient_checkpointing=config.train.gradient_checkpointing,
+    )
+
+
+def sequence_limits(config: Config) -> tuple[int, int]:
+    """(longest sequence in tokens, sequences decoded at once) that vLLM is started with."""
+    rollout = config.rollout
+    evaluated = rollout.max_prompt_length + (config.eval.max_completion_length or 0)
+    return max(config.max_seq_length, evaluated), rollout.max_num_seqs or min(config.completions_per_step, 256)
+
+
+def linear_shapes(shape: Any) -> dict[str, tuple[int, int]]:
+    """Module name -> (out, in) of every linear layer of the decoder's blocks."""
+    found: dict[str, tuple[int, int]] = {}
+    for name, parts in fused_linears(shape).items():
+        found |= expected_shapes(shape, name, parts)
+    return found
+
+
+def weight_bytes(config: Config, shape: Any, itemsize: int, *, packed: bool) -> int:
+    """The one copy: NF4 codes with a scale per 64 weights where `packed`, the rest in `itemsize` bytes."""
+    kept = config.model.keep_16bit
+    size = 0.0
+    for name, (rows, columns) in linear_shapes(shape).items():
+        dense = rows * columns * itemsize
+        nf4 = rows * math.ceil(columns / 128) * (64 + 2 * itemsize)
+        if not packed or (kept != "auto" and any(name == end or name.endswith(f".{end}") for end in kept)):
+            size += dense
+        else:
+            size += AUTO_SHARE * dense + (1 - AUTO_SHARE) * nf4 if kept == "auto" else nf4
+    vocabulary = -(-shape.vocab_size // VOCABULARY_PADDING) * VOCABULARY_PADDING
+    tables = 1 if shape.tie_word_embeddings else 2
+    norms = (2 * shape.num_hidden_layers + 1) * shape.hidden_size
+    return int(size) + itemsize * (tables * vocabulary * shape.hidden_size + norms)
+
+
+def adapter_bytes(config: Config, shape: Any, itemsize: int, *, on_gpu: bool) -> int:
+    """float32 values and gradients, AdamW's moments, and the engine's stacked copy."""
+    endings = tuple(f".{target}" for target in adapter_targets(shape, config.lora.target_modules))
+    sizes, rank = linear_shapes(shape), config.lora.r
+    trained = engine = 0
+    for parts in fused_linears(shape).values():
+        adapted = [part for part in parts if part.endswith(endings)]
+        trained += sum(rank * sum(sizes[part]) for part in adapted)
+        # B of a fused layer has a row for every output and a column for every part's rank.
+        engine += rank * len(adapted) * (sizes[parts[0]][1] + sum(sizes[part][0] for part in parts))
+    moments = 2 if config.train.optim != "adamw" and on_gpu else 8
+    return trained * (4 + 4 + moments) + engine * itemsize
+
+
+def kv_bytes_per_token(shape: Any, itemsize: int, kv_cache_dtype: str) -> int:
+    """Bytes that one token takes in the KV cache over all layers."""
+    head = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
+    size = 1 if kv_cache_dtype == "fp8" else itemsize
+    return 2 * shape.num_hidden_layers * shape.num_key_value_heads * head * size
+
+
+def kv_cache_bytes(shape: Any, itemsize: int, kv_cache_dtype: str, length: int, sequences: int, block: int) -> int:
+    """KV cache in which `sequences` reach `length` tokens, in whole blocks, with two to spare."""
+    blocks = -(-length // block) * sequences + 2
+    return blocks * block * kv_bytes_per_token(shape, itemsize, kv_cache_dtype)
+
+
+def activation_bytes(config: Config, shape: Any, itemsize: int, *, recomputed: bool) -> int:
+    """What one micro-batch keeps for its backward pass, and the largest weight dequantised for it."""
+    tokens = max(config.train.tokens_per_micro_batch, config.max_seq_length)
+    layer = tokens * (KEPT_HIDDEN * shape.hidden_size + KEPT_INNER * shape.intermediate_size)
+    inputs = tokens * shape.hidden_size * shape.num_hidden_layers
+    dense = max(rows * columns for rows, columns in linear_shapes(shape).values())
+    return itemsize * (dense + (layer + inputs if recomputed else layer * shape.num_hidden_layers))
+
+
+def logit_bytes(config: Config, shape: Any, itemsize: int) -> int:
+    """One chunk of logits; a second one where the entropy has a gradient."""
+    chunks = 2 if config.loss.entropy_coef else 1
+    return chunks * config.train.logprob_chunk_tokens * shape.vocab_size * itemsize
+
+
+# Telling
+
+
+def memory_plan(config: Config) -> list[str]:
+    """The plan in words, one part a line, or one line that says why there is none."""
+    shape = model_shape(config)
+    if shape is None:
+        return [f"Memory: {config.model.name} is not on this machine, or of an unknown kind, so nothing is planned."]
+    on_gpu = config.model.device == "cuda" or (config.model.device == "auto" and has_gpu())
+    plan = plan_memory(config, shape, compute_itemsize(config, on_gpu), on_gpu=on_gpu)
+    form = "NF4" if config.model.load_in_4bit else "unquantised"
+    if config.model.load_in_4bit and not on_gpu:
+        form = "NF4 values, dequantised"
+    tokens = max(config.train.tokens_per_micro_batch, config.max_seq_length)
+    lines = [
+        f"Memory on the {'GPU' if on_gpu else 'CPU'}, planned, in GB of 10^9 bytes:",
+        f"  {gb(plan.weights)}  weights, {form}, one copy for sampling and training",
+        f"  {kv_line(config, plan, on_gpu)}",
+        f"  {gb(plan.adapter)}  adapter of rank {config.lora.r}: values, gradients, moments, the copy that vLLM reads",
+        f"  {gb(plan.activations)}  activations of a micro-batch of {tokens:,} tokens, at most "
+        f"({plan.recomputed / 1e9:.2f} with gradient_checkpointing)",
+        f"  {gb(plan.logits)}  logits of {config.train.logprob_chunk_tokens:,} tokens",
+    ]
+    if on_gpu:
+        lines.insert(3, f"  {gb(plan.vllm)}  set aside for vLLM's buffers and CUDA graphs")
+    return lines
+
+
+def kv_line(config: Config, plan: MemoryPlan, on_gpu: bool) -> str:
+    length, sequences = sequence_limits(config)
+    share = config.rollout.gpu_memory_utilization
+    if share is not None and on_gpu:
+        return f"   rest  KV cache: what {share:g} of the GPU leaves beside weights and vLLM's buffers"
+    if config.rollout.kv_cache_memory_bytes is not None:
+        return f"{gb(plan.kv_cache)}  KV cache, as rollout.kv_cache_memory_bytes says"
+    fitted = "; less where the GPU has less" if on_gpu else ""
+    return f"{gb(plan.kv_cache)}  KV cache: {sequences:,} sequences of {length:,} tokens{fitted}"
+
+
+def gb(size: int) -> str:
+    return f"{size / 1e9:7.2f}"
+
+
+def has_gpu() -> bool:
+    """Whether a CUDA device seems to be there, without loading torch."""
+    return any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/dxg"))
+
+
+def compute_itemsize(config: Config, on_gpu: bool) -> int:
+    """Bytes of a number in `model.dtype`; "auto" is float32 only on a CPU without AVX512."""
+    if config.model.dtype != "auto":
+        return 4 if config.model.dtype == "float32" else 2
+    info = Path("/proc/cpuinfo")
+    return 2 if on_gpu or (info.exists() and "avx512bw" in info.read_text()) else 4
+
+
+# Refusing
+
+
+def check_memory(config: Config, shape: Any, itemsize: int, free: int, total: int) -> int | None:
+    """Bytes for the KV cache on a GPU with `free` of `total` bytes, nothing of the model being loaded yet.
+
+    What the configuration sets is obeyed: None for `gpu_memory_utilization`, which the engine works out. Planned
+    otherwise: room for every sequence, or what the rest leaves, at least for one sequence. Raises UserError, with
+    the plan and what to lower, where the run cannot fit.
+    """
+    plan = plan_memory(config, shape, itemsize, on_gpu=True)
+    usable = int(free * (1 - MARGIN))
+    share = config.rollout.gpu_memory_utilization
+    if share is not None:
+        engine = max(int(share * total), plan.weights + plan.vllm + plan.kv_one_sequence)
+        needed = engine + plan.adapter + plan.training
+    elif config.rollout.kv_cache_memory_bytes is not None:
+        needed = plan.without_kv + plan.kv_cache
+    else:
+        needed = plan.without_kv + plan.kv_one_sequence
+    if needed > usable:
+        raise UserError(refusal(config, plan, needed, free))
+    if share is not None:
+        return None
+    return config.rollout.kv_cache_memory_bytes or min(plan.kv_cache, usable - plan.without_kv)
+
+
+def refusal(config: Config, plan: MemoryPlan, needed: int, free: int) -> str:
+    """One sentence: what is needed, of what it consists, and what would make it less."""
+    share, fixed = config.rollout.gpu_memory_utilization, config.rollout.kv_cache_memory_bytes
+    kv = plan.kv_cache if fixed else plan.kv_one_sequence
+    parts = {"weights": plan.weights, "KV cache": kv, "vLLM's buffers": plan.vllm, "adapter": plan.adapter}
+    parts |= {"activations": plan.training - plan.logits, "logits": plan.logits}
+    remedies = {
+        "weights": "use a smaller model" if config.model.load_in_4bit else "set model.load_in_4bit = true",
+        "KV cache": "lower rollout.kv_cache_memory_bytes" if fixed else "lower rollout.max_completion_length",
+        "vLLM's buffers": "use a smaller model",
+        "adapter": "lower lora.r",
+        "activations": "lower train.tokens_per_micro_batch or rollout.max_completion_length"
+        if plan.gradient_checkpointing
+        else 'set train.gradient_checkpointing = "auto"',
+        "logits": "lower train.logprob_chunk_tokens",
+    }
+    remedy = "lower rollout.gpu_memory_utilization" if share else remedies[max(parts, key=parts.__getitem__)]
+    listed = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items())
+    return (
+        f"the GPU has {free / 1e9:.1f} GB free, and the run needs {needed / 1e9:.1f} GB "
+        f"({listed}{f'; gpu_memory_utilization = {share:g}' if share else ''}); {remedy}"
+    )
