@@ -26,8 +26,6 @@ BLOCK = 64
 """Weights that share one NF4 scale."""
 
 
-
-
 @dataclass
 class Segment:
     """Consecutive rows of a fused linear layer, held in one form.
@@ -231,8 +229,10 @@ class BaseWeights:
                 raise UserError(f"{source.path}: tensor {name} is missing; pass a complete model")
             stored = source.read(name)
             if tuple(stored.shape) != (rows,):
-                raise UserError(f"{source.path}: {name} has shape {tuple(stored.shape)}, config.json says {(rows,)}; "
-                                "pass a model whose files belong together")
+                raise UserError(
+                    f"{source.path}: {name} has shape {tuple(stored.shape)}, config.json says {(rows,)}; "
+                    "pass a model whose files belong together"
+                )
             bias[first : first + rows].copy_(stored)
         return bias
 

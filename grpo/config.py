@@ -167,8 +167,8 @@ class Rollout(Section):
     """Longest prompt in tokens, chat template included."""
     max_completion_length: PositiveInt = 512
     """Longest completion in tokens."""
-    temperature: PositiveFloat = 1.0
-    """Sampling temperature; the trainer scores with the same one."""
+    temperature: Annotated[float, Field(gt=0, le=2)] = 1.0
+    """Sampling temperature, at most 2 as in vLLM; the trainer scores with the same one."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Nucleus sampling. Refused below 1: sampled tokens would be scored over a different set than they came from."""
     top_k: Annotated[int, Field(ge=0)] = 0

@@ -319,8 +319,6 @@ SERVED: dict[str, Engine] = {}
 """Engines by the handle that reaches our loader through vLLM's configuration."""
 
 
-
-
 class SharedLinearMethod(LinearMethodBase):
     """y = x W^T + b, plus the adapter, from storage that the loader attaches."""
 

@@ -34,7 +34,7 @@ class Learner:
         policy.recompute_layers(wants_recomputing(policy, config))
         self.optimizer = build_optimizer(self.parameters, config.train, policy.base.device, notice)
 
-    def update(self, groups: Sequence[Group], advantages: Advantages, step: int) -> dict[str, float]:
+    def update(self, groups: Sequence[Group], advantages: Advantages, step: int) -> dict[str, float | None]:
         """All optimiser steps of one rollout. Returns the step's training metrics."""
         train = self.config.train
         rate = learning_rate(step, self.max_steps, train)
@@ -59,7 +59,7 @@ class Learner:
             self.policy.model.eval()
         return {**mean_of(figures), "learning_rate": rate}
 
-    def optimizer_step(self, prompts: list[list[TrainingSequence]], idle: set[int]) -> dict[str, float]:
+    def optimizer_step(self, prompts: list[list[TrainingSequence]], idle: set[int]) -> dict[str, float | None]:
         """One optimiser step on `prompts`; those in `idle` count in the normaliser only."""
         active = [sequence for prompt in prompts if id(prompt) not in idle for sequence in prompt]
         batches = pack(active, self.config.train.tokens_per_micro_batch)
@@ -69,7 +69,7 @@ class Learner:
             loss, measured = self.micro_batch(batch, totals)
             loss.backward()
             metrics.append(measured)
-        return {"loss": 0.0, "grad_norm": self.apply_gradients(), **merge_metrics(metrics)}
+        return {**UNMEASURED, "grad_norm": self.apply_gradients(), **merge_metrics(metrics)}
 
     def micro_batch(self, batch: list[TrainingSequence], totals: BatchTotals) -> tuple[Tensor, Metrics]:
         """The share of the loss that `batch` contributes."""
@@ -171,11 +171,17 @@ def split(prompts: list[list[TrainingSequence]], parts: int) -> list[list[list[T
     return [prompts[first:last] for first, last in zip(bounds, bounds[1:], strict=False) if last > first]
 
 
-def mean_of(figures: list[dict[str, float]]) -> dict[str, float]:
-    """The mean of each figure over the optimiser steps that have it."""
+UNMEASURED = {"loss": 0.0, "kl": None, "entropy": None, "mismatch_kl": None}
+"""What a step reports of figures that it could not measure: no KL without `beta`, nothing where all groups are equal."""
+
+
+def mean_of(figures: list[dict[str, float | None]]) -> dict[str, float | None]:
+    """The mean of each figure over the optimiser steps that have it; None where none has."""
     names = dict.fromkeys(name for entry in figures for name in entry)
-    return {name: average([entry[name] for entry in figures if name in entry]) for name in names}
+    return {name: average([entry.get(name) for entry in figures]) for name in names}
 
 
-def average(values: list[float]) -> float:
-    return sum(values) / len(values)
+def average(values: list[float | None]) -> float | None:
+    """Mean of what is not None."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None

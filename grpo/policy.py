@@ -361,7 +361,19 @@ def set_module(root: nn.Module, name: str, module: nn.Module) -> None:
 def set_parameter(root: nn.Module, name: str, tensor: Tensor) -> None:
     """Make `tensor` the frozen parameter at the dotted `name`."""
     parent, _, leaf = name.rpartition(".")
-    owner = root.get_submodule(parent)
-    if owner._parameters.get(leaf) is None:
-        raise UserError(f"the checkpoint has a tensor {name} that the model's architecture lacks")
+    try:
+        owner = root.get_submodule(parent)
+    except AttributeError:
+        owner = nn.Module()
+    expected = owner._parameters.get(leaf)
+    if expected is None:
+        raise UserError(
+            f"the checkpoint has a tensor {name} that the model's architecture lacks; pass a model whose "
+            "files belong together"
+        )
+    if expected.shape != tensor.shape:
+        raise UserError(
+            f"the checkpoint's {name} has shape {tuple(tensor.shape)}, config.json says "
+            f"{tuple(expected.shape)}; pass a model whose files belong together"
+        )
     owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
