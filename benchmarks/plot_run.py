@@ -105,7 +105,7 @@ def summary(folder: Path) -> dict[str, Any]:
         "time": time_spent(folder, steps),
         "evaluations": json_lines(folder / "eval.jsonl"),
         "curves": {
-            name: [round(entry[name], 5) for entry in steps]
+            name: [None if entry[name] is None else round(entry[name], 5) for entry in steps]
             for name in (*CURVES, *reward_names(steps))
             if all(name in entry for entry in steps)
         },
