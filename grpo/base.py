@@ -209,7 +209,7 @@ class BaseWeights:
         if segment.absmax is not None and isinstance(weight, NF4Tensor):
             codes, absmax = weight.codes.to(self.device), weight.absmax.to(self.device)
             nf4.pack_rows(segment.weight, segment.absmax, row, codes, absmax, shape)
-        elif segment.absmax is not None:
+        elif segment.absmax is not None and not isinstance(weight, NF4Tensor):
             nf4.quantize_rows(segment.weight, segment.absmax, row, weight.to(self.device))
         else:
             if quantize and not isinstance(weight, NF4Tensor):

@@ -280,6 +280,7 @@ class Engine:
     def _places(self) -> AdapterPlaces:
         """Views of the buffers beside the trained tensors that belong there."""
         if self._adapter_places is None:
+            assert self.policy is not None, "an engine without a policy has no adapter to copy"
             places, layers = AdapterPlaces([], [], [], [], []), self.policy.adapter_layers()
             for name, buffers in self.buffers.items():
                 for part, ranks, rows in adapter_places(self.base.linears[name], layers):

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 import torch
 from torch import Tensor
 
@@ -172,7 +172,7 @@ def split(prompts: list[list[TrainingSequence]], parts: int) -> list[list[list[T
 
 
 UNMEASURED = {"loss": 0.0, "kl": None, "entropy": None, "mismatch_kl": None}
-"""What a step reports of figures that it could not measure: no KL without `beta`, nothing where all groups are equal."""
+"""What a step reports where it measured nothing: no KL without `beta`, no figure where all groups are equal."""
 
 
 def mean_of(figures: list[dict[str, float | None]]) -> dict[str, float | None]:

@@ -109,7 +109,7 @@ class Sampler:
 
     def _requests(self, prompts: Sequence[Prompt], step: int, round: int) -> list[Request]:
         seen: Counter[int] = Counter()
-        requests = []
+        requests: list[Request] = []
         for prompt in prompts:
             for member in range(self.num_generations):
                 seed = sample_seed(self.seed, step, round, prompt.index, seen[prompt.index], member)

@@ -94,8 +94,8 @@ class Run:
         if not file.exists():
             self.log.status("measuring pass rates")
             samples = max(self.data.settings[name].pass_rate_samples for name in windows)
-            rates = measure_pass_rates(self.session, measured, self.data.tasks, samples)
-            write_atomically(file, json.dumps(rates).encode())
+            found = measure_pass_rates(self.session, measured, self.data.tasks, samples)
+            write_atomically(file, json.dumps(found).encode())
         rates = dict(zip((prompt.index for prompt in measured), json.loads(file.read_text()), strict=True))
         chosen = []
         for task in self.data.tasks:
