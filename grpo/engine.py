@@ -141,6 +141,8 @@ class Engine:
         self._handle = handle
         if base.packed:
             prepare(base.device)
+        if base.device.type == "cuda":
+            torch.cuda.synchronize()  # vLLM changes the stream, and its new one does not wait for the weights
         if base.device.type == "cpu":
             # vLLM compiles a helper of its sampler: seconds at the first rollout, and a C++ compiler needed.
             torch.compiler.set_stance("force_eager")

@@ -20,6 +20,7 @@ from grpo.config import Config
 from grpo.loss import BatchTotals, LossInputs, batch_totals, resolve_loss
 from grpo.loss_metrics import Metrics, merge_metrics
 from grpo.optim import build_optimizer, learning_rate
+from grpo.plan import KEPT_HIDDEN, KEPT_INNER
 from grpo.policy import Policy, Scored
 from grpo.sampler import Group
 
@@ -152,10 +153,6 @@ def wants_recomputing(policy: Policy, config: Config) -> bool:
     per_token = base.dtype.itemsize * (KEPT_HIDDEN * model.hidden_size + KEPT_INNER * model.intermediate_size)
     tokens = max(config.train.tokens_per_micro_batch, config.max_seq_length)
     return per_token * model.num_hidden_layers * tokens > free_memory(base.device) / 2
-
-
-KEPT_HIDDEN, KEPT_INNER = 18, 6
-"""Tensors of the hidden and of the intermediate size that a layer keeps for its backward pass."""
 
 
 def free_memory(device: torch.device) -> int:
