@@ -124,7 +124,9 @@ class SafetensorsSource:
 
     @staticmethod
     def _handle_names(file: Path) -> list[str]:
-        with opened_safetensors(file) as handle:
+        from safetensors import safe_open
+
+        with damage_named(file), safe_open(file, framework="pt") as handle:
             return list(handle.keys())
 
     def read(self, name: str) -> Tensor | NF4Tensor:
@@ -139,15 +141,13 @@ class SafetensorsSource:
         return raw
 
     def _raw(self, name: str) -> Tensor:
-        from safetensors import SafetensorError, safe_open
+        from safetensors import safe_open
 
         file = self._shard_of[name]
-        try:
+        with damage_named(file):
             if file not in self._open:
                 self._open[file] = safe_open(file, framework="pt")
             return self._open[file].get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{file}: damaged safetensors ({error}); download it again") from None
 
     def _read_nf4(self, name: str, codes: Tensor) -> NF4Tensor:
         state = json.loads(bytes(self._raw(f"{name}.quant_state.bitsandbytes__nf4").tolist()))
@@ -177,13 +177,12 @@ class SafetensorsSource:
 
 
 @contextmanager
-def opened_safetensors(file: Path) -> Iterator[Any]:
-    """`file` opened; damage becomes a UserError."""
-    from safetensors import SafetensorError, safe_open
+def damage_named(file: Path) -> Iterator[None]:
+    """Damage that is met while reading `file` becomes a UserError."""
+    from safetensors import SafetensorError
 
     try:
-        with safe_open(file, framework="pt") as handle:
-            yield handle
+        yield
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file}: damaged safetensors ({error}); download it again") from None
 
