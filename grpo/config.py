@@ -330,7 +330,8 @@ class Eval(Section):
     """`[eval]`: held-out questions during training. Off unless `every` is set."""
 
     every: PositiveInt | None = None
-    """Evaluate before the first step, every so many steps, and after the last."""
+    """Evaluate before the first step, every so many steps, and after the last. "none" switches it off, as in
+    `--set eval.every=none`."""
     limit: PositiveInt | None = 200
     """Use the first so many held-out rows."""
     num_generations: PositiveInt = 1
@@ -362,6 +363,8 @@ class Log(Section):
     """Show and keep sample completions every so many steps."""
     samples: PositiveInt = 2
     """Prompts whose completions are kept then."""
+    report: bool = True
+    """Write `report.html` in the run folder, anew while the run goes on; it takes at most a hundredth of the time."""
 
 
 class Checkpoint(Section):
@@ -467,4 +470,5 @@ def config_toml(config: Config) -> str:
 def _written(section: Section) -> dict[str, Any]:
     fields = type(section).model_fields
     values = {name: getattr(section, name) for name in fields}
-    return {k: NONE if v is None and admits_none_as_text(fields[k]) else v for k, v in values.items()}
+    # None is written where leaving the key out would mean another default.
+    return {k: NONE if v is None and fields[k].default is not None else v for k, v in values.items()}

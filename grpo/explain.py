@@ -28,9 +28,9 @@ def accepts(field: FieldInfo) -> str:
 
 
 def admits_none_as_text(field: FieldInfo) -> bool:
-    """Whether `"none"` in a file stands for None here: where None is allowed, is not the default, and text is not."""
+    """Whether `"none"` in a file stands for None here: where None is allowed, and neither text nor a path is."""
     kinds = get_args(field.annotation)
-    return type(None) in kinds and field.default is not None and str not in kinds
+    return type(None) in kinds and not any(kind is str or Path in get_args(kind) for kind in kinds)
 
 
 def _in_words(annotation: Any, metadata: Sequence[Any] = ()) -> str:

@@ -240,6 +240,7 @@ def file(tmp_path: Path) -> Path:
         ("model.load_in_4bit=false", lambda config: config.model.load_in_4bit is False),
         ("checkpoint.output_dir=runs/x", lambda config: config.checkpoint.output_dir == Path("runs/x")),
         ("checkpoint.save_total_limit=none", lambda config: config.checkpoint.save_total_limit is None),
+        ("eval.every=none", lambda config: config.eval.every is None),
         ("lora.target_modules=['q_proj']", lambda config: config.lora.target_modules == ["q_proj"]),
         ("rewards.1.weight=2", lambda config: [reward.weight for reward in config.rewards] == [1, 2]),
         ("rewards.weight=2", lambda config: [reward.weight for reward in config.rewards] == [2, 1]),
@@ -336,7 +337,8 @@ def test_what_the_writer_writes_the_standard_reader_reads(table: dict[str, Any])
 
 def test_none_stands_for_no_value_only_where_it_cannot_be_meant_as_text() -> None:
     admitting = {name for name, field in FIELDS.items() if admits_none_as_text(field)}
-    assert admitting == {"eval.limit", "checkpoint.save_total_limit"}
+    assert admitting >= {"eval.every", "eval.limit", "checkpoint.save_total_limit", "train.max_steps"}
+    assert not admitting & {"lora.init", "model.revision", "model.chat_template", "loss.function", "train.seed"}
 
 
 def test_the_line_of_a_key_is_found_past_comments_strings_and_repeated_tables() -> None:
