@@ -320,10 +320,17 @@ class Train(Section):
     """Tokens in one forward and backward, packed without padding. Changes memory and speed, never the result."""
     logprob_chunk_tokens: PositiveInt = 1024
     """Tokens whose logits exist at once."""
-    gradient_checkpointing: bool | Literal["auto"] = "auto"
-    """Recompute each layer in the backward pass. "auto": only where memory calls for it."""
+    gradient_checkpointing: bool | Literal["auto", "none", "layer", "offload"] = "auto"
+    """What the backward pass finds: everything ("none"), each layer's input, the rest being computed again ("layer"),
+    or that with the inputs in host memory ("offload"). "auto": the first of these that fits. true and false, as in
+    TRL, are "layer" and "none"."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Seed of data order, sampling and adapter initialisation."""
+
+    @field_validator("gradient_checkpointing")
+    @classmethod
+    def booleans_as_in_trl(cls, value: bool | str) -> str:
+        return value if isinstance(value, str) else "layer" if value else "none"
 
 
 class Eval(Section):

@@ -32,7 +32,7 @@ class Learner:
         self.policy, self.config, self.max_steps = policy, config, max_steps
         self.loss = resolve_loss(config.loss)
         self.parameters = policy.parameters()
-        policy.recompute_layers(wants_recomputing(policy, config))
+        policy.recompute_layers(checkpointing_form(policy, config))
         self.optimizer = build_optimizer(self.parameters, config.train, policy.base.device, notice)
 
     def update(self, groups: Sequence[Group], advantages: Advantages, step: int) -> dict[str, float | None]:
@@ -144,15 +144,15 @@ class Learner:
         self.optimizer.load_state_dict(state["optimizer"])
 
 
-def wants_recomputing(policy: Policy, config: Config) -> bool:
-    """`train.gradient_checkpointing`; "auto": where a micro-batch's activations exceed half the free memory."""
-    wanted = config.train.gradient_checkpointing
+def checkpointing_form(policy: Policy, config: Config) -> str:
+    """`train.gradient_checkpointing`; "auto": "layer" where a micro-batch's activations exceed half the free memory."""
+    wanted = str(config.train.gradient_checkpointing)
     if wanted != "auto":
         return wanted
     model, base = policy.base.config, policy.base
     per_token = base.dtype.itemsize * (KEPT_HIDDEN * model.hidden_size + KEPT_INNER * model.intermediate_size)
     tokens = max(config.train.tokens_per_micro_batch, config.max_seq_length)
-    return per_token * model.num_hidden_layers * tokens > free_memory(base.device) / 2
+    return "layer" if per_token * model.num_hidden_layers * tokens > free_memory(base.device) / 2 else "none"
 
 
 def free_memory(device: torch.device) -> int:

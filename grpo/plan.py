@@ -82,12 +82,12 @@ class MemoryPlan:
     recomputed: int
     """The same, where each layer is computed again in the backward pass."""
     logits: int
-    gradient_checkpointing: bool | str
+    gradient_checkpointing: str
 
     @property
     def training(self) -> int:
         """What a training step adds; at the least, where the learner chooses whether to recompute."""
-        return self.logits + (self.recomputed if self.gradient_checkpointing else self.activations)
+        return self.logits + (self.activations if self.gradient_checkpointing == "none" else self.recomputed)
 
     @property
     def without_kv(self) -> int:
@@ -340,7 +340,7 @@ def refusal(config: Config, plan: MemoryPlan, needed: int, free: int) -> str:
         "vLLM's buffers": "use a smaller model",
         "adapter": "lower lora.r",
         "activations": "lower train.tokens_per_micro_batch or rollout.max_completion_length"
-        if plan.gradient_checkpointing
+        if plan.gradient_checkpointing != "none"
         else 'set train.gradient_checkpointing = "auto"',
         "logits": "lower train.logprob_chunk_tokens",
     }

@@ -31,6 +31,7 @@ from grpo.errors import UserError
 from grpo.kernels import nf4
 from grpo.kernels.attention import Packing, Span, packed_attention
 from grpo.kernels.logprob import selected_logprobs
+from grpo.recompute import recompute_layers
 
 ADAPTER = "default"
 ATTENTION = "grpo_packed"
@@ -215,12 +216,9 @@ class Policy:
         """The trained tensors, in a fixed order."""
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
-    def recompute_layers(self, enabled: bool) -> None:
-        """Whether training keeps only each layer's input and computes the rest again in the backward pass."""
-        if enabled:
-            self.decoder.gradient_checkpointing_enable({"use_reentrant": False})
-        else:
-            self.decoder.gradient_checkpointing_disable()
+    def recompute_layers(self, form: str) -> None:
+        """What training keeps of each layer for the backward pass: one of `recompute.FORMS`."""
+        recompute_layers(self.decoder.model.layers, form)
 
     @contextmanager
     def reference(self) -> Iterator[None]:

@@ -141,7 +141,7 @@ SENTENCES = [
     (MINIMAL + "[train]\noptim = 'sgd'\n", 'file.toml:6: train.optim = "sgd": must be "adamw", "adamw_8bit" or "paged'),
     (
         MINIMAL + "[train]\ngradient_checkpointing = 1\n",
-        'file.toml:6: train.gradient_checkpointing = 1: must be true, false or "auto"',
+        'file.toml:6: train.gradient_checkpointing = 1: must be true, false, "auto", "none", "layer" or',
     ),
     (
         MINIMAL + "[rollout]\nnum_generations = 1\n",
@@ -353,6 +353,11 @@ def test_the_line_of_a_key_is_found_past_comments_strings_and_repeated_tables() 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("**/*.toml")), ids=lambda path: path.name)
 def test_every_configuration_in_configs_is_valid(path: Path) -> None:
     read_config(path)
+
+
+@pytest.mark.parametrize(("written", "meant"), [(True, "layer"), (False, "none"), ("offload", "offload")])
+def test_gradient_checkpointing_may_be_a_boolean_as_in_trl(written: bool | str, meant: str) -> None:
+    assert parse_config(with_value("train.gradient_checkpointing", written)).train.gradient_checkpointing == meant
 
 
 def test_the_configuration_reference_is_up_to_date() -> None:
