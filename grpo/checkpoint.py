@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 MANIFEST = "manifest.json"
 CONFIG = "config.toml"
 LOCK = ".lock"
-BEFORE_FIRST_STEP = {LOCK, CONFIG, "eval.jsonl", "best_adapter"}
+BEFORE_FIRST_STEP = {LOCK, CONFIG, "eval.jsonl", "best_adapter", "completions", "tensorboard", "wandb", "report.html"}
 STEP = re.compile(r"step-(\d+)")
 
 # What a resumed run must have in common with the one that it continues: the base and the shape of the adapter, which

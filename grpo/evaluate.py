@@ -12,6 +12,7 @@ Exit codes: 0, done; 2, bad input, told in one sentence.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import statistics
@@ -30,7 +31,10 @@ from grpo.checkpoint import CONFIG, latest, write_atomically
 from grpo.config import Config, Eval, parse_config
 from grpo.data import Prompt, load_data
 from grpo.errors import UserError
-from grpo.log import EVALUATIONS, METRICS, json_line, quiet_libraries
+from grpo.log import Sample as LoggedSample
+from grpo.log import SampleGroup, quiet_libraries
+from grpo.records import EVALUATIONS, METRICS, json_line
+from grpo.rewards.extract import extracted_answer
 from grpo.rewards.resolve import described
 from grpo.tasks.common import Task, Verifier
 from grpo.toml import apply_override, read_toml
@@ -111,6 +115,18 @@ class Sample:
             "finish_reason": "length" if self.truncated else "stop",
         }
 
+    def logged(self) -> LoggedSample:
+        """The sample as the run log keeps it."""
+        verdicts = {"strict": float(self.strict), "flexible": float(self.flexible)}
+        return LoggedSample(
+            text=self.text,
+            reward=verdicts["strict"],
+            rewards=verdicts,
+            extracted=extracted_answer(self.text),
+            tokens=self.tokens,
+            finish_reason="length" if self.truncated else "stop",
+        )
+
 
 @dataclass(frozen=True)
 class EvalResult:
@@ -120,6 +136,19 @@ class EvalResult:
     """For `eval.jsonl`: see `summarise`."""
     samples: list[Sample]
     """Question after question, in the order of the prompts."""
+
+    def groups(self, limit: int) -> list[SampleGroup]:
+        """The first `limit` questions with their answers, as the run log keeps them; the strict check is the reward."""
+        by_question = [list(group) for _, group in itertools.groupby(self.samples, lambda sample: sample.prompt.index)]
+        return [
+            SampleGroup(
+                own[0].prompt.prompt,
+                own[0].prompt.columns.get("answer"),
+                [sample.logged() for sample in own],
+                own[0].prompt.task,
+            )
+            for own in by_question[:limit]
+        ]
 
 
 def evaluate(

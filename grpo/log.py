@@ -11,7 +11,6 @@ import json
 import logging
 import math
 import os
-import re
 import sys
 import time
 import warnings
@@ -31,9 +30,21 @@ from rich.text import Text
 from grpo.checkpoint import write_atomically
 from grpo.config import Config
 from grpo.environment import hardware, versions
+from grpo.records import (
+    EVALUATIONS,
+    HELD_OUT,
+    METRICS,
+    SUMMARY,
+    TRAINING,
+    completions_file,
+    completions_files,
+    json_line,
+    plain,
+    printable,
+    read_entries,
+)
 from grpo.trackers import Trackers
 
-METRICS, EVALUATIONS = "metrics.jsonl", "eval.jsonl"
 ENDS = 5  # steps that "first" and "last" are means over
 SHOWN_CHARACTERS = 700
 LIBRARIES = (
@@ -47,10 +58,6 @@ LIBRARIES = (
     "torch",
     "gguf",
 )
-
-# C0 but for tab and newline, DEL and C1 move the cursor or start a terminal command; the bidirectional controls reorder
-# what is shown; lone surrogates cannot be encoded.
-UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 # Rows of the live table after rewards and evaluation: key in the metrics, label, format.
 ROWS = (
@@ -95,37 +102,6 @@ class SampleGroup:
         if isinstance(self.prompt, str):
             return self.prompt
         return str(self.prompt[-1].get("content", "")) if self.prompt else ""
-
-
-def printable(text: str) -> str:
-    """`text` with characters that a terminal would act upon as `\\x1b`-like escapes; tabs and newlines stay."""
-    return UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
-
-
-def json_line(value: Any) -> str:
-    """`value` as one line of JSON: numbers of any library as plain ones, NaN and infinities as null.
-
-    Characters that a terminal would act upon are escaped, so that the file can be shown with `cat`.
-    """
-    text = json.dumps(_plain(value), ensure_ascii=False, allow_nan=False)
-    return UNPRINTABLE.sub(lambda match: f"\\u{ord(match[0]):04x}", text) + "\n"
-
-
-def _plain(value: Any) -> Any:
-    match value:
-        case None | bool() | int() | str():
-            return value
-        case float():
-            return float(value) if math.isfinite(value) else None
-        case Mapping():
-            return {str(key): _plain(entry) for key, entry in value.items()}
-        case list() | tuple():
-            return [_plain(entry) for entry in value]
-    # A number of numpy or torch; whatever else a user's data set holds is kept as its text.
-    item = getattr(value, "item", None)
-    if callable(item) and getattr(value, "ndim", 0) == 0:
-        return _plain(item())
-    return str(value)
 
 
 class RunLog:
@@ -181,14 +157,14 @@ class RunLog:
         self._last, self._series = {"step": step}, {}
         for path in (self.run_folder / METRICS, self.run_folder / EVALUATIONS):
             if path.exists():
-                lines = path.read_text(encoding="utf-8").splitlines()
-                kept = [entry for entry in map(_parsed, lines) if entry is not None and entry["step"] <= step]
+                kept = [entry for entry in read_entries(path) if entry["step"] <= step]
                 write_atomically(path, "".join(map(json_line, kept)).encode())
                 for entry in kept:
                     self._remember(entry)
-        for sampled in (self.run_folder / "completions").glob("step-*.jsonl"):
-            if int(sampled.stem.removeprefix("step-")) > step:
-                sampled.unlink()
+        for kind in (TRAINING, HELD_OUT):
+            for sampled, path in completions_files(self.run_folder, kind).items():
+                if sampled > step:
+                    path.unlink()
 
     def status(self, text: str) -> None:
         """Say what is being done now, such as "starting vLLM"; replaced by the next status or step.
@@ -215,14 +191,19 @@ class RunLog:
         else:
             self._live.refresh()
 
-    def evaluation(self, step: int, result: Mapping[str, Any]) -> None:
-        """Record held-out figures after `step` (0: before the first) in `eval.jsonl`, and show "eval/NAME" ones."""
+    def evaluation(self, step: int, result: Mapping[str, Any], groups: Sequence[SampleGroup] = ()) -> None:
+        """Record held-out figures after `step` (0: before the first) in `eval.jsonl`, and show "eval/NAME" ones.
+
+        `groups`, the answers to some of the questions, are kept in `completions/eval-N.jsonl`.
+        """
         entry = self._record(EVALUATIONS, {"step": step, **result})
-        figures = [f"{_label(key)} {_shown(entry.get(key), '{:.3f}')}" for key in self._scores("eval") if key in entry]
+        if groups:
+            self._keep(HELD_OUT, step, groups)
+        figures = [_held_out(key, entry) for key in self._scores("eval") if key in entry and _is_news(key)]
         self._print(Text(f"held out after step {step}: {', '.join(figures)}"))
 
     def _record(self, name: str, metrics: Mapping[str, Any]) -> dict[str, Any]:
-        entry = _plain(metrics)
+        entry = plain(metrics)
         with (self.run_folder / name).open("a", encoding="utf-8") as file:
             file.write(json_line(entry))
         self._remember(entry)
@@ -240,12 +221,15 @@ class RunLog:
 
     def samples(self, step: int, groups: Sequence[SampleGroup]) -> None:
         """Keep the completions of `groups` in `completions/step-N.jsonl`, one group a line, and show the first."""
-        folder = self.run_folder / "completions"
-        folder.mkdir(exist_ok=True)
-        lines = (json_line({"step": step, **asdict(group)}) for group in groups)
-        write_atomically(folder / f"step-{step}.jsonl", "".join(lines).encode())
+        self._keep(TRAINING, step, groups)
         if groups and groups[0].samples:
             self._print(self._sample(step, groups[0]))
+
+    def _keep(self, kind: str, step: int, groups: Sequence[SampleGroup]) -> None:
+        path = completions_file(self.run_folder, kind, step)
+        path.parent.mkdir(exist_ok=True)
+        lines = (json_line({"step": step, **asdict(group)}) for group in groups)
+        write_atomically(path, "".join(lines).encode())
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write `summary.json` (`summary`, first and last rewards, versions, hardware, seconds) and show the result.
@@ -262,8 +246,8 @@ class RunLog:
             "versions": versions(),
             "hardware": hardware(),
         }
-        text = json.dumps(_plain(record), indent=2, allow_nan=False)
-        write_atomically(self.run_folder / "summary.json", text.encode())
+        text = json.dumps(plain(record), indent=2, allow_nan=False)
+        write_atomically(self.run_folder / SUMMARY, text.encode())
         self.close()
         self._print(self._result(record))
 
@@ -324,7 +308,7 @@ class RunLog:
         table.add_column("")
         for title in ("now", f"last {ENDS}", f"first {ENDS}"):
             table.add_column(title, justify="right")
-        for key in first:
+        for key in filter(_is_news, first):
             figures = (self._series[key][-1], recent[key], first[key])
             style = "bold" if key == "reward" else ""
             table.add_row(Text(_label(key)), *(f"{figure:.3f}" for figure in figures), style=style)
@@ -357,6 +341,8 @@ class RunLog:
             table.add_column(title, justify="right")
         for key, before in record["first"].items():
             after = record["last"][key]
+            if not _is_news(key):
+                continue
             table.add_row(Text(_label(key)), f"{before:.3f}", f"{after:.3f}", f"{after - before:+.3f}")
         parts: list[RenderableType] = [
             Text(f"Done: {record['steps']} steps in {_duration(record['seconds'])}.", style="bold")
@@ -369,17 +355,20 @@ class RunLog:
         return Padding(Group(*parts), (1, 0, 0, 0))
 
 
-def _parsed(line: str) -> dict[str, Any] | None:
-    """A line of metrics, or None for one that a crash cut short."""
-    try:
-        entry = json.loads(line)
-    except ValueError:
-        return None
-    return entry if isinstance(entry, dict) and isinstance(entry.get("step"), int) else None
-
-
 def _label(key: str) -> str:
     return printable(key.removeprefix("rewards/").replace("eval/", "held-out ", 1))
+
+
+def _is_news(key: str) -> bool:
+    """pass@1 is the accuracy under another name, kept in the files alone."""
+    return not key.endswith("pass@1")
+
+
+def _held_out(key: str, entry: Mapping[str, Any]) -> str:
+    """One held-out figure with its interval, for a line that says that it is one."""
+    text = f"{printable(key.removeprefix('eval/')).replace('_', ' ')} {_shown(entry[key], '{:.3f}')}"
+    low, high = entry.get(f"{key}/low"), entry.get(f"{key}/high")
+    return text if low is None or high is None else f"{text} [{low:.3f}, {high:.3f}]"
 
 
 def _shown(value: float | None, form: str) -> str:

@@ -32,6 +32,8 @@ from grpo.session import Session, open_session
 
 STATE = "trainer.safetensors"
 PASS_RATES = "pass_rates.json"
+KEPT_QUESTIONS = 32
+"""Held-out questions whose answers are kept at each evaluation, so that one can see how they change."""
 
 
 class Trainer:
@@ -227,7 +229,7 @@ class Run:
             return
         self.log.status("evaluating")
         result = evaluate(self.session, self.data.eval, self.data.tasks, settings)
-        self.log.evaluation(self.step, result.metrics)
+        self.log.evaluation(self.step, result.metrics, result.groups(KEPT_QUESTIONS))
         accuracy = result.metrics["eval/strict_accuracy"]
         if settings.keep_best and accuracy > self.best_accuracy:
             self.best_accuracy = accuracy

@@ -157,6 +157,15 @@ def test_strict_and_flexible_are_counted_side_by_side() -> None:
     assert result.samples[1].entry()["completion"] == "a!" and result.samples[1].entry()["answer"] == "a"
 
 
+def test_the_answers_to_the_first_questions_are_kept_with_both_verdicts() -> None:
+    asked = session({0: ["a", "a!"], 1: ["x", "b!"], 2: ["c", "c"]})
+    result = evaluate(asked, prompts("t", "a", "b", "c"), {"t": TASK}, Eval(num_generations=2))
+    first, second = result.groups(2)
+    assert (first.prompt, first.answer, first.task, second.answer) == ("?", "a", "t", "b")
+    assert [(s.text, s.reward, s.rewards["flexible"]) for s in first.samples] == [("a", 1.0, 1.0), ("a!", 0.0, 1.0)]
+    assert [(s.text, s.tokens) for s in second.samples] == [("x", 1), ("b!", 2)]
+
+
 def test_several_tasks_have_their_own_figures_too() -> None:
     both = [*prompts("t", "a", "b"), *prompts("u", "c", start=2)]
     tasks = {"t": TASK, "u": Task("u", [], [], strict=contains, flexible=contains)}

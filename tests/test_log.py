@@ -185,6 +185,30 @@ def test_a_terminal_shows_rewards_speed_and_time_left_in_one_redrawn_table(tmp_p
     assert "starting vLLM" in screen.text and "starting vLLM" not in last
 
 
+def test_a_held_out_line_says_each_figure_once_with_its_interval(log: RunLog, screen: Screen, tmp_path: Path) -> None:
+    interval = {"eval/strict_accuracy/low": 0.33, "eval/strict_accuracy/high": 0.52}
+    log.evaluation(
+        0, {"eval/strict_accuracy": 0.42, **interval, "eval/pass@1": 0.42, "eval/pass@4": 0.6, "eval_seconds": 9.0}
+    )
+    assert screen.text == "held out after step 0: strict accuracy 0.420 [0.330, 0.520], pass@4 0.600\n"
+    log.step(metrics(1))
+    log.finish({})
+    assert "pass@1" not in screen.text and "held-out pass@4" in screen.text
+    assert entries(tmp_path / "eval.jsonl")[0]["eval/pass@1"] == 0.42
+
+
+def test_the_answers_of_an_evaluation_are_kept_and_dropped_like_samples(
+    log: RunLog, screen: Screen, tmp_path: Path
+) -> None:
+    for step in (0, 5):
+        log.evaluation(step, {"eval/x": 0.5}, [SampleGroup("q", "a", [Sample(f"after {step}", 1.0, {"strict": 1.0})])])
+    kept = tmp_path / "completions"
+    assert entries(kept / "eval-5.jsonl")[0]["samples"][0]["text"] == "after 5"
+    assert "after" not in screen.text.replace("held out after", ""), "questions of an evaluation are not printed"
+    log.resume(3)
+    assert sorted(path.name for path in kept.iterdir()) == ["eval-0.jsonl"]
+
+
 def test_verbose_shows_lines_on_a_terminal_too(tmp_path: Path) -> None:
     screen = Screen(terminal=True)
     with RunLog(tmp_path, CONFIG, max_steps=10, verbose=True, console=screen.console) as log:
