@@ -6,9 +6,31 @@ importable. They have no `__init__.py`, so that `import kernels` still finds Hug
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from grpo.api import LoadedPolicy, load
+    from grpo.errors import UserError
+    from grpo.tasks.common import Task
 
 __version__ = "0.1.0"
+__all__ = ["LoadedPolicy", "Task", "UserError", "load"]
 
 _checkout = Path(__file__).resolve().parent.parent
 if (_checkout / "pyproject.toml").is_file() and (_checkout / "kernels").is_dir():
     __path__.append(str(_checkout))
+
+# Imported at their first use, so that `import grpo` stays cheap. No name here is that of a module.
+_homes = {"load": "grpo.api", "LoadedPolicy": "grpo.api", "Task": "grpo.tasks.common", "UserError": "grpo.errors"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _homes:
+        raise AttributeError(f"module 'grpo' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_homes[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_homes])

@@ -34,11 +34,20 @@ ALREADY_FUSED = {"phi3"}
 """Families whose transformers modules are fused as vLLM's are."""
 
 
+OTHER_INPUTS = ("vision_config", "audio_config", "audio_encoder_config", "num_mel_bins")
+"""Entries of transformers' configurations that give away a vision or speech model."""
+
+
 def check_supported(config: Any, where: str) -> None:
-    """Raise UserError unless `config` (transformers') is a supported decoder."""
+    """Raise UserError unless `config` (transformers', of the whole model) is a supported decoder."""
     if config.model_type not in ARCHITECTURES:
+        seen = any(hasattr(config, entry) for entry in OTHER_INPUTS)
+        reason = (
+            " because it takes images or sound, and only token ids go through sampling and training" if seen else ""
+        )
         raise UserError(
-            f"{where}: architecture {config.model_type!r} is not supported; supported are {', '.join(ARCHITECTURES)}"
+            f"{where}: architecture {config.model_type!r} is not supported{reason}; supported are the text models "
+            f"{', '.join(ARCHITECTURES)}"
         )
 
 

@@ -75,8 +75,8 @@ class BaseWeights:
 
     def __init__(self, source: Source, model: Model, *, device: torch.device, dtype: torch.dtype):
         """Load `source`. Peak memory is the result plus one tensor. Raises UserError for what does not fit."""
+        check_supported(source.config, str(source.path))
         self.config: Any = source.config.get_text_config()
-        check_supported(self.config, str(source.path))
         self.source_path = source.path
         self.device, self.dtype = device, dtype
         self.load_in_4bit = model.load_in_4bit

@@ -1,61 +1,124 @@
-"""A model ready to sample and train: source, tokenizer, the one copy, the training graph and vLLM, opened together.
+"""A model ready to sample and train: source, tokenizer, the one copy, the training graph and vLLM.
 
-Training, evaluation and generation all start here. The order matters on a GPU: the weights take their memory first,
-then vLLM is told exactly how much is left for its KV cache.
+Training, evaluation, generation and the Python API all start here. The order matters on a GPU: the weights take their
+memory first, then vLLM is told exactly how much is left for its KV cache. vLLM is imported only when it is started, so
+that the training graph can be used without it.
 """
 
 from __future__ import annotations
 
+import gc
+import json
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from grpo.architectures import check_supported
 from grpo.base import BaseWeights
 from grpo.config import Config
-from grpo.engine import Engine, EngineSettings, SamplingSettings
 from grpo.errors import UserError
-from grpo.plan import check_memory, sequence_limits
+from grpo.plan import MemoryPlan, check_memory, plan_memory, sequence_limits, weight_bytes
 from grpo.policy import Policy
 from grpo.source import open_source
 
+if TYPE_CHECKING:
+    from grpo.engine import Engine, EngineSettings, SamplingSettings
+
+    EngineNeeds = tuple[EngineSettings, MemoryPlan | None]
+
 
 def open_session(
-    config: Config, *, adapter: Path | None = None, status: Callable[[str], None] = lambda text: None
+    config: Config,
+    *,
+    adapter: Path | None = None,
+    status: Callable[[str], None] = lambda text: None,
+    start_engine: bool = True,
 ) -> Session:
-    """Load the model of `config` and start vLLM on it. `adapter`: a folder whose values replace the fresh adapter's.
+    """Load the model of `config`. `adapter`: a folder whose values replace the fresh adapter's.
 
-    `status` is told what is being done. Raises UserError for whatever about the model cannot be used.
+    `status` is told what is being done. `start_engine = False` leaves vLLM to the first use of `Session.engine`, and
+    asks of a GPU only that the weights fit. Raises UserError for whatever about the model cannot be used.
     """
-    return Session(config, adapter, status)
+    return Session(config, adapter, status, start_engine)
 
 
 class Session:
     """Everything that holds the model. A context manager: leaving it stops vLLM and frees the memory."""
 
-    def __init__(self, config: Config, adapter: Path | None, status: Callable[[str], None]):
+    def __init__(self, config: Config, adapter: Path | None, status: Callable[[str], None], start_engine: bool):
         self.config = config
+        self._status = status
+        self._engine: Engine | None = None
+        self._engine_needs: EngineNeeds | None = None
         device = resolve_device(config.model.device)
         dtype = resolve_dtype(config.model.dtype, device)
         status(f"reading {config.model.name}")
         source = open_source(config.model)
+        check_supported(source.config, str(source.path))
         self.tokenizer = source.tokenizer()
         if config.model.chat_template is not None:
             self.tokenizer.chat_template = read_template(config.model.chat_template)
         self.stop_token_ids = stop_token_ids(source, self.tokenizer)
-        settings = engine_settings(config, fitted_kv_bytes(config, source.config, device, dtype))
+        if start_engine:
+            kv_bytes = fitted_kv_bytes(config, source.config, device, dtype)
+        else:
+            check_weights(config, source.config, device, dtype)
         self.base = BaseWeights(source, config.model, device=device, dtype=dtype)
         check_length(self.base, config.max_seq_length)
         self.policy = Policy(self.base, config.lora, seed=config.train.seed, base_name=config.model.name)
         if adapter is not None:
             self.policy.load_adapter(adapter)
-        status("starting vLLM")
-        self.engine = Engine(self.base, self.policy, settings, self.tokenizer)
+        if start_engine:
+            self._start_engine(kv_bytes)
+
+    @property
+    def engine(self) -> Engine:
+        """vLLM, started at the first use. Raises UserError where a GPU has no room for it."""
+        if self._engine is None:
+            if self.base.device.type == "cuda":
+                torch.cuda.empty_cache()
+            base = self.base
+            self._start_engine(fitted_kv_bytes(self.config, base.config, base.device, base.dtype, base.nbytes()))
+        assert self._engine is not None
+        return self._engine
+
+    @property
+    def engine_started(self) -> bool:
+        """Whether vLLM is running; asking does not start it."""
+        return self._engine is not None
+
+    def _start_engine(self, kv_bytes: int | None) -> None:
+        self._status("starting vLLM")
+        from grpo.engine import Engine
+
+        self._engine = Engine(self.base, self.policy, engine_settings(self.config, kv_bytes), self.tokenizer)
+        self._engine_needs = self._needs(self.config)
+
+    def configure(self, config: Config) -> None:
+        """Go on with other sampling or training settings of the same model and adapter.
+
+        A running vLLM is stopped if they take one with other limits, and starts again at its next use. Raises
+        UserError for sequences longer than the model takes.
+        """
+        check_length(self.base, config.max_seq_length)
+        self.config = config
+        if self._engine is not None and self._needs(config) != self._engine_needs:
+            self._stop_engine()
+
+    def _needs(self, config: Config) -> EngineNeeds:
+        """What vLLM would be started with for `config`; on a GPU with the plan that its KV cache follows from."""
+        settings = engine_settings(config, config.rollout.kv_cache_memory_bytes)
+        if self.base.device.type != "cuda":
+            return settings, None
+        return settings, plan_memory(config, self.base.config, self.base.dtype.itemsize, on_gpu=True)
 
     def sampling(self, temperature: float, max_tokens: int, top_p: float = 1.0) -> SamplingSettings:
         """Sampling settings with this model's end tokens and the configuration's stop strings."""
+        from grpo.engine import SamplingSettings
+
         return SamplingSettings(
             temperature=temperature,
             max_tokens=max_tokens,
@@ -69,8 +132,18 @@ class Session:
         return self.tokenizer.decode(token_ids, skip_special_tokens=True)
 
     def close(self) -> None:
-        """Stop vLLM and let go of the weights."""
-        self.engine.close()
+        """Stop vLLM and let go of the weights: they are freed unless somebody else holds them. May be called twice."""
+        self._stop_engine()
+        for name in ("policy", "base", "tokenizer"):
+            self.__dict__.pop(name, None)
+        gc.collect()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+
+    def _stop_engine(self) -> None:
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = self._engine_needs = None
 
     def __enter__(self) -> Session:
         return self
@@ -111,8 +184,6 @@ def stop_token_ids(source: Any, tokenizer: Any) -> tuple[int, ...]:
     found = [tokenizer.eos_token_id, source.config.get_text_config().eos_token_id]
     file = source.path / "generation_config.json"
     if file.is_file():
-        import json
-
         found.append(json.loads(file.read_text()).get("eos_token_id"))
     flat = [token for entry in found if entry is not None for token in (entry if isinstance(entry, list) else [entry])]
     if not flat:
@@ -133,16 +204,34 @@ def check_length(base: BaseWeights, length: int) -> None:
         )
 
 
-def fitted_kv_bytes(config: Config, model: Any, device: torch.device, dtype: torch.dtype) -> int | None:
-    """KV cache for a GPU on which nothing is loaded yet; None where the engine decides. `model`: transformers'
-    configuration. Raises UserError if the run cannot fit."""
+def fitted_kv_bytes(
+    config: Config, model: Any, device: torch.device, dtype: torch.dtype, loaded: int = 0
+) -> int | None:
+    """KV cache for a GPU on which `loaded` bytes of the model are; None where the engine decides. `model`:
+    transformers' configuration. Raises UserError if the run cannot fit."""
     if device.type != "cuda":
         return config.rollout.kv_cache_memory_bytes
-    return check_memory(config, model.get_text_config(), dtype.itemsize, *torch.cuda.mem_get_info(device))
+    free, total = torch.cuda.mem_get_info(device)
+    return check_memory(config, model.get_text_config(), dtype.itemsize, free + loaded, total)
+
+
+def check_weights(config: Config, model: Any, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise UserError if the weights alone exceed a GPU's free memory."""
+    if device.type != "cuda":
+        return
+    free, shape = torch.cuda.mem_get_info(device)[0], model.get_text_config()
+    needed = weight_bytes(config, shape, dtype.itemsize, packed=config.model.load_in_4bit)
+    if needed > free:
+        raise UserError(
+            f"the GPU has {free / 1e9:.1f} GB free, and the weights of {config.model.name} need {needed / 1e9:.1f} GB; "
+            f"{'use a smaller model' if config.model.load_in_4bit else 'set load_in_4bit = true'}"
+        )
 
 
 def engine_settings(config: Config, kv_cache_memory_bytes: int | None) -> EngineSettings:
     """What the configuration asks of vLLM."""
+    from grpo.engine import EngineSettings
+
     rollout = config.rollout
     max_seq_length, max_num_seqs = sequence_limits(config)
     return EngineSettings(
