@@ -14,6 +14,7 @@ this file has the rules for the folder, a lock against a second process, and a f
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -326,6 +327,31 @@ def write_atomically(path: Path, data: bytes) -> None:
     finally:
         partial.unlink(missing_ok=True)
     _flush(path.parent)
+
+
+def replace_folder(path: Path, write: Callable[[Path], None]) -> None:
+    """Have `write` fill an empty folder and put it at `path`, in place of one that is there.
+
+    A reader, or a crash, finds the old folder, the new one or, for an instant between two renames, none; never a part.
+    Raises OSError where the disk refuses; the old folder stays then.
+    """
+    partial, replaced = path.with_name(f".partial-{path.name}"), path.with_name(f".replaced-{path.name}")
+    try:
+        for leftover in (partial, replaced):
+            shutil.rmtree(leftover, ignore_errors=True)
+        partial.mkdir()
+        write(partial)
+        for written in (*partial.rglob("*"), partial):
+            _flush(written)
+        if path.exists():
+            path.rename(replaced)
+        partial.rename(path)
+        _flush(path.parent)
+    except SafetensorError as error:
+        raise OSError(errno.EIO, f"cannot be written ({error})", str(path)) from None
+    finally:
+        for leftover in (partial, replaced):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def save_tensors(path: Path, state: Any) -> None:

@@ -312,6 +312,15 @@ class Train(Section):
     """Decoupled weight decay on the adapter."""
     max_grad_norm: PositiveFloat = 1.0
     """Gradients are scaled down to this norm."""
+    on_nonfinite: Literal["skip", "stop"] = "skip"
+    """A step with NaN or infinity in rewards, logprobs, loss or gradient, or beyond one of the two limits below: leave
+    its update out, or stop the run. Either way the batch is dumped for `python -m grpo.replay`."""
+    max_nonfinite_steps: PositiveInt = 5
+    """Stop when so many steps in a row were left out."""
+    max_mismatch_kl: PositiveFloat | None = 1.0
+    """Treat a step as non-finite whose `mismatch_kl` is above this: vLLM and the trainer no longer agree."""
+    grad_norm_spike: Annotated[float, Field(gt=1)] | None = 100.0
+    """Treat a step as non-finite whose gradient norm is so many times the median of the last 50."""
     num_iterations: PositiveInt = 1
     """Passes over each rollout batch."""
     optimizer_steps_per_rollout: PositiveInt = 1
@@ -320,6 +329,9 @@ class Train(Section):
     """Tokens in one forward and backward, packed without padding. Changes memory and speed, never the result."""
     logprob_chunk_tokens: PositiveInt = 1024
     """Tokens whose logits exist at once."""
+    kernels: Literal["auto", "triton", "torch"] = "auto"
+    """What computes the layers in training: fused Triton kernels, or plain torch modules to compare them with. "auto":
+    Triton on a GPU, torch on a CPU."""
     gradient_checkpointing: bool | Literal["auto", "none", "layer", "offload"] = "auto"
     """What the backward pass finds: everything ("none"), each layer's input, the rest being computed again ("layer"),
     or that with the inputs in host memory ("offload"). "auto": the first of these that fits. true and false, as in

@@ -17,26 +17,42 @@ from torch import Tensor
 from grpo.advantages import Advantages, may_skip_equal_groups
 from grpo.batch import PackedTokens, TrainingSequence, pack, packed_tokens, training_sequences
 from grpo.config import Config
+from grpo.guard import Batch, Guard, rng_states
 from grpo.loss import BatchTotals, LossInputs, batch_totals, resolve_loss
 from grpo.loss_metrics import Metrics, merge_metrics
 from grpo.optim import build_optimizer, learning_rate
 from grpo.plan import KEPT_HIDDEN, KEPT_INNER
 from grpo.policy import Policy, Scored
 from grpo.sampler import Group
+from grpo.snapshot import Snapshot
 
 
 class Learner:
     """Owns the optimiser; changes the policy's adapter."""
 
-    def __init__(self, policy: Policy, config: Config, *, max_steps: int, notice: Callable[[str], None]):
-        self.policy, self.config, self.max_steps = policy, config, max_steps
+    def __init__(
+        self,
+        policy: Policy,
+        config: Config,
+        *,
+        max_steps: int,
+        notice: Callable[[str], None],
+        check: Callable[[], None] = lambda: None,
+    ):
+        """`check` is called before every micro-batch, and may raise to abandon the update."""
+        self.policy, self.config, self.max_steps, self.check = policy, config, max_steps, check
+        self.guard = Guard(config.train)
         self.loss = resolve_loss(config.loss)
         self.parameters = policy.parameters()
-        policy.recompute_layers(checkpointing_form(policy, config))
+        self.headroom = Headroom(policy, config, notice)
         self.optimizer = build_optimizer(self.parameters, config.train, policy.base.device, notice)
+        self.scaler = LossScaler(policy.base.dtype)
 
     def update(self, groups: Sequence[Group], advantages: Advantages, step: int) -> dict[str, float | None]:
-        """All optimiser steps of one rollout. Returns the step's training metrics."""
+        """All optimiser steps of one rollout, or none: what raises leaves the adapter and the optimiser as they were.
+
+        Returns the step's training metrics. Raises UnusableUpdate for numbers that must not be trained on.
+        """
         train = self.config.train
         rate = learning_rate(step, self.max_steps, train)
         for group in self.optimizer.param_groups:
@@ -47,6 +63,8 @@ class Learner:
         else:
             idle = set()
         updates = train.num_iterations * train.optimizer_steps_per_rollout
+        before = Snapshot(self.parameters, self.optimizer) if updates > 1 else None
+        guard_before = self.guard.state_dict()
         self.policy.model.train()
         try:
             if updates > 1:
@@ -56,6 +74,12 @@ class Learner:
                 for _ in range(train.num_iterations)
                 for part in split(prompts, train.optimizer_steps_per_rollout)
             ]
+        except BaseException:
+            self.optimizer.zero_grad(set_to_none=True)
+            self.guard.load_state_dict(guard_before)
+            if before is not None:
+                before.restore()
+            raise
         finally:
             self.policy.model.eval()
         return {**mean_of(figures), "learning_rate": rate}
@@ -63,14 +87,55 @@ class Learner:
     def optimizer_step(self, prompts: list[list[TrainingSequence]], idle: set[int]) -> dict[str, float | None]:
         """One optimiser step on `prompts`; those in `idle` count in the normaliser only."""
         active = [sequence for prompt in prompts if id(prompt) not in idle for sequence in prompt]
-        batches = pack(active, self.config.train.tokens_per_micro_batch)
-        totals = self.totals([sequence for prompt in prompts for sequence in prompt])
+        computed = Batch(prompts, [id(prompt) in idle for prompt in prompts], rng_states(self.policy.base.device))
+        everything = [sequence for prompt in prompts for sequence in prompt]
+        metrics = self.headroom.within(lambda: self.backpropagate(active, everything), self.clear_gradients)
+        figures = {**UNMEASURED, "grad_norm": self.clip_gradients(), **merge_metrics(metrics)}
+        if self.scaler.enabled:
+            figures["loss_scale"] = self.scaler.scale
+            overflowed = self.scaler.overflowed(figures)
+            figures["loss_scale_overflow"] = float(overflowed)
+            self.scaler.update(overflowed)
+            if overflowed:
+                self.clear_gradients()
+                return {**figures, "grad_norm": None}
+        self.guard.check_update(figures, computed)
+        self.apply_gradients()
+        return figures
+
+    def backpropagate(self, active: list[TrainingSequence], everything: list[TrainingSequence]) -> list[Metrics]:
+        """Accumulate the gradient of one optimiser step on `active`, normalised by `everything`."""
+        totals = self.totals(everything)
         metrics = []
-        for batch in batches:
+        for batch in pack(active, self.headroom.tokens):
+            self.check()
             loss, measured = self.micro_batch(batch, totals)
-            loss.backward()
+            self.scaler.backward(loss)
             metrics.append(measured)
-        return {**UNMEASURED, "grad_norm": self.apply_gradients(), **merge_metrics(metrics)}
+        return metrics
+
+    def probe_memory(self) -> None:
+        """Try the largest micro-batch that the configuration allows, and discard what it gives.
+
+        Run before the first step, with the gradients and moments of later ones held, so that memory runs out here or
+        never. Where the configuration leaves the form of checkpointing open, one that does not fit gives way.
+        Raises UserError where the least demanding form does not fit either.
+        """
+
+        def attempt() -> None:
+            batch = largest_batch(self.config, self.headroom.tokens)
+            held = [torch.empty_like(parameter) for parameter in self.parameters for _ in range(self.moments())]
+            with torch.random.fork_rng(devices=[self.policy.base.device] if self.policy.base.device.index else []):
+                self.backpropagate(batch, batch)
+            del held
+
+        self.policy.model.train()
+        try:
+            while True:
+                self.headroom.within(attempt, self.clear_gradients)
+        finally:
+            self.policy.model.eval()
+            self.clear_gradients()
 
     def micro_batch(self, batch: list[TrainingSequence], totals: BatchTotals) -> tuple[Tensor, Metrics]:
         """The share of the loss that `batch` contributes."""
@@ -128,20 +193,24 @@ class Learner:
             entropy_gradient=entropy_gradient,
         )
 
-    def apply_gradients(self) -> float:
-        """Clip, step, clear; returns the gradient norm before clipping. Without any gradient nothing moves."""
+    def clip_gradients(self) -> float:
+        """The gradient norm before clipping; 0 without any gradient."""
         if all(parameter.grad is None for parameter in self.parameters):
             return 0.0
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.train.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return float(norm)
+        return float(torch.nn.utils.clip_grad_norm_(self.parameters, self.config.train.max_grad_norm))
+
+    def apply_gradients(self) -> None:
+        """Step and clear. Without any gradient nothing moves."""
+        if any(parameter.grad is not None for parameter in self.parameters):
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"optimizer": self.optimizer.state_dict()}
+        return {"optimizer": self.optimizer.state_dict(), "guard": self.guard.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state["optimizer"])
+        self.guard.load_state_dict(state["guard"])
 
 
 def checkpointing_form(policy: Policy, config: Config) -> str:

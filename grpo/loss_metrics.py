@@ -89,7 +89,7 @@ class EffectiveSampleSize:
 
     def value(self) -> float | None:
         weight = float(self.count) * float(self.squares)
-        return float(self.total) ** 2 / weight if weight else None
+        return float(self.total) * float(self.total) / weight if weight else None
 
 
 Metric = Mean | Total | Maximum | EffectiveSampleSize

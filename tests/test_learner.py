@@ -40,7 +40,7 @@ def config_for(folder: Path, *, train: dict[str, Any] | None = None, loss: dict[
             "task": {"name": "arithmetic"},
             "lora": {"r": 4, "lora_alpha": 8},
             "rollout": {"num_generations": GENERATIONS, "prompts_per_step": 4, "max_completion_length": 16},
-            "train": {"max_steps": 1, **(train or {})},
+            "train": {"max_steps": 1, "max_mismatch_kl": "none", **(train or {})},
             "loss": loss or {},
         }
     )
@@ -62,10 +62,12 @@ def groups() -> list[Group]:
 class Recorder(Learner):
     """A learner that keeps the gradient of every optimiser step and moves nothing."""
 
-    def apply_gradients(self) -> float:
+    def clip_gradients(self) -> float:
         self.seen.append([torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in self.parameters])
-        self.optimizer.zero_grad(set_to_none=True)
         return 0.0
+
+    def apply_gradients(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
 
 
 def gradients(
