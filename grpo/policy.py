@@ -28,6 +28,7 @@ from grpo.architectures import adapter_targets
 from grpo.base import BaseWeights, Segment
 from grpo.config import Lora
 from grpo.errors import UserError
+from grpo.graph_kernels import install, wants_kernels
 from grpo.kernels import nf4
 from grpo.kernels.attention import Packing, Span, packed_attention
 from grpo.kernels.logprob import selected_logprobs
@@ -188,8 +189,9 @@ def packed_row(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[
 class Policy:
     """The model in training: base (borrowed) plus adapter (owned)."""
 
-    def __init__(self, base: BaseWeights, lora: Lora, *, seed: int = 0, base_name: str = ""):
-        """Build the graph and a fresh adapter, or the one in `lora.init`. `base_name` is recorded in saved adapters."""
+    def __init__(self, base: BaseWeights, lora: Lora, *, seed: int = 0, base_name: str = "", kernels: str = "auto"):
+        """Build the graph and a fresh adapter, or the one in `lora.init`. `base_name` is recorded in saved adapters;
+        `kernels` is `train.kernels`."""
         self.base = base
         self.lora = lora
         self.peft_config = peft_config(base, lora, base_name)
@@ -197,6 +199,8 @@ class Policy:
             warnings.simplefilter("ignore")  # peft names our layer as unknown, and the base's folder as renamed
             torch.manual_seed(seed)
             self.model: PeftModel = get_peft_model(build_graph(base), self.peft_config)
+        if wants_kernels(kernels, base.device):
+            install(self.decoder, base)
         self.model.eval()
         if lora.init is not None:
             self.load_adapter(lora.init)

@@ -1,0 +1,206 @@
+"""Gated activations act(gate) * up: SwiGLU (Llama, Qwen, Mistral, Phi) and GeGLU with tanh (Gemma).
+
+The two halves come as one tensor, as the fused layer writes them. The backward computes the activation again from
+them and gives the product and both gradients in one pass, over its inputs' memory if asked. Rounding is that of
+`act_fn(gate) * up` in torch: the activation once, the product once. GELU: Hendrycks and Gimpel, 2016
+(arXiv:1606.08415); gated: Shazeer, 2020 (arXiv:2002.05202).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from grpo.kernels.launch import portable, triton_serves, wide
+from grpo.kernels.nf4 import on_device
+from grpo.kernels.nf4_lookup import round_to
+
+ACTIVATIONS = ("silu", "gelu_tanh")
+ELEMENTS = 2048
+"""Of a program's tile: one row or, where rows are short, several."""
+GELU_SLOPE = 0.7978845608028654
+"""sqrt(2 / pi)"""
+GELU_CUBE = 0.044715
+
+
+def glu(gate_up: Tensor, activation: str) -> Tensor:
+    """act(gate) * up for gate_up [..., 2 I] = (gate, up), with gradient. Keeps gate_up alone."""
+    return _Glu.apply(gate_up, activation)
+
+
+class _Glu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor, activation: str) -> Tensor:
+        ctx.activation = activation
+        ctx.save_for_backward(gate_up)
+        flat = gate_up.reshape(-1, gate_up.shape[-1])
+        return glu_forward(flat, activation).view(*gate_up.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (gate_up,) = ctx.saved_tensors
+        flat = gate_up.reshape(-1, gate_up.shape[-1])
+        product, out = torch.empty_like(flat[:, : flat.shape[1] // 2]), torch.empty_like(flat)
+        glu_backward(grad.reshape(product.shape), flat, ctx.activation, product, out)
+        return out.view(gate_up.shape), None
+
+
+def glu_forward(gate_up: Tensor, activation: str, out: Tensor | None = None) -> Tensor:
+    """act(gate) * up [rows, I] for gate_up [rows, 2 I], without autograd. Last strides 1; `out` is overwritten."""
+    rows, inner = gate_up.shape[0], gate_up.shape[1] // 2
+    out = torch.empty(rows, inner, dtype=gate_up.dtype, device=gate_up.device) if out is None else out
+    _check(activation, gate_up, out)
+    if triton_serves(gate_up):
+        launch_forward(gate_up, activation, out)
+    else:
+        gate, up = gate_up.chunk(2, -1)
+        torch.mul(_activate(gate, activation), up, out=out)
+    return out
+
+
+def glu_backward(grad: Tensor, gate_up: Tensor, activation: str, product: Tensor, out: Tensor) -> None:
+    """From grad = dL/d(product) [rows, I]: the product again, into `product` [rows, I], and dL/d(gate_up) into `out`.
+
+    `product` may be `grad` and `out` may be `gate_up`: every value is read before its place is written.
+    """
+    _check(activation, gate_up, grad, product)
+    _check(activation, out, grad, product)
+    if triton_serves(gate_up):
+        launch_backward(grad, gate_up, activation, product, out)
+        return
+    gate, up = (half.to(wide(gate_up.dtype)) for half in gate_up.chunk(2, -1))
+    incoming = grad.to(gate.dtype)
+    value = _activate(gate, activation)
+    gradients = torch.cat([incoming * up * _slope(gate, activation), incoming * value], -1)
+    torch.mul(value.to(product.dtype), up.to(product.dtype), out=product)
+    out.copy_(gradients)
+
+
+def _activate(gate: Tensor, activation: str) -> Tensor:
+    return F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
+
+
+def _slope(gate: Tensor, activation: str) -> Tensor:
+    if activation == "silu":
+        sigmoid = torch.sigmoid(gate)
+        return sigmoid * (1 + gate * (1 - sigmoid))
+    tanh = torch.tanh(GELU_SLOPE * (gate + GELU_CUBE * gate**3))
+    return 0.5 * (1 + tanh) + 0.5 * gate * (1 - tanh**2) * GELU_SLOPE * (1 + 3 * GELU_CUBE * gate**2)
+
+
+def _check(activation: str, gate_up: Tensor, *halves: Tensor) -> None:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation {activation!r}; choose from {', '.join(ACTIVATIONS)}")
+    rows, double = gate_up.shape
+    for tensor in (gate_up, *halves):
+        wanted = (rows, double if tensor is gate_up else double // 2)
+        if double % 2 or tensor.shape != wanted or tensor.dtype != gate_up.dtype or tensor.stride(1) != 1:
+            raise ValueError(
+                f"glu: {tensor.dtype} {tuple(tensor.shape)} with strides {tensor.stride()} beside {gate_up.dtype} "
+                f"{tuple(gate_up.shape)}; halves have half the columns, and the last stride must be 1"
+            )
+
+
+def _launch_sizes(rows: int, inner: int) -> tuple[tuple[int, int], int, int]:
+    """(grid, rows of a program, columns of its tile)."""
+    columns = min(ELEMENTS, triton.next_power_of_2(inner))
+    height = ELEMENTS // columns
+    return (triton.cdiv(rows, height), triton.cdiv(inner, columns)), height, columns
+
+
+def launch_forward(gate_up: Tensor, activation: str, out: Tensor) -> None:
+    """The Triton form of `glu_forward`."""
+    rows, inner = out.shape
+    assert gate_up.stride(1) == out.stride(1) == 1
+    if rows == 0:
+        return
+    grid, height, columns = _launch_sizes(rows, inner)
+    with on_device(gate_up):
+        _forward_kernel[grid](
+            gate_up, out, rows, inner, gate_up.stride(0), out.stride(0), activation == "silu", height, columns,
+            portable(gate_up), num_warps=4,
+        )  # fmt: skip
+
+
+def launch_backward(grad: Tensor, gate_up: Tensor, activation: str, product: Tensor, out: Tensor) -> None:
+    """The Triton form of `glu_backward`."""
+    rows, inner = product.shape
+    assert grad.stride(1) == gate_up.stride(1) == product.stride(1) == out.stride(1) == 1
+    if rows == 0:
+        return
+    grid, height, columns = _launch_sizes(rows, inner)
+    with on_device(gate_up):
+        _backward_kernel[grid](
+            grad, gate_up, product, out, rows, inner, grad.stride(0), gate_up.stride(0), product.stride(0),
+            out.stride(0), activation == "silu", height, columns, portable(gate_up), num_warps=4,
+        )  # fmt: skip
+
+
+_SLOPE = tl.constexpr(GELU_SLOPE)
+_CUBE = tl.constexpr(GELU_CUBE)
+
+
+@triton.jit
+def _curve(gate, SILU: tl.constexpr):
+    """sigmoid(gate) for SiLU; tanh of GELU's polynomial otherwise, as 1 - 2 / (exp(2 u) + 1), which saturates."""
+    if SILU:
+        return tl.sigmoid(gate)
+    cubic = gate + gate * gate * gate * _CUBE
+    return 1.0 - 2.0 / (tl.exp(cubic * _SLOPE * 2.0) + 1.0)
+
+
+@triton.jit
+def _value(gate, curve, SILU: tl.constexpr):
+    if SILU:
+        return gate * curve
+    return 0.5 * gate * (1.0 + curve)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _forward_kernel(
+    gate_up, out, rows, columns, in_stride, out_stride, SILU: tl.constexpr, HEIGHT: tl.constexpr,
+    COLUMNS: tl.constexpr, PORTABLE: tl.constexpr,
+):  # fmt: skip
+    DTYPE: tl.constexpr = out.dtype.element_ty
+    row = (tl.program_id(0) * HEIGHT + tl.arange(0, HEIGHT)).to(tl.int64)[:, None]
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    inside = (row < rows) & (column < columns)
+    source = gate_up + row * in_stride + column
+    gate = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(source + columns, mask=inside, other=0.0).to(tl.float32)
+    value = round_to(_value(gate, _curve(gate, SILU), SILU), DTYPE, PORTABLE).to(tl.float32)
+    tl.store(out + row * out_stride + column, round_to(value * up, DTYPE, PORTABLE), mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _backward_kernel(
+    grad, gate_up, product, out, rows, columns, grad_stride, in_stride, product_stride, out_stride,
+    SILU: tl.constexpr, HEIGHT: tl.constexpr, COLUMNS: tl.constexpr, PORTABLE: tl.constexpr,
+):  # fmt: skip
+    DTYPE: tl.constexpr = out.dtype.element_ty
+    row = (tl.program_id(0) * HEIGHT + tl.arange(0, HEIGHT)).to(tl.int64)[:, None]
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    inside = (row < rows) & (column < columns)
+    source = gate_up + row * in_stride + column
+    gate = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(source + columns, mask=inside, other=0.0).to(tl.float32)
+    incoming = tl.load(grad + row * grad_stride + column, mask=inside, other=0.0).to(tl.float32)
+    curve = _curve(gate, SILU)
+    value = _value(gate, curve, SILU)
+    if SILU:
+        slope = curve * (1.0 + gate * (1.0 - curve))
+    else:
+        steepness = (gate * gate * (3.0 * _CUBE) + 1.0) * _SLOPE
+        slope = 0.5 * (1.0 + curve) + 0.5 * gate * (1.0 - curve * curve) * steepness
+    rounded = round_to(value, DTYPE, PORTABLE).to(tl.float32)
+    tl.store(product + row * product_stride + column, round_to(rounded * up, DTYPE, PORTABLE), mask=inside)
+    target = out + row * out_stride + column
+    tl.store(target, round_to(incoming * up * slope, DTYPE, PORTABLE), mask=inside)
+    tl.store(target + columns, round_to(incoming * value, DTYPE, PORTABLE), mask=inside)

@@ -1,0 +1,39 @@
+"""Where a Triton kernel can run, and what differs there.
+
+A kernel's host function asks `triton_serves` and takes its torch form otherwise. Triton's interpreter runs the same
+kernels on CPU tensors for tests; it differs from the compiler in how it rounds, which `portable` tells the kernels.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+NARROW = (torch.bfloat16, torch.float16, torch.float32)
+"""Types that the kernels of the training graph take; they compute in float32."""
+
+
+def interpreted() -> bool:
+    """Whether Triton was imported with TRITON_INTERPRET=1."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+def triton_serves(tensor: Tensor) -> bool:
+    """Whether a kernel can run on `tensor`."""
+    return (tensor.is_cuda or interpreted()) and tensor.dtype in NARROW
+
+
+def portable(tensor: Tensor) -> bool:
+    """Whether kernels have to round by themselves (`nf4_lookup.round_to`): the interpreter truncates to bfloat16."""
+    return not tensor.is_cuda
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The type in which statistics of `dtype` are computed."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def warps(elements: int) -> int:
+    """Warps of a program that handles so many elements at once: sixteen to a thread."""
+    return max(1, min(16, triton.next_power_of_2(elements) // 512))

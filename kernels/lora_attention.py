@@ -1,0 +1,128 @@
+"""The way into attention as one autograd function: norm, q/k/v projection with LoRA, q/k norm, rotary embedding.
+
+Only the layer's input is kept, besides q, k and v, which attention keeps anyway (with q/k norms also q and k before
+them). The normalised input is computed again in the backward, for as many rows at a time as `tile` says; gradients of
+q, k and v meet in one buffer of that size, so that one product serves all three.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from grpo.kernels.lora_linear import Adapter, LinearGroup, Product, row_tiles
+from grpo.kernels.rms_norm import Norm
+from grpo.kernels.rope import rotate
+
+
+@dataclass(frozen=True)
+class QkvProjection:
+    """What is frozen between a layer's input and its attention."""
+
+    group: LinearGroup
+    """Rows of q, then k, then v."""
+    heads: int
+    key_value_heads: int
+    norm: Norm | None
+    """Of the layer's input; None where x comes normalised."""
+    q_norm: Norm | None = None
+    """Of every head of q, before the rotation."""
+    k_norm: Norm | None = None
+    tile: int = 8192
+    """Rows whose normalised input exists at once."""
+
+    @property
+    def head_dim(self) -> int:
+        return self.group.out_features // (self.heads + 2 * self.key_value_heads)
+
+    def split(self, stacked: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Views q, k, v [rows, heads, dim] of [rows, N]."""
+        by_head = stacked.view(stacked.shape[0], -1, self.head_dim)
+        return by_head.split([self.heads, self.key_value_heads, self.key_value_heads], 1)
+
+
+def lora_qkv(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    projection: QkvProjection,
+    adapters: Sequence[Adapter],
+    factors: Sequence[Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q [rows, heads, dim], k and v [rows, key-value heads, dim] for x [rows, hidden]; cos, sin [rows, rotated].
+
+    Last strides are 1, others whatever. Gradients for x and the factors (A_1, B_1, ...).
+    """
+    return _LoraQkv.apply(x, cos, sin, projection, tuple(adapters), *factors)
+
+
+class _LoraQkv(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        projection: QkvProjection,
+        adapters: tuple[Adapter, ...],
+        *factors: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        product = Product(projection.group, adapters, factors)
+        stacked = x.new_empty(x.shape[0], projection.group.out_features)
+        for rows in row_tiles(x.shape[0], projection.tile):
+            product.forward(normalised(projection.norm, x[rows]), stacked[rows])
+        q, k, v = projection.split(stacked)
+        before = (q, k) if projection.q_norm is not None else ()
+        if projection.q_norm is not None and projection.k_norm is not None:
+            q = projection.q_norm.forward(q, torch.empty(q.shape, dtype=q.dtype, device=q.device))
+            k = projection.k_norm.forward(k, torch.empty(k.shape, dtype=k.dtype, device=k.device))
+        rotate(q, cos, sin, out=q)
+        rotate(k, cos, sin, out=k)
+        ctx.projection, ctx.adapters, ctx.normed = projection, adapters, len(before)
+        ctx.save_for_backward(x, cos, sin, *before, *factors)
+        return q, k, v
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, q_grad: Tensor, k_grad: Tensor, v_grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, cos, sin, *rest = ctx.saved_tensors
+        before, factors = rest[: ctx.normed], rest[ctx.normed :]
+        projection: QkvProjection = ctx.projection
+        product = Product(projection.group, ctx.adapters, factors)
+        x_grad = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        for rows in row_tiles(x.shape[0], projection.tile):
+            grad = x.new_empty(rows.stop - rows.start, projection.group.out_features)
+            q, k, v = projection.split(grad)
+            rotate(q_grad[rows], cos[rows], sin[rows], out=q, inverse=True)
+            rotate(k_grad[rows], cos[rows], sin[rows], out=k, inverse=True)
+            v.copy_(v_grad[rows])
+            if projection.q_norm is not None and projection.k_norm is not None:
+                projection.q_norm.backward(q, before[0][rows], out=q)
+                projection.k_norm.backward(k, before[1][rows], out=k)
+            projection_backward(product, projection.norm, grad, x[rows], None if x_grad is None else x_grad[rows])
+        return x_grad, None, None, None, None, *product.gradients()
+
+
+def normalised(norm: Norm | None, x: Tensor) -> Tensor:
+    return x if norm is None else norm.forward(x)
+
+
+def projection_backward(
+    product: Product, norm: Norm | None, grad: Tensor, x: Tensor, out: Tensor | None, plus: Tensor | None = None
+) -> None:
+    """Through `product` after `norm`: the adapters' gradients, and dL/dx, plus the tensor `plus`, into `out`."""
+    unit_grad, shrunk_grad = product.input_gradient(grad)
+    product.adapter_gradient(grad, normalised(norm, x), shrunk_grad)
+    if out is None:
+        return
+    if norm is not None:
+        norm.backward(unit_grad, x, plus=plus, out=out)
+    elif plus is not None:
+        torch.add(unit_grad, plus, out=out)
+    else:
+        out.copy_(unit_grad)

@@ -1,0 +1,189 @@
+"""Linear layers over frozen (NF4 or 16-bit) weights with LoRA, several that share an input as one product.
+
+    y = x W^T + b,    y[:, rows of adapter i] += (x A_i^T) (s_i B_i)^T
+
+`LinearGroup` holds what is frozen: one matrix W made of the stacked rows of its members (q, k, v; gate, up), which is
+dequantised into one short-lived buffer at each use and never saved. `Product` is a group at work in one forward or
+backward: every caller (here, lora_attention.py, lora_mlp.py) goes through its three methods, on as many rows at a
+time as it likes. A and B are kept in float32; they are used in x's dtype, s B rounded once, and their gradients are
+accumulated in float32 over all rows. LoRA: Hu et al., 2021 (arXiv:2106.09685).
+
+Not here: gradients of W and b, dropout, and how models name their layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from grpo.kernels import nf4
+from grpo.kernels.launch import wide
+
+
+class Adapter(NamedTuple):
+    """A LoRA pair on `rows` output features from `first`. Its A [r, in] and B [rows, r] are passed beside."""
+
+    first: int
+    rows: int
+    scale: float
+
+
+@dataclass(frozen=True)
+class LinearGroup:
+    """Frozen linear layers that share an input, stacked."""
+
+    segments: tuple[tuple[Tensor, Tensor | None], ...]
+    """Consecutive rows: (dense weight [n, K], None), or NF4's stored form (packed [n, K / 2], absmax [n, K / 64])."""
+    bias: Tensor | None = None
+    """[N]"""
+
+    @property
+    def in_features(self) -> int:
+        weight, absmax = self.segments[0]
+        return weight.shape[1] * (1 if absmax is None else 2)
+
+    @property
+    def out_features(self) -> int:
+        return sum(weight.shape[0] for weight, _ in self.segments)
+
+    def dense(self) -> Tensor:
+        """W [N, K] in the compute dtype: the stored tensor, or a new one to drop after use."""
+        if len(self.segments) == 1 and self.segments[0][1] is None:
+            return self.segments[0][0]
+        first, scales = self.segments[0]
+        dtype = first.dtype if scales is None else scales.dtype
+        out = torch.empty(self.out_features, self.in_features, dtype=dtype, device=first.device)
+        row = 0
+        for weight, absmax in self.segments:
+            part = out[row : row + weight.shape[0]]
+            if absmax is None:
+                part.copy_(weight)
+            else:
+                nf4.dequantize(weight, absmax, out=part)
+            row += weight.shape[0]
+        return out
+
+
+class Product:
+    """One group with its adapters, ready to multiply: W dense, the factors in its dtype, gradients in float32."""
+
+    def __init__(self, group: LinearGroup, adapters: Sequence[Adapter], factors: Sequence[Tensor]):
+        """factors: A_1, B_1, A_2, B_2, ... of `adapters`."""
+        self.group, self.adapters = group, tuple(adapters)
+        self.weight = group.dense()
+        dtype = self.weight.dtype
+        down, up = factors[0::2], factors[1::2]
+        self.b = [(b * adapter.scale).to(dtype) for adapter, b in zip(adapters, up, strict=True)]
+        self.a = torch.cat([a.to(dtype) for a in down]) if adapters else self.weight.new_empty(0, group.in_features)
+        ends = torch.tensor([0, *(a.shape[0] for a in down)]).cumsum(0).tolist()
+        self.ranks = [slice(start, end) for start, end in zip(ends, ends[1:], strict=False)]
+        self.a_grad: Tensor | None = None
+        self.b_grads: list[Tensor | None] = [None] * len(self.b)
+
+    def forward(self, x: Tensor, out: Tensor, residual: Tensor | None = None) -> None:
+        """out [rows, N] = x W^T + b + adapters, or that on top of `residual` [rows, N]. x: [rows, K]."""
+        bias = self.group.bias
+        if residual is not None:
+            torch.addmm(residual, x, self.weight.t(), out=out)
+            if bias is not None:
+                out += bias
+        elif bias is not None:
+            torch.addmm(bias, x, self.weight.t(), out=out)
+        else:
+            torch.mm(x, self.weight.t(), out=out)
+        shrunk = x @ self.a.t()
+        for adapter, ranks, b in zip(self.adapters, self.ranks, self.b, strict=True):
+            out[:, adapter.first : adapter.first + adapter.rows].addmm_(shrunk[:, ranks], b.t())
+
+    def input_gradient(self, grad: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(dL/dx [rows, K], dL/d(x A^T) [rows, ranks]) from grad = dL/dy [rows, N]."""
+        shrunk_grad = grad.new_empty(grad.shape[0], self.a.shape[0])
+        for adapter, ranks, b in zip(self.adapters, self.ranks, self.b, strict=True):
+            torch.mm(grad[:, adapter.first : adapter.first + adapter.rows], b, out=shrunk_grad[:, ranks])
+        out = torch.mm(grad, self.weight, out=out) if out is not None else grad @ self.weight
+        if self.adapters:
+            out.addmm_(shrunk_grad, self.a)
+        return out, shrunk_grad
+
+    def adapter_gradient(self, grad: Tensor, x: Tensor, shrunk_grad: Tensor) -> None:
+        """Add these rows' share of dL/dA and dL/dB. `shrunk_grad` is `input_gradient`'s second result."""
+        if not self.adapters:
+            return
+        self.a_grad = add_product(self.a_grad, shrunk_grad.t(), x)
+        shrunk = x @ self.a.t()
+        for index, (adapter, ranks) in enumerate(zip(self.adapters, self.ranks, strict=True)):
+            part = grad[:, adapter.first : adapter.first + adapter.rows]
+            self.b_grads[index] = add_product(self.b_grads[index], part.t(), shrunk[:, ranks])
+
+    def gradients(self) -> list[Tensor | None]:
+        """dL/dA_1, dL/dB_1, ... in the order of the factors."""
+        found: list[Tensor | None] = []
+        for adapter, ranks, b_grad in zip(self.adapters, self.ranks, self.b_grads, strict=True):
+            found += [
+                None if self.a_grad is None else self.a_grad[ranks],
+                None if b_grad is None else b_grad * adapter.scale,
+            ]
+        return found
+
+
+def add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    """total + left @ right in float32 (float64 for float64), accumulated there too; `total` is used up."""
+    if left.dtype in (torch.float32, torch.float64):
+        return left @ right if total is None else total.addmm_(left, right)
+    if not left.is_cuda:  # the mixed product below exists on CUDA only
+        return add_product(total, left.to(wide(left.dtype)), right.to(wide(right.dtype)))
+    product = torch.mm(left, right, out_dtype=torch.float32)
+    return product if total is None else total.add_(product)
+
+
+def row_tiles(rows: int, size: int) -> list[slice]:
+    """0..rows in nearly equal slices of at most `size`."""
+    count = max(1, -(-rows // size))
+    bounds = [rows * index // count for index in range(count + 1)]
+    return [slice(start, end) for start, end in zip(bounds, bounds[1:], strict=False)]
+
+
+def lora_linear(
+    x: Tensor,
+    group: LinearGroup,
+    adapters: Sequence[Adapter],
+    factors: Sequence[Tensor],
+    residual: Tensor | None = None,
+) -> Tensor:
+    """y [rows, N] for x [rows, K], on top of `residual` [rows, N] if given. Keeps x alone for the backward pass.
+
+    x, residual, the weights: one dtype; float32, bfloat16 or float16. Gradients for x, residual and the factors.
+    """
+    return _LoraLinear.apply(x, residual, group, tuple(adapters), *factors)
+
+
+class _LoraLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        group: LinearGroup,
+        adapters: tuple[Adapter, ...],
+        *factors: Tensor,
+    ) -> Tensor:
+        ctx.group, ctx.adapters = group, adapters
+        ctx.save_for_backward(x, *factors)
+        out = x.new_empty(x.shape[0], group.out_features)
+        Product(group, adapters, factors).forward(x, out, residual)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, *factors = ctx.saved_tensors
+        product = Product(ctx.group, ctx.adapters, factors)
+        x_grad, shrunk_grad = product.input_gradient(grad)
+        product.adapter_gradient(grad, x, shrunk_grad)
+        residual_grad = grad if ctx.needs_input_grad[1] else None
+        return x_grad, residual_grad, None, None, *product.gradients()

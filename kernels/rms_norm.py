@@ -1,0 +1,195 @@
+"""RMSNorm with a frozen weight, in the two roundings that models use, forward and backward in one pass each.
+
+    plain:        y = w * d(x / rms(x))           each factor and the product in the input's dtype d
+    unit offset:  y = d(x / rms(x) * (1 + w))     all in float32, rounded once (Gemma)
+
+with rms(x) = sqrt(mean(x^2) + eps) in float32. The backward computes rms(x) again: reading a row once more is cheaper
+than keeping anything. Formulas from Zhang and Sennrich, 2019 (arXiv:1910.07467); the roundings are transformers'.
+
+Not here: a gradient of the weight, and LayerNorm.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from grpo.kernels.launch import portable, triton_serves, warps, wide
+from grpo.kernels.nf4 import on_device
+from grpo.kernels.nf4_lookup import round_to
+
+MOST_COLUMNS = 1 << 16
+"""A program holds a whole row."""
+
+
+class Norm(NamedTuple):
+    """A frozen norm over the last dimension, of `weight`'s length."""
+
+    weight: Tensor
+    """[columns], in the dtype of the inputs."""
+    eps: float
+    unit_offset: bool = False
+
+    def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """y for x [rows, columns] or [tokens, heads, columns], without autograd. x: any strides but 1 in the last
+        dimension; out: likewise, may be x; None allocates."""
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
+        _check(x, self.weight, out)
+        if triton_serves(x):
+            launch_forward(x, self, out)
+        else:
+            out.copy_(self._torch(x))
+        return out
+
+    def backward(self, grad: Tensor, x: Tensor, plus: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        """dL/dx from `grad` = dL/dy, plus the tensor `plus`. Shapes and strides as in `forward`; `out` may be any of
+        the inputs."""
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
+        _check(x, self.weight, grad, out, *(() if plus is None else (plus,)))
+        if triton_serves(x):
+            launch_backward(grad, x, self, plus, out)
+        else:
+            out.copy_(self._torch_backward(grad, x, plus))
+        return out
+
+    def _torch(self, x: Tensor) -> Tensor:
+        values = x.to(wide(x.dtype))
+        values = values * torch.rsqrt(values.square().mean(-1, keepdim=True) + self.eps)
+        if self.unit_offset:
+            return (values * (1 + self.weight.to(values.dtype))).to(x.dtype)
+        return self.weight * values.to(x.dtype)
+
+    def _torch_backward(self, grad: Tensor, x: Tensor, plus: Tensor | None) -> Tensor:
+        values = x.to(wide(x.dtype))
+        scale = torch.rsqrt(values.square().mean(-1, keepdim=True) + self.eps)
+        unit = values * scale
+        inner = grad.to(values.dtype) * (self.weight.to(values.dtype) + (1 if self.unit_offset else 0))
+        result = scale * (inner - unit * (inner * unit).mean(-1, keepdim=True))
+        return result if plus is None else result + plus
+
+
+def rms_norm(x: Tensor, norm: Norm) -> Tensor:
+    """`norm` of x [..., columns], with gradient for x. Keeps x alone."""
+    return _RMSNorm.apply(x, norm)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, norm: Norm) -> Tensor:
+        ctx.norm = norm
+        ctx.save_for_backward(x)
+        return norm.forward(x.reshape(-1, x.shape[-1])).view(x.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        columns = x.shape[-1]
+        return ctx.norm.backward(grad.reshape(-1, columns), x.reshape(-1, columns)).view(x.shape), None
+
+
+def _check(x: Tensor, weight: Tensor, *others: Tensor) -> None:
+    if x.ndim not in (2, 3) or weight.shape != x.shape[-1:] or x.shape[-1] > MOST_COLUMNS:
+        raise ValueError(f"RMSNorm of {tuple(x.shape)} with a weight of {tuple(weight.shape)}")
+    for tensor in (x, *others):
+        if tensor.shape != x.shape or tensor.dtype != x.dtype or tensor.stride(-1) != 1:
+            raise ValueError(
+                f"RMSNorm: {tensor.dtype} {tuple(tensor.shape)} with strides {tensor.stride()} beside "
+                f"{x.dtype} {tuple(x.shape)}; shapes and types must agree and the last stride be 1"
+            )
+
+
+def _rows(tensor: Tensor) -> tuple[int, int]:
+    """Strides of token and head."""
+    return tensor.stride(0), tensor.stride(1) if tensor.ndim == 3 else 0
+
+
+def _launch_sizes(x: Tensor) -> tuple[tuple[int], int, int, int, int]:
+    """(grid, heads, rows of a program, columns of its tile, warps)."""
+    columns = x.shape[-1]
+    heads = x.shape[1] if x.ndim == 3 else 1
+    block = triton.next_power_of_2(columns)
+    rows = max(1, min(16, 2048 // block))
+    return (triton.cdiv(x.numel() // columns, rows),), heads, rows, block, warps(rows * block)
+
+
+def launch_forward(x: Tensor, norm: Norm, out: Tensor) -> None:
+    """The Triton form of `Norm.forward`."""
+    grid, heads, rows, block, num_warps = _launch_sizes(x)
+    assert x.stride(-1) == out.stride(-1) == norm.weight.stride(-1) == 1
+    if x.numel() == 0:
+        return
+    with on_device(x):
+        _forward_kernel[grid](
+            x, norm.weight, out, x.numel() // x.shape[-1], heads, x.shape[-1], *_rows(x), *_rows(out), norm.eps,
+            norm.unit_offset, rows, block, portable(x), num_warps=num_warps,
+        )  # fmt: skip
+
+
+def launch_backward(grad: Tensor, x: Tensor, norm: Norm, plus: Tensor | None, out: Tensor) -> None:
+    """The Triton form of `Norm.backward`."""
+    grid, heads, rows, block, num_warps = _launch_sizes(x)
+    other = x if plus is None else plus
+    assert grad.stride(-1) == x.stride(-1) == other.stride(-1) == out.stride(-1) == norm.weight.stride(-1) == 1
+    if x.numel() == 0:
+        return
+    with on_device(x):
+        _backward_kernel[grid](
+            grad, x, norm.weight, other, out, x.numel() // x.shape[-1], heads, x.shape[-1], *_rows(grad), *_rows(x),
+            *_rows(other), *_rows(out), norm.eps, norm.unit_offset, plus is not None, rows, block, portable(x),
+            num_warps=num_warps,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _forward_kernel(
+    x, weight, out, rows, heads, columns, x_token, x_head, out_token, out_head, eps,
+    UNIT_OFFSET: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PORTABLE: tl.constexpr,
+):  # fmt: skip
+    """ROWS whole rows; row r is head r % heads of token r // heads."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK)[None, :]
+    inside = (row < rows)[:, None] & (column < columns)
+    token, head = (row // heads).to(tl.int64), row % heads
+    value = tl.load(x + (token * x_token + head * x_head)[:, None] + column, mask=inside, other=0.0).to(tl.float32)
+    scale = 1.0 / tl.sqrt(tl.sum(value * value, 1) / columns + eps)
+    unit = value * scale[:, None]
+    w = tl.load(weight + column, mask=column < columns, other=0.0).to(tl.float32)
+    if UNIT_OFFSET:
+        result = unit * (1.0 + w)
+    else:
+        result = w * round_to(unit, out.dtype.element_ty, PORTABLE).to(tl.float32)
+    target = out + (token * out_token + head * out_head)[:, None] + column
+    tl.store(target, round_to(result, out.dtype.element_ty, PORTABLE), mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _backward_kernel(
+    grad, x, weight, plus, out, rows, heads, columns, grad_token, grad_head, x_token, x_head, plus_token, plus_head,
+    out_token, out_head, eps, UNIT_OFFSET: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    PORTABLE: tl.constexpr,
+):  # fmt: skip
+    """dx = scale * (g - unit * mean(g * unit)) + plus with g = grad * weight and unit = x * scale."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK)[None, :]
+    inside = (row < rows)[:, None] & (column < columns)
+    token, head = (row // heads).to(tl.int64), row % heads
+    value = tl.load(x + (token * x_token + head * x_head)[:, None] + column, mask=inside, other=0.0).to(tl.float32)
+    scale = (1.0 / tl.sqrt(tl.sum(value * value, 1) / columns + eps))[:, None]
+    unit = value * scale
+    w = tl.load(weight + column, mask=column < columns, other=0.0).to(tl.float32)
+    if UNIT_OFFSET:
+        w += 1.0
+    source = grad + (token * grad_token + head * grad_head)[:, None] + column
+    inner = tl.load(source, mask=inside, other=0.0).to(tl.float32) * w
+    result = scale * (inner - unit * (tl.sum(inner * unit, 1) / columns)[:, None])
+    if ADD:
+        source = plus + (token * plus_token + head * plus_head)[:, None] + column
+        result += tl.load(source, mask=inside, other=0.0).to(tl.float32)
+    target = out + (token * out_token + head * out_head)[:, None] + column
+    tl.store(target, round_to(result, out.dtype.element_ty, PORTABLE), mask=inside)
