@@ -23,7 +23,7 @@ import gc
 import json
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -132,6 +132,7 @@ class Engine:
         self.base, self.policy, self.settings = base, policy, settings
         self.buffers = allocate_adapter(base, policy) if policy is not None else {}
         self.adapter_on = torch.ones((), dtype=base.dtype, device=base.device)
+        self.between_steps: Callable[[], None] = lambda: None  # may raise, which ends a generation
         self._adapter_enabled = True
         self._adapter_places: AdapterPlaces | None = None
         self._folder = tempfile.TemporaryDirectory(prefix="grpo-model-")
@@ -233,6 +234,7 @@ class Engine:
             )
         try:
             while core.has_unfinished_requests():
+                self.between_steps()
                 for output in core.step():
                     if output.finished:
                         yield completion(output)

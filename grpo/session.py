@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from grpo.config import Config
 from grpo.errors import UserError
 from grpo.plan import MemoryPlan, check_memory, plan_memory, sequence_limits, weight_bytes
 from grpo.policy import Policy
-from grpo.source import open_source
+from grpo.source import Source, open_source
 
 if TYPE_CHECKING:
     from grpo.engine import Engine, EngineSettings, SamplingSettings
@@ -36,32 +37,56 @@ def open_session(
     adapter: Path | None = None,
     status: Callable[[str], None] = lambda text: None,
     start_engine: bool = True,
+    files: ModelFiles | None = None,
 ) -> Session:
     """Load the model of `config`. `adapter`: a folder whose values replace the fresh adapter's.
 
-    `status` is told what is being done. `start_engine = False` leaves vLLM to the first use of `Session.engine`, and
+    `status` is told what is being done. `files` is what `read_model` gave, if that was needed before.
+    `start_engine = False` leaves vLLM to the first use of `Session.engine`, and
     asks of a GPU only that the weights fit. Raises UserError for whatever about the model cannot be used.
     """
-    return Session(config, adapter, status, start_engine)
+    return Session(config, adapter, status, start_engine, files or read_model(config, status))
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A model before its weights are read."""
+
+    source: Source
+    tokenizer: Any
+    """transformers', with the configuration's chat template."""
+    stop_token_ids: tuple[int, ...]
+
+
+def read_model(config: Config, status: Callable[[str], None] = lambda text: None) -> ModelFiles:
+    """Find the model of `config` and read everything but its weights: enough to tokenise the data."""
+    status(f"reading {config.model.name}")
+    source = open_source(config.model)
+    check_supported(source.config, str(source.path))
+    tokenizer = source.tokenizer()
+    if config.model.chat_template is not None:
+        tokenizer.chat_template = read_template(config.model.chat_template)
+    return ModelFiles(source, tokenizer, stop_token_ids(source, tokenizer))
 
 
 class Session:
     """Everything that holds the model. A context manager: leaving it stops vLLM and frees the memory."""
 
-    def __init__(self, config: Config, adapter: Path | None, status: Callable[[str], None], start_engine: bool):
+    def __init__(
+        self,
+        config: Config,
+        adapter: Path | None,
+        status: Callable[[str], None],
+        start_engine: bool,
+        files: ModelFiles,
+    ):
         self.config = config
         self._status = status
         self._engine: Engine | None = None
         self._engine_needs: EngineNeeds | None = None
         device = resolve_device(config.model.device)
         dtype = resolve_dtype(config.model.dtype, device)
-        status(f"reading {config.model.name}")
-        source = open_source(config.model)
-        check_supported(source.config, str(source.path))
-        self.tokenizer = source.tokenizer()
-        if config.model.chat_template is not None:
-            self.tokenizer.chat_template = read_template(config.model.chat_template)
-        self.stop_token_ids = stop_token_ids(source, self.tokenizer)
+        source, self.tokenizer, self.stop_token_ids = files.source, files.tokenizer, files.stop_token_ids
         if start_engine:
             kv_bytes = fitted_kv_bytes(config, source.config, device, dtype)
         else:
