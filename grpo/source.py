@@ -25,6 +25,9 @@ from grpo.config import Model
 from grpo.errors import UserError
 from grpo.locate import local_path
 
+NF4_STATE = ".quant_state.bitsandbytes__nf4"
+"""What bitsandbytes appends to a weight's name for the description of its NF4 form."""
+
 
 @dataclass(frozen=True)
 class NF4Tensor:
@@ -45,9 +48,15 @@ class Source(Protocol):
     config: Any
     """transformers' configuration of the model."""
     names: set[str]
+    stored_as: str
+    """What most of the weights are kept in: "bfloat16", "float16", "float32", "NF4", or a GGUF type such as "Q4_1"."""
 
     def read(self, name: str) -> Tensor | NF4Tensor:
         """The tensor called `name`, on the CPU, in the checkpoint's precision."""
+        ...
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape that `read` gives, without reading the values."""
         ...
 
     def tokenizer(self) -> Any:
@@ -103,10 +112,7 @@ class SafetensorsSource:
     def _index(self) -> dict[str, Path]:
         index = self.path / "model.safetensors.index.json"
         if index.is_file():
-            try:
-                weight_map = json.loads(index.read_text())["weight_map"]
-            except (json.JSONDecodeError, KeyError) as error:
-                raise UserError(f"{index}: not a valid shard index ({error}); download the model again") from None
+            weight_map = read_index(index)
             shards = {self.path / file for file in weight_map.values()}
             missing = sorted(str(shard.name) for shard in shards if not shard.is_file())
             if missing:
@@ -129,9 +135,22 @@ class SafetensorsSource:
         with damage_named(file), safe_open(file, framework="pt") as handle:
             return list(handle.keys())
 
+    @property
+    def stored_as(self) -> str:
+        if any(name.endswith(NF4_STATE) for name in self._shard_of):
+            return "NF4"
+        name = next((name for name in sorted(self.names) if "proj" in name), min(self.names))
+        return str(self._raw(name).dtype).removeprefix("torch.")
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        if f"{name}{NF4_STATE}" in self._shard_of:
+            return tuple(self._nf4_state(name)["shape"])
+        with damage_named(self._shard_of[name]):
+            return tuple(self._handle(name).get_slice(name).get_shape())
+
     def read(self, name: str) -> Tensor | NF4Tensor:
         raw = self._raw(name)
-        if f"{name}.quant_state.bitsandbytes__nf4" in self._shard_of:
+        if f"{name}{NF4_STATE}" in self._shard_of:
             return self._read_nf4(name, raw)
         if raw.dtype == torch.uint8 or raw.dtype == torch.int8:
             raise UserError(
@@ -140,17 +159,23 @@ class SafetensorsSource:
             )
         return raw
 
-    def _raw(self, name: str) -> Tensor:
+    def _handle(self, name: str) -> Any:
         from safetensors import safe_open
 
         file = self._shard_of[name]
-        with damage_named(file):
-            if file not in self._open:
-                self._open[file] = safe_open(file, framework="pt")
-            return self._open[file].get_tensor(name)
+        if file not in self._open:
+            self._open[file] = safe_open(file, framework="pt")
+        return self._open[file]
+
+    def _raw(self, name: str) -> Tensor:
+        with damage_named(self._shard_of[name]):
+            return self._handle(name).get_tensor(name)
+
+    def _nf4_state(self, name: str) -> dict[str, Any]:
+        return json.loads(bytes(self._raw(f"{name}{NF4_STATE}").tolist()))
 
     def _read_nf4(self, name: str, codes: Tensor) -> NF4Tensor:
-        state = json.loads(bytes(self._raw(f"{name}.quant_state.bitsandbytes__nf4").tolist()))
+        state = self._nf4_state(name)
         if state["blocksize"] != 64:
             raise UserError(
                 f"{self._shard_of[name]}: {name} has NF4 blocks of {state['blocksize']}; only 64 is supported"
@@ -174,6 +199,18 @@ class SafetensorsSource:
             raise UserError(
                 f"{self.path}: no usable tokenizer ({reason}); copy the model's tokenizer files there"
             ) from None
+
+
+def read_index(index: Path) -> dict[str, str]:
+    """Tensor name -> file, from a shard index. Raises UserError for a damaged one, or one that leaves its folder."""
+    try:
+        files = {str(name): str(file) for name, file in json.loads(index.read_text())["weight_map"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index}: not a valid shard index ({error}); download the model again") from None
+    outside = next((file for file in files.values() if Path(file).name != file), None)
+    if outside is not None:
+        raise UserError(f"{index}: names the shard {outside!r}, which is not in its folder; download the model again")
+    return files
 
 
 @contextmanager
@@ -229,6 +266,15 @@ class GGUFSource:
             if stored in tensors:
                 found[candidate] = tensors[stored]
         return found
+
+    @property
+    def stored_as(self) -> str:
+        kinds = [tensor.tensor_type.name for name, tensor in self._tensors.items() if "proj" in name]
+        common = max(set(kinds), key=kinds.count)
+        return {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}.get(common, common)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(int(size) for size in reversed(self._tensors[name].shape))
 
     def read(self, name: str) -> Tensor:
         from gguf.quants import dequantize

@@ -48,8 +48,9 @@ def test_a_folder_is_read_under_the_names_of_transformers(shard: str, tmp_path: 
     source = open_source(section(tmp_path))
     expected = model.state_dict()
     assert source.names == set(expected)
+    assert source.stored_as == "float32"
     for name, tensor in expected.items():
-        assert source.read(name).equal(tensor)
+        assert source.read(name).equal(tensor) and source.shape(name) == tensor.shape
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
@@ -61,7 +62,7 @@ def test_a_gguf_file_gives_the_logits_of_the_model_it_was_made_of(tied: bool, tm
     assert source.names == set(expected)
     assert source.config.tie_word_embeddings == tied
     for name, tensor in expected.items():
-        assert source.read(name).equal(tensor), name
+        assert source.read(name).equal(tensor) and source.shape(name) == tensor.shape, name
     prompt, completion = [5, 9, 33, 7], [21, 64, 90, 11]
     with torch.no_grad():
         scored = Policy(load(tmp_path / "tiny.gguf"), Lora(r=2)).score([prompt], [completion], temperature=1.0)
@@ -85,7 +86,7 @@ def test_smollm2_is_read_as_transformers_reads_it() -> None:
             assert read[head * 64 + row].equal(stored[head * 64 + 2 * row])
             assert read[head * 64 + 32 + row].equal(stored[head * 64 + 2 * row + 1])
     assert source.config.tie_word_embeddings and "lm_head.weight" not in source.names
-    assert len(source.names) == 30 * 9 + 2
+    assert len(source.names) == 30 * 9 + 2 and source.stored_as == "Q4_1"
     assert source.tokenizer().chat_template
 
 
@@ -98,6 +99,7 @@ def test_a_bitsandbytes_checkpoint_has_the_weights_that_bitsandbytes_computes(ne
     assert name in source.names and not any("absmax" in entry or "quant" in entry for entry in source.names)
     assert isinstance(source.read(name), NF4Tensor)
     assert isinstance(source.read("model.norm.weight"), torch.Tensor)
+    assert source.stored_as == "NF4" and source.shape(name) == plain[name].shape
     base = load(tmp_path, load_in_4bit=True)
     for name, expected in plain.items():
         module = name.removesuffix(".weight")
@@ -151,6 +153,23 @@ def test_a_shard_without_a_tensor_that_the_index_lists_is_named(tmp_path: Path) 
     places["weight_map"][name] = last
     index.write_text(json.dumps(places))
     assert last in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["../outside.safetensors", "/etc/passwd", "sub/model.safetensors"])
+def test_an_index_that_leaves_its_folder_is_refused(file: str, tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path, max_shard_size="150KB")
+    index = tmp_path / "model.safetensors.index.json"
+    places = json.loads(index.read_text())
+    places["weight_map"]["model.norm.weight"] = file
+    index.write_text(json.dumps(places))
+    assert f"names the shard {file!r}, which is not in its folder" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["[]", '{"weight_map": ["a"]}', "{"])
+def test_a_damaged_index_is_named(content: str, tmp_path: Path) -> None:
+    save_tiny(tmp_path, "llama")
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    assert "not a valid shard index" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize(
