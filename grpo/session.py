@@ -93,7 +93,10 @@ class Session:
             check_weights(config, source.config, device, dtype)
         self.base = BaseWeights(source, config.model, device=device, dtype=dtype)
         check_length(self.base, config.max_seq_length)
-        self.policy = Policy(self.base, config.lora, seed=config.train.seed, base_name=config.model.name)
+        train = config.train
+        self.policy = Policy(
+            self.base, config.lora, seed=train.seed, base_name=config.model.name, kernels=train.kernels
+        )
         if adapter is not None:
             self.policy.load_adapter(adapter)
         if start_engine:
