@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge
 
+from grpo.graph_kernels import for_backward_alone
+
 FORMS = ("none", "layer", "offload")
 """From the fastest to the one that needs least memory on the device."""
 HOST_BLOCK = 64 << 20
@@ -72,7 +74,7 @@ class _Recomputed(torch.autograd.Function):
         else:
             x, ctx.kept = ctx.kept.load(), None
         x = x.detach().requires_grad_(ctx.needs_input_grad[4])
-        with torch.enable_grad(), ctx.random.restored():
+        with torch.enable_grad(), ctx.random.restored(), for_backward_alone():
             # The edge alone: the layer's output would otherwise live as long as its graph.
             output = get_gradient_edge(ctx.run(x))
         inputs = [x, *ctx.trained] if x.requires_grad else ctx.trained
