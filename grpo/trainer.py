@@ -47,14 +47,18 @@ class Trainer:
         with open_run(self.config, resume=self.resume) as run:
             log = RunLog(run.path, self.config, max_steps=self.config.train.max_steps or 0, verbose=self.verbose)
             with log, open_session(self.config, status=log.status) as session:
-                data = load_data(self.config, session.tokenizer)
-                if data.dropped:
-                    log.notice(f"{data.dropped} prompts longer than rollout.max_prompt_length were dropped")
-                log.status("checking that vLLM follows the adapter")
-                check_rollout_follows_adapter(session)
-                log.status("starting rewards")
-                with RewardPool(data.rewards, example=data.train[0].columns) as pool:
-                    return Run(self.config, run.path, log, session, data, pool).train(self.resume)
+                return train_session(session, load_data(self.config, session.tokenizer), run.path, log, self.resume)
+
+
+def train_session(session: Session, data: Data, folder: Path, log: RunLog, resume: bool = False) -> dict[str, Any]:
+    """Train an open `session` on `data` as its configuration says, in the run folder `folder`; returns the summary."""
+    if data.dropped:
+        log.notice(f"{data.dropped} prompts longer than rollout.max_prompt_length were dropped")
+    log.status("checking that vLLM follows the adapter")
+    check_rollout_follows_adapter(session)
+    log.status("starting rewards")
+    with RewardPool(data.rewards, example=data.train[0].columns) as pool:
+        return Run(session.config, folder, log, session, data, pool).train(resume)
 
 
 class Run:
