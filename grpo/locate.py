@@ -25,3 +25,11 @@ def local_path(name: str) -> Path | None:
     if path.suffix == ".gguf" or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"model.name = {name!r}: no such file or folder; pass a model folder, a .gguf file or a hub id")
     return None
+
+
+def lasting_name(name: str) -> str:
+    """`name` as it is to be recorded: a local path as an absolute one, "package:..." and a hub id as they are."""
+    if name.startswith("package:"):
+        return name
+    path = Path(name).expanduser()
+    return str(path.absolute()) if path.exists() else name

@@ -199,6 +199,7 @@ class Policy:
             warnings.simplefilter("ignore")  # peft names our layer as unknown, and the base's folder as renamed
             torch.manual_seed(seed)
             self.model: PeftModel = get_peft_model(build_graph(base), self.peft_config)
+        self.model.peft_config[ADAPTER].base_model_name_or_path = base_name  # peft put the configuration's folder there
         if wants_kernels(kernels, base.device):
             install(self.decoder, base)
         self.model.eval()

@@ -21,6 +21,7 @@ from grpo.architectures import check_supported
 from grpo.base import BaseWeights
 from grpo.config import Config
 from grpo.errors import UserError
+from grpo.locate import lasting_name
 from grpo.plan import MemoryPlan, check_memory, plan_memory, sequence_limits, weight_bytes
 from grpo.policy import Policy
 from grpo.source import Source, open_source
@@ -95,7 +96,7 @@ class Session:
         check_length(self.base, config.max_seq_length)
         train = config.train
         self.policy = Policy(
-            self.base, config.lora, seed=train.seed, base_name=config.model.name, kernels=train.kernels
+            self.base, config.lora, seed=train.seed, base_name=lasting_name(config.model.name), kernels=train.kernels
         )
         if adapter is not None:
             self.policy.load_adapter(adapter)
