@@ -221,6 +221,19 @@ class Engine:
         On a CPU each request's own seed decides its tokens. On a GPU vLLM would launch a kernel a row for that, so
         there the generator is seeded once a call, from the first request.
         """
+        for output in self._outputs(requests, sampling, RequestOutputKind.FINAL_ONLY, adapter):
+            if output.finished:
+                yield completion(output)
+
+    def stream(self, request: Request, sampling: SamplingSettings, *, adapter: bool = True) -> Iterator[list[int]]:
+        """Sample one completion, yielding its token ids as they come. Closing the iterator ends it."""
+        for output in self._outputs([request], sampling, RequestOutputKind.DELTA, adapter):
+            yield list(output.outputs[0].token_ids)
+
+    def _outputs(
+        self, requests: Sequence[Request], sampling: SamplingSettings, kind: RequestOutputKind, adapter: bool
+    ) -> Iterator[Any]:
+        """vLLM's outputs for `requests`, which are aborted if nobody takes them all."""
         self._switch_adapter(adapter)
         core = self.llm.llm_engine
         on_gpu = self.base.device.type == "cuda"
@@ -230,21 +243,19 @@ class Engine:
             core.add_request(
                 str(request.id),
                 {"prompt_token_ids": list(request.prompt_ids)},
-                self._params(sampling, None if on_gpu else request.seed),
+                self._params(sampling, None if on_gpu else request.seed, kind),
             )
         try:
             while core.has_unfinished_requests():
                 self.between_steps()
-                for output in core.step():
-                    if output.finished:
-                        yield completion(output)
+                yield from core.step()
         finally:
             if core.has_unfinished_requests():
                 core.abort_request([str(request.id) for request in requests])
                 while core.has_unfinished_requests():
                     core.step()
 
-    def _params(self, sampling: SamplingSettings, seed: int | None) -> SamplingParams:
+    def _params(self, sampling: SamplingSettings, seed: int | None, kind: RequestOutputKind) -> SamplingParams:
         return SamplingParams(
             n=1,
             temperature=sampling.temperature,
@@ -260,7 +271,7 @@ class Engine:
             logprobs=0,
             flat_logprobs=True,
             detokenize=bool(sampling.stop),
-            output_kind=RequestOutputKind.FINAL_ONLY,
+            output_kind=kind,
         )
 
     def _switch_adapter(self, enabled: bool) -> None:
