@@ -272,7 +272,7 @@ class Policy:
 
     def save_adapter(self, folder: Path) -> None:
         """Write the adapter in peft's format."""
-        self.model.save_pretrained(folder)
+        self.model.save_pretrained(folder, save_embedding_layers=False)  # else peft asks the hub for the base
 
     def load_adapter(self, folder: Path) -> None:
         """Replace the adapter's values by those in `folder`, whose shape must be the same."""
