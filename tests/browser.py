@@ -1,0 +1,152 @@
+"""A headless Chromium for tests, driven over its DevTools protocol with `websockets`, which vLLM's list has anyway.
+
+Only what the report's tests need: open a file, run script, press keys, move the pointer, take pictures, and everything
+that the page logged or asked the network for.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import shutil
+import subprocess
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from websockets.sync.client import connect
+
+NAMES = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+SECONDS = 60
+"""How long anything may take on a busy machine."""
+
+
+def installed() -> str | None:
+    """The path of a Chromium on this machine."""
+    return next((path for name in NAMES if (path := shutil.which(name))), None)
+
+
+class Browser:
+    """One process with one page. A context manager."""
+
+    def __init__(self, program: str, profile: Path):
+        options = ["--headless", "--remote-debugging-port=0", f"--user-data-dir={profile}", "--disable-gpu"]
+        # Root has no sandbox, and a container little shared memory; nothing but the test's own files is opened.
+        options += ["--no-sandbox", "--disable-dev-shm-usage", "--hide-scrollbars", "--no-first-run", "--mute-audio"]
+        options += ["--disable-extensions", "--disable-component-update", "--disable-background-networking"]
+        self._process = subprocess.Popen(
+            [program, *options, "about:blank"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        self.events: list[dict[str, Any]] = []
+        self._last = 0
+        try:
+            self._socket = connect(self._address(profile), max_size=None, proxy=None, open_timeout=SECONDS)
+            targets = self._send("Target.getTargets", session=None)["targetInfos"]
+            page = next(target["targetId"] for target in targets if target["type"] == "page")
+            attached = self._send("Target.attachToTarget", session=None, targetId=page, flatten=True)
+            self._session = attached["sessionId"]
+            for domain in ("Page", "Runtime", "Network", "Log"):
+                self._send(f"{domain}.enable")
+        except BaseException:
+            self._process.kill()
+            raise
+
+    def _address(self, profile: Path) -> str:
+        file, end = profile / "DevToolsActivePort", time.monotonic() + SECONDS
+        while time.monotonic() < end and self._process.poll() is None:
+            lines = file.read_text().splitlines() if file.exists() else []
+            if len(lines) == 2:
+                return f"ws://127.0.0.1:{lines[0]}{lines[1]}"
+            time.sleep(0.05)
+        raise RuntimeError(f"Chromium did not start (exit code {self._process.poll()})")
+
+    def _send(self, method: str, session: str | None = "", **parameters: Any) -> dict[str, Any]:
+        self._last += 1
+        message = {"id": self._last, "method": method, "params": parameters}
+        if session is not None:
+            message["sessionId"] = self._session
+        self._socket.send(json.dumps(message))
+        while True:
+            answer = json.loads(self._socket.recv(timeout=SECONDS))
+            if answer.get("id") == self._last:
+                if "error" in answer:
+                    raise RuntimeError(f"{method}: {answer['error']['message']}")
+                return answer["result"]
+            self.events.append(answer)
+
+    def open(self, file: Path, *, width: int = 1280, height: int = 900, dark: bool = False, touch: bool = False) -> None:
+        """Show `file` in a window of that size, and wait until its scripts have run and its charts are drawn."""
+        self.events.clear()
+        self._send(
+            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=touch
+        )
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self._send("Emulation.setEmulatedMedia", features=[scheme])
+        self._send("Page.navigate", url=file.resolve().as_uri())
+        end = time.monotonic() + SECONDS
+        while not self.run("document.readyState === 'complete' && location.protocol === 'file:'"):
+            assert time.monotonic() < end, "the page does not load"
+        self.settle()
+
+    def settle(self) -> None:
+        """Wait for two frames, in which layout and whatever observes it are done."""
+        self.run("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => done(true))))")
+
+    def run(self, script: str) -> Any:
+        """The value of a JavaScript expression, awaited if it is a promise."""
+        result = self._send("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
+        if "exceptionDetails" in result:
+            raise RuntimeError(f"{script}: {result['exceptionDetails']}")
+        return result["result"].get("value")
+
+    def press(self, key: str) -> None:
+        """Press a key such as "Tab" or "ArrowLeft"."""
+        codes = {"Tab": 9, "Enter": 13, "Escape": 27, "End": 35, "Home": 36, "ArrowLeft": 37, "ArrowRight": 39}
+        for kind in ("keyDown", "keyUp"):
+            self._send("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=codes[key])
+
+    def type(self, text: str) -> None:
+        self._send("Input.insertText", text=text)
+
+    def move(self, x: float, y: float) -> None:
+        """Move the pointer to a place in the window."""
+        self._send("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+
+    def picture(self, file: Path, *, whole: bool = True) -> None:
+        """A PNG of the window or of the whole page."""
+        shown = self._send("Page.captureScreenshot", format="png", captureBeyondViewport=whole, **self._clip(whole))
+        file.write_bytes(base64.b64decode(shown["data"]))
+
+    def _clip(self, whole: bool) -> dict[str, Any]:
+        size = self._send("Page.getLayoutMetrics")["cssContentSize"]
+        return {"clip": {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}} if whole else {}
+
+    def complaints(self) -> list[str]:
+        """Whatever the page logged, threw, or was refused by its policy."""
+        self.run("1")
+        kinds = ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded")
+        return [json.dumps(event["params"]) for event in self.events if event.get("method") in kinds]
+
+    def requests(self) -> list[str]:
+        """Every address that was asked for, the page's own included."""
+        self.run("1")
+        sent = [event for event in self.events if event.get("method") == "Network.requestWillBeSent"]
+        return [event["params"]["request"]["url"] for event in sent]
+
+    def close(self) -> None:
+        self._socket.close()
+        self._process.terminate()
+        try:
+            self._process.wait(SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def __enter__(self) -> Browser:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
