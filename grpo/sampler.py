@@ -10,13 +10,15 @@ import hashlib
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 
 from grpo.data import Prompt
 from grpo.engine import Completion, Engine, Request, SamplingSettings
 from grpo.rewards.contract import RewardBatch, RewardResult, merge_results
 from grpo.rewards.pool import RewardPool
+
+CHECK_SECONDS = 0.2
 
 
 @dataclass
@@ -71,8 +73,10 @@ class Sampler:
         seed: int,
         max_steps: int,
         decode: Callable[[list[int]], str],
+        check: Callable[[], None] = lambda: None,
     ):
-        self.engine, self.pool, self.sampling = engine, pool, sampling
+        """`check` is called while rewards are waited for, and may raise to abandon the rollout."""
+        self.engine, self.pool, self.sampling, self.check = engine, pool, sampling, check
         self.num_generations, self.seed, self.max_steps = num_generations, seed, max_steps
         self.decode = decode
 
@@ -95,7 +99,7 @@ class Sampler:
                 futures[index] = self.pool.submit(self._batch(groups[index], step))
                 raise_early_failures(futures.values())
         generated = time.perf_counter()
-        results = [futures[index].result() for index in range(len(prompts))]
+        results = [self._result(futures[index]) for index in range(len(prompts))]
         for index, result in enumerate(results):
             for name, scores in result.scores.items():
                 for sample, score in zip(groups[index].samples, scores, strict=True):
@@ -106,6 +110,12 @@ class Sampler:
             seconds=generated - started,
             waited=time.perf_counter() - generated,
         )
+
+    def _result(self, future: Future[RewardResult]) -> RewardResult:
+        while not future.done():
+            self.check()
+            wait([future], timeout=CHECK_SECONDS)
+        return future.result()
 
     def _requests(self, prompts: Sequence[Prompt], step: int, round: int) -> list[Request]:
         seen: Counter[int] = Counter()

@@ -3,7 +3,8 @@
 It reads the configuration and hands it to `grpo.trainer`; nothing else happens here. torch and vLLM are imported only
 once the configuration is known to be right, so that `--help`, `--dry-run` and a misspelt key answer at once.
 
-Exit codes: 0, done; 2, bad input, told in one sentence; 130, interrupted from the keyboard.
+Exit codes: 0, done; 2, stopped, told in one sentence; 130, interrupted by Ctrl-C (SIGINT); 143, by SIGTERM. An
+interrupted run leaves a checkpoint of its last whole step within 30 seconds; a second signal ends it at once.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import errno
 import math
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,11 +20,11 @@ from pathlib import Path
 from grpo.checkpoint import check_run, saved_config, step_numbers
 from grpo.config import Config, config_toml, read_config
 from grpo.errors import UserError
+from grpo.interrupt import leaving_at_once
 from grpo.plan import memory_plan
 from grpo.toml import write_value
 
 BAD_INPUT = 2
-INTERRUPTED = 130
 DISK_REFUSES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
@@ -44,8 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return fail(
             f"{error.filename or 'the disk'}: {error.strerror}; make room and continue with --resume", BAD_INPUT
         )
-    except KeyboardInterrupt:
-        return fail(interrupted(config), INTERRUPTED)
+    except KeyboardInterrupt as error:
+        return fail(interrupted(config), 128 + getattr(error, "number", signal.SIGINT))
     return 0
 
 
@@ -113,11 +115,12 @@ def train(config: Config, *, resume: bool, verbose: bool) -> None:
     quiet_libraries(verbose)
     from grpo.trainer import Trainer
 
-    Trainer(config, resume=resume, verbose=verbose).run()
+    with leaving_at_once():
+        Trainer(config, resume=resume, verbose=verbose).run()
 
 
 def interrupted(config: Config | None) -> str:
-    """What to say after Ctrl-C: where the run can be taken up again."""
+    """What to say after Ctrl-C or SIGTERM: where the run can be taken up again."""
     run = config.checkpoint.output_dir if config is not None else None
     steps = step_numbers(run) if run is not None else []
     if not steps:

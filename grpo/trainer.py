@@ -10,25 +10,30 @@ import json
 import math
 import resource
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from grpo.advantages import Advantages, compute_advantages, reward_metrics
-from grpo.checkpoint import latest, load_tensors, open_run, save, save_tensors, write_atomically
+from grpo.checkpoint import latest, load_tensors, open_run, replace_folder, save, save_tensors, write_atomically
 from grpo.config import Config
 from grpo.data import Data, Prompt, PromptStream, keep_by_pass_rate, load_data
+from grpo.errors import UserError
 from grpo.evaluate import evaluate, measure_pass_rates
-from grpo.learner import Learner
+from grpo.guard import UnusableUpdate, write_dump
+from grpo.interrupt import Interrupts
+from grpo.learner import UNMEASURED, Learner
 from grpo.log import RunLog, SampleGroup
 from grpo.log import Sample as LoggedSample
+from grpo.records import EVALUATIONS, printable, read_entries
 from grpo.rewards.contract import merge_results
 from grpo.rewards.extract import extracted_answer
 from grpo.rewards.pool import RewardPool
 from grpo.sampler import Group, Rollout, Sampler, sample_seed
 from grpo.selftest import check_rollout_follows_adapter
-from grpo.session import Session, open_session
+from grpo.session import Session, open_session, read_model
 
 STATE = "trainer.safetensors"
 PASS_RATES = "pass_rates.json"
@@ -44,27 +49,64 @@ class Trainer:
 
     def run(self) -> dict[str, Any]:
         """Train to the last step and return the summary. Raises UserError for bad input; nothing is lost then."""
-        with open_run(self.config, resume=self.resume) as run:
-            log = RunLog(run.path, self.config, max_steps=self.config.train.max_steps or 0, verbose=self.verbose)
-            with log, open_session(self.config, status=log.status) as session:
-                return train_session(session, load_data(self.config, session.tokenizer), run.path, log, self.resume)
+        config = self.config
+        with Interrupts(), open_run(config, resume=self.resume) as run:
+            log = RunLog(run.path, config, max_steps=config.train.max_steps or 0, verbose=self.verbose)
+            with log:
+                # What fails in a second comes before what takes minutes.
+                files = read_model(config, log.status)
+                data = load_data(config, files.tokenizer)
+                with start_rewards(data, log) as pool, open_session(config, files=files, status=log.status) as session:
+                    return train_session(session, data, run.path, log, self.resume, pool)
 
 
-def train_session(session: Session, data: Data, folder: Path, log: RunLog, resume: bool = False) -> dict[str, Any]:
-    """Train an open `session` on `data` as its configuration says, in the run folder `folder`; returns the summary."""
+def start_rewards(data: Data, log: RunLog) -> RewardPool:
+    """The reward functions of `data`, loaded. What they print is shown without what a terminal would act upon."""
+    log.status("starting rewards")
+    return RewardPool(data.rewards, example=data.train[0].columns, on_output=lambda name, line: show(line))
+
+
+def train_session(
+    session: Session, data: Data, folder: Path, log: RunLog, resume: bool = False, pool: RewardPool | None = None
+) -> dict[str, Any]:
+    """Train an open `session` on `data` as its configuration says, in the run folder `folder`; returns the summary.
+
+    `pool` has the rewards, if they are loaded already. Raises Interrupted after SIGINT or SIGTERM, once the last whole
+    step is in a checkpoint.
+    """
+    if pool is None:
+        with start_rewards(data, log) as pool:
+            return train_session(session, data, folder, log, resume, pool)
     if data.dropped:
         log.notice(f"{data.dropped} prompts longer than rollout.max_prompt_length were dropped")
     log.status("checking that vLLM follows the adapter")
     check_rollout_follows_adapter(session)
-    log.status("starting rewards")
-    with RewardPool(data.rewards, example=data.train[0].columns) as pool:
-        return Run(session.config, folder, log, session, data, pool).train(resume)
+    with Interrupts() as interrupts, interrupts.deferred():
+        session.engine.between_steps = interrupts.check
+        try:
+            return Run(session.config, folder, log, session, data, pool, interrupts.check).train(resume)
+        finally:
+            session.engine.between_steps = lambda: None
 
 
 class Run:
-    """The live parts of a run. `step` counts from 1; 0 is before the first."""
+    """The live parts of a run. `step` is the last whole one; they count from 1.
 
-    def __init__(self, config: Config, folder: Path, log: RunLog, session: Session, data: Data, pool: RewardPool):
+    A step happens or does not: what raises within one leaves the adapter, the optimiser and the place in the data as
+    they were before it, until the adapter has moved; from then on `whole` is false until the step is recorded.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        folder: Path,
+        log: RunLog,
+        session: Session,
+        data: Data,
+        pool: RewardPool,
+        check: Callable[[], None] = lambda: None,
+    ):
+        """`check` is called often while nothing is half done, and may raise to end the run."""
         self.config, self.folder, self.log = config, folder, log
         self.session, self.data = session, data
         self.stream = PromptStream(self.chosen_prompts(), data.settings, config.train.seed)
@@ -72,7 +114,7 @@ class Run:
             config.train.num_train_epochs * len(data.train) / config.rollout.prompts_per_step
         )
         log.max_steps = self.max_steps
-        self.learner = Learner(session.policy, config, max_steps=self.max_steps, notice=log.notice)
+        self.learner = Learner(session.policy, config, max_steps=self.max_steps, notice=log.notice, check=check)
         self.weights = torch.tensor([reward.weight for reward in data.rewards], dtype=torch.float64)
         self.reward_names = [reward.column for reward in data.rewards]
         self.sampler = Sampler(
@@ -83,9 +125,11 @@ class Run:
             seed=config.train.seed,
             max_steps=self.max_steps,
             decode=session.decode,
+            check=check,
         )
-        self.step = 0
-        self.best_accuracy = -1.0
+        self.step = self.saved = 0
+        self.whole = True
+        self.accuracies: dict[int, float] = {}
 
     def chosen_prompts(self) -> list[Prompt]:
         """The training prompts, without those whose pass rate is outside their task's window.
@@ -113,37 +157,46 @@ class Run:
         return chosen
 
     def train(self, resume: bool) -> dict[str, Any]:
-        """All remaining steps; returns the summary."""
+        """All remaining steps; returns the summary. Whatever ends them early leaves a checkpoint of the last one."""
         if resume:
             self.restore()
-        else:
+        try:
             self.evaluate()
-        while self.step < self.max_steps:
-            self.step += 1
-            self.log.step(self.one_step())
-            last = self.step == self.max_steps
-            if last or self.step % self.config.checkpoint.save_steps == 0:
-                self.save()
-            self.evaluate()
+            while self.step < self.max_steps:
+                self.log.step(self.one_step(self.step + 1))
+                self.step, self.whole = self.step + 1, True
+                last = self.step == self.max_steps
+                if last or self.step % self.config.checkpoint.save_steps == 0:
+                    self.save()
+                self.evaluate()
+        except BaseException:
+            self.save_what_is_not()
+            raise
         return self.finish()
 
-    def one_step(self) -> dict[str, Any]:
+    def one_step(self, step: int) -> dict[str, Any]:
         """Sample, score, weigh, update, sync. Returns the step's metrics."""
         started = time.perf_counter()
-        torch.manual_seed(sample_seed(self.config.train.seed, self.step))
-        rollouts = self.sample()
-        sampled = time.perf_counter()
-        groups = [group for rollout in rollouts for group in rollout.groups]
-        advantages = self.advantages(groups)
-        trained = self.learner.update(*self.trained_on(groups, advantages), self.step)
+        torch.manual_seed(sample_seed(self.config.train.seed, step))
+        taken = self.stream.taken.copy()
+        try:
+            rollouts = self.sample(step)
+            sampled = time.perf_counter()
+            groups = [group for rollout in rollouts for group in rollout.groups]
+            advantages = self.advantages(groups)
+            trained = self.update(*self.trained_on(groups, advantages), step)
+        except BaseException:
+            self.stream.taken = taken
+            raise
+        self.whole = False
         sync_seconds = self.session.engine.sync_adapter()
         now = time.perf_counter()
-        if self.log.wants_samples(self.step):
-            self.log.samples(self.step, [self.logged(group) for group in groups[: self.config.log.samples]])
+        if self.log.wants_samples(step):
+            self.log.samples(step, [self.logged(group) for group in groups[: self.config.log.samples]])
         tokens = sum(rollout.tokens for rollout in rollouts)
         rollout_seconds = sum(rollout.seconds for rollout in rollouts)
         return {
-            "step": self.step,
+            "step": step,
             **self.sampling_metrics(groups, rollouts, advantages),
             **trained,
             "epoch": self.stream.epoch,
@@ -157,13 +210,33 @@ class Run:
             "peak_memory_gib": peak_memory_gib(self.session.base.device),
         }
 
-    def sample(self) -> list[Rollout]:
+    def update(self, groups: list[Group], advantages: Advantages, step: int) -> dict[str, float | None]:
+        """Train on `groups`; returns the training metrics, also of an update that had to be left out.
+
+        Raises UserError when the configuration says that the run is to stop for it.
+        """
+        guard = self.learner.guard
+        try:
+            guard.check_sampled(groups, advantages)
+            return {**self.learner.update(groups, advantages, step), "update_skipped": 0.0}
+        except UnusableUpdate as unusable:
+            dump = write_dump(self.folder, step, self.config, self.session.policy, unusable)
+            told = f"step {step}: {unusable.problem}; python -m grpo.replay {dump} says where that begins"
+            if guard.gives_up():
+                raise UserError(
+                    f"{told}; {guard.skipped} such steps in a row end the run: lower train.learning_rate, or mend what "
+                    "it shows, and continue with --resume"
+                ) from None
+            self.log.notice(f"{told}; the update was left out")
+            return {**UNMEASURED, **unusable.figures, "update_skipped": 1.0}
+
+    def sample(self, step: int) -> list[Rollout]:
         """One rollout or, with dynamic sampling, as many as it takes to fill the batch with unequal rewards."""
         wanted = self.config.rollout.prompts_per_step
         rounds = self.config.loss.dynamic_sampling_max_rounds if self.config.loss.dynamic_sampling else 1
         rollouts: list[Rollout] = []
         for number in range(rounds):
-            rollouts.append(self.sampler.sample(self.stream.take(wanted), self.step, number))
+            rollouts.append(self.sampler.sample(self.stream.take(wanted), step, number))
             groups = [group for rollout in rollouts for group in rollout.groups]
             if rounds == 1 or int((~self.advantages(groups).zero_std).sum()) >= wanted:
                 break
@@ -229,54 +302,66 @@ class Run:
         """Held-out accuracy, where `[eval]` asks for it at this step; the best adapter is kept."""
         settings = self.config.eval
         due = settings.every and (self.step % settings.every == 0 or self.step == self.max_steps)
-        if not due or not self.data.eval:
+        if not due or not self.data.eval or self.step in self.accuracies:
             return
         self.log.status("evaluating")
         result = evaluate(self.session, self.data.eval, self.data.tasks, settings)
-        self.log.evaluation(self.step, result.metrics, result.groups(KEPT_QUESTIONS))
         accuracy = result.metrics["eval/strict_accuracy"]
-        if settings.keep_best and accuracy > self.best_accuracy:
-            self.best_accuracy = accuracy
-            self.session.policy.save_adapter(self.folder / "best_adapter")
+        if settings.keep_best and accuracy > max(self.accuracies.values(), default=-1.0):
+            # Before it is recorded: a run that dies in between does it again.
+            replace_folder(self.folder / "best_adapter", self.session.policy.save_adapter)
+        self.log.evaluation(self.step, result.metrics, result.groups(KEPT_QUESTIONS))
+        self.accuracies[self.step] = accuracy
 
     def save(self) -> None:
         """Write a checkpoint of this step."""
 
         def write(folder: Path) -> None:
             self.session.policy.save_adapter(folder / "adapter")
-            state = {
-                "step": self.step,
-                "learner": self.learner.state_dict(),
-                "stream": self.stream.state_dict(),
-                "best_accuracy": self.best_accuracy,
-            }
+            state = {"step": self.step, "learner": self.learner.state_dict(), "stream": self.stream.state_dict()}
             save_tensors(folder / STATE, state)
 
         save(self.folder, self.step, write, self.config.checkpoint.save_total_limit)
+        self.saved = self.step
+
+    def save_what_is_not(self) -> None:
+        """Write a checkpoint of the last step if it is whole and has none; where that fails, say so and no more."""
+        if not self.whole or self.step == self.saved:
+            return
+        self.log.status("saving a checkpoint")
+        try:
+            self.save()
+        except Exception as error:  # the one that ends the run matters more
+            self.log.notice(f"step {self.step} could not be saved: {error}")
 
     def restore(self) -> None:
         """Continue from the newest good checkpoint, or from the beginning if the run ended before its first."""
         folder = latest(self.folder, self.log.notice)
         if folder is None:
             self.log.notice("no checkpoint was written yet; starting again from the first step")
-            self.log.resume(0)
-            self.evaluate()
-            return
-        state = load_tensors(folder / STATE)
-        self.session.policy.load_adapter(folder / "adapter")
-        self.learner.load_state_dict(state["learner"])
-        self.stream.load_state_dict(state["stream"])
-        self.step, self.best_accuracy = state["step"], state["best_accuracy"]
-        self.session.engine.sync_adapter()
+        else:
+            state = load_tensors(folder / STATE)
+            self.session.policy.load_adapter(folder / "adapter")
+            self.learner.load_state_dict(state["learner"])
+            self.stream.load_state_dict(state["stream"])
+            self.step = self.saved = state["step"]
+            self.session.engine.sync_adapter()
         self.log.resume(self.step)
+        entries = read_entries(self.folder / EVALUATIONS)
+        self.accuracies = {entry["step"]: entry["eval/strict_accuracy"] for entry in entries}
 
     def finish(self) -> dict[str, Any]:
         """Save the adapter where people look for it, and sum up."""
         adapter = self.folder / "adapter"
-        self.session.policy.save_adapter(adapter)
+        replace_folder(adapter, self.session.policy.save_adapter)
         summary = {"adapter": str(adapter), "model": self.config.model.name}
         self.log.finish(summary)
         return summary
+
+
+def show(line: str) -> None:
+    """Print what a reward function printed: it may be what the model wrote."""
+    print(printable(line), flush=True)
 
 
 def as_float(value: float | None) -> float:
