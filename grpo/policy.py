@@ -337,22 +337,22 @@ def build_graph(base: BaseWeights) -> nn.Module:
         rows = base.config.vocab_size if name in ("model.embed_tokens.weight", "lm_head.weight") else tensor.shape[0]
         set_parameter(graph, name, tensor[:rows])
     graph.tie_weights()
-    rebuild_buffers(graph, config, base)
+    rebuild_buffers(graph, config, base.device, base.dtype)
     left = [name for name, tensor in [*graph.named_parameters(), *graph.named_buffers()] if tensor.is_meta]
     if left:
         raise UserError(f"{base.source_path}: tensor {left[0]} is missing; pass a complete model")
     return graph.requires_grad_(False)
 
 
-def rebuild_buffers(graph: nn.Module, config: Any, base: BaseWeights) -> None:
+def rebuild_buffers(graph: nn.Module, config: Any, device: torch.device, dtype: torch.dtype) -> None:
     """Compute what a checkpoint does not hold: rotary frequencies and Gemma's embedding scale."""
     for name, module in list(graph.named_modules()):
         if not any(buffer.is_meta for buffer in module.buffers(recurse=False)):
             continue
         if "rotary" in name:
-            set_module(graph, name, type(module)(config).to(base.device))
+            set_module(graph, name, type(module)(config).to(device))
         elif hasattr(module, "embed_scale"):
-            module.embed_scale = torch.tensor(config.hidden_size**0.5, dtype=base.dtype, device=base.device)
+            module.embed_scale = torch.tensor(config.hidden_size**0.5, dtype=dtype, device=device)
 
 
 def set_module(root: nn.Module, name: str, module: nn.Module) -> None:
