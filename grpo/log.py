@@ -2,7 +2,7 @@
 
 On a terminal a table of the figures stays below the notices and samples; elsewhere (a pipe, a file, `--verbose`) each
 step is one line. Completions are text by an untrusted model: markup in them is not interpreted, and control characters
-are shown as escapes, never sent to the terminal. Curves and HTML are not made here.
+are shown as escapes, never sent to the terminal. Curves and HTML are made by `grpo.report`, which is told of each step.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from grpo.records import (
     EVALUATIONS,
     HELD_OUT,
     METRICS,
+    REPORT,
     SUMMARY,
     TRAINING,
     completions_file,
@@ -43,6 +44,7 @@ from grpo.records import (
     printable,
     read_entries,
 )
+from grpo.report import LiveReport
 from grpo.trackers import Trackers
 
 ENDS = 5  # steps that "first" and "last" are means over
@@ -124,6 +126,7 @@ class RunLog:
         self.max_steps = max_steps
         self._samples_every = config.log.samples_every
         self._trackers = Trackers(config, run_folder)
+        self._report = LiveReport(run_folder, self.notice) if config.log.report else None
         self._last: dict[str, Any] = {"step": 0}
         self._series: dict[str, list[float]] = {}
         self._console = console or Console(highlight=False)
@@ -145,8 +148,10 @@ class RunLog:
         self.close()
 
     def close(self) -> None:
-        """End the live display, leaving its last state on the screen, and the trackers."""
+        """End the live display, leaving its last state on the screen, and the trackers; the report is made current."""
         self._status = ""
+        if self._report is not None:
+            self._report.flush()
         self._trackers.close()
         if self._live is not None:
             self._live.stop()
@@ -190,6 +195,7 @@ class RunLog:
             self._print(Text(self._line()))
         else:
             self._live.refresh()
+        self._reported()
 
     def evaluation(self, step: int, result: Mapping[str, Any], groups: Sequence[SampleGroup] = ()) -> None:
         """Record held-out figures after `step` (0: before the first) in `eval.jsonl`, and show "eval/NAME" ones.
@@ -201,6 +207,12 @@ class RunLog:
             self._keep(HELD_OUT, step, groups)
         figures = [_held_out(key, entry) for key in self._scores("eval") if key in entry and _is_news(key)]
         self._print(Text(f"held out after step {step}: {', '.join(figures)}"))
+        self._reported()
+
+    def _reported(self) -> None:
+        """Tell the report that there is something new; it begins with the first step."""
+        if self._report is not None and self._last["step"]:
+            self._report.update(self.max_steps)
 
     def _record(self, name: str, metrics: Mapping[str, Any]) -> dict[str, Any]:
         entry = plain(metrics)
@@ -248,6 +260,7 @@ class RunLog:
         }
         text = json.dumps(plain(record), indent=2, allow_nan=False)
         write_atomically(self.run_folder / SUMMARY, text.encode())
+        self._reported()
         self.close()
         self._print(self._result(record))
 
@@ -352,6 +365,8 @@ class RunLog:
         if record.get("adapter") is not None:
             parts.append(Text(f"The adapter is in {printable(str(record['adapter']))}"))
         parts.append(Text(f"Metrics, samples and summary.json are in {printable(str(self.run_folder))}"))
+        if self._report is not None:
+            parts.append(Text(f"Curves and samples to look at: {printable(str(self.run_folder / REPORT))}"))
         return Padding(Group(*parts), (1, 0, 0, 0))
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import base64
 import datetime
+import functools
 import hashlib
 import json
 import sys
@@ -103,8 +104,8 @@ def tell_apart(runs: Sequence[RunData], folders: Sequence[Path]) -> None:
 # The page
 
 
-def render(runs: Sequence[RunData]) -> str:
-    """The whole file."""
+@functools.cache
+def template() -> jinja2.Template:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -112,9 +113,14 @@ def render(runs: Sequence[RunData]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    return environment.get_template("report.html.jinja")
+
+
+def render(runs: Sequence[RunData]) -> str:
+    """The whole file."""
     style = (TEMPLATES / "report.css").read_text(encoding="utf-8")
     scripts = [(TEMPLATES / name).read_text(encoding="utf-8") for name in SCRIPTS]
-    return environment.get_template("report.html.jinja").render(
+    return template().render(
         **page(runs),
         policy=policy(style, scripts),
         style=Markup(style),

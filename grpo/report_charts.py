@@ -19,7 +19,7 @@ from grpo.report_data import RunData, mean, rounded
 
 POINTS = 300
 """At most so many points in a curve."""
-TREND_SHARE = 0.1
+TREND_SHARE = 0.05
 """Share of the run over which the trend of a noisy curve is a mean."""
 MISMATCH_LIMIT = 0.01
 
@@ -265,13 +265,14 @@ def smoothed(values: Sequence[float | None], width: int) -> list[float | None]:
 def reward_charts(runs: Sequence[RunData]) -> list[Chart]:
     """The total, and each function."""
     one = len(runs) == 1
-    band = "; the band is a standard deviation of the completions' rewards to either side" if one else ""
-    total = Spec("Reward", "reward", f"Mean over the step's completions{band}.", {"reward": "reward"}, noisy=True)
+    band = " The band is a standard deviation of the completions' rewards to either side." if one else ""
+    about = f"Mean over the step's completions, thin; thick, averaged over neighbouring steps.{band}"
+    total = Spec("Reward", "reward", about, {"reward": "reward"}, noisy=True)
     charts = [chart(total, reward_curves(runs, "reward", "reward_std"), runs, wide=True)]
     for name in dict.fromkeys(name for run in runs for name in run.rewards):
         key = f"rewards/{name}"
         weight = reward_weight(runs[0], name)
-        about = "" if weight is None else f"Counts {weight:g} times in the sum." if weight else "Logged only: weight 0."
+        about = "" if weight is None else f"Weight {weight:g} in the sum." if weight else "Logged only: weight 0."
         spec = Spec(name, "reward", about, {key: name}, noisy=True)
         charts.append(chart(spec, reward_curves(runs, key, f"{key}/std"), runs))
     return [made for made in charts if made["series"]]

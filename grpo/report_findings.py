@@ -85,8 +85,8 @@ def held_out(run: RunData) -> Iterator[Finding]:
     if strict is None:
         return
     said = (
-        f"held-out accuracy went from {first['eval/strict_accuracy']:.1%} to {last['eval/strict_accuracy']:.1%} "
-        f"(strict) between steps {first['step']} and {last['step']}"
+        f"held-out accuracy went from {100 * first['eval/strict_accuracy']:.1f} % to "
+        f"{100 * last['eval/strict_accuracy']:.1f} % (strict) between steps {first['step']} and {last['step']}"
     )
     if strict > 0:
         yield Finding(True, f"{said[0].upper()}{said[1:]}.")
@@ -117,8 +117,8 @@ def comparisons(run: RunData) -> Iterator[Finding]:
     if equal is not None and equal > EQUAL_GROUPS:
         yield Finding(
             False,
-            f"{equal:.0%} of the last groups have equal rewards and teach nothing. With a reward near its top the task "
-            "has become easy; near its bottom it is too hard, or the format is never hit.",
+            f"{100 * equal:.0f} % of the last groups have equal rewards and teach nothing. With a reward near its top "
+            "the task has become easy; near its bottom it is too hard, or the format is never hit.",
         )
 
 
@@ -127,8 +127,8 @@ def lengths(run: RunData) -> Iterator[Finding]:
     if cut is not None and cut > CUT_SHARE:
         yield Finding(
             False,
-            f"{cut:.0%} of the last completions were cut at rollout.max_completion_length before they ended. Raise it, "
-            "or punish the last stretch with length_penalty.",
+            f"{100 * cut:.0f} % of the last completions were cut at rollout.max_completion_length before they ended. "
+            "Raise it, or punish the last stretch with length_penalty.",
         )
     if length is not None and length[1] < COLLAPSED_LENGTH * length[0]:
         yield Finding(
@@ -164,6 +164,6 @@ def speed(run: RunData) -> Iterator[Finding]:
     if waited and step and waited > WAITING_SHARE * step:
         yield Finding(
             False,
-            f"{waited / step:.0%} of a step is waiting for rewards after the last completion: a reward function is the "
-            "bottleneck.",
+            f"{100 * waited / step:.0f} % of a step is waiting for rewards after the last completion: a reward "
+            "function is the bottleneck.",
         )

@@ -41,8 +41,8 @@ function niceStep(span, count) {
   return [1, 2, 5, 10].find((factor) => factor * power >= rough) * power;
 }
 
-function ticks(low, high, count) {
-  const step = niceStep(high - low || 1, count), found = [];
+function multiples(low, high, step) {
+  const found = [];
   for (let place = Math.ceil(low / step - 1e-9); place * step <= high + step * 1e-9; place++) found.push(place * step);
   return found;
 }
@@ -70,7 +70,11 @@ function verticalScale(chart, visible, height) {
   for (const mark of chart.marks) if (mark.value < high + 2 * (high - Math.min(low, 0))) high = Math.max(high, mark.value);
   if (chart.from_zero && !log) low = Math.min(low, 0);
   if (chart.kind === "points") high = Math.max(high, 0.05);
-  if (low === high) { low -= Math.abs(low) * 0.1 || (chart.from_zero ? 0 : 0.5); high += Math.abs(high) * 0.1 || 0.5; }
+  if (low === high) {
+    const around = Math.abs(low) * 0.1 || (chart.format === "percent" ? 0.01 : 1);
+    low -= chart.from_zero ? 0 : around;
+    high += around;
+  }
   const room = TOP, bottom = height - BOTTOM;
   if (log) {
     const [from, to] = [Math.log10(low), Math.log10(high)];
@@ -81,7 +85,7 @@ function verticalScale(chart, visible, height) {
   low = Math.floor(low / step + 1e-9) * step;
   high = Math.ceil(high / step - 1e-9) * step;
   const at = (v) => bottom - ((v - low) / (high - low)) * (bottom - room);
-  return { at, ticks: ticks(low, high, height > HEIGHT ? 5 : 4), low, high, log };
+  return { at, ticks: multiples(low, high, step), low, high, log };
 }
 
 function stacked(chart, visible) {
@@ -190,7 +194,7 @@ function redraw(state) {
 }
 
 function tickLabel(value, y, format) {
-  if (y.log) return value < 0.01 || value >= 1e4 ? value.toExponential(0) : plainNumber(value, 2);
+  if (y.log) return value < 1e-4 || value >= 1e4 ? value.toExponential(0) : plainNumber(value, 2);
   if (format === "percent") return `${plainNumber(100 * value, 4)} %`;
   if (Math.max(Math.abs(y.low), Math.abs(y.high)) < 1e-3) return value === 0 ? "0" : value.toExponential(1);
   return plainNumber(Math.abs(value) < 1e-12 ? 0 : value, 4);
@@ -204,8 +208,8 @@ function axes(state, labels, first, end) {
   });
   svg.append(shape("line", { class: "axis", x1: left, x2: width - RIGHT, y1: bottom, y2: bottom }));
   const count = Math.max(Math.floor((width - left) / 80), 2);
-  const whole = ticks(first, end, count).filter((step) => Number.isInteger(step));
-  const marks = first === end ? [first] : whole;
+  const marks = first === end ? [first] : multiples(first, end, Math.max(niceStep(end - first, count), 1));
+  if (marks[0] !== first && x(marks[0]) - x(first) > 40) marks.unshift(first);
   for (const step of marks) {
     svg.append(shape("text", { x: x(step), y: bottom + 15, "text-anchor": "middle" }, plainNumber(step, 0)));
   }

@@ -2,7 +2,7 @@
 // The browser of sampled completions: four views of the same groups, filtered by run, step, origin and text.
 // Everything that a model wrote becomes a text node.
 
-const PAGE = 20;
+const PAGE = 10;
 
 function browse(data) {
   const form = document.getElementById("filter");
