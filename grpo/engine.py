@@ -29,7 +29,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 import vllm
 from torch import Tensor, nn
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase
@@ -40,9 +39,10 @@ from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from grpo.architectures import ARCHITECTURES
-from grpo.base import BaseWeights, FusedLinear
+from grpo.base import BaseWeights, FusedLinear, Segment
 from grpo.errors import UserError
-from grpo.kernels.nf4_gemm import nf4_linear, prepare
+from grpo.kernels.lora_shrink import RANK_MULTIPLE, lora_shrink
+from grpo.kernels.nf4_gemm import LowRank, nf4_linear, prepare
 from grpo.plan import CPU_BLOCK, GPU_BLOCK, VLLM_BUFFERS, kv_cache_bytes
 from grpo.policy import ADAPTER, Policy
 
@@ -106,7 +106,7 @@ class AdapterBuffers:
     """A fused linear's adapter in the compute dtype: y += (x a^T) b^T.
 
     `a` [ranks, in] stacks the parts' A; `b` [out, ranks] holds each part's scaled B in its own rows and columns, zeros
-    elsewhere, so that q, k and v take two small products instead of six.
+    elsewhere, so that q, k and v take one small product and an addition to the large one instead of six.
     """
 
     a: Tensor
@@ -140,9 +140,8 @@ class Engine:
         handle = str(id(self))
         SERVED[handle] = self
         self._handle = handle
-        if base.packed:
-            prepare(base.device)
         if base.device.type == "cuda":
+            prepare(base.device)
             torch.cuda.synchronize()  # vLLM changes the stream, and its new one does not wait for the weights
         if base.device.type == "cpu":
             # vLLM compiles a helper of its sampler: seconds at the first rollout, and a C++ compiler needed.
@@ -352,19 +351,27 @@ class SharedLinearMethod(LinearMethodBase):
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
-        pieces = [
-            F.linear(flat, segment.weight)
-            if segment.absmax is None
-            else nf4_linear(flat, segment.weight, segment.absmax)
-            for segment in layer.shared.segments
-        ]
-        y = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
-        if bias is not None:
-            y = y + bias
-        if layer.adapter is not None:
-            shrunk = F.linear(flat, layer.adapter.a) * layer.adapter_on
-            y = torch.addmm(y, shrunk, layer.adapter.b.t())
+        adapter = layer.adapter
+        shrunk = None if adapter is None else lora_shrink(flat, adapter.a, layer.adapter_on)
+        y = torch.empty(flat.shape[0], layer.shared.out_features, dtype=x.dtype, device=x.device)
+        for segment in layer.shared.segments:
+            rows = slice(segment.first_row, segment.first_row + segment.rows)
+            low_rank = None if adapter is None else LowRank(shrunk, adapter.b[rows])
+            segment_linear(flat, segment, None if bias is None else bias[rows], y[:, rows], low_rank)
         return y.reshape(*x.shape[:-1], -1)
+
+
+def segment_linear(x: Tensor, segment: Segment, bias: Tensor | None, out: Tensor, low_rank: LowRank | None) -> None:
+    """Write one segment's columns of a layer's result into `out`."""
+    if segment.absmax is not None:
+        nf4_linear(x, segment.weight, segment.absmax, bias, out, low_rank)
+        return
+    if bias is None:
+        torch.mm(x, segment.weight.t(), out=out)
+    else:
+        torch.addmm(bias, x, segment.weight.t(), out=out)
+    if low_rank is not None:
+        out.addmm_(low_rank.shrunk, low_rank.b.t())
 
 
 @register_quantization_config(SHARED)
@@ -437,6 +444,7 @@ def allocate_adapter(base: BaseWeights, policy: Policy) -> dict[str, AdapterBuff
     for name, linear in base.linears.items():
         ranks = sum(layers[part].r[ADAPTER] for part in linear.parts if part in layers)
         if ranks:
+            ranks = -(-ranks // RANK_MULTIPLE) * RANK_MULTIPLE  # the last ones stay zero
             a = torch.zeros(ranks, linear.in_features, dtype=base.dtype, device=base.device)
             b = torch.zeros(linear.out_features, ranks, dtype=base.dtype, device=base.device)
             buffers[name] = AdapterBuffers(a, b)

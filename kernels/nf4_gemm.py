@@ -9,8 +9,11 @@ last. Tile sizes, which do depend on the number of rows, do not enter. Two limit
 rows in the table (128 to 512 on an H100) the product is cuBLAS's, with cuBLAS's bits; and another shape, GPU model or
 table may split otherwise.
 
-Not here: gradients, LoRA, products of W with anything on the other side. One stream at a time per device: calls share
-a workspace.
+A LoRA adapter's second half, (x A^T) B^T, can be added to the sums before they are rounded; its first half is
+lora_shrink.py's.
+
+Not here: gradients, products of W with anything on the other side. One stream at a time per device: calls share a
+workspace.
 """
 
 from __future__ import annotations
@@ -71,13 +74,27 @@ class Plan:
         return next((tile for most, tile in self.tiles if rows <= most), None)
 
 
+@dataclass(frozen=True)
+class LowRank:
+    """shrunk [M, R] times the transpose of b [N, R], both contiguous, to be added to a product; R a multiple of 16."""
+
+    shrunk: Tensor
+    b: Tensor
+
+
 def nf4_linear(
-    x: Tensor, packed: Tensor, absmax: Tensor, bias: Tensor | None = None, out: Tensor | None = None
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    bias: Tensor | None = None,
+    out: Tensor | None = None,
+    low_rank: LowRank | None = None,
 ) -> Tensor:
-    """x [M, K] times the transpose of W [N, K], plus bias [N]: [M, N], rounded once to x's dtype.
+    """x [M, K] times the transpose of W [N, K], plus bias [N], plus `low_rank`: [M, N] in x's dtype.
 
     packed, absmax: rows of a weight made by `nf4.allocate`; absmax has x's dtype (bfloat16, float16; float32 without
-    the fused kernel). out: where to write, [M, N] with its last stride 1. Sums are float32. Records no gradient.
+    the fused kernel). out: where to write, [M, N] with its last stride 1. Sums are float32, rounded once (by cuBLAS
+    once more before `low_rank` is added). Records no gradient.
     Safe in CUDA graphs and under torch.inference_mode; in a graph only after `prepare(device)` or an earlier call.
     Raises ValueError for shapes, dtypes or strides outside this.
     """
@@ -95,11 +112,14 @@ def nf4_linear(
     if rows == 0:
         return out
     if plan and tile:
-        launch_gemm(x, packed, absmax, bias, out, tile, plan.split)
-    elif x.is_cuda:
+        launch_gemm(x, packed, absmax, bias, out, tile, plan.split, low_rank)
+        return out
+    if x.is_cuda:
         dense_linear(x, packed, absmax, bias, out)
     else:
         out.copy_(F.linear(x, nf4.dequantize(packed, absmax), bias))
+    if low_rank is not None:
+        out.addmm_(low_rank.shrunk, low_rank.b.t())
     return out
 
 
@@ -141,7 +161,7 @@ def prepare(device: torch.device) -> None:
 
 def launch_gemm(
     x: Tensor, packed: Tensor, absmax: Tensor, bias: Tensor | None, out: Tensor, tile: Tile, split: int,
-    *, portable: bool = False,
+    low_rank: LowRank | None = None, *, portable: bool = False,
 ) -> None:  # fmt: skip
     """The fused kernel. Arguments as `nf4_linear` has checked them; portable: the form for Triton's interpreter."""
     rows, columns = x.shape
@@ -153,12 +173,18 @@ def launch_gemm(
     grid = (triton.cdiv(rows, tile.m), triton.cdiv(features, tile.n), split)
     scratch, arrived = workspace(x.device)
     assert fits(tile, split, rows, features), "the workspace holds every partial sum"
+    shrunk, b, ranks = (x, x, 0) if low_rank is None else (low_rank.shrunk, low_rank.b, low_rank.b.shape[1])
+    if low_rank is not None:
+        assert shrunk.shape == (rows, ranks) and b.shape == (features, ranks) and ranks % 16 == 0
+        assert shrunk.is_contiguous() and b.is_contiguous() and shrunk.dtype == b.dtype == x.dtype
     with nf4.on_device(x):
         _gemm_kernel[grid](
             x, words.view(torch.int32), scales.view(torch.int32), x if bias is None else bias, out,
-            scratch.view(torch.float32), arrived, rows, features, columns, words.shape[1], x.stride(0), out.stride(0),
+            scratch.view(torch.float32), arrived, shrunk, b,
+            rows, features, columns, words.shape[1], x.stride(0), out.stride(0),
             *byte_tables(x.dtype), tile.n, tile.m, split, tile.warps, tile.stages, tile.dots, rows % tile.m != 0,
-            columns % nf4.TILE != 0, bias is not None, portable, num_warps=tile.warps,
+            columns % nf4.TILE != 0, bias is not None, ranks, next((r for r in (64, 32, 16) if ranks % r == 0), 16),
+            portable, num_warps=tile.warps,
         )  # fmt: skip
 
 
@@ -170,10 +196,11 @@ def fits(tile: Tile, split: int, rows: int, features: int) -> bool:
 
 @triton.jit(do_not_specialize=["rows", "tiles"])
 def _gemm_kernel(
-    x, words, scales, bias, out, partial, arrived, rows, features, columns, tiles, x_stride, out_stride,
-    t0, t1, t2, t3, t4, t5, t6, t7,
+    x, words, scales, bias, out, partial, arrived, shrunk, b,
+    rows, features, columns, tiles, x_stride, out_stride, t0, t1, t2, t3, t4, t5, t6, t7,
     BN: tl.constexpr, BM: tl.constexpr, SPLIT: tl.constexpr, WARPS: tl.constexpr, STAGES: tl.constexpr,
-    DOTS: tl.constexpr, RAGGED: tl.constexpr, HALF_TAIL: tl.constexpr, HAS_BIAS: tl.constexpr, PORTABLE: tl.constexpr,
+    DOTS: tl.constexpr, RAGGED: tl.constexpr, HALF_TAIL: tl.constexpr, HAS_BIAS: tl.constexpr, RANKS: tl.constexpr,
+    BR: tl.constexpr, PORTABLE: tl.constexpr,
 ):  # fmt: skip
     """out^T [BN, BM] = W [BN, part of K] x^T. words: [N / 8, tiles, 8, 16]; scales: pairs, [N / 8, tiles, 8]."""
     DTYPE: tl.constexpr = x.dtype.element_ty
@@ -219,6 +246,7 @@ def _gemm_kernel(
                 both, _load_x(x_at + tile * 128, x_mask, tile * 128 + k, columns, RAGGED, HALF_TAIL), total, PORTABLE
             )
     if SPLIT == 1:
+        total = _add_low_rank(total, shrunk, b, m, n, rows, features, RANKS, BR, PORTABLE)
         _store(total, out, bias, m, n, rows, features, out_stride, HAS_BIAS, PORTABLE)
     else:
         tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
@@ -230,6 +258,7 @@ def _gemm_kernel(
             total = tl.load(part_at, cache_modifier=".cg")
             for index in tl.static_range(1, SPLIT):
                 total += tl.load(part_at + index * BN * BM, cache_modifier=".cg")
+            total = _add_low_rank(total, shrunk, b, m, n, rows, features, RANKS, BR, PORTABLE)
             _store(total, out, bias, m, n, rows, features, out_stride, HAS_BIAS, PORTABLE)
             tl.store(arrived + tile, 0)
 
@@ -248,6 +277,19 @@ def _dot(a, b, total, PORTABLE: tl.constexpr):
     if PORTABLE:  # the interpreter multiplies bf16 as if it were integers
         return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
     return tl.dot(a, b, total)
+
+
+@triton.jit
+def _add_low_rank(
+    total, shrunk, b, m, n, rows, features, RANKS: tl.constexpr, BR: tl.constexpr, PORTABLE: tl.constexpr
+):  # fmt: skip
+    """total [BN, BM] plus b [BN, RANKS] times the transpose of shrunk [BM, RANKS], BR ranks at a time."""
+    r = tl.arange(0, BR)
+    for start in tl.static_range(0, RANKS, BR):
+        left = tl.load(b + n[:, None] * RANKS + start + r[None, :], mask=(n < features)[:, None], other=0.0)
+        right = tl.load(shrunk + m[None, :] * RANKS + start + r[:, None], mask=(m < rows)[None, :], other=0.0)
+        total = _dot(left, right, total, PORTABLE)
+    return total
 
 
 @triton.jit

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from grpo.kernels import nf4, nf4_gemm
-from grpo.kernels.nf4_gemm import Tile
+from grpo.kernels.lora_shrink import launch_shrink
+from grpo.kernels.nf4_gemm import LowRank, Tile
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "pytest tests/test_nf4.py runs this file"
 
@@ -93,3 +94,32 @@ def test_a_slice_of_rows_multiplies_like_the_whole():
     nf4_gemm.launch_gemm(x, packed, absmax, None, whole, Tile(64, 16, 4, 3, 1), 1, portable=True)
     nf4_gemm.launch_gemm(x, packed[16:40], absmax[16:40], None, part, Tile(64, 16, 4, 3, 1), 1, portable=True)
     torch.testing.assert_close(part, whole[:, 16:40], rtol=8e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(
+    ("rows", "columns", "ranks", "scale"), [(1, 64, 16, 1.0), (17, 576, 48, 1.0), (5, 1100, 32, 0.5)]
+)
+def test_shrink_kernel_equals_the_product(rows, columns, ranks, scale, dtype):
+    wide = torch.randn(rows, columns + 8).to(dtype)
+    wide[:, columns:] = float("nan")
+    x, a = wide[:, :columns], torch.randn(ranks, columns).to(dtype)
+    out = launch_shrink(x, a, torch.tensor(scale, dtype=dtype), portable=True)
+    expected = x.float() @ a.float().T * scale
+    assert (out.float() - expected).norm() <= TOLERANCE[dtype] * expected.norm()
+    assert not nf4_gemm.workspace(x.device)[1].any()
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(("split", "ranks"), [(1, 16), (2, 48)])
+def test_an_adapter_is_added_before_the_result_is_rounded(split, ranks, dtype):
+    rows, features, columns = 17, 72, 192
+    packed, absmax = nf4.allocate(features, columns, dtype, "cpu")
+    nf4.quantize_rows(packed, absmax, 0, random_weight(features, columns))
+    x, bias = torch.randn(rows, columns).to(dtype), torch.randn(features).to(dtype)
+    shrunk, b = torch.randn(rows, ranks).to(dtype), torch.randn(features, ranks).to(dtype)
+    out = torch.full((rows, features), float("nan"), dtype=dtype)
+    tile = Tile(64, 16, 4, 3, 1)
+    nf4_gemm.launch_gemm(x, packed, absmax, bias, out, tile, split, LowRank(shrunk, b), portable=True)
+    expected = x.float() @ nf4.dequantize(packed, absmax).float().T + bias.float() + shrunk.float() @ b.float().T
+    assert (out.float() - expected).norm() <= TOLERANCE[dtype] * expected.norm()

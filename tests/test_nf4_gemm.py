@@ -14,7 +14,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from grpo.kernels import nf4, nf4_gemm
-from grpo.kernels.nf4_gemm import Plan, Tile
+from grpo.kernels.lora_shrink import lora_shrink
+from grpo.kernels.nf4_gemm import LowRank, Plan, Tile
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
@@ -113,9 +114,10 @@ def compile_for_hopper(tile, split, element):
     kernel = nf4_gemm._gemm_kernel
     constants = {
         "BN": tile.n, "BM": tile.m, "SPLIT": split, "WARPS": tile.warps, "STAGES": tile.stages, "DOTS": tile.dots,
-        "RAGGED": True, "HALF_TAIL": False, "HAS_BIAS": False, "PORTABLE": False,
+        "RAGGED": True, "HALF_TAIL": False, "HAS_BIAS": False, "RANKS": 0,
+        "BR": 16, "PORTABLE": False,
     }  # fmt: skip
-    pointers = dict.fromkeys(("x", "bias", "out"), f"*{element}")
+    pointers = dict.fromkeys(("x", "bias", "out", "shrunk", "b"), f"*{element}")
     pointers |= {"words": "*i32", "scales": "*i32", "partial": "*fp32", "arrived": "*i32"}
     signature = {p.name: "constexpr" if p.name in constants else pointers.get(p.name, "i32") for p in kernel.params}
     aligned = {*pointers, "features", "columns", "x_stride", "out_stride"}
@@ -158,6 +160,48 @@ def test_on_the_gpu_products_are_right_and_rows_do_not_depend_on_the_batch(shape
         nf4_gemm.nf4_linear(x[:rows], *weight, bias, out=out)
         error = (out.float() - reference[:rows]).norm() / reference[:rows].norm()
         assert error < {torch.bfloat16: 3e-3, torch.float16: 4e-4}[dtype]
+        if plan is not None and plan.tile(rows) is not None:
+            fused[rows] = out
+    for rows, out in fused.items():
+        assert torch.equal(out, fused[max(fused)][:rows]), rows
+    assert not nf4_gemm.workspace(x.device)[1].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_cpu_an_adapter_is_added_to_the_product(dtype):
+    weight = stored(24, 192, dtype)
+    x, a, b = torch.randn(5, 192).to(dtype), torch.randn(16, 192).to(dtype), torch.randn(24, 16).to(dtype)
+    on = torch.ones((), dtype=dtype)
+    shrunk = lora_shrink(x, a, on)
+    result = nf4_gemm.nf4_linear(x, *weight, low_rank=LowRank(shrunk, b))
+    dense = nf4.dequantize(*weight).double() + b.double() @ a.double()
+    expected = x.double() @ dense.T
+    assert (result.double() - expected).norm() < {torch.float32: 1e-6, torch.bfloat16: 6e-3}[dtype] * expected.norm()
+    off = nf4_gemm.nf4_linear(x, *weight, low_rank=LowRank(lora_shrink(x, a, torch.zeros_like(on)), b))
+    assert torch.equal(off, nf4_gemm.nf4_linear(x, *weight))
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("shape", "ranks"), [((5120, 3072), 48), ((960, 576), 16), ((28672, 4096), 128)])
+def test_on_the_gpu_an_adapter_is_added_and_rows_do_not_depend_on_the_batch(shape, ranks, dtype):
+    features, columns = shape
+    weight = stored(features, columns, dtype, "cuda")
+    x = torch.randn(600, columns, device="cuda").to(dtype)
+    a = (torch.randn(ranks, columns, device="cuda") * columns**-0.5).to(dtype)
+    b = (torch.randn(features, ranks, device="cuda") * 0.3).to(dtype)
+    on = torch.ones((), device="cuda", dtype=dtype)
+    reference = x.float() @ nf4.dequantize(*weight).float().T + (x.float() @ a.float().T) @ b.float().T
+    shrunk_whole, fused = lora_shrink(x[:512], a, on), {}
+    plan = nf4_gemm.find_plan(x.device, features, columns)
+    for rows in (1, 3, 16, 33, 128, 200, 512, 600):
+        shrunk = lora_shrink(x[:rows], a, on)
+        out = nf4_gemm.nf4_linear(x[:rows], *weight, low_rank=LowRank(shrunk, b))
+        error = (out.float() - reference[:rows]).norm() / reference[:rows].norm()
+        assert error < {torch.bfloat16: 5e-3, torch.float16: 7e-4}[dtype], rows
+        if rows <= 512:
+            assert torch.equal(shrunk, shrunk_whole[:rows]), rows
         if plan is not None and plan.tile(rows) is not None:
             fused[rows] = out
     for rows, out in fused.items():

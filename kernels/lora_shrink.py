@@ -1,0 +1,111 @@
+"""x A^T for a LoRA adapter's narrow A, in one launch: the first half of y += (x A^T) B^T while sampling.
+
+The second half is added by nf4_gemm.py while its result is still in registers, so an adapter costs one small launch a
+layer. A has a few dozen rows and thousands of columns, so the work is split along K over the GPU's multiprocessors;
+whichever program finishes last adds the parts in their order. A row's result has the same bits whatever other rows
+there are, up to MOST_ROWS; above, the product is cuBLAS's.
+
+Not here: gradients, per-token choice among adapters. One stream at a time per device (nf4_gemm.py's workspace).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from grpo.kernels import nf4
+from grpo.kernels.nf4_gemm import COUNTERS, WORKSPACE_BYTES, workspace
+from grpo.kernels.nf4_lookup import round_to
+
+MOST_ROWS = 512
+"""Rows of x up to which our kernel is used: a decoding batch, not a prompt."""
+ROWS = 16
+"""Rows of x per program, the least a tensor core takes."""
+COLUMNS = 128
+"""Columns of x per step of a program."""
+STEPS = 2
+"""Steps per program: more would leave multiprocessors idle, fewer would spend the time on adding up."""
+LARGEST_SPLIT = 32
+RANK_MULTIPLE = 16
+"""Rows of A come in multiples of this; pad with zeros."""
+
+
+def lora_shrink(x: Tensor, a: Tensor, scale: Tensor) -> Tensor:
+    """scale * (x [M, K] times the transpose of a [R, K]): [M, R], rounded once to x's dtype.
+
+    a: contiguous, in x's dtype, R a multiple of RANK_MULTIPLE. scale: one number of x's dtype, read on the device, so
+    that a captured graph follows its changes. Sums are float32. Records no gradient.
+    """
+    if not x.is_cuda or x.dtype == torch.float32 or not 0 < x.shape[0] <= MOST_ROWS:
+        return F.linear(x, a) * scale
+    return launch_shrink(x, a, scale)
+
+
+def launch_shrink(x: Tensor, a: Tensor, scale: Tensor, *, portable: bool = False) -> Tensor:
+    """The kernel. portable: the form for Triton's interpreter."""
+    rows, columns = x.shape
+    ranks = a.shape[0]
+    assert a.shape[1] == columns and a.dtype == x.dtype == scale.dtype and x.element_size() == 2
+    assert a.is_contiguous() and x.stride(1) == 1 and scale.numel() == 1 and ranks % RANK_MULTIPLE == 0
+    block = next(size for size in (64, 32, 16) if ranks % size == 0)
+    split = min(LARGEST_SPLIT, triton.cdiv(columns, COLUMNS * STEPS))
+    grid = (triton.cdiv(rows, ROWS), ranks // block, split)
+    assert grid[0] * grid[1] <= COUNTERS and grid[0] * grid[1] * split * ROWS * block * 4 <= WORKSPACE_BYTES
+    out = torch.empty(rows, ranks, dtype=x.dtype, device=x.device)
+    scratch, arrived = workspace(x.device)
+    with nf4.on_device(x):
+        _shrink_kernel[grid](
+            x, a, scale, out, scratch.view(torch.float32), arrived, rows, columns, x.stride(0),
+            ranks, block, split, ROWS, COLUMNS, columns % COLUMNS != 0, portable, num_warps=4,
+        )  # fmt: skip
+    return out
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _shrink_kernel(
+    x, a, scale, out, partial, arrived, rows, columns, x_stride,
+    RANKS: tl.constexpr, BR: tl.constexpr, SPLIT: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+    TAIL: tl.constexpr, PORTABLE: tl.constexpr,
+):  # fmt: skip
+    """out [BM, BR] = x [BM, part of K] a [BR, part of K]^T."""
+    m = tl.program_id(0) * BM + tl.arange(0, BM)
+    r = tl.program_id(1) * BR + tl.arange(0, BR)
+    k = tl.arange(0, BK)
+    x_at = x + (m * x_stride)[:, None] + k[None, :]
+    a_at = a + (r * columns)[None, :] + k[:, None]
+    steps = tl.cdiv(columns, BK)
+    share = tl.cdiv(steps, SPLIT)
+    first = tl.program_id(2) * share
+    total = tl.zeros([BM, BR], tl.float32)
+    for step in tl.range(first, tl.minimum(first + share, steps)):
+        x_mask = (m < rows)[:, None]
+        if TAIL:
+            inside = step * BK + k < columns
+            x_tile = tl.load(x_at + step * BK, mask=x_mask & inside[None, :], other=0.0)
+            a_tile = tl.load(a_at + step * BK, mask=inside[:, None], other=0.0)
+        else:
+            x_tile = tl.load(x_at + step * BK, mask=x_mask, other=0.0)
+            a_tile = tl.load(a_at + step * BK)
+        if PORTABLE:
+            total = tl.dot(x_tile.to(tl.float32), a_tile.to(tl.float32), total, input_precision="ieee")
+        else:
+            total = tl.dot(x_tile, a_tile, total)
+    out_at = out + (m * RANKS)[:, None] + r[None, :]
+    if SPLIT == 1:
+        total *= tl.load(scale).to(tl.float32)
+        tl.store(out_at, round_to(total, out.dtype.element_ty, PORTABLE), mask=(m < rows)[:, None])
+    else:
+        tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+        part_at = partial + tile * SPLIT * BM * BR + tl.arange(0, BM)[:, None] * BR + tl.arange(0, BR)[None, :]
+        tl.store(part_at + tl.program_id(2) * BM * BR, total)
+        tl.debug_barrier()  # every thread's part is written before one thread says so
+        if tl.atomic_add(arrived + tile, 1, sem="acq_rel") == SPLIT - 1:
+            total = tl.load(part_at, cache_modifier=".cg")
+            for index in tl.static_range(1, SPLIT):
+                total += tl.load(part_at + index * BM * BR, cache_modifier=".cg")
+            total *= tl.load(scale).to(tl.float32)
+            tl.store(out_at, round_to(total, out.dtype.element_ty, PORTABLE), mask=(m < rows)[:, None])
+            tl.store(arrived + tile, 0)

@@ -1,0 +1,119 @@
+"""Draw one token a row from softmax(logits / temperature), and its logprob, without writing a probability.
+
+The Gumbel-max trick: argmax_v(logit_v / T + g_v) with g_v = -log(e_v), e_v exponential, is distributed as the softmax
+(Gumbel, 1954; Maddison et al., 2014, arXiv:1411.0030). One pass over the logits finds it together with the running
+maximum and sum of exponentials that the logprob needs; a second, tiny kernel combines the pieces of a row.
+
+Not here: top-p, top-k and penalties, which need a sorted or rewritten row; greedy decoding.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from grpo.kernels import nf4
+
+PIECE = 8192
+"""Columns per program: a row of 128k tokens keeps 16 programs busy."""
+BLOCK = 1024
+
+
+def sample_tokens(logits: Tensor, temperature: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """(token ids int32 [M], their logprobs float32 [M]) drawn from `logits` [M, V], any float dtype, last stride 1.
+
+    temperature: float32 [M], above zero. seed: non-negative, below 2^63; the same seed, rows and logits give the same
+    tokens, and every (seed, row, token) has a random number of its own. Arithmetic is float32.
+    """
+    if logits.is_cuda:
+        return launch_sample(logits, temperature, seed)
+    scaled = logits.float() / temperature[:, None]
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.empty_like(scaled).exponential_(generator=generator)
+    tokens = (scaled - noise.log()).argmax(1)
+    return tokens.int(), scaled.log_softmax(1).gather(1, tokens[:, None])[:, 0]
+
+
+def launch_sample(logits: Tensor, temperature: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """The kernels; also in Triton's interpreter."""
+    rows, vocabulary = logits.shape
+    assert logits.stride(1) == 1 and temperature.shape == (rows,) and temperature.is_contiguous()
+    assert temperature.dtype == torch.float32 and 0 <= seed < 2**63
+    pieces = triton.cdiv(vocabulary, PIECE)
+    found = torch.empty(4, rows, pieces, dtype=torch.float32, device=logits.device)
+    best = torch.empty(rows, pieces, dtype=torch.int32, device=logits.device)
+    tokens = torch.empty(rows, dtype=torch.int32, device=logits.device)
+    logprobs = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    with nf4.on_device(logits):
+        _piece_kernel[(pieces, rows)](
+            logits, temperature, *found, best, logits.stride(0), vocabulary, pieces, seed, PIECE, BLOCK
+        )
+        _combine_kernel[(rows,)](*found, best, tokens, logprobs, pieces, triton.next_power_of_2(pieces))
+    return tokens, logprobs
+
+
+@triton.jit(do_not_specialize=["seed"])
+def _piece_kernel(
+    logits, temperature, maxima, sums, scores, chosen, best, stride, vocabulary, pieces, seed,
+    PIECE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One piece of a row: largest scaled logit, sum of exponentials below it, best score, its logit and place."""
+    row = tl.program_id(1).to(tl.int64)
+    inverse = 1.0 / tl.load(temperature + row)
+    start = tl.program_id(0) * PIECE
+    maximum = tl.full([BLOCK], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    score = tl.full([BLOCK], float("-inf"), tl.float32)
+    at_score = tl.full([BLOCK], float("-inf"), tl.float32)
+    place = tl.zeros([BLOCK], tl.int32)
+    for offset in range(0, PIECE, BLOCK):
+        column = start + offset + tl.arange(0, BLOCK)
+        inside = column < vocabulary
+        x = tl.load(logits + row * stride + column, mask=inside, other=float("-inf")).to(tl.float32) * inverse
+        higher = tl.maximum(maximum, x)
+        shift = tl.where(higher == float("-inf"), 0.0, higher)
+        total = total * tl.exp(maximum - shift) + tl.exp(x - shift)
+        maximum = higher
+        noisy = x - tl.log(_exponential(seed, row, column, vocabulary))
+        better = noisy > score
+        score = tl.where(better, noisy, score)
+        at_score = tl.where(better, x, at_score)
+        place = tl.where(better, column, place)
+    top = tl.max(maximum, 0)
+    shift = tl.where(top == float("-inf"), 0.0, top)
+    winner = tl.argmax(score, 0)
+    lane = tl.arange(0, BLOCK) == winner
+    out = row * pieces + tl.program_id(0)
+    tl.store(maxima + out, top)
+    tl.store(sums + out, tl.sum(total * tl.exp(maximum - shift), 0))
+    tl.store(scores + out, tl.max(score, 0))
+    tl.store(chosen + out, tl.sum(tl.where(lane, at_score, 0.0), 0))
+    tl.store(best + out, tl.sum(tl.where(lane, place, 0), 0))
+
+
+@triton.jit
+def _exponential(seed, row, column, vocabulary):
+    """A standard exponential number, exact to float32 also where it is tiny: there the winners are."""
+    bits = tl.randint(seed, row * vocabulary + column).to(tl.uint32, bitcast=True)
+    v = (bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10
+    rest = 1.0 - v
+    # -log(1 - v) without the rounding of 1 - v (Kahan's log1p); v = 1 gives infinity, which never wins.
+    return tl.where(rest == 1.0, v, tl.log(rest) * (v / (rest - 1.0)))
+
+
+@triton.jit
+def _combine_kernel(maxima, sums, scores, chosen, best, tokens, logprobs, pieces, WIDTH: tl.constexpr):
+    row = tl.program_id(0)
+    piece = tl.arange(0, WIDTH)
+    inside = piece < pieces
+    at = row * pieces + piece
+    maximum = tl.load(maxima + at, mask=inside, other=float("-inf"))
+    score = tl.load(scores + at, mask=inside, other=float("-inf"))
+    top = tl.max(maximum, 0)
+    total = tl.sum(tl.load(sums + at, mask=inside, other=0.0) * tl.exp(maximum - top), 0)
+    winner = piece == tl.argmax(score, 0)
+    value = tl.sum(tl.where(winner, tl.load(chosen + at, mask=inside, other=0.0), 0.0), 0)
+    tl.store(tokens + row, tl.sum(tl.where(winner, tl.load(best + at, mask=inside, other=0), 0), 0))
+    tl.store(logprobs + row, value - top - tl.log(total))
