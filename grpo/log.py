@@ -202,9 +202,9 @@ class RunLog:
 
         `groups`, the answers to some of the questions, are kept in `completions/eval-N.jsonl`.
         """
-        entry = self._record(EVALUATIONS, {"step": step, **result})
         if groups:
             self._keep(HELD_OUT, step, groups)
+        entry = self._record(EVALUATIONS, {"step": step, **result})  # last: what is recorded is not evaluated again
         figures = [_held_out(key, entry) for key in self._scores("eval") if key in entry and _is_news(key)]
         self._print(Text(f"held out after step {step}: {', '.join(figures)}"))
         self._reported()
