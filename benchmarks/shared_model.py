@@ -107,7 +107,7 @@ def memory_parts(engine: Engine, policy: Policy | None) -> dict[str, int]:
     runner = engine.llm.llm_engine.model_executor.driver_worker.model_runner
     caches = [t for cache in runner.kv_caches for t in (cache if isinstance(cache, list | tuple) else [cache])]
     adapter = storage_bytes(policy.parameters()) if policy is not None else 0
-    adapter += sum(storage_bytes([buffers.a, buffers.b]) for buffers in engine.buffers.values())
+    adapter += sum(storage_bytes([buffers.a, buffers.b]) for buffers in engine.adapter.buffers.values())
     parts = {
         "kv_cache": storage_bytes(caches),
         "cuda_graphs": graph_bytes(),

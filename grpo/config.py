@@ -187,6 +187,8 @@ class Rollout(Section):
     """KV cache in bytes, instead. With neither, planned from the lengths and what training needs."""
     kv_cache_dtype: Literal["auto", "fp8"] = "auto"
     """"fp8" halves the KV cache on a GPU, at a larger mismatch between rollout and training."""
+    release_kv_cache: bool = False
+    """Give the KV cache's memory on a GPU to training while it runs; costs some tens of milliseconds a step."""
     enforce_eager: bool = False
     """Do without CUDA graphs."""
 

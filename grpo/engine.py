@@ -26,25 +26,30 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import vllm
 from torch import Tensor, nn
+from vllm.device_allocator import cumem
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.v1.outputs import LogprobsTensors, SamplerOutput
+from vllm.v1.sample.sampler import Sampler
 
 from grpo.architectures import ARCHITECTURES
 from grpo.base import BaseWeights, FusedLinear, Segment
 from grpo.errors import UserError
-from grpo.kernels.lora_shrink import RANK_MULTIPLE, lora_shrink
+from grpo.kernels.lora_shrink import lora_shrink
 from grpo.kernels.nf4_gemm import LowRank, nf4_linear, prepare
+from grpo.kernels.sample import sample_tokens
 from grpo.plan import CPU_BLOCK, GPU_BLOCK, VLLM_BUFFERS, kv_cache_bytes
-from grpo.policy import ADAPTER, Policy
+from grpo.policy import Policy
+from grpo.served_adapter import ServedAdapter
 
 SHARED = "grpo_shared"
 """Name of our quantisation method and load format in vLLM."""
@@ -99,28 +104,8 @@ class EngineSettings:
     enforce_eager: bool = False
     seed: int = 0
     stop_strings: bool = False
-
-
-@dataclass
-class AdapterBuffers:
-    """A fused linear's adapter in the compute dtype: y += (x a^T) b^T.
-
-    `a` [ranks, in] stacks the parts' A; `b` [out, ranks] holds each part's scaled B in its own rows and columns, zeros
-    elsewhere, so that q, k and v take one small product and an addition to the large one instead of six.
-    """
-
-    a: Tensor
-    b: Tensor
-
-
-class AdapterPlaces(NamedTuple):
-    """Where every trained A and B goes; the lists run in parallel."""
-
-    a_buffers: list[Tensor]
-    b_buffers: list[Tensor]
-    a_trained: list[Tensor]
-    b_trained: list[Tensor]
-    scales: list[float]
+    release_kv_cache: bool = False
+    """Make `Engine.release_kv_cache` possible, on a GPU."""
 
 
 class Engine:
@@ -130,11 +115,9 @@ class Engine:
         """Start vLLM. `policy` supplies the adapter; None serves the base alone. Stop strings need `tokenizer`."""
         check_version()
         self.base, self.policy, self.settings = base, policy, settings
-        self.buffers = allocate_adapter(base, policy) if policy is not None else {}
-        self.adapter_on = torch.ones((), dtype=base.dtype, device=base.device)
+        self.adapter = ServedAdapter(base, policy)
         self.between_steps: Callable[[], None] = lambda: None  # may raise, which ends a generation
-        self._adapter_enabled = True
-        self._adapter_places: AdapterPlaces | None = None
+        self._kv_cache_is_released = False
         self._folder = tempfile.TemporaryDirectory(prefix="grpo-model-")
         write_model_folder(Path(self._folder.name), base, tokenizer if settings.stop_strings else None)
         handle = str(id(self))
@@ -147,6 +130,8 @@ class Engine:
             # vLLM compiles a helper of its sampler: seconds at the first rollout, and a C++ compiler needed.
             torch.compiler.set_stance("force_eager")
         self.llm = vllm.LLM(**self._arguments(handle))
+        if base.device.type == "cuda":
+            self._runner.sampler = self.sampler = OnePassSampler(logprobs_mode="processed_logprobs")
         if policy is not None:
             self.sync_adapter()
 
@@ -175,6 +160,8 @@ class Engine:
             arguments["block_size"] = CPU_BLOCK
         else:
             arguments["gpu_memory_utilization"] = 0.05
+            if settings.release_kv_cache:
+                arguments["enable_cumem_allocator"] = True
             if not settings.enforce_eager:
                 arguments["compilation_config"] = {
                     "mode": 0,
@@ -234,10 +221,12 @@ class Engine:
     ) -> Iterator[Any]:
         """vLLM's outputs for `requests`, which are aborted if nobody takes them all."""
         self._switch_adapter(adapter)
+        self._restore_kv_cache()
         core = self.llm.llm_engine
         on_gpu = self.base.device.type == "cuda"
         if on_gpu and requests:
             torch.cuda.manual_seed(requests[0].seed)
+            self.sampler.begin(sampling, requests[0].seed)
         for request in requests:
             core.add_request(
                 str(request.id),
@@ -274,52 +263,65 @@ class Engine:
         )
 
     def _switch_adapter(self, enabled: bool) -> None:
-        if enabled != self._adapter_enabled:
-            self.adapter_on.fill_(float(enabled))
-            self._adapter_enabled = enabled
+        if self.adapter.switch(enabled):
             self._forget_prefixes()
 
     @torch.no_grad()
     def sync_adapter(self) -> float:
         """Copy the trained adapter into the buffers and forget cached prefixes; returns seconds."""
         start = time.perf_counter()
-        places = self._places()
-        torch._foreach_copy_(places.a_buffers, places.a_trained)
-        torch._foreach_copy_(places.b_buffers, torch._foreach_mul(places.b_trained, places.scales))
+        self.adapter.copy_trained()
         self._forget_prefixes()
         if self.base.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - start
-
-    def _places(self) -> AdapterPlaces:
-        """Views of the buffers beside the trained tensors that belong there."""
-        if self._adapter_places is None:
-            assert self.policy is not None, "an engine without a policy has no adapter to copy"
-            places, layers = AdapterPlaces([], [], [], [], []), self.policy.adapter_layers()
-            for name, buffers in self.buffers.items():
-                for part, ranks, rows in adapter_places(self.base.linears[name], layers):
-                    layer = layers[part]
-                    places.a_buffers.append(buffers.a[ranks])
-                    places.b_buffers.append(buffers.b[rows, ranks])
-                    places.a_trained.append(layer.lora_A[ADAPTER].weight)
-                    places.b_trained.append(layer.lora_B[ADAPTER].weight)
-                    places.scales.append(layer.scaling[ADAPTER])
-            self._adapter_places = places
-        return self._adapter_places
 
     def _forget_prefixes(self) -> None:
         """Cached keys and values belong to the adapter that computed them."""
         if hasattr(self, "llm") and not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM kept its prefix cache because requests are in flight; completions would be stale")
 
+    def release_kv_cache(self) -> None:
+        """Give the KV cache's memory to whoever asks for it next; the next generation takes it back.
+
+        Addresses stay reserved, so CUDA graphs stay valid. Does nothing unless `settings.release_kv_cache` on a GPU.
+        torch goes on counting the cache as allocated; the driver does not.
+        """
+        if not self.settings.release_kv_cache or self._kv_cache_is_released or self.base.device.type != "cuda":
+            return
+        core = self.llm.llm_engine.engine_core.engine_core
+        while core.batch_queue:  # asynchronous scheduling may have launched one step too many
+            core.step_fn()
+        self._forget_prefixes()
+        torch.cuda.synchronize()
+        for allocation in kv_cache_allocations():
+            cumem.unmap_and_release(allocation.handle)
+            allocation.is_asleep = True
+        self._kv_cache_is_released = True
+
+    def _restore_kv_cache(self) -> None:
+        if not self._kv_cache_is_released:
+            return
+        torch.cuda.empty_cache()
+        for allocation in kv_cache_allocations():
+            cumem.create_and_map(allocation.handle)
+            allocation.is_asleep = False
+        self._runner.post_kv_cache_wake_up()
+        self._kv_cache_is_released = False
+
+    @property
+    def _runner(self) -> Any:
+        return self.llm.llm_engine.model_executor.driver_worker.model_runner
+
     def vllm_model(self) -> nn.Module:
         """vLLM's module tree, for tests of storage identity."""
-        return self.llm.llm_engine.model_executor.driver_worker.model_runner.model
+        return self._runner.model
 
     def close(self) -> None:
         """Stop vLLM and give its memory back."""
         SERVED.pop(self._handle, None)
         if hasattr(self, "llm"):
+            self._restore_kv_cache()
             shutdown = getattr(self.llm.llm_engine.engine_core, "shutdown", None)
             if shutdown is not None:
                 shutdown()
@@ -332,6 +334,36 @@ class Engine:
 
 SERVED: dict[str, Engine] = {}
 """Engines by the handle that reaches our loader through vLLM's configuration."""
+
+
+def kv_cache_allocations() -> list[Any]:
+    """vLLM's records of the memory that holds the KV cache."""
+    allocations = cumem.CuMemAllocator.get_instance().pointer_to_data.values()
+    return [allocation for allocation in allocations if allocation.tag == "kv_cache"]
+
+
+class OnePassSampler(Sampler):
+    """vLLM's sampler, with plain temperature sampling in one pass over the logits (kernels/sample.py).
+
+    vLLM's own makes float32 copies, probabilities, noise and ranks of [sequences, vocabulary]: half a millisecond of a
+    step of 128 sequences. Whatever else is asked for (greedy, top-p, top-k, min-p) is left to it.
+    """
+
+    _is_plain = False
+
+    def begin(self, sampling: SamplingSettings, seed: int) -> None:
+        """Prepare for one call of `generate`; `seed` decides its random numbers."""
+        filtered = sampling.top_p < 1 or sampling.top_k > 0 or sampling.min_p > 0
+        self._is_plain, self._seed, self._step = sampling.temperature > 0 and not filtered, seed, 0
+
+    def forward(self, logits: Tensor, sampling_metadata: Any, *arguments: Any, **options: Any) -> SamplerOutput:
+        if not self._is_plain:
+            return super().forward(logits, sampling_metadata, *arguments, **options)
+        self._step += 1
+        seed = (self._seed * 1_000_003 + self._step) % 2**63
+        tokens, logprobs = sample_tokens(logits, sampling_metadata.temperature, seed)
+        # The rank of a token is not asked for; its place must be filled.
+        return SamplerOutput(tokens[:, None], LogprobsTensors(tokens[:, None], logprobs[:, None], tokens))
 
 
 class SharedLinearMethod(LinearMethodBase):
@@ -433,32 +465,8 @@ def attach(module: nn.Module, linear: FusedLinear, engine: Engine) -> None:
     module.weight = nn.Parameter(linear.segments[0].weight, requires_grad=False)
     if linear.bias is not None:
         module.bias = nn.Parameter(linear.bias, requires_grad=False)
-    module.adapter = engine.buffers.get(linear.name)
-    module.adapter_on = engine.adapter_on
-
-
-def allocate_adapter(base: BaseWeights, policy: Policy) -> dict[str, AdapterBuffers]:
-    """Zero buffers for every fused linear that has an adapter. Their addresses never change: CUDA graphs hold them."""
-    layers = policy.adapter_layers()
-    buffers = {}
-    for name, linear in base.linears.items():
-        ranks = sum(layers[part].r[ADAPTER] for part in linear.parts if part in layers)
-        if ranks:
-            ranks = -(-ranks // RANK_MULTIPLE) * RANK_MULTIPLE  # the last ones stay zero
-            a = torch.zeros(ranks, linear.in_features, dtype=base.dtype, device=base.device)
-            b = torch.zeros(linear.out_features, ranks, dtype=base.dtype, device=base.device)
-            buffers[name] = AdapterBuffers(a, b)
-    return buffers
-
-
-def adapter_places(linear: FusedLinear, layers: dict[str, Any]) -> Iterator[tuple[str, slice, slice]]:
-    """(part, its ranks, its rows) for every part of `linear` with an adapter."""
-    start = 0
-    for part, (first, rows) in linear.parts.items():
-        if part in layers:
-            rank = layers[part].r[ADAPTER]
-            yield part, slice(start, start + rank), slice(first, first + rows)
-            start += rank
+    module.adapter = engine.adapter.buffers.get(linear.name)
+    module.adapter_on = engine.adapter.on
 
 
 def completion(output: Any) -> Completion:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -129,12 +129,12 @@ class Session:
     def configure(self, config: Config) -> None:
         """Go on with other sampling or training settings of the same model and adapter.
 
-        A running vLLM is stopped if they take one with other limits, and starts again at its next use. Raises
-        UserError for sequences longer than the model takes.
+        A running vLLM that they are too large for is stopped, and starts again at its next use. Raises UserError for
+        sequences longer than the model takes.
         """
         check_length(self.base, config.max_seq_length)
         self.config = config
-        if self._engine is not None and self._needs(config) != self._engine_needs:
+        if self._engine_needs is not None and not covers(self._engine_needs, self._needs(config)):
             self._stop_engine()
 
     def _needs(self, config: Config) -> EngineNeeds:
@@ -181,6 +181,21 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def covers(running: EngineNeeds, wanted: EngineNeeds) -> bool:
+    """Whether vLLM as it was started for `running` serves `wanted`, and leaves as much memory for training."""
+    settings, plan = running
+    wanted_settings, wanted_plan = wanted
+    grown = {
+        "max_seq_length": max(settings.max_seq_length, wanted_settings.max_seq_length),
+        "max_num_seqs": max(settings.max_num_seqs, wanted_settings.max_num_seqs),
+        "stop_strings": settings.stop_strings or wanted_settings.stop_strings,
+        "seed": settings.seed,  # every request has its own
+    }
+    if replace(wanted_settings, **grown) != settings:
+        return False
+    return plan is None or wanted_plan is None or wanted_plan.training <= plan.training
 
 
 def resolve_device(wanted: str) -> torch.device:
@@ -269,6 +284,7 @@ def engine_settings(config: Config, kv_cache_memory_bytes: int | None) -> Engine
         kv_cache_memory_bytes=kv_cache_memory_bytes,
         gpu_memory_utilization=rollout.gpu_memory_utilization,
         kv_cache_dtype=rollout.kv_cache_dtype,
+        release_kv_cache=rollout.release_kv_cache,
         enforce_eager=rollout.enforce_eager,
         seed=config.train.seed,
         stop_strings=bool(rollout.stop),

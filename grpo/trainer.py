@@ -181,6 +181,7 @@ class Run:
         taken = self.stream.taken.copy()
         try:
             rollouts = self.sample(step)
+            self.session.engine.release_kv_cache()
             sampled = time.perf_counter()
             groups = [group for rollout in rollouts for group in rollout.groups]
             advantages = self.advantages(groups)
