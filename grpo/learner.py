@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import psutil  # type: ignore[import-untyped]
 import torch
 from torch import Tensor
 
@@ -18,11 +17,12 @@ from grpo.advantages import Advantages, may_skip_equal_groups
 from grpo.batch import PackedTokens, TrainingSequence, pack, packed_tokens, training_sequences
 from grpo.config import Config
 from grpo.guard import Batch, Guard, rng_states
+from grpo.headroom import Headroom, largest_batch
 from grpo.loss import BatchTotals, LossInputs, batch_totals, resolve_loss
 from grpo.loss_metrics import Metrics, merge_metrics
-from grpo.optim import build_optimizer, learning_rate
-from grpo.plan import KEPT_HIDDEN, KEPT_INNER
+from grpo.optim import LossScaler, build_optimizer, learning_rate, moments_like
 from grpo.policy import Policy, Scored
+from grpo.recompute import RandomState
 from grpo.sampler import Group
 from grpo.snapshot import Snapshot
 
@@ -68,14 +68,15 @@ class Learner:
         self.policy.model.train()
         try:
             if updates > 1:
-                self.remember_old_logprobs([s for prompt in prompts if id(prompt) not in idle for s in prompt])
+                active = [s for prompt in prompts if id(prompt) not in idle for s in prompt]
+                self.headroom.within(lambda: self.remember_old_logprobs(active), self.clear_gradients)
             figures = [
                 self.optimizer_step(part, idle)
                 for _ in range(train.num_iterations)
                 for part in split(prompts, train.optimizer_steps_per_rollout)
             ]
         except BaseException:
-            self.optimizer.zero_grad(set_to_none=True)
+            self.clear_gradients()
             self.guard.load_state_dict(guard_before)
             if before is not None:
                 before.restore()
@@ -92,9 +93,8 @@ class Learner:
         metrics = self.headroom.within(lambda: self.backpropagate(active, everything), self.clear_gradients)
         figures = {**UNMEASURED, "grad_norm": self.clip_gradients(), **merge_metrics(metrics)}
         if self.scaler.enabled:
-            figures["loss_scale"] = self.scaler.scale
-            overflowed = self.scaler.overflowed(figures)
-            figures["loss_scale_overflow"] = float(overflowed)
+            overflowed = self.scaler.overflowed(figures["loss"], figures["grad_norm"])
+            figures |= {"loss_scale": self.scaler.scale, "loss_scale_overflow": float(overflowed)}
             self.scaler.update(overflowed)
             if overflowed:
                 self.clear_gradients()
@@ -117,25 +117,25 @@ class Learner:
     def probe_memory(self) -> None:
         """Try the largest micro-batch that the configuration allows, and discard what it gives.
 
-        Run before the first step, with the gradients and moments of later ones held, so that memory runs out here or
-        never. Where the configuration leaves the form of checkpointing open, one that does not fit gives way.
-        Raises UserError where the least demanding form does not fit either.
+        Run before the first step, beside the gradients and moments of later ones, so that memory runs out here or
+        never. Where the configuration leaves the form of checkpointing open, one that does not fit gives way to the
+        next. Raises UserError where the last does not fit with half the tokens either.
         """
-
-        def attempt() -> None:
-            batch = largest_batch(self.config, self.headroom.tokens)
-            held = [torch.empty_like(parameter) for parameter in self.parameters for _ in range(self.moments())]
-            with torch.random.fork_rng(devices=[self.policy.base.device] if self.policy.base.device.index else []):
-                self.backpropagate(batch, batch)
-            del held
-
+        random = RandomState(self.policy.base.device)
         self.policy.model.train()
         try:
-            while True:
-                self.headroom.within(attempt, self.clear_gradients)
+            self.headroom.settle(self.try_largest, self.clear_gradients)
         finally:
             self.policy.model.eval()
             self.clear_gradients()
+            random.restore()
+
+    def try_largest(self) -> None:
+        """Gradients of the largest micro-batch, with the optimiser's moments in memory."""
+        batch = largest_batch(self.config, self.headroom.tokens)
+        moments = [] if self.optimizer.state else moments_like(self.parameters, self.config.train)
+        self.backpropagate(batch, batch)
+        moments.clear()
 
     def micro_batch(self, batch: list[TrainingSequence], totals: BatchTotals) -> tuple[Tensor, Metrics]:
         """The share of the loss that `batch` contributes."""
@@ -173,13 +173,13 @@ class Learner:
     @torch.no_grad()
     def entropy(self, sequences: Sequence[TrainingSequence]) -> Tensor:
         """Entropy at every completion token, from an extra forward pass."""
-        batches = pack(sequences, self.config.train.tokens_per_micro_batch)
+        batches = pack(sequences, self.headroom.tokens)
         return torch.cat([self.score(batch).entropy for batch in batches])
 
     @torch.no_grad()
     def remember_old_logprobs(self, sequences: list[TrainingSequence]) -> None:
         """Store each sequence's logprobs under the policy as it is now."""
-        for batch in pack(sequences, self.config.train.tokens_per_micro_batch):
+        for batch in pack(sequences, self.headroom.tokens):
             lengths = [len(sequence.completion_ids) for sequence in batch]
             for sequence, logprobs in zip(batch, self.score(batch).logprobs.split(lengths), strict=True):
                 sequence.old_logprobs = logprobs
@@ -195,40 +195,30 @@ class Learner:
 
     def clip_gradients(self) -> float:
         """The gradient norm before clipping; 0 without any gradient."""
-        if all(parameter.grad is None for parameter in self.parameters):
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        if not gradients:
             return 0.0
+        self.scaler.unscale(gradients)
         return float(torch.nn.utils.clip_grad_norm_(self.parameters, self.config.train.max_grad_norm))
 
     def apply_gradients(self) -> None:
         """Step and clear. Without any gradient nothing moves."""
         if any(parameter.grad is not None for parameter in self.parameters):
             self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
+            self.clear_gradients()
+
+    def clear_gradients(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"optimizer": self.optimizer.state_dict(), "guard": self.guard.state_dict()}
+        parts = {"optimizer": self.optimizer, "guard": self.guard, "scaler": self.scaler, "headroom": self.headroom}
+        return {name: part.state_dict() for name, part in parts.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state["optimizer"])
         self.guard.load_state_dict(state["guard"])
-
-
-def checkpointing_form(policy: Policy, config: Config) -> str:
-    """`train.gradient_checkpointing`; "auto": "layer" where a micro-batch's activations exceed half the free memory."""
-    wanted = str(config.train.gradient_checkpointing)
-    if wanted != "auto":
-        return wanted
-    model, base = policy.base.config, policy.base
-    per_token = base.dtype.itemsize * (KEPT_HIDDEN * model.hidden_size + KEPT_INNER * model.intermediate_size)
-    tokens = max(config.train.tokens_per_micro_batch, config.max_seq_length)
-    return "layer" if per_token * model.num_hidden_layers * tokens > free_memory(base.device) / 2 else "none"
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes free on the GPU or, on a CPU, available to processes."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
+        self.scaler.load_state_dict(state["scaler"])
+        self.headroom.load_state_dict(state["headroom"])
 
 
 def split(prompts: list[list[TrainingSequence]], parts: int) -> list[list[list[TrainingSequence]]]:

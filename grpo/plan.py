@@ -1,8 +1,9 @@
-"""The memory of a run by arithmetic, before anything is loaded: weights, KV cache, adapter, activations, logits.
+"""The memory of a run by arithmetic, before anything is loaded: weights, KV cache, adapter, sampling, training.
 
 `memory_plan` prints it for a dry run and therefore imports neither torch nor transformers; `check_memory` decides
-before vLLM starts whether a GPU is large enough, and how large the KV cache may be. Weights, KV cache and adapter are
-exact to a per cent; activations are an upper estimate. GB is 10^9 bytes. Nothing here allocates.
+before vLLM starts whether a GPU is large enough, and how large the KV cache may be. The formulas of a training step
+are in `memory.py`. What the CUDA context and libraries take outside of torch (0.5 GB or so) is in none of the
+figures. GB is 10^9 bytes. Nothing here allocates.
 """
 
 from __future__ import annotations
@@ -14,18 +15,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from grpo.architectures import ARCHITECTURES, adapter_targets, expected_shapes, fused_linears
+from grpo.architectures import ARCHITECTURES, adapter_targets, fused_linears
 from grpo.config import Config
 from grpo.errors import UserError
 from grpo.gguf_header import read_header
 from grpo.locate import local_path
+from grpo.memory import FORMS, TrainingMemory, linear_shapes, moment_bytes
 
 CPU_BLOCK, GPU_BLOCK = 32, 16
 """Tokens in a block of the KV cache. vLLM's default of 128 on a CPU shares no prefix of a short prompt."""
 VLLM_BUFFERS = 1 << 30
-"""Bytes set aside for vLLM's activations, sampler and CUDA graphs."""
-KEPT_HIDDEN, KEPT_INNER = 18, 6
-"""Tensors of the hidden and of the intermediate size that a layer keeps for its backward pass."""
+"""Bytes set aside for vLLM beside a share of the GPU that the configuration sets."""
+VLLM_KEEPS = 400 << 20
+"""Bytes that vLLM keeps: inputs of a step, the rotary table, workspaces of products, pools of CUDA graphs."""
+BATCHED_TOKENS = 8192
+"""Tokens that vLLM computes at once at the most, unless one sequence is longer."""
+SAMPLER_BYTES = 20
+"""Per logit of every sequence decoded at once: in 16 bit, in float32, its logarithm, and what sampling draws."""
 AUTO_SHARE = 0.05
 """Share of the linear layers that `keep_16bit = "auto"` leaves unquantised."""
 VOCABULARY_PADDING = 64
@@ -77,21 +83,30 @@ class MemoryPlan:
     """For every sequence of `max_num_seqs` at its full length, unless the configuration sets it."""
     kv_one_sequence: int
     vllm: int
-    activations: int
-    """Of one micro-batch, at most."""
-    recomputed: int
-    """The same, where each layer is computed again in the backward pass."""
+    """What vLLM keeps beside weights and KV cache."""
+    sampling: int
+    """What a step of vLLM takes on top, and gives back."""
+    peaks: dict[str, int]
+    """What training takes on top for its largest micro-batch, and gives back, by form of gradient checkpointing."""
     logits: int
+    """The part of every peak that is logits, where the head is that peak."""
     gradient_checkpointing: str
 
     @property
+    def form(self) -> str:
+        """The form of checkpointing that is set, or the least demanding one where it is chosen."""
+        chosen = self.gradient_checkpointing
+        return min(FORMS, key=self.peaks.__getitem__) if chosen == "auto" else chosen
+
+    @property
     def training(self) -> int:
-        """What a training step adds; at the least, where the learner chooses whether to recompute."""
-        return self.logits + (self.activations if self.gradient_checkpointing == "none" else self.recomputed)
+        """What a training step takes, at the least."""
+        return self.peaks[self.form]
 
     @property
     def without_kv(self) -> int:
-        return self.weights + self.adapter + self.vllm + self.training
+        """Sampling and training take turns."""
+        return self.weights + self.adapter + self.vllm + max(self.sampling, self.training)
 
 
 # What the model is
@@ -158,16 +173,17 @@ def plan_memory(config: Config, shape: Any, itemsize: int, *, on_gpu: bool) -> M
     def kv(count: int) -> int:
         return kv_cache_bytes(shape, itemsize, config.rollout.kv_cache_dtype, length, count, block)
 
+    training = TrainingMemory.of(config, shape, itemsize, on_gpu=on_gpu)
     return MemoryPlan(
         weights=weight_bytes(config, shape, itemsize, packed=on_gpu and config.model.load_in_4bit),
         adapter=adapter_bytes(config, shape, itemsize, on_gpu=on_gpu),
         kv_cache=config.rollout.kv_cache_memory_bytes or kv(sequences),
         kv_one_sequence=kv(1),
-        vllm=VLLM_BUFFERS if on_gpu else 0,
-        activations=activation_bytes(config, shape, itemsize, recomputed=False),
-        recomputed=activation_bytes(config, shape, itemsize, recomputed=True),
-        logits=logit_bytes(config, shape, itemsize),
-        gradient_checkpointing=config.train.gradient_checkpointing,
+        vllm=VLLM_KEEPS if on_gpu else 0,
+        sampling=sampling_bytes(shape, itemsize, length, sequences),
+        peaks={form: training.peak(form) for form in FORMS},
+        logits=training.logits(),
+        gradient_checkpointing=str(config.train.gradient_checkpointing),
     )
 
 
@@ -176,14 +192,6 @@ def sequence_limits(config: Config) -> tuple[int, int]:
     rollout = config.rollout
     evaluated = rollout.max_prompt_length + (config.eval.max_completion_length or 0)
     return max(config.max_seq_length, evaluated), rollout.max_num_seqs or min(config.completions_per_step, 256)
-
-
-def linear_shapes(shape: Any) -> dict[str, tuple[int, int]]:
-    """Module name -> (out, in) of every linear layer of the decoder's blocks."""
-    found: dict[str, tuple[int, int]] = {}
-    for name, parts in fused_linears(shape).items():
-        found |= expected_shapes(shape, name, parts)
-    return found
 
 
 def weight_bytes(config: Config, shape: Any, itemsize: int, *, packed: bool) -> int:
@@ -213,8 +221,7 @@ def adapter_bytes(config: Config, shape: Any, itemsize: int, *, on_gpu: bool) ->
         trained += sum(rank * sum(sizes[part]) for part in adapted)
         # B of a fused layer has a row for every output and a column for every part's rank.
         engine += rank * len(adapted) * (sizes[parts[0]][1] + sum(sizes[part][0] for part in parts))
-    moments = 2 if config.train.optim != "adamw" and on_gpu else 8
-    return trained * (4 + 4 + moments) + engine * itemsize
+    return trained * (4 + 4 + moment_bytes(config.train.optim, on_gpu=on_gpu)) + engine * itemsize
 
 
 def kv_bytes_per_token(shape: Any, itemsize: int, kv_cache_dtype: str) -> int:
@@ -230,19 +237,12 @@ def kv_cache_bytes(shape: Any, itemsize: int, kv_cache_dtype: str, length: int, 
     return blocks * block * kv_bytes_per_token(shape, itemsize, kv_cache_dtype)
 
 
-def activation_bytes(config: Config, shape: Any, itemsize: int, *, recomputed: bool) -> int:
-    """What one micro-batch keeps for its backward pass, and the largest weight dequantised for it."""
-    tokens = max(config.train.tokens_per_micro_batch, config.max_seq_length)
-    layer = tokens * (KEPT_HIDDEN * shape.hidden_size + KEPT_INNER * shape.intermediate_size)
-    inputs = tokens * shape.hidden_size * shape.num_hidden_layers
-    dense = max(rows * columns for rows, columns in linear_shapes(shape).values())
-    return itemsize * (dense + (layer + inputs if recomputed else layer * shape.num_hidden_layers))
-
-
-def logit_bytes(config: Config, shape: Any, itemsize: int) -> int:
-    """One chunk of logits; a second one where the entropy has a gradient."""
-    chunks = 2 if config.loss.entropy_coef else 1
-    return chunks * config.train.logprob_chunk_tokens * shape.vocab_size * itemsize
+def sampling_bytes(shape: Any, itemsize: int, length: int, sequences: int) -> int:
+    """What one step of vLLM takes and gives back: the MLP of a full prefill, or the logits of all sequences."""
+    rows = max(BATCHED_TOKENS, length)
+    prefill = rows * (3 * shape.hidden_size + 3 * shape.intermediate_size) * itemsize
+    dense = 2 * shape.intermediate_size * shape.hidden_size * itemsize
+    return max(prefill + dense, SAMPLER_BYTES * sequences * shape.vocab_size)
 
 
 # Telling
@@ -264,12 +264,11 @@ def memory_plan(config: Config) -> list[str]:
         f"  {gb(plan.weights)}  weights, {form}, one copy for sampling and training",
         f"  {kv_line(config, plan, on_gpu)}",
         f"  {gb(plan.adapter)}  adapter of rank {config.lora.r}: values, gradients, moments, the copy that vLLM reads",
-        f"  {gb(plan.activations)}  activations of a micro-batch of {tokens:,} tokens, at most "
-        f"({plan.recomputed / 1e9:.2f} with gradient_checkpointing)",
-        f"  {gb(plan.logits)}  logits of {config.train.logprob_chunk_tokens:,} tokens",
+        f"  {gb(plan.sampling)}  at most, while sampling",
+        f"  {gb(plan.training)}  at most, while training on {tokens:,} tokens ({training_line(plan)})",
     ]
     if on_gpu:
-        lines.insert(3, f"  {gb(plan.vllm)}  set aside for vLLM's buffers and CUDA graphs")
+        lines.insert(3, f"  {gb(plan.vllm)}  vLLM's buffers and CUDA graphs")
     return lines
 
 
@@ -282,6 +281,12 @@ def kv_line(config: Config, plan: MemoryPlan, on_gpu: bool) -> str:
         return f"{gb(plan.kv_cache)}  KV cache, as rollout.kv_cache_memory_bytes says"
     fitted = "; less where the GPU has less" if on_gpu else ""
     return f"{gb(plan.kv_cache)}  KV cache: {sequences:,} sequences of {length:,} tokens{fitted}"
+
+
+def training_line(plan: MemoryPlan) -> str:
+    """The peak of every form that training may take."""
+    peaks = ", ".join(f"{form} {peak / 1e9:.2f}" for form, peak in plan.peaks.items())
+    return f'gradient_checkpointing = "{plan.gradient_checkpointing}": {peaks}'
 
 
 def gb(size: int) -> str:
@@ -333,14 +338,19 @@ def refusal(config: Config, plan: MemoryPlan, needed: int, free: int) -> str:
     share, fixed = config.rollout.gpu_memory_utilization, config.rollout.kv_cache_memory_bytes
     kv = plan.kv_cache if fixed else plan.kv_one_sequence
     parts = {"weights": plan.weights, "KV cache": kv, "vLLM's buffers": plan.vllm, "adapter": plan.adapter}
-    parts |= {"activations": plan.training - plan.logits, "logits": plan.logits}
+    if plan.sampling > plan.training:
+        parts |= {"sampling": plan.sampling}
+    else:
+        logits = min(plan.logits, plan.training)
+        parts |= {"activations": plan.training - logits, "logits": logits}
     remedies = {
         "weights": "use a smaller model" if config.model.load_in_4bit else "set model.load_in_4bit = true",
         "KV cache": "lower rollout.kv_cache_memory_bytes" if fixed else "lower rollout.max_completion_length",
         "vLLM's buffers": "use a smaller model",
         "adapter": "lower lora.r",
+        "sampling": "lower rollout.max_num_seqs or rollout.max_completion_length",
         "activations": "lower train.tokens_per_micro_batch or rollout.max_completion_length"
-        if plan.gradient_checkpointing != "none"
+        if plan.gradient_checkpointing in ("auto", "offload")
         else 'set train.gradient_checkpointing = "auto"',
         "logits": "lower train.logprob_chunk_tokens",
     }

@@ -20,9 +20,8 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge
 
 from grpo.graph_kernels import for_backward_alone
+from grpo.memory import FORMS
 
-FORMS = ("none", "layer", "offload")
-"""From the fastest to the one that needs least memory on the device."""
 HOST_BLOCK = 64 << 20
 """Bytes of a pinned block. torch rounds pinned allocations up to a power of two, which would double large ones."""
 
@@ -94,10 +93,14 @@ class RandomState:
     def restored(self) -> Iterator[None]:
         """Draw from this state inside, and from where the generators were afterwards."""
         with torch.random.fork_rng(devices=[] if self.cuda is None else [self.device]):
-            torch.set_rng_state(self.cpu)
-            if self.cuda is not None:
-                torch.cuda.set_rng_state(self.cuda, self.device)
+            self.restore()
             yield
+
+    def restore(self) -> None:
+        """Go back to this state."""
+        torch.set_rng_state(self.cpu)
+        if self.cuda is not None:
+            torch.cuda.set_rng_state(self.cuda, self.device)
 
 
 class HostStore:

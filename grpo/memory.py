@@ -1,0 +1,275 @@
+"""Bytes that a training step takes beside what is always there: what layers keep, and the peak of each phase.
+
+The formulas count what autograd really saves, tensor by tensor, for the layers of `graph_kernels.py` ("triton") and
+for transformers' own ("torch"); tests compare them with the saved tensors of tiny models. Nothing here imports torch
+or allocates. Counted in tokens of one micro-batch; weights, adapter, KV cache and what vLLM needs are in `plan.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from grpo.architectures import adapter_targets, expected_shapes, fused_linears
+from grpo.config import Config
+
+FORMS = ("none", "layer", "offload")
+"""Forms of gradient checkpointing, from the fastest to the one that needs least memory on the device."""
+MLP_TILE, QKV_TILE = 4096, 8192
+"""Tokens whose intermediate tensors the kernels hold at once (kernels/lora_mlp.py, kernels/lora_attention.py)."""
+LOGIT_WORKSPACE = 2 * (128 << 20)
+"""kernels/logprob.py's wide buffers on a GPU, at most."""
+INDEX_BYTES = 64
+"""Per token: ids, positions, targets and the like, as int64."""
+FREE_SHARE = 0.95
+"""Of a GPU's free memory that activations may take: the allocator loses some to fragments."""
+HOST_SHARE = 0.8
+"""Of the host's available memory that offloaded inputs may take."""
+CPU_SHARE = 0.5
+"""Of the available memory that activations on a CPU may take: other processes want some too."""
+
+
+def linear_shapes(shape: Any) -> dict[str, tuple[int, int]]:
+    """Module name -> (out, in) of every linear layer of the decoder's blocks."""
+    found: dict[str, tuple[int, int]] = {}
+    for name, parts in fused_linears(shape).items():
+        found |= expected_shapes(shape, name, parts)
+    return found
+
+
+def moment_bytes(optim: str, *, on_gpu: bool) -> int:
+    """Bytes per trained number that `train.optim` keeps on the device."""
+    if optim == "adamw" or not on_gpu:
+        return 8
+    return 0 if optim.startswith("paged") else 2
+
+
+@dataclass(frozen=True)
+class LayerSizes:
+    """Numbers per token in a decoder layer, and what its adapters add."""
+
+    hidden: int
+    inner: int
+    query: int
+    """Heads times head dimension."""
+    key: int
+    """Key-value heads times head dimension."""
+    heads: int
+    head_dim: int
+    layers: int
+    vocabulary: int
+    norms: int
+    """2, or 4 where a norm follows attention and MLP too (Gemma 2 and 3)."""
+    normed_heads: bool
+    """q and k are normalised before the rotation (Qwen 3, Gemma 3)."""
+    adapted: frozenset[str]
+    """Endings of the linear layers that have an adapter."""
+    rank: int
+    adapter: int
+    """Numbers in one layer's A and B."""
+    adapter_b: int
+    """Numbers in one layer's B."""
+
+    @classmethod
+    def of(cls, shape: Any, targets: list[str], rank: int) -> LayerSizes:
+        """Of a plan's Shape or transformers' configuration."""
+        head_dim = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
+        adapted = frozenset(adapter_targets(shape, targets))
+        first = {n: s for n, s in linear_shapes(shape).items() if ".layers.0." in n and n.rpartition(".")[2] in adapted}
+        return cls(
+            hidden=shape.hidden_size,
+            inner=shape.intermediate_size,
+            query=shape.num_attention_heads * head_dim,
+            key=shape.num_key_value_heads * head_dim,
+            heads=shape.num_attention_heads,
+            head_dim=head_dim,
+            layers=shape.num_hidden_layers,
+            vocabulary=shape.vocab_size,
+            norms=4 if shape.model_type in ("gemma2", "gemma3_text") else 2,
+            normed_heads=shape.model_type in ("qwen3", "gemma3_text"),
+            adapted=adapted,
+            rank=rank,
+            adapter=sum(rank * sum(size) for size in first.values()),
+            adapter_b=sum(rank * size[0] for size in first.values()),
+        )
+
+    def has(self, *endings: str) -> bool:
+        return bool(self.adapted & set(endings))
+
+
+@dataclass(frozen=True)
+class TrainingMemory:
+    """One micro-batch: sizes of the model, of the batch, and of the arithmetic."""
+
+    sizes: LayerSizes
+    itemsize: int
+    tokens: int
+    predicted: int
+    """Completion tokens among them."""
+    chunk: int
+    """Tokens whose logits exist at once."""
+    entropy_gradient: bool
+    on_gpu: bool
+    kernels: bool
+    packed_weights: bool
+    """Whether linear layers dequantise their weight at each use."""
+
+    @classmethod
+    def of(
+        cls, config: Config, shape: Any, itemsize: int, *, on_gpu: bool, tokens: int | None = None
+    ) -> TrainingMemory:
+        """Of the largest micro-batch of `config`, or of one of `tokens` tokens."""
+        tokens = tokens or max(config.train.tokens_per_micro_batch, config.max_seq_length)
+        return cls(
+            sizes=LayerSizes.of(shape, config.lora.target_modules, config.lora.r),
+            itemsize=itemsize,
+            tokens=tokens,
+            predicted=tokens,
+            chunk=config.train.logprob_chunk_tokens,
+            entropy_gradient=bool(config.loss.entropy_coef),
+            on_gpu=on_gpu,
+            kernels=config.train.kernels != "torch" and on_gpu and not config.lora.lora_dropout,
+            packed_weights=config.model.load_in_4bit and on_gpu,
+        )
+
+    # What layers keep
+
+    def kept_by_layer(self) -> int:
+        """Bytes that one layer saves, its input among them, where nothing is computed again."""
+        return self.tokens * (self._fused_per_token() if self.kernels else self._plain_per_token()) + self._factors()
+
+    def _attention_per_token(self) -> int:
+        """q, k, v, the output and its log-sum-exp (float32), which flash attention saves."""
+        s = self.sizes
+        return (2 * s.query + 2 * s.key) * self.itemsize + 4 * s.heads
+
+    def _fused_per_token(self) -> int:
+        """Layer input, attention, MLP input, gate and up; inputs of the norms that follow attention and MLP."""
+        s = self.sizes
+        numbers = 2 * s.hidden + 2 * s.inner + (2 * s.hidden if s.norms == 4 else 0)
+        if s.normed_heads:
+            # Beside the rotated q and k, the stacked product, of which v is a view, stays.
+            numbers += s.query + s.key
+        return numbers * self.itemsize + self._attention_per_token()
+
+    def _plain_per_token(self) -> int:
+        """transformers' modules with LoRA: each norm keeps its input in float32, and every linear layer its own."""
+        s = self.sizes
+        size = s.norms * (4 * s.hidden + 4) + self._attention_per_token()
+        if s.normed_heads:
+            size += 4 * (s.query + s.key) + 4 * (s.query + s.key) // s.head_dim
+        numbers = s.hidden * s.has("q_proj", "k_proj", "v_proj", "qkv_proj")
+        numbers += s.hidden * s.has("gate_proj", "up_proj", "gate_up_proj")
+        numbers += 3 * s.inner + s.inner * s.has("down_proj")
+        return size + (numbers + s.rank * len(s.adapted)) * self.itemsize
+
+    def _factors(self) -> int:
+        """A and B as they are multiplied, which plain layers keep: in 16 bit, or s B in float32."""
+        if self.kernels:
+            return 0
+        return self.sizes.adapter * self.itemsize if self.itemsize == 2 else self.sizes.adapter_b * self.itemsize
+
+    def _absent_in_first_layer(self) -> int:
+        """The embedding needs no gradient, so the first plain layer saves neither its norm's input nor A before it."""
+        if self.kernels:
+            return 0
+        s = self.sizes
+        before = len(s.adapted & {"q_proj", "k_proj", "v_proj", "qkv_proj"}) * s.rank * s.hidden
+        return self.tokens * (4 * s.hidden + 4) + (before * self.itemsize if self.itemsize == 2 else 0)
+
+    def layer_input(self) -> int:
+        return self.tokens * self.sizes.hidden * self.itemsize
+
+    def kept(self, form: str) -> int:
+        """Bytes that all layers keep on the device between their forward and their backward."""
+        if form == "none":
+            return self.sizes.layers * self.kept_by_layer() - self._absent_in_first_layer()
+        # Offloaded, one is still here when the backward begins, and later one is on its way.
+        return self.layer_input() * (self.sizes.layers if form == "layer" else 2)
+
+    def on_host(self, form: str) -> int:
+        """Bytes of host memory."""
+        return self.layer_input() * (self.sizes.layers - 1) if form == "offload" else 0
+
+    # Peaks
+
+    def peak(self, form: str) -> int:
+        """Most bytes that the forward and backward of this micro-batch hold at once on the device."""
+        return max(self.phases(form).values()) + (0 if self.on_gpu else self.on_host(form))
+
+    def phases(self, form: str) -> dict[str, int]:
+        """Bytes at the moments that may be the peak: the head, and the backward through the last layer."""
+        index = INDEX_BYTES * self.tokens + 2 * self.tokens * self.sizes.head_dim * self.itemsize
+        found = self._head(form) | (self._fused_backward(form) if self.kernels else self._plain_backward(form))
+        return {name: size + index for name, size in found.items()}
+
+    def logits(self) -> int:
+        """One chunk of logits, a second one where the entropy has a gradient, and the float32 workspace."""
+        chunk = min(self.chunk, self.predicted) * self.sizes.vocabulary
+        return chunk * self.itemsize * (1 + self.entropy_gradient) + min(LOGIT_WORKSPACE, 8 * chunk)
+
+    def _head(self, form: str) -> dict[str, int]:
+        """The last norm's input, its output, the rows of it that predict, and their gradients, made with the logits."""
+        s = self.sizes
+        rows = self.predicted * s.hidden * self.itemsize
+        norm = self.layer_input() if self.kernels else 4 * self.tokens * s.hidden
+        before = self.kept(form) + norm
+        gradients = rows * (1 + self.entropy_gradient)
+        return {
+            "logits": before + self.layer_input() + rows + gradients + self.logits(),
+            "head backward": before + gradients + rows + 4 * self.predicted * s.hidden,
+        }
+
+    def _flash_backward(self) -> int:
+        """Gradients of the output, q, k and v, and what the kernel allocates: dq in float32, and where heads share
+        keys, dk and dv of every head."""
+        s = self.sizes
+        grouped = 2 * s.query if s.key != s.query else 0
+        return self.tokens * ((2 * s.query + 2 * s.key + grouped) * self.itemsize + 4 * s.query + 4 * s.heads)
+
+    def _dense(self, *sizes: int) -> int:
+        """Weights dequantised at once, each `sizes` x hidden."""
+        return sum(sizes) * self.sizes.hidden * self.itemsize if self.packed_weights else 0
+
+    def _fused_backward(self, form: str) -> dict[str, int]:
+        s, one = self.sizes, self.layer_input()
+        replayed = form != "none"
+        gate_up = 2 * self.tokens * s.inner * self.itemsize
+        attention = self.tokens * self._fused_per_token() - gate_up - 2 * one
+        mlp_rows, qkv_rows = min(self.tokens, MLP_TILE), min(self.tokens, QKV_TILE)
+        mlp_numbers = s.inner + 2 * s.hidden + (2 * s.inner if replayed else 0)
+        mlp_tile = mlp_rows * mlp_numbers * self.itemsize + self._dense(3 * s.inner)
+        qkv = s.query + 2 * s.key
+        qkv_tile = qkv_rows * (qkv + 2 * s.hidden) * self.itemsize + self._dense(qkv)
+        # A layer that keeps everything has its part in `kept`; one that is replayed adds what its replay keeps, and
+        # the gradient of its output stays in the caller's frame to the end.
+        before = self.kept(form) + (attention + 2 * one if replayed else 0)
+        # Gone by then: the MLP's input, and the inputs of norms behind attention and MLP.
+        mlp_gone = one + (0 if replayed else gate_up) + (2 * one if s.norms == 4 else 0)
+        return {
+            "mlp backward": before + (1 if replayed else 2) * one + mlp_tile + 8 * s.adapter,
+            "attention backward": before - mlp_gone + one + self._flash_backward(),
+            "projection backward": before - mlp_gone - attention + 2 * one
+            + self.tokens * qkv * self.itemsize + qkv_tile + 8 * s.adapter,
+        }  # fmt: skip
+
+    def _plain_backward(self, form: str) -> dict[str, int]:
+        s, one = self.sizes, self.layer_input()
+        inner, wide = self.tokens * s.inner * self.itemsize, 4 * self.tokens * s.hidden
+        own = self.kept_by_layer()
+        before = self.kept(form) + (0 if form == "none" else own + one)
+        return {
+            "last norm backward": self.kept(form) + 6 * wide,
+            "mlp backward": before + one + 2 * inner + self._dense(s.inner),
+            "attention backward": before - 4 * inner - wide + self._flash_backward(),
+        }
+
+    # Choosing
+
+    def first_that_fits(self, free: int, host: int) -> str:
+        """The first of FORMS whose peak is within `free` bytes of the device and `host` bytes of the host, or that
+        with the lowest peak for which the host has room."""
+        share = FREE_SHARE if self.on_gpu else CPU_SHARE
+        hosted = [form for form in FORMS if self.on_host(form) <= HOST_SHARE * host]
+        fitting = [form for form in hosted if self.peak(form) <= share * free]
+        return fitting[0] if fitting else min(hosted, key=self.peak)
