@@ -160,6 +160,9 @@ class Run:
         """All remaining steps; returns the summary. Whatever ends them early leaves a checkpoint of the last one."""
         if resume:
             self.restore()
+        if self.session.base.device.type == "cuda":
+            self.log.status("trying the largest micro-batch")
+            self.learner.probe_memory()
         try:
             self.evaluate()
             while self.step < self.max_steps:
