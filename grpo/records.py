@@ -34,12 +34,13 @@ def printable(text: str) -> str:
     return UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
-def json_line(value: Any) -> str:
+def json_line(value: Any, *, compact: bool = False) -> str:
     """`value` as one line of JSON: numbers of any library as plain ones, NaN and infinities as null.
 
     Characters that a terminal would act upon are escaped, so that the file can be shown with `cat`.
     """
-    text = json.dumps(plain(value), ensure_ascii=False, allow_nan=False)
+    separators = (",", ":") if compact else None
+    text = json.dumps(plain(value), ensure_ascii=False, allow_nan=False, separators=separators)
     return UNPRINTABLE.sub(lambda match: f"\\u{ord(match[0]):04x}", text) + "\n"
 
 

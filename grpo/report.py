@@ -120,12 +120,13 @@ def render(runs: Sequence[RunData]) -> str:
     """The whole file."""
     style = (TEMPLATES / "report.css").read_text(encoding="utf-8")
     scripts = [(TEMPLATES / name).read_text(encoding="utf-8") for name in SCRIPTS]
+    drawn = sections(runs)
     return template().render(
-        **page(runs),
+        **page(runs, drawn),
         policy=policy(style, scripts),
         style=Markup(style),
         scripts=[Markup(script) for script in scripts],
-        data=Markup(script_json(data(runs))),
+        data=Markup(script_json(data(runs, drawn))),
         version=__version__,
     )
 
@@ -142,23 +143,23 @@ def policy(style: str, scripts: Sequence[str]) -> str:
 
 def script_json(value: Any) -> str:
     """JSON that no HTML parser sees an end or a comment in, whatever the texts in it are."""
-    text = json.dumps(json.loads(json_line(value)), ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    text = json_line(value, compact=True)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def data(runs: Sequence[RunData]) -> Page:
+def data(runs: Sequence[RunData], drawn: list[Page]) -> Page:
     """What the scripts draw."""
     one = len(runs) == 1
     groups = [group if one else {"run": run.name, **group} for run in runs for group in run.groups]
     return {
-        "sections": sections(runs),
+        "sections": drawn,
         "groups": groups,
         "improved": improvements(groups),
         "end": None if one and runs[0].finished else max((run.max_steps or 0 for run in runs), default=0),
     }
 
 
-def page(runs: Sequence[RunData]) -> Page:
+def page(runs: Sequence[RunData], drawn: list[Page]) -> Page:
     """What the template fills in."""
     one = len(runs) == 1
     run = runs[0]
@@ -173,7 +174,7 @@ def page(runs: Sequence[RunData]) -> Page:
         "findings": findings(run) if one else [],
         "final": None if one else final_figures(runs),
         "differences": None if one else differences(runs),
-        "sections": [{"id": section["id"], "title": section["title"]} for section in sections(runs)],
+        "sections": [{"id": section["id"], "title": section["title"]} for section in drawn],
         "accuracies": accuracy_table(runs),
         "time_bars": [bar for each in runs if (bar := time_bar(each, named=not one))],
         "has_completions": any(each.groups for each in runs),

@@ -152,17 +152,24 @@ def sampled_groups(files: Mapping[int, Path], kind: str, most_steps: int, share:
     the best first; a text is {"text", "tail", "omitted"} where it was cut, {"text"} where not.
     """
     chosen = spread_evenly(list(files.items()), most_steps)
+    by_step = [step_groups(path, kind, step, share * CHARACTERS / len(chosen)) for step, path in chosen]
+    size = sum(len(json.dumps(groups, ensure_ascii=False)) for groups in by_step)
+    if size > share * CHARACTERS:
+        by_step = spread_evenly(by_step, max(int(len(by_step) * share * CHARACTERS / size), 2))
+    return [group for groups in by_step for group in groups]
+
+
+def step_groups(path: Path, kind: str, step: int, characters: float) -> list[Entry]:
+    """The first groups in `path`, at least one, and no more than have so many characters."""
     groups = []
-    for step, path in chosen:
-        left = share * CHARACTERS / len(chosen)
-        for group in read_entries(path):
-            entry = reduced_group(group, kind, step)
-            if entry is None:
-                continue
-            left -= len(json.dumps(entry))
-            if left < 0 and groups and groups[-1]["step"] == step:
-                break
-            groups.append(entry)
+    for line in read_entries(path):
+        entry = reduced_group(line, kind, step)
+        if entry is None:
+            continue
+        characters -= len(json.dumps(entry, ensure_ascii=False))
+        if characters < 0 and groups:
+            break
+        groups.append(entry)
     return groups
 
 
