@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import statistics
 import time
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -62,10 +63,13 @@ def free_memory() -> None:
 
 
 def tried(call: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """`call()`, or {"error": "out of memory"}."""
+    """`call()`, or what went wrong under "error": one figure that cannot be had does not cost the others."""
     try:
         return call()
     except torch.OutOfMemoryError:
         return {"error": "out of memory"}
+    except Exception as error:
+        traceback.print_exc()
+        return {"error": f"{type(error).__name__}: {error}"[:300]}
     finally:
         free_memory()
