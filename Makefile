@@ -4,7 +4,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test lint types docs clean
+.PHONY: demo test lint types docs clean browser
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
@@ -17,8 +17,15 @@ demo: $(INSTALLED)
 	  --set checkpoint.output_dir=runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 
 # Two threads: the suite's tensors are small, and more threads only wait for each other.
-test: $(INSTALLED)
+test: $(INSTALLED) browser
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# Some tests look at the run report in a browser; they are skipped where none can be had.
+browser:
+	@command -v chromium-headless-shell >/dev/null || command -v chromium >/dev/null || command -v google-chrome >/dev/null || \
+	  { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && \
+	    apt-get install -y -qq --no-install-recommends chromium-headless-shell >/dev/null; } || \
+	  echo "No Chromium, so the report is not tested in a browser; install it with: sudo apt-get install chromium"
 
 lint: $(INSTALLED) types
 	$(BIN)/ruff check .

@@ -7,6 +7,7 @@ that the page logged or asked the network for.
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import shutil
 import subprocess
@@ -38,10 +39,12 @@ class Browser:
         self._process = subprocess.Popen(
             [program, *options, "about:blank"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
+        self._open = contextlib.ExitStack()
         self.events: list[dict[str, Any]] = []
         self._last = 0
         try:
-            self._socket = connect(self._address(profile), max_size=None, proxy=None, open_timeout=SECONDS)
+            address = self._address(profile)
+            self._socket = self._open.enter_context(connect(address, max_size=None, proxy=None, open_timeout=SECONDS))
             targets = self._send("Target.getTargets", session=None)["targetInfos"]
             page = next(target["targetId"] for target in targets if target["type"] == "page")
             attached = self._send("Target.attachToTarget", session=None, targetId=page, flatten=True)
@@ -135,7 +138,7 @@ class Browser:
         return [event["params"]["request"]["url"] for event in sent]
 
     def close(self) -> None:
-        self._socket.close()
+        self._open.close()
         self._process.terminate()
         try:
             self._process.wait(SECONDS)
