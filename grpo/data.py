@@ -57,17 +57,20 @@ class Data:
     """Held-out ones."""
 
 
-def load_data(config: sections.Config, tokenizer: Any, *, train: bool = True) -> Data:
+def load_data(
+    config: sections.Config, tokenizer: Any, *, train: bool = True, tasks: Sequence[Task] | None = None
+) -> Data:
     """The prompts of all `[task]` sections, and the rewards to train with.
 
-    `tokenizer` is transformers'. `train = False` leaves the training rows and the rewards out; held-out rows are left
-    out if `eval.every` is not set, unless they are all that is asked for. `eval.limit` counts for each task. Raises
-    UserError for an unknown task, a row without a usable prompt, no rows, nothing but overlong prompts, chat prompts
-    without a chat template, and rewards neither given nor agreed on by the tasks.
+    `tokenizer` is transformers'. `tasks`: those of the sections, if they need not be loaded by name. `train = False`
+    leaves the training rows and the rewards out; held-out rows are left out if `eval.every` is not set, unless they
+    are all that is asked for. `eval.limit` counts for each task. Raises UserError for an unknown task, a row without
+    a usable prompt, no rows, nothing but overlong prompts, chat prompts without a chat template, and rewards neither
+    given nor agreed on by the tasks.
     """
     data = Data()
-    for section in config.task:
-        task = load_task(section.name, section.options)
+    loaded = tasks or [load_task(section.name, section.options) for section in config.task]
+    for section, task in zip(config.task, loaded, strict=True):
         name = unused_name(task.name, data.tasks)
         data.tasks[name], data.settings[name] = task, section
     if train:
@@ -128,7 +131,7 @@ def make_prompts(
         texts = [checked_prompt(row, place) for row, place in zip(task_rows, where, strict=True)]
         if (system := settings[task].system_prompt) is not None:
             texts = [with_system_prompt(text, system, place) for text, place in zip(texts, where, strict=True)]
-        ids = tokenize(texts, tokenizer, config.rollout.chat_template_kwargs, task)
+        ids = tokenize(texts, tokenizer, config.rollout.chat_template_kwargs, f"task {task!r}")
         lengths = [len(one) for one in ids]
         if lengths and min(lengths) > limit:
             raise UserError(
@@ -175,16 +178,17 @@ def with_system_prompt(prompt: str | Messages, system: str, where: str) -> Messa
 
 
 def tokenize(
-    prompts: Sequence[str | Messages], tokenizer: Any, chat_template_kwargs: Mapping[str, Any], task: str
+    prompts: Sequence[str | Messages], tokenizer: Any, chat_template_kwargs: Mapping[str, Any], whose: str
 ) -> list[list[int]]:
     """Token ids of each prompt: text with the tokenizer's special tokens, messages through the chat template.
 
-    Messages that end with an assistant's are continued; others get the template's opening of an answer.
+    Messages that end with an assistant's are continued; others get the template's opening of an answer. Raises
+    UserError naming `whose` prompts a chat template lacks or refuses.
     """
     if any(not isinstance(prompt, str) for prompt in prompts) and getattr(tokenizer, "chat_template", None) is None:
         raise UserError(
-            f"task {task!r} has chat prompts, but the model's tokenizer has no chat template; set model.chat_template "
-            "to a Jinja file, or use a task with plain-text prompts"
+            f"{whose} has chat prompts, but the model's tokenizer has no chat template; set model.chat_template to a "
+            "Jinja file, or use plain-text prompts"
         )
     ids: dict[int, list[int]] = {}
     kinds: dict[str, list[int]] = {"text": [], "ask": [], "continue": []}
@@ -203,7 +207,7 @@ def tokenize(
                 encoded = tokenizer.apply_chat_template(batch, return_dict=True, **ending, **chat_template_kwargs)
             except (jinja2.TemplateError, TypeError, ValueError) as error:
                 raise UserError(
-                    f"task {task!r}: the chat template refuses its prompts ({error}); change system_prompt, "
+                    f"{whose}: the chat template refuses its prompts ({error}); change system_prompt, "
                     "rollout.chat_template_kwargs or model.chat_template"
                 ) from None
         ids.update(zip(numbers, map(list, encoded["input_ids"]), strict=True))

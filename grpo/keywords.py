@@ -23,11 +23,13 @@ SECTIONS = ("rollout", "train", "loss", "log", "checkpoint", "model")
 def tables_of(settings: Mapping[str, Any], call: str, sections: Sequence[str], own: Sequence[str] = ()) -> Tables:
     """`settings` sorted into the tables of `sections`. `call` is named in errors, `own` are its other arguments.
 
+    A section outside `SECTIONS`, such as eval, is only taken as a whole.
+
     Raises UserError for an unknown keyword, with the nearest, and for one that is set elsewhere.
     """
     tables: Tables = {}
     for keyword, value in settings.items():
-        home = next((name for name in sections if keyword in keys_of(name)), None)
+        home = next((name for name in sections if name in SECTIONS and keyword in keys_of(name)), None)
         if keyword in sections:
             if not isinstance(value, Mapping):
                 raise UserError(f"{call}: {keyword} = {value!r} must be a dict of [{keyword}] keys")

@@ -1,8 +1,9 @@
 """What a person sees while a run goes on, and what is kept of it: metrics, sample completions, the summary.
 
-On a terminal a table of the figures stays below the notices and samples; elsewhere (a pipe, a file, `--verbose`) each
-step is one line. Completions are text by an untrusted model: markup in them is not interpreted, and control characters
-are shown as escapes, never sent to the terminal. Curves and HTML are made by `grpo.report`, which is told of each step.
+On a terminal a table of the figures stays below the notices and samples, in a notebook a line and a plot above them;
+elsewhere (a pipe, a file, `--verbose`) each step is one line. Completions are text by an untrusted model: markup in
+them is not interpreted, and control characters are shown as escapes, never sent to the terminal. Curves and HTML are
+made by `grpo.report`, which is told of each step.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from rich.text import Text
 from grpo.checkpoint import write_atomically
 from grpo.config import Config
 from grpo.environment import hardware, versions
+from grpo.notebook import NotebookDisplay, Progress
 from grpo.records import (
     EVALUATIONS,
     HELD_OUT,
@@ -133,10 +135,13 @@ class RunLog:
         self._started = time.perf_counter()
         self._stepped = False
         self._status = ""
-        self._live: Live | None = None
+        self._live: Live | NotebookDisplay | None = None
         # With --verbose other libraries write too, and would tear a display that redraws itself.
-        if not verbose and (self._console.is_interactive or self._console.is_jupyter):
+        if not verbose and self._console.is_jupyter:
+            self._live = NotebookDisplay(self._progress)
+        elif not verbose and self._console.is_interactive:
             self._live = Live(console=self._console, get_renderable=self._display, refresh_per_second=4)
+        if self._live is not None:
             self._live.start()
 
     def __enter__(self) -> RunLog:
@@ -299,6 +304,11 @@ class RunLog:
         parts += [form.format(entry[key]) for key, form in forms.items() if entry.get(key) is not None]
         left = self._seconds_left()
         return "  ".join(parts if left is None else [*parts, f"left {_duration(left)}"])
+
+    def _progress(self) -> Progress:
+        """The same, for a notebook."""
+        parts = [self._line() if self._stepped else "", self._status]
+        return Progress("   ".join(part for part in parts if part) or "starting", self._series)
 
     def _display(self) -> RenderableType:
         """What is live: a bar, then every figure of the last step, of the last five and of the first five."""
