@@ -12,8 +12,14 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from grpo.kernels.launch import portable, triton_serves
+from grpo.kernels.nf4 import on_device
+from grpo.kernels.nf4_lookup import round_to
 
 CPU_CHUNK_BYTES = 24 << 20
 """Logits at once on a CPU, whatever the caller allows: more leaves the caches, and malloc gives it fresh pages each
@@ -117,10 +123,13 @@ class _SelectedLogprobs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
         logprob_grad, entropy_grad = ctx.saved_tensors
-        grad_hidden = (grad_logprobs * ctx.scale)[:, None] * logprob_grad
+        scaled = (grad_logprobs * ctx.scale)[:, None]
         if entropy_grad is not None:
-            grad_hidden += (grad_entropy * ctx.scale)[:, None] * entropy_grad
-        return grad_hidden.to(logprob_grad.dtype), None, None, None, None, None, None, None
+            wide = scaled * logprob_grad + (grad_entropy * ctx.scale)[:, None] * entropy_grad
+            return wide.to(logprob_grad.dtype), None, None, None, None, None, None, None
+        # The product is computed in the wider type and rounded once, without a tensor of that type.
+        grad_hidden = torch.mul(scaled, logprob_grad, out=torch.empty_like(logprob_grad))
+        return grad_hidden, None, None, None, None, None, None, None
 
 
 class SoftmaxStats(NamedTuple):
@@ -145,8 +154,13 @@ def softmax_stats_(
         p - onehot(target), times 1 - tanh(logits / softcap)^2 under a softcap; otherwise they are left alone.
     entropy_gradient: [C, V] in `logits`' dtype to receive -temperature * d entropy / d logits, or None.
 
-    The rows go through a small workspace in float32 (float64 for float64), so a chunk exists once, in its dtype.
+    One kernel on a GPU. Elsewhere the rows go through a small workspace in float32 (float64 for float64), so a chunk
+    exists once, in its dtype.
     """
+    if triton_serves(logits):
+        return launch_softmax_stats(
+            logits, targets, temperature, softcap, gradient=gradient, entropy_gradient=entropy_gradient
+        )
     wide = _wide(logits.dtype)
     rows, vocabulary = logits.shape
     block_bytes = BLOCK_BYTES.get(logits.device.type, BLOCK_BYTES["cuda"])
@@ -178,6 +192,100 @@ def softmax_stats_(
             p.scatter_add_(-1, index, p.new_full(index.shape, -1.0))
             logits[part] = p if slope is None else p.mul_(slope)
     return SoftmaxStats(logprobs, entropy)
+
+
+def launch_softmax_stats(
+    logits: Tensor,
+    targets: Tensor,
+    temperature: float,
+    softcap: float | None,
+    *,
+    gradient: bool,
+    entropy_gradient: Tensor | None = None,
+) -> SoftmaxStats:
+    """The Triton form of `softmax_stats_`: a row is read from memory once, from the cache again, and written once."""
+    rows, vocabulary = logits.shape
+    second = logits if entropy_gradient is None else entropy_gradient
+    assert rows > 0 and logits.stride(1) == second.stride(1) == targets.stride(0) == 1 and targets.dtype == torch.int64
+    logprobs = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    entropy = torch.empty_like(logprobs)
+    block = min(ROW_BLOCK, triton.next_power_of_2(vocabulary))
+    with on_device(logits):
+        _softmax_stats_kernel[(rows,)](
+            logits, targets, second, logprobs, entropy, vocabulary, logits.stride(0), second.stride(0),
+            1.0 / temperature, softcap or 1.0, softcap is not None, gradient, entropy_gradient is not None, block,
+            portable(logits), num_warps=8,
+        )  # fmt: skip
+    return SoftmaxStats(logprobs, entropy)
+
+
+ROW_BLOCK = 4096
+"""Columns of a row that a program handles at once."""
+
+
+@triton.jit
+def _curve(x, cap):
+    """tanh(x / cap), in a form that saturates."""
+    return 1.0 - 2.0 / (tl.exp(x * (2.0 / cap)) + 1.0)
+
+
+@triton.jit
+def _tempered(x, cap, inverse_temperature, SOFTCAP: tl.constexpr):
+    """cap tanh(x / cap), or x, over the temperature."""
+    if SOFTCAP:
+        x = cap * _curve(x, cap)
+    return x * inverse_temperature
+
+
+@triton.jit
+def _softmax_stats_kernel(
+    logits, targets, second, logprobs, entropies, vocabulary, stride, second_stride, inverse_temperature, cap,
+    SOFTCAP: tl.constexpr, GRADIENT: tl.constexpr, ENTROPY_GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+    PORTABLE: tl.constexpr,
+):  # fmt: skip
+    """One row: maximum, sum of exponentials and their weighted sum in one pass, gradients in another."""
+    row = tl.program_id(0).to(tl.int64)
+    source = logits + row * stride
+    target = tl.load(targets + row)
+    chosen = _tempered(tl.load(source + target).to(tl.float32), cap, inverse_temperature, SOFTCAP)
+    largest = -3e38  # not -inf: the first rescaling multiplies it by 0
+    total = 0.0
+    weighted = 0.0
+    for start in range(0, vocabulary, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = column < vocabulary
+        raw = tl.load(source + column, mask=inside, other=0.0).to(tl.float32)
+        x = tl.where(inside, _tempered(raw, cap, inverse_temperature, SOFTCAP), float("-inf"))
+        higher = tl.maximum(largest, tl.max(x, 0))
+        scale = tl.exp(largest - higher)
+        power = tl.exp(x - higher)
+        # Relative to the maximum: a difference of large numbers would cost the entropy its digits.
+        moved = (weighted + (largest - higher) * total) * scale
+        weighted = moved + tl.sum(tl.where(inside, power * (x - higher), 0.0), 0)
+        total = total * scale + tl.sum(power, 0)
+        largest = higher
+    normaliser = largest + tl.log(total)
+    entropy = tl.log(total) - weighted / total
+    tl.store(logprobs + row, chosen - normaliser)
+    tl.store(entropies + row, entropy)
+    if GRADIENT:
+        for start in range(0, vocabulary, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            inside = column < vocabulary
+            raw = tl.load(source + column, mask=inside, other=0.0).to(tl.float32)
+            log = _tempered(raw, cap, inverse_temperature, SOFTCAP) - normaliser
+            p = tl.exp(log)
+            # In float32, so that p - 1 of a confident token does not round to 0.
+            first = tl.where(column == target, p - 1.0, p)
+            other = p * (log + entropy)
+            if SOFTCAP:
+                curve = _curve(raw, cap)
+                first *= 1.0 - curve * curve
+                other *= 1.0 - curve * curve
+            if ENTROPY_GRADIENT:
+                place = second + row * second_stride + column
+                tl.store(place, round_to(other, second.dtype.element_ty, PORTABLE), mask=inside)
+            tl.store(source + column, round_to(first, logits.dtype.element_ty, PORTABLE), mask=inside)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

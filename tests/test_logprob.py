@@ -1,9 +1,15 @@
 """Chunked log-probabilities against full logits and autograd: values, gradients, chunk sizes, memory."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 from grpo.kernels import logprob
+from grpo.kernels.launch import interpreted
 from grpo.kernels.logprob import selected_logprobs
 
 VOCABULARY, HIDDEN, TOKENS = 37, 12, 11
@@ -195,3 +201,34 @@ def test_wrong_arguments_are_refused():
         selected_logprobs(hidden, weight[:, :-1], targets)
     with pytest.raises(ValueError, match="must be positive"):
         selected_logprobs(hidden, weight, targets, temperature=0.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("vocabulary", [1000, 128256])
+def test_kernel_equals_the_torch_form_on_the_gpu(vocabulary, softcap, dtype):
+    logits, targets = (torch.randn(33, vocabulary) * 3).to(dtype), torch.randint(0, vocabulary, (33,))
+    second = torch.empty_like(logits)
+    mine, mine_second = logits.cuda(), second.cuda()
+    expected = logprob.softmax_stats_(logits, targets, 0.7, softcap, gradient=True, entropy_gradient=second)
+    result = logprob.softmax_stats_(mine, targets.cuda(), 0.7, softcap, gradient=True, entropy_gradient=mine_second)
+    for found, wanted in zip(result, expected, strict=True):
+        torch.testing.assert_close(found.cpu(), wanted, atol=2e-5, rtol=1e-5)
+    unit = torch.finfo(dtype).eps
+    torch.testing.assert_close(mine.cpu(), logits, atol=1e-6, rtol=4 * unit + 1e-4)
+    torch.testing.assert_close(mine_second.cpu(), second, atol=1e-6, rtol=4 * unit + 1e-3)
+
+
+@pytest.mark.slow
+def test_kernel_in_the_interpreter():
+    """Triton reads TRITON_INTERPRET when it is imported, hence a process of its own."""
+    if interpreted():
+        return
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__],
+        cwd=Path(__file__).parent.parent, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "passed" in result.stdout and "skipped" not in result.stdout
