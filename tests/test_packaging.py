@@ -161,14 +161,25 @@ def test_the_command_line_runs_from_the_wheel(installed: dict[str, Path], tmp_pa
     assert "# A step: 16 prompts" in printed
 
 
+def test_what_needs_files_beside_the_code_runs_from_the_wheel(installed: dict[str, Path], tmp_path: Path) -> None:
+    site = installed["wheel"]
+    python("-P", "-m", "grpo.init", "mine", cwd=tmp_path, sites=[site])
+    assert "some_model" in python(
+        "-P", "-m", "grpo.train", "config.toml", "--set", "model.name=some_model", "--dry-run",
+        cwd=tmp_path / "mine", sites=[site],
+    )  # fmt: skip
+    python("-P", "-m", "grpo.report", "mine", cwd=tmp_path, sites=[site])
+    assert "Content-Security-Policy" in (tmp_path / "mine" / "report.html").read_text()
+
+
 def test_the_wheel_has_every_file_of_the_four_folders_and_nothing_outside_the_package(
     wheel: Path, project: Path
 ) -> None:
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     files = {
-        f"{place}/{path.name}"
+        f"{place}/{path.relative_to(project / folder)}"
         for folder, place in FOLDERS.items()
-        for path in (project / folder).iterdir()
+        for path in (project / folder).rglob("*")
         if path.is_file()
     }
     assert names == files

