@@ -9,7 +9,9 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
+import os
 import shutil
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -36,8 +38,12 @@ class Browser:
         # Root has no sandbox, and a container little shared memory; nothing but the test's own files is opened.
         options += ["--no-sandbox", "--disable-dev-shm-usage", "--hide-scrollbars", "--no-first-run", "--mute-audio"]
         options += ["--disable-extensions", "--disable-component-update", "--disable-background-networking"]
+        # A group of its own: the program may be a shell script that waits for the browser.
         self._process = subprocess.Popen(
-            [program, *options, "about:blank"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            [program, *options, "about:blank"],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
         )
         self._open = contextlib.ExitStack()
         self.events: list[dict[str, Any]] = []
@@ -52,7 +58,7 @@ class Browser:
             for domain in ("Page", "Runtime", "Network", "Log"):
                 self._send(f"{domain}.enable")
         except BaseException:
-            self._process.kill()
+            self._kill()
             raise
 
     def _address(self, profile: Path) -> str:
@@ -139,12 +145,12 @@ class Browser:
 
     def close(self) -> None:
         self._open.close()
-        self._process.terminate()
-        try:
-            self._process.wait(SECONDS)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        self._kill()
+
+    def _kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait(SECONDS)
 
     def __enter__(self) -> Browser:
         return self
