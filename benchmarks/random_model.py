@@ -60,8 +60,35 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 32,
         "tie_word_embeddings": False,
     },
+    "14b": {
+        **LLAMA3,
+        "vocab_size": 151936,
+        "hidden_size": 5120,
+        "intermediate_size": 17408,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 40,
+        "tie_word_embeddings": False,
+    },
+    "32b": {
+        **LLAMA3,
+        "vocab_size": 151936,
+        "hidden_size": 5120,
+        "intermediate_size": 25600,
+        "num_hidden_layers": 64,
+        "num_attention_heads": 64,
+        "tie_word_embeddings": False,
+    },
+    "70b": {
+        **LLAMA3,
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "tie_word_embeddings": False,
+    },
 }
-"""Llama-3.2-3B and Llama-3.1-8B, but for the positions; `tiny` is for trying a benchmark on a CPU."""
+"""Llama-3.2-3B, Llama-3.1-8B and Llama-3.1-70B, but for the positions; 14b and 32b have the sizes of Qwen3 without its
+norms of q and k. `tiny` is for trying a benchmark on a CPU."""
 
 OFFSETS = 1 << 20
 """Tensors start at one of so many places in the block, so that no two are alike."""
