@@ -8,7 +8,6 @@ only for a chunk of tokens at a time.
 from __future__ import annotations
 
 import copy
-import json
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModelForCausalLM
 
+from grpo.adapter_files import read_adapter
 from grpo.architectures import adapter_targets
 from grpo.base import BaseWeights, Segment
 from grpo.config import Lora
@@ -276,15 +276,11 @@ class Policy:
 
     def load_adapter(self, folder: Path) -> None:
         """Replace the adapter's values by those in `folder`, whose shape must be the same."""
-        from peft.utils import load_peft_weights, set_peft_model_state_dict
+        from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 
-        check_adapter(folder, self.peft_config)
-        result = set_peft_model_state_dict(self.model, load_peft_weights(str(folder), device="cpu"), ADAPTER)
-        if result.unexpected_keys:
-            raise UserError(
-                f"{folder}: the adapter has weights that this model lacks, such as "
-                f"{result.unexpected_keys[0]}; was it trained on another base?"
-            )
+        mine = get_peft_model_state_dict(self.model, save_embedding_layers=False)
+        tensors = read_adapter(folder, self.peft_config, {name: tensor.shape for name, tensor in mine.items()})
+        set_peft_model_state_dict(self.model, tensors, ADAPTER)
 
 
 def peft_config(base: BaseWeights, lora: Lora, base_name: str) -> LoraConfig:
@@ -302,27 +298,6 @@ def peft_config(base: BaseWeights, lora: Lora, base_name: str) -> LoraConfig:
     )
     config._register_custom_module({BaseLinear: LoraLinear})
     return config
-
-
-def check_adapter(folder: Path, expected: LoraConfig) -> None:
-    """Raise UserError unless `folder` holds a LoRA adapter of the expected rank, scale and targets."""
-    file = Path(folder) / "adapter_config.json"
-    if not file.is_file():
-        raise UserError(f"{folder}: no adapter_config.json; pass the folder of a peft adapter")
-    if not (Path(folder) / "adapter_model.safetensors").is_file():
-        raise UserError(f"{folder}: no adapter_model.safetensors; pickled adapters are never loaded")
-    saved = json.loads(file.read_text())
-    for key in ("r", "lora_alpha", "use_rslora"):
-        if saved.get(key) != getattr(expected, key):
-            raise UserError(
-                f"{file}: {key} = {saved.get(key)}, the configuration says {getattr(expected, key)}; "
-                f"set lora.{key} = {saved.get(key)}"
-            )
-    if set(saved["target_modules"]) != set(expected.target_modules):
-        raise UserError(
-            f"{file}: target_modules = {sorted(saved['target_modules'])}, the configuration says "
-            f"{sorted(expected.target_modules)}; set lora.target_modules as the adapter has them"
-        )
 
 
 def build_graph(base: BaseWeights) -> nn.Module:
