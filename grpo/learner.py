@@ -64,7 +64,7 @@ class Learner:
             idle = set()
         updates = train.num_iterations * train.optimizer_steps_per_rollout
         before = Snapshot(self.parameters, self.optimizer) if updates > 1 else None
-        guard_before = self.guard.state_dict()
+        guard, scaler = self.guard.state_dict(), self.scaler.state_dict()
         self.policy.model.train()
         try:
             if updates > 1:
@@ -77,7 +77,8 @@ class Learner:
             ]
         except BaseException:
             self.clear_gradients()
-            self.guard.load_state_dict(guard_before)
+            self.guard.load_state_dict(guard)
+            self.scaler.load_state_dict(scaler)
             if before is not None:
                 before.restore()
             raise
@@ -209,6 +210,10 @@ class Learner:
 
     def clear_gradients(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
+
+    def is_finite(self) -> bool:
+        """Whether every value of the adapter is a number."""
+        return all(bool(parameter.isfinite().all()) for parameter in self.parameters)
 
     def state_dict(self) -> dict[str, Any]:
         parts = {"optimizer": self.optimizer, "guard": self.guard, "scaler": self.scaler, "headroom": self.headroom}

@@ -318,7 +318,12 @@ class Run:
         self.accuracies[self.step] = accuracy
 
     def save(self) -> None:
-        """Write a checkpoint of this step."""
+        """Write a checkpoint of this step. Raises UserError where the disk refuses, and for a ruined adapter."""
+        if not self.learner.is_finite():
+            raise UserError(
+                f"step {self.step}: the adapter has values that are not finite, and is not saved; continue from the "
+                "checkpoint before with --resume and a lower train.learning_rate"
+            )
 
         def write(folder: Path) -> None:
             self.session.policy.save_adapter(folder / "adapter")
