@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import datetime
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from grpo.checkpoint import open_run
-from grpo.config import Config, Lora, parse_config
+from grpo.checkpoint import CONFIG, open_run
+from grpo.config import Config, Lora, config_toml, parse_config
 from grpo.data import load_data
 from grpo.errors import UserError
 from grpo.inputs import as_rewards, as_task, reward_table
@@ -69,47 +69,48 @@ def load(
 
     Raises UserError for a model, an adapter or a setting that cannot be used.
     """
-    return open_policy(
-        model,
-        load_in_4bit=load_in_4bit,
-        max_seq_length=max_seq_length,
-        lora=lora,
-        base=base,
-        verbose=verbose,
-        settings=settings,
-        status=print,
+    decline(settings)
+    chosen = {"load_in_4bit": load_in_4bit, "max_seq_length": max_seq_length}
+    tables = merged(
+        {} if lora is None else {"lora": lora.model_dump() if isinstance(lora, Lora) else dict(lora)},
+        tables_of(settings, "grpo.load", SECTIONS, tuple(load.__kwdefaults__)),
+        {"model": {key: value for key, value in chosen.items() if value is not None}},
     )
+    return open_policy(model, tables, base=base, verbose=verbose, status=print)
 
 
 def open_policy(
     model: str | Path,
+    tables: Tables,
     *,
-    load_in_4bit: bool | None,
-    max_seq_length: int | None,
-    lora: Lora | Mapping[str, Any] | None,
-    base: str | Path | None,
-    verbose: bool,
-    settings: Mapping[str, Any],
+    base: str | Path | None = None,
+    verbose: bool = False,
     status: Callable[[str], None],
+    at_most: int | None = None,
+    source: str = "grpo.load",
+    overrides: Sequence[str] = (),
 ) -> LoadedPolicy:
-    """`load`, with the say on where it is told what is being done."""
-    decline(settings)
-    target = resolve_target(model, base)
-    if lora is not None and target.adapter is not None:
-        raise UserError(f"{model}: the adapter brings its own shape; leave lora out")
-    chosen = {"load_in_4bit": load_in_4bit, "max_seq_length": max_seq_length}
-    tables = merged(
-        {name: target.tables[name] for name in ("model", "lora", "rollout") if name in target.tables},
-        {"lora": lora.model_dump() if isinstance(lora, Lora) else dict(lora or {})},
-        tables_of(settings, "grpo.load", SECTIONS, tuple(load.__kwdefaults__)),
-        {"model": {key: value for key, value in chosen.items() if value is not None}},
-    )
-    first = merged({"rollout": {"max_num_seqs": GENERATED_AT_ONCE}}, tables, NO_TASK)
-    config = parse_config(with_lengths(first), "grpo.load")
-    quiet_libraries(verbose)
-    from grpo.session import open_session
+    """`load`, with settings as tables of a configuration, and telling `status` what is being done.
 
-    session = open_session(config, adapter=target.adapter, status=status, start_engine=False)
+    `at_most`: let sequences be so long, or as long as the model takes them. `source` and `overrides` are where
+    `tables` came from, for errors.
+    """
+    target = resolve_target(model, base)
+    if "lora" in tables and target.adapter is not None:
+        raise UserError(f"{model}: the adapter brings its own shape; leave lora out")
+    kept = {name: target.tables[name] for name in ("model", "lora", "rollout") if name in target.tables}
+    tables = merged(kept, tables)
+    first = merged({"rollout": {"max_num_seqs": GENERATED_AT_ONCE}}, tables, NO_TASK)
+    config = parse_config(with_lengths(first), source, overrides=overrides)
+    quiet_libraries(verbose)
+    from grpo.session import open_session, read_model
+
+    files = read_model(config, status)
+    if at_most is not None:
+        longest = getattr(files.source.config.get_text_config(), "max_position_embeddings", at_most)
+        longest = max(min(longest, at_most), config.max_seq_length)
+        config = parse_config(with_lengths(merged(first, {"model": {"max_seq_length": longest}})), source)
+    session = open_session(config, adapter=target.adapter, status=status, start_engine=False, files=files)
     return LoadedPolicy(session, tables)
 
 
@@ -292,14 +293,20 @@ class LoadedPolicy:
         """Replace the adapter's values by those in `folder`. Raises UserError unless its shape is the same."""
         self.session.policy.load_adapter(Path(folder))
 
-    def save_merged(self, folder: str | Path, to: str = "merged-16bit") -> Path:
-        """Write base and adapter as one model, in a form of `python -m grpo.export`; returns its folder."""
+    def save_merged(
+        self, folder: str | Path, to: str = "merged-16bit", *, base: str | Path | None = None, **options: Any
+    ) -> Path:
+        """Write base and adapter as one model to the new folder `folder`, and return it.
+
+        `to`, `base` (the 16-bit original of a 4-bit base, say) and `options` are those of `grpo.export.export`.
+        """
         from grpo.export import export
 
-        with tempfile.TemporaryDirectory(prefix="grpo-adapter-") as adapter:
-            self.save_lora(adapter)
-            export(Path(adapter), to=to, out=Path(folder), base=self.config.model.name)
-        return Path(folder)
+        with tempfile.TemporaryDirectory(prefix="grpo-merged-") as scratch:
+            run = Path(scratch) / Path(folder).name
+            self.save_lora(run / "adapter")
+            (run / CONFIG).write_text(config_toml(self.config), encoding="utf-8")
+            return export(run, to=to, out=folder, base=base, **options)
 
     def close(self) -> None:
         """Stop vLLM and give all memory back. May be called twice."""

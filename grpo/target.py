@@ -38,8 +38,8 @@ def resolve_target(name: str | Path, base: str | Path | None = None) -> Target:
     """`name`: a run folder, the folder of an adapter, or whatever `model.name` may be. `base`: where the base of an
     adapter or run is now, if it has moved.
 
-    Raises UserError for a run without an adapter, for an adapter whose base is not recorded or has moved, and for a
-    `base` that has no use.
+    Raises UserError for a path that does not exist, for a run without an adapter, for an adapter whose base is not
+    recorded or has moved, and for a `base` that has no use.
     """
     folder = Path(name).expanduser()
     if (folder / CONFIG).is_file():
@@ -49,6 +49,7 @@ def resolve_target(name: str | Path, base: str | Path | None = None) -> Target:
         return of_run(run, folder, base) if run is not None else of_adapter(folder, base)
     if base is not None:
         raise UserError(f"{name}: this is neither an adapter nor a run, so it has no other base; leave {base} out")
+    local_path(str(name))
     return Target({"model": {"name": str(name)}}, "the model")
 
 
@@ -96,9 +97,11 @@ def found_base(recorded: str | None, adapter: Path, moved_to: str | Path | None)
         local_path(str(moved_to))
         return str(moved_to)
     if not recorded:
-        raise UserError(f"{adapter}: the adapter does not say what its base is; name it with base")
+        raise UserError(f"{adapter}: the adapter does not say what its base is; name it with --base (in Python, base=)")
     try:
         local_path(recorded)
     except UserError as error:
-        raise UserError(f"{adapter}: its base has moved ({error}); say where it is now with base") from None
+        raise UserError(
+            f"{adapter}: its base has moved ({error}); say where it is now with --base (in Python, base=)"
+        ) from None
     return recorded
