@@ -4,6 +4,7 @@ Random weights of a Llama shape, NF4, the adapter on. Three rollouts: one plainl
 (kernel times, CUDA graphs included), one under cProfile (host functions, inflated by the profiling itself).
 
     python benchmarks/rollout_profile.py --shape 3b --sequences 128,32 --out profile.json
+    python benchmarks/rollout_profile.py --variants '[{}, {"block_size": 64}]'   # vLLM's arguments, one engine each
 """
 
 from __future__ import annotations
@@ -27,23 +28,42 @@ from benchmarks import shared_model as shared
 from benchmarks.random_model import RandomSource
 from grpo.base import BaseWeights
 from grpo.config import Lora, Model
-from grpo.engine import Engine, EngineSettings, SamplingSettings
+from grpo.engine import Engine, EngineSettings, Request, SamplingSettings
 from grpo.policy import Policy
 
 STEPS = slice(40, 72)
 """Decoding steps that are profiled: the prompts are through, no sequence has finished."""
+GROUP = 8
+"""Completions that share a prompt."""
 
 
-def start_engine(options: argparse.Namespace) -> Engine:
-    device = torch.device(options.device)
-    dtype = torch.bfloat16
-    base = BaseWeights(
-        RandomSource(options.shape, device), Model(name="random", load_in_4bit=True), device=device, dtype=dtype
-    )
+class VariedEngine(Engine):
+    """An engine with some of vLLM's arguments replaced."""
+
+    def __init__(self, *arguments: Any, replaced: dict[str, Any]):
+        self.replaced = replaced
+        super().__init__(*arguments)
+
+    def _arguments(self, handle: str) -> dict[str, Any]:
+        return super()._arguments(handle) | self.replaced
+
+
+def load_model(options: argparse.Namespace) -> tuple[BaseWeights, Policy]:
+    device, dtype = torch.device(options.device), torch.bfloat16
+    model = Model(name="random", load_in_4bit=True)
+    base = BaseWeights(RandomSource(options.shape, device), model, device=device, dtype=dtype)
     policy = Policy(base, Lora(r=16, lora_alpha=32), seed=0)
     shared.randomize_adapter(policy)
+    return base, policy
+
+
+def start_engine(base: BaseWeights, policy: Policy, options: argparse.Namespace, replaced: dict[str, Any]) -> Engine:
     length = options.prompt_tokens + options.new_tokens
-    return Engine(base, policy, EngineSettings(max_seq_length=length, max_num_seqs=max(options.sequences)))
+    settings = EngineSettings(max_seq_length=length, max_num_seqs=max(options.sequences))
+    if options.graphs and base.device.type == "cuda":
+        graphs = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": sorted(options.sequences)}
+        replaced = {"compilation_config": graphs, **replaced}
+    return VariedEngine(base, policy, settings, replaced=replaced)
 
 
 def rollout(engine: Engine, options: argparse.Namespace, count: int, at_step: Callable[[int], None], seed: int) -> None:
@@ -59,11 +79,24 @@ def rollout(engine: Engine, options: argparse.Namespace, count: int, at_step: Ca
 
     core.step = counted
     try:
-        requests = shared.random_requests(engine.base.config.vocab_size, count, options.prompt_tokens, seed)
+        requests = grouped_requests(engine.base.config.vocab_size, count, options.prompt_tokens, seed)
         for _ in engine.generate(requests, SamplingSettings(1.0, options.new_tokens)):
             pass
     finally:
         core.step = original
+
+
+def grouped_requests(vocabulary: int, count: int, tokens: int, seed: int) -> list[Request]:
+    """`count` requests of which GROUP neighbours share a random prompt."""
+    prompts = shared.random_requests(vocabulary, -(-count // GROUP), tokens, seed)
+    return [Request(number, prompts[number // GROUP].prompt_ids, seed * 10_000 + number) for number in range(count)]
+
+
+def rollout_seconds(engine: Engine, options: argparse.Namespace, count: int) -> float:
+    started = time.perf_counter()
+    rollout(engine, options, count, lambda step: None, seed=14)
+    shared.synchronize()
+    return time.perf_counter() - started
 
 
 def step_milliseconds(engine: Engine, options: argparse.Namespace, count: int) -> float:
@@ -127,6 +160,31 @@ def host(engine: Engine, options: argparse.Namespace, count: int) -> list[dict[s
     return sorted(rows, key=lambda row: -row["own_ms"])[:40]
 
 
+def examine(engine: Engine, options: argparse.Namespace, count: int) -> dict[str, Any]:
+    rollout(engine, options, count, lambda step: None, seed=10)
+    seconds = rollout_seconds(engine, options, count)
+    entry: dict[str, Any] = {
+        "rollout_s": round(seconds, 3),
+        "tokens_per_second": round(count * options.new_tokens / seconds),
+        "step_ms": round(step_milliseconds(engine, options, count), 3),
+    }
+    if "kernels" in options.measure and torch.cuda.is_available():
+        entry |= kernels(engine, options, count)
+    if "host" in options.measure:
+        entry["host"] = host(engine, options, count)
+    return entry
+
+
+def print_entry(replaced: dict[str, Any], count: int, entry: dict[str, Any]) -> None:
+    print(f"{json.dumps(replaced)} {count} sequences: rollout {entry['rollout_s']} s, "
+          f"{entry['tokens_per_second']} tokens/s, {entry['step_ms']} ms a step at the start, "
+          f"GPU busy {entry.get('busy_us', 0) / 1e3:.2f} ms")  # fmt: skip
+    for row in entry.get("kernels", [])[:30]:
+        print(f"  {row['us']:8.1f} us {row['calls']:7.2f}x  {row['kernel'][:90]}")
+    for row in entry.get("host", [])[:16]:
+        print(f"  host {row['own_ms']:7.3f} ms own {row['all_ms']:8.3f} all {row['calls']:7.1f}x  {row['function']}")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--shape", default="3b")
@@ -134,27 +192,26 @@ def main() -> int:
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--variants", type=json.loads, default=[{}], help="JSON list of vLLM arguments to replace")
+    parser.add_argument("--measure", default="kernels,host", type=lambda text: text.split(","))
+    parser.add_argument("--graphs", action="store_true", help="capture only the sizes of --sequences: starts sooner")
     parser.add_argument("--trace", type=Path, help="also write Chrome traces, PATH-<sequences>.json.gz")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    engine = start_engine(options)
-    found: dict[str, Any] = {"benchmark": "rollout_profile", "shape": options.shape, "sequences": {}}
-    for count in options.sequences:
-        rollout(engine, options, count, lambda step: None, seed=10)
-        entry: dict[str, Any] = {"step_ms": round(step_milliseconds(engine, options, count), 3)}
-        if torch.cuda.is_available():
-            entry |= kernels(engine, options, count)
-        entry["host"] = host(engine, options, count)
-        found["sequences"][count] = entry
-        print(f"{count} sequences: {entry['step_ms']} ms a step, GPU busy {entry.get('busy_us', 0) / 1e3:.2f} ms")
-        for row in entry.get("kernels", [])[:30]:
-            print(f"  {row['us']:8.1f} us {row['calls']:7.2f}x  {row['kernel'][:110]}")
-        for row in entry["host"][:16]:
-            print(f"  host {row['own_ms']:7.3f} ms own {row['all_ms']:8.3f} all {row['calls']:7.1f}x  {row['function']}")
-    engine.close()
+    base, policy = load_model(options)
+    found: dict[str, Any] = {"benchmark": "rollout_profile", "shape": options.shape, "variants": []}
+    for replaced in options.variants:
+        engine = start_engine(base, policy, options, replaced)
+        entries = {count: examine(engine, options, count) for count in options.sequences}
+        found["variants"].append({"replaced": replaced, "sequences": entries})
+        for count, entry in entries.items():
+            print_entry(replaced, count, entry)
+        engine.close()
+        del engine
     if options.out:
         options.out.write_text(json.dumps(found, indent=1) + "\n")
-    print(json.dumps({key: value for key, value in found.items() if key != "sequences"}))
+    short = [[v["replaced"], {n: e["rollout_s"] for n, e in v["sequences"].items()}] for v in found["variants"]]
+    print(json.dumps({"benchmark": "rollout_profile", "shape": options.shape, "rollout_s": short}))
     return 0
 
 

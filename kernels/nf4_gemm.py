@@ -183,7 +183,7 @@ def launch_gemm(
             scratch.view(torch.float32), arrived, shrunk, b,
             rows, features, columns, words.shape[1], x.stride(0), out.stride(0),
             *byte_tables(x.dtype), tile.n, tile.m, split, tile.warps, tile.stages, tile.dots, rows % tile.m != 0,
-            columns % nf4.TILE != 0, bias is not None, ranks, next((r for r in (64, 32, 16) if ranks % r == 0), 16),
+            columns % nf4.TILE != 0, bias is not None, ranks, min(64, triton.next_power_of_2(max(ranks, 16))),
             portable, num_warps=tile.warps,
         )  # fmt: skip
 
@@ -245,8 +245,11 @@ def _gemm_kernel(
             total = _dot(
                 both, _load_x(x_at + tile * 128, x_mask, tile * 128 + k, columns, RAGGED, HALF_TAIL), total, PORTABLE
             )
+    if RANKS > 0:
+        # Here the sums are still where a matrix product wants them, which those read back from memory would not be.
+        if tl.program_id(2) == SPLIT - 1:
+            total = _add_low_rank(total, shrunk, b, m, n, rows, features, RANKS, BR, PORTABLE)
     if SPLIT == 1:
-        total = _add_low_rank(total, shrunk, b, m, n, rows, features, RANKS, BR, PORTABLE)
         _store(total, out, bias, m, n, rows, features, out_stride, HAS_BIAS, PORTABLE)
     else:
         tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
@@ -258,7 +261,6 @@ def _gemm_kernel(
             total = tl.load(part_at, cache_modifier=".cg")
             for index in tl.static_range(1, SPLIT):
                 total += tl.load(part_at + index * BN * BM, cache_modifier=".cg")
-            total = _add_low_rank(total, shrunk, b, m, n, rows, features, RANKS, BR, PORTABLE)
             _store(total, out, bias, m, n, rows, features, out_stride, HAS_BIAS, PORTABLE)
             tl.store(arrived + tile, 0)
 
@@ -286,8 +288,10 @@ def _add_low_rank(
     """total [BN, BM] plus b [BN, RANKS] times the transpose of shrunk [BM, RANKS], BR ranks at a time."""
     r = tl.arange(0, BR)
     for start in tl.static_range(0, RANKS, BR):
-        left = tl.load(b + n[:, None] * RANKS + start + r[None, :], mask=(n < features)[:, None], other=0.0)
-        right = tl.load(shrunk + m[None, :] * RANKS + start + r[:, None], mask=(m < rows)[None, :], other=0.0)
+        inside = start + r < RANKS
+        left_mask, right_mask = (n < features)[:, None] & inside[None, :], (m < rows)[None, :] & inside[:, None]
+        left = tl.load(b + n[:, None] * RANKS + start + r[None, :], mask=left_mask, other=0.0)
+        right = tl.load(shrunk + m[None, :] * RANKS + start + r[:, None], mask=right_mask, other=0.0)
         total = _dot(left, right, total, PORTABLE)
     return total
 

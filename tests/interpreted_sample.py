@@ -13,7 +13,7 @@ assert os.environ.get("TRITON_INTERPRET") == "1", "pytest tests/test_sample.py r
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
     monkeypatch.setattr(sample, "PIECE", 64)
-    monkeypatch.setattr(sample, "BLOCK", 32)
+    monkeypatch.setattr(sample, "BLOCK", 16)
 
 
 def test_tokens_are_drawn_with_the_softmax_probabilities():
