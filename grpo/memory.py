@@ -17,8 +17,8 @@ FORMS = ("none", "layer", "offload")
 """Forms of gradient checkpointing, from the fastest to the one that needs least memory on the device."""
 MLP_TILE, QKV_TILE = 4096, 8192
 """Tokens whose intermediate tensors the kernels hold at once (kernels/lora_mlp.py, kernels/lora_attention.py)."""
-LOGIT_WORKSPACE = 2 * (128 << 20)
-"""kernels/logprob.py's wide buffers on a GPU, at most."""
+LOGIT_WORKSPACE = 2 * (8 << 20)
+"""kernels/logprob.py's wide buffers on a CPU, at most; on a GPU it needs none."""
 LIBRARIES = 36 << 20
 """Workspaces that cuBLAS takes from torch's allocator on a GPU (32 MiB on Hopper, 8 MiB before)."""
 INDEX_BYTES = 64
@@ -206,9 +206,9 @@ class TrainingMemory:
         return {name: size + index for name, size in found.items()}
 
     def logits(self) -> int:
-        """One chunk of logits, a second one where the entropy has a gradient, and the float32 workspace."""
-        chunk = min(self.chunk, self.predicted) * self.sizes.vocabulary
-        return chunk * self.itemsize * (1 + self.entropy_gradient) + min(LOGIT_WORKSPACE, 8 * chunk)
+        """One chunk of logits, a second one where the entropy has a gradient, and a CPU's workspace."""
+        chunk = min(self.chunk, self.predicted) * self.sizes.vocabulary * self.itemsize
+        return chunk * (1 + self.entropy_gradient) + (0 if self.on_gpu else LOGIT_WORKSPACE)
 
     def _head(self, form: str) -> dict[str, int]:
         """The last norm's input, its output, the rows of it that predict, and their gradients, made with the logits."""
@@ -219,7 +219,7 @@ class TrainingMemory:
         gradients = rows * (1 + self.entropy_gradient)
         return {
             "logits": before + self.layer_input() + rows + gradients + self.logits(),
-            "head backward": before + gradients + rows + 4 * self.predicted * s.hidden,
+            "head backward": before + gradients + rows,
         }
 
     def _flash_backward(self) -> int:

@@ -91,6 +91,7 @@ class MemoryPlan:
     logits: int
     """The part of every peak that is logits, where the head is that peak."""
     gradient_checkpointing: str
+    release_kv_cache: bool = False
 
     @property
     def form(self) -> str:
@@ -104,9 +105,21 @@ class MemoryPlan:
         return self.peaks[self.form]
 
     @property
-    def without_kv(self) -> int:
-        """Sampling and training take turns."""
-        return self.weights + self.adapter + self.vllm + max(self.sampling, self.training)
+    def always(self) -> int:
+        """What stays, besides the KV cache."""
+        return self.weights + self.adapter + self.vllm
+
+    def peak(self, kv_cache: int) -> int:
+        """Most bytes at once with a KV cache of so many. Sampling and training take turns; the KV cache stays during
+        training, unless it is released."""
+        if self.release_kv_cache:
+            return self.always + max(kv_cache + self.sampling, self.training)
+        return self.always + kv_cache + max(self.sampling, self.training)
+
+    def room_for_kv(self, usable: int) -> int:
+        """The largest KV cache with which `usable` bytes suffice."""
+        taken = self.sampling if self.release_kv_cache else max(self.sampling, self.training)
+        return usable - self.always - taken
 
 
 # What the model is
@@ -184,6 +197,7 @@ def plan_memory(config: Config, shape: Any, itemsize: int, *, on_gpu: bool) -> M
         peaks={form: training.peak(form) for form in FORMS},
         logits=training.logits(),
         gradient_checkpointing=str(config.train.gradient_checkpointing),
+        release_kv_cache=config.rollout.release_kv_cache and on_gpu,
     )
 
 
@@ -320,17 +334,17 @@ def check_memory(config: Config, shape: Any, itemsize: int, free: int, total: in
     usable = int(free * (1 - MARGIN))
     share = config.rollout.gpu_memory_utilization
     if share is not None:
-        engine = max(int(share * total), plan.weights + plan.vllm + plan.kv_one_sequence)
-        needed = engine + plan.adapter + plan.training
+        kv = max(int(share * total) - plan.weights - VLLM_BUFFERS, plan.kv_one_sequence)
+        needed = plan.peak(kv)
     elif config.rollout.kv_cache_memory_bytes is not None:
-        needed = plan.without_kv + plan.kv_cache
+        needed = plan.peak(plan.kv_cache)
     else:
-        needed = plan.without_kv + plan.kv_one_sequence
+        needed = plan.peak(plan.kv_one_sequence)
     if needed > usable:
         raise UserError(refusal(config, plan, needed, free))
     if share is not None:
         return None
-    return config.rollout.kv_cache_memory_bytes or min(plan.kv_cache, usable - plan.without_kv)
+    return config.rollout.kv_cache_memory_bytes or min(plan.kv_cache, plan.room_for_kv(usable))
 
 
 def refusal(config: Config, plan: MemoryPlan, needed: int, free: int) -> str:

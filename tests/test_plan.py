@@ -181,8 +181,7 @@ def test_a_planned_kv_cache_takes_what_it_needs_or_what_is_left() -> None:
     fitted = plan.check_memory(long, LLAMA_8B, 2, H100, H100)
     planned = plan.plan_memory(long, LLAMA_8B, 2, on_gpu=True)
     assert planned.kv_one_sequence < fitted < planned.kv_cache
-    assert fitted + planned.without_kv == int(H100 * (1 - plan.MARGIN))
-    assert planned.without_kv > planned.weights + planned.adapter + planned.training
+    assert planned.peak(fitted) == int(H100 * (1 - plan.MARGIN))
 
 
 def test_what_the_configuration_sets_is_obeyed() -> None:
@@ -201,7 +200,11 @@ def test_what_the_configuration_sets_is_obeyed() -> None:
         ({"rollout": {"gpu_memory_utilization": 0.98}}, 80, "lower rollout.gpu_memory_utilization"),
         ({"train": {"tokens_per_micro_batch": 400_000}}, 40, "lower train.tokens_per_micro_batch"),
         ({"train": {"gradient_checkpointing": False}}, 30, 'set train.gradient_checkpointing = "auto"'),
-        ({"train": {"logprob_chunk_tokens": 100_000, "tokens_per_micro_batch": 100_000}}, 30, "lower train.logprob_chunk_tokens"),
+        (
+            {"train": {"logprob_chunk_tokens": 100_000, "tokens_per_micro_batch": 100_000}},
+            30,
+            "lower train.logprob_chunk_tokens",
+        ),
         ({"rollout": {"max_completion_length": 120_000}, "train": {"tokens_per_micro_batch": 1}}, 30, "lower"),
     ],
 )
@@ -226,4 +229,16 @@ def test_taking_the_advice_makes_the_run_fit() -> None:
 def test_sampling_and_training_take_turns() -> None:
     planned = plan.plan_memory(config(), LLAMA_8B, 2, on_gpu=True)
     always = planned.weights + planned.adapter + planned.vllm
-    assert planned.without_kv == always + max(planned.sampling, planned.training)
+    assert planned.peak(10**9) == always + 10**9 + max(planned.sampling, planned.training)
+
+
+def test_a_released_kv_cache_leaves_its_memory_to_training() -> None:
+    """With the cache released, training may take what the cache had, and the cache what training had."""
+    sections: dict[str, Any] = {"train": {"tokens_per_micro_batch": 200_000}, "rollout": {"max_num_seqs": 256}}
+    kept = plan.plan_memory(config(**sections), LLAMA_8B, 2, on_gpu=True)
+    sections["rollout"] |= {"release_kv_cache": True}
+    released = plan.plan_memory(config(**sections), LLAMA_8B, 2, on_gpu=True)
+    assert kept.training > kept.sampling
+    assert kept.peak(20 * 10**9) == kept.always + 20 * 10**9 + kept.training
+    assert released.peak(20 * 10**9) == released.always + max(20 * 10**9 + released.sampling, released.training)
+    assert released.room_for_kv(60 * 10**9) - kept.room_for_kv(60 * 10**9) == kept.training - kept.sampling
