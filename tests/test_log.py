@@ -9,7 +9,6 @@ import math
 import os
 import subprocess
 import sys
-import types
 import unicodedata
 import warnings
 from collections.abc import Iterator
@@ -23,8 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from grpo.config import Config, parse_config
-from grpo.errors import UserError
+from grpo.config import parse_config
 from grpo.log import RunLog, Sample, SampleGroup, json_line, printable, quiet_libraries
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -319,59 +317,3 @@ def test_verbose_changes_nothing_in_this_process() -> None:
     before = (dict(os.environ), logging.getLogger("vllm").level, list(warnings.filters))
     quiet_libraries(verbose=True)
     assert (dict(os.environ), logging.getLogger("vllm").level, list(warnings.filters)) == before
-
-
-def logging_to(*trackers: str) -> Config:
-    return CONFIG.model_copy(update={"log": CONFIG.log.model_copy(update={"to": list(trackers)})})
-
-
-class Tracker(types.ModuleType):
-    """Stands in for wandb, trackio and TensorBoard's writer, and records its calls."""
-
-    def __init__(self, name: str):
-        super().__init__(name)
-        self.calls: list[tuple[Any, ...]] = []
-
-    def init(self, **options: Any) -> None:
-        self.calls.append(("init", options["project"], options["name"], options["config"]["train"]["seed"]))
-
-    def log(self, values: dict[str, float], step: int) -> None:
-        self.calls.append(("log", step, values))
-
-    def finish(self) -> None:
-        self.calls.append(("finish",))
-
-    def SummaryWriter(self, folder: str) -> Tracker:
-        self.calls.append(("writer", folder))
-        return self
-
-    def add_scalar(self, key: str, value: float, step: int) -> None:
-        self.calls.append(("scalar", key, value, step))
-
-    def close(self) -> None:
-        self.calls.append(("close",))
-
-
-def test_trackers_get_the_numbers_of_each_step(tmp_path: Path, screen: Screen, monkeypatch: pytest.MonkeyPatch) -> None:
-    stand_ins = {name: Tracker(name) for name in ("wandb", "trackio", "torch.utils.tensorboard")}
-    for name, module in stand_ins.items():
-        monkeypatch.setitem(sys.modules, name, module)
-    config = CONFIG.model_copy(
-        update={"log": CONFIG.log.model_copy(update={"to": ["wandb", "trackio", "tensorboard"]})}
-    )
-    with RunLog(tmp_path, config, max_steps=2, console=screen.console) as log:
-        assert not any(module.calls for module in stand_ins.values())
-        log.step({"step": 1, "reward": 0.5, "kl": math.nan, "note": "text"})
-    for name in ("wandb", "trackio"):
-        assert stand_ins[name].calls == [("init", "grpo", tmp_path.name, 0), ("log", 1, {"reward": 0.5}), ("finish",)]
-    assert stand_ins["torch.utils.tensorboard"].calls == [
-        ("writer", str(tmp_path / "tensorboard")), ("scalar", "reward", 0.5, 1), ("close",)
-    ]  # fmt: skip
-
-
-def test_a_tracker_that_is_not_installed_is_refused_before_the_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(UserError, match=r'log.to = \["wandb"\]: wandb is not installed; pip install wandb'):
-        RunLog(tmp_path, logging_to("wandb"), max_steps=2)
