@@ -94,7 +94,7 @@ class BaseWeights:
             return []
         parts = [part for group in fused_linears(self.config).values() for part in group]
         if model.keep_16bit == "auto":
-            return self._worst_quantised(source, parts)
+            return worst_quantised(source, parts, self.device)
         for kept in model.keep_16bit:
             if not any(is_named(part, kept) for part in parts):
                 raise UserError(
@@ -102,18 +102,6 @@ class BaseWeights:
                     f"as {parts[0]!r} or its ending"
                 )
         return list(model.keep_16bit)
-
-    def _worst_quantised(self, source: Source, parts: list[str]) -> list[str]:
-        """The `AUTO_SHARE` of `parts` that NF4 changes most: ||NF4(W) - W|| / ||W||. Reads every weight once more."""
-        errors = {}
-        for part in parts:
-            weight = source.read(f"{part}.weight")
-            if isinstance(weight, NF4Tensor):
-                raise UserError(f'{source.path}: keep_16bit = "auto" needs an unquantised checkpoint; {part} is NF4')
-            weight = weight.to(self.device)
-            rounded = nf4.dequantize_bitsandbytes(*nf4.quantize(weight), tuple(weight.shape), torch.float32)
-            errors[part] = float((rounded - weight.float()).norm() / weight.float().norm())
-        return sorted(parts, key=errors.__getitem__, reverse=True)[: max(1, round(AUTO_SHARE * len(parts)))]
 
     def _load_plain(self, source: Source) -> dict[str, Tensor]:
         in_linears = {part for linear in self.linears.values() for part in linear.parts}
@@ -250,6 +238,19 @@ class BaseWeights:
                     yield segment.absmax
             if linear.bias is not None:
                 yield linear.bias
+
+
+def worst_quantised(source: Source, parts: list[str], device: torch.device) -> list[str]:
+    """The `AUTO_SHARE` of the layers `parts` that NF4 changes most: ||NF4(W) - W|| / ||W||. Reads every weight once."""
+    errors = {}
+    for part in parts:
+        weight = source.read(f"{part}.weight")
+        if isinstance(weight, NF4Tensor):
+            raise UserError(f'{source.path}: keep_16bit = "auto" needs an unquantised checkpoint; {part} is NF4')
+        weight = weight.to(device)
+        rounded = nf4.dequantize_bitsandbytes(*nf4.quantize(weight), tuple(weight.shape), torch.float32)
+        errors[part] = float((rounded - weight.float()).norm() / weight.float().norm())
+    return sorted(parts, key=errors.__getitem__, reverse=True)[: max(1, round(AUTO_SHARE * len(parts)))]
 
 
 def is_named(part: str, name: str) -> bool:
