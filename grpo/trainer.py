@@ -114,6 +114,7 @@ class Run:
             config.train.num_train_epochs * len(data.train) / config.rollout.prompts_per_step
         )
         log.max_steps = self.max_steps
+        session.engine.release_kv_cache()  # the learner plans with the memory that is free now
         self.learner = Learner(session.policy, config, max_steps=self.max_steps, notice=log.notice, check=check)
         self.weights = torch.tensor([reward.weight for reward in data.rewards], dtype=torch.float64)
         self.reward_names = [reward.column for reward in data.rewards]
