@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from grpo.kernels.launch import portable, triton_serves, wide
+from grpo.kernels.launch import dense_rows, portable, triton_serves, wide
 from grpo.kernels.nf4 import on_device
 from grpo.kernels.nf4_lookup import round_to
 
@@ -48,7 +48,7 @@ class _Glu(torch.autograd.Function):
         (gate_up,) = ctx.saved_tensors
         flat = gate_up.reshape(-1, gate_up.shape[-1])
         product, out = torch.empty_like(flat[:, : flat.shape[1] // 2]), torch.empty_like(flat)
-        glu_backward(grad.reshape(product.shape), flat, ctx.activation, product, out)
+        glu_backward(dense_rows(grad).reshape(product.shape), flat, ctx.activation, product, out)
         return out.view(gate_up.shape), None
 
 

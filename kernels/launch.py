@@ -37,3 +37,8 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 def warps(elements: int) -> int:
     """Warps of a program that handles so many elements at once: sixteen to a thread."""
     return max(1, min(16, triton.next_power_of_2(elements) // 512))
+
+
+def dense_rows(tensor: Tensor) -> Tensor:
+    """`tensor`, or a copy where its last stride is not 1, as autograd's expanded gradients have it."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

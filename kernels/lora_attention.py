@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from grpo.kernels.launch import dense_rows
 from grpo.kernels.lora_linear import Adapter, LinearGroup, Product, row_tiles
 from grpo.kernels.rms_norm import Norm
 from grpo.kernels.rope import rotate
@@ -75,7 +76,7 @@ class _LoraQkv(torch.autograd.Function):
         product = Product(projection.group, adapters, factors)
         stacked = x.new_empty(x.shape[0], projection.group.out_features)
         for rows in row_tiles(x.shape[0], projection.tile):
-            product.forward(normalised(projection.norm, x[rows]), stacked[rows])
+            product.forward(normalised(product, projection.norm, x[rows]), stacked[rows])
         q, k, v = projection.split(stacked)
         before = (q, k) if projection.q_norm is not None else ()
         if projection.q_norm is not None and projection.k_norm is not None:
@@ -94,32 +95,37 @@ class _LoraQkv(torch.autograd.Function):
         before, factors = rest[: ctx.normed], rest[ctx.normed :]
         projection: QkvProjection = ctx.projection
         product = Product(projection.group, ctx.adapters, factors)
+        q_grad, k_grad = dense_rows(q_grad), dense_rows(k_grad)
         x_grad = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         for rows in row_tiles(x.shape[0], projection.tile):
-            grad = x.new_empty(rows.stop - rows.start, projection.group.out_features)
-            q, k, v = projection.split(grad)
+            grad, stacked_grad = product.outputs(rows.stop - rows.start)
+            q, k, v = projection.split(stacked_grad)
             rotate(q_grad[rows], cos[rows], sin[rows], out=q, inverse=True)
             rotate(k_grad[rows], cos[rows], sin[rows], out=k, inverse=True)
             v.copy_(v_grad[rows])
             if projection.q_norm is not None and projection.k_norm is not None:
                 projection.q_norm.backward(q, before[0][rows], out=q)
                 projection.k_norm.backward(k, before[1][rows], out=k)
-            projection_backward(product, projection.norm, grad, x[rows], None if x_grad is None else x_grad[rows])
+            unit = normalised(product, projection.norm, x[rows])
+            unit_grad, shrunk_grad = product.input_gradient(grad)
+            product.adapter_gradient(grad, unit, shrunk_grad)
+            if x_grad is not None:
+                through_norm(projection.norm, unit_grad, x[rows], x_grad[rows])
         return x_grad, None, None, None, None, *product.gradients()
 
 
-def normalised(norm: Norm | None, x: Tensor) -> Tensor:
-    return x if norm is None else norm.forward(x)
+def normalised(product: Product, norm: Norm | None, x: Tensor) -> Tensor:
+    """`norm` of x, or x, in a buffer for `product`."""
+    buffer, part = product.inputs(x.shape[0])
+    if norm is None:
+        part.copy_(x)
+    else:
+        norm.forward(x, out=part)
+    return buffer
 
 
-def projection_backward(
-    product: Product, norm: Norm | None, grad: Tensor, x: Tensor, out: Tensor | None, plus: Tensor | None = None
-) -> None:
-    """Through `product` after `norm`: the adapters' gradients, and dL/dx, plus the tensor `plus`, into `out`."""
-    unit_grad, shrunk_grad = product.input_gradient(grad)
-    product.adapter_gradient(grad, normalised(norm, x), shrunk_grad)
-    if out is None:
-        return
+def through_norm(norm: Norm | None, unit_grad: Tensor, x: Tensor, out: Tensor, plus: Tensor | None = None) -> None:
+    """dL/dx into `out`, from the gradient of what `normalised` gave, plus the tensor `plus`."""
     if norm is not None:
         norm.backward(unit_grad, x, plus=plus, out=out)
     elif plus is not None:

@@ -4,9 +4,14 @@
 
 `LinearGroup` holds what is frozen: one matrix W made of the stacked rows of its members (q, k, v; gate, up), which is
 dequantised into one short-lived buffer at each use and never saved. `Product` is a group at work in one forward or
-backward: every caller (here, lora_attention.py, lora_mlp.py) goes through its three methods, on as many rows at a
-time as it likes. A and B are kept in float32; they are used in x's dtype, s B rounded once, and their gradients are
+backward: every caller (here, lora_attention.py, lora_mlp.py) goes through its methods, on as many rows at a time as
+it likes. A and B are kept in float32; they are used in x's dtype, s B rounded once, and their gradients are
 accumulated in float32 over all rows. LoRA: Hu et al., 2021 (arXiv:2106.09685).
+
+Adding a LoRA term to a finished y reads and writes all of y for a product of inner dimension 16. Where W is
+dequantised anyway, it goes into a larger matrix with B and A beside it, and one product does both:
+
+    y  = [x | x A^T] [W | s B]^T          dx = [dy | dy s B] [W ; A]
 
 Not here: gradients of W and b, dropout, and how models name their layers.
 """
@@ -23,6 +28,9 @@ from torch.autograd.function import once_differentiable
 
 from grpo.kernels import nf4
 from grpo.kernels.launch import wide
+
+WIDTH = 64
+"""Columns for adapters beside a matrix are a multiple of this: rows stay aligned to 128 bytes."""
 
 
 class Adapter(NamedTuple):
@@ -51,13 +59,24 @@ class LinearGroup:
     def out_features(self) -> int:
         return sum(weight.shape[0] for weight, _ in self.segments)
 
-    def dense(self) -> Tensor:
-        """W [N, K] in the compute dtype: the stored tensor, or a new one to drop after use."""
-        if len(self.segments) == 1 and self.segments[0][1] is None:
-            return self.segments[0][0]
-        first, scales = self.segments[0]
-        dtype = first.dtype if scales is None else scales.dtype
-        out = torch.empty(self.out_features, self.in_features, dtype=dtype, device=first.device)
+    @property
+    def stored_dense(self) -> bool:
+        """Whether W exists as one tensor in the compute dtype, so that nobody needs to make it."""
+        return len(self.segments) == 1 and self.segments[0][1] is None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The compute dtype."""
+        weight, absmax = self.segments[0]
+        return weight.dtype if absmax is None else absmax.dtype
+
+    def dense(self, out: Tensor | None = None) -> Tensor:
+        """W [N, K] in the compute dtype, written to `out`; without `out` a new tensor, or the stored one."""
+        if out is None:
+            if self.stored_dense:
+                return self.segments[0][0]
+            device = self.segments[0][0].device
+            out = torch.empty(self.out_features, self.in_features, dtype=self.dtype, device=device)
         row = 0
         for weight, absmax in self.segments:
             part = out[row : row + weight.shape[0]]
@@ -70,50 +89,92 @@ class LinearGroup:
 
 
 class Product:
-    """One group with its adapters, ready to multiply: W dense, the factors in its dtype, gradients in float32."""
+    """One group with its adapters, ready to multiply.
+
+    Inputs and output gradients may come in buffers that `inputs` and `outputs` made, which have `width` columns more
+    than the group for what the adapters add to the product; the caller fills the first columns alone. Plain tensors
+    without those columns work as well, at the cost of another pass over the result.
+    """
 
     def __init__(self, group: LinearGroup, adapters: Sequence[Adapter], factors: Sequence[Tensor]):
         """factors: A_1, B_1, A_2, B_2, ... of `adapters`."""
         self.group, self.adapters = group, tuple(adapters)
-        self.weight = group.dense()
-        dtype = self.weight.dtype
         down, up = factors[0::2], factors[1::2]
-        self.b = [(b * adapter.scale).to(dtype) for adapter, b in zip(adapters, up, strict=True)]
-        self.a = torch.cat([a.to(dtype) for a in down]) if adapters else self.weight.new_empty(0, group.in_features)
         ends = torch.tensor([0, *(a.shape[0] for a in down)]).cumsum(0).tolist()
         self.ranks = [slice(start, end) for start, end in zip(ends, ends[1:], strict=False)]
+        self.rank = ends[-1]
+        self.width = 0 if group.stored_dense else -(-self.rank // WIDTH) * WIDTH
         self.a_grad: Tensor | None = None
-        self.b_grads: list[Tensor | None] = [None] * len(self.b)
+        self.b_grads: list[Tensor | None] = [None] * len(self.adapters)
+        n, k, width = group.out_features, group.in_features, self.width
+        if width == 0:
+            self.weight = group.dense()
+            self.a = torch.cat([a.to(group.dtype) for a in down]) if down else self.weight.new_empty(0, k)
+            self.b = [(b * adapter.scale).to(group.dtype) for adapter, b in zip(self.adapters, up, strict=True)]
+            return
+        self.matrix = torch.empty(n + width, k + width, dtype=group.dtype, device=group.segments[0][0].device)
+        self.weight = group.dense(out=self.matrix[:n, :k])
+        self.matrix[:n, k:].zero_()
+        self.matrix[n + self.rank :, :k].zero_()
+        self.a = self.matrix[n : n + self.rank, :k]
+        self.b = []
+        for adapter, ranks, a, b in zip(self.adapters, self.ranks, down, up, strict=True):
+            self.a[ranks].copy_(a)
+            place = self.matrix[adapter.first : adapter.first + adapter.rows, k + ranks.start : k + ranks.stop]
+            self.b.append(torch.mul(b, adapter.scale, out=place))
+
+    def inputs(self, rows: int) -> tuple[Tensor, Tensor]:
+        """(a buffer for `forward`, its part [rows, K] to fill)."""
+        buffer = self.weight.new_empty(rows, self.group.in_features + self.width)
+        return buffer, buffer[:, : self.group.in_features]
+
+    def outputs(self, rows: int) -> tuple[Tensor, Tensor]:
+        """(a buffer for the backward, its part [rows, N] to fill)."""
+        buffer = self.weight.new_empty(rows, self.group.out_features + self.width)
+        return buffer, buffer[:, : self.group.out_features]
 
     def forward(self, x: Tensor, out: Tensor, residual: Tensor | None = None) -> None:
-        """out [rows, N] = x W^T + b + adapters, or that on top of `residual` [rows, N]. x: [rows, K]."""
+        """out [rows, N] = x W^T + b + adapters, on top of `residual` [rows, N] if given. x: [rows, K] or a buffer."""
+        n, k, weight = self.group.out_features, self.group.in_features, self.weight
+        in_one = x.shape[1] > k
+        if in_one:
+            torch.mm(x[:, :k], self.matrix[n:, :k].t(), out=x[:, k:])
+            weight = self.matrix[:n]
         bias = self.group.bias
         if residual is not None:
-            torch.addmm(residual, x, self.weight.t(), out=out)
+            torch.addmm(residual, x, weight.t(), out=out)
             if bias is not None:
                 out += bias
         elif bias is not None:
-            torch.addmm(bias, x, self.weight.t(), out=out)
+            torch.addmm(bias, x, weight.t(), out=out)
         else:
-            torch.mm(x, self.weight.t(), out=out)
+            torch.mm(x, weight.t(), out=out)
+        if in_one or not self.adapters:
+            return
         shrunk = x @ self.a.t()
         for adapter, ranks, b in zip(self.adapters, self.ranks, self.b, strict=True):
             out[:, adapter.first : adapter.first + adapter.rows].addmm_(shrunk[:, ranks], b.t())
 
-    def input_gradient(self, grad: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(dL/dx [rows, K], dL/d(x A^T) [rows, ranks]) from grad = dL/dy [rows, N]."""
-        shrunk_grad = grad.new_empty(grad.shape[0], self.a.shape[0])
+    def input_gradient(self, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """(dL/dx [rows, K], dL/d(x A^T) [rows, rank]) from dL/dy: [rows, N], or a buffer."""
+        n, k = self.group.out_features, self.group.in_features
+        in_one = grad.shape[1] > n
+        shrunk_grad = grad[:, n:] if in_one else grad.new_empty(grad.shape[0], self.rank)
         for adapter, ranks, b in zip(self.adapters, self.ranks, self.b, strict=True):
             torch.mm(grad[:, adapter.first : adapter.first + adapter.rows], b, out=shrunk_grad[:, ranks])
-        out = torch.mm(grad, self.weight, out=out) if out is not None else grad @ self.weight
+        if in_one:
+            shrunk_grad[:, self.rank :].zero_()
+            return grad @ self.matrix[:, :k], shrunk_grad[:, : self.rank]
+        x_grad = grad @ self.weight
         if self.adapters:
-            out.addmm_(shrunk_grad, self.a)
-        return out, shrunk_grad
+            x_grad.addmm_(shrunk_grad, self.a)
+        return x_grad, shrunk_grad
 
     def adapter_gradient(self, grad: Tensor, x: Tensor, shrunk_grad: Tensor) -> None:
         """Add these rows' share of dL/dA and dL/dB. `shrunk_grad` is `input_gradient`'s second result."""
         if not self.adapters:
             return
+        x = x[:, : self.group.in_features]
         self.a_grad = add_product(self.a_grad, shrunk_grad.t(), x)
         shrunk = x @ self.a.t()
         for index, (adapter, ranks) in enumerate(zip(self.adapters, self.ranks, strict=True)):

@@ -18,7 +18,8 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import increment_version
 
 from grpo.kernels.glu import glu_backward, glu_forward
-from grpo.kernels.lora_attention import normalised, projection_backward
+from grpo.kernels.launch import dense_rows
+from grpo.kernels.lora_attention import normalised, through_norm
 from grpo.kernels.lora_linear import Adapter, LinearGroup, Product, row_tiles
 from grpo.kernels.rms_norm import Norm
 
@@ -49,6 +50,11 @@ class _Call:
     """Of gate_up and of down."""
     keep: bool
     output: bool
+
+    @property
+    def columns(self) -> int:
+        """Of gate and up together."""
+        return self.mlp.gate_up.out_features
 
     def products(self, factors: Sequence[Tensor]) -> tuple[Product, Product]:
         first = 2 * len(self.adapters[0])
@@ -81,15 +87,18 @@ class _LoraMlp(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, call: _Call, *factors: Tensor) -> Tensor:
         mlp, tokens = call.mlp, x.shape[0]
         out = torch.empty_like(x)
-        kept = x.new_empty(tokens if call.keep else 0, mlp.gate_up.out_features)
+        kept = x.new_empty(0)
         if call.keep or call.output:
             gate_up, down = call.products(factors)
+            if call.keep:
+                kept, _ = gate_up.outputs(tokens)
             for rows in row_tiles(tokens, mlp.tile):
-                inner = kept[rows] if call.keep else kept.new_empty(rows.stop - rows.start, kept.shape[1])
-                gate_up.forward(normalised(mlp.norm, x[rows]), inner)
+                inner = (kept[rows] if call.keep else gate_up.outputs(rows.stop - rows.start)[0])[:, : call.columns]
+                gate_up.forward(normalised(gate_up, mlp.norm, x[rows]), inner)
                 if call.output:
-                    residual = x[rows] if mlp.residual else None
-                    down.forward(glu_forward(inner, mlp.activation), out[rows], residual)
+                    buffer, product = down.inputs(rows.stop - rows.start)
+                    glu_forward(inner, mlp.activation, out=product)
+                    down.forward(buffer, out[rows], x[rows] if mlp.residual else None)
         ctx.call = call
         ctx.save_for_backward(x, kept, *factors)
         return out
@@ -102,19 +111,28 @@ class _LoraMlp(torch.autograd.Function):
         mlp = call.mlp
         gate_up, down = call.products(factors)
         x_grad = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        grad = grad.contiguous()
+        grad = dense_rows(grad)
         for rows in row_tiles(x.shape[0], mlp.tile):
+            unit = normalised(gate_up, mlp.norm, x[rows])
             if call.keep:
                 inner = kept[rows]
             else:
-                inner = x.new_empty(rows.stop - rows.start, mlp.gate_up.out_features)
-                gate_up.forward(normalised(mlp.norm, x[rows]), inner)
-            product_grad, shrunk_grad = down.input_gradient(grad[rows])
+                inner, _ = gate_up.outputs(rows.stop - rows.start)
+                gate_up.forward(unit, inner[:, : call.columns])
+            incoming = grad[rows]
+            if down.width:
+                incoming, part = down.outputs(rows.stop - rows.start)
+                part.copy_(grad[rows])
+            product, shrunk_grad = down.input_gradient(incoming)
             # Both buffers change their meaning here: dL/dh becomes h, gate and up become their gradients.
-            glu_backward(product_grad, inner, mlp.activation, product=product_grad, out=inner)
-            down.adapter_gradient(grad[rows], product_grad, shrunk_grad)
-            target = None if x_grad is None else x_grad[rows]
-            projection_backward(gate_up, mlp.norm, inner, x[rows], target, grad[rows] if mlp.residual else None)
+            wide = inner[:, : call.columns]
+            glu_backward(product, wide, mlp.activation, product=product, out=wide)
+            down.adapter_gradient(incoming, product, shrunk_grad)
+            unit_grad, shrunk_grad = gate_up.input_gradient(inner)
+            gate_up.adapter_gradient(inner, unit, shrunk_grad)
+            if x_grad is not None:
+                plus = grad[rows] if mlp.residual else None
+                through_norm(mlp.norm, unit_grad, x[rows], x_grad[rows], plus)
         if call.keep:
             increment_version(kept)  # a second backward through this graph is refused rather than wrong
         return x_grad, None, *gate_up.gradients(), *down.gradients()

@@ -145,13 +145,13 @@ def unpack_rows(packed: Tensor, absmax: Tensor) -> tuple[Tensor, Tensor]:
 def dequantize(packed: Tensor, absmax: Tensor, out: Tensor | None = None) -> Tensor:
     """Rows of the stored form -> weight [n, K] in absmax's dtype. One launch on CUDA.
 
-    out: where to write, [n, K] in that dtype, contiguous (a scratch buffer to use again); None allocates.
+    out: where to write, [n, K] in that dtype, its rows as far apart as they like; None allocates.
     """
     rows, columns = packed.shape[0], packed.shape[1] * 2
     if out is None:
         out = torch.empty(rows, columns, dtype=absmax.dtype, device=packed.device)
-    if out.shape != (rows, columns) or out.dtype != absmax.dtype or not out.is_contiguous():
-        raise ValueError(f"out must be a contiguous {absmax.dtype} [{rows}, {columns}]")
+    if out.shape != (rows, columns) or out.dtype != absmax.dtype or out.stride(1) != 1:
+        raise ValueError(f"out must be a {absmax.dtype} [{rows}, {columns}] with a last stride of 1")
     if packed.is_cuda and absmax.dtype in (torch.bfloat16, torch.float16):
         launch_dequantize(packed, absmax, out)
         return out
@@ -179,13 +179,13 @@ def launch_dequantize(packed: Tensor, absmax: Tensor, out: Tensor, *, portable: 
     """The Triton form of `dequantize`. portable: look codes up without PTX, as Triton's interpreter needs."""
     rows, columns = out.shape
     words, pairs = stored_rows(packed, absmax, 0, rows, columns)
-    assert out.is_contiguous() and words.is_contiguous() and pairs.is_contiguous()
+    assert out.stride(1) == 1 and words.is_contiguous() and pairs.is_contiguous()
     tiles = words.shape[1]
     grid = (tiles, triton.cdiv(rows, _TILE_ROWS))
     with on_device(packed):
         _dequantize_kernel[grid](
-            words.view(torch.int32), pairs, out, rows, columns, tiles, *byte_tables(out.dtype), _TILE_ROWS,
-            columns % TILE != 0, portable, num_warps=4,
+            words.view(torch.int32), pairs, out, rows, columns, out.stride(0), tiles, *byte_tables(out.dtype),
+            _TILE_ROWS, columns % TILE != 0, portable, num_warps=4,
         )  # fmt: skip
 
 
@@ -232,7 +232,7 @@ def _quantize_kernel(
 
 @triton.jit
 def _dequantize_kernel(
-    words, scales, out, rows, columns, tiles, t0, t1, t2, t3, t4, t5, t6, t7,
+    words, scales, out, rows, columns, out_stride, tiles, t0, t1, t2, t3, t4, t5, t6, t7,
     TILE_ROWS: tl.constexpr, HALF_TAIL: tl.constexpr, PORTABLE: tl.constexpr,
 ):  # fmt: skip
     """Words [n / 8, tiles, 8, 16] and scales [n / 8, tiles, 8, 2] -> a [TILE_ROWS, 128] tile of `out`."""
@@ -241,7 +241,7 @@ def _dequantize_kernel(
     inside = (row < rows)[:, None]
     group = tl.minimum(row // 8, rows // 8 - 1) * tiles + tile
     word = tl.load(words + (group * 128 + row % 8 * 16)[:, None] + tl.arange(0, 16)[None, :])
-    target = out + row.to(tl.int64)[:, None] * columns
+    target = out + row.to(tl.int64)[:, None] * out_stride
     for half in tl.static_range(2):
         scale = tl.load(scales + group * 16 + row % 8 * 2 + half)
         code = lookup_half(word, half, t0, t1, t2, t3, t4, t5, t6, t7, out.dtype.element_ty, PORTABLE)

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from grpo.kernels.launch import portable, triton_serves, warps, wide
+from grpo.kernels.launch import dense_rows, portable, triton_serves, warps, wide
 from grpo.kernels.nf4 import on_device
 from grpo.kernels.nf4_lookup import round_to
 
@@ -90,7 +90,7 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
         columns = x.shape[-1]
-        return ctx.norm.backward(grad.reshape(-1, columns), x.reshape(-1, columns)).view(x.shape), None
+        return ctx.norm.backward(dense_rows(grad).reshape(-1, columns), x.reshape(-1, columns)).view(x.shape), None
 
 
 def _check(x: Tensor, weight: Tensor, *others: Tensor) -> None:

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from grpo.kernels.launch import portable, triton_serves, wide
+from grpo.kernels.launch import dense_rows, portable, triton_serves, wide
 from grpo.kernels.nf4 import on_device
 from grpo.kernels.nf4_lookup import round_to
 
@@ -39,7 +39,7 @@ class _Rope(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return rotate(grad, *ctx.saved_tensors, inverse=True), None, None
+        return rotate(dense_rows(grad), *ctx.saved_tensors, inverse=True), None, None
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None = None, *, inverse: bool = False) -> Tensor:

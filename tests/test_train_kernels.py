@@ -18,7 +18,7 @@ from grpo.kernels import nf4
 from grpo.kernels.glu import glu, glu_backward, glu_forward
 from grpo.kernels.launch import interpreted
 from grpo.kernels.lora_attention import QkvProjection, lora_qkv
-from grpo.kernels.lora_linear import Adapter, LinearGroup, lora_linear, row_tiles
+from grpo.kernels.lora_linear import WIDTH, Adapter, LinearGroup, lora_linear, row_tiles
 from grpo.kernels.lora_mlp import GatedMlp, lora_mlp
 from grpo.kernels.rms_norm import Norm, rms_norm
 from grpo.kernels.rope import rope, rotate
@@ -307,9 +307,9 @@ def test_attention_inputs_equal_autograd(unit_offset, head_norms, dtype, device)
     linear.assert_gradients(dtype, 3)
 
 
-def mlp_example(dtype, device, *, activation="silu", residual=True, normed=True, tile=4):
-    above = Linear(64, (48, 48), dtype, device)
-    below = Linear(48, (64,), dtype, device)
+def mlp_example(dtype, device, *, activation="silu", residual=True, normed=True, tile=4, packed=()):
+    above = Linear(64, (64, 64), dtype, device, packed=packed)
+    below = Linear(64, (64,), dtype, device, packed=packed[:1])
     norm = Norm(1 + 0.2 * randn(64, dtype=dtype, device=device), EPS, activation != "silu") if normed else None
     mlp = GatedMlp(above.group, below.group, activation, norm, residual, tile)
 
@@ -328,7 +328,13 @@ def mlp_example(dtype, device, *, activation="silu", residual=True, normed=True,
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize(
-    "options", [{}, {"activation": "gelu_tanh", "residual": False}, {"normed": False, "tile": 100}], ids=str
+    "options",
+    [
+        {},
+        {"packed": (0, 1), "activation": "gelu_tanh", "residual": False},
+        {"packed": (0,), "normed": False, "tile": 100},
+    ],
+    ids=str,
 )
 def test_mlp_equals_autograd(options, keep, dtype, device):
     run, reference, above, below = mlp_example(dtype, device, **options)
@@ -369,6 +375,21 @@ def test_adapters_learn_where_the_input_needs_no_gradient(device):
     assert all(factor.grad is not None and factor.grad.norm() > 0 for factor in above.factors)
 
 
+def test_expanded_gradients_are_taken(device):
+    cos, sin = angles(5, 8, torch.float32, device)
+    norm = Norm(randn(8, device=device), EPS)
+    for function in (
+        lambda x: rms_norm(x, norm),
+        lambda x: rope(x[:, None], cos, sin),
+        lambda x: glu(x, "silu"),
+    ):
+        x = randn(5, 8, device=device).requires_grad_()
+        result = function(x)
+        (expected,) = torch.autograd.grad(result, x, torch.ones_like(result), retain_graph=True)
+        result.sum().backward()
+        assert torch.equal(x.grad, expected)
+
+
 def test_what_an_mlp_keeps_is_its_input_and_what_was_asked_for(device):
     def kept_bytes(keep):
         run, _, above, below = mlp_example(torch.float32, device)
@@ -385,7 +406,7 @@ def test_what_an_mlp_keeps_is_its_input_and_what_was_asked_for(device):
         return sum(sizes.values())
 
     assert kept_bytes(False) == 11 * 64 * 4
-    assert kept_bytes(True) == 11 * (64 + 96) * 4
+    assert kept_bytes(True) == 11 * (64 + 128 + WIDTH) * 4
 
 
 def test_tiles_cover_the_rows_evenly(device):
