@@ -38,7 +38,7 @@ PROMPT = 1
 
 
 def parse_caps(text: str) -> dict[float, list[int]]:
-    """"8:4458+5000,0:342733" -> {8: [4458, 5000], 0: [342733]}."""
+    """ "8:4458+5000,0:342733" -> {8: [4458, 5000], 0: [342733]}."""
     pairs = (part.partition(":") for part in text.split(","))
     return {float(cap): [int(length) for length in lengths.split("+") if length] for cap, _, lengths in pairs}
 
@@ -81,7 +81,9 @@ def search(learner: Learner, cap: float, form: str, tries: int, rows: list[dict[
 
 def show(row: dict[str, Any]) -> dict[str, Any]:
     if not row["fits"]:
-        print(f"{row['cap_gb']:5g} GB {row['tokens']:9,} tokens: does not fit, planned {row['predicted'] / 1e9:6.2f} GB")
+        print(
+            f"{row['cap_gb']:5g} GB {row['tokens']:9,} tokens: does not fit, planned {row['predicted'] / 1e9:6.2f} GB"
+        )
     elif row["max_allocated"] is None:
         print(f"{row['cap_gb']:5g} GB {row['tokens']:9,} tokens: {row['seconds']:7.1f} s, memory not measured")
     else:

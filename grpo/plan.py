@@ -36,6 +36,8 @@ AUTO_SHARE = 0.05
 """Share of the linear layers that `keep_16bit = "auto"` leaves unquantised."""
 VOCABULARY_PADDING = 64
 """vLLM rounds the vocabulary up to a multiple of this."""
+SERVED_RANKS = 16
+"""The ranks of a fused layer's adapter are rounded up to a multiple of this for sampling."""
 MARGIN = 0.03
 """Share of the free memory that the allocator loses to fragments."""
 
@@ -234,7 +236,8 @@ def adapter_bytes(config: Config, shape: Any, itemsize: int, *, on_gpu: bool) ->
         adapted = [part for part in parts if part.endswith(endings)]
         trained += sum(rank * sum(sizes[part]) for part in adapted)
         # B of a fused layer has a row for every output and a column for every part's rank.
-        engine += rank * len(adapted) * (sizes[parts[0]][1] + sum(sizes[part][0] for part in parts))
+        ranks = -(-rank * len(adapted) // SERVED_RANKS) * SERVED_RANKS
+        engine += ranks * (sizes[parts[0]][1] + sum(sizes[part][0] for part in parts))
     return trained * (4 + 4 + moment_bytes(config.train.optim, on_gpu=on_gpu)) + engine * itemsize
 
 

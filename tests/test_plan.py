@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from tiny import FAMILIES, save_tiny
-from torch import nn
 
 from grpo import plan
 from grpo.base import BaseWeights
@@ -19,6 +18,7 @@ from grpo.errors import UserError
 from grpo.gguf_header import read_header
 from grpo.memory import FORMS, TrainingMemory
 from grpo.policy import Policy
+from grpo.served_adapter import ServedAdapter
 from grpo.source import open_source
 
 LLAMA_8B = plan.Shape("llama", 4096, 14336, 32, 32, 8, 128, 128256, False)
@@ -44,17 +44,9 @@ def test_weights_and_adapter_are_planned_as_they_are_stored(family: str, tmp_pat
         planned = plan.weight_bytes(settings, shape, 4, packed=False)
         assert planned == pytest.approx(base.nbytes(), rel=0.01)
         trained = sum(parameter.numel() for parameter in Policy(base, lora).parameters())
-        engine = engine_copy(base, lora.r, Policy(base, lora).adapter_layers())
-        assert plan.adapter_bytes(settings, shape, 4, on_gpu=False) == 16 * trained + 4 * engine
-
-
-def engine_copy(base: BaseWeights, rank: int, adapted: dict[str, nn.Module]) -> int:
-    """Numbers in the engine's stacked A and B, from the fused layers themselves."""
-    numbers = 0
-    for linear in base.linears.values():
-        ranks = rank * sum(part in adapted for part in linear.parts)
-        numbers += ranks * (linear.in_features + linear.out_features)
-    return numbers
+        served = ServedAdapter(base, Policy(base, lora)).buffers.values()
+        copies = sum(buffers.a.nbytes + buffers.b.nbytes for buffers in served)
+        assert plan.adapter_bytes(settings, shape, 4, on_gpu=False) == 16 * trained + copies
 
 
 def test_packed_weights_are_planned_as_nf4_allocates_them() -> None:
