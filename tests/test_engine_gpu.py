@@ -42,6 +42,7 @@ class OnGpu:
     def sample(self, seed: int, adapter: bool = True, **sampling: Any) -> list[Any]:
         from grpo.engine import Request, SamplingSettings
 
+        self.engine.sync_adapter()  # cached prompts would be rounded otherwise than computed ones
         requests = [Request(number, PROMPT[number:], seed) for number in range(8)]
         settings = SamplingSettings(**{"temperature": 0.9, "max_tokens": 30, **sampling})
         return sorted(self.engine.generate(requests, settings, adapter=adapter), key=lambda done: done.request_id)
