@@ -1,0 +1,258 @@
+"""Rollout speed on one GPU: our NF4 base with an adapter, against vLLM's own ways to serve the same shape.
+
+Four systems, each in a process of its own, on random weights with random prompts that groups of 8 share, the sampled
+tokens' logprobs on and nothing detokenised:
+
+- `ours`: NF4, the adapter in our linear layers;
+- `bnb-lora`: vLLM with bitsandbytes NF4 and its LoRA;
+- `bf16-lora` and `bf16`: vLLM unquantised, with and without its LoRA.
+
+vLLM's are compiled as it does by default.
+
+    python benchmarks/rollout.py --shape 3b --out benchmarks/results/rollout_3b.json
+    python benchmarks/rollout.py --shape 3b --systems ours --counts 128 --new-tokens 512
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+SYSTEMS = ("ours", "bnb-lora", "bf16-lora", "bf16")
+BARS = {32: {"bnb-lora": 2.0, "bf16-lora": 1.0}, 256: {"bnb-lora": 1.4}}
+"""Sequences -> system -> how many times its tokens a second ours should reach."""
+GROUP = 8
+RANK = 16
+
+
+# The side of one system
+
+
+def grouped_prompts(vocabulary: int, count: int, tokens: int, seed: int) -> list[list[int]]:
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    prompts = torch.randint(10, vocabulary, (-(-count // GROUP), tokens), generator=generator).tolist()
+    return [prompts[number // GROUP] for number in range(count)]
+
+
+def our_rollout(options: argparse.Namespace) -> Callable[[list[list[int]], int, int], int]:
+    """A function of (prompts, new tokens, seed) that samples and returns how many tokens came."""
+    import torch
+
+    from benchmarks import shared_model as shared
+    from benchmarks.random_model import RandomSource
+    from grpo.base import BaseWeights
+    from grpo.config import Lora, Model
+    from grpo.engine import Engine, EngineSettings, Request, SamplingSettings
+    from grpo.policy import Policy
+
+    device = torch.device(options.device)
+    model = Model(name="random", load_in_4bit=True)
+    base = BaseWeights(RandomSource(options.shape, device), model, device=device, dtype=torch.bfloat16)
+    policy = Policy(base, Lora(r=RANK, lora_alpha=2 * RANK), seed=0)
+    shared.randomize_adapter(policy)
+    settings = EngineSettings(
+        max_seq_length=options.prompt_tokens + options.new_tokens,
+        max_num_seqs=max(options.counts),
+        kv_cache_dtype=options.kv_cache_dtype,
+    )
+    engine = Engine(base, policy, settings)
+
+    def sample(prompts: list[list[int]], new_tokens: int, seed: int) -> int:
+        requests = [Request(number, prompt, seed) for number, prompt in enumerate(prompts)]
+        return sum(len(done.token_ids) for done in engine.generate(requests, SamplingSettings(1.0, new_tokens)))
+
+    return sample
+
+
+def vllm_rollout(options: argparse.Namespace) -> Callable[[list[list[int]], int, int], int]:
+    """The same of vLLM's own."""
+    from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
+    from vllm.sampling_params import RequestOutputKind
+
+    import grpo.engine  # noqa: F401 - the environment that vLLM needs here
+
+    quantised, lora = options.system == "bnb-lora", options.system != "bf16"
+    folder = options.scratch / f"rollout-{options.shape}"
+    arguments: dict[str, Any] = {
+        "load_format": "bitsandbytes" if quantised else "dummy",
+        "quantization": "bitsandbytes" if quantised else None,
+    }
+    if lora:
+        arguments |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": RANK}
+    llm = LLM(
+        str(folder), skip_tokenizer_init=True, dtype="bfloat16", max_num_seqs=max(options.counts),
+        max_model_len=options.prompt_tokens + options.new_tokens, max_num_batched_tokens=8192,
+        logprobs_mode="processed_logprobs", disable_log_stats=True, generation_config="vllm",
+        gpu_memory_utilization=options.peer_memory, **arguments,
+        compilation_config={"cudagraph_capture_sizes": sorted(options.counts)}, enforce_eager=options.enforce_eager,
+    )  # fmt: skip
+    core = llm.llm_engine
+    request = LoRARequest("adapter", 1, str(folder / "adapter")) if lora else None
+
+    def sample(prompts: list[list[int]], new_tokens: int, seed: int) -> int:
+        params = SamplingParams(
+            temperature=1.0, max_tokens=new_tokens, ignore_eos=True, logprobs=0, detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY, flat_logprobs=True,
+        )  # fmt: skip
+        for number, prompt in enumerate(prompts):
+            core.add_request(str(number), {"prompt_token_ids": prompt}, params, lora_request=request)
+        tokens = 0
+        while core.has_unfinished_requests():
+            tokens += sum(len(output.outputs[0].token_ids) for output in core.step() if output.finished)
+        assert llm.reset_prefix_cache()
+        return tokens
+
+    return sample
+
+
+def one_system(options: argparse.Namespace) -> dict[str, Any]:
+    """Every count of `options.counts`: seconds and tokens a second of whole rollouts, the median of `repeats`."""
+    started = time.time()
+    sample = our_rollout(options) if options.system == "ours" else vllm_rollout(options)
+    from benchmarks.random_model import shape_config
+    from benchmarks.shared_model import synchronize
+    from grpo.environment import hardware, versions
+
+    vocabulary = shape_config(options.shape).vocab_size
+    found: dict[str, Any] = {"system": options.system, "started_in_s": round(time.time() - started, 1), "rollouts": []}
+    for count in options.counts:
+        sample(grouped_prompts(vocabulary, count, options.prompt_tokens, 1), 16, 1)
+        seconds = []
+        for repeat in range(options.repeats):
+            prompts = grouped_prompts(vocabulary, count, options.prompt_tokens, 100 + repeat)
+            synchronize()
+            begun = time.perf_counter()
+            tokens = sample(prompts, options.new_tokens, 100 + repeat)
+            synchronize()
+            seconds.append(time.perf_counter() - begun)
+            assert tokens == count * options.new_tokens, (tokens, count)
+        median = statistics.median(seconds)
+        found["rollouts"].append(
+            {
+                "sequences": count,
+                "new_tokens": options.new_tokens,
+                "seconds": round(median, 3),
+                "all_seconds": [round(s, 3) for s in seconds],
+                "tokens_per_second": round(count * options.new_tokens / median, 1),
+            }
+        )
+        rate = count * options.new_tokens / median
+        print(f"{options.system:10} {count:4} sequences: {median:7.3f} s {rate:9,.0f} tokens/s")
+    return found | {"hardware": hardware(), "versions": versions()}
+
+
+# All of them
+
+
+def prepare_folder(options: argparse.Namespace) -> None:
+    """The checkpoint and the adapter that vLLM's own systems read."""
+    import torch
+    from safetensors.torch import save_file
+
+    from benchmarks.random_model import RandomSource, linear_shapes, write_checkpoint
+
+    folder = options.scratch / f"rollout-{options.shape}"
+    device = torch.device(options.device)
+    source = RandomSource(options.shape, device)
+    if "bnb-lora" in options.systems:
+        write_checkpoint(source, folder)
+    folder.mkdir(exist_ok=True, parents=True)
+    source.config.save_pretrained(folder)
+    tensors = {}
+    for name, (rows, columns) in linear_shapes(source.config).items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = (torch.randn(RANK, columns) * columns**-0.5).bfloat16()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = (torch.randn(rows, RANK) * 0.02).bfloat16()
+    (folder / "adapter").mkdir(exist_ok=True)
+    save_file(tensors, folder / "adapter" / "adapter_model.safetensors")
+    config = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": 2 * RANK, "bias": "none",
+        "target_modules": sorted({name.rpartition(".")[2] for name in linear_shapes(source.config)}),
+    }  # fmt: skip
+    (folder / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+
+
+def run_system(options: argparse.Namespace, system: str, ends: float) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--system", system, *options.passed]
+    begun = time.monotonic()
+    try:
+        done = subprocess.run(command, capture_output=True, text=True,
+                              timeout=max(1.0, ends - begun))  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return {"system": system, "error": "stopped: the time was up"}
+    lines = done.stdout.strip().splitlines()
+    if done.returncode or not lines:
+        return {"system": system, "error": done.stderr[-1500:]}
+    print("\n".join(line for line in lines[:-1] if line.startswith(system)), flush=True)
+    return {**json.loads(lines[-1]), "wall_s": round(time.monotonic() - begun, 1)}
+
+
+def ratios(systems: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Ours over each other system's tokens a second, with the bar where there is one."""
+    rates = {
+        name: {entry["sequences"]: entry["tokens_per_second"] for entry in found.get("rollouts", [])}
+        for name, found in systems.items()
+    }
+    rows = []
+    for count, ours in rates.get("ours", {}).items():
+        for name in systems:
+            if name != "ours" and count in rates[name]:
+                bar = BARS.get(count, {}).get(name)
+                ratio = round(ours / rates[name][count], 3)
+                rows.append({"sequences": count, "against": name, "ratio": ratio, "bar": bar})
+    return rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--shape", default="3b", help="3b, 8b, or tiny")
+    parser.add_argument("--systems", default=",".join(SYSTEMS), type=lambda text: text.split(","))
+    parser.add_argument("--system", choices=SYSTEMS, help="run this one alone, in this process")
+    parser.add_argument("--counts", default="1,32,128,256", type=lambda text: [int(n) for n in text.split(",")])
+    parser.add_argument("--prompt-tokens", type=int, default=128)
+    parser.add_argument("--new-tokens", type=int, default=256)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--kv-cache-dtype", default="auto", help="ours: auto or fp8")
+    parser.add_argument("--peer-memory", type=float, default=0.8, help="gpu_memory_utilization of vLLM's own systems")
+    parser.add_argument("--enforce-eager", action="store_true", help="vLLM's own systems without compilation")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--scratch", type=Path, default=Path("/tmp"))
+    parser.add_argument("--budget", type=float, default=560, help="seconds for everything")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    if options.system:
+        print(json.dumps(one_system(options)))
+        return 0
+    options.passed = [argument for argument in sys.argv[1:]]
+    ends = time.monotonic() + options.budget
+    if set(options.systems) != {"ours"}:
+        prepare_folder(options)
+    systems = {system: run_system(options, system, ends) for system in options.systems}
+    rows = ratios(systems)
+    for row in rows:
+        bar = f" (bar {row['bar']}x)" if row["bar"] else ""
+        print(f"ours over {row['against']:10} at {row['sequences']:4}: {row['ratio']:.2f}x{bar}")
+    for system, found in systems.items():
+        if "error" in found:
+            print(f"{system}: {found['error'][-600:]}")
+    result = {"benchmark": "rollout", "shape": options.shape, "systems": systems, "ratios": rows}
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps({"benchmark": "rollout", "shape": options.shape, "ratios": rows}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
