@@ -1,10 +1,11 @@
 # make demo: train a small model on this machine.  make test: the test suite.  make lint: ruff and mypy.
+# make test-long: what takes an hour.
 # Each does its own set-up in .venv the first time, and again when the requirements change.
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test lint types docs clean browser
+.PHONY: demo test test-long lint types docs clean browser
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
@@ -19,6 +20,14 @@ demo: $(INSTALLED)
 # Two threads: the suite's tensors are small, and more threads only wait for each other.
 test: $(INSTALLED) browser
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# What takes minutes: 50 kills, misbehaving rewards for 200 steps, fuzzing, a soak. Their results are in
+# benchmarks/results, as are the ones of whoever ran it last.
+test-long: $(INSTALLED)
+	$(BIN)/python -m pytest -m long
+	$(BIN)/python benchmarks/kill_resume.py --kills 50 --out benchmarks/results/kill_resume.json
+	$(BIN)/python benchmarks/fuzz_parsers.py --minutes 20 --out benchmarks/results/fuzz_parsers.json
+	$(BIN)/python benchmarks/soak.py --steps 500 --out benchmarks/results/soak_cpu.json
 
 # Some tests look at the run report in a browser; they are skipped where none can be had.
 browser:

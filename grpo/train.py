@@ -22,10 +22,17 @@ from grpo.config import Config, config_toml, read_config
 from grpo.errors import UserError
 from grpo.interrupt import leaving_at_once
 from grpo.plan import memory_plan
+from grpo.records import printable
 from grpo.toml import write_value
 
 BAD_INPUT = 2
-DISK_REFUSES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+DISK_REFUSES = {
+    errno.ENOSPC: "make room",
+    errno.EDQUOT: "make room",
+    errno.EROFS: "make it writable",
+    errno.EIO: "look after the disk",
+}
+"""What to do about an error of the disk before the run is continued."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,18 +48,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         return fail(str(error), BAD_INPUT)
     except OSError as error:
-        if error.errno not in DISK_REFUSES:
+        remedy = DISK_REFUSES.get(error.errno or 0)
+        if remedy is None:
             raise
-        return fail(
-            f"{error.filename or 'the disk'}: {error.strerror}; make room and continue with --resume", BAD_INPUT
-        )
+        sentence = f"{error.filename or 'the disk'}: {error.strerror}; {remedy} and continue with --resume"
+        return fail(sentence, BAD_INPUT)
     except KeyboardInterrupt as error:
         return fail(interrupted(config), 128 + getattr(error, "number", signal.SIGINT))
     return 0
 
 
 def fail(sentence: str, code: int) -> int:
-    print(f"grpo.train: {sentence}", file=sys.stderr)
+    print(f"grpo.train: {printable(sentence)}", file=sys.stderr)
     return code
 
 

@@ -58,12 +58,14 @@ class ForkedRuns:
 
     def __init__(self, config: Path, home: Path, **environment: str):
         self.home, self._count = home, 0
+        path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+        one_thread = {"OMP_NUM_THREADS": "1"}  # a fork has none of OpenMP's other threads, and would wait for them
         command = [sys.executable, __file__, str(config), str(home / "network.txt")]
         self._errors = (home / "server.err").open("w")
         self._process = subprocess.Popen(
             command,
             cwd=home,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), **environment},
+            env={**os.environ, **one_thread, "PYTHONPATH": path, **environment},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -228,15 +230,22 @@ def signal_at(session: Any, phase: str, moment: str, number: str, *again: str) -
     PHASES[phase](session, counted(int(moment), send))
 
 
-def stuck_after(session: Any, phase: str, moment: str, number: str) -> None:
-    """A signal at that moment, in a main thread that then hangs in C code, as in a kernel that never ends."""
+def stuck_after(session: Any, phase: str, moment: str, number: str, *again: str) -> None:
+    """The signal `number` at that moment, in a main thread that then hangs in C code, as in a kernel without end.
+
+    `again`: one more comes a second later. What a run may take to save itself is cut to three seconds.
+    """
     import ctypes
+    import functools
 
     def hang() -> None:
         os.kill(os.getpid(), int(number))
-        ctypes.PyDLL(None).sleep(100)
+        if again:
+            threading.Timer(1.0, os.kill, (os.getpid(), int(number))).start()
+        for _ in range(100):  # a signal ends each sleep
+            ctypes.CDLL(None).sleep(100)
 
-    replace(("grpo.interrupt", "leaving_at_once"), lambda leaving: leaving)
+    replace(("grpo.train", "leaving_at_once"), lambda leaving: functools.partial(leaving, 60.0 if again else 3.0))
     PHASES[phase](session, counted(int(moment), hang))
 
 
@@ -380,6 +389,7 @@ def serve(config: Path, network: Path) -> None:
             answer(answers, pid=pid)
         else:
             run(session, request)
+    os._exit(0)  # vLLM takes seconds to end in order
 
 
 def answer(answers: Any, **content: Any) -> None:
