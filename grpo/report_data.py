@@ -161,7 +161,7 @@ def sampled_groups(files: Mapping[int, Path], kind: str, most_steps: int, share:
 
 def step_groups(path: Path, kind: str, step: int, characters: float) -> list[Entry]:
     """The first groups in `path`, at least one, and no more than have so many characters."""
-    groups = []
+    groups: list[Entry] = []
     for line in read_entries(path):
         entry = reduced_group(line, kind, step)
         if entry is None:
@@ -236,7 +236,7 @@ def improvements(groups: Sequence[Entry], most: int = 40) -> list[Entry]:
         if group["mean"] is not None:
             key = json.dumps([group.get("run"), group["kind"], group["task"], group["prompt"]])
             seen.setdefault(key, []).append(place)
-    found = []
+    found: list[Entry] = []
     for places in seen.values():
         first, last = min(places, key=lambda p: groups[p]["step"]), max(places, key=lambda p: groups[p]["step"])
         if groups[first]["step"] < groups[last]["step"]:

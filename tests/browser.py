@@ -21,13 +21,21 @@ from typing import Any
 from websockets.sync.client import connect
 
 NAMES = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-SECONDS = 60
+SECONDS = 40
 """How long anything may take on a busy machine."""
 
 
 def installed() -> str | None:
     """The path of a Chromium on this machine."""
     return next((path for name in NAMES if (path := shutil.which(name))), None)
+
+
+def started(program: str, folder: Path) -> Browser:
+    """A browser with a profile in `folder`. On a machine at its limit a start may fail, so there are three."""
+    for attempt in range(3):
+        with contextlib.suppress(RuntimeError, TimeoutError, OSError):
+            return Browser(program, folder / f"profile-{attempt}")
+    raise RuntimeError(f"{program} does not start")
 
 
 class Browser:
@@ -51,8 +59,7 @@ class Browser:
         try:
             address = self._address(profile)
             self._socket = self._open.enter_context(connect(address, max_size=None, proxy=None, open_timeout=SECONDS))
-            targets = self._send("Target.getTargets", session=None)["targetInfos"]
-            page = next(target["targetId"] for target in targets if target["type"] == "page")
+            page = self._send("Target.createTarget", session=None, url="about:blank")["targetId"]
             attached = self._send("Target.attachToTarget", session=None, targetId=page, flatten=True)
             self._session = attached["sessionId"]
             for domain in ("Page", "Runtime", "Network", "Log"):

@@ -87,6 +87,8 @@ def test_a_run_that_ended_before_its_first_step_leaves_nothing(tmp_path: Path) -
     path = tmp_path / "a"
     with pytest.raises(UserError, match="no such column"), open_run(config_for(path)):
         (path / "eval.jsonl").write_text('{"step": 0}\n')
+        (path / "completions").mkdir()
+        (path / "completions" / "eval-0.jsonl").write_text('{"step": 0}\n')
         raise UserError("no such column")
     assert not path.exists()
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import Browser, installed
+from browser import Browser, installed, started
 from report_run import HOSTILE, run_config, write_run
 
 from grpo.report import write_report
@@ -56,7 +56,7 @@ CONTRAST = """(() => {
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     assert PROGRAM is not None
-    with Browser(PROGRAM, tmp_path_factory.mktemp("profile")) as browser:
+    with started(PROGRAM, tmp_path_factory.mktemp("browser")) as browser:
         yield browser
 
 

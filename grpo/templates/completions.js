@@ -62,8 +62,13 @@ function counted(count, filter, state) {
   if (filter.view === "improved" && !state.data.improved.length) {
     return "No prompt was sampled at two different steps, so nothing can be compared. [eval] every = N asks the same held-out questions again and again.";
   }
-  const what = { improved: "prompts seen at two steps or more, by how much their mean reward rose", best: "prompts by their best completion",
-    worst: "prompts by their worst completion", groups: "groups" }[filter.view];
+  const one = count === 1, prompts = one ? "prompt" : "prompts";
+  const what = {
+    improved: `${prompts} seen at two steps or more, by how much the mean reward rose`,
+    best: `${prompts} by the best completion`,
+    worst: `${prompts} by the worst completion`,
+    groups: one ? "group" : "groups",
+  }[filter.view];
   return count ? `${count} ${what}` : "Nothing fits the filter.";
 }
 
