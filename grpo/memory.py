@@ -172,7 +172,8 @@ class TrainingMemory:
         return self.sizes.adapter * self.itemsize if self.itemsize == 2 else self.sizes.adapter_b * self.itemsize
 
     def _absent_in_first_layer(self) -> int:
-        """The embedding needs no gradient, so the first plain layer saves neither its norm's input nor A before it."""
+        """The embedding needs no gradient, so the first plain layer saves neither its norm's input nor the A behind
+        it. (Without an adapter on q, k or v it saves less still, which is not counted.)"""
         if self.kernels:
             return 0
         s = self.sizes
