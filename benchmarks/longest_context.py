@@ -54,7 +54,7 @@ def measure(learner: Learner, cap: float, length: int, form: str) -> dict[str, A
     """One step on a sequence of `length` tokens under the cap."""
     sequence = steps.sequence_of(learner.policy.base, PROMPT, length)
     row = {"cap_gb": cap, "tokens": length, **steps.measured_step(learner, [sequence])}
-    return {**row, "predicted": steps.predicted_peak(learner, length, length, form)}
+    return {**row, "predicted": steps.predicted_peak(learner, [sequence], form)}
 
 
 def planned_length(learner: Learner, cap: float, form: str) -> int:
@@ -62,7 +62,7 @@ def planned_length(learner: Learner, cap: float, form: str) -> int:
     low, high = 0, 1 << 21
     while high - low > 64:
         middle = (low + high) // 2
-        fits = steps.predicted_peak(learner, middle, middle, form) <= cap * 1e9
+        fits = steps.predicted_bytes(learner, middle, middle, middle, form) <= cap * 1e9
         low, high = (middle, high) if fits else (low, middle)
     return low
 

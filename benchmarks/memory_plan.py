@@ -45,9 +45,8 @@ def training_rows(shape: str, options: argparse.Namespace) -> list[dict[str, Any
                 learner = steps.learner_of(base, config)
                 steps.warm_up(learner)
                 batch = [steps.sequence_of(base, half, half, seed) for seed in range(tokens // (2 * half - 1))]
-                fed, completions = sum(map(len, batch)), half * len(batch)
-                row = {"part": "training", "shape": shape, "form": form, "kernels": kernels, "tokens": fed}
-                row |= {"predicted": steps.predicted_peak(learner, fed, completions, form)}
+                row = {"part": "training", "shape": shape, "form": form, "kernels": kernels}
+                row |= {"tokens": sum(map(len, batch)), "predicted": steps.predicted_peak(learner, batch, form)}
                 rows.append(judged({**row, **steps.measured_step(learner, batch)}))
                 del learner
     return rows

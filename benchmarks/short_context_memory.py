@@ -48,9 +48,8 @@ def measure(shape: str, options: argparse.Namespace) -> dict[str, Any]:
     group = [steps.sequence_of(learner.policy.base, prompt, completion, seed) for seed in range(options.generations)]
     for sequence in group:
         sequence.prompt_ids = first.prompt_ids
-    predicted = options.generations * completion
     row = {"shape": shape, "tokens": tokens, "load_seconds": round(loaded, 1), **steps.measured_step(learner, group)}
-    row |= {"predicted": steps.predicted_peak(learner, tokens, predicted, options.form)}
+    row |= {"predicted": steps.predicted_peak(learner, group, options.form)}
     return {**row, "weights": learner.policy.base.nbytes(), "unsloth_gb": UNSLOTH.get(shape)}
 
 

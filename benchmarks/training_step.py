@@ -21,7 +21,7 @@ from grpo.config import Config, Model, parse_config
 from grpo.headroom import free_cached
 from grpo.learner import Learner
 from grpo.memory import TrainingMemory, moment_bytes
-from grpo.policy import Policy
+from grpo.policy import Policy, packed_row
 
 WARM_UP = 512
 """Tokens of a step that compiles kernels and allocates the optimiser's moments."""
@@ -130,12 +130,19 @@ def resident_bytes(learner: Learner) -> int:
     return base.nbytes() + trained * (4 + moment_bytes(optim, on_gpu=base.device.type == "cuda"))
 
 
-def predicted_peak(learner: Learner, tokens: int, predicted: int, form: str) -> int:
-    """The plan's peak of a step on `tokens` tokens, of which `predicted` are completions: weights, adapter, step."""
+def predicted_peak(learner: Learner, batch: Sequence[TrainingSequence], form: str) -> int:
+    """The plan's peak of a step on `batch`, one micro-batch: weights, adapter, step."""
+    row = packed_row([sequence.prompt_ids for sequence in batch], [sequence.completion_ids for sequence in batch])
+    keys = sum(span.keys for span in row.spans)
+    return predicted_bytes(learner, len(row.tokens), len(row.predicting), keys, form)
+
+
+def predicted_bytes(learner: Learner, tokens: int, predicted: int, keys: int, form: str) -> int:
+    """The same for so many tokens, of which `predicted` are completions."""
     base, config = learner.policy.base, learner.config
     memory = TrainingMemory.of(config, base.config, base.dtype.itemsize, on_gpu=True, tokens=tokens)
     gradients = 4 * sum(parameter.numel() for parameter in learner.parameters)
-    return resident_bytes(learner) + gradients + replace(memory, predicted=predicted).peak(form)
+    return resident_bytes(learner) + gradients + replace(memory, predicted=predicted, keys=keys).peak(form)
 
 
 def synchronize(device: torch.device) -> None:

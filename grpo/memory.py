@@ -46,6 +46,13 @@ def moment_bytes(optim: str, *, on_gpu: bool) -> int:
     return 0 if optim.startswith("paged") else 2
 
 
+def copied_keys(config: Config, tokens: int) -> int:
+    """Copies of prompts' keys in a micro-batch of so many tokens, made of groups at their full length."""
+    rollout = config.rollout
+    group = rollout.max_prompt_length + rollout.num_generations * rollout.max_completion_length
+    return tokens * rollout.num_generations * rollout.max_prompt_length // group
+
+
 @dataclass(frozen=True)
 class LayerSizes:
     """Numbers per token in a decoder layer, and what its adapters add."""
@@ -108,6 +115,8 @@ class TrainingMemory:
     tokens: int
     predicted: int
     """Completion tokens among them."""
+    keys: int
+    """Keys that attention sees: more than `tokens` where completions share a prompt, whose keys each gets a copy of."""
     chunk: int
     """Tokens whose logits exist at once."""
     entropy_gradient: bool
@@ -127,6 +136,7 @@ class TrainingMemory:
             itemsize=itemsize,
             tokens=tokens,
             predicted=tokens,
+            keys=tokens + copied_keys(config, tokens),
             chunk=config.train.logprob_chunk_tokens,
             entropy_gradient=bool(config.loss.entropy_coef),
             on_gpu=on_gpu,
@@ -138,12 +148,17 @@ class TrainingMemory:
 
     def kept_by_layer(self) -> int:
         """Bytes that one layer saves, its input among them, where nothing is computed again."""
-        return self.tokens * (self._fused_per_token() if self.kernels else self._plain_per_token()) + self._factors()
+        per_token = self._fused_per_token() if self.kernels else self._plain_per_token()
+        return self.tokens * per_token + self._gathered() + self._factors()
 
     def _attention_per_token(self) -> int:
         """q, k, v, the output and its log-sum-exp (float32), which flash attention saves."""
         s = self.sizes
         return (2 * s.query + 2 * s.key) * self.itemsize + 4 * s.heads
+
+    def _gathered(self) -> int:
+        """Keys and values laid out anew, with each completion's copy of its prompt's."""
+        return 2 * self.keys * self.sizes.key * self.itemsize if self.keys > self.tokens else 0
 
     def _fused_per_token(self) -> int:
         """Layer input, attention, MLP input, gate and up; inputs of the norms that follow attention and MLP."""
@@ -227,8 +242,9 @@ class TrainingMemory:
         """Gradients of the output, q, k and v, and what the kernel allocates: dq in float32, and where heads share
         keys, dk and dv of every head."""
         s = self.sizes
-        grouped = 2 * s.query if s.key != s.query else 0
-        return self.tokens * ((2 * s.query + 2 * s.key + grouped) * self.itemsize + 4 * s.query + 4 * s.heads)
+        every_head = 2 * s.query if s.key != s.query else 0
+        of_keys = self.keys * (2 * s.key + every_head) * self.itemsize
+        return of_keys + self.tokens * (2 * s.query * self.itemsize + 4 * s.query + 4 * s.heads)
 
     def _dense(self, *sizes: int) -> int:
         """Weights dequantised at once, each `sizes` x hidden."""
@@ -238,7 +254,7 @@ class TrainingMemory:
         s, one = self.sizes, self.layer_input()
         replayed = form != "none"
         gate_up = 2 * self.tokens * s.inner * self.itemsize
-        attention = self.tokens * self._fused_per_token() - gate_up - 2 * one
+        attention = self.tokens * self._fused_per_token() + self._gathered() - gate_up - 2 * one
         mlp_rows, qkv_rows = min(self.tokens, MLP_TILE), min(self.tokens, QKV_TILE)
         mlp_numbers = s.inner + 2 * s.hidden + (2 * s.inner if replayed else 0)
         mlp_tile = mlp_rows * mlp_numbers * self.itemsize + self._dense(3 * s.inner)
