@@ -269,6 +269,8 @@ class LoadedPolicy:
                 from grpo.trainer import train_session
 
                 session.configure(config)
+                if session.engine_started:
+                    session.engine.sync_adapter()
                 train_session(session, data, run.path, log)
         return TrainResult.read(run.path)
 

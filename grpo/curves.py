@@ -29,8 +29,9 @@ DOTS_PER_INCH = 96
 class Plot:
     """A matplotlib figure that a notebook shows, whichever backend it uses. `figure` is open to changes."""
 
-    def __init__(self, figure: Any):
+    def __init__(self, figure: Any, titles: Sequence[str]):
         self.figure = figure
+        self.titles = list(titles)
 
     def save(self, path: str | Path) -> None:
         """Write the picture; the ending of `path` says in which format."""
@@ -38,6 +39,9 @@ class Plot:
             self.figure.savefig(path)
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: the plot cannot be written ({error}); choose another file") from None
+
+    def __repr__(self) -> str:
+        return f"<curves of {', '.join(self.titles)}>"
 
     def _repr_png_(self) -> bytes:
         buffer = io.BytesIO()
@@ -72,7 +76,7 @@ def draw(panels: Mapping[str, Mapping[str, Curve]], x_label: str = "step") -> Pl
             axes.plot(steps, rolling_mean(values), color=colour, linewidth=1.8, label=run)
         if place == 1 and len(labels) > 1:
             axes.legend(fontsize=8, frameon=False)
-    return Plot(figure)
+    return Plot(figure, list(panels))
 
 
 def rolling_mean(values: Sequence[float]) -> list[float]:

@@ -61,6 +61,7 @@ LIBRARIES = (
     "bitsandbytes",
     "torch",
     "gguf",
+    "tqdm",
 )
 
 # Rows of the live table after rewards and evaluation: key in the metrics, label, format.

@@ -6,6 +6,7 @@ the line stays and the plot is left out.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -38,10 +39,11 @@ class NotebookDisplay:
         """When the plot was drawn last, and of how many steps."""
 
     def start(self) -> None:
-        """Show the first line."""
+        """Show the first line, and keep the place below it for the plot."""
         from IPython.display import display
 
         self._line = display(self._shown_line(), display_id=True)
+        self._plot = display(PlainLine(""), display_id=True)
 
     def refresh(self) -> None:
         """Show what has changed."""
@@ -58,22 +60,14 @@ class NotebookDisplay:
 
     def _draw(self, interval: float) -> None:
         """Redraw the plot if steps were added, at most every `interval` seconds."""
-        from IPython.display import display
-
         series = self._progress().series
         when, steps_drawn = self._drawn
         steps = len(series.get("reward", ()))
         if steps == steps_drawn or time.perf_counter() - when < interval:
             return
         panels = {title_of(key): {"": curve(series[key])} for key in shown_metrics(list(series))}
-        try:
-            plot = draw(panels)
-        except UserError:
-            return
-        if self._plot is None:
-            self._plot = display(plot, display_id=True)
-        else:
-            self._plot.update(plot)
+        with contextlib.suppress(UserError):
+            self._plot.update(draw(panels))
         self._drawn = time.perf_counter(), steps
 
 
