@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,14 +11,13 @@ from typing import Any
 import pytest
 from tiny_run import read_metrics, save_tiny_chat_model
 
+from grpo import train
 from grpo.config import read_config
 from grpo.init import FILES, HUB_MODEL, PACKAGED_MODEL, STARTER, default_model, main
 from grpo.rewards.contract import RewardBatch
 from grpo.rewards.forms import RewardFunction
 from grpo.rewards.resolve import resolve
 from grpo.tasks.common import load_task
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
@@ -104,17 +102,9 @@ def test_the_reward_file_shows_itself(home: Path) -> None:
 @pytest.mark.vllm
 def test_what_it_writes_trains_at_once(home: Path) -> None:
     save_tiny_chat_model(home / "model")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", *arguments], cwd=home, env=environment, capture_output=True, text=True
-        )
-
-    assert run("grpo.init", ".", "--model", "model").returncode == 0
+    assert main([".", "--model", "model"]) == 0
     small = ["train.max_steps=2", "rollout.prompts_per_step=2", "rollout.num_generations=4", "eval.limit=4"]
-    done = run("grpo.train", "config.toml", *(word for each in small for word in ("--set", each)))
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert train.main(["config.toml", *(word for each in small for word in ("--set", each))]) == 0
     steps = read_metrics(home / "runs" / "first")
     assert [entry["step"] for entry in steps] == [1, 2]
     assert all("rewards/right_digits" in entry and "rewards/only_digits" in entry for entry in steps)
