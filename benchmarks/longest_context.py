@@ -119,7 +119,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             rows.append(show(measure(learner, cap, length, options.form)))
             if options.out:
                 options.out.write_text(json.dumps(result, indent=1) + "\n")
-        if options.search and cap:
+        if options.search and cap and device.type == "cuda":
             search(learner, cap, options.form, options.search, rows)
     result["seconds"] = round(time.perf_counter() - started, 1)
     if options.out:
