@@ -38,7 +38,7 @@ START_OVER = "/new"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line `arguments` (those of the process by default) and return its exit code."""
-    parsed = parser().parse_args(arguments)
+    parsed = parser().parse_intermixed_args(arguments)  # options may stand between target and prompt
     try:
         check_options(parsed)
         with opened(parsed) as policy:
