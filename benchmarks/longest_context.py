@@ -134,7 +134,7 @@ def main() -> int:
     parser.add_argument("--shape", default="8b")
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--optim", default="adamw_8bit")
-    parser.add_argument("--form", default="offload", choices=("none", "layer", "offload"))
+    parser.add_argument("--form", default="offload", choices=("none", "mlp", "layer", "offload"))
     parser.add_argument("--chunk", type=int, default=256, help="tokens whose logits exist at once")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="a tiny model on the CPU: tries the script")

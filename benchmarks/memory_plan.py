@@ -151,7 +151,7 @@ def parser() -> argparse.ArgumentParser:
 
     made.add_argument("--shapes", default="3b,8b", type=words)
     made.add_argument("--tokens", default="4096,16384", type=lambda text: [int(n) for n in text.split(",")])
-    made.add_argument("--forms", default="none,layer,offload", type=words)
+    made.add_argument("--forms", default="none,mlp,layer,offload", type=words)
     made.add_argument("--kernels", default="auto", type=words, help="train.kernels: auto, torch")
     made.add_argument("--rollouts", default="128x1024,8x8192", type=words, help="sequences x length; empty for none")
     made.add_argument("--length", type=int, default=2048, help="tokens of a training sequence")

@@ -87,7 +87,7 @@ def main() -> int:
     parser.add_argument("--one", help="measure this shape here, and print its JSON")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--optim", default="adamw_8bit")
-    parser.add_argument("--form", default="layer", choices=("none", "layer", "offload"))
+    parser.add_argument("--form", default="layer", choices=("none", "mlp", "layer", "offload"))
     parser.add_argument("--chunk", type=int, default=128, help="tokens whose logits exist at once")
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--completion-tokens", type=int, default=128)

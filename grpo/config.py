@@ -334,10 +334,10 @@ class Train(Section):
     kernels: Literal["auto", "triton", "torch"] = "auto"
     """What computes the layers in training: fused Triton kernels, or plain torch modules to compare them with. "auto":
     Triton on a GPU, torch on a CPU."""
-    gradient_checkpointing: bool | Literal["auto", "none", "layer", "offload"] = "auto"
-    """What the backward pass finds: everything ("none"), each layer's input, the rest being computed again ("layer"),
-    or that with the inputs in host memory ("offload"). "auto": the first of these that fits. true and false, as in
-    TRL, are "layer" and "none"."""
+    gradient_checkpointing: bool | Literal["auto", "none", "mlp", "layer", "offload"] = "auto"
+    """What the backward pass finds: everything ("none"), all but the MLP's intermediate tensors ("mlp", with Triton
+    kernels), each layer's input ("layer"), or that in host memory ("offload"); the rest is computed again. "auto":
+    the first of these that fits. true and false, as in TRL, are "layer" and "none"."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Seed of data order, sampling and adapter initialisation."""
 

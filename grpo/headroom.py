@@ -17,7 +17,7 @@ import torch
 from grpo.batch import TrainingSequence, pack
 from grpo.config import Config
 from grpo.errors import UserError
-from grpo.memory import FORMS, TrainingMemory, moment_bytes
+from grpo.memory import TrainingMemory, moment_bytes
 from grpo.policy import Policy
 from grpo.recompute import RandomState
 
@@ -30,10 +30,13 @@ class Headroom:
     def __init__(self, policy: Policy, config: Config, notice: Callable[[str], None]):
         self.policy, self.config, self.notice = policy, config, notice
         self.tokens = config.train.tokens_per_micro_batch
-        self.use(checkpointing_form(policy, config))
+        base = policy.base
+        training = TrainingMemory.of(config, base.config, base.dtype.itemsize, on_gpu=base.device.type == "cuda")
+        self.forms = training.forms
+        self.use(checkpointing_form(training, policy, config))
 
     def use(self, form: str) -> None:
-        """Let layers keep what `form` of recompute.FORMS says."""
+        """Let layers keep what `form` of memory.FORMS says."""
         self.form = form
         self.policy.recompute_layers(form)
 
@@ -77,7 +80,7 @@ class Headroom:
 
     def settle(self, work: Callable[[], object], discard: Callable[[], None]) -> None:
         """Find what `work` fits into: of the forms, where the configuration leaves them open, the first that does."""
-        while self.config.train.gradient_checkpointing == "auto" and self.form != FORMS[-1]:
+        while self.config.train.gradient_checkpointing == "auto" and self.form != self.forms[-1]:
             try:
                 work()
                 return
@@ -85,7 +88,7 @@ class Headroom:
                 pass
             discard()
             free_cached(self.policy.base.device)
-            self.use(FORMS[FORMS.index(self.form) + 1])
+            self.use(self.forms[self.forms.index(self.form) + 1])
             self.notice(f'the largest micro-batch did not fit; train.gradient_checkpointing = "{self.form}" is used')
         self.within(work, discard)
 
@@ -97,10 +100,19 @@ class Headroom:
         self.tokens = min(self.tokens, state["tokens"])
 
 
-def checkpointing_form(policy: Policy, config: Config) -> str:
-    """`train.gradient_checkpointing`; "auto": the first of FORMS that fits into the memory that is free now."""
-    if config.train.gradient_checkpointing != "auto":
-        return str(config.train.gradient_checkpointing)
+def checkpointing_form(training: TrainingMemory, policy: Policy, config: Config) -> str:
+    """`train.gradient_checkpointing`; "auto": the first form of `training` that fits into the memory that is free now.
+
+    Raises UserError for a form that this run's layers have not.
+    """
+    chosen = str(config.train.gradient_checkpointing)
+    if chosen != "auto":
+        if chosen not in training.forms:
+            raise UserError(
+                f'train.gradient_checkpointing = "{chosen}" needs the Triton kernels, so a GPU and no '
+                'lora.lora_dropout; set "auto"'
+            )
+        return chosen
     base, on_gpu = policy.base, policy.base.device.type == "cuda"
     host = free = psutil.virtual_memory().available
     if on_gpu:
@@ -108,7 +120,7 @@ def checkpointing_form(policy: Policy, config: Config) -> str:
         free = torch.cuda.mem_get_info(base.device)[0]
     # Gradients and moments do not exist yet.
     free -= sum(p.numel() for p in policy.parameters()) * (4 + moment_bytes(config.train.optim, on_gpu=on_gpu))
-    return TrainingMemory.of(config, base.config, base.dtype.itemsize, on_gpu=on_gpu).first_that_fits(free, host)
+    return training.first_that_fits(free, host)
 
 
 def free_cached(device: torch.device) -> None:

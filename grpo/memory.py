@@ -13,8 +13,9 @@ from typing import Any
 from grpo.architectures import adapter_targets, expected_shapes, fused_linears
 from grpo.config import Config
 
-FORMS = ("none", "layer", "offload")
-"""Forms of gradient checkpointing, from the fastest to the one that needs least memory on the device."""
+FORMS = ("none", "mlp", "layer", "offload")
+"""Forms of gradient checkpointing, from the fastest to the one that needs least memory on the device. "mlp", which
+computes gate and up again and keeps the rest, is the kernels' alone."""
 MLP_TILE, QKV_TILE = 4096, 8192
 """Tokens whose intermediate tensors the kernels hold at once (kernels/lora_mlp.py, kernels/lora_attention.py)."""
 LOGIT_WORKSPACE = 2 * (8 << 20)
@@ -144,6 +145,11 @@ class TrainingMemory:
             packed_weights=config.model.load_in_4bit and on_gpu,
         )
 
+    @property
+    def forms(self) -> tuple[str, ...]:
+        """Those of FORMS that the layers have."""
+        return FORMS if self.kernels else tuple(form for form in FORMS if form != "mlp")
+
     # What layers keep
 
     def kept_by_layer(self) -> int:
@@ -195,6 +201,9 @@ class TrainingMemory:
         before = len(s.adapted & {"q_proj", "k_proj", "v_proj", "qkv_proj"}) * s.rank * s.hidden
         return self.tokens * (4 * s.hidden + 4) + (before * self.itemsize if self.itemsize == 2 else 0)
 
+    def _gate_and_up(self) -> int:
+        return 2 * self.tokens * self.sizes.inner * self.itemsize
+
     def layer_input(self) -> int:
         return self.tokens * self.sizes.hidden * self.itemsize
 
@@ -202,6 +211,8 @@ class TrainingMemory:
         """Bytes that all layers keep on the device between their forward and their backward."""
         if form == "none":
             return self.sizes.layers * self.kept_by_layer() - self._absent_in_first_layer()
+        if form == "mlp":
+            return self.sizes.layers * (self.kept_by_layer() - self._gate_and_up())
         # Offloaded, one is still here when the backward begins, and later one is on its way.
         return self.layer_input() * (self.sizes.layers if form == "layer" else 2)
 
@@ -252,11 +263,10 @@ class TrainingMemory:
 
     def _fused_backward(self, form: str) -> dict[str, int]:
         s, one = self.sizes, self.layer_input()
-        replayed = form != "none"
-        gate_up = 2 * self.tokens * s.inner * self.itemsize
-        attention = self.tokens * self._fused_per_token() + self._gathered() - gate_up - 2 * one
+        replayed = form in ("layer", "offload")
+        attention = self.kept_by_layer() - self._gate_and_up() - 2 * one
         mlp_rows, qkv_rows = min(self.tokens, MLP_TILE), min(self.tokens, QKV_TILE)
-        mlp_numbers = s.inner + 2 * s.hidden + (2 * s.inner if replayed else 0)
+        mlp_numbers = s.inner + 2 * s.hidden + (0 if form == "none" else 2 * s.inner)
         mlp_tile = mlp_rows * mlp_numbers * self.itemsize + self._dense(3 * s.inner)
         qkv = s.query + 2 * s.key
         qkv_tile = qkv_rows * (qkv + 2 * s.hidden) * self.itemsize + self._dense(qkv)
@@ -264,7 +274,7 @@ class TrainingMemory:
         # the gradient of its output stays in the caller's frame to the end.
         before = self.kept(form) + (attention + 2 * one if replayed else 0)
         # Gone by then: the MLP's input, and the inputs of norms behind attention and MLP.
-        mlp_gone = one + (0 if replayed else gate_up) + (2 * one if s.norms == 4 else 0)
+        mlp_gone = one + (self._gate_and_up() if form == "none" else 0) + (2 * one if s.norms == 4 else 0)
         return {
             "mlp backward": before + (1 if replayed else 2) * one + mlp_tile + 8 * s.adapter,
             "attention backward": before - mlp_gone + one + self._flash_backward(),
@@ -286,9 +296,9 @@ class TrainingMemory:
     # Choosing
 
     def first_that_fits(self, free: int, host: int) -> str:
-        """The first of FORMS whose peak is within `free` bytes of the device and `host` bytes of the host, or that
+        """The first form whose peak is within `free` bytes of the device and `host` bytes of the host, or that
         with the lowest peak for which the host has room."""
         share = FREE_SHARE if self.on_gpu else CPU_SHARE
-        hosted = [form for form in FORMS if self.on_host(form) <= HOST_SHARE * host]
+        hosted = [form for form in self.forms if self.on_host(form) <= HOST_SHARE * host]
         fitting = [form for form in hosted if self.peak(form) <= share * free]
         return fitting[0] if fitting else min(hosted, key=self.peak)

@@ -20,7 +20,7 @@ from grpo.config import Config
 from grpo.errors import UserError
 from grpo.gguf_header import read_header
 from grpo.locate import local_path
-from grpo.memory import FORMS, TrainingMemory, linear_shapes, moment_bytes
+from grpo.memory import TrainingMemory, linear_shapes, moment_bytes
 
 CPU_BLOCK, GPU_BLOCK = 32, 16
 """Tokens in a block of the KV cache. vLLM's default of 128 on a CPU shares no prefix of a short prompt."""
@@ -99,12 +99,12 @@ class MemoryPlan:
     def form(self) -> str:
         """The form of checkpointing that is set, or the least demanding one where it is chosen."""
         chosen = self.gradient_checkpointing
-        return min(FORMS, key=self.peaks.__getitem__) if chosen == "auto" else chosen
+        return min(self.peaks, key=self.peaks.__getitem__) if chosen == "auto" else chosen
 
     @property
     def training(self) -> int:
         """What a training step takes, at the least."""
-        return self.peaks[self.form]
+        return self.peaks.get(self.form, self.peaks["none"])
 
     @property
     def always(self) -> int:
@@ -196,7 +196,7 @@ def plan_memory(config: Config, shape: Any, itemsize: int, *, on_gpu: bool) -> M
         kv_one_sequence=kv(1),
         vllm=VLLM_KEEPS if on_gpu else 0,
         sampling=sampling_bytes(shape, itemsize, length, sequences),
-        peaks={form: training.peak(form) for form in FORMS},
+        peaks={form: training.peak(form) for form in training.forms},
         logits=training.logits(),
         gradient_checkpointing=str(config.train.gradient_checkpointing),
         release_kv_cache=config.rollout.release_kv_cache and on_gpu,

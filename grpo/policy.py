@@ -222,7 +222,7 @@ class Policy:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     def recompute_layers(self, form: str) -> None:
-        """What training keeps of each layer for the backward pass: one of `recompute.FORMS`."""
+        """What training keeps of each layer for the backward pass: one of `memory.FORMS`."""
         recompute_layers(self.decoder.model.layers, form)
 
     @contextmanager

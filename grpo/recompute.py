@@ -1,9 +1,9 @@
 """Gradient checkpointing of decoder layers: keep a layer's input, run the layer again in the backward pass.
 
-Three forms: "none" keeps what autograd saves, "layer" keeps only the input of each layer, "offload" moves those inputs
-to host memory (pinned, on a stream of its own, overlapping the computation) and fetches each while the layer after it
-is still in its backward. All give the same bits. Which form a run takes is decided in `memory.py`; the layers
-themselves are transformers' and know of this through their own checkpointing hook.
+"none" keeps what autograd saves, "mlp" all but what the kernels' MLP computes again by itself, "layer" only the input
+of each layer, and "offload" moves those inputs to host memory (pinned, on a stream of its own, overlapping the
+computation) and fetches each while the layer after it is still in its backward. All give the same bits. Which form a
+run takes is decided in `memory.py`; the layers know of this through transformers' checkpointing hook.
 """
 
 from __future__ import annotations
@@ -33,7 +33,10 @@ def recompute_layers(layers: Sequence[nn.Module], form: str) -> None:
     assert form in FORMS, form
     store = HostStore() if form == "offload" else None
     for index, layer in enumerate(layers):
-        layer.gradient_checkpointing = form != "none"
+        if hasattr(layer, "keep_mlp"):
+            layer.keep_mlp = form != "mlp"
+        assert form != "mlp" or hasattr(layer, "keep_mlp"), "transformers' own layers have no such form"
+        layer.gradient_checkpointing = form in ("layer", "offload")
         layer._gradient_checkpointing_func = partial(recomputed, layer, store, index == 0)
 
 

@@ -141,7 +141,7 @@ SENTENCES = [
     (MINIMAL + "[train]\noptim = 'sgd'\n", 'file.toml:6: train.optim = "sgd": must be "adamw", "adamw_8bit" or "paged'),
     (
         MINIMAL + "[train]\ngradient_checkpointing = 1\n",
-        'file.toml:6: train.gradient_checkpointing = 1: must be true, false, "auto", "none", "layer" or',
+        'file.toml:6: train.gradient_checkpointing = 1: must be true, false, "auto", "none", "mlp", "layer" or',
     ),
     (
         MINIMAL + "[rollout]\nnum_generations = 1\n",

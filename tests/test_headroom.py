@@ -216,6 +216,8 @@ def test_what_is_planned_decides_the_form(base: BaseWeights, monkeypatch: pytest
 
     monkeypatch.setattr(headroom.psutil, "virtual_memory", lambda: Memory)
     assert learner_of(base).headroom.form == "none"
+    with pytest.raises(UserError, match="needs the Triton kernels"):
+        learner_of(base, gradient_checkpointing="mlp")
     planned = headroom.TrainingMemory.of(learner_of(base).config, base.config, 4, on_gpu=False)
     Memory.available = 2 * planned.peak("none") - 1
     assert learner_of(base).headroom.form == "layer"

@@ -159,11 +159,12 @@ def test_what_layers_keep_is_counted_to_the_byte(
     policy, memory = made(tmp_path, family, kernels=kernels, dtype=dtype, targets=targets)
     outside = saved_outside_of_layers(policy, memory)
     found = {}
-    for form in FORMS:
+    for form in memory.forms:
         policy.recompute_layers(form)
         found[form] = saved_bytes(policy) - outside
     rotation = 2 * TOKENS * memory.sizes.head_dim * memory.itemsize
     assert found["none"] == memory.kept("none") + rotation
+    assert not kernels or found["mlp"] == memory.kept("mlp") + rotation
     assert found["layer"] == memory.kept("layer")
     assert found["offload"] == 0, "offloaded inputs are not autograd's"
 
@@ -208,7 +209,7 @@ def test_the_peak_of_every_form_is_that_of_the_allocations(
     family: str, kernels: bool, tolerance: float, tmp_path: Path, as_on_a_gpu: None
 ) -> None:
     policy, memory = made(tmp_path, family, kernels=kernels)
-    for form in FORMS:
+    for form in memory.forms:
         # On a CPU the host's copies count too.
         host = memory.layer_input() * (memory.sizes.layers - 2 if form == "offload" else 0)
         planned = max(memory.phases(form).values()) + host
@@ -242,11 +243,12 @@ def test_completions_that_share_a_prompt_each_have_a_copy_of_its_keys() -> None:
 
 def test_the_fastest_form_that_fits_is_chosen() -> None:
     memory = planned(tokens=16_384)
-    none, layer, offload = (memory.peak(form) / 0.95 for form in FORMS)
+    none, mlp, layer, offload = (memory.peak(form) / 0.95 for form in FORMS)
     host = 10**12
-    assert none > layer > offload
+    assert none > mlp > layer > offload
     assert memory.first_that_fits(int(none) + 1, host) == "none"
-    assert memory.first_that_fits(int(none) - 1, host) == "layer"
+    assert memory.first_that_fits(int(none) - 1, host) == "mlp"
+    assert memory.first_that_fits(int(mlp) - 1, host) == "layer"
     assert memory.first_that_fits(int(layer) - 1, host) == "offload"
     assert memory.first_that_fits(1, host) == "offload"
     assert memory.first_that_fits(1, memory.on_host("offload")) == "layer", "the host has no room for the inputs"

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from grpo.base import BaseWeights
 from grpo.config import Lora, parse_config
+from grpo.graph_kernels import install
 from grpo.policy import Policy
-from grpo.recompute import FORMS
 from grpo.source import open_source
 
 PROMPTS = [[3, 5, 9, 11], [3, 5, 9, 11], [8, 4, 7]]
@@ -66,6 +66,16 @@ def test_every_form_gives_the_same_bits(family: str, tmp_path: Path) -> None:
     expected = learn(policy, "none", times=2)
     assert expected[1][0].abs().max() > 0
     for form in ("layer", "offload"):
+        assert_same_bits(learn(policy, form, times=2), expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_every_form_gives_the_same_bits_with_the_kernels_layers(family: str, tmp_path: Path) -> None:
+    base = base_of(tmp_path, family)
+    policy = policy_of(base)
+    assert install(policy.decoder, base) == 3
+    expected = learn(policy, "none", times=2)
+    for form in ("mlp", "layer", "offload"):
         assert_same_bits(learn(policy, form, times=2), expected)
 
 
@@ -135,7 +145,7 @@ def test_less_is_saved_for_the_backward(base: BaseWeights) -> None:
     policy = policy_of(base)
     tokens = 4 + 2 + 1 + 3 + 4
     found = {}
-    for form in FORMS:
+    for form in ("none", "layer", "offload"):
         policy.recompute_layers(form)
         policy.model.train()
         seen: dict[int, int] = {}
