@@ -24,7 +24,6 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +37,15 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.outputs import LogprobsTensors, SamplerOutput
 from vllm.v1.sample.sampler import Sampler
 
 from grpo.architectures import ARCHITECTURES
 from grpo.base import BaseWeights, FusedLinear, Segment
 from grpo.errors import UserError
+from grpo.generation import Completion, EngineSettings, Request, SamplingSettings
 from grpo.kernels.lora_shrink import lora_shrink
 from grpo.kernels.nf4_gemm import LowRank, nf4_linear, prepare
 from grpo.kernels.sample import sample_tokens
@@ -56,56 +58,6 @@ SHARED = "grpo_shared"
 
 VLLM_TESTED = ((0, 26), (0, 33))
 """First and last minor version that this file was written for."""
-
-
-@dataclass(frozen=True)
-class SamplingSettings:
-    """How to sample; the same for every request of a call. `temperature` 0 is greedy."""
-
-    temperature: float
-    max_tokens: int
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    stop_token_ids: tuple[int, ...] = ()
-    stop: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Request:
-    """One completion to sample. On a CPU `seed` alone decides its random numbers; on a GPU see `Engine.generate`."""
-
-    id: int
-    prompt_ids: Sequence[int]
-    seed: int
-
-
-@dataclass(frozen=True)
-class Completion:
-    """A finished completion: its token ids (with the end token, if it stopped) and their logprobs as sampled."""
-
-    request_id: int
-    token_ids: list[int]
-    logprobs: list[float]
-    finish_reason: str
-    """ "stop" or "length"."""
-
-
-@dataclass(frozen=True)
-class EngineSettings:
-    """What vLLM is started with. `kv_cache_memory_bytes` None: planned from the lengths."""
-
-    max_seq_length: int
-    max_num_seqs: int
-    kv_cache_memory_bytes: int | None = None
-    gpu_memory_utilization: float | None = None
-    """Share of the GPU that weights, KV cache and vLLM's buffers may take; decides the KV cache instead."""
-    kv_cache_dtype: str = "auto"
-    enforce_eager: bool = False
-    seed: int = 0
-    stop_strings: bool = False
-    release_kv_cache: bool = False
-    """Make `Engine.release_kv_cache` possible, on a GPU."""
 
 
 class Engine:
@@ -154,6 +106,7 @@ class Engine:
             "seed": settings.seed,
             "disable_log_stats": True,
             "enable_prefix_caching": True,
+            "scheduler_cls": patient_scheduler(Scheduler if on_cpu else AsyncScheduler),
             "enforce_eager": settings.enforce_eager or on_cpu,
         }
         if on_cpu:
@@ -344,6 +297,43 @@ def kv_cache_allocations() -> list[Any]:
     """vLLM's records of the memory that holds the KV cache."""
     allocations = cumem.CuMemAllocator.get_instance().pointer_to_data.values()
     return [allocation for allocation in allocations if allocation.tag == "kv_cache"]
+
+
+class PatientBlocks:
+    """vLLM's manager of KV blocks, asked only when a sequence reaches the end of its last block.
+
+    vLLM asks at every token of every sequence, a fifth of what the host does in a step; between a block's first token
+    and its last the answer is always "none needed" and "nothing new to share".
+    """
+
+    def __init__(self, manager: Any, block_size: int):
+        self._manager, self._block_size = manager, block_size
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._manager, name)
+
+    def allocate_slots(self, request: Any, num_new_tokens: int, **options: Any) -> Any:
+        inside = num_new_tokens == 1 and request.num_computed_tokens % self._block_size != 0
+        if inside and options.keys() <= {"num_lookahead_tokens"} and not any(options.values()):
+            return self._manager.empty_kv_cache_blocks
+        return self._manager.allocate_slots(request, num_new_tokens, **options)
+
+    def cache_blocks(self, request: Any, num_computed_tokens: int) -> None:
+        if num_computed_tokens % self._block_size == 0:
+            self._manager.cache_blocks(request, num_computed_tokens)
+
+
+def patient_scheduler(kind: type) -> type:
+    """vLLM's scheduler class `kind` with `PatientBlocks`."""
+
+    class PatientScheduler(kind):
+        def __init__(self, *arguments: Any, **options: Any):
+            super().__init__(*arguments, **options)
+            groups = self.kv_cache_config.kv_cache_groups
+            if {group.kv_cache_spec.block_size for group in groups} == {self.block_size}:
+                self.kv_cache_manager = PatientBlocks(self.kv_cache_manager, self.block_size)
+
+    return PatientScheduler
 
 
 class OnePassSampler(Sampler):

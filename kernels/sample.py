@@ -62,42 +62,45 @@ def _piece_kernel(
     """One piece of a row: largest scaled logit, sum of exponentials below it, best score, its logit and place."""
     row = tl.program_id(1).to(tl.int64)
     inverse = 1.0 / tl.load(temperature + row)
+    row_at = logits + row * stride
     start = tl.program_id(0) * PIECE
     maximum = tl.full([BLOCK], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     score = tl.full([BLOCK], float("-inf"), tl.float32)
     at_score = tl.full([BLOCK], float("-inf"), tl.float32)
     place = tl.zeros([BLOCK], tl.int32)
-    for offset in range(0, PIECE, BLOCK):
-        column = start + offset + tl.arange(0, BLOCK)
-        inside = column < vocabulary
-        x = tl.load(logits + row * stride + column, mask=inside, other=float("-inf")).to(tl.float32) * inverse
-        higher = tl.maximum(maximum, x)
-        shift = tl.where(higher == float("-inf"), 0.0, higher)
-        total = total * tl.exp(maximum - shift) + tl.exp(x - shift)
-        maximum = higher
-        noisy = x - tl.log(_exponential(seed, row, column, vocabulary))
-        better = noisy > score
-        score = tl.where(better, noisy, score)
-        at_score = tl.where(better, x, at_score)
-        place = tl.where(better, column, place)
+    lane = tl.arange(0, BLOCK)
+    for offset in range(0, PIECE, 4 * BLOCK):
+        column = start + offset + lane
+        # One call of the generator makes four numbers.
+        bits = tl.randint4x(seed, row * (pieces * PIECE) + column)
+        for quarter in tl.static_range(4):
+            x = tl.load(row_at + column, mask=column < vocabulary, other=float("-inf")).to(tl.float32) * inverse
+            higher = tl.maximum(maximum, x)
+            shift = tl.where(higher == float("-inf"), 0.0, higher)
+            total = total * tl.exp(maximum - shift) + tl.exp(x - shift)
+            maximum = higher
+            noisy = x - tl.log(_exponential(bits[quarter]))
+            better = noisy > score
+            score = tl.where(better, noisy, score)
+            at_score = tl.where(better, x, at_score)
+            place = tl.where(better, column, place)
+            column += BLOCK
     top = tl.max(maximum, 0)
     shift = tl.where(top == float("-inf"), 0.0, top)
-    winner = tl.argmax(score, 0)
-    lane = tl.arange(0, BLOCK) == winner
+    won = lane == tl.argmax(score, 0)
     out = row * pieces + tl.program_id(0)
     tl.store(maxima + out, top)
     tl.store(sums + out, tl.sum(total * tl.exp(maximum - shift), 0))
     tl.store(scores + out, tl.max(score, 0))
-    tl.store(chosen + out, tl.sum(tl.where(lane, at_score, 0.0), 0))
-    tl.store(best + out, tl.sum(tl.where(lane, place, 0), 0))
+    tl.store(chosen + out, tl.sum(tl.where(won, at_score, 0.0), 0))
+    tl.store(best + out, tl.sum(tl.where(won, place, 0), 0))
 
 
 @triton.jit
-def _exponential(seed, row, column, vocabulary):
-    """A standard exponential number, exact to float32 also where it is tiny: there the winners are."""
-    bits = tl.randint(seed, row * vocabulary + column).to(tl.uint32, bitcast=True)
-    v = (bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10
+def _exponential(bits):
+    """A standard exponential number from 32 random bits, exact to float32 where it is tiny: there the winners are."""
+    v = (bits.to(tl.uint32, bitcast=True).to(tl.float32) + 0.5) * 2.3283064365386963e-10
     rest = 1.0 - v
     # -log(1 - v) without the rounding of 1 - v (Kahan's log1p); v = 1 gives infinity, which never wins.
     return tl.where(rest == 1.0, v, tl.log(rest) * (v / (rest - 1.0)))

@@ -44,7 +44,7 @@ class OnGpu:
 
         self.engine.sync_adapter()  # cached prompts would be rounded otherwise than computed ones
         requests = [Request(number, PROMPT[number:], seed) for number in range(8)]
-        settings = SamplingSettings(**{"temperature": 0.9, "max_tokens": 30, **sampling})
+        settings = SamplingSettings(**{"temperature": 0.9, "max_tokens": 60, **sampling})
         return sorted(self.engine.generate(requests, settings, adapter=adapter), key=lambda done: done.request_id)
 
     def disagreement(self, completions: list[Any], adapter: bool = True) -> float:
