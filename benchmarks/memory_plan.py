@@ -93,6 +93,9 @@ def rollout_rows(shape: str, options: argparse.Namespace) -> list[dict[str, Any]
         "start_peak": started["max_allocated"], "seconds": round(seconds, 2), "fits": True,
         **steps.memory_now(device),
     }  # fmt: skip
+    if row["max_allocated"] is not None:
+        row["rollout_peak"] = row["max_allocated"]
+        row["max_allocated"] = max(row["max_allocated"], row["start_peak"])
     engine.close()
     return [judged(row)]
 

@@ -30,8 +30,9 @@ VLLM_KEEPS = 400 << 20
 """Bytes that vLLM keeps: inputs of a step, the rotary table, workspaces of products, pools of CUDA graphs."""
 BATCHED_TOKENS = 8192
 """Tokens that vLLM computes at once at the most, unless one sequence is longer."""
-SAMPLER_BYTES = 20
-"""Per logit of every sequence decoded at once: in 16 bit, in float32, its logarithm, and what sampling draws."""
+SAMPLER_BYTES = 28
+"""Per logit of every sequence decoded at once, when vLLM tries its own sampler at its start: the logit in 16 bit and in
+float32, sorted with its int64 place, its probability, the running sum, a mask."""
 AUTO_SHARE = 0.05
 """Share of the linear layers that `keep_16bit = "auto"` leaves unquantised."""
 VOCABULARY_PADDING = 64
@@ -255,11 +256,10 @@ def kv_cache_bytes(shape: Any, itemsize: int, kv_cache_dtype: str, length: int, 
 
 
 def sampling_bytes(shape: Any, itemsize: int, length: int, sequences: int) -> int:
-    """What one step of vLLM takes and gives back: the MLP of a full prefill, or the logits of all sequences."""
-    rows = max(BATCHED_TOKENS, length)
-    prefill = rows * (3 * shape.hidden_size + 3 * shape.intermediate_size) * itemsize
-    dense = 2 * shape.intermediate_size * shape.hidden_size * itemsize
-    return max(prefill + dense, SAMPLER_BYTES * sequences * shape.vocab_size)
+    """What one step of vLLM takes and gives back: the MLP of a full prefill (the hidden state, the residual, their
+    norm, gate, up and their product), or the logits of all sequences."""
+    prefill = max(BATCHED_TOKENS, length) * (3 * shape.hidden_size + 3 * shape.intermediate_size) * itemsize
+    return max(prefill, SAMPLER_BYTES * sequences * shape.vocab_size)
 
 
 # Telling
