@@ -24,13 +24,10 @@ from safetensors.torch import load_file
 from tiny_run import save_tiny_chat_model
 
 import grpo
-from grpo.api import LoadedPolicy, unused_folder
+from grpo.api import LoadedPolicy
 from grpo.errors import UserError
-from grpo.inputs import as_rewards, as_task, reward_table
-from grpo.keywords import SECTIONS, tables_of, with_lengths
 from grpo.result import TrainResult
 from grpo.target import resolve_target
-from grpo.text import as_batch, pieces
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY: dict[str, Any] = {"load_in_4bit": False, "dtype": "float32", "device": "cpu", "max_seq_length": 192}
@@ -143,58 +140,6 @@ def test_a_path_that_does_not_exist_is_told_before_anything_is_imported(monkeypa
         grpo.load("./no/model")
 
 
-# Keywords
-
-
-@pytest.mark.parametrize(
-    ("settings", "expected"),
-    [
-        ({"max_step": 3}, "policy.train: there is no keyword 'max_step'; did you mean 'max_steps'?"),
-        ({"reward": []}, "policy.train: there is no keyword 'reward'; did you mean 'rewards'?"),
-        ({"zzz": 1}, "policy.train: there is no keyword 'zzz'; docs/config.md lists them all"),
-        ({"load_in_4bit": True}, "policy.train: 'load_in_4bit' is decided when the model is loaded; pass it to"),
-        ({"every": 5}, "policy.train: 'every' belongs to eval; write eval={'every': ...}"),
-        ({"rollout": 3}, "policy.train: rollout = 3 must be a dict of [rollout] keys"),
-    ],
-)
-def test_a_keyword_that_is_none_is_told_with_the_nearest(settings: dict[str, Any], expected: str) -> None:
-    with pytest.raises(UserError) as error:
-        tables_of(settings, "policy.train", [*SECTIONS[:-1], "eval"], ("task", "rewards"))
-    assert sentence(error).startswith(expected)
-
-
-def test_keywords_go_where_the_configuration_has_them() -> None:
-    tables = tables_of(
-        {"max_steps": 3, "num_generations": 4, "beta": 0.1, "eval": {"every": 2}, "train": {"seed": 7}},
-        "policy.train",
-        [*SECTIONS, "eval"],
-    )
-    assert tables == {
-        "train": {"max_steps": 3, "seed": 7},
-        "rollout": {"num_generations": 4},
-        "loss": {"beta": 0.1},
-        "eval": {"every": 2},
-    }
-
-
-@pytest.mark.parametrize(
-    ("longest", "given", "expected"),
-    [
-        (4096, {}, (512, 512)),
-        (200, {}, (100, 100)),
-        (700, {"max_completion_length": 600}, (100, 600)),
-        (None, {"max_completion_length": 600}, (None, 600)),
-        (100, {"max_prompt_length": 90, "max_completion_length": 90}, (90, 90)),
-    ],
-)
-def test_open_lengths_are_made_to_fit_the_longest_sequence(
-    longest: int | None, given: dict[str, int], expected: tuple[int | None, int]
-) -> None:
-    model = {"max_seq_length": longest} if longest else {}
-    rollout = with_lengths({"model": model, "rollout": given})["rollout"]
-    assert (rollout.get("max_prompt_length"), rollout.get("max_completion_length")) == expected
-
-
 @vllm
 def test_a_value_out_of_range_is_told_by_its_key(policy: LoadedPolicy, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^policy.train: train.learning_rate = -1: must be") as error:
@@ -203,34 +148,6 @@ def test_a_value_out_of_range_is_told_by_its_key(policy: LoadedPolicy, tmp_path:
     with pytest.raises(UserError, match="model.max_seq_length = 192 is below"):
         policy.train("arithmetic", [letters], max_completion_length=500, output_dir=tmp_path / "run")
     assert not (tmp_path / "run").exists()
-
-
-# Prompts and text
-
-
-def test_one_text_one_chat_and_batches_are_told_apart() -> None:
-    assert as_batch("hi") == (["hi"], True)
-    assert as_batch(CHAT) == ([CHAT], True)
-    assert as_batch(["hi", CHAT]) == (["hi", CHAT], False)
-    for nothing in ([], "", [""], 3, None, [CHAT[0] | {"role": None}]):
-        with pytest.raises(UserError):
-            as_batch(nothing)
-
-
-@pytest.mark.parametrize(
-    "text", ["plain words", "naïve Größe", "日本語 🙂🙃 tail", "ends in 🙂", " leading space", "a\n\nb  c"]
-)
-def test_pieces_together_are_the_text_and_no_piece_ends_within_a_character(text: str, policy: LoadedPolicy) -> None:
-    ids = policy.tokenizer(text)["input_ids"]
-    assert len(ids) > 1
-    found = list(pieces([[token] for token in ids], policy.session.decode))
-    assert "".join(found) == policy.session.decode(ids) == text
-    assert not any("\ufffd" in piece for piece in found)
-
-
-def test_bytes_that_are_no_character_are_shown_at_the_end(policy: LoadedPolicy) -> None:
-    ids = policy.tokenizer("🙂")["input_ids"][:-1]
-    assert "".join(pieces([[token] for token in ids], policy.session.decode)) == policy.session.decode(ids)
 
 
 # Generation
@@ -374,47 +291,10 @@ def test_a_bad_reward_ends_in_a_sentence_and_the_policy_goes_on(policy: LoadedPo
     assert policy.generate("abc", max_tokens=4)
 
 
-def test_a_task_is_made_of_names_tables_rows_and_data_sets() -> None:
-    import datasets
-
-    rows = [{"prompt": "a", "answer": "1"}, {"prompt": "b", "answer": "2"}]
-    assert as_task("arithmetic")[0].name == "arithmetic"
-    task, table = as_task({"name": "arithmetic", "options": {"rows": 5}, "limit": 3})
-    assert len(task.train) == 5 and table["limit"] == 3
-    for given in (rows, tuple(rows), datasets.Dataset.from_list(rows)):
-        assert as_task(given)[0].train == rows
-    for wrong, expected in (
-        (3, "cannot be made of a int"),
-        (datasets.DatasetDict(train=datasets.Dataset.from_list(rows)), "a dict of 'train'; pass one split"),
-        ("arithmetics", "did you mean 'arithmetic'"),
-    ):
-        with pytest.raises(UserError, match=expected):
-            as_task(wrong)
-
-
-def test_rewards_are_functions_names_and_tables() -> None:
-    specs = as_rewards([letters, "correctness", {"function": letters, "name": "again"}, lambda **k: 0, lambda **k: 1])
-    assert [spec.column for spec in specs] == ["letters", "correctness", "again", "lambda", "lambda_2"]
-    assert reward_table(specs[0])["function"] == "test_api:made_letters.<locals>.letters"
-    assert as_rewards(letters)[0].function is letters
-    with pytest.raises(UserError, match="a reward cannot be made of 3"):
-        as_rewards([3])
-    with pytest.raises(UserError, match="its options must be numbers"):
-        reward_table(as_rewards({"function": letters, "options": {"model": object()}})[0])
-
-
 @vllm
 def test_rows_without_rewards_are_told_what_is_missing(policy: LoadedPolicy) -> None:
     with pytest.raises(UserError, match=r"task 'rows' suggests no rewards; pass rewards=\[...\]"):
         policy.train([{"prompt": "a"}])
-
-
-def test_a_run_folder_is_named_after_the_task_and_is_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    first = unused_folder("tasks/my task.py:load")
-    first.mkdir(parents=True)
-    assert first.name.startswith("my-task-") and first.parent == Path("runs")
-    assert unused_folder("tasks/my task.py:load") != first
 
 
 @vllm
@@ -452,32 +332,6 @@ def test_a_result_is_a_table_and_a_picture(run: TrainResult, tmp_path: Path) -> 
         run.plot(metrics=["rewards/none"])
 
 
-def test_runs_are_drawn_beside_one_another_with_gaps_left_out(tmp_path: Path) -> None:
-    entries = [{"step": 1, "reward": 0.0, "kl": None}, {"step": 2, "reward": 1.0, "kl": 0.5}]
-    for name in ("one", "two"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
-    one, two = (TrainResult.read(tmp_path / name) for name in ("one", "two"))
-    assert one.history("kl") == [None, 0.5]
-    figure = one.plot(two, metrics=["kl", "reward"]).figure
-    kl, reward = figure.axes
-    assert [line.get_label() for line in reward.lines if not line.get_label().startswith("_")] == ["one", "two"]
-    assert list(kl.lines[0].get_xdata()) == [2] and list(reward.lines[1].get_ydata()) == [0.0, 0.5]
-    with pytest.raises(UserError, match="no run with a recorded step"):
-        TrainResult.read(tmp_path)
-
-
-def test_without_matplotlib_a_plot_is_a_sentence_and_the_table_stays(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "reward": 0.5}\n')
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    result = TrainResult.read(tmp_path)
-    with pytest.raises(UserError, match="pip install matplotlib"):
-        result.plot()
-    assert "<table>" in result._repr_html_() and "<img" not in result._repr_html_()
-
-
 # Runs and adapters as models
 
 
@@ -496,21 +350,6 @@ def test_a_run_and_its_adapter_lead_to_base_and_values(run: TrainResult, home: P
         assert not policy.session.engine_started
     with pytest.raises(UserError, match="brings its own shape; leave lora out"):
         grpo.load(lone, lora=LORA)
-
-
-def test_a_base_that_has_moved_is_named_anew(tmp_path: Path) -> None:
-    adapter = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
-    for base, expected in (("./gone/model", "its base has moved .*--base"), (None, "does not say what its base is")):
-        (tmp_path / "adapter_config.json").write_text(json.dumps({**adapter, "base_model_name_or_path": base}))
-        with pytest.raises(UserError, match=expected):
-            resolve_target(tmp_path)
-        (tmp_path / "model").mkdir(exist_ok=True)
-        assert resolve_target(tmp_path, tmp_path / "model").tables["model"]["name"] == str(tmp_path / "model")
-    with pytest.raises(UserError, match="neither an adapter nor a run"):
-        resolve_target(tmp_path / "model", base="elsewhere")
-    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LOHA"}')
-    with pytest.raises(UserError, match="not a LoRA adapter's"):
-        resolve_target(tmp_path)
 
 
 # Closing. These open policies of their own, and come last.
