@@ -62,9 +62,25 @@ def fused_linears(config: Any) -> dict[str, list[str]]:
 
 
 def adapter_targets(config: Any, target_modules: list[str]) -> list[str]:
-    """`target_modules` in the family's own names: where q, k, v (gate, up) are one module, naming any names it."""
+    """`target_modules` in the family's own names: where q, k, v (gate, up) are one module, naming any names it.
+
+    Raises UserError for one that names no linear layer of the model.
+    """
+    own = [_own_name(config, name) for name in target_modules]
+    parts = [part for group in fused_linears(config).values() for part in group]
+    for name, meant in zip(own, target_modules, strict=True):
+        if not any(part == name or part.endswith(f".{name}") for part in parts):
+            leaves = dict.fromkeys(part.rpartition(".")[2] for part in parts)
+            raise UserError(
+                f"lora.target_modules names {meant!r}, which is no linear layer of this model; name some of "
+                f"{', '.join(leaves)}"
+            )
+    return list(dict.fromkeys(own))
+
+
+def _own_name(config: Any, name: str) -> str:
     if config.model_type not in ALREADY_FUSED:
-        return list(target_modules)
+        return name
     fused_name = {
         "q_proj": "qkv_proj",
         "k_proj": "qkv_proj",
@@ -72,7 +88,7 @@ def adapter_targets(config: Any, target_modules: list[str]) -> list[str]:
         "gate_proj": "gate_up_proj",
         "up_proj": "gate_up_proj",
     }
-    return list(dict.fromkeys(fused_name.get(name, name) for name in target_modules))
+    return fused_name.get(name, name)
 
 
 def expected_shapes(config: Any, name: str, parts: list[str]) -> dict[str, tuple[int, int]]:

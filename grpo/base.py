@@ -19,6 +19,7 @@ from grpo.architectures import check_supported, expected_shapes, fused_linears
 from grpo.config import Model
 from grpo.errors import UserError
 from grpo.kernels import nf4
+from grpo.model_files import check_shapes
 from grpo.plan import AUTO_SHARE, VOCABULARY_PADDING
 from grpo.source import NF4Tensor, Source
 
@@ -76,6 +77,7 @@ class BaseWeights:
     def __init__(self, source: Source, model: Model, *, device: torch.device, dtype: torch.dtype):
         """Load `source`. Peak memory is the result plus one tensor. Raises UserError for what does not fit."""
         check_supported(source.config, str(source.path))
+        check_shapes(source)
         self.config: Any = source.config.get_text_config()
         self.source_path = source.path
         self.device, self.dtype = device, dtype
@@ -185,15 +187,7 @@ class BaseWeights:
         self, source: Source, part: str, segment: Segment, row: int, shape: tuple[int, int], *, quantize: bool
     ) -> None:
         """Read one weight into rows `row`... of `segment`."""
-        name = f"{part}.weight"
-        if name not in source.names:
-            raise UserError(f"{source.path}: tensor {name} is missing; pass a complete model")
-        weight = source.read(name)
-        if tuple(weight.shape) != shape:
-            raise UserError(
-                f"{source.path}: {name} has shape {tuple(weight.shape)}, config.json says {shape}; pass a "
-                "model whose files belong together"
-            )
+        weight = source.read(f"{part}.weight")
         if segment.absmax is not None and isinstance(weight, NF4Tensor):
             codes, absmax = weight.codes.to(self.device), weight.absmax.to(self.device)
             nf4.pack_rows(segment.weight, segment.absmax, row, codes, absmax, shape)

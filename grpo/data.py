@@ -13,11 +13,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import jinja2
-
 from grpo import config as sections
 from grpo.errors import UserError
 from grpo.rewards.contract import RewardSpec
+from grpo.rewards.resolve import described
 from grpo.tasks.common import Row, Task, load_task
 
 Messages = list[dict[str, Any]]
@@ -205,9 +204,9 @@ def tokenize(
             ending = {"continue_final_message" if kind == "continue" else "add_generation_prompt": True}
             try:
                 encoded = tokenizer.apply_chat_template(batch, return_dict=True, **ending, **chat_template_kwargs)
-            except (jinja2.TemplateError, TypeError, ValueError) as error:
+            except Exception as error:  # a template is a program, and not ours
                 raise UserError(
-                    f"{whose}: the chat template refuses its prompts ({error}); change system_prompt, "
+                    f"{whose}: the chat template refuses its prompts ({described(error)}); change system_prompt, "
                     "rollout.chat_template_kwargs or model.chat_template"
                 ) from None
         ids.update(zip(numbers, map(list, encoded["input_ids"]), strict=True))

@@ -69,6 +69,8 @@ def read_header(path: Path) -> tuple[dict[str, Any], set[str]]:
             for _ in range(tensors):
                 names.add(reader.string())
                 reader.skip(8 * reader.take("I") + 12)
+            if reader.position > len(data):
+                raise ValueError("it ends within its header")
             return metadata, names
-    except (OSError, ValueError, KeyError, IndexError, UnicodeDecodeError, struct.error) as error:
+    except (OSError, ValueError, LookupError, OverflowError, struct.error) as error:
         raise UserError(f"{path}: not a readable GGUF file ({error}); download it again") from None

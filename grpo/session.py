@@ -8,7 +8,6 @@ that the training graph can be used without it.
 from __future__ import annotations
 
 import gc
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from grpo.architectures import check_supported
+from grpo.architectures import adapter_targets, check_supported
 from grpo.base import BaseWeights
 from grpo.config import Config
 from grpo.errors import UserError
 from grpo.locate import lasting_name
+from grpo.model_files import check_head_size, check_shapes, end_tokens
 from grpo.plan import MemoryPlan, check_memory, plan_memory, sequence_limits, weight_bytes
 from grpo.policy import Policy
 from grpo.source import Source, open_source
@@ -64,6 +64,10 @@ def read_model(config: Config, status: Callable[[str], None] = lambda text: None
     status(f"reading {config.model.name}")
     source = open_source(config.model)
     check_supported(source.config, str(source.path))
+    text = source.config.get_text_config()
+    check_head_size(text, source.path, on_cpu=resolve_device(config.model.device).type == "cpu")
+    adapter_targets(text, config.lora.target_modules)
+    check_shapes(source)
     tokenizer = source.tokenizer()
     if config.model.chat_template is not None:
         tokenizer.chat_template = read_template(config.model.chat_template)
@@ -219,16 +223,16 @@ def read_template(path: Path) -> str:
     """The chat template in `path`."""
     try:
         return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"model.chat_template = {str(path)!r}: cannot be read ({error.strerror})") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"model.chat_template = {str(path)!r}: cannot be read ({reason}); pass a Jinja file") from None
 
 
 def stop_token_ids(source: Any, tokenizer: Any) -> tuple[int, ...]:
     """Every token that ends a completion: the tokenizer's, the configuration's and the generation configuration's."""
-    found = [tokenizer.eos_token_id, source.config.get_text_config().eos_token_id]
-    file = source.path / "generation_config.json"
-    if file.is_file():
-        found.append(json.loads(file.read_text()).get("eos_token_id"))
+    text = source.config.get_text_config()
+    found = [tokenizer.eos_token_id, text.eos_token_id]
+    found += end_tokens(source.path / "generation_config.json", text.vocab_size)
     flat = [token for entry in found if entry is not None for token in (entry if isinstance(entry, list) else [entry])]
     if not flat:
         raise UserError(

@@ -23,7 +23,9 @@ from torch import Tensor
 from grpo.architectures import check_supported, fused_linears
 from grpo.config import Model
 from grpo.errors import UserError
+from grpo.gguf_header import read_header
 from grpo.locate import local_path
+from grpo.model_files import check_quantization, check_sizes, one_line, read_object
 
 NF4_STATE = ".quant_state.bitsandbytes__nf4"
 """What bitsandbytes appends to a weight's name for the description of its NF4 form."""
@@ -101,10 +103,19 @@ class SafetensorsSource:
             raise UserError(f"{path}: no config.json; pass a model folder in Hugging Face format or a .gguf file")
         self.path = path
         self._trust_remote_code = model.trust_remote_code
+        file = path / "config.json"
+        values = read_object(file)
+        check_sizes(values, file)
+        check_quantization(values, file)
+        if "auto_map" in values and not model.trust_remote_code:
+            raise UserError(
+                f"{file}: the model brings Python code of its own, which is not run; set model.trust_remote_code = "
+                "true if you trust it"
+            )
         try:
             self.config = AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code)
-        except (ValueError, OSError, KeyError) as error:
-            raise UserError(f"{path / 'config.json'}: {str(error).strip().splitlines()[0]}") from None
+        except Exception as error:  # whatever transformers' checks of a stranger's file raise
+            raise UserError(f"{file}: {one_line(error)}; correct it, or download the model again") from None
         self._shard_of = self._index()
         self.names = {logical_name(name) for name in self._shard_of}
         self._open: dict[Path, Any] = {}
@@ -144,20 +155,28 @@ class SafetensorsSource:
 
     def shape(self, name: str) -> tuple[int, ...]:
         if f"{name}{NF4_STATE}" in self._shard_of:
-            return tuple(self._nf4_state(name)["shape"])
+            with damage_named(self._shard_of[name]):
+                return tuple(self._nf4_state(name)["shape"])
         with damage_named(self._shard_of[name]):
-            return tuple(self._handle(name).get_slice(name).get_shape())
+            stored = self._handle(name).get_slice(name)
+            if stored.get_dtype() in ("U8", "I8"):
+                raise self._unknown_form(name)
+            return tuple(stored.get_shape())
 
     def read(self, name: str) -> Tensor | NF4Tensor:
         raw = self._raw(name)
         if f"{name}{NF4_STATE}" in self._shard_of:
-            return self._read_nf4(name, raw)
+            with damage_named(self._shard_of[name]):
+                return self._read_nf4(name, raw)
         if raw.dtype == torch.uint8 or raw.dtype == torch.int8:
-            raise UserError(
-                f"{self._shard_of[name]}: {name} is quantised in a form other than bitsandbytes NF4; use an "
-                "NF4 or an unquantised checkpoint"
-            )
+            raise self._unknown_form(name)
         return raw
+
+    def _unknown_form(self, name: str) -> UserError:
+        return UserError(
+            f"{self._shard_of[name]}: {name} is quantised in a form other than bitsandbytes NF4; use an NF4 or an "
+            "unquantised checkpoint"
+        )
 
     def _handle(self, name: str) -> Any:
         from safetensors import safe_open
@@ -172,7 +191,8 @@ class SafetensorsSource:
             return self._handle(name).get_tensor(name)
 
     def _nf4_state(self, name: str) -> dict[str, Any]:
-        return json.loads(bytes(self._raw(f"{name}{NF4_STATE}").tolist()))
+        with damage_named(self._shard_of[name]):
+            return json.loads(bytes(self._raw(f"{name}{NF4_STATE}").tolist()))
 
     def _read_nf4(self, name: str, codes: Tensor) -> NF4Tensor:
         state = self._nf4_state(name)
@@ -187,6 +207,8 @@ class SafetensorsSource:
             per_block = nested.repeat_interleave(state["nested_blocksize"])[: absmax.numel()]
             absmax = table[absmax.long()] * per_block + state["nested_offset"]
         rows, columns = state["shape"]
+        if (2 * codes.numel(), 64 * absmax.numel()) != (rows * columns, rows * columns):
+            raise ValueError(f"the NF4 codes or scales of {name} do not fit its shape")
         return NF4Tensor(codes.reshape(-1), absmax.float().reshape(-1), (rows, columns))
 
     def tokenizer(self) -> Any:
@@ -194,10 +216,9 @@ class SafetensorsSource:
 
         try:
             return AutoTokenizer.from_pretrained(self.path, trust_remote_code=self._trust_remote_code)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            reason = str(error).strip().splitlines()[0]
+        except Exception as error:  # tokenizers raises plain Exceptions
             raise UserError(
-                f"{self.path}: no usable tokenizer ({reason}); copy the model's tokenizer files there"
+                f"{self.path}: no usable tokenizer ({one_line(error)}); copy the model's tokenizer files there"
             ) from None
 
 
@@ -220,8 +241,8 @@ def damage_named(file: Path) -> Iterator[None]:
 
     try:
         yield
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{file}: damaged safetensors ({error}); download it again") from None
+    except (SafetensorError, OSError, ValueError, LookupError, TypeError, RuntimeError) as error:
+        raise UserError(f"{file}: damaged safetensors ({one_line(error)}); download it again") from None
 
 
 def logical_name(name: str) -> str:
@@ -238,12 +259,14 @@ class GGUFSource:
         from transformers import AutoConfig
 
         self.path = path
+        read_header(path)
         try:
             self._metadata = metadata_folder(path)
             self.config = AutoConfig.from_pretrained(self._metadata)
             self._reader = GGUFReader(path)
-        except (ValueError, KeyError, IndexError, OSError, RuntimeError) as error:
-            raise UserError(f"{path}: not a readable GGUF file ({str(error).strip().splitlines()[0]})") from None
+        except Exception as error:  # both readers trust what the file says
+            raise UserError(f"{path}: not a readable GGUF file ({one_line(error)}); download it again") from None
+        check_sizes(self.config.get_text_config().to_dict(), path)
         self._tensors = self._name_tensors()
         self.names = set(self._tensors)
         self.config.tie_word_embeddings = "lm_head.weight" not in self.names

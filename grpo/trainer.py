@@ -17,7 +17,16 @@ from typing import Any
 import torch
 
 from grpo.advantages import Advantages, compute_advantages, reward_metrics
-from grpo.checkpoint import latest, load_tensors, open_run, replace_folder, save, save_tensors, write_atomically
+from grpo.checkpoint import (
+    latest,
+    load_tensors,
+    open_run,
+    replace_folder,
+    save,
+    save_tensors,
+    step_numbers,
+    write_atomically,
+)
 from grpo.config import Config
 from grpo.data import Data, Prompt, PromptStream, keep_by_pass_rate, load_data
 from grpo.errors import UserError
@@ -27,10 +36,12 @@ from grpo.interrupt import Interrupts
 from grpo.learner import UNMEASURED, Learner
 from grpo.log import RunLog, SampleGroup
 from grpo.log import Sample as LoggedSample
+from grpo.loss import resolve_loss
 from grpo.records import EVALUATIONS, printable, read_entries
 from grpo.rewards.contract import merge_results
 from grpo.rewards.extract import extracted_answer
 from grpo.rewards.pool import RewardPool
+from grpo.rewards.resolve import described
 from grpo.sampler import Group, Rollout, Sampler, sample_seed
 from grpo.selftest import check_rollout_follows_adapter
 from grpo.session import Session, open_session, read_model
@@ -54,6 +65,7 @@ class Trainer:
             log = RunLog(run.path, config, max_steps=config.train.max_steps or 0, verbose=self.verbose)
             with log:
                 # What fails in a second comes before what takes minutes.
+                resolve_loss(config.loss)
                 files = read_model(config, log.status)
                 data = load_data(config, files.tokenizer)
                 with start_rewards(data, log) as pool, open_session(config, files=files, status=log.status) as session:
@@ -347,18 +359,30 @@ class Run:
     def restore(self) -> None:
         """Continue from the newest good checkpoint, or from the beginning if the run ended before its first."""
         folder = latest(self.folder, self.log.notice)
-        if folder is None:
-            self.log.notice("no checkpoint was written yet; starting again from the first step")
+        if folder is not None:
+            self.load(folder)
+        elif step_numbers(self.folder):
+            raise UserError(f"{self.folder}: every checkpoint is damaged; start a new run with another --output")
         else:
-            state = load_tensors(folder / STATE)
-            self.session.policy.load_adapter(folder / "adapter")
-            self.learner.load_state_dict(state["learner"])
-            self.stream.load_state_dict(state["stream"])
-            self.step = self.saved = state["step"]
-            self.session.engine.sync_adapter()
+            self.log.notice("no checkpoint was written yet; starting again from the first step")
         self.log.resume(self.step)
         entries = read_entries(self.folder / EVALUATIONS)
         self.accuracies = {entry["step"]: entry["eval/strict_accuracy"] for entry in entries}
+
+    def load(self, folder: Path) -> None:
+        """Take the state of the checkpoint in `folder`. Raises UserError for one of another program or run."""
+        state = load_tensors(folder / STATE)
+        self.session.policy.load_adapter(folder / "adapter")
+        try:
+            self.learner.load_state_dict(state["learner"])
+            self.stream.load_state_dict(state["stream"])
+            self.step = self.saved = int(state["step"])
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise UserError(
+                f"{folder / STATE}: not a state that this version of grpo continues from ({described(error)}); start a "
+                "new run with another --output"
+            ) from None
+        self.session.engine.sync_adapter()
 
     def finish(self) -> dict[str, Any]:
         """Save the adapter where people look for it, and sum up."""

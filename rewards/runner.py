@@ -214,7 +214,9 @@ class Runner:
         while_loading = self._ready is None
         ending = how_it_ended(self._end_process())
         if while_loading:
-            self._not_loaded(f"reward {self.name!r}: its process {ending} while loading")
+            self._not_loaded(
+                f"reward {self.name!r}: its process {ending} while loading; mend what its file does at import"
+            )
         elif self._running:
             self._fail_running(f"{self._subject}: its process {ending} during a call", MEND)
         else:
@@ -226,7 +228,9 @@ class Runner:
         while_loading = self._ready is None
         self._end_process()
         if while_loading:
-            self._not_loaded(f"reward {self.name!r} did not load within {LOAD_SECONDS:g} s")
+            self._not_loaded(
+                f"reward {self.name!r} did not load within {LOAD_SECONDS:g} s; mend what its file does at import"
+            )
         else:
             self._fail_running(self._overdue(), SLOW)
 

@@ -24,7 +24,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
 
 from grpo.errors import UserError
-from grpo.rewards.resolve import resolve
+from grpo.rewards.resolve import described, location, resolve
 
 Row = dict[str, Any]
 """One question: "prompt" (a string, or a list of chat messages) and further columns, which rewards receive."""
@@ -61,7 +61,14 @@ def load_task(reference: str, options: Mapping[str, Any] | None = None) -> Task:
     function = resolve(reference, "task", BUILT_IN)
     if not callable(function):
         raise UserError(f"task {reference!r} is a {type(function).__name__}; name a function that returns a Task")
-    task = function(**checked_options(reference, function, dict(options or {})))
+    chosen = checked_options(reference, function, dict(options or {}))
+    try:
+        task = function(**chosen)
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:
+        place = location(error)
+        raise UserError(f"task {reference!r} failed at {place}: {described(error)}; mend it, or its options") from error
     if not isinstance(task, Task):
         raise UserError(f"task {reference!r} returned a {type(task).__name__}; its function must return a Task")
     return task
@@ -162,8 +169,9 @@ def json_rows(file: Path) -> Iterator[tuple[str, Row]]:
     if text.lstrip().startswith("["):
         try:
             values = [(f"{file}, row {number}", value) for number, value in enumerate(json.loads(text), 1)]
-        except json.JSONDecodeError as error:
-            raise UserError(f"{file}:{error.lineno}: not valid JSON ({error.msg}); correct it") from None
+        except (json.JSONDecodeError, RecursionError) as error:
+            line, reason = getattr(error, "lineno", 1), getattr(error, "msg", "nested too deeply")
+            raise UserError(f"{file}:{line}: not valid JSON ({reason}); correct it") from None
     else:
         values = []
         for number, line in enumerate(text.split("\n"), 1):
@@ -171,8 +179,9 @@ def json_rows(file: Path) -> Iterator[tuple[str, Row]]:
                 continue
             try:
                 values.append((f"{file}:{number}", json.loads(line)))
-            except json.JSONDecodeError as error:
-                raise UserError(f"{file}:{number}: not valid JSON ({error.msg}); write one object a line") from None
+            except (json.JSONDecodeError, RecursionError) as error:
+                reason = getattr(error, "msg", "nested too deeply")
+                raise UserError(f"{file}:{number}: not valid JSON ({reason}); write one object a line") from None
     for where, value in values:
         if not isinstance(value, dict):
             raise UserError(f"{where}: a {type(value).__name__} where a row should be; write one JSON object a row")
