@@ -92,9 +92,10 @@ class Learner:
         computed = Batch(prompts, [id(prompt) in idle for prompt in prompts], rng_states(self.policy.base.device))
         everything = [sequence for prompt in prompts for sequence in prompt]
         metrics = self.headroom.within(lambda: self.backpropagate(active, everything), self.clear_gradients)
-        figures = {**UNMEASURED, "grad_norm": self.clip_gradients(), **merge_metrics(metrics)}
+        norm = self.clip_gradients()
+        figures = {**UNMEASURED, "grad_norm": norm, **merge_metrics(metrics)}
         if self.scaler.enabled:
-            overflowed = self.scaler.overflowed(figures["loss"], figures["grad_norm"])
+            overflowed = self.scaler.overflowed(figures["loss"], norm)
             figures |= {"loss_scale": self.scaler.scale, "loss_scale_overflow": float(overflowed)}
             self.scaler.update(overflowed)
             if overflowed:
