@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from grpo.engine import SamplingSettings
     from grpo.session import Session
 
+LOAD_ARGUMENTS = ("load_in_4bit", "max_seq_length", "lora", "base", "verbose")
 GENERATED_AT_ONCE = 64
 """Sequences that vLLM decodes at once unless training needs more: the KV cache has room for all at full length."""
 NO_TASK = {"task": {"name": "none"}}
@@ -73,7 +74,7 @@ def load(
     chosen = {"load_in_4bit": load_in_4bit, "max_seq_length": max_seq_length}
     tables = merged(
         {} if lora is None else {"lora": lora.model_dump() if isinstance(lora, Lora) else dict(lora)},
-        tables_of(settings, "grpo.load", SECTIONS, tuple(load.__kwdefaults__)),
+        tables_of(settings, "grpo.load", SECTIONS, LOAD_ARGUMENTS),
         {"model": {key: value for key, value in chosen.items() if value is not None}},
     )
     return open_policy(model, tables, base=base, verbose=verbose, status=print)
@@ -98,8 +99,8 @@ def open_policy(
     target = resolve_target(model, base)
     if "lora" in tables and target.adapter is not None:
         raise UserError(f"{model}: the adapter brings its own shape; leave lora out")
-    kept = {name: target.tables[name] for name in ("model", "lora", "rollout") if name in target.tables}
-    tables = merged(kept, tables)
+    kept = ("model", "lora", "rollout")
+    tables = merged({name: table for name, table in target.tables.items() if name in kept}, tables)
     first = merged({"rollout": {"max_num_seqs": GENERATED_AT_ONCE}}, tables, NO_TASK)
     config = parse_config(with_lengths(first), source, overrides=overrides)
     quiet_libraries(verbose)

@@ -56,6 +56,7 @@ def draw(panels: Mapping[str, Mapping[str, Curve]], x_label: str = "step") -> Pl
     """
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
     except ImportError:
         raise UserError("curves are drawn by matplotlib, which is not installed; pip install matplotlib") from None
     columns = 2 if len(panels) == 4 else max(min(COLUMNS, len(panels)), 1)
@@ -69,7 +70,7 @@ def draw(panels: Mapping[str, Mapping[str, Curve]], x_label: str = "step") -> Pl
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         for run, (steps, values) in curves.items():
             colour = COLOURS[labels.index(run) % len(COLOURS)]
             axes.plot(steps, values, ".", color=colour, alpha=0.35, markersize=5)
@@ -86,9 +87,13 @@ def rolling_mean(values: Sequence[float]) -> list[float]:
 
 
 def shown_metrics(keys: Sequence[str]) -> list[str]:
-    """Which of a run's metrics are drawn unless others are asked for: the reward, its functions, the length."""
+    """Which of a run's metrics are drawn unless others are asked for: the reward, its functions, the length.
+
+    One function alone is the reward, but for its weight.
+    """
     functions = [key for key in keys if key.startswith("rewards/") and key.count("/") == 1]
-    return [key for key in ("reward", *functions, "completion_length") if key in keys]
+    rewards = functions if len(functions) == 1 else ["reward", *functions]
+    return [key for key in (*rewards, "completion_length") if key in keys]
 
 
 def title_of(key: str) -> str:

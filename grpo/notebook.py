@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ class Progress:
 
     line: str
     """What is being done, or the figures of the last step."""
-    series: dict[str, Sequence[float]]
+    series: Mapping[str, Sequence[float]]
     """Metric -> its values, a step each."""
 
 

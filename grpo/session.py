@@ -191,13 +191,14 @@ def covers(running: EngineNeeds, wanted: EngineNeeds) -> bool:
     """Whether vLLM as it was started for `running` serves `wanted`, and leaves as much memory for training."""
     settings, plan = running
     wanted_settings, wanted_plan = wanted
-    grown = {
-        "max_seq_length": max(settings.max_seq_length, wanted_settings.max_seq_length),
-        "max_num_seqs": max(settings.max_num_seqs, wanted_settings.max_num_seqs),
-        "stop_strings": settings.stop_strings or wanted_settings.stop_strings,
-        "seed": settings.seed,  # every request has its own
-    }
-    if replace(wanted_settings, **grown) != settings:
+    grown = replace(
+        wanted_settings,
+        max_seq_length=max(settings.max_seq_length, wanted_settings.max_seq_length),
+        max_num_seqs=max(settings.max_num_seqs, wanted_settings.max_num_seqs),
+        stop_strings=settings.stop_strings or wanted_settings.stop_strings,
+        seed=settings.seed,  # every request has its own
+    )
+    if grown != settings:
         return False
     return plan is None or wanted_plan is None or wanted_plan.training <= plan.training
 

@@ -321,11 +321,11 @@ def test_a_running_vllm_serves_whatever_asks_for_no_more(wanted: dict[str, Any],
 
 @vllm
 def test_a_result_is_a_table_and_a_picture(run: TrainResult, tmp_path: Path) -> None:
-    assert run._repr_html_().count("<tr>") == 4 and "data:image/png;base64," in run._repr_html_()
+    assert run._repr_html_().count("<tr>") == 3 and "data:image/png;base64," in run._repr_html_()
     assert repr(run).startswith("<2 steps in ")
     plot = run.plot()
     assert plot._repr_png_().startswith(b"\x89PNG")
-    assert plot.titles == ["reward (weighted sum)", "letters", "completion length, tokens"]
+    assert plot.titles == ["letters", "completion length, tokens"]
     plot.save(tmp_path / "plot.svg")
     assert "</svg>" in (tmp_path / "plot.svg").read_text()
     with pytest.raises(UserError, match="no metric 'rewards/none' was logged; there are reward"):

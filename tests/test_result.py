@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from grpo.curves import shown_metrics
 from grpo.errors import UserError
 from grpo.notebook import NotebookDisplay, Progress
 from grpo.result import TrainResult
@@ -27,6 +28,12 @@ def test_runs_are_drawn_beside_one_another_with_gaps_left_out(tmp_path: Path) ->
     assert list(kl.lines[0].get_xdata()) == [2] and list(reward.lines[1].get_ydata()) == [0.0, 0.5]
     with pytest.raises(UserError, match="no run with a recorded step"):
         TrainResult.read(tmp_path)
+
+
+def test_the_weighted_sum_is_drawn_where_there_is_something_to_add() -> None:
+    logged = ["loss", "rewards/a", "rewards/a/std", "reward", "completion_length"]
+    assert shown_metrics(logged) == ["rewards/a", "completion_length"]
+    assert shown_metrics([*logged, "rewards/b"]) == ["reward", "rewards/a", "rewards/b", "completion_length"]
 
 
 def test_without_matplotlib_a_plot_is_a_sentence_and_the_table_stays(
