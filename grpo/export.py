@@ -26,10 +26,12 @@ from grpo.checkpoint import CONFIG, step_numbers
 from grpo.config import Model
 from grpo.errors import UserError
 from grpo.locate import lasting_name, local_path
+from grpo.records import TRAINING, completions_files, read_entries
 from grpo.target import ADAPTER_CONFIG, Target, resolve_target
 
 if TYPE_CHECKING:
     from grpo.merge import MergedSource
+    from grpo.ollama import Chat
     from grpo.source import Source
 
 FORMS = ("adapter", "merged-16bit", "merged-4bit", "gguf")
@@ -81,7 +83,7 @@ def export(
                 from grpo.gguf_export import find_quantizer, write_gguf
 
                 quantizer = find_quantizer(llama_quantize) if gguf_type == "q4_k_m" else None
-                write_gguf(merged, folder, gguf_type, title(target), chat_settings(target), quantizer, notice)
+                write_gguf(merged, folder, gguf_type, chat_of(target, merged), quantizer, notice)
             else:
                 write_folder(target, merged, folder, to, notice)
             if check:
@@ -233,9 +235,26 @@ def write_folder(target: Target, merged: MergedSource, folder: Path, to: str, no
     notice(f"quantising to NF4 changed the weights by {lost:.1%} of their norm")
 
 
-def chat_settings(target: Target) -> Any:
-    """What a chat with the exported model needs beside the base's own tokenizer."""
-    raise NotImplementedError
+def chat_of(target: Target, merged: MergedSource) -> Chat:
+    """What a chat with the exported model needs: the base's tokenizer and template, the run's system prompt."""
+    from grpo.ollama import Chat
+
+    tokenizer = tokenizer_of(merged)
+    template = chat_template(target) or getattr(tokenizer, "chat_template", None)
+    run = run_of(target)
+    system = None if run is None else trained_system_prompt(run)
+    return Chat(title(target), tokenizer, template if isinstance(template, str) else None, system)
+
+
+def trained_system_prompt(run: Path) -> str | None:
+    """The system prompt of the questions that the run kept; None where they had none, or several."""
+    found = set()
+    for file in completions_files(run, TRAINING).values():
+        for entry in read_entries(file):
+            prompt = entry.get("prompt")
+            first = prompt[0] if isinstance(prompt, list) and prompt else {}
+            found.add(first.get("content") if first.get("role") == "system" else None)
+    return found.pop() if len(found) == 1 else None
 
 
 def compare(merged: MergedSource, folder: Path, form: str, notice: Callable[[str], None]) -> None:

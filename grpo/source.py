@@ -23,6 +23,7 @@ from torch import Tensor
 from grpo.architectures import check_supported, fused_linears
 from grpo.config import Model
 from grpo.errors import UserError
+from grpo.gguf_config import complete_config
 from grpo.gguf_header import read_header
 from grpo.locate import local_path
 from grpo.model_files import check_quantization, check_sizes, one_line, read_object
@@ -254,27 +255,30 @@ def logical_name(name: str) -> str:
 class GGUFSource:
     """A GGUF file: metadata and tokenizer through transformers, tensors dequantised one by one through `gguf`."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, config: Any = None):
+        """config: the model's, where it is known better than from the file (and of families that transformers does
+        not read from GGUF)."""
         from gguf import GGUFReader
         from transformers import AutoConfig
 
         self.path = path
         read_header(path)
         try:
-            self._metadata = metadata_folder(path)
-            self.config = AutoConfig.from_pretrained(self._metadata)
-            self._reader = GGUFReader(path)
+            self.reader = GGUFReader(path)
+            self.config = AutoConfig.from_pretrained(metadata_folder(path)) if config is None else config
         except Exception as error:  # both readers trust what the file says
             raise UserError(f"{path}: not a readable GGUF file ({one_line(error)}); download it again") from None
         check_sizes(self.config.get_text_config().to_dict(), path)
         self._tensors = self._name_tensors()
         self.names = set(self._tensors)
-        self.config.tie_word_embeddings = "lm_head.weight" not in self.names
+        if config is None:
+            complete_config(self.config.get_text_config(), self.reader, str(path))
+            self.config.tie_word_embeddings = "lm_head.weight" not in self.names
 
     def _name_tensors(self) -> dict[str, Any]:
         from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
-        field = self._reader.get_field("general.architecture")
+        field = self.reader.get_field("general.architecture")
         self._architecture = field.contents() if field else ""
         by_name = {name: arch for arch, name in MODEL_ARCH_NAMES.items()}
         if self._architecture not in by_name:
@@ -282,7 +286,7 @@ class GGUFSource:
         text_config = self.config.get_text_config()
         check_supported(text_config, str(self.path))
         names = get_tensor_name_map(by_name[self._architecture], text_config.num_hidden_layers)
-        tensors = {tensor.name: tensor for tensor in self._reader.tensors}
+        tensors = {tensor.name: tensor for tensor in self.reader.tensors}
         found = {}
         for candidate in candidate_names(text_config):
             stored = names.get_name(candidate, try_suffixes=(".weight", ".bias"))
@@ -322,7 +326,7 @@ class GGUFSource:
     def tokenizer(self) -> Any:
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(self._metadata)
+        return AutoTokenizer.from_pretrained(metadata_folder(self.path))
 
 
 def metadata_folder(path: Path) -> Path:

@@ -264,6 +264,7 @@ def test_an_adapter_is_served_by_vllm(made: Made) -> None:
     for label, request in {"base": None, "adapter": LoRARequest("exported", 1, str(folder))}.items():
         (answer,) = engine.generate([{"prompt_token_ids": prompt}], sampling, lora_request=request, use_tqdm=False)
         answers[label] = list(answer.outputs[0].token_ids)
+    engine.llm_engine.engine_core.shutdown()
     assert answers["adapter"] == greedy(made.peft, prompt, 8)
     assert answers["base"] == greedy(made.peft.unload(), prompt, 8) != answers["adapter"]
 

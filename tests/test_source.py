@@ -77,7 +77,7 @@ def test_smollm2_is_read_as_transformers_reads_it() -> None:
     import gguf
 
     source = open_source(section(SMOLLM2))
-    raw = {tensor.name: tensor for tensor in source._reader.tensors}  # reading it again takes seconds
+    raw = {tensor.name: tensor for tensor in source.reader.tensors}  # reading it again takes seconds
     stored = torch.from_numpy(gguf.dequantize(raw["blk.3.attn_k.weight"].data, raw["blk.3.attn_k.weight"].tensor_type))
     read = source.read("model.layers.3.self_attn.k_proj.weight")
     assert read.shape == (192, 576)
