@@ -23,6 +23,7 @@ from grpo.checkpoint import CONFIG, open_run
 from grpo.config import Config, Lora, config_toml, parse_config
 from grpo.data import load_data
 from grpo.errors import UserError
+from grpo.generation import Request, SamplingSettings
 from grpo.inputs import as_rewards, as_task, reward_table
 from grpo.keywords import SECTIONS, Tables, merged, tables_of, with_lengths
 from grpo.log import RunLog, quiet_libraries
@@ -33,7 +34,6 @@ from grpo.text import Prompts, as_batch, pieces, token_ids
 if TYPE_CHECKING:
     from peft import PeftModel
 
-    from grpo.engine import SamplingSettings
     from grpo.session import Session
 
 LOAD_ARGUMENTS = ("load_in_4bit", "max_seq_length", "lora", "base", "verbose")
@@ -162,6 +162,10 @@ class LoadedPolicy:
         """transformers' tokenizer."""
         return self.session.tokenizer
 
+    def start(self) -> None:
+        """Start vLLM now rather than at the first generation."""
+        _ = self.session.engine
+
     def generate(
         self,
         prompts: Prompts,
@@ -189,7 +193,6 @@ class LoadedPolicy:
         Returns the text; a list of `n` texts for `n` above 1; for a list of prompts a list of these, in its order.
         Raises UserError for settings out of range and for what does not fit `max_seq_length`.
         """
-        from grpo.engine import Request
         from grpo.sampler import sample_seed
 
         batch, single = as_batch(prompts)

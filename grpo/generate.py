@@ -113,6 +113,7 @@ def opened(parsed: argparse.Namespace) -> LoadedPolicy:
             f"{parsed.target}: the model has no chat template; add --raw to continue the prompt as it stands, or name "
             "a Jinja file with --set model.chat_template=FILE"
         )
+    policy.start()
     return policy
 
 

@@ -20,6 +20,7 @@ from grpo.architectures import adapter_targets, check_supported
 from grpo.base import BaseWeights
 from grpo.config import Config
 from grpo.errors import UserError
+from grpo.generation import EngineSettings, SamplingSettings
 from grpo.locate import lasting_name
 from grpo.model_files import check_head_size, check_shapes, end_tokens
 from grpo.plan import MemoryPlan, check_memory, plan_memory, sequence_limits, weight_bytes
@@ -27,7 +28,7 @@ from grpo.policy import Policy
 from grpo.source import Source, open_source
 
 if TYPE_CHECKING:
-    from grpo.engine import Engine, EngineSettings, SamplingSettings
+    from grpo.engine import Engine
 
     EngineNeeds = tuple[EngineSettings, MemoryPlan | None]
 
@@ -134,9 +135,13 @@ class Session:
         """Go on with other sampling or training settings of the same model and adapter.
 
         A running vLLM that they are too large for is stopped, and starts again at its next use. Raises UserError for
-        sequences longer than the model takes.
+        sequences longer than the model takes, and for what is decided when a model is loaded.
         """
         check_length(self.base, config.max_seq_length)
+        if config.train.kernels != self.config.train.kernels:
+            raise UserError(
+                f"kernels = {config.train.kernels!r} is decided when the model is loaded; pass it to grpo.load"
+            )
         self.config = config
         if self._engine_needs is not None and not covers(self._engine_needs, self._needs(config)):
             self._stop_engine()
@@ -150,8 +155,6 @@ class Session:
 
     def sampling(self, temperature: float, max_tokens: int, top_p: float = 1.0) -> SamplingSettings:
         """Sampling settings with this model's end tokens and the configuration's stop strings."""
-        from grpo.engine import SamplingSettings
-
         return SamplingSettings(
             temperature=temperature,
             max_tokens=max_tokens,
@@ -279,8 +282,6 @@ def check_weights(config: Config, model: Any, device: torch.device, dtype: torch
 
 def engine_settings(config: Config, kv_cache_memory_bytes: int | None) -> EngineSettings:
     """What the configuration asks of vLLM."""
-    from grpo.engine import EngineSettings
-
     rollout = config.rollout
     max_seq_length, max_num_seqs = sequence_limits(config)
     return EngineSettings(

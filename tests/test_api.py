@@ -147,6 +147,8 @@ def test_a_value_out_of_range_is_told_by_its_key(policy: LoadedPolicy, tmp_path:
     sentence(error)
     with pytest.raises(UserError, match="model.max_seq_length = 192 is below"):
         policy.train("arithmetic", [letters], max_completion_length=500, output_dir=tmp_path / "run")
+    with pytest.raises(UserError, match="kernels = 'torch' is decided when the model is loaded"):
+        policy.train("arithmetic", [letters], kernels="torch", output_dir=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
