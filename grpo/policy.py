@@ -1,8 +1,8 @@
 """The training graph: transformers' model over the one copy of the base, with LoRA through peft.
 
 Built on the `meta` device and then given views of `BaseWeights`, so it owns nothing but the adapter. It turns token
-ids into logprobs; sampling is `engine.py`'s. Sequences are packed one after another without padding, and logits exist
-only for a chunk of tokens at a time.
+ids into logprobs; sampling is `engine.py`'s, and how other trainers call the graph is `forward.py`'s. Sequences are
+packed one after another without padding, and logits exist only for a chunk of tokens at a time.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from grpo.architectures import adapter_targets
 from grpo.base import BaseWeights, Segment
 from grpo.config import Lora
 from grpo.errors import UserError
+from grpo.forward import accept_batches
 from grpo.graph_kernels import install, wants_kernels
 from grpo.kernels import nf4
 from grpo.kernels.attention import Packing, Span, packed_attention
@@ -202,6 +203,7 @@ class Policy:
         self.model.peft_config[ADAPTER].base_model_name_or_path = base_name  # peft put the configuration's folder there
         if wants_kernels(kernels, base.device):
             install(self.decoder, base)
+        accept_batches(self.decoder)
         self.model.eval()
         if lora.init is not None:
             self.load_adapter(lora.init)
@@ -272,7 +274,8 @@ class Policy:
 
     def save_adapter(self, folder: Path) -> None:
         """Write the adapter in peft's format."""
-        self.model.save_pretrained(folder, save_embedding_layers=False)  # else peft asks the hub for the base
+        # Trainers may have added adapters of their own; and peft would ask the hub for the base's embedding.
+        self.model.save_pretrained(folder, save_embedding_layers=False, selected_adapters=[ADAPTER])
 
     def load_adapter(self, folder: Path) -> None:
         """Replace the adapter's values by those in `folder`, whose shape must be the same."""
