@@ -30,7 +30,6 @@ from grpo.config import Config, Model, parse_config
 from grpo.data import load_data, tokenize
 from grpo.environment import hardware, versions
 from grpo.log import RunLog
-from grpo.rewards.pool import RewardPool
 from grpo.session import open_session
 from grpo.source import NF4Tensor, open_source
 
@@ -79,7 +78,7 @@ def questions(tokenizer: Any) -> list[list[int]]:
 def ours(options: argparse.Namespace) -> dict[str, Any]:
     """Train, then compare the engine that was trained against with the graph that was trained."""
     from grpo.checkpoint import open_run
-    from grpo.trainer import Run
+    from grpo.trainer import train_session
 
     scratch = Path(tempfile.mkdtemp(prefix="grpo-mismatch-"))
     config = training_config(options, scratch / "run")
@@ -91,8 +90,7 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
             fresh = shared_model.agreement(
                 session.engine, session.policy, prompts, NEW_TOKENS, stop_token_ids=session.stop_token_ids
             )
-            with RewardPool(data.rewards) as pool:
-                Run(config, run.path, log, session, data, pool).train(False)
+            train_session(session, data, run.path, log)
             trained = shared_model.agreement(
                 session.engine, session.policy, prompts, NEW_TOKENS, stop_token_ids=session.stop_token_ids
             )
@@ -117,7 +115,8 @@ def stock(options: argparse.Namespace) -> dict[str, Any]:
     arguments: dict[str, Any] = {"enforce_eager": True, "kv_cache_memory_bytes": 1 << 30}
     if on_gpu:
         arguments = {
-            "gpu_memory_utilization": 0.3,
+            "gpu_memory_utilization": 0.05,
+            "kv_cache_memory_bytes": 4 << 30,
             "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"},
         }
     llm = vllm.LLM(

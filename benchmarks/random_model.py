@@ -150,6 +150,9 @@ class RandomSource:
         drawn = torch.randn(min(largest, 1 << 27), dtype=torch.bfloat16, device=device).mul_(0.02).cpu()
         self._block = drawn.repeat(-(-(largest + OFFSETS) // drawn.numel()))
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._shapes[name]
+
     def read(self, name: str) -> Tensor:
         size = self._shapes[name]
         if name.endswith("norm.weight"):
