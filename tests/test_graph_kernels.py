@@ -183,10 +183,12 @@ def test_the_switch():
 
 @pytest.mark.slow
 def test_graph_in_the_interpreter():
-    """Triton reads TRITON_INTERPRET when it is imported, hence a process of its own."""
+    """Triton reads TRITON_INTERPRET when it is imported, hence a process of its own. All families in float32; in
+    bfloat16 those that differ in their norms, activations and fused weights."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    chosen = "agree or (near and dtype0 and (llama or gemma3_text or phi3))"
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", "agree or near"],
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", chosen],
         cwd=Path(__file__).parent.parent, env=environment, capture_output=True, text=True,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
