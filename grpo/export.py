@@ -237,13 +237,15 @@ def write_folder(target: Target, merged: MergedSource, folder: Path, to: str, no
 
 def chat_of(target: Target, merged: MergedSource) -> Chat:
     """What a chat with the exported model needs: the base's tokenizer and template, the run's system prompt."""
+    from grpo.gguf_metadata import starts_with_bos
     from grpo.ollama import Chat
 
     tokenizer = tokenizer_of(merged)
     template = chat_template(target) or getattr(tokenizer, "chat_template", None)
     run = run_of(target)
     system = None if run is None else trained_system_prompt(run)
-    return Chat(title(target), tokenizer, template if isinstance(template, str) else None, system)
+    template = template if isinstance(template, str) else None
+    return Chat(title(target), tokenizer, template, system, starts_with_bos(merged.base, tokenizer))
 
 
 def trained_system_prompt(run: Path) -> str | None:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from grpo.errors import UserError
-from grpo.gguf_config import attention_scale, frequency_divisors
+from grpo.gguf_config import attention_scale, frequency_divisors, value
 from grpo.gguf_vocab import read_vocabulary
+from grpo.source import GGUFSource, Source
 
 ARCHITECTURE = {
     "llama": "llama",
@@ -31,8 +32,10 @@ WINDOWED = {"gemma2": 2, "gemma3_text": 6}
 """Families whose layers llama.cpp lets see a window only, all but every so-manieth."""
 WITHOUT_HEAD = ("gemma", "gemma2", "gemma3_text")
 """Families for which llama.cpp takes the embedding as output head."""
-NOT_COPIED = ("general.architecture", "general.file_type", "general.quantization_version", "general.name",
-              "general.alignment", "tokenizer.chat_template", "split.")  # fmt: skip
+BOS_BY_DEFAULT = ("llama3", "llama-v3", "llama-bpe", "tekken")
+"""Splitting rules with which llama.cpp starts a text with that token unless the file says otherwise."""
+NOT_COPIED = ("general.architecture", "general.type", "general.file_type", "general.quantization_version",
+              "general.name", "general.alignment", "tokenizer.chat_template", "split.")  # fmt: skip
 
 
 def add_from_config(writer: Any, config: Any, notice: Callable[[str], None]) -> dict[str, Tensor]:
@@ -152,3 +155,11 @@ def add_from_gguf(writer: Any, reader: Any) -> None:
 def add_tokenizer(writer: Any, tokenizer: Any, config: Any) -> None:
     """Add the vocabulary of transformers' `tokenizer`. Raises UserError where llama.cpp has no equal of it."""
     read_vocabulary(tokenizer, config.vocab_size).write(writer)
+
+
+def starts_with_bos(base: Source, tokenizer: Any) -> bool:
+    """Whether llama.cpp will put the beginning-of-sequence token before a text, by the metadata written here."""
+    if isinstance(base, GGUFSource):
+        said, model, pre = (value(base.reader, f"tokenizer.ggml.{key}") for key in ("add_bos_token", "model", "pre"))
+        return bool(said) if said is not None else model == "llama" or pre in BOS_BY_DEFAULT
+    return tokenizer is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]

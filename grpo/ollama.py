@@ -26,6 +26,8 @@ class Chat:
     """The Jinja template."""
     system: str | None = None
     """The system prompt that the model was trained with."""
+    starts_with_bos: bool = False
+    """Whether llama.cpp puts the beginning-of-sequence token before a text by itself."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +160,7 @@ def rendered(chat: Chat, messages: list[Message]) -> str:
     text = chat.tokenizer.apply_chat_template(
         messages, chat_template=chat.template, tokenize=False, add_generation_prompt=True
     )
-    return text.removeprefix(chat.tokenizer.bos_token or "")
+    return text.removeprefix(chat.tokenizer.bos_token or "") if chat.starts_with_bos else text
 
 
 def system_text(turns: Turns, text: str, asked: str | None) -> str | None:

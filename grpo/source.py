@@ -258,13 +258,14 @@ class GGUFSource:
     def __init__(self, path: Path, config: Any = None):
         """config: the model's, where it is known better than from the file (and of families that transformers does
         not read from GGUF)."""
-        from gguf import GGUFReader
         from transformers import AutoConfig
+
+        from grpo.gguf_reader import PlainReader
 
         self.path = path
         read_header(path)
         try:
-            self.reader = GGUFReader(path)
+            self.reader = PlainReader(path)
             self.config = AutoConfig.from_pretrained(metadata_folder(path)) if config is None else config
         except Exception as error:  # both readers trust what the file says
             raise UserError(f"{path}: not a readable GGUF file ({one_line(error)}); download it again") from None

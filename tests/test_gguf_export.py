@@ -352,7 +352,7 @@ def as_ollama(template: str, messages: list[dict[str, str]], system: str | None)
 )
 def test_ollama_writes_what_the_chat_template_does(family: str, system: str | None, tokenizer: Any) -> None:
     told: list[str] = []
-    text = modelfile("m.gguf", Chat("m", tokenizer, JINJA[family], system), told.append)
+    text = modelfile("m.gguf", Chat("m", tokenizer, JINJA[family], system, starts_with_bos=True), told.append)
     assert not told and "FROM ./m.gguf\n" in text and 'PARAMETER stop "<eos>"' in text
     template = entry(text, "TEMPLATE")
     assert ("SYSTEM" in text) == (system is not None)
