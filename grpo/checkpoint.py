@@ -40,7 +40,10 @@ if TYPE_CHECKING:
 MANIFEST = "manifest.json"
 CONFIG = "config.toml"
 LOCK = ".lock"
-BEFORE_FIRST_STEP = {LOCK, CONFIG, "eval.jsonl", "best_adapter", "completions", "tensorboard", "wandb", "report.html"}
+REFERENCE = "reference_adapter"
+BEFORE_FIRST_STEP = {
+    LOCK, CONFIG, REFERENCE, "eval.jsonl", "best_adapter", "completions", "tensorboard", "wandb", "report.html"
+}  # fmt: skip
 STEP = re.compile(r"step-(\d+)")
 
 # What a resumed run must have in common with the one that it continues: the base and the shape of the adapter, which

@@ -216,7 +216,10 @@ class Loss(Section):
     function: str | None = None
     """Your own loss instead: "package.module:function" or "path/file.py:function"."""
     beta: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of the KL penalty against the adapter-off model. 0: no reference forward."""
+    """Weight of the KL penalty against the reference model. 0: no reference forward."""
+    reference: Literal["start", "base"] = "start"
+    """The reference: the adapter as the run finds it, as in TRL (the same as the base for a fresh adapter), or the base
+    with the adapter off."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     """Estimator of the KL penalty (Schulman's names)."""
     kl_importance_weight: bool = True

@@ -275,8 +275,10 @@ class RunLog:
         return [key for key in self._series if key.startswith(f"{prefix}/") and key.count("/") == 1]
 
     def _ends(self) -> tuple[dict[str, float], dict[str, float]]:
-        """Rewards, as means over the first and over the last five steps; evaluations, the first and the last."""
-        spans = {key: ENDS for key in ("reward", *self._scores("rewards"))} | dict.fromkeys(self._scores("eval"), 1)
+        """Rewards (without any, the loss), as means over the first and over the last five steps; evaluations, the first
+        and the last."""
+        main = "reward" if "reward" in self._series else "loss"
+        spans = {key: ENDS for key in (main, *self._scores("rewards"))} | dict.fromkeys(self._scores("eval"), 1)
         series = {key: (self._series[key], span) for key, span in spans.items() if key in self._series}
         first = {key: _mean(values[:span]) for key, (values, span) in series.items()}
         return first, {key: _mean(values[-span:]) for key, (values, span) in series.items()}
@@ -291,7 +293,8 @@ class RunLog:
     def _line(self) -> str:
         """The last step as one line, for a log file."""
         entry = self._last
-        parts = [f"step {entry['step']}/{self.max_steps}", f"reward {_shown(entry.get('reward'), '{:.3f}')}"]
+        figure = "reward" if "reward" in self._series else "loss"
+        parts = [f"step {entry['step']}/{self.max_steps}", f"{figure} {_shown(entry.get(figure), '{:.3f}')}"]
         functions = [f"{_label(key)} {_shown(entry.get(key), '{:.3f}')}" for key in self._scores("rewards")]
         if functions:
             parts[-1] += f" ({', '.join(functions)})"

@@ -229,7 +229,7 @@ def weight_bytes(config: Config, shape: Any, itemsize: int, *, packed: bool) -> 
 
 
 def adapter_bytes(config: Config, shape: Any, itemsize: int, *, on_gpu: bool) -> int:
-    """float32 values and gradients, AdamW's moments, and the engine's stacked copy."""
+    """float32 values and gradients, AdamW's moments, the engine's stacked copy, and the KL reference's values."""
     endings = tuple(f".{target}" for target in adapter_targets(shape, config.lora.target_modules))
     sizes, rank = linear_shapes(shape), config.lora.r
     trained = engine = 0
@@ -239,7 +239,8 @@ def adapter_bytes(config: Config, shape: Any, itemsize: int, *, on_gpu: bool) ->
         # B of a fused layer has a row for every output and a column for every part's rank.
         ranks = -(-rank * len(adapted) // SERVED_RANKS) * SERVED_RANKS
         engine += ranks * (sizes[parts[0]][1] + sum(sizes[part][0] for part in parts))
-    return trained * (4 + 4 + moment_bytes(config.train.optim, on_gpu=on_gpu)) + engine * itemsize
+    kept = config.loss.beta > 0 and config.loss.reference == "start" and config.lora.init is not None
+    return trained * (4 + 4 + 4 * kept + moment_bytes(config.train.optim, on_gpu=on_gpu)) + engine * itemsize
 
 
 def kv_bytes_per_token(shape: Any, itemsize: int, kv_cache_dtype: str) -> int:

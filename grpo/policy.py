@@ -28,6 +28,7 @@ from grpo.architectures import adapter_targets
 from grpo.base import BaseWeights, Segment
 from grpo.config import Lora
 from grpo.errors import UserError
+from grpo.fingerprint import check_base
 from grpo.forward import accept_batches
 from grpo.graph_kernels import install, wants_kernels
 from grpo.kernels import nf4
@@ -205,6 +206,7 @@ class Policy:
             install(self.decoder, base)
         accept_batches(self.decoder)
         self.model.eval()
+        self._reference: list[Tensor] | None = None
         if lora.init is not None:
             self.load_adapter(lora.init)
         if not self.adapter_layers():
@@ -227,11 +229,36 @@ class Policy:
         """What training keeps of each layer for the backward pass: one of `memory.FORMS`."""
         recompute_layers(self.decoder.model.layers, form)
 
+    def adapter_is_idle(self) -> bool:
+        """Whether the adapter changes nothing, as a fresh one."""
+        return not any(bool(layer.lora_B[ADAPTER].weight.any()) for layer in self.adapter_layers().values())
+
+    def remember_reference(self) -> None:
+        """Let the adapter's values of this moment be the KL reference."""
+        self._reference = [parameter.detach().clone() for parameter in self.parameters()]
+
+    def forget_reference(self) -> None:
+        """Let the base be the KL reference, as it is at first."""
+        self._reference = None
+
     @contextmanager
     def reference(self) -> Iterator[None]:
-        """The adapter switched off, without gradient: the KL reference."""
-        with torch.no_grad(), self.model.disable_adapter():
-            yield
+        """Inside, without gradient, the KL reference has the adapter's place: the values remembered, or none."""
+        with torch.no_grad():
+            if self._reference is None:
+                with self.model.disable_adapter():
+                    yield
+                return
+            parameters = self.parameters()
+            # Exchanged, not copied: a graph that waits for its backward keeps the trained values.
+            trained = [parameter.data for parameter in parameters]
+            for parameter, value in zip(parameters, self._reference, strict=True):
+                parameter.data = value
+            try:
+                yield
+            finally:
+                for parameter, value in zip(parameters, trained, strict=True):
+                    parameter.data = value
 
     def score(
         self,
@@ -273,16 +300,18 @@ class Policy:
         return self.base.tensors[name][: self.base.config.vocab_size]
 
     def save_adapter(self, folder: Path) -> None:
-        """Write the adapter in peft's format."""
+        """Write the adapter in peft's format, and by which it knows its base again."""
         # Trainers may have added adapters of their own; and peft would ask the hub for the base's embedding.
         self.model.save_pretrained(folder, save_embedding_layers=False, selected_adapters=[ADAPTER])
+        self.base.fingerprint.write(folder)
 
     def load_adapter(self, folder: Path) -> None:
-        """Replace the adapter's values by those in `folder`, whose shape must be the same."""
+        """Replace the adapter's values by those in `folder`, whose shape and base must be the same."""
         from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 
         mine = get_peft_model_state_dict(self.model, save_embedding_layers=False)
         tensors = read_adapter(folder, self.peft_config, {name: tensor.shape for name, tensor in mine.items()})
+        check_base(folder, self.base.fingerprint, str(self.base.source_path))
         set_peft_model_state_dict(self.model, tensors, ADAPTER)
 
 

@@ -56,6 +56,7 @@ def resolve_target(name: str | Path, base: str | Path | None = None) -> Target:
 def of_run(run: Path, adapter: Path, base: str | Path | None) -> Target:
     """A run's configuration with one of its adapters."""
     values, _ = read_toml(run / CONFIG)
+    values.pop("sft", None)  # a supervised run's own section
     model = values.get("model", {})
     model["name"] = found_base(model.get("name"), adapter, base)
     return Target(values, str(run / CONFIG), adapter, values.get("lora", {}))

@@ -38,6 +38,7 @@ from grpo.log import RunLog, SampleGroup
 from grpo.log import Sample as LoggedSample
 from grpo.loss import resolve_loss
 from grpo.records import EVALUATIONS, printable, read_entries
+from grpo.reference import set_reference
 from grpo.rewards.contract import merge_results
 from grpo.rewards.extract import extracted_answer
 from grpo.rewards.pool import RewardPool
@@ -171,6 +172,7 @@ class Run:
 
     def train(self, resume: bool) -> dict[str, Any]:
         """All remaining steps; returns the summary. Whatever ends them early leaves a checkpoint of the last one."""
+        set_reference(self.session.policy, self.config.loss, self.folder, resume=resume)
         if resume:
             self.restore()
         if self.session.base.device.type == "cuda":

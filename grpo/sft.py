@@ -1,0 +1,108 @@
+"""The command line of supervised training: `python -m grpo.sft configs/sft.toml`.
+
+It reads the configuration and hands it to `grpo.sft_run`. Exit codes are those of `grpo.train`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from grpo.checkpoint import CONFIG
+from grpo.errors import UserError
+from grpo.interrupt import leaving_at_once
+from grpo.records import printable
+from grpo.sft_config import SftConfig, read_sft_config, sft_config_toml
+from grpo.toml import write_value
+
+BAD_INPUT = 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line `arguments` (those of the process by default) and return its exit code."""
+    parsed = parser().parse_args(arguments)
+    try:
+        config = configuration(parsed)
+        if parsed.dry_run:
+            print(sft_config_toml(config), end="")
+        else:
+            train(config, resume=parsed.resume is not None, verbose=parsed.verbose)
+    except UserError as error:
+        return fail(str(error), BAD_INPUT)
+    except KeyboardInterrupt as error:
+        told = "interrupted; --resume continues from the last checkpoint, if one was written"
+        return fail(told, 128 + getattr(error, "number", signal.SIGINT))
+    return 0
+
+
+def fail(sentence: str, code: int) -> int:
+    print(f"grpo.sft: {printable(sentence)}", file=sys.stderr)
+    return code
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of `python -m grpo.sft`."""
+    result = argparse.ArgumentParser(
+        prog="python -m grpo.sft",
+        description="Train a LoRA adapter to imitate examples, as the configuration says.",
+        epilog="docs/sft.md explains the configuration.",
+        allow_abbrev=False,
+    )
+    result.add_argument("config", nargs="?", type=Path, metavar="CONFIG", help="a .toml file")
+    result.add_argument(
+        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one key; may be repeated"
+    )
+    result.add_argument("--dry-run", action="store_true", help="print the whole configuration, and stop")
+    result.add_argument(
+        "--resume", type=Path, metavar="RUN_FOLDER", help="continue the run in this folder from its last checkpoint"
+    )
+    result.add_argument("--output", type=Path, metavar="DIR", help="the run folder, instead of checkpoint.output_dir")
+    result.add_argument("--verbose", action="store_true", help="let transformers and TRL write their logs")
+    return result
+
+
+def configuration(parsed: argparse.Namespace) -> SftConfig:
+    """The configuration that the command line asks for. Raises UserError."""
+    if parsed.resume is not None and (parsed.output is not None or parsed.config is not None):
+        raise UserError("--resume takes the folder of a run, which has its own CONFIG and output; leave these out")
+    file = parsed.resume / CONFIG if parsed.resume is not None else parsed.config
+    if file is None:
+        raise UserError("no configuration given; pass a .toml file, for example: python -m grpo.sft configs/sft.toml")
+    overrides = list(parsed.set)
+    if output := parsed.resume or parsed.output:
+        overrides.append(f"checkpoint.output_dir={write_value(output)}")
+    if parsed.resume is not None and not file.is_file():
+        raise UserError(f"{parsed.resume}: there is no run to resume here (no {CONFIG}); start it without --resume")
+    config = read_sft_config(file, overrides)
+    if parsed.resume is not None:
+        check_resumable(read_sft_config(file), config)
+    return config
+
+
+def check_resumable(saved: SftConfig, new: SftConfig) -> None:
+    """Raise UserError where `new` has another model, adapter, data or order than the run that `saved` describes."""
+    for name, before, now in (
+        *((f"[{name}]", getattr(saved, name), getattr(new, name)) for name in ("model", "lora", "sft")),
+        ("train.seed", saved.train.seed, new.train.seed),
+        ("train.optim", saved.train.optim, new.train.optim),
+    ):
+        if before != now:
+            raise UserError(f"--resume: {name} is not that of the run; leave it as it is, or start a new run")
+
+
+def train(config: SftConfig, *, resume: bool, verbose: bool) -> None:
+    """Train; imports torch and TRL only now."""
+    from grpo.log import quiet_libraries
+
+    quiet_libraries(verbose)
+    from grpo.sft_run import run_sft
+
+    with leaving_at_once():
+        run_sft(config, resume=resume, verbose=verbose)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
