@@ -18,6 +18,7 @@ from torch import Tensor
 from grpo.architectures import check_supported, expected_shapes, fused_linears
 from grpo.config import Model
 from grpo.errors import UserError
+from grpo.fingerprint import Fingerprint
 from grpo.kernels import nf4
 from grpo.model_files import check_shapes
 from grpo.plan import AUTO_SHARE, VOCABULARY_PADDING
@@ -80,6 +81,7 @@ class BaseWeights:
         check_shapes(source)
         self.config: Any = source.config.get_text_config()
         self.source_path = source.path
+        self.fingerprint = Fingerprint.of(source)
         self.device, self.dtype = device, dtype
         self.load_in_4bit = model.load_in_4bit
         self.packed = model.load_in_4bit and device.type == "cuda"

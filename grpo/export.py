@@ -155,6 +155,7 @@ def base_model(target: Target) -> Model:
 def open_merged(target: Target, notice: Callable[[str], None]) -> MergedSource:
     """The base with the adapter folded in; says which weights it is made of."""
     from grpo.architectures import check_supported
+    from grpo.fingerprint import UNQUANTISED, Fingerprint, check_base
     from grpo.merge import Adapter, MergedSource
     from grpo.source import open_source
 
@@ -164,7 +165,8 @@ def open_merged(target: Target, notice: Callable[[str], None]) -> MergedSource:
     base = open_source(model)
     check_supported(base.config, str(base.path))
     merged = MergedSource(base, adapter)
-    if base.stored_as in ("bfloat16", "float16", "float32"):
+    check_base(target.adapter, Fingerprint.of(base), model.name)
+    if base.stored_as in UNQUANTISED:
         notice(f"merging {target.adapter} into the {base.stored_as} weights of {model.name}")
     else:
         notice(
@@ -206,6 +208,7 @@ def made_whole(place: Path) -> Iterator[Path]:
 
 def write_adapter(target: Target, folder: Path, notice: Callable[[str], None]) -> None:
     """The adapter in peft's format, with its base named so that it is found from anywhere."""
+    from grpo.fingerprint import FILE, Fingerprint, check_base
     from grpo.merge import ADAPTER_WEIGHTS, Adapter, check_fits
 
     assert target.adapter is not None
@@ -216,10 +219,13 @@ def write_adapter(target: Target, folder: Path, notice: Callable[[str], None]) -
 
         base = open_source(model)
         check_fits(adapter, base, base.names)
+        check_base(target.adapter, Fingerprint.of(base), model.name)
     config = {**adapter.config, "base_model_name_or_path": lasting_name(model.name), "inference_mode": True}
     config["revision"] = model.revision
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    shutil.copyfile(adapter.file, folder / ADAPTER_WEIGHTS)
+    for name in (ADAPTER_WEIGHTS, FILE):
+        if (target.adapter / name).is_file():
+            shutil.copyfile(target.adapter / name, folder / name)
     notice(f"{len(adapter.modules)} layers of {target.adapter}, for {config['base_model_name_or_path']}")
 
 
