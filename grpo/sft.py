@@ -1,4 +1,4 @@
-"""The command line of supervised training: `python -m grpo.sft configs/sft.toml`.
+"""The command line of supervised training: `python -m grpo.sft sft.toml`.
 
 It reads the configuration and hands it to `grpo.sft_run`. Exit codes are those of `grpo.train`.
 """
@@ -70,7 +70,7 @@ def configuration(parsed: argparse.Namespace) -> SftConfig:
         raise UserError("--resume takes the folder of a run, which has its own CONFIG and output; leave these out")
     file = parsed.resume / CONFIG if parsed.resume is not None else parsed.config
     if file is None:
-        raise UserError("no configuration given; pass a .toml file, for example: python -m grpo.sft configs/sft.toml")
+        raise UserError("no configuration given; pass a .toml file, for example: python -m grpo.sft sft.toml")
     overrides = list(parsed.set)
     if output := parsed.resume or parsed.output:
         overrides.append(f"checkpoint.output_dir={write_value(output)}")

@@ -22,6 +22,7 @@ from grpo.explain import section_of
 from grpo.rewards.builtin import BUILTIN
 from grpo.rewards.contract import RewardBatch
 from grpo.rewards.forms import RewardFunction
+from grpo.sft_config import SftConfig
 from grpo.tasks.common import BUILT_IN, load_task
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -98,9 +99,13 @@ def test_python_blocks_compile(path: Path):
 
 @page
 def test_toml_blocks_are_configurations(path: Path):
-    """Alone, or with a model and a task added, each is what `grpo.config` takes."""
+    """Alone, or with a model and a task added, each is what `grpo.config` takes, or `grpo.sft_config`."""
     for block in blocks(path, "toml"):
-        Config.model_validate({"model": {"name": "m"}, "task": {"name": "arithmetic"}} | tomllib.loads(block.text))
+        values = {"model": {"name": "m"}} | tomllib.loads(block.text)
+        if "sft" in values:
+            SftConfig.model_validate(values)
+        else:
+            Config.model_validate({"task": {"name": "arithmetic"}} | values)
 
 
 def test_the_readmes_first_reward_scores():
