@@ -57,7 +57,7 @@ def check_adapter(folder: Path, expected: Any) -> None:
     try:
         saved = json.loads(file.read_text(encoding="utf-8"))
         targets = set(saved["target_modules"])
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise UserError(f"{file}: not the configuration of a LoRA adapter ({error}); copy the adapter again") from None
     for key in ("r", "lora_alpha", "use_rslora"):
         if saved.get(key) != getattr(expected, key):

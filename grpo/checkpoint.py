@@ -298,7 +298,7 @@ def _problem(folder: Path) -> str | None:
                 return f"{name} has changed since it was written"
     except FileNotFoundError:
         return f"it has no {MANIFEST}"
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         return f"{MANIFEST} cannot be read ({error})"
     return None
 
@@ -395,7 +395,7 @@ def load_tensors(path: Path) -> Any:
         with safe_open(str(path), framework="pt") as file:
             structure = json.loads((file.metadata() or {})["structure"])
             return _decoded(structure, file.get_tensor)
-    except (OSError, SafetensorError, ValueError, LookupError, TypeError) as error:
+    except (OSError, SafetensorError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: not a saved state ({error}); take an earlier checkpoint") from None
 
 

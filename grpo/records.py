@@ -80,7 +80,7 @@ def read_entries(path: Path) -> Iterator[dict[str, Any]]:
         for line in lines:
             try:
                 entry = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
             if isinstance(entry, dict) and type(entry.get("step")) is int:
                 yield entry

@@ -81,7 +81,7 @@ def read_dump(dump: Path) -> Recorded:
         report = json.loads((dump / REPORT).read_bytes())
         figures = {name: None if value is None else float(value) for name, value in report["figures"].items()}
         return Recorded(str(report["problem"]), figures, decoded(load_tensors(dump / BATCH)))
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{dump}: not a dump of an update ({error}); pass a folder RUN/nonfinite/step-N") from None
 
 

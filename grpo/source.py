@@ -227,7 +227,7 @@ def read_index(index: Path) -> dict[str, str]:
     """Tensor name -> file, from a shard index. Raises UserError for a damaged one, or one that leaves its folder."""
     try:
         files = {str(name): str(file) for name, file in json.loads(index.read_text())["weight_map"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{index}: not a valid shard index ({error}); download the model again") from None
     outside = next((file for file in files.values() if Path(file).name != file), None)
     if outside is not None:
