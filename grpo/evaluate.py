@@ -328,6 +328,8 @@ def configuration(parsed: argparse.Namespace, run: Path | None) -> Config:
     if run is not None:
         values, text = read_toml(run / CONFIG)
         source = str(run / CONFIG)
+        if values.pop("sft", None) is not None and not parsed.task:
+            raise UserError(f"{parsed.target}: a supervised run has no task of its own; say what to ask with --task")
     elif parsed.task is not None:
         values, text, source = {"model": {"name": parsed.target}}, "", "the command line"
     else:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import runpy
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
@@ -11,6 +13,10 @@ from tiny_run import write_config
 from transformers import AutoTokenizer
 
 from grpo.errors import UserError
+from grpo.rewards.correctness import correctness
+from grpo.rewards.format import soft_format, strict_format
+from grpo.rewards.integer import integer
+from grpo.rewards.xml_count import xml_count
 from grpo.sft import main
 from grpo.sft_config import Sft, parse_sft_config, read_sft_config, sft_config_toml
 from grpo.sft_data import conversation, load_examples
@@ -186,3 +192,28 @@ def test_a_run_learns_resumes_as_one_and_leaves_an_adapter(tmp_path, model, caps
     resumed, expected = (load_file(f / "adapter" / "adapter_model.safetensors") for f in (tmp_path / "cut", run))
     assert resumed.keys() == expected.keys() and all(resumed[name].equal(expected[name]) for name in expected)
     assert main(["--resume", str(run), "--set", "lora.r=8"]) == 2 and "[lora] is not that" in capsys.readouterr().err
+
+
+def test_a_supervised_run_is_evaluated_on_a_task_that_is_named(tmp_path, model, capsys):
+    from grpo.evaluate import configuration, parser
+    from grpo.evaluate import main as evaluate
+
+    (tmp_path / "config.toml").write_text(sft_config_toml(parse_sft_config(tables(tmp_path, model))))
+    assert evaluate([str(tmp_path)]) == 2 and "--task" in capsys.readouterr().err
+    config = configuration(parser().parse_args([str(tmp_path), "--task", "arithmetic"]), tmp_path)
+    assert config.task[0].name == "arithmetic" and config.lora.r == 4
+
+
+def test_the_recipes_rewritten_solutions_earn_every_reward():
+    recipe = runpy.run_path(str(Path(__file__).parent.parent / "benchmarks/sft_then_grpo.py"))
+    solution = "She sold 48/2 = <<48/2=24>>24 clips in May.\nThat is 48+24 = <<48+24=72>>72 in all.\n#### 72"
+    text = recipe["rewritten"](solution, 1)
+    reasoning = "She sold 48/2 = 24 clips in May. That is 48+24 = 72 in all."
+    assert text == f"<reasoning>\n{reasoning}\n</reasoning>\n<answer>\n72\n</answer>\n"
+    completions, answers = [[{"role": "assistant", "content": text}]], ["72"]
+    prompts = [[{"role": "user", "content": "?"}]]
+    scores = [
+        function(prompts=prompts, completions=completions, answer=answers, multiline=True)[0]
+        for function in (correctness, integer, strict_format, soft_format, xml_count)
+    ]
+    assert scores == [2.0, 0.5, 0.5, 0.5, 0.5]
