@@ -136,7 +136,7 @@ def recognised(row: Row, where: str) -> Messages:
 
 def share_gpt(turn: Any, where: str) -> dict[str, Any]:
     """A turn {"from", "value"} as a message."""
-    role = SHARE_GPT.get(turn.get("from")) if isinstance(turn, dict) else None
+    role = SHARE_GPT.get(str(turn.get("from"))) if isinstance(turn, dict) else None
     if role is None:
         raise UserError(f'{where}: a turn must be {{"from": "human" or "gpt", "value": "..."}}; correct it')
     return message(role, turn.get("value"))
