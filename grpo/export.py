@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import sys
 import time
@@ -139,9 +140,9 @@ def default_place(target: Target, form: str, checkpoint: str | None) -> Path:
 
 
 def title(target: Target) -> str:
-    """What to call the model: the run's name, else the adapter's."""
+    """What to call the model, and its file: the run's name, else the adapter's."""
     assert target.adapter is not None
-    return (run_of(target) or target.adapter).resolve().name
+    return re.sub(r"[^\w.-]+", "-", (run_of(target) or target.adapter).resolve().name)
 
 
 def base_model(target: Target) -> Model:
@@ -279,7 +280,7 @@ def compare(merged: MergedSource, folder: Path, form: str, notice: Callable[[str
         moved = Distance.between(expected, streamed_logits(merged.base, tokens))
         notice(f"for comparison, base without adapter: {moved}")
         if distance.kl > moved.kl:
-            notice("so 4 bits cost more than training gained; merged-16bit, or the adapter on its base, does not")
+            notice("quantising moved the model further than training; prefer merged-16bit, or the adapter on its base")
     elif not distance.kl < FAITHFUL_KL:
         raise UserError(f"{folder.name}: the export does not compute what base + adapter do; nothing was exported")
 
@@ -289,7 +290,9 @@ def open_written(merged: MergedSource, folder: Path) -> Source:
     from grpo.source import GGUFSource, open_source
 
     gguf = next(folder.glob("*.gguf"), None)
-    return open_source(Model(name=str(folder))) if gguf is None else GGUFSource(gguf, merged.config)
+    if gguf is not None:
+        return GGUFSource(gguf, merged.config)
+    return open_source(Model(name=str(folder)))
 
 
 def tokenizer_of(merged: MergedSource) -> Any:

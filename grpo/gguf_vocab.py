@@ -89,7 +89,7 @@ def read_vocabulary(tokenizer: Any, size: int) -> Vocabulary:
     if not byte_level and not model.get("byte_fallback"):
         raise UserError(f"{cannot(tokenizer)}: it is neither byte-level nor SentencePiece's")
     merges = [tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
-    tokens, types = token_lists(described, size, byte_level)
+    tokens, types = token_lists(described, size, byte_level, tokenizer.unk_token)
     vocabulary = Vocabulary("gpt2", "", tokens, types) if byte_level else Vocabulary("llama", "default", tokens, types)
     if byte_level:
         vocabulary.pre = split_name(described, tokenizer)
@@ -120,11 +120,12 @@ def parts(described: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
         yield from parts(step)
 
 
-def token_lists(described: dict[str, Any], size: int, byte_level: bool) -> tuple[list[str], list[int]]:
-    """Text and type of every token id below `size`."""
+def token_lists(
+    described: dict[str, Any], size: int, byte_level: bool, unknown: str | None
+) -> tuple[list[str], list[int]]:
+    """Text and type of every token id below `size`; `unknown` stands for what SentencePiece cannot spell."""
     tokens = [f"[PAD{number}]" for number in range(size)]
     types = [UNUSED] * size
-    unknown = described["model"].get("unk_token")
     for text, number in described["model"]["vocab"].items():
         if number < size:
             kind = BYTE if not byte_level and BYTE_TOKEN.fullmatch(text) else NORMAL

@@ -59,6 +59,8 @@ def of_run(run: Path, adapter: Path, base: str | Path | None) -> Target:
     values.pop("sft", None)  # a supervised run's own section
     model = values.get("model", {})
     model["name"] = found_base(model.get("name"), adapter, base)
+    if base is not None:
+        model.pop("revision", None)  # of the name that was recorded
     return Target(values, str(run / CONFIG), adapter, values.get("lora", {}))
 
 
@@ -66,6 +68,8 @@ def of_adapter(folder: Path, base: str | Path | None) -> Target:
     """An adapter that stands alone; its base is held as the defaults say."""
     saved = read_adapter_config(folder)
     model = {"name": found_base(saved.get("base_model_name_or_path"), folder, base)}
+    if base is None and saved.get("revision"):
+        model["revision"] = saved["revision"]
     lora = {key: saved[key] for key in LORA_KEYS if saved.get(key) is not None}
     return Target({"model": model, "lora": lora}, str(folder / ADAPTER_CONFIG), folder, lora)
 

@@ -27,6 +27,7 @@ from grpo.export import export, main
 from grpo.merge import Adapter, MergedSource
 from grpo.source import open_source
 from grpo.streamed import Distance, streamed_logits
+from grpo.target import resolve_target
 
 NAME = "model.layers.1.self_attn.q_proj.weight"
 
@@ -299,6 +300,16 @@ def test_an_adapter_finds_its_base_after_it_moved(made: Made, tmp_path: Path) ->
     assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == str(moved)
     merged = export(folder, "merged-16bit", tmp_path / "merged", notice=lambda text: None)
     assert Distance.between(logits(made.peft), logits(loaded(merged))).kl < 2e-3
+
+
+def test_a_revision_belongs_to_the_recorded_name(made: Made, tmp_path: Path) -> None:
+    run = a_run(made, tmp_path, '[model]\nname = "{base}"\nrevision = "v2"\n')
+    kept, moved = (
+        export(run, "adapter", tmp_path / name, base, notice=str) for name, base in (("a", None), ("b", made.base))
+    )
+    revisions = [json.loads((folder / "adapter_config.json").read_text())["revision"] for folder in (kept, moved)]
+    assert revisions == ["v2", None]
+    assert resolve_target(kept).tables["model"] == {"name": str(made.base), "revision": "v2"}
 
 
 @pytest.mark.parametrize("to", ["adapter", "merged-16bit"])
