@@ -33,7 +33,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from forked_runs import PHASES, ForkedRuns  # noqa: E402
 from same_run import differences  # noqa: E402
-from tiny_run import run_tables, save_rewards, save_tiny_chat_model, write_config  # noqa: E402
+from small_chat import save_small_chat_model  # noqa: E402
+from tiny_run import run_tables, save_rewards, write_config  # noqa: E402
 
 from grpo.checkpoint import latest  # noqa: E402
 from grpo.environment import hardware, versions  # noqa: E402
@@ -99,11 +100,12 @@ def measure(home: Path, kills: int, draw: random.Random) -> dict[str, Any]:
 
 def prepare(home: Path) -> Path:
     """A tiny model, rewards and the configuration, in `home`."""
-    save_tiny_chat_model(home / "model")
+    save_small_chat_model(home / "model")
     save_rewards(home)
     tables = run_tables(
         home,
         lora={"lora_dropout": 0.1},
+        rollout={"max_prompt_length": 400},
         train={"max_steps": STEPS},
         checkpoint={"save_steps": SAVE_STEPS},
         eval={"every": 2, "limit": 3, "max_completion_length": 8},

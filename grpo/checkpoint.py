@@ -292,6 +292,8 @@ def _problem(folder: Path) -> str | None:
     try:
         files = json.loads((folder / MANIFEST).read_bytes())["files"]
         for name, digest in files.items():
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                return f"{MANIFEST} names a file elsewhere, {name}"
             if not (folder / name).is_file():
                 return f"{name} is missing"
             if _sha256(folder / name) != digest:

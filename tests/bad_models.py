@@ -271,6 +271,13 @@ def a_tokenizer_without_a_model(home: Path) -> None:
     put(home / "model" / "tokenizer.json", '{"version": "1.0"}')
 
 
+@case("model: no usable tokenizer", "custom code")
+def a_tokenizer_with_code_of_its_own(home: Path) -> None:
+    (home / "model" / "mine.py").write_text("raise SystemExit('this ran')")
+    changes = {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["mine.Mine", None]}}
+    edit_json(home / "model" / "tokenizer_config.json", **changes)
+
+
 @case("model: no usable tokenizer")
 def a_tokenizer_configuration_that_is_not_json(home: Path) -> None:
     put(home / "model" / "tokenizer_config.json", "\x00")
@@ -306,6 +313,12 @@ def a_chat_template_with_a_mistake(home: Path) -> Tables:
 @case("chat template refuses", "no system prompts here", "system_prompt")
 def a_chat_template_that_refuses_the_prompts(home: Path) -> Tables:
     put(home / "t.jinja", "{{ raise_exception('no system prompts here') }}")
+    return {"model": {"chat_template": str(home / "t.jinja")}}
+
+
+@case("chat template refuses", "SecurityError", "model.chat_template")
+def a_chat_template_that_reaches_for_the_interpreter(home: Path) -> Tables:
+    put(home / "t.jinja", "{{ ''.__class__.__mro__[1].__subclasses__() }}")
     return {"model": {"chat_template": str(home / "t.jinja")}}
 
 

@@ -31,7 +31,7 @@ class Finished:
     """How a run ended: its exit code, or minus the signal that ended it, and what it printed."""
 
     def __init__(self, code: int, output: Path):
-        self.code = code
+        self.code, self.name = code, output.name
         self.out = output.with_suffix(".out").read_text()
         self.err = output.with_suffix(".err").read_text()
 
@@ -60,7 +60,7 @@ class ForkedRuns:
         self.home, self._count = home, 0
         path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
         one_thread = {"OMP_NUM_THREADS": "1"}  # a fork has none of OpenMP's other threads, and would wait for them
-        command = [sys.executable, __file__, str(config), str(home / "network.txt")]
+        command = [sys.executable, __file__, str(config), str(home)]
         self._errors = (home / "server.err").open("w")
         self._process = subprocess.Popen(
             command,
@@ -99,6 +99,11 @@ class ForkedRuns:
     def network(self) -> str:
         """What tried to reach another machine, one address a line."""
         return (self.home / "network.txt").read_text()
+
+    @property
+    def unpickled(self) -> str:
+        """What a run looked up for a pickle, one name a line."""
+        return (self.home / "unpickled.txt").read_text()
 
     def __enter__(self) -> ForkedRuns:
         return self
@@ -358,9 +363,21 @@ def note_network(file: Path) -> None:
     sys.addaudithook(hook)
 
 
-def serve(config: Path, network: Path) -> None:
+def note_pickles(file: Path) -> None:
+    """From now on, whatever is unpickled that could run code is noted in `file`."""
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "pickle.find_class":
+            with file.open("a") as lines:
+                lines.write(f"{arguments[0]}.{arguments[1]}\n")
+
+    sys.addaudithook(hook)
+
+
+def serve(config: Path, home: Path) -> None:
     """Start vLLM on the model of `config`, then fork a run for every request on standard input."""
-    note_network(network)
+    note_network(home / "network.txt")
+    (home / "unpickled.txt").touch()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
     from grpo.log import quiet_libraries
@@ -405,6 +422,7 @@ def run(session: Any, request: dict[str, Any]) -> None:
 
     assert threading.active_count() == 1, "a forked process has only the thread that forked it"
     output = Path(request["output"])
+    note_pickles(output.parent / "unpickled.txt")
     for descriptor, suffix in ((1, ".out"), (2, ".err")):
         os.dup2(os.open(output.with_suffix(suffix), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)

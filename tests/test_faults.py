@@ -19,7 +19,8 @@ from typing import Any
 import pytest
 from forked_runs import ForkedRuns
 from same_run import differences, last_checkpoint
-from tiny_run import read_metrics, run_tables, save_rewards, save_tiny_chat_model, write_config
+from small_chat import save_small_chat_model
+from tiny_run import read_metrics, run_tables, save_rewards, write_config
 
 from grpo.checkpoint import latest
 
@@ -50,6 +51,7 @@ def tables(home: Path, **changes: Any) -> dict[str, Any]:
     chosen: dict[str, Any] = {
         "rewards": [{"function": f"{home / 'scores.py'}:score"}],
         "lora": {"lora_dropout": 0.1},
+        "rollout": {"max_prompt_length": 400},
         "train": {"max_steps": 4},
         "checkpoint": {"save_steps": 2},
         "eval": {"every": 2, "limit": 3, "max_completion_length": 8},
@@ -63,7 +65,7 @@ def tables(home: Path, **changes: Any) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("faults")
-    save_tiny_chat_model(folder / "model")
+    save_small_chat_model(folder / "model")
     file = save_rewards(folder)
     file.write_text(file.read_text() + REWARDS)
     write_config(folder / "config.toml", tables(folder))
@@ -119,7 +121,8 @@ def test_a_killed_run_resumes_to_the_same_bits(
 
 
 @pytest.mark.parametrize(
-    ("number", "phase", "share"), [(signal.SIGTERM, "rollout", 0.9), (signal.SIGINT, "evaluation", 0.8)]
+    ("number", "phase", "share"),
+    [(signal.SIGTERM, "rollout", 0.9), pytest.param(signal.SIGINT, "evaluation", 0.8, marks=pytest.mark.long)],
 )
 def test_a_signal_leaves_a_checkpoint_of_the_last_whole_step(
     runs: ForkedRuns, home: Path, straight: Path, moments: dict[str, int], number: int, phase: str, share: float
@@ -147,7 +150,9 @@ def test_a_signal_between_the_updates_of_one_step_undoes_them(runs: ForkedRuns, 
     resumes_to_the_same(runs, run, reference)
 
 
-@pytest.mark.parametrize(("again", "within"), [(True, 10), (False, 20)], ids=["twice", "too long"])
+@pytest.mark.parametrize(
+    ("again", "within"), [(True, 10), pytest.param(False, 20, marks=pytest.mark.long)], ids=["twice", "too long"]
+)
 def test_a_run_that_cannot_be_reached_ends_all_the_same(
     runs: ForkedRuns, home: Path, moments: dict[str, int], again: bool, within: float
 ) -> None:
@@ -166,7 +171,7 @@ def test_a_run_that_cannot_be_reached_ends_all_the_same(
 @pytest.mark.parametrize(
     ("phase", "name", "sentence"),
     [
-        ("checkpoint", "ENOSPC", "step-4: the checkpoint could not be written"),
+        pytest.param("checkpoint", "ENOSPC", "step-4: the checkpoint could not be written", marks=pytest.mark.long),
         ("samples", "EROFS", "Read-only file system; make it writable and continue with --resume"),
     ],
 )
@@ -230,6 +235,7 @@ def test_data_that_vanish_do_not_end_the_run_and_are_missed_by_the_next(runs: Fo
     assert last_checkpoint(home / "data") == "step-4" and latest(home / "data", pytest.fail) is not None
 
 
+@pytest.mark.long
 def test_a_clock_that_is_set_back_changes_nothing(runs: ForkedRuns, home: Path, straight: Path) -> None:
     run = home / "clock"
     done = runs.run(home / "config.toml", "--output", run, fault=("clock", "rollout", 30, -1e8))
@@ -289,6 +295,11 @@ def test_nothing_tried_to_reach_another_machine(runs: ForkedRuns, straight: Path
     assert runs.network == ""
 
 
+def test_nothing_was_unpickled(runs: ForkedRuns, straight: Path) -> None:
+    """By the trainer; its reward processes unpickle what the trainer sends them."""
+    assert runs.unpickled == ""
+
+
 def test_secrets_of_the_environment_are_in_no_file(runs: ForkedRuns, straight: Path, home: Path) -> None:
     searched = 0
     for file in home.rglob("*"):
@@ -300,10 +311,13 @@ def test_secrets_of_the_environment_are_in_no_file(runs: ForkedRuns, straight: P
 
 
 def test_what_a_model_writes_cannot_act_upon_the_terminal(runs: ForkedRuns, home: Path) -> None:
-    """A reward function that prints completions passes on what the model wrote."""
-    rewards = [{"function": f"{home / 'scores.py'}:prints_escapes"}]
+    """A reward function that prints completions passes on what the model wrote. Names lead nowhere either."""
+    rewards = [{"function": f"{home / 'scores.py'}:prints_escapes", "name": "../../escaped\x1b[2J"}]
     changes = {"rewards": rewards, "train": {"max_steps": 1}, "eval": {"every": "none"}}
     config = write_config(home / "escapes.toml", tables(home, **changes))
+    before = set(home.iterdir())
     done = runs.run(config, "--output", home / "escapes")
     assert done.code == 0, done.err
+    assert {path.name for path in set(home.iterdir()) - before} <= {"escapes", done.name + ".out", done.name + ".err"}
+    assert "rewards/../../escaped\x1b[2J" in read_metrics(home / "escapes")[0]
     assert r"\x1b[2J\x1b]0;owned\x07" in done.out and "\x1b" not in done.out and "\x07" not in done.out

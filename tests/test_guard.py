@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_run import run_tables, save_tiny_chat_model
+from small_chat import save_small_chat_model
+from tiny_run import run_tables
 from torch import Tensor
 
 from grpo.advantages import Advantages, compute_advantages
@@ -34,7 +35,7 @@ REWARDS = [[1.0, 0.0, 0.5, 0.2], [0.0, 2.0, 1.0, 0.1]]
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("guard")
-    save_tiny_chat_model(folder / "model")
+    save_small_chat_model(folder / "model")
     return folder
 
 
@@ -66,11 +67,11 @@ def learner_for(base: BaseWeights, config: Config) -> Learner:
 def groups() -> list[Group]:
     made, draw = [], random.Random(3)
     for index in range(len(REWARDS)):
-        prompt = Prompt(index, "t", "p", {}, [draw.randrange(3, 9000) for _ in range(6)])
+        prompt = Prompt(index, "t", "p", {}, [draw.randrange(3, 250) for _ in range(6)])
         samples = []
         for _ in REWARDS[index]:
-            ids = [draw.randrange(3, 9000) for _ in range(draw.randint(2, 9))]
-            samples.append(Sample(ids, [-10 + draw.random() for _ in ids], False, "text"))
+            ids = [draw.randrange(3, 250) for _ in range(draw.randint(2, 9))]
+            samples.append(Sample(ids, [-6 + draw.random() for _ in ids], False, "text"))
         made.append(Group(prompt, samples))
     return made
 
