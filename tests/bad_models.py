@@ -406,15 +406,30 @@ def a_gguf_file_of_a_billion_layers(home: Path) -> Tables:
 
 
 def adapter(home: Path, shape: Tables | None = None) -> Path:
-    """A good adapter of the rank and targets that the runs have."""
+    """A good adapter of the rank and targets that the runs have, but for `shape`."""
+    key = json.dumps(shape)
+    if key not in ADAPTERS:
+        ADAPTERS[key] = made_adapter(home, shape or {})
+    (home / "adapter").mkdir()
+    for name, content in ADAPTERS[key].items():
+        (home / "adapter" / name).write_bytes(content)
+    return home / "adapter"
+
+
+ADAPTERS: dict[str, dict[str, bytes]] = {}
+
+
+def made_adapter(home: Path, shape: Tables) -> dict[str, bytes]:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(home / "model")
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    settings: Tables = {"r": 4, "lora_alpha": 8, "target_modules": targets, "task_type": "CAUSAL_LM", **(shape or {})}
-    get_peft_model(model, LoraConfig(**settings)).save_pretrained(home / "adapter")
-    return home / "adapter"
+    settings: Tables = {"r": 4, "lora_alpha": 8, "target_modules": targets, "task_type": "CAUSAL_LM", **shape}
+    get_peft_model(model, LoraConfig(**settings)).save_pretrained(home / "peft")
+    content = {file.name: file.read_bytes() for file in (home / "peft").iterdir()}
+    shutil.rmtree(home / "peft")
+    return content
 
 
 def init(home: Path) -> Tables:
