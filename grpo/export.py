@@ -280,7 +280,7 @@ def compare(merged: MergedSource, folder: Path, form: str, notice: Callable[[str
         moved = Distance.between(expected, streamed_logits(merged.base, tokens))
         notice(f"for comparison, base without adapter: {moved}")
         if distance.kl > moved.kl:
-            notice("quantising moved the model further than training; prefer merged-16bit, or the adapter on its base")
+            notice("quantising moved the model further than training did; prefer more bits, or the adapter on its base")
     elif not distance.kl < FAITHFUL_KL:
         raise UserError(f"{folder.name}: the export does not compute what base + adapter do; nothing was exported")
 
