@@ -182,8 +182,9 @@ def completion(data: bytes, folder: Path) -> None:
 
 @target
 def dump_report(data: bytes, folder: Path) -> None:
+    from grpo.checkpoint import save_tensors
     from grpo.replay import read_dump
 
     written(folder, "report.json", data)
-    written(folder, "batch.safetensors", b"")
+    save_tensors(folder / "batch.safetensors", {"prompts": [], "idle": [], "rng": {}})
     read_dump(folder)
