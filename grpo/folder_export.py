@@ -66,7 +66,8 @@ class Shards:
         """Write what is left, name the files and, of several, the index."""
         if self._held:
             self._write()
-        count, places = len(self._written), {}
+        count = len(self._written)
+        places: dict[str, str] = {}
         for number, names in enumerate(self._written):
             many = f"model-{number + 1:05}-of-{count:05}.safetensors"
             file = many if count > 1 else "model.safetensors"

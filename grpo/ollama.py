@@ -69,21 +69,15 @@ class Turns:
         return before + question + self.assistant[0] + "{{ .Response }}" + self.assistant[1]
 
 
-def chatml(family: str, after_role: str, after_text: str) -> Turns:
-    """A family that names the role between two marks."""
-    turns = [(f"<|im_start|>{role}{after_role}", after_text) for role in ("user", "assistant", "system")]
-    return Turns(family, *turns)
-
-
 def headers(family: str, pattern: str, end: str) -> Turns:
-    """A family whose turns start with the role in `pattern`."""
-    turns = [(pattern.format(role), end) for role in ("user", "assistant", "system")]
-    return Turns(family, *turns)
+    """A family whose turns start with the role in `pattern` and end in `end`."""
+    user, assistant, system = ((pattern.format(role), end) for role in ("user", "assistant", "system"))
+    return Turns(family, user, assistant, system)
 
 
 KNOWN = (
-    chatml("ChatML", "\n", "<|im_end|>\n"),
-    chatml("Phi-4", "<|im_sep|>", "<|im_end|>"),
+    headers("ChatML", "<|im_start|>{}\n", "<|im_end|>\n"),
+    headers("Phi-4", "<|im_start|>{}<|im_sep|>", "<|im_end|>"),
     headers("Llama 3", "<|start_header_id|>{}<|end_header_id|>\n\n", "<|eot_id|>"),
     headers("Phi-3", "<|{}|>\n", "<|end|>\n"),
     headers("Phi-4-mini", "<|{}|>", "<|end|>"),

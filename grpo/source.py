@@ -51,8 +51,11 @@ class Source(Protocol):
     config: Any
     """transformers' configuration of the model."""
     names: set[str]
-    stored_as: str
-    """What most of the weights are kept in: "bfloat16", "float16", "float32", "NF4", or a GGUF type such as "Q4_1"."""
+
+    @property
+    def stored_as(self) -> str:
+        """What most of the weights are kept in: "bfloat16", "float16", "float32", "NF4", or a GGUF type as "Q4_1"."""
+        ...
 
     def read(self, name: str) -> Tensor | NF4Tensor:
         """The tensor called `name`, on the CPU, in the checkpoint's precision."""
