@@ -195,12 +195,17 @@ def figure(value: float | None) -> str:
     return "-" if value is None else f"{value:.6g}"
 
 
+def parser() -> argparse.ArgumentParser:
+    """The options of `python -m grpo.replay`."""
+    result = argparse.ArgumentParser(prog="python -m grpo.replay", description=(__doc__ or "").split("\n")[0])
+    result.add_argument("dump", type=Path, metavar="DUMP", help="a folder nonfinite/step-N in a run folder")
+    result.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one key")
+    return result
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line `arguments` (those of the process by default) and return its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m grpo.replay", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("dump", type=Path, metavar="DUMP", help="a folder nonfinite/step-N in a run folder")
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one key")
-    parsed = parser.parse_args(arguments)
+    parsed = parser().parse_args(arguments)
     from grpo.log import quiet_libraries
 
     quiet_libraries(False)

@@ -201,6 +201,26 @@ def test_overrides_name_keys(path: Path):
 
 
 @page
+def test_tests_that_are_named_exist(path: Path):
+    for file, name in re.findall(r"`(tests/\w+\.py)::(\w+)`", path.read_text()):
+        assert f"\ndef {name}(" in (ROOT / file).read_text(), f"{file}::{name}"
+
+
+def test_the_kills_that_are_quoted_were_counted():
+    measured = json.loads((ROOT / "benchmarks/results/kill_resume.json").read_text())
+    page = (ROOT / "docs/reliability.md").read_text()
+    assert f"Killed {measured['kills']} times in {measured['runs']} runs" in page and measured["failures"] == []
+    assert [int(row[1]) for row in rows_after(page, "Killed")[1:]] == [
+        measured["kills_by_phase"][phase]
+        for phase in (
+            "rollout", "backward", "checkpoint", "samples", "evaluation", "report", "finish", "any time",
+        )
+    ]  # fmt: skip
+    lost = f"{measured['steps_lost_most']} steps were done again at most, {measured['steps_lost_mean']}"
+    assert lost in page
+
+
+@page
 def test_keys_in_the_text_exist(path: Path):
     """`section.key` and `section.key = value` between backticks."""
     for section, key in re.findall(rf"`({'|'.join(SECTIONS)})\.(\w+)(?: = [^`]*)?`", prose(path)):
