@@ -269,13 +269,17 @@ class LoadedPolicy:
         self._end_stream()
         with open_run(config) as run:
             log = RunLog(run.path, config, max_steps=config.train.max_steps or 0, verbose=verbose)
-            with log:
-                from grpo.trainer import train_session
+            told, session.status = session.status, log.status
+            try:
+                with log:
+                    from grpo.trainer import train_session
 
-                session.configure(config)
-                if session.engine_started:
-                    session.engine.sync_adapter()
-                train_session(session, data, run.path, log)
+                    session.configure(config)
+                    if session.engine_started:
+                        session.engine.sync_adapter()
+                    train_session(session, data, run.path, log)
+            finally:
+                session.status = told
         return TrainResult.read(run.path)
 
     def _training_config(self, task: Tables, rewards: list[Tables], settings: Mapping[str, Any]) -> Config:

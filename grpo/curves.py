@@ -96,8 +96,13 @@ def shown_metrics(keys: Sequence[str]) -> list[str]:
     return [key for key in (*rewards, "completion_length") if key in keys]
 
 
+TITLES = {
+    "reward": "reward (weighted sum)",
+    "completion_length": "completion length, tokens",
+    "frac_reward_zero_std": "groups without spread, share",
+}
+
+
 def title_of(key: str) -> str:
     """A metric's name for people."""
-    return {"reward": "reward (weighted sum)", "completion_length": "completion length, tokens"}.get(
-        key, key.removeprefix("rewards/")
-    )
+    return TITLES.get(key, key.removeprefix("rewards/"))

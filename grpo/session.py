@@ -87,7 +87,7 @@ class Session:
         files: ModelFiles,
     ):
         self.config = config
-        self._status = status
+        self.status = status
         self._engine: Engine | None = None
         self._engine_needs: EngineNeeds | None = None
         device = resolve_device(config.model.device)
@@ -125,7 +125,7 @@ class Session:
         return self._engine is not None
 
     def _start_engine(self, kv_bytes: int | None) -> None:
-        self._status("starting vLLM")
+        self.status("starting vLLM")
         from grpo.engine import Engine
 
         self._engine = Engine(self.base, self.policy, engine_settings(self.config, kv_bytes), self.tokenizer)

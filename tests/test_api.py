@@ -76,6 +76,18 @@ def policy(home: Path) -> Iterator[LoadedPolicy]:
 
 
 @pytest.fixture(scope="module")
+def moved(policy: LoadedPolicy, home: Path) -> Path:
+    """An adapter far from the fresh one, made by changing the peft model's parameters."""
+    policy.load_lora(home / "fresh")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in policy.model.named_parameters():
+            if "lora_B" in name:
+                parameter.add_(torch.randn(parameter.shape, generator=generator))
+    return policy.save_lora(home / "moved")
+
+
+@pytest.fixture(scope="module")
 def run(policy: LoadedPolicy, home: Path) -> TrainResult:
     """Two steps from the fresh adapter, which afterwards has moved."""
     policy.load_lora(home / "fresh")
@@ -205,30 +217,26 @@ def test_what_generation_cannot_do_is_a_sentence(policy: LoadedPolicy, arguments
 
 
 @vllm
-def test_generation_follows_the_adapter_however_it_was_changed(policy: LoadedPolicy, home: Path) -> None:
+def test_generation_follows_the_adapter_however_it_was_changed(policy: LoadedPolicy, home: Path, moved: Path) -> None:
     policy.load_lora(home / "fresh")
     base = policy.generate(CHAT, max_tokens=8, adapter=False)
     assert policy.generate(CHAT, max_tokens=8) == base, "a fresh adapter changes nothing"
-    generator = torch.Generator().manual_seed(0)
+    policy.load_lora(moved)
+    other = policy.generate(CHAT, max_tokens=8)
+    assert other != base
+    assert policy.generate(CHAT, max_tokens=8, adapter=False) == base
     with torch.no_grad():
         for name, parameter in policy.model.named_parameters():
             if "lora_B" in name:
-                parameter.add_(torch.randn(parameter.shape, generator=generator))
-    moved = policy.generate(CHAT, max_tokens=8)
-    assert moved != base
-    assert policy.generate(CHAT, max_tokens=8, adapter=False) == base
-    policy.save_lora(home / "moved")
-    policy.load_lora(home / "fresh")
+                parameter.zero_()  # as another trainer would, without telling anybody
     assert policy.generate(CHAT, max_tokens=8) == base
-    policy.load_lora(home / "moved")
-    assert policy.generate(CHAT, max_tokens=8) == moved
 
 
 @vllm
-def test_the_merged_model_is_base_plus_adapter(policy: LoadedPolicy, home: Path) -> None:
-    policy.load_lora(home / "moved")
+def test_the_merged_model_is_base_plus_adapter(policy: LoadedPolicy, home: Path, moved: Path) -> None:
+    policy.load_lora(moved)
     folder = policy.save_merged(home / "merged", check=False)
-    base, adapter = load_file(home / "model/model.safetensors"), load_file(home / "moved/adapter_model.safetensors")
+    base, adapter = load_file(home / "model/model.safetensors"), load_file(moved / "adapter_model.safetensors")
     merged = load_file(folder / "model.safetensors")
     name = "model.layers.0.mlp.down_proj"
     a, b = (adapter[f"base_model.model.{name}.lora_{which}.weight"] for which in "AB")
@@ -270,15 +278,15 @@ def test_closures_and_lambdas_score_rows_with_their_columns(policy: LoadedPolicy
 
 
 @vllm
-def test_training_continues_from_the_adapter_and_vllm_goes_on(policy: LoadedPolicy, home: Path) -> None:
+def test_training_continues_from_the_adapter_and_vllm_goes_on(policy: LoadedPolicy, home: Path, moved: Path) -> None:
     import datasets
 
     engine = policy.session.engine
     rows = datasets.Dataset.from_list([{"prompt": CHAT, "answer": "2"}] * 2)
-    policy.load_lora(home / "moved")
+    policy.load_lora(moved)
     policy.train(rows, letters, output_dir=home / "dataset", **{**SMALL_STEPS, "max_steps": 1, "learning_rate": 1e-6})
     assert policy.session.engine is engine, "smaller steps do not need another vLLM"
-    before, after = (load_file(f / "adapter_model.safetensors") for f in (home / "moved", home / "dataset/adapter"))
+    before, after = (load_file(f / "adapter_model.safetensors") for f in (moved, home / "dataset/adapter"))
     assert all(torch.allclose(tensor, after[name], atol=1e-4) for name, tensor in before.items())
 
 
