@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from grpo.advantages import Advantages, compute_advantages, reward_metrics
+from grpo.advantages import Advantages, compute_advantages
 from grpo.checkpoint import (
     latest,
     load_tensors,
@@ -34,16 +34,14 @@ from grpo.evaluate import evaluate, measure_pass_rates
 from grpo.guard import UnusableUpdate, write_dump
 from grpo.interrupt import Interrupts
 from grpo.learner import UNMEASURED, Learner
-from grpo.log import RunLog, SampleGroup
-from grpo.log import Sample as LoggedSample
+from grpo.log import RunLog
 from grpo.loss import resolve_loss
 from grpo.records import EVALUATIONS, printable, read_entries
 from grpo.reference import set_reference
-from grpo.rewards.contract import merge_results
-from grpo.rewards.extract import extracted_answer
 from grpo.rewards.pool import RewardPool
 from grpo.rewards.resolve import described
 from grpo.sampler import Group, Rollout, Sampler, sample_seed
+from grpo.scored import logged, reward_table, sampling_metrics
 from grpo.selftest import check_rollout_follows_adapter
 from grpo.session import Session, open_session, read_model
 
@@ -211,12 +209,13 @@ class Run:
         sync_seconds = self.session.engine.sync_adapter()
         now = time.perf_counter()
         if self.log.wants_samples(step):
-            self.log.samples(step, [self.logged(group) for group in groups[: self.config.log.samples]])
+            weights = dict(zip(self.reward_names, self.weights.tolist(), strict=True))
+            self.log.samples(step, [logged(group, weights) for group in groups[: self.config.log.samples]])
         tokens = sum(rollout.tokens for rollout in rollouts)
         rollout_seconds = sum(rollout.seconds for rollout in rollouts)
         return {
             "step": step,
-            **self.sampling_metrics(groups, rollouts, advantages),
+            **sampling_metrics(groups, rollouts, advantages, self.reward_names),
             **trained,
             "epoch": self.stream.epoch,
             "tokens": tokens,
@@ -270,52 +269,8 @@ class Run:
         return kept, self.advantages(kept)
 
     def advantages(self, groups: list[Group]) -> Advantages:
-        return compute_advantages(self.reward_table(groups), self.weights, self.config.loss)
-
-    def reward_table(self, groups: list[Group]) -> torch.Tensor:
-        """Rewards [P, G, F] of `groups`, NaN where a function gave none."""
-        rows = [
-            [[as_float(sample.rewards[name]) for name in self.reward_names] for sample in group.samples]
-            for group in groups
-        ]
-        return torch.tensor(rows, dtype=torch.float64)
-
-    def sampling_metrics(
-        self, groups: list[Group], rollouts: list[Rollout], advantages: Advantages
-    ) -> dict[str, float]:
-        """Rewards and lengths over all completions, before any group is dropped."""
-        result = merge_results([rollout.result for rollout in rollouts])
-        samples = [sample for group in groups for sample in group.samples]
-        lengths = [len(sample.token_ids) for sample in samples]
-        return {
-            **result.metrics,
-            **{f"rewards/{name}/seconds": seconds for name, seconds in result.seconds.items()},
-            **reward_metrics(self.reward_table(groups), advantages, self.reward_names),
-            "completion_length": sum(lengths) / len(lengths),
-            "completion_length_max": max(lengths),
-            "clipped_ratio": sum(sample.truncated for sample in samples) / len(samples),
-            "sampling_rounds": len(rollouts),
-        }
-
-    def logged(self, group: Group) -> SampleGroup:
-        """`group` as the sample log keeps it."""
-        samples = [
-            LoggedSample(
-                text=sample.text,
-                reward=self.total(sample.rewards),
-                rewards=sample.rewards,
-                extracted=extracted_answer(sample.text),
-                tokens=len(sample.token_ids),
-                finish_reason="length" if sample.truncated else "stop",
-            )
-            for sample in group.samples
-        ]
-        return SampleGroup(group.prompt.prompt, group.prompt.columns.get("answer"), samples, group.prompt.task)
-
-    def total(self, rewards: dict[str, float | None]) -> float:
-        """Weighted sum of the rewards that apply."""
-        pairs = zip(self.weights.tolist(), (rewards[name] for name in self.reward_names), strict=True)
-        return sum(weight * value for weight, value in pairs if value is not None)
+        table = reward_table(groups, self.reward_names)
+        return compute_advantages(table, self.weights, self.config.loss)
 
     def evaluate(self) -> None:
         """Held-out accuracy, where `[eval]` asks for it at this step; the best adapter is kept."""
@@ -398,10 +353,6 @@ class Run:
 def show(line: str) -> None:
     """Print what a reward function printed: it may be what the model wrote."""
     print(printable(line), flush=True)
-
-
-def as_float(value: float | None) -> float:
-    return math.nan if value is None else float(value)
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -22,6 +22,7 @@ from small_chat import save_small_chat_model
 from test_config import FIELDS, OF_EACH_TYPE, limits, toml_types
 from tiny_run import run_tables, save_rewards, write_config
 
+from grpo.model_files import HEAD_SIZES_ON_CPU
 from grpo.toml import write_toml
 from grpo.train import main
 
@@ -115,6 +116,12 @@ def test_broken_input_is_refused(broken: Case, home: Path, capsys: pytest.Captur
     told = refused(home, [str(config)], capsys)
     for part in broken.said:
         assert part in told, told
+
+
+def test_the_head_sizes_are_those_of_vllm() -> None:
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    assert tuple(CPUAttentionBackend.get_supported_head_sizes()) == HEAD_SIZES_ON_CPU
 
 
 def test_the_table_is_long() -> None:

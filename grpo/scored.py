@@ -1,0 +1,59 @@
+"""What a step's scored groups come to: the table of rewards, figures for the metrics, and the sample log's form."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from grpo.advantages import Advantages, reward_metrics
+from grpo.log import Sample as LoggedSample
+from grpo.log import SampleGroup
+from grpo.rewards.contract import merge_results
+from grpo.rewards.extract import extracted_answer
+from grpo.sampler import Group, Rollout
+
+
+def reward_table(groups: Sequence[Group], names: Sequence[str]) -> torch.Tensor:
+    """Rewards [P, G, F] of `groups`, by the functions `names`; float64, NaN where a function gave none."""
+    rows = [[[as_float(sample.rewards[name]) for name in names] for sample in group.samples] for group in groups]
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def as_float(value: float | None) -> float:
+    return math.nan if value is None else float(value)
+
+
+def sampling_metrics(
+    groups: Sequence[Group], rollouts: Sequence[Rollout], advantages: Advantages, names: Sequence[str]
+) -> dict[str, float]:
+    """Rewards and lengths over all completions, before any group is dropped."""
+    result = merge_results([rollout.result for rollout in rollouts])
+    samples = [sample for group in groups for sample in group.samples]
+    lengths = [len(sample.token_ids) for sample in samples]
+    return {
+        **result.metrics,
+        **{f"rewards/{name}/seconds": seconds for name, seconds in result.seconds.items()},
+        **reward_metrics(reward_table(groups, names), advantages, names),
+        "completion_length": sum(lengths) / len(lengths),
+        "completion_length_max": max(lengths),
+        "clipped_ratio": sum(sample.truncated for sample in samples) / len(samples),
+        "sampling_rounds": len(rollouts),
+    }
+
+
+def logged(group: Group, weights: dict[str, float]) -> SampleGroup:
+    """`group` as the sample log keeps it. `weights`: of each reward; a sample's reward is the sum of those it has."""
+    samples = [
+        LoggedSample(
+            text=sample.text,
+            reward=sum(weight * (sample.rewards[name] or 0.0) for name, weight in weights.items()),
+            rewards=sample.rewards,
+            extracted=extracted_answer(sample.text),
+            tokens=len(sample.token_ids),
+            finish_reason="length" if sample.truncated else "stop",
+        )
+        for sample in group.samples
+    ]
+    return SampleGroup(group.prompt.prompt, group.prompt.columns.get("answer"), samples, group.prompt.task)
