@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import inspect
 import json
 import re
 import shlex
@@ -17,8 +18,12 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from grpo.api import LoadedPolicy
 from grpo.config import Config
 from grpo.explain import section_of
+from grpo.keywords import SECTIONS as SECTIONS_AS_KEYWORDS
+from grpo.keywords import tables_of
+from grpo.result import TrainResult
 from grpo.rewards.builtin import BUILTIN
 from grpo.rewards.contract import RewardBatch
 from grpo.rewards.forms import RewardFunction
@@ -157,6 +162,20 @@ def test_the_tutorials_task_loads_and_scores(tmp_path: Path):
     texts = [row["answer"], wrong, "no idea"]
     batch = RewardBatch([row["prompt"]] * 3, texts, [[1]] * 3, {"answer": [row["answer"]] * 3})
     assert RewardFunction(function, "in_place", {}).score(batch).values == [1.0, pytest.approx(1 / 3), 0.0]
+
+
+@page
+def test_calls_of_the_python_api_exist(path: Path):
+    owners: dict[str, Any] = {"grpo": importlib.import_module("grpo"), "policy": LoadedPolicy, "result": TrainResult}
+    for owner, name in re.findall(r"`(policy|result)\.(\w+)", prose(path)):
+        assert hasattr(owners[owner], name) or name in owners[owner].__annotations__, f"{path.name}: {owner}.{name}"
+    for call in (node for block in blocks(path, "python") for node in ast.walk(ast.parse(block.text))):
+        match call:
+            case ast.Call(func=ast.Attribute(value=ast.Name(id=owner), attr=name)) if owner in owners:
+                known = inspect.signature(getattr(owners[owner], name)).parameters
+                settings = {keyword.arg: None for keyword in call.keywords if keyword.arg not in known}
+                assert not settings or "settings" in known, f"{path.name}: {name}({', '.join(settings)})"
+                tables_of(settings, name, SECTIONS_AS_KEYWORDS)
 
 
 # Commands
