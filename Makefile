@@ -25,6 +25,7 @@ test: $(INSTALLED) browser
 # benchmarks/results, as are the ones of whoever ran it last.
 test-long: $(INSTALLED)
 	$(BIN)/python -m pytest -m long
+	@$(BIN)/python -c 'import atheris' 2>/dev/null || $(BIN)/pip install -qq --no-deps atheris==3.0.0
 	$(BIN)/python benchmarks/kill_resume.py --kills 50 --out benchmarks/results/kill_resume.json
 	$(BIN)/python benchmarks/fuzz_parsers.py --minutes 20 --out benchmarks/results/fuzz_parsers.json
 	$(BIN)/python benchmarks/soak.py --steps 500 --out benchmarks/results/soak_cpu.json

@@ -35,8 +35,9 @@ sys.path.insert(0, str(ROOT))
 from grpo.environment import hardware, versions  # noqa: E402
 from grpo.records import METRICS, read_entries  # noqa: E402
 
-LIMITS = {"resident_mib": 20.0, "open_files": 1.0, "threads": 1.0, "children": 0.5, "peak_memory_gib": 0.05}
-"""How much each may grow in a hundred steps before the soak has failed."""
+LIMITS = {"resident_mib": 20.0, "open_files": 1.0, "threads": 1.0, "children": 0.5}
+"""How much each may grow in a hundred steps before the soak has failed. A peak, as of a GPU's memory, only ever grows,
+and does so with the longest completion: it is reported alone."""
 
 
 def main() -> int:
@@ -114,7 +115,8 @@ def last_step(file: Path) -> int | None:
 
 def summary(seen: Sequence[dict[str, float]], steps: Sequence[dict[str, Any]], warmup: int) -> dict[str, Any]:
     """Mean and slope of everything that was watched, over the steps after `warmup`."""
-    seen = [entry for entry in seen if entry["step"] > warmup]
+    end = max((int(entry["step"]) for entry in steps), default=0)
+    seen = [entry for entry in seen if warmup < entry["step"] < end]  # after the last step everything is let go
     steps = [entry for entry in steps if entry["step"] > warmup]
     watched = {
         name: line([(entry["step"], entry[name]) for entry in seen])
@@ -125,8 +127,7 @@ def summary(seen: Sequence[dict[str, float]], steps: Sequence[dict[str, Any]], w
     watched["seconds_per_token"] = line([(entry["step"], entry["step_seconds"] / entry["tokens"]) for entry in steps])
     found = {name: values for name, values in watched.items() if values is not None}
     grew = [name for name, limit in LIMITS.items() if name in found and found[name]["slope_per_100_steps"] > limit]
-    last = max((int(entry["step"]) for entry in steps), default=0)
-    return {"steps": last, "warmup": warmup, "observations": len(seen), "watched": found, "grew": grew}
+    return {"steps": end, "warmup": warmup, "observations": len(seen), "watched": found, "grew": grew}
 
 
 def line(points: Sequence[tuple[float, float]]) -> dict[str, float] | None:
