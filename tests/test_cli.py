@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import types
@@ -15,6 +16,7 @@ from grpo import train
 from grpo.checkpoint import open_run, save
 from grpo.config import Config, read_config
 from grpo.errors import UserError
+from grpo.interrupt import Interrupted
 
 ROOT = Path(__file__).resolve().parent.parent
 MINIMAL = ROOT / "tests" / "data" / "minimal.toml"
@@ -180,6 +182,8 @@ def test_a_moved_run_folder_is_resumed_where_it_is_now(trained: list[tuple[Confi
             "runs/grpo/metrics.jsonl: No space left",
         ),
         (KeyboardInterrupt(), 130, "interrupted; no checkpoint was written yet\n"),
+        (Interrupted(signal.SIGINT), 130, "interrupted; no checkpoint was written yet\n"),
+        (Interrupted(signal.SIGTERM), 143, "interrupted; no checkpoint was written yet\n"),
     ],
 )
 def test_how_training_ends_is_told_by_exit_code_and_sentence(
