@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -351,8 +352,12 @@ def metadata_folder(path: Path) -> Path:
         scratch = Path(tempfile.mkdtemp(dir=cache))
     except OSError:
         scratch = Path(tempfile.mkdtemp(prefix="grpo-gguf-"))
-    transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(scratch)
-    transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(scratch)
+    try:
+        transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(scratch)
+        transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(scratch)
+    except BaseException:
+        shutil.rmtree(scratch)
+        raise
     try:
         return scratch.rename(folder)
     except OSError:

@@ -94,6 +94,7 @@ def refused(home: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]
     error = capsys.readouterr().err
     written = [path for path in home.rglob("*") if path not in before and "__pycache__" not in path.parts]
     assert written == [] and not (home / "trapped").exists()
+    assert list((home.parent / "cache").glob("grpo/gguf/tmp*")) == []
     assert "Traceback" not in error
     told = [line for line in error.splitlines() if line.startswith("grpo.train: ")]
     assert len(told) == 1 and error.rstrip().endswith(told[0]), error
