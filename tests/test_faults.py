@@ -22,7 +22,7 @@ from same_run import differences, last_checkpoint
 from small_chat import save_small_chat_model
 from tiny_run import read_metrics, run_tables, save_rewards, write_config
 
-from grpo.checkpoint import latest
+from grpo.checkpoint import latest, load_tensors, save, save_tensors
 
 pytestmark = pytest.mark.vllm
 
@@ -217,6 +217,29 @@ def test_an_error_of_a_reward_leaves_a_checkpoint_of_the_last_whole_step(runs: F
     assert done.code == 2 and "at last" in done.sentence
     assert last_checkpoint(home / "reward") == "step-3"
     assert "\x1b" not in done.out + done.err
+
+
+def test_checkpoints_that_cannot_be_continued_are_a_sentence_and_nothing_is_touched(
+    runs: ForkedRuns, home: Path, straight: Path
+) -> None:
+    run = home / "older"
+    shutil.copytree(straight, run)
+    shutil.rmtree(run / "checkpoints")
+    state = load_tensors(straight / "checkpoints" / "step-4" / "trainer.safetensors")
+    del state["learner"]["guard"]
+
+    def write(folder: Path) -> None:
+        shutil.copytree(straight / "adapter", folder / "adapter")
+        save_tensors(folder / "trainer.safetensors", state)
+
+    save(run, 4, write, keep=None)
+    before = (run / "metrics.jsonl").read_bytes()
+    done = runs.run("--resume", run)
+    assert done.code == 2 and "not a state that this version of grpo continues from" in done.sentence
+    (run / "checkpoints" / "step-4" / "trainer.safetensors").write_bytes(b"")
+    done = runs.run("--resume", run)
+    assert done.code == 2 and "every checkpoint is damaged; start a new run with another --output" in done.sentence
+    assert (run / "metrics.jsonl").read_bytes() == before
 
 
 def test_data_that_vanish_do_not_end_the_run_and_are_missed_by_the_next(runs: ForkedRuns, home: Path) -> None:
