@@ -2,7 +2,7 @@
 
 Each case runs `grpo.train.main` in this process, up to where vLLM would be started; getting there is a failure. Every
 field of the configuration is given a wrong spelling, a wrong type and a value out of range; the broken files are rows
-of a table in `bad_models.py` and `bad_data.py`.
+of a table in `bad_models.py`, `bad_adapters.py` and `bad_data.py`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import annotated_types
-import bad_data  # noqa: F401 - adds to the table
+import bad_adapters  # noqa: F401 - adds to the table
+import bad_data  # noqa: F401
 import bad_models  # noqa: F401
 import pytest
 from bad_cases import CASES, Case, Tables
