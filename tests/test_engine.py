@@ -40,10 +40,12 @@ ENDLESS = SamplingSettings(temperature=1.0, max_tokens=20)
 class Shared:
     """A model, its training graph and vLLM over one copy."""
 
-    def __init__(self, folder: Path, model: dict[str, Any] | None = None, **settings: Any):
+    def __init__(
+        self, folder: Path, model: dict[str, Any] | None = None, lora: dict[str, Any] | None = None, **settings: Any
+    ):
         section = Model(name=str(folder), **{"load_in_4bit": False, "dtype": "float32", **(model or {})})
         self.base = BaseWeights(open_source(section), section, device=torch.device("cpu"), dtype=torch.float32)
-        self.policy = Policy(self.base, Lora(r=4, lora_alpha=8), seed=1)
+        self.policy = Policy(self.base, Lora(**{"r": 4, "lora_alpha": 8, **(lora or {})}), seed=1)
         self.perturb(0)
         self.engine = Engine(
             self.base, self.policy, EngineSettings(**{"max_seq_length": LENGTH, "max_num_seqs": 8, **settings})
@@ -250,7 +252,7 @@ def test_what_is_not_consumed_is_aborted(shared: Shared) -> None:
 def test_an_engine_closed_makes_room_for_another(tmp_path: Path) -> None:
     """And the second is the model of the second: a tied head, in 4 bit, with a KV cache for less than two sequences.
 
-    On a CPU both sides view one dequantised copy of the 4-bit weights.
+    On a CPU both sides view one dequantised copy of the 4-bit weights. Its adapter is rank-stabilised, with dropout.
     """
     save_tiny(tmp_path / "first", "llama")
     first = Shared(tmp_path / "first")
@@ -260,8 +262,10 @@ def test_an_engine_closed_makes_room_for_another(tmp_path: Path) -> None:
 
     save_tiny(tmp_path / "second", "llama", tie_word_embeddings=True)
     block = 32 * kv_bytes_per_token(first.base.config, 4, "auto")
-    second = Shared(tmp_path / "second", {"load_in_4bit": True}, kv_cache_memory_bytes=9 * block)
+    stabilised = {"use_rslora": True, "lora_dropout": 0.5}
+    second = Shared(tmp_path / "second", {"load_in_4bit": True}, stabilised, kv_cache_memory_bytes=9 * block)
     try:
+        assert {layer.scaling["default"] for layer in second.policy.adapter_layers().values()} == {8 / 4**0.5}
         assert "lm_head.weight" not in second.vllm_addresses()
         assert_one_copy(second)
         codes = second.base.linears["model.layers.0.mlp.down_proj"].segments[0].weight
@@ -271,7 +275,10 @@ def test_an_engine_closed_makes_room_for_another(tmp_path: Path) -> None:
         # Eight sequences of 130 tokens in nine blocks of 32: most of them are preempted and computed again.
         crowded = second.sample(named(8), SamplingSettings(1.0, 60))
         assert all(len(completion.token_ids) == 60 for completion in crowded)
-        assert second.disagreement(crowded) < 1e-4
+        second.policy.model.train()
+        assert second.disagreement(crowded) > 1e-2, "dropout acts while training"
+        second.policy.model.eval()
+        assert second.disagreement(crowded) < 1e-4, "and not in a rollout"
         assert tokens(second.sample(named(1), SamplingSettings(1.0, 60))) == tokens(crowded[:1])
     finally:
         second.engine.close()
