@@ -331,7 +331,7 @@ def patient_scheduler(kind: type) -> type:
             super().__init__(*arguments, **options)
             groups = self.kv_cache_config.kv_cache_groups
             if {group.kv_cache_spec.block_size for group in groups} == {self.block_size}:
-                self.kv_cache_manager = PatientBlocks(self.kv_cache_manager, self.block_size)
+                self.kv_cache_manager: Any = PatientBlocks(self.kv_cache_manager, self.block_size)
 
     return PatientScheduler
 

@@ -183,8 +183,8 @@ class FusedLayer(GradientCheckpointingLayer):
         cos, sin = (part.reshape(x.shape[0], -1) for part in position_embeddings)
         q, k, v = self.attention_inputs(x, cos, sin)
         attended = packed_attention(
-            *(part.transpose(0, 1) for part in (q, k, v)),
-            packing, scale=self.scale, window=self.window, softcap=self.softcap,
+            q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), packing,
+            scale=self.scale, window=self.window, softcap=self.softcap,
         )  # fmt: skip
         x = self.after(attended.flatten(1), x)
         return self.mlp_output(x)[None]
@@ -194,7 +194,7 @@ class FusedLayer(GradientCheckpointingLayer):
         projection = self.projection
         if not self.qkv.drops:
             return lora_qkv(x, cos, sin, projection, *self.qkv.adapters())
-        q, k, v = projection.split(self.qkv.plain(rms_norm(x, projection.norm)))
+        q, k, v = projection.split(self.qkv.plain(normed(x, projection.norm)))
         if projection.q_norm is not None and projection.k_norm is not None:
             q, k = rms_norm(q, projection.q_norm), rms_norm(k, projection.k_norm)
         return rope(q, cos, sin), rope(k, cos, sin), v
@@ -213,7 +213,7 @@ class FusedLayer(GradientCheckpointingLayer):
         """x plus the MLP of it."""
         gated = self.gated
         if self.gate_up.drops or self.down.drops:
-            inner = glu(self.gate_up.plain(rms_norm(x, gated.norm)), gated.activation)
+            inner = glu(self.gate_up.plain(normed(x, gated.norm)), gated.activation)
             result = self.down.plain(inner)
             result = result + x if gated.residual else result
         else:
@@ -223,4 +223,9 @@ class FusedLayer(GradientCheckpointingLayer):
                 keep=self.keep_mlp and not (self.gradient_checkpointing and self.training),
                 output=not (gated.residual and _for_backward_alone.get()),
             )  # fmt: skip
-        return result if gated.residual else x + rms_norm(result, self.after_mlp)
+        return result if gated.residual else x + normed(result, self.after_mlp)
+
+
+def normed(x: Tensor, norm: Norm | None) -> Tensor:
+    """RMSNorm, where there is one."""
+    return x if norm is None else rms_norm(x, norm)
