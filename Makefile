@@ -17,9 +17,10 @@ demo: $(INSTALLED)
 	$(BIN)/python -m grpo.train configs/quickstart.toml \
 	  --set checkpoint.output_dir=runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 
-# Two threads: the suite's tensors are small, and more threads only wait for each other.
+# Two processes of one thread: the suite's tensors are small, and more threads only wait for each other. A file stays in
+# one process, whose fixtures it shares.
 test: $(INSTALLED) browser
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 # What takes minutes: 50 kills, misbehaving rewards for 200 steps, fuzzing, a soak. Their results are in
 # benchmarks/results, as are the ones of whoever ran it last.
