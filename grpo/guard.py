@@ -25,6 +25,7 @@ from grpo.batch import TrainingSequence, training_sequences
 from grpo.checkpoint import replace_folder, save_tensors
 from grpo.config import Config, Train, config_toml
 from grpo.environment import hardware, versions
+from grpo.random_state import current_states
 from grpo.sampler import Group
 
 WINDOW = 50
@@ -72,7 +73,9 @@ class Guard:
         if problem:
             pairs = zip(groups, advantages.values, strict=True)
             prompts = [training_sequences(group, values) for group, values in pairs]
-            raise UnusableUpdate(problem, {}, Batch(prompts, [False] * len(prompts), rng_states(torch.device("cpu"))))
+            raise UnusableUpdate(
+                problem, {}, Batch(prompts, [False] * len(prompts), current_states(torch.device("cpu")))
+            )
 
     def check_update(self, figures: Mapping[str, float | None], batch: Batch) -> None:
         """Raise UnusableUpdate unless `figures`, with "loss" and "grad_norm", are those of a sound optimiser step."""
@@ -106,21 +109,6 @@ class Guard:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.skipped = state["skipped"]
         self.norms = deque(state["norms"], maxlen=WINDOW)
-
-
-def rng_states(device: torch.device) -> dict[str, torch.Tensor]:
-    """The states of torch's generators on the CPU and on `device`."""
-    states = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    return states
-
-
-def restore_rng(states: Mapping[str, torch.Tensor], device: torch.device) -> None:
-    """Undo what was drawn since `rng_states`; a GPU's generator only where there is one."""
-    torch.set_rng_state(states["cpu"])
-    if device.type == "cuda" and "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"], device)
 
 
 def write_dump(run: Path, step: int, config: Config, policy: Any, unusable: UnusableUpdate) -> Path:

@@ -19,7 +19,7 @@ from grpo.config import Config
 from grpo.errors import UserError
 from grpo.memory import TrainingMemory, moment_bytes
 from grpo.policy import Policy
-from grpo.recompute import RandomState
+from grpo.random_state import RandomState
 
 T = TypeVar("T")
 

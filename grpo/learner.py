@@ -16,13 +16,13 @@ from torch import Tensor
 from grpo.advantages import Advantages, may_skip_equal_groups
 from grpo.batch import PackedTokens, TrainingSequence, pack, packed_tokens, training_sequences
 from grpo.config import Config
-from grpo.guard import Batch, Guard, rng_states
+from grpo.guard import Batch, Guard
 from grpo.headroom import Headroom, largest_batch
 from grpo.loss import BatchTotals, LossInputs, batch_totals, resolve_loss
 from grpo.loss_metrics import Metrics, merge_metrics
 from grpo.optim import LossScaler, build_optimizer, learning_rate, moments_like
 from grpo.policy import Policy, Scored
-from grpo.recompute import RandomState
+from grpo.random_state import RandomState, current_states
 from grpo.sampler import Group
 from grpo.snapshot import Snapshot
 
@@ -89,7 +89,7 @@ class Learner:
     def optimizer_step(self, prompts: list[list[TrainingSequence]], idle: set[int]) -> dict[str, float | None]:
         """One optimiser step on `prompts`; those in `idle` count in the normaliser only."""
         active = [sequence for prompt in prompts if id(prompt) not in idle for sequence in prompt]
-        computed = Batch(prompts, [id(prompt) in idle for prompt in prompts], rng_states(self.policy.base.device))
+        computed = Batch(prompts, [id(prompt) in idle for prompt in prompts], current_states(self.policy.base.device))
         everything = [sequence for prompt in prompts for sequence in prompt]
         metrics = self.headroom.within(lambda: self.backpropagate(active, everything), self.clear_gradients)
         norm = self.clip_gradients()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from grpo.graph_kernels import for_backward_alone
 from grpo.memory import FORMS
+from grpo.random_state import RandomState
 
 HOST_BLOCK = 64 << 20
 """Bytes of a pinned block. torch rounds pinned allocations up to a power of two, which would double large ones."""
@@ -82,28 +83,6 @@ class _Recomputed(torch.autograd.Function):
         inputs = [x, *ctx.trained] if x.requires_grad else ctx.trained
         grads = torch.autograd.grad(output, inputs, grad_output, allow_unused=True)
         return (None, None, None, None, *(() if x.requires_grad else (None,)), *grads)
-
-
-class RandomState:
-    """The generators as they are now, to draw the same dropout again."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.cpu = torch.get_rng_state()
-        self.cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-
-    @contextmanager
-    def restored(self) -> Iterator[None]:
-        """Draw from this state inside, and from where the generators were afterwards."""
-        with torch.random.fork_rng(devices=[] if self.cuda is None else [self.device]):
-            self.restore()
-            yield
-
-    def restore(self) -> None:
-        """Go back to this state."""
-        torch.set_rng_state(self.cpu)
-        if self.cuda is not None:
-            torch.cuda.set_rng_state(self.cuda, self.device)
 
 
 class HostStore:

@@ -49,8 +49,8 @@ def replay(dump: Path, overrides: Sequence[str] = ()) -> Replay:
     """
     problem, recorded, batch = read_dump(dump)
     config = read_config(dump / "config.toml", overrides)
-    from grpo.guard import restore_rng
     from grpo.learner import Learner
+    from grpo.random_state import RandomState
     from grpo.session import open_session
 
     with open_session(config, adapter=dump / "adapter", start_engine=False) as session:
@@ -59,7 +59,7 @@ def replay(dump: Path, overrides: Sequence[str] = ()) -> Replay:
         trace.inputs(batch, learner)
         if scale := recorded.get("loss_scale"):
             learner.scaler.scale = scale
-        restore_rng(batch.rng, session.base.device)
+        RandomState(session.base.device, batch.rng).restore()
         with trace.watching(learner):
             figures = compute(learner, batch)
     return Replay(problem, recorded, figures, trace.first)
