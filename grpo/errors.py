@@ -1,4 +1,11 @@
-"""The one exception that a user is meant to read."""
+"""The one exception that a user is meant to read, and how a command ends with a sentence."""
+
+import sys
+
+from grpo.records import printable
+
+BAD_INPUT, INTERRUPTED = 2, 130
+"""Exit codes of every command; a run that SIGTERM ends has 143."""
 
 
 class UserError(Exception):
@@ -10,3 +17,9 @@ class UserError(Exception):
 
     def __init__(self, sentence: str):
         super().__init__(" ".join(sentence.split()) if "\n" in sentence else sentence)
+
+
+def fail(program: str, sentence: object, code: int = BAD_INPUT) -> int:
+    """Say why `program` ends, on standard error, and return its exit code. What may stand in a file is escaped."""
+    print(f"{program}: {printable(str(sentence))}", file=sys.stderr)
+    return code

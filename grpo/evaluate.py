@@ -30,7 +30,7 @@ from rich.text import Text
 from grpo.checkpoint import CONFIG, latest, write_atomically
 from grpo.config import Config, Eval, parse_config
 from grpo.data import Prompt, load_data
-from grpo.errors import UserError
+from grpo.errors import UserError, fail
 from grpo.log import Sample as LoggedSample
 from grpo.log import SampleGroup, quiet_libraries
 from grpo.records import EVALUATIONS, METRICS, json_line
@@ -293,8 +293,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             rows = [{"model": label, **s.entry()} for label, result in results.items() for s in result.samples]
             write_atomically(parsed.samples, "".join(map(json_line, rows)).encode())
     except UserError as error:
-        print(f"grpo.evaluate: {error}", file=sys.stderr)
-        return 2
+        return fail("grpo.evaluate", error)
     show({label: result.metrics for label, result in results.items()})
     print(json_line(entries[0]), end="")
     return 0

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from grpo.checkpoint import CONFIG, step_numbers
 from grpo.config import Model
-from grpo.errors import UserError
+from grpo.errors import INTERRUPTED, UserError, fail
 from grpo.locate import lasting_name, local_path
 from grpo.records import TRAINING, completions_files, read_entries
 from grpo.target import ADAPTER_CONFIG, Target, resolve_target
@@ -324,11 +324,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             check=parsed.check,
         )
     except UserError as error:
-        print(f"grpo.export: {error}", file=sys.stderr)
-        return 2
+        return fail("grpo.export", error)
     except KeyboardInterrupt:
-        print("grpo.export: interrupted; nothing was exported", file=sys.stderr)
-        return 130
+        return fail("grpo.export", "interrupted; nothing was exported", INTERRUPTED)
     return 0
 
 

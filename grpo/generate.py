@@ -22,7 +22,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from grpo.errors import UserError
+from grpo.errors import INTERRUPTED, UserError, fail
 from grpo.evaluate import ADAPTER, BASE
 from grpo.records import printable
 from grpo.toml import apply_override
@@ -44,11 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with opened(parsed) as policy:
             Talk(policy, parsed).run()
     except UserError as error:
-        print(f"grpo.generate: {error}", file=sys.stderr)
-        return 2
+        return fail("grpo.generate", error)
     except KeyboardInterrupt:
-        print("grpo.generate: interrupted", file=sys.stderr)
-        return 130
+        return fail("grpo.generate", "interrupted", INTERRUPTED)
     return 0
 
 

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from grpo.errors import UserError
+from grpo.errors import UserError, fail
 from grpo.toml import write_value
 
 STARTER = Path(__file__).parent / "templates" / "starter"
@@ -29,8 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         written = write_starter(parsed.folder, parsed.model or default_model())
     except UserError as error:
-        print(f"grpo.init: {error}", file=sys.stderr)
-        return 2
+        return fail("grpo.init", error)
     print("\n".join(f"wrote {path}" for path in written))
     step = "" if parsed.folder.resolve() == Path.cwd() else f"cd {shlex.quote(str(parsed.folder))} && "
     print(f"train with: {step}python -m grpo.train config.toml")

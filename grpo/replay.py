@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from grpo.checkpoint import load_tensors
 from grpo.config import read_config
-from grpo.errors import UserError
+from grpo.errors import UserError, fail
 from grpo.records import printable
 
 if TYPE_CHECKING:
@@ -212,8 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         print(printable(table(replay(parsed.dump, parsed.set))))
     except UserError as error:
-        print(f"grpo.replay: {printable(str(error))}", file=sys.stderr)
-        return 2
+        return fail("grpo.replay", error)
     return 0
 
 

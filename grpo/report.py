@@ -29,7 +29,7 @@ from markupsafe import Markup
 
 from grpo import __version__
 from grpo.checkpoint import write_atomically
-from grpo.errors import UserError
+from grpo.errors import UserError, fail
 from grpo.records import REPORT, json_line, printable
 from grpo.report_charts import sections, time_shares
 from grpo.report_data import RunData, flattened, improvements, mean, read_run
@@ -363,11 +363,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         write_report(parsed.runs, out)
     except UserError as error:
-        print(f"grpo.report: {error}", file=sys.stderr)
-        return 2
+        return fail("grpo.report", error)
     except OSError as error:
-        print(f"grpo.report: {out}: cannot be written ({error.strerror}); choose another --out", file=sys.stderr)
-        return 2
+        return fail("grpo.report", f"{out}: cannot be written ({error.strerror}); choose another --out")
     print(out)
     return 0
 

@@ -12,13 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from grpo.checkpoint import CONFIG
-from grpo.errors import UserError
+from grpo.errors import UserError, fail
 from grpo.interrupt import leaving_at_once
-from grpo.records import printable
 from grpo.sft_config import SftConfig, read_sft_config, sft_config_toml
 from grpo.toml import write_value
-
-BAD_INPUT = 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,16 +28,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             train(config, resume=parsed.resume is not None, verbose=parsed.verbose)
     except UserError as error:
-        return fail(str(error), BAD_INPUT)
+        return fail("grpo.sft", error)
     except KeyboardInterrupt as error:
         told = "interrupted; --resume continues from the last checkpoint, if one was written"
-        return fail(told, 128 + getattr(error, "number", signal.SIGINT))
+        return fail("grpo.sft", told, 128 + getattr(error, "number", signal.SIGINT))
     return 0
-
-
-def fail(sentence: str, code: int) -> int:
-    print(f"grpo.sft: {printable(sentence)}", file=sys.stderr)
-    return code
 
 
 def parser() -> argparse.ArgumentParser:

@@ -19,13 +19,11 @@ from pathlib import Path
 
 from grpo.checkpoint import check_run, saved_config, step_numbers
 from grpo.config import Config, config_toml, read_config
-from grpo.errors import UserError
+from grpo.errors import UserError, fail
 from grpo.interrupt import leaving_at_once
 from grpo.plan import memory_plan
-from grpo.records import printable
 from grpo.toml import write_value
 
-BAD_INPUT = 2
 DISK_REFUSES = {
     errno.ENOSPC: "make room",
     errno.EDQUOT: "make room",
@@ -46,21 +44,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             train(config, resume=parsed.resume is not None, verbose=parsed.verbose)
     except UserError as error:
-        return fail(str(error), BAD_INPUT)
+        return fail("grpo.train", error)
     except OSError as error:
         remedy = DISK_REFUSES.get(error.errno or 0)
         if remedy is None:
             raise
         sentence = f"{error.filename or 'the disk'}: {error.strerror}; {remedy} and continue with --resume"
-        return fail(sentence, BAD_INPUT)
+        return fail("grpo.train", sentence)
     except KeyboardInterrupt as error:
-        return fail(interrupted(config), 128 + getattr(error, "number", signal.SIGINT))
+        return fail("grpo.train", interrupted(config), 128 + getattr(error, "number", signal.SIGINT))
     return 0
-
-
-def fail(sentence: str, code: int) -> int:
-    print(f"grpo.train: {printable(sentence)}", file=sys.stderr)
-    return code
 
 
 def parser() -> argparse.ArgumentParser:
