@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from grpo.kernels import nf4
-from grpo.kernels.nf4_gemm import COUNTERS, WORKSPACE_BYTES, workspace
+from grpo.kernels.nf4_gemm import COUNTERS, WORKSPACE_BYTES, dot, hand_in, sum_of_parts, workspace
 from grpo.kernels.nf4_lookup import round_to
 
 MOST_ROWS = 512
@@ -89,10 +89,7 @@ def _shrink_kernel(
         else:
             x_tile = tl.load(x_at + step * BK, mask=x_mask, other=0.0)
             a_tile = tl.load(a_at + step * BK)
-        if PORTABLE:
-            total = tl.dot(x_tile.to(tl.float32), a_tile.to(tl.float32), total, input_precision="ieee")
-        else:
-            total = tl.dot(x_tile, a_tile, total)
+        total = dot(x_tile, a_tile, total, PORTABLE)
     out_at = out + (m * RANKS)[:, None] + r[None, :]
     if SPLIT == 1:
         total *= tl.load(scale).to(tl.float32)
@@ -100,12 +97,8 @@ def _shrink_kernel(
     else:
         tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
         part_at = partial + tile * SPLIT * BM * BR + tl.arange(0, BM)[:, None] * BR + tl.arange(0, BR)[None, :]
-        tl.store(part_at + tl.program_id(2) * BM * BR, total)
-        tl.debug_barrier()  # every thread's part is written before one thread says so
-        if tl.atomic_add(arrived + tile, 1, sem="acq_rel") == SPLIT - 1:
-            total = tl.load(part_at, cache_modifier=".cg")
-            for index in tl.static_range(1, SPLIT):
-                total += tl.load(part_at + index * BM * BR, cache_modifier=".cg")
+        if hand_in(total, part_at + tl.program_id(2) * BM * BR, arrived + tile, SPLIT):
+            total = sum_of_parts(part_at, BM * BR, SPLIT)
             total *= tl.load(scale).to(tl.float32)
             tl.store(out_at, round_to(total, out.dtype.element_ty, PORTABLE), mask=(m < rows)[:, None])
             tl.store(arrived + tile, 0)

@@ -228,13 +228,13 @@ def _gemm_kernel(
         low = tile_columns(lookup_half(word, 0, t0, t1, t2, t3, t4, t5, t6, t7, DTYPE, PORTABLE), BN, WARPS)
         low = scaled(low, scale0, DTYPE, PORTABLE)
         if DOTS == 2:
-            total = _dot(
+            total = dot(
                 low, _load_x(x_at + tile * 128, x_mask, tile * 128 + k, columns, RAGGED, False), total, PORTABLE
             )
         high = tile_columns(lookup_half(word, 1, t0, t1, t2, t3, t4, t5, t6, t7, DTYPE, PORTABLE), BN, WARPS)
         high = scaled(high, scale1, DTYPE, PORTABLE)
         if DOTS == 2:
-            total = _dot(
+            total = dot(
                 high,
                 _load_x(x_at + tile * 128 + 64, x_mask, tile * 128 + 64 + k, columns, RAGGED, HALF_TAIL),
                 total,
@@ -242,7 +242,7 @@ def _gemm_kernel(
             )
         else:
             both = tl.reshape(tl.permute(tl.join(low, high), [0, 2, 1]), [BN, 128])
-            total = _dot(
+            total = dot(
                 both, _load_x(x_at + tile * 128, x_mask, tile * 128 + k, columns, RAGGED, HALF_TAIL), total, PORTABLE
             )
     if RANKS > 0:
@@ -255,14 +255,27 @@ def _gemm_kernel(
         tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
         part_at = tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]
         part_at += partial + tile * SPLIT * BN * BM
-        tl.store(part_at + tl.program_id(2) * BN * BM, total)
-        tl.debug_barrier()  # every thread's part is written before one thread says so
-        if tl.atomic_add(arrived + tile, 1, sem="acq_rel") == SPLIT - 1:
-            total = tl.load(part_at, cache_modifier=".cg")
-            for index in tl.static_range(1, SPLIT):
-                total += tl.load(part_at + index * BN * BM, cache_modifier=".cg")
+        if hand_in(total, part_at + tl.program_id(2) * BN * BM, arrived + tile, SPLIT):
+            total = sum_of_parts(part_at, BN * BM, SPLIT)
             _store(total, out, bias, m, n, rows, features, out_stride, HAS_BIAS, PORTABLE)
             tl.store(arrived + tile, 0)
+
+
+@triton.jit
+def hand_in(part, at, arrived, SPLIT: tl.constexpr):
+    """Store this program's part of a sum; whether all SPLIT parts are there now. Who finds that clears `arrived`."""
+    tl.store(at, part)
+    tl.debug_barrier()  # every thread's part is written before one thread says so
+    return tl.atomic_add(arrived, 1, sem="acq_rel") == SPLIT - 1
+
+
+@triton.jit
+def sum_of_parts(at, SIZE: tl.constexpr, SPLIT: tl.constexpr):
+    """The SPLIT parts at `at`, `at` + SIZE, ..., added in their order."""
+    total = tl.load(at, cache_modifier=".cg")
+    for index in tl.static_range(1, SPLIT):
+        total += tl.load(at + index * SIZE, cache_modifier=".cg")
+    return total
 
 
 @triton.jit
@@ -275,7 +288,7 @@ def _load_x(at, mask, column, columns, RAGGED: tl.constexpr, HALF_TAIL: tl.const
 
 
 @triton.jit
-def _dot(a, b, total, PORTABLE: tl.constexpr):
+def dot(a, b, total, PORTABLE: tl.constexpr):
     if PORTABLE:  # the interpreter multiplies bf16 as if it were integers
         return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
     return tl.dot(a, b, total)
@@ -292,7 +305,7 @@ def _add_low_rank(
         left_mask, right_mask = (n < features)[:, None] & inside[None, :], (m < rows)[None, :] & inside[:, None]
         left = tl.load(b + n[:, None] * RANKS + start + r[None, :], mask=left_mask, other=0.0)
         right = tl.load(shrunk + m[None, :] * RANKS + start + r[:, None], mask=right_mask, other=0.0)
-        total = _dot(left, right, total, PORTABLE)
+        total = dot(left, right, total, PORTABLE)
     return total
 
 
