@@ -42,3 +42,8 @@ def warps(elements: int) -> int:
 def dense_rows(tensor: Tensor) -> Tensor:
     """`tensor`, or a copy where its last stride is not 1, as autograd's expanded gradients have it."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def on_device(tensor: Tensor) -> torch.cuda.device:
+    """Triton launches on the current device; a CPU tensor (interpreter) leaves it alone."""
+    return torch.cuda.device(tensor.device if tensor.is_cuda else -1)

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from grpo.kernels import nf4
+from grpo.kernels.launch import on_device
 from grpo.kernels.nf4_gemm import COUNTERS, WORKSPACE_BYTES, dot, hand_in, sum_of_parts, workspace
 from grpo.kernels.nf4_lookup import round_to
 
@@ -56,7 +56,7 @@ def launch_shrink(x: Tensor, a: Tensor, scale: Tensor, *, portable: bool = False
     assert grid[0] * grid[1] <= COUNTERS and grid[0] * grid[1] * split * ROWS * block * 4 <= WORKSPACE_BYTES
     out = torch.empty(rows, ranks, dtype=x.dtype, device=x.device)
     scratch, arrived = workspace(x.device)
-    with nf4.on_device(x):
+    with on_device(x):
         _shrink_kernel[grid](
             x, a, scale, out, scratch.view(torch.float32), arrived, rows, columns, x.stride(0),
             ranks, block, split, ROWS, COLUMNS, columns % COLUMNS != 0, portable, num_warps=4,

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from grpo.kernels.launch import on_device
 from grpo.kernels.nf4_lookup import BOUNDS, CODE, byte_tables, lookup_half, round_to, scaled, tile_columns
 
 BLOCK = 64
@@ -289,8 +290,3 @@ def _pair_table(dtype: torch.dtype, device: torch.device) -> Tensor:
     code = torch.tensor(CODE, dtype=torch.float32).to(dtype)
     byte = torch.arange(256)
     return torch.stack([code[byte >> 4], code[byte & 15]], 1).to(device)
-
-
-def on_device(tensor: Tensor) -> torch.cuda.device:
-    """Triton launches on the current device; a CPU tensor (interpreter) leaves it alone."""
-    return torch.cuda.device(tensor.device if tensor.is_cuda else -1)

@@ -32,6 +32,7 @@ import triton.language as tl
 from torch import Tensor
 
 from grpo.kernels import nf4
+from grpo.kernels.launch import on_device
 from grpo.kernels.nf4_lookup import byte_tables, load_rows, lookup_half, round_to, scaled, tile_columns
 
 TABLE = Path(__file__).with_name("nf4_table.json")
@@ -177,7 +178,7 @@ def launch_gemm(
     if low_rank is not None:
         assert shrunk.shape == (rows, ranks) and b.shape == (features, ranks) and ranks % 16 == 0
         assert shrunk.is_contiguous() and b.is_contiguous() and shrunk.dtype == b.dtype == x.dtype
-    with nf4.on_device(x):
+    with on_device(x):
         _gemm_kernel[grid](
             x, words.view(torch.int32), scales.view(torch.int32), x if bias is None else bias, out,
             scratch.view(torch.float32), arrived, shrunk, b,

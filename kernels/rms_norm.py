@@ -19,8 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from grpo.kernels.launch import dense_rows, portable, triton_serves, warps, wide
-from grpo.kernels.nf4 import on_device
+from grpo.kernels.launch import dense_rows, on_device, portable, triton_serves, warps, wide
 from grpo.kernels.nf4_lookup import round_to
 
 MOST_COLUMNS = 1 << 16

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from grpo.kernels import nf4
+from grpo.kernels.launch import on_device
 
 PIECE = 8192
 """Columns per program: a row of 128k tokens keeps 16 programs busy."""
@@ -46,7 +46,7 @@ def launch_sample(logits: Tensor, temperature: Tensor, seed: int) -> tuple[Tenso
     best = torch.empty(rows, pieces, dtype=torch.int32, device=logits.device)
     tokens = torch.empty(rows, dtype=torch.int32, device=logits.device)
     logprobs = torch.empty(rows, dtype=torch.float32, device=logits.device)
-    with nf4.on_device(logits):
+    with on_device(logits):
         _piece_kernel[(pieces, rows)](
             logits, temperature, *found, best, logits.stride(0), vocabulary, pieces, seed, PIECE, BLOCK
         )
