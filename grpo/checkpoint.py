@@ -2,8 +2,7 @@
 
 A checkpoint is written beside its final place, flushed to the disk, described in a manifest with the SHA-256 of every
 file, and renamed. `latest` takes the newest whose manifest holds. What a checkpoint contains is the trainer's affair;
-this file has the rules for the folder, a lock against a second process, and a form for nested state
-(`save_tensors`) that can be read without running anything.
+this file has the rules for the folder, and a lock against a second process.
 
     runs/NAME/
       .lock               held while a process writes here
@@ -25,7 +24,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -33,9 +32,6 @@ from grpo.config import Config, config_toml, read_config
 from grpo.errors import UserError
 from grpo.explain import shown
 from grpo.toml import NONE
-
-if TYPE_CHECKING:
-    import torch
 
 MANIFEST = "manifest.json"
 CONFIG = "config.toml"
@@ -357,61 +353,3 @@ def replace_folder(path: Path, write: Callable[[Path], None]) -> None:
     finally:
         for leftover in (partial, replaced):
             shutil.rmtree(leftover, ignore_errors=True)
-
-
-def save_tensors(path: Path, state: Any) -> None:
-    """Write nested dicts, lists and tuples of tensors, numbers, strings, booleans and None to one safetensors file.
-
-    The structure goes into the file's metadata as JSON, so that reading it back runs no code. Tensors of any dtype and
-    device keep their bits; keys are strings or integers. Raises TypeError for anything else.
-    """
-    from safetensors.torch import save_file
-
-    tensors: dict[str, torch.Tensor] = {}
-    structure = _encoded(state, tensors)
-    save_file(tensors, str(path), metadata={"structure": json.dumps(structure)})
-
-
-def _encoded(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
-    import torch
-
-    match value:
-        case torch.Tensor():
-            # A copy: safetensors refuses tensors that share storage.
-            tensors[str(len(tensors))] = value.detach().to("cpu", copy=True).contiguous()
-            return {"tensor": str(len(tensors) - 1)}
-        case None | bool() | int() | float() | str():
-            return value
-        case dict() if all(type(key) in (str, int) for key in value):
-            return {"dict": [[key, _encoded(entry, tensors)] for key, entry in value.items()]}
-        case list() | tuple():
-            return {type(value).__name__: [_encoded(entry, tensors) for entry in value]}
-    raise TypeError(f"a checkpoint has no form for {type(value).__name__} {value!r:.60}")
-
-
-def load_tensors(path: Path) -> Any:
-    """The state that `save_tensors` wrote to `path`, with its tensors on the CPU. Raises UserError for another file."""
-    from safetensors import safe_open
-
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            structure = json.loads((file.metadata() or {})["structure"])
-            return _decoded(structure, file.get_tensor)
-    except (OSError, SafetensorError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path}: not a saved state ({error}); take an earlier checkpoint") from None
-
-
-def _decoded(value: Any, tensor: Callable[[str], torch.Tensor]) -> Any:
-    if not isinstance(value, dict):
-        return value
-    ((kind, inside),) = value.items()
-    match kind:
-        case "tensor":
-            return tensor(inside)
-        case "dict":
-            return {key: _decoded(entry, tensor) for key, entry in inside}
-        case "tuple":
-            return tuple(_decoded(entry, tensor) for entry in inside)
-        case "list":
-            return [_decoded(entry, tensor) for entry in inside]
-    raise ValueError(f"unknown kind {kind!r}")

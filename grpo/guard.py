@@ -22,11 +22,12 @@ import torch
 
 from grpo.advantages import Advantages
 from grpo.batch import TrainingSequence, training_sequences
-from grpo.checkpoint import replace_folder, save_tensors
+from grpo.checkpoint import replace_folder
 from grpo.config import Config, Train, config_toml
 from grpo.environment import hardware, versions
 from grpo.random_state import current_states
 from grpo.sampler import Group
+from grpo.state import save_tensors
 
 WINDOW = 50
 """Gradient norms whose median a spike is measured against."""

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from grpo.checkpoint import load_tensors
 from grpo.config import read_config
 from grpo.errors import UserError, fail
 from grpo.records import printable
+from grpo.state import load_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor

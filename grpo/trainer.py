@@ -19,11 +19,9 @@ import torch
 from grpo.advantages import Advantages, compute_advantages
 from grpo.checkpoint import (
     latest,
-    load_tensors,
     open_run,
     replace_folder,
     save,
-    save_tensors,
     step_numbers,
     write_atomically,
 )
@@ -44,6 +42,7 @@ from grpo.sampler import Group, Rollout, Sampler, sample_seed
 from grpo.scored import logged, reward_table, sampling_metrics
 from grpo.selftest import check_rollout_follows_adapter
 from grpo.session import Session, open_session, read_model
+from grpo.state import load_tensors, save_tensors
 
 STATE = "trainer.safetensors"
 PASS_RATES = "pass_rates.json"

@@ -128,7 +128,7 @@ def adapter_configuration(data: bytes, folder: Path) -> None:
 
 @target
 def saved_state(data: bytes, folder: Path) -> None:
-    from grpo.checkpoint import load_tensors
+    from grpo.state import load_tensors
 
     load_tensors(written(folder, "trainer.safetensors", data))
 
@@ -182,7 +182,7 @@ def completion(data: bytes, folder: Path) -> None:
 
 @target
 def dump_report(data: bytes, folder: Path) -> None:
-    from grpo.checkpoint import save_tensors
+    from grpo.state import save_tensors
     from grpo.replay import read_dump
 
     written(folder, "report.json", data)

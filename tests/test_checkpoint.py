@@ -22,16 +22,15 @@ from grpo.checkpoint import (
     check_resumable,
     create_run_folder,
     latest,
-    load_tensors,
     open_run,
     save,
-    save_tensors,
     saved_config,
     step_numbers,
     write_atomically,
 )
 from grpo.config import Config, parse_config
 from grpo.errors import UserError
+from grpo.state import load_tensors, packed, save_tensors, unpacked
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -336,6 +335,7 @@ def test_nested_state_comes_back_with_its_types_and_bits(tmp_path: Path) -> None
     }
     save_tensors(tmp_path / "state.safetensors", state)
     assert_same(load_tensors(tmp_path / "state.safetensors"), state)
+    assert_same(unpacked(packed(state)), state)
     optimizer.load_state_dict(load_tensors(tmp_path / "state.safetensors")["optimizer"])
 
 
