@@ -142,6 +142,7 @@ class RandomSource:
     def __init__(self, shape: str, device: torch.device):
         """`device` draws the numbers; it holds none of them afterwards."""
         self.path = Path(f"random-{shape}")
+        self.stored_as = "bfloat16"
         self.config = shape_config(shape)
         self._shapes = tensor_shapes(self.config)
         self.names = set(self._shapes)
