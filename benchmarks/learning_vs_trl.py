@@ -1,11 +1,14 @@
 """Learning against TRL's GRPOTrainer: the same model, data, rewards, seed and settings, from one configuration.
 
     python benchmarks/learning_vs_trl.py all --config configs/quickstart.toml --model MODEL --out results/NAME
+    python benchmarks/learning_vs_trl.py all --at-once ...                   # every run at the same time, on one GPU
     python benchmarks/learning_vs_trl.py ours --config C.toml --model MODEL --seed 1 --runs /tmp/runs
     python benchmarks/learning_vs_trl.py trl --config C.toml --model MODEL --seed 0 --runs /tmp/runs
     python benchmarks/learning_vs_trl.py plot --runs /tmp/runs --out results/NAME
 
-`all` starts each run in a process of its own: three seeds of ours, one of TRL's unless told otherwise. MODEL is a
+`all` starts each run in a process of its own: three seeds of ours, one of TRL's unless told otherwise. What is measured
+is kept step by step: a run that the budget ends counts with the steps that it made. Times of runs that share a GPU are
+longer than those of a run that has it alone, for both sides. Held-out questions are not asked. MODEL is a
 folder of 16-bit safetensors, which both sides train unquantised, since TRL cannot serve a 4-bit base while training it
 (`one_copy_mismatch.py export` makes one from a GGUF file). The order of prompts and the random numbers of sampling
 differ between the two; so do TRL's own choices that the configuration does not name, as its version has them.
@@ -14,9 +17,12 @@ differ between the two; so do TRL's own choices that the configuration does not 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -26,8 +32,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.plot_run import json_lines, mean_and_error, smoothed
+from benchmarks.plot_run import mean_and_error, smoothed
 from grpo.config import Config, read_config
+from grpo.records import read_entries
 
 ROOT = Path(__file__).resolve().parent.parent
 LAST = 10
@@ -36,7 +43,8 @@ LAST = 10
 
 def settings(options: argparse.Namespace) -> list[str]:
     """Overrides that both sides share."""
-    return [f'model.name="{options.model}"', "model.load_in_4bit=false", f"train.seed={options.seed}", *options.set]
+    fixed = [f'model.name="{options.model}"', "model.load_in_4bit=false", f"train.seed={options.seed}", "eval.every=none"]
+    return [*fixed, *options.set]
 
 
 # Ours
@@ -50,18 +58,23 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
     command += [word for pair in settings(options) for word in ("--set", pair)]
     started = time.time()
     subprocess.run(command, cwd=ROOT, check=True)
-    wall = time.time() - started
-    steps = json_lines(folder / "metrics.jsonl")
+    return our_result(folder, options.seed) | {"wall_seconds": round(time.time() - started, 1), "finished": True}
+
+
+def our_result(folder: Path, seed: int) -> dict[str, Any]:
+    """What the run folder of a run that may have been cut off says. Raises IndexError without a step."""
+    steps = list(read_entries(folder / "metrics.jsonl"))
     names = [key for key in steps[0] if key.startswith("rewards/") and key.count("/") == 1]
     return {
         "system": "grpo",
-        "seed": options.seed,
-        "wall_seconds": round(wall, 1),
+        "seed": seed,
+        "finished": False,
+        "wall_seconds": None,
         "reward": [step["reward"] for step in steps],
         "functions": {name.removeprefix("rewards/"): [step[name] for step in steps] for name in names},
         "step_seconds": [round(step["step_seconds"], 3) for step in steps],
+        "rollout_seconds": [round(step["rollout_seconds"], 3) for step in steps],
         "completion_length": [step["completion_length"] for step in steps],
-        "evaluations": json_lines(folder / "eval.jsonl"),
     }
 
 
@@ -107,6 +120,7 @@ def trl_arguments(config: Config, options: argparse.Namespace, gpu: bool) -> dic
             "use_vllm": True,
             "vllm_mode": "colocate",
             "vllm_max_model_length": config.max_seq_length,
+            "vllm_gpu_memory_utilization": 0.1,  # of a GPU that others may use; see `name_kv_cache`
             "vllm_importance_sampling_correction": correction != "none",
             "vllm_importance_sampling_clip_max": loss.importance_sampling_clip_max,
         }
@@ -134,6 +148,13 @@ def trl_rewards(specs: Sequence[Any]) -> list[Callable[..., list[float | None]]]
     return functions
 
 
+def name_kv_cache(size: int) -> None:
+    """Let TRL's vLLM take `size` bytes, where it would measure a GPU whose memory other runs take and give back."""
+    from trl.generation import vllm_generation
+
+    vllm_generation.LLM = functools.partial(vllm_generation.LLM, kv_cache_memory_bytes=size)
+
+
 def trl(options: argparse.Namespace) -> dict[str, Any]:
     """Train with TRL."""
     started = time.time()
@@ -147,8 +168,23 @@ def trl(options: argparse.Namespace) -> dict[str, Any]:
 
     config = read_config(options.config, settings(options))
     gpu = torch.cuda.is_available()
+    if gpu:
+        name_kv_cache(int(options.trl_kv_gib * 2**30))
     data = load_data(config, AutoTokenizer.from_pretrained(options.model))
     ends: list[float] = []
+
+    def result(trainer: Any, finished: bool) -> dict[str, Any]:
+        logs = [entry for entry in trainer.state.log_history if "reward" in entry]
+        return {
+            "system": "trl",
+            "seed": options.seed,
+            "finished": finished,
+            "wall_seconds": round(time.time() - started, 1),
+            "reward": [float(entry["reward"]) for entry in logs],
+            "functions": {s.column: [float(entry[f"rewards/{s.column}/mean"]) for entry in logs] for s in data.rewards},
+            "step_seconds": [round(b - a, 3) for a, b in zip(ends, ends[1:], strict=False)],
+            "completion_length": [float(entry["completions/mean_length"]) for entry in logs],
+        }
 
     class Clock(TrainerCallback):
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
@@ -157,6 +193,9 @@ def trl(options: argparse.Namespace) -> dict[str, Any]:
 
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             ends.append(time.time())
+
+        def on_log(self, *args: Any, **kwargs: Any) -> None:
+            keep(options, result(trainer, finished=False))
 
     trainer = GRPOTrainer(
         options.model,
@@ -184,55 +223,83 @@ def trl(options: argparse.Namespace) -> dict[str, Any]:
         callbacks=[Clock()],
     )
     trainer.train()
-    logs = [entry for entry in trainer.state.log_history if "reward" in entry]
-    return {
-        "system": "trl",
-        "seed": options.seed,
-        "wall_seconds": round(time.time() - started, 1),
-        "reward": [float(entry["reward"]) for entry in logs],
-        "functions": {s.column: [float(entry[f"rewards/{s.column}/mean"]) for entry in logs] for s in data.rewards},
-        "step_seconds": [round(b - a, 3) for a, b in zip(ends, ends[1:], strict=False)],
-        "completion_length": [float(entry["completions/mean_length"]) for entry in logs],
-    }
+    return result(trainer, finished=True)
 
 
 # Both
 
 
-def record(options: argparse.Namespace, result: dict[str, Any]) -> None:
-    """Keep one run's result beside the runs, with what it ran on."""
+def keep(options: argparse.Namespace, result: dict[str, Any]) -> None:
+    """Write one run's result, so far, with what it ran on."""
+    import torch
+
     from grpo.environment import hardware, versions
 
+    if torch.cuda.is_available():
+        torch.cuda.init()  # so that the GPU is named
     result |= {"config": str(options.config.name), "overrides": options.set}
     result |= {"versions": versions(), "hardware": hardware()}
-    options.runs.mkdir(parents=True, exist_ok=True)
-    (options.runs / f"{result['system']}-{options.seed}.json").write_text(json.dumps(result) + "\n")
+    file = options.runs / f"{result['system']}-{result['seed']}.json"
+    file.with_suffix(".part").write_text(json.dumps(result) + "\n")
+    file.with_suffix(".part").replace(file)
+
+
+def record(options: argparse.Namespace, result: dict[str, Any]) -> None:
+    """Keep a finished run's result, and say what it is."""
+    keep(options, result)
     final = mean_and_error(result["reward"][-LAST:])
     print(json.dumps({key: result[key] for key in ("system", "seed", "wall_seconds")} | {"final_reward": final}))
 
 
 def everything(options: argparse.Namespace) -> None:
-    """All runs, one after another, then the picture. A run that is there already is not repeated."""
+    """All runs, one after another or at once, then the picture. A run that has finished already is not repeated."""
     ends = time.monotonic() + options.budget
     wanted = [("ours", "grpo", seed) for seed in options.seeds] + [("trl", "trl", seed) for seed in options.trl_seeds]
     # The first of each come first, so that a short budget still compares.
     wanted.sort(key=lambda run: (options.seeds + options.trl_seeds).index(run[2]))
+    running = []
     for mode, system, seed in wanted:
-        left = ends - time.monotonic()
-        if (options.runs / f"{system}-{seed}.json").exists() or left < 30:
+        if finished(options.runs / f"{system}-{seed}.json") or ends - time.monotonic() < 30:
             continue
-        command = [sys.executable, __file__, mode, "--config", str(options.config), "--model", options.model]
-        command += ["--seed", str(seed), "--runs", str(options.runs), "--micro-batch", str(options.micro_batch)]
-        command += [word for pair in options.set for word in ("--set", pair)]
-        with open(options.runs / f"{system}-{seed}.log", "w") as log:
-            try:
-                done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, timeout=left)
-            except subprocess.TimeoutExpired:
-                print(f"{system} {seed}: stopped after {left:.0f} s", flush=True)
-                continue
-        last = (options.runs / f"{system}-{seed}.log").read_text().splitlines()[-1:]
-        print(f"{system} {seed}: exit code {done.returncode} {''.join(last)[:300]}", flush=True)
+        running.append((system, seed, begin(options, mode, system, seed)))
+        if not options.at_once:
+            finish(options, *running.pop(), ends)
+    for run in running:
+        finish(options, *run, ends)
     plot(options)
+
+
+def finished(file: Path) -> bool:
+    return file.exists() and bool(json.loads(file.read_text())["finished"])
+
+
+def begin(options: argparse.Namespace, mode: str, system: str, seed: int) -> subprocess.Popen[bytes]:
+    command = [sys.executable, __file__, mode, "--config", str(options.config), "--model", options.model]
+    command += ["--seed", str(seed), "--runs", str(options.runs), "--micro-batch", str(options.micro_batch)]
+    command += ["--trl-kv-gib", str(options.trl_kv_gib)]
+    command += [word for pair in options.set for word in ("--set", pair)]
+    with open(options.runs / f"{system}-{seed}.log", "w") as log:
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+
+
+def finish(options: argparse.Namespace, system: str, seed: int, run: subprocess.Popen[bytes], ends: float) -> None:
+    """Wait for a run; what is left of it when the time is up is ended, and what ours had written is kept."""
+    try:
+        said = f"exit code {run.wait(max(0.1, ends - time.monotonic()))}"
+    except subprocess.TimeoutExpired:
+        said = "stopped: the time was up"
+    try:
+        os.killpg(run.pid, signal.SIGKILL)  # rewards' workers too, and vLLM's
+    except ProcessLookupError:
+        pass
+    run.wait()
+    if system == "grpo" and not (options.runs / f"grpo-{seed}.json").exists():
+        try:
+            keep(options, our_result(options.runs / f"ours-{seed}", seed))
+        except (OSError, IndexError):
+            said += ", without a step"
+    last = (options.runs / f"{system}-{seed}.log").read_text(errors="replace").splitlines()[-1:]
+    print(f"{system} {seed}: {said} {''.join(last)[:300]}", flush=True)
 
 
 def compare(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -249,6 +316,8 @@ def compare(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
         steady = sorted(second for result in own for second in result["step_seconds"][1:])
         found[system] = {
             "seeds": [result["seed"] for result in own],
+            "steps": [len(result["reward"]) for result in own],
+            "finished": [result["finished"] for result in own],
             "final_rewards": finals,
             "mean": round(sum(means) / len(means), 4),
             "standard_error": round(max(over_steps, over_seeds), 4),
@@ -273,8 +342,9 @@ def plot(options: argparse.Namespace) -> None:
     from matplotlib import pyplot
 
     results = [json.loads(file.read_text()) for file in sorted(options.runs.glob("*-*.json"))]
+    results = [result for result in results if len(result["reward"]) >= 2]
     if not results:
-        raise SystemExit(f"{options.runs}: no finished run")
+        raise SystemExit(f"{options.runs}: no run with two steps")
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5), sharey=True)
     labelled = set()
     for result in results:
@@ -295,7 +365,10 @@ def plot(options: argparse.Namespace) -> None:
     figure.savefig(options.out.with_suffix(".png"), dpi=120)
     comparison = compare(results)
     options.out.with_suffix(".json").write_text(
-        json.dumps({"benchmark": "learning_vs_trl", "comparison": comparison, "runs": results}) + "\n"
+        json.dumps(
+            {"benchmark": "learning_vs_trl", "at_once": options.at_once, "comparison": comparison, "runs": results}
+        )
+        + "\n"
     )
     for system in ("grpo", "trl"):
         if system in comparison:
@@ -315,6 +388,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seeds", default="0,1,2", type=numbers, help="`all`: of ours")
     parser.add_argument("--trl-seeds", default="0", type=numbers, help="`all`: of TRL's")
+    parser.add_argument("--at-once", action="store_true", help="`all`: start every run at the same time")
+    parser.add_argument("--trl-kv-gib", type=float, default=6.0, help="TRL's vLLM: KV cache on a GPU")
     parser.add_argument("--micro-batch", type=int, default=64, help="TRL's per_device_train_batch_size, at most")
     parser.add_argument("--smooth", type=int, default=5)
     parser.add_argument("--budget", type=float, default=560, help="`all`: seconds")

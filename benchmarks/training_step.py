@@ -20,6 +20,7 @@ from grpo.batch import TrainingSequence
 from grpo.config import Config, Model, parse_config
 from grpo.headroom import free_cached
 from grpo.learner import Learner
+from grpo.loss import BatchTotals, batch_totals
 from grpo.memory import TrainingMemory, moment_bytes
 from grpo.policy import Policy, packed_row
 
@@ -66,7 +67,7 @@ def step(learner: Learner, sequences: Sequence[TrainingSequence]) -> float:
     started = time.perf_counter()
     learner.policy.model.train()
     try:
-        learner.backpropagate(list(sequences), list(sequences))
+        learner.backpropagate(list(sequences), totals(learner.config, sequences))
         learner.clip_gradients()
         learner.apply_gradients()
     finally:
@@ -74,6 +75,15 @@ def step(learner: Learner, sequences: Sequence[TrainingSequence]) -> float:
         learner.clear_gradients()
     synchronize(learner.policy.base.device)
     return time.perf_counter() - started
+
+
+def totals(config: Config, sequences: Sequence[TrainingSequence]) -> BatchTotals:
+    """What normalises the loss of a step on `sequences`."""
+    lengths = [len(sequence.completion_ids) for sequence in sequences]
+    return batch_totals(
+        lengths, config.loss, config.rollout.max_completion_length,
+        truncated=[sequence.truncated for sequence in sequences], entropy=None,
+    )  # fmt: skip
 
 
 def warm_up(learner: Learner) -> None:
@@ -113,14 +123,11 @@ def memory_now(device: torch.device) -> dict[str, int | None]:
 
 
 def device_used(device: torch.device) -> int:
-    """NVML's figure where its Python binding is installed, the CUDA driver's otherwise."""
+    """NVML's figure where its Python binding is installed, the CUDA driver's otherwise: of all processes."""
     if find_spec("pynvml") is None:
         free, total = torch.cuda.mem_get_info(device)
         return total - free
-    import pynvml
-
-    pynvml.nvmlInit()
-    return int(pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(device.index or 0)).used)
+    return torch.cuda.device_memory_used(device)  # minds CUDA_VISIBLE_DEVICES
 
 
 def resident_bytes(learner: Learner) -> int:
