@@ -29,8 +29,42 @@ class TrainingSequence:
         return len(self.prompt_ids) + len(self.completion_ids) - 1
 
 
+@dataclass
+class TrainingGroup:
+    """A prompt's completions, as an optimiser step takes them."""
+
+    sequences: list[TrainingSequence]
+    """Those that are computed here: none of another rank's."""
+    lengths: list[int]
+    """Tokens of every completion, here or elsewhere."""
+    truncated: list[bool]
+    idle: bool = False
+    """Counts in the normaliser only."""
+
+    @classmethod
+    def of(cls, sequences: list[TrainingSequence], *, idle: bool = False) -> TrainingGroup:
+        """A group whose completions are all here."""
+        lengths = [len(sequence.completion_ids) for sequence in sequences]
+        return cls(sequences, lengths, [sequence.truncated for sequence in sequences], idle)
+
+
+def training_group(group: Group, advantages: Tensor, *, idle: bool = False) -> TrainingGroup:
+    """`group` with its `advantages` [G]."""
+    return TrainingGroup(
+        training_sequences(group, advantages) if group.own else [],
+        [sample.length for sample in group.samples],
+        [sample.truncated for sample in group.samples],
+        idle,
+    )
+
+
+def active_sequences(groups: Sequence[TrainingGroup]) -> list[TrainingSequence]:
+    """What there is to compute here for `groups`."""
+    return [sequence for group in groups if not group.idle for sequence in group.sequences]
+
+
 def training_sequences(group: Group, advantages: Tensor) -> list[TrainingSequence]:
-    """`group`'s completions with their `advantages` [G]."""
+    """The completions of `group`, sampled here, with their `advantages` [G]."""
     return [
         TrainingSequence(
             group.prompt.token_ids,
@@ -39,7 +73,7 @@ def training_sequences(group: Group, advantages: Tensor) -> list[TrainingSequenc
             float(advantage),
             sample.truncated,
         )
-        for sample, advantage in zip(group.samples, advantages, strict=True)
+        for sample, advantage in zip(group.own, advantages, strict=True)
     ]
 
 

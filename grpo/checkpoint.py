@@ -161,6 +161,11 @@ def saved_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     return read_config(path / CONFIG, overrides)
 
 
+def run_is_begun(path: Path) -> bool:
+    """Whether the folder is of a run that there is something to continue of."""
+    return (path / CONFIG).is_file() and not _is_unused(path)
+
+
 def _is_unused(path: Path) -> bool:
     """Whether the folder is empty, or a run's that ended before its first step (the lock tells that it is a run's)."""
     names = {entry.name for entry in path.iterdir()}

@@ -40,6 +40,7 @@ from grpo.tasks.common import Task, Verifier
 from grpo.toml import apply_override, read_toml
 
 if TYPE_CHECKING:
+    from grpo.ranks import Ranks
     from grpo.session import Session
 
 Z95 = 1.959963984540054
@@ -159,19 +160,53 @@ def evaluate(
     *,
     adapter: bool = True,
     stream: int = EVALUATION,
+    ranks: Ranks | None = None,
 ) -> EvalResult:
     """Sample `settings.num_generations` completions of each prompt and check them.
 
     `adapter = False` asks the model without its adapter. Seeds are the run's seed, `stream`, the prompt and the
-    sample's number: every evaluation of a run draws the same random numbers. Raises UserError when there are no
-    prompts, or when a task's check fails.
+    sample's number: every evaluation of a run draws the same random numbers. Of several `ranks` each takes a share of
+    the prompts, and all know the whole result. Raises UserError when there are no prompts, or when a task's check
+    fails.
     """
+    if not prompts:
+        raise UserError("there are no held-out questions to evaluate on; give the task some, or unset eval.every")
+    started = time.perf_counter()
+    own = prompts if ranks is None else prompts[ranks.rank :: ranks.size]
+    samples = sample_and_check(session, own, tasks, settings, adapter=adapter, stream=stream)
+    if ranks is not None:
+        samples = of_all_ranks(samples, prompts, settings.num_generations, ranks)
+    seconds, tokens = time.perf_counter() - started, sum(sample.tokens for sample in samples)
+    timing = {"eval_seconds": seconds, "eval_tokens_per_second": tokens / seconds}
+    return EvalResult(summarise(samples, settings) | timing, samples)
+
+
+def of_all_ranks(own: Sequence[Sample], prompts: Sequence[Prompt], count: int, ranks: Ranks) -> list[Sample]:
+    """The samples of all `prompts`, `count` of each, of which this rank has those of every so many-th prompt."""
+    checked = [[one.text, one.tokens, one.truncated, one.strict, one.flexible] for one in own]
+    groups = [checked[start : start + count] for start in range(0, len(checked), count)]
+    answers = ranks.merged(dict(zip(range(ranks.rank, len(prompts), ranks.size), groups, strict=True)), len(prompts))
+    return [
+        Sample(prompt, member, *values)
+        for prompt, answered in zip(prompts, answers, strict=True)
+        for member, values in enumerate(answered)
+    ]
+
+
+def sample_and_check(
+    session: Session,
+    prompts: Sequence[Prompt],
+    tasks: Mapping[str, Task],
+    settings: Eval,
+    *,
+    adapter: bool,
+    stream: int,
+) -> list[Sample]:
+    """`settings.num_generations` checked completions of each prompt."""
     # vLLM takes seconds to import; the statistics above and --help do without.
     from grpo.engine import Request
     from grpo.sampler import sample_seed
 
-    if not prompts:
-        raise UserError("there are no held-out questions to evaluate on; give the task some, or unset eval.every")
     count = settings.num_generations
     length = settings.max_completion_length or session.config.rollout.max_completion_length
     sampling = session.sampling(settings.temperature, length, settings.top_p)
@@ -184,7 +219,6 @@ def evaluate(
         for number, prompt in enumerate(prompts)
         for member in range(count)
     ]
-    started = time.perf_counter()
     samples: list[Sample | None] = [None] * len(requests)
     for completion in session.engine.generate(requests, sampling, adapter=adapter):
         number, member = divmod(completion.request_id, count)
@@ -199,13 +233,10 @@ def evaluate(
             strict=verdict(task.strict, text, prompt),
             flexible=verdict(task.flexible, text, prompt),
         )
-    seconds = time.perf_counter() - started
     done = [sample for sample in samples if sample is not None]
     if len(done) != len(requests):
         raise RuntimeError(f"the engine returned {len(done)} of {len(requests)} completions")
-    metrics = summarise(done, settings)
-    tokens = sum(sample.tokens for sample in done)
-    return EvalResult(metrics | {"eval_seconds": seconds, "eval_tokens_per_second": tokens / seconds}, done)
+    return done
 
 
 def verdict(check: Verifier, text: str, prompt: Prompt) -> bool:
@@ -252,14 +283,14 @@ def accuracies(samples: Sequence[Sample], settings: Eval, prefix: str) -> dict[s
 
 
 def measure_pass_rates(
-    session: Session, prompts: Sequence[Prompt], tasks: Mapping[str, Task], samples: int
+    session: Session, prompts: Sequence[Prompt], tasks: Mapping[str, Task], samples: int, ranks: Ranks | None = None
 ) -> list[float]:
     """Share of right answers to each prompt among `samples` of the model without its adapter.
 
     Sampled as in training. Right is meant flexibly: a question is not difficult because the format is new.
     """
     settings = Eval(num_generations=samples, temperature=session.config.rollout.temperature)
-    result = evaluate(session, prompts, tasks, settings, adapter=False, stream=DIFFICULTY)
+    result = evaluate(session, prompts, tasks, settings, adapter=False, stream=DIFFICULTY, ranks=ranks)
     right = [sample.flexible for sample in result.samples]
     return [sum(right[start : start + samples]) / samples for start in range(0, len(right), samples)]
 

@@ -14,18 +14,19 @@ import shutil
 import statistics
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from grpo.advantages import Advantages
-from grpo.batch import TrainingSequence, training_sequences
+from grpo.batch import TrainingGroup, TrainingSequence, training_group
 from grpo.checkpoint import replace_folder
 from grpo.config import Config, Train, config_toml
 from grpo.environment import hardware, versions
 from grpo.random_state import current_states
+from grpo.ranks import Ranks
 from grpo.sampler import Group
 from grpo.state import save_tensors
 
@@ -41,9 +42,7 @@ BATCH, REPORT = "batch.safetensors", "report.json"
 class Batch:
     """What one optimiser step is computed from."""
 
-    prompts: list[list[TrainingSequence]]
-    idle: list[bool]
-    """Prompts that count in the normaliser only."""
+    groups: list[TrainingGroup]
     rng: dict[str, torch.Tensor]
     """States of torch's generators before the first forward pass, by device."""
 
@@ -69,14 +68,12 @@ class Guard:
         problem = None
         if advantages.reward.isinf().any() or not advantages.values.isfinite().all():
             problem = "a weighted sum of rewards is infinite"
-        elif not all(math.isfinite(value) for group in groups for one in group.samples for value in one.logprobs):
+        elif not all(sample.finite for group in groups for sample in group.samples):
             problem = "vLLM reported a logprob that is not finite"
         if problem:
             pairs = zip(groups, advantages.values, strict=True)
-            prompts = [training_sequences(group, values) for group, values in pairs]
-            raise UnusableUpdate(
-                problem, {}, Batch(prompts, [False] * len(prompts), current_states(torch.device("cpu")))
-            )
+            batch = Batch([training_group(*pair) for pair in pairs], current_states(torch.device("cpu")))
+            raise UnusableUpdate(problem, {}, batch)
 
     def check_update(self, figures: Mapping[str, float | None], batch: Batch) -> None:
         """Raise UnusableUpdate unless `figures`, with "loss" and "grad_norm", are those of a sound optimiser step."""
@@ -112,13 +109,18 @@ class Guard:
         self.norms = deque(state["norms"], maxlen=WINDOW)
 
 
+def dump_folder(run: Path, step: int) -> Path:
+    """Where the dump of `step` belongs."""
+    return run / "nonfinite" / f"step-{step}"
+
+
 def write_dump(run: Path, step: int, config: Config, policy: Any, unusable: UnusableUpdate) -> Path:
-    """Write what it takes to compute the update again to `nonfinite/step-N` in the run folder, and return that.
+    """Write what it takes to compute the update again to its `dump_folder`, and return that.
 
     Holds the batch and the adapter as safetensors, the configuration, and `report.json`. Only the newest
     `KEPT_DUMPS` dumps are kept. Raises OSError where the disk refuses.
     """
-    folder = run / "nonfinite" / f"step-{step}"
+    folder = dump_folder(run, step)
 
     def write(partial: Path) -> None:
         policy.save_adapter(partial / "adapter")
@@ -140,8 +142,8 @@ def write_dump(run: Path, step: int, config: Config, policy: Any, unusable: Unus
 def encoded(batch: Batch) -> dict[str, Any]:
     """`batch` as `save_tensors` takes it."""
     return {
-        "prompts": [[sequence_state(sequence) for sequence in prompt] for prompt in batch.prompts],
-        "idle": batch.idle,
+        "prompts": [[sequence_state(sequence) for sequence in group.sequences] for group in batch.groups],
+        "idle": [group.idle for group in batch.groups],
         "rng": batch.rng,
     }
 
@@ -149,7 +151,22 @@ def encoded(batch: Batch) -> dict[str, Any]:
 def decoded(state: Mapping[str, Any]) -> Batch:
     """The batch that `encoded` made `state` of."""
     prompts = [[restored_sequence(sequence) for sequence in prompt] for prompt in state["prompts"]]
-    return Batch(prompts, state["idle"], state["rng"])
+    pairs = zip(prompts, state["idle"], strict=True)
+    return Batch([TrainingGroup.of(sequences, idle=idle) for sequences, idle in pairs], state["rng"])
+
+
+def whole(batch: Batch, ranks: Ranks) -> Batch:
+    """`batch` with the sequences that other ranks computed. Every rank calls it; what differs is only the rng."""
+    if ranks.size == 1:
+        return batch
+    here = {place: group for place, group in enumerate(batch.groups) if group.sequences}
+    own = {place: [sequence_state(sequence) for sequence in group.sequences] for place, group in here.items()}
+    prompts = ranks.merged(own, len(batch.groups))
+    groups = [
+        replace(group, sequences=[restored_sequence(sequence) for sequence in prompt])
+        for group, prompt in zip(batch.groups, prompts, strict=True)
+    ]
+    return Batch(groups, batch.rng)
 
 
 def sequence_state(sequence: TrainingSequence) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """From a rollout to optimiser steps: micro-batches, logprobs, loss, gradients, AdamW.
 
 The loss is normalised by constants of one optimiser step, so neither the token budget of a micro-batch nor the order
-of sequences changes the gradient. Old logprobs are computed only when a rollout is used for more than one optimiser
-step, the reference's only when `beta` > 0.
+of sequences changes the gradient, nor how many ranks share them: gradients and metrics are summed over ranks. Old
+logprobs are computed only when a rollout is used for more than one optimiser step, the reference's only when
+`beta` > 0.
 """
 
 from __future__ import annotations
@@ -14,15 +15,24 @@ import torch
 from torch import Tensor
 
 from grpo.advantages import Advantages, may_skip_equal_groups
-from grpo.batch import PackedTokens, TrainingSequence, pack, packed_tokens, training_sequences
+from grpo.batch import (
+    PackedTokens,
+    TrainingGroup,
+    TrainingSequence,
+    active_sequences,
+    pack,
+    packed_tokens,
+    training_group,
+)
 from grpo.config import Config
 from grpo.guard import Batch, Guard
 from grpo.headroom import Headroom, largest_batch
 from grpo.loss import BatchTotals, LossInputs, batch_totals, resolve_loss
-from grpo.loss_metrics import Metrics, merge_metrics
+from grpo.loss_metrics import Metrics, as_message, from_message, joined, merge_metrics
 from grpo.optim import LossScaler, build_optimizer, learning_rate, moments_like
 from grpo.policy import Policy, Scored
 from grpo.random_state import RandomState, current_states
+from grpo.ranks import Ranks
 from grpo.sampler import Group
 from grpo.snapshot import Snapshot
 
@@ -38,9 +48,11 @@ class Learner:
         max_steps: int,
         notice: Callable[[str], None],
         check: Callable[[], None] = lambda: None,
+        ranks: Ranks | None = None,
     ):
         """`check` is called before every micro-batch, and may raise to abandon the update."""
         self.policy, self.config, self.max_steps, self.check = policy, config, max_steps, check
+        self.ranks = ranks or Ranks()
         self.guard = Guard(config.train)
         self.loss = resolve_loss(config.loss)
         self.parameters = policy.parameters()
@@ -57,21 +69,21 @@ class Learner:
         rate = learning_rate(step, self.max_steps, train)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        prompts = [training_sequences(group, values) for group, values in zip(groups, advantages.values, strict=True)]
-        if may_skip_equal_groups(self.config.loss):
-            idle = {id(prompt) for prompt, equal in zip(prompts, advantages.zero_std, strict=True) if equal}
-        else:
-            idle = set()
+        may_skip = may_skip_equal_groups(self.config.loss)
+        prompts = [
+            training_group(group, values, idle=may_skip and bool(equal))
+            for group, values, equal in zip(groups, advantages.values, advantages.zero_std, strict=True)
+        ]
         updates = train.num_iterations * train.optimizer_steps_per_rollout
         before = Snapshot(self.parameters, self.optimizer) if updates > 1 else None
         guard, scaler = self.guard.state_dict(), self.scaler.state_dict()
         self.policy.model.train()
         try:
             if updates > 1:
-                active = [s for prompt in prompts if id(prompt) not in idle for s in prompt]
+                active = active_sequences(prompts)
                 self.headroom.within(lambda: self.remember_old_logprobs(active), self.clear_gradients)
             figures = [
-                self.optimizer_step(part, idle)
+                self.optimizer_step(part)
                 for _ in range(train.num_iterations)
                 for part in split(prompts, train.optimizer_steps_per_rollout)
             ]
@@ -86,12 +98,13 @@ class Learner:
             self.policy.model.eval()
         return {**mean_of(figures), "learning_rate": rate}
 
-    def optimizer_step(self, prompts: list[list[TrainingSequence]], idle: set[int]) -> dict[str, float | None]:
-        """One optimiser step on `prompts`; those in `idle` count in the normaliser only."""
-        active = [sequence for prompt in prompts if id(prompt) not in idle for sequence in prompt]
-        computed = Batch(prompts, [id(prompt) in idle for prompt in prompts], current_states(self.policy.base.device))
-        everything = [sequence for prompt in prompts for sequence in prompt]
-        metrics = self.headroom.within(lambda: self.backpropagate(active, everything), self.clear_gradients)
+    def optimizer_step(self, groups: list[TrainingGroup]) -> dict[str, float | None]:
+        """One optimiser step on `groups`, or this rank's part of it."""
+        active = active_sequences(groups)
+        computed = Batch(groups, current_states(self.policy.base.device))
+        totals = self.totals(groups, self.entropies(groups))
+        metrics = self.headroom.within(lambda: self.backpropagate(active, totals), self.clear_gradients)
+        metrics = self.sum_over_ranks(metrics)
         norm = self.clip_gradients()
         figures = {**UNMEASURED, "grad_norm": norm, **merge_metrics(metrics)}
         if self.scaler.enabled:
@@ -105,9 +118,8 @@ class Learner:
         self.apply_gradients()
         return figures
 
-    def backpropagate(self, active: list[TrainingSequence], everything: list[TrainingSequence]) -> list[Metrics]:
-        """Accumulate the gradient of one optimiser step on `active`, normalised by `everything`."""
-        totals = self.totals(everything)
+    def backpropagate(self, active: list[TrainingSequence], totals: BatchTotals) -> list[Metrics]:
+        """Accumulate the gradient of one optimiser step on `active`."""
         metrics = []
         for batch in pack(active, self.headroom.tokens):
             self.check()
@@ -115,6 +127,15 @@ class Learner:
             self.scaler.backward(loss)
             metrics.append(measured)
         return metrics
+
+    def sum_over_ranks(self, metrics: list[Metrics]) -> list[Metrics]:
+        """Every rank's metrics; afterwards each gradient is the sum over ranks, if there is any."""
+        if self.ranks.size == 1:
+            return metrics
+        told = self.ranks.gather({"any": self.has_gradients(), "metrics": as_message(joined(metrics))})
+        if any(entry["any"] for entry in told):
+            self.ranks.sum_gradients(self.parameters)
+        return [from_message(entry["metrics"]) for entry in told]
 
     def probe_memory(self) -> None:
         """Try the largest micro-batch that the configuration allows, and discard what it gives.
@@ -136,7 +157,8 @@ class Learner:
         """Gradients of the largest micro-batch, with the optimiser's moments in memory."""
         batch = largest_batch(self.config, self.headroom.tokens)
         moments = [] if self.optimizer.state else moments_like(self.parameters, self.config.train)
-        self.backpropagate(batch, batch)
+        entropy = self.entropy(batch) if self.needs_entropies else None
+        self.backpropagate(batch, self.totals([TrainingGroup.of(batch)], entropy))
         moments.clear()
 
     def micro_batch(self, batch: list[TrainingSequence], totals: BatchTotals) -> tuple[Tensor, Metrics]:
@@ -162,21 +184,39 @@ class Learner:
             truncated=tokens.truncated,
         )
 
-    def totals(self, sequences: Sequence[TrainingSequence]) -> BatchTotals:
-        """The constants that normalise the loss of one optimiser step."""
+    def totals(self, groups: Sequence[TrainingGroup], entropy: Tensor | None) -> BatchTotals:
+        """The constants that normalise the loss of one optimiser step on `groups`, of which `entropies` gave
+        `entropy`."""
         return batch_totals(
-            [len(sequence.completion_ids) for sequence in sequences],
+            [length for group in groups for length in group.lengths],
             self.config.loss,
             self.config.rollout.max_completion_length,
-            truncated=[sequence.truncated for sequence in sequences],
-            entropy=self.entropy(sequences) if self.config.loss.top_entropy_quantile < 1 else None,
+            truncated=[truncated for group in groups for truncated in group.truncated],
+            entropy=entropy,
         )
+
+    @property
+    def needs_entropies(self) -> bool:
+        """Whether the loss selects tokens by the entropy of all."""
+        return self.config.loss.top_entropy_quantile < 1
+
+    def entropies(self, groups: Sequence[TrainingGroup]) -> Tensor | None:
+        """Entropy at every completion token of `groups`, from all ranks; None where the loss does not need it."""
+        if not self.needs_entropies:
+            return None
+        here = {place: group for place, group in enumerate(groups) if group.sequences}
+        sequences = [sequence for group in here.values() for sequence in group.sequences]
+        found = self.headroom.within(lambda: self.entropy(sequences), self.clear_gradients)
+        parts = found.split([sum(group.lengths) for group in here.values()])
+        everywhere = self.ranks.merged(dict(zip(here, parts, strict=True)), len(groups))
+        return torch.cat([part.to(found.device) for part in everywhere])
 
     @torch.no_grad()
     def entropy(self, sequences: Sequence[TrainingSequence]) -> Tensor:
         """Entropy at every completion token, from an extra forward pass."""
         batches = pack(sequences, self.headroom.tokens)
-        return torch.cat([self.score(batch).entropy for batch in batches])
+        none = torch.empty(0, device=self.policy.base.device)  # a rank may have no sequences
+        return torch.cat([none, *(self.score(batch).entropy for batch in batches)])
 
     @torch.no_grad()
     def remember_old_logprobs(self, sequences: list[TrainingSequence]) -> None:
@@ -205,9 +245,13 @@ class Learner:
 
     def apply_gradients(self) -> None:
         """Step and clear. Without any gradient nothing moves."""
-        if any(parameter.grad is not None for parameter in self.parameters):
+        if self.has_gradients():
             self.optimizer.step()
             self.clear_gradients()
+
+    def has_gradients(self) -> bool:
+        """Whether anything was backpropagated."""
+        return any(parameter.grad is not None for parameter in self.parameters)
 
     def clear_gradients(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
@@ -227,7 +271,7 @@ class Learner:
         self.headroom.load_state_dict(state["headroom"])
 
 
-def split(prompts: list[list[TrainingSequence]], parts: int) -> list[list[list[TrainingSequence]]]:
+def split(prompts: list[TrainingGroup], parts: int) -> list[list[TrainingGroup]]:
     """`prompts` in `parts` runs whose lengths differ by at most one; none is empty unless there are too few."""
     bounds = [len(prompts) * part // parts for part in range(parts + 1)]
     return [prompts[first:last] for first, last in zip(bounds, bounds[1:], strict=False) if last > first]

@@ -7,9 +7,9 @@ step's figures do not depend on how its tokens were packed. Not here: what is me
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Self, TypeAlias
+from typing import Any, Self, TypeAlias
 
 import torch
 from torch import Tensor
@@ -101,9 +101,27 @@ def merge_metrics(parts: Sequence[Mapping[str, Metric]]) -> dict[str, float]:
 
     A key may be missing from some parts. Reads the device once for each figure, so call it once a step.
     """
+    values = {name: metric.value() for name, metric in joined(parts).items()}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def joined(parts: Sequence[Mapping[str, Metric]]) -> Metrics:
+    """The records of `parts` as one."""
     merged: Metrics = {}
     for part in parts:
         for name, metric in part.items():
             merged[name] = merged[name].merge(metric) if name in merged else metric  # type: ignore[arg-type]
-    values = {name: metric.value() for name, metric in merged.items()}
-    return {name: value for name, value in values.items() if value is not None}
+    return merged
+
+
+KINDS: dict[str, Callable[..., Metric]] = {kind.__name__: kind for kind in (Mean, Total, Maximum, EffectiveSampleSize)}
+
+
+def as_message(metrics: Mapping[str, Metric]) -> dict[str, list[Any]]:
+    """`metrics` as plain values: of each its kind and its numbers. Reads the device."""
+    return {name: [type(one).__name__, *map(float, vars(one).values())] for name, one in metrics.items()}
+
+
+def from_message(message: Mapping[str, list[Any]]) -> Metrics:
+    """The metrics that `as_message` wrote."""
+    return {name: KINDS[kind](*numbers) for name, (kind, *numbers) in message.items()}

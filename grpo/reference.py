@@ -11,21 +11,26 @@ from pathlib import Path
 from grpo.checkpoint import REFERENCE, replace_folder
 from grpo.config import Loss
 from grpo.policy import Policy
+from grpo.ranks import Ranks
 
 
-def set_reference(policy: Policy, settings: Loss, run: Path, *, resume: bool) -> None:
+def set_reference(policy: Policy, settings: Loss, run: Path, *, resume: bool, ranks: Ranks | None = None) -> None:
     """Settle the reference of the run in folder `run`, before any step and before a checkpoint is loaded.
 
-    With `resume` the adapter becomes, where the run kept one, the one that it started from.
+    With `resume` the adapter becomes, where the run kept one, the one that it started from. Of several `ranks` the
+    first reads and writes the folder.
     """
+    ranks = ranks or Ranks()
     policy.forget_reference()
     if settings.beta == 0 or settings.reference == "base":
         return
     kept = run / REFERENCE
-    if resume and kept.exists():
+    if resume and ranks.first and kept.exists():
         policy.load_adapter(kept)
+    if resume:
+        ranks.copy_first(policy.parameters())
     if policy.adapter_is_idle():
         return
     policy.remember_reference()
-    if not resume:
+    if not resume and ranks.first:
         replace_folder(kept, policy.save_adapter)

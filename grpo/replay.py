@@ -87,13 +87,14 @@ def read_dump(dump: Path) -> Recorded:
 
 def compute(learner: Learner, batch: Batch) -> dict[str, float | None]:
     """The figures of the optimiser step on `batch`, as the learner computes them before it applies anything."""
+    from grpo.batch import active_sequences
     from grpo.learner import UNMEASURED
     from grpo.loss_metrics import merge_metrics
 
-    everything = [sequence for prompt in batch.prompts for sequence in prompt]
-    active = [s for prompt, idle in zip(batch.prompts, batch.idle, strict=True) if not idle for s in prompt]
     learner.policy.model.train()
-    metrics = learner.backpropagate(active, everything)
+    metrics = learner.backpropagate(
+        active_sequences(batch.groups), learner.totals(batch.groups, learner.entropies(batch.groups))
+    )
     return {**UNMEASURED, "grad_norm": learner.clip_gradients(), **merge_metrics(metrics)}
 
 
@@ -117,7 +118,7 @@ class Trace:
         """Look at what the computation starts from."""
         import torch
 
-        for number, sequence in enumerate((s for prompt in batch.prompts for s in prompt), 1):
+        for number, sequence in enumerate((s for group in batch.groups for s in group.sequences), 1):
             self.see(f"the advantage of sequence {number}", torch.tensor(sequence.advantage))
             self.see(f"the rollout's logprobs of sequence {number}", torch.tensor(sequence.rollout_logprobs))
             self.see(f"the old logprobs of sequence {number}", sequence.old_logprobs)

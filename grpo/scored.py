@@ -29,9 +29,9 @@ def sampling_metrics(
     groups: Sequence[Group], rollouts: Sequence[Rollout], advantages: Advantages, names: Sequence[str]
 ) -> dict[str, float]:
     """Rewards and lengths over all completions, before any group is dropped."""
-    result = merge_results([rollout.result for rollout in rollouts])
+    result = merge_results([result for rollout in rollouts for result in rollout.results])
     samples = [sample for group in groups for sample in group.samples]
-    lengths = [len(sample.token_ids) for sample in samples]
+    lengths = [sample.length for sample in samples]
     return {
         **result.metrics,
         **{f"rewards/{name}/seconds": seconds for name, seconds in result.seconds.items()},
@@ -44,7 +44,8 @@ def sampling_metrics(
 
 
 def logged(group: Group, weights: dict[str, float]) -> SampleGroup:
-    """`group` as the sample log keeps it. `weights`: of each reward; a sample's reward is the sum of those it has."""
+    """`group`, sampled here, as the sample log keeps it. `weights`: of each reward; a sample's reward is the sum of
+    those it has."""
     samples = [
         LoggedSample(
             text=sample.text,
@@ -54,6 +55,6 @@ def logged(group: Group, weights: dict[str, float]) -> SampleGroup:
             tokens=len(sample.token_ids),
             finish_reason="length" if sample.truncated else "stop",
         )
-        for sample in group.samples
+        for sample in group.own
     ]
     return SampleGroup(group.prompt.prompt, group.prompt.columns.get("answer"), samples, group.prompt.task)

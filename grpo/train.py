@@ -5,6 +5,10 @@ once the configuration is known to be right, so that `--help`, `--dry-run` and a
 
 Exit codes: 0, done; 2, stopped, told in one sentence; 130, interrupted by Ctrl-C (SIGINT); 143, by SIGTERM. An
 interrupted run leaves a checkpoint of its last whole step within 30 seconds; a second signal ends it at once.
+
+    torchrun --nproc-per-node 2 -m grpo.train configs/gsm8k.toml
+
+trains the same run on two GPUs; a process that ends because another one did has code 1.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ from grpo.errors import UserError, fail
 from grpo.interrupt import leaving_at_once
 from grpo.plan import memory_plan
 from grpo.toml import write_value
+from grpo.torchrun import Launch, RankLost, take_launch
 
 DISK_REFUSES = {
     errno.ENOSPC: "make room",
@@ -33,27 +38,41 @@ DISK_REFUSES = {
 """What to do about an error of the disk before the run is continued."""
 
 
+LOST = 1
+"""Exit code of a rank that ends because another one did."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line `arguments` (those of the process by default) and return its exit code."""
     parsed = parser().parse_args(arguments)
     config: Config | None = None
+    launch = Launch()
     try:
+        launch = take_launch()
         config = configuration(parsed)
-        if parsed.dry_run:
+        if not parsed.dry_run:
+            train(config, launch, resume=parsed.resume is not None, verbose=parsed.verbose)
+        elif launch.first:
             print(dry_run(config))
-        else:
-            train(config, resume=parsed.resume is not None, verbose=parsed.verbose)
     except UserError as error:
-        return fail("grpo.train", error)
+        return fail(program(launch), error)
+    except RankLost as error:
+        return fail(program(launch), f"{error}; what ended it is said by that rank", LOST)
     except OSError as error:
         remedy = DISK_REFUSES.get(error.errno or 0)
         if remedy is None:
             raise
         sentence = f"{error.filename or 'the disk'}: {error.strerror}; {remedy} and continue with --resume"
-        return fail("grpo.train", sentence)
+        return fail(program(launch), sentence)
     except KeyboardInterrupt as error:
-        return fail("grpo.train", interrupted(config), 128 + getattr(error, "number", signal.SIGINT))
+        code = 128 + getattr(error, "number", signal.SIGINT)
+        return fail("grpo.train", interrupted(config), code) if launch.first else code
     return 0
+
+
+def program(launch: Launch) -> str:
+    """Who speaks."""
+    return "grpo.train" if launch.size == 1 else f"grpo.train, rank {launch.rank}"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -107,16 +126,17 @@ def configuration(parsed: argparse.Namespace) -> Config:
     )
 
 
-def train(config: Config, *, resume: bool, verbose: bool) -> None:
+def train(config: Config, launch: Launch, *, resume: bool, verbose: bool) -> None:
     """Train; imports torch and vLLM once the run folder is known to be free, or to fit."""
-    check_run(config, resume=resume)
+    if launch.first and launch.restarts == 0:
+        check_run(config, resume=resume)
     from grpo.log import quiet_libraries
 
     quiet_libraries(verbose)
     from grpo.trainer import Trainer
 
     with leaving_at_once():
-        Trainer(config, resume=resume, verbose=verbose).run()
+        Trainer(config, resume=resume, verbose=verbose, launch=launch).run()
 
 
 def interrupted(config: Config | None) -> str:

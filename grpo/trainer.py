@@ -1,11 +1,14 @@
 """A training run: sample groups, score them, weigh them, update the adapter, hand it to vLLM; log, save, evaluate.
 
-All randomness is a function of the run's seed and the step, so a resumed run is the same run. The arithmetic is
-elsewhere: sampling in `sampler.py`, advantages in `advantages.py`, the loss in `loss.py`, gradients in `learner.py`.
+All randomness is a function of the run's seed and the step, so a resumed run is the same run. Several ranks, each with
+a model and a vLLM of its own, make one run: all know the rewards and have the same adapter and optimiser, the first
+writes. The arithmetic is elsewhere: sampling in `sampler.py`, advantages in `advantages.py`, the loss in `loss.py`,
+gradients in `learner.py`, what ranks exchange in `ranks.py`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import resource
@@ -21,19 +24,22 @@ from grpo.checkpoint import (
     latest,
     open_run,
     replace_folder,
+    run_is_begun,
     save,
     step_numbers,
     write_atomically,
 )
-from grpo.config import Config
+from grpo.config import Config, config_toml
 from grpo.data import Data, Prompt, PromptStream, keep_by_pass_rate, load_data
+from grpo.environment import versions
 from grpo.errors import UserError
 from grpo.evaluate import evaluate, measure_pass_rates
-from grpo.guard import UnusableUpdate, write_dump
+from grpo.guard import UnusableUpdate, dump_folder, whole, write_dump
 from grpo.interrupt import Interrupts
 from grpo.learner import UNMEASURED, Learner
 from grpo.log import RunLog
 from grpo.loss import resolve_loss
+from grpo.ranks import Ranks, connect
 from grpo.records import EVALUATIONS, printable, read_entries
 from grpo.reference import set_reference
 from grpo.rewards.pool import RewardPool
@@ -41,8 +47,10 @@ from grpo.rewards.resolve import described
 from grpo.sampler import Group, Rollout, Sampler, sample_seed
 from grpo.scored import logged, reward_table, sampling_metrics
 from grpo.selftest import check_rollout_follows_adapter
-from grpo.session import Session, open_session, read_model
+from grpo.session import Session, open_session, read_model, resolve_device
+from grpo.silent_log import SilentLog
 from grpo.state import load_tensors, save_tensors
+from grpo.torchrun import Launch
 
 STATE = "trainer.safetensors"
 PASS_RATES = "pass_rates.json"
@@ -51,23 +59,68 @@ KEPT_QUESTIONS = 32
 
 
 class Trainer:
-    """One run of one configuration, in one run folder."""
+    """One run of one configuration, in one run folder; `launch` says which of its ranks this process is."""
 
-    def __init__(self, config: Config, *, resume: bool = False, verbose: bool = False):
-        self.config, self.resume, self.verbose = config, resume, verbose
+    def __init__(self, config: Config, *, resume: bool = False, verbose: bool = False, launch: Launch | None = None):
+        self.config, self.verbose, self.launch = config, verbose, launch or Launch()
+        # A job that torchrun starts again goes on where it was.
+        self.resume = resume or (self.launch.restarts > 0 and run_is_begun(config.checkpoint.output_dir))
 
     def run(self) -> dict[str, Any]:
-        """Train to the last step and return the summary. Raises UserError for bad input; nothing is lost then."""
+        """Train to the last step and return the summary. Raises UserError for bad input; nothing is lost then.
+
+        Raises RankLost where another rank ended.
+        """
         config = self.config
-        with Interrupts(), open_run(config, resume=self.resume) as run:
-            log = RunLog(run.path, config, max_steps=config.train.max_steps or 0, verbose=self.verbose)
-            with log:
-                # What fails in a second comes before what takes minutes.
-                resolve_loss(config.loss)
-                files = read_model(config, log.status)
-                data = load_data(config, files.tokenizer)
-                with start_rewards(data, log) as pool, open_session(config, files=files, status=log.status) as session:
-                    return train_session(session, data, run.path, log, self.resume, pool)
+        with Interrupts() as interrupts, self.run_folder(), self.log() as log:
+            # What fails in a second comes before what takes minutes.
+            resolve_loss(config.loss)
+            check_share(config, self.launch.size, log.notice)
+            files = read_model(config, log.status)
+            data = load_data(config, files.tokenizer)
+            ranks = connect(self.launch, resolve_device(config.model.device))
+            ranks.check = interrupts.check
+            ranks.require_same(facts(config))
+            with start_rewards(data, log) as pool, open_session(config, files=files, status=log.status) as session:
+                folder = config.checkpoint.output_dir
+                return train_session(session, data, folder, log, self.resume, pool, ranks)
+
+    def run_folder(self) -> contextlib.AbstractContextManager[Any]:
+        """The run folder, held by the first rank."""
+        return open_run(self.config, resume=self.resume) if self.launch.first else contextlib.nullcontext()
+
+    def log(self) -> RunLog:
+        """The record and the display, which are the first rank's."""
+        if not self.launch.first:
+            return SilentLog(self.launch.rank)
+        config = self.config
+        return RunLog(config.checkpoint.output_dir, config, max_steps=config.train.max_steps or 0, verbose=self.verbose)
+
+
+def check_share(config: Config, ranks: int, notice: Callable[[str], None]) -> None:
+    """Raise UserError for more ranks than prompts; say so where some have more to do than others."""
+    prompts, parts = config.rollout.prompts_per_step, config.train.optimizer_steps_per_rollout
+    if ranks > prompts:
+        raise UserError(
+            f"rollout.prompts_per_step = {prompts}: {ranks} ranks were started, and a group of completions is never "
+            "divided; raise it, or start fewer"
+        )
+    if ranks > 1 and prompts % (ranks * parts):
+        updates = f" in each of {parts} optimiser steps" if parts > 1 else ""
+        notice(
+            f"rollout.prompts_per_step = {prompts} does not divide evenly among {ranks} ranks{updates}: some wait for "
+            "others that have one prompt more"
+        )
+
+
+def facts(config: Config) -> dict[str, Any]:
+    """What must be the same on every rank."""
+    gpu = torch.cuda.is_available() and resolve_device(config.model.device).type == "cuda"
+    return {
+        "the configuration": config_toml(config),
+        "the GPU": torch.cuda.get_device_name() if gpu else "none",
+        **{f"the version of {name}": version for name, version in versions().items()},
+    }
 
 
 def start_rewards(data: Data, log: RunLog) -> RewardPool:
@@ -77,24 +130,32 @@ def start_rewards(data: Data, log: RunLog) -> RewardPool:
 
 
 def train_session(
-    session: Session, data: Data, folder: Path, log: RunLog, resume: bool = False, pool: RewardPool | None = None
+    session: Session,
+    data: Data,
+    folder: Path,
+    log: RunLog,
+    resume: bool = False,
+    pool: RewardPool | None = None,
+    ranks: Ranks | None = None,
 ) -> dict[str, Any]:
     """Train an open `session` on `data` as its configuration says, in the run folder `folder`; returns the summary.
 
-    `pool` has the rewards, if they are loaded already. Raises Interrupted after SIGINT or SIGTERM, once the last whole
-    step is in a checkpoint.
+    `pool` has the rewards, if they are loaded already; `ranks` the other processes of the run, if there are any.
+    Raises Interrupted after SIGINT or SIGTERM, once the last whole step is in a checkpoint.
     """
     if pool is None:
         with start_rewards(data, log) as pool:
-            return train_session(session, data, folder, log, resume, pool)
+            return train_session(session, data, folder, log, resume, pool, ranks)
     if data.dropped:
         log.notice(f"{data.dropped} prompts longer than rollout.max_prompt_length were dropped")
+    ranks = ranks or Ranks()
+    ranks.copy_first(session.policy.parameters())
     log.status("checking that vLLM follows the adapter")
     check_rollout_follows_adapter(session)
     with Interrupts() as interrupts, interrupts.deferred():
         session.engine.between_steps = interrupts.check
         try:
-            return Run(session.config, folder, log, session, data, pool, interrupts.check).train(resume)
+            return Run(session.config, folder, log, session, data, pool, interrupts.check, ranks).train(resume)
         finally:
             session.engine.between_steps = lambda: None
 
@@ -115,9 +176,11 @@ class Run:
         data: Data,
         pool: RewardPool,
         check: Callable[[], None] = lambda: None,
+        ranks: Ranks | None = None,
     ):
         """`check` is called often while nothing is half done, and may raise to end the run."""
         self.config, self.folder, self.log = config, folder, log
+        self.ranks = ranks or Ranks()
         self.session, self.data = session, data
         self.stream = PromptStream(self.chosen_prompts(), data.settings, config.train.seed)
         self.max_steps = config.train.max_steps or math.ceil(
@@ -125,7 +188,9 @@ class Run:
         )
         log.max_steps = self.max_steps
         session.engine.release_kv_cache()  # the learner plans with the memory that is free now
-        self.learner = Learner(session.policy, config, max_steps=self.max_steps, notice=log.notice, check=check)
+        self.learner = Learner(
+            session.policy, config, max_steps=self.max_steps, notice=log.notice, check=check, ranks=self.ranks
+        )
         self.weights = torch.tensor([reward.weight for reward in data.rewards], dtype=torch.float64)
         self.reward_names = [reward.column for reward in data.rewards]
         self.sampler = Sampler(
@@ -137,6 +202,8 @@ class Run:
             max_steps=self.max_steps,
             decode=session.decode,
             check=check,
+            ranks=self.ranks,
+            parts=config.train.optimizer_steps_per_rollout,
         )
         self.step = self.saved = 0
         self.whole = True
@@ -152,12 +219,14 @@ class Run:
             return self.data.train
         file = self.folder / PASS_RATES
         measured = [prompt for prompt in self.data.train if prompt.task in windows]
-        if not file.exists():
+        found = self.ranks.of_first(json.loads(file.read_text()) if self.ranks.first and file.exists() else None)
+        if found is None:
             self.log.status("measuring pass rates")
             samples = max(self.data.settings[name].pass_rate_samples for name in windows)
-            found = measure_pass_rates(self.session, measured, self.data.tasks, samples)
-            write_atomically(file, json.dumps(found).encode())
-        rates = dict(zip((prompt.index for prompt in measured), json.loads(file.read_text()), strict=True))
+            found = measure_pass_rates(self.session, measured, self.data.tasks, samples, self.ranks)
+            if self.ranks.first:
+                write_atomically(file, json.dumps(found).encode())
+        rates = dict(zip((prompt.index for prompt in measured), found, strict=True))
         chosen = []
         for task in self.data.tasks:
             prompts = [prompt for prompt in self.data.train if prompt.task == task]
@@ -169,7 +238,7 @@ class Run:
 
     def train(self, resume: bool) -> dict[str, Any]:
         """All remaining steps; returns the summary. Whatever ends them early leaves a checkpoint of the last one."""
-        set_reference(self.session.policy, self.config.loss, self.folder, resume=resume)
+        set_reference(self.session.policy, self.config.loss, self.folder, resume=resume, ranks=self.ranks)
         if resume:
             self.restore()
         if self.session.base.device.type == "cuda":
@@ -192,7 +261,7 @@ class Run:
     def one_step(self, step: int) -> dict[str, Any]:
         """Sample, score, weigh, update, sync. Returns the step's metrics."""
         started = time.perf_counter()
-        torch.manual_seed(sample_seed(self.config.train.seed, step))
+        torch.manual_seed(sample_seed(self.config.train.seed, step, *self.own_rank()))
         taken = self.stream.taken.copy()
         try:
             rollouts = self.sample(step)
@@ -205,11 +274,13 @@ class Run:
             self.stream.taken = taken
             raise
         self.whole = False
+        bytes_sent, self.ranks.bytes_sent = self.ranks.bytes_sent, 0
         sync_seconds = self.session.engine.sync_adapter()
         now = time.perf_counter()
         if self.log.wants_samples(step):
             weights = dict(zip(self.reward_names, self.weights.tolist(), strict=True))
-            self.log.samples(step, [logged(group, weights) for group in groups[: self.config.log.samples]])
+            here = [group for group in groups if group.own]
+            self.log.samples(step, [logged(group, weights) for group in here[: self.config.log.samples]])
         tokens = sum(rollout.tokens for rollout in rollouts)
         rollout_seconds = sum(rollout.seconds for rollout in rollouts)
         return {
@@ -225,7 +296,19 @@ class Run:
             "sync_seconds": sync_seconds,
             "step_seconds": now - started,
             "peak_memory_gib": peak_memory_gib(self.session.base.device),
+            **self.rank_metrics(rollouts, bytes_sent),
         }
+
+    def own_rank(self) -> tuple[int, ...]:
+        """What tells this rank's random numbers from those of the first, which are a lone process's."""
+        return () if self.ranks.first else (self.ranks.rank,)
+
+    def rank_metrics(self, rollouts: list[Rollout], bytes_sent: int) -> dict[str, float]:
+        """Of several ranks: what one sent in this step, and how long they waited for the slowest on average."""
+        if self.ranks.size == 1:
+            return {}
+        idle = sum(rollout.idle for rollout in rollouts)
+        return {"ranks": self.ranks.size, "sent_bytes": bytes_sent, "idle_seconds": idle}
 
     def update(self, groups: list[Group], advantages: Advantages, step: int) -> dict[str, float | None]:
         """Train on `groups`; returns the training metrics, also of an update that had to be left out.
@@ -237,7 +320,7 @@ class Run:
             guard.check_sampled(groups, advantages)
             return {**self.learner.update(groups, advantages, step), "update_skipped": 0.0}
         except UnusableUpdate as unusable:
-            dump = write_dump(self.folder, step, self.config, self.session.policy, unusable)
+            dump = self.dump(step, unusable)
             told = f"step {step}: {unusable.problem}; python -m grpo.replay {dump} says where that begins"
             if guard.gives_up():
                 raise UserError(
@@ -246,6 +329,13 @@ class Run:
                 ) from None
             self.log.notice(f"{told}; the update was left out")
             return {**UNMEASURED, **unusable.figures, "update_skipped": 1.0}
+
+    def dump(self, step: int, unusable: UnusableUpdate) -> Path:
+        """Keep what it takes to compute the update again; returns where."""
+        unusable.batch = whole(unusable.batch, self.ranks)
+        if not self.ranks.first:
+            return dump_folder(self.folder, step)
+        return write_dump(self.folder, step, self.config, self.session.policy, unusable)
 
     def sample(self, step: int) -> list[Rollout]:
         """One rollout or, with dynamic sampling, as many as it takes to fill the batch with unequal rewards."""
@@ -278,9 +368,9 @@ class Run:
         if not due or not self.data.eval or self.step in self.accuracies:
             return
         self.log.status("evaluating")
-        result = evaluate(self.session, self.data.eval, self.data.tasks, settings)
+        result = evaluate(self.session, self.data.eval, self.data.tasks, settings, ranks=self.ranks)
         accuracy = result.metrics["eval/strict_accuracy"]
-        if settings.keep_best and accuracy > max(self.accuracies.values(), default=-1.0):
+        if self.ranks.first and settings.keep_best and accuracy > max(self.accuracies.values(), default=-1.0):
             # Before it is recorded: a run that dies in between does it again.
             replace_folder(self.folder / "best_adapter", self.session.policy.save_adapter)
         self.log.evaluation(self.step, result.metrics, result.groups(KEPT_QUESTIONS))
@@ -288,6 +378,9 @@ class Run:
 
     def save(self) -> None:
         """Write a checkpoint of this step. Raises UserError where the disk refuses, and for a ruined adapter."""
+        if not self.ranks.first:
+            self.saved = self.step
+            return
         if not self.learner.is_finite():
             raise UserError(
                 f"step {self.step}: the adapter has values that are not finite, and is not saved; continue from the "
@@ -314,28 +407,35 @@ class Run:
 
     def restore(self) -> None:
         """Continue from the newest good checkpoint, or from the beginning if the run ended before its first."""
+        where, state = self.ranks.of_first(self.last_checkpoint() if self.ranks.first else None)
+        if state is not None:
+            self.load(where, state)
+        self.log.resume(self.step)
+        entries = read_entries(self.folder / EVALUATIONS) if self.ranks.first else []
+        self.accuracies = self.ranks.of_first({entry["step"]: entry["eval/strict_accuracy"] for entry in entries})
+
+    def last_checkpoint(self) -> tuple[str, Any]:
+        """Where the newest good checkpoint is and its state, without the adapter, which is loaded; or "" and None."""
         folder = latest(self.folder, self.log.notice)
         if folder is not None:
-            self.load(folder)
-        elif step_numbers(self.folder):
+            state = load_tensors(folder / STATE)
+            self.session.policy.load_adapter(folder / "adapter")
+            return str(folder / STATE), state
+        if step_numbers(self.folder):
             raise UserError(f"{self.folder}: every checkpoint is damaged; start a new run with another --output")
-        else:
-            self.log.notice("no checkpoint was written yet; starting again from the first step")
-        self.log.resume(self.step)
-        entries = read_entries(self.folder / EVALUATIONS)
-        self.accuracies = {entry["step"]: entry["eval/strict_accuracy"] for entry in entries}
+        self.log.notice("no checkpoint was written yet; starting again from the first step")
+        return "", None
 
-    def load(self, folder: Path) -> None:
-        """Take the state of the checkpoint in `folder`. Raises UserError for one of another program or run."""
-        state = load_tensors(folder / STATE)
-        self.session.policy.load_adapter(folder / "adapter")
+    def load(self, where: str, state: Any) -> None:
+        """Go on from `state`, and the adapter of the first rank. Raises UserError for one of another program or run."""
+        self.ranks.copy_first(self.learner.parameters)
         try:
             self.learner.load_state_dict(state["learner"])
             self.stream.load_state_dict(state["stream"])
             self.step = self.saved = int(state["step"])
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise UserError(
-                f"{folder / STATE}: not a state that this version of grpo continues from ({described(error)}); start a "
+                f"{where}: not a state that this version of grpo continues from ({described(error)}); start a "
                 "new run with another --output"
             ) from None
         self.session.engine.sync_adapter()
@@ -343,7 +443,8 @@ class Run:
     def finish(self) -> dict[str, Any]:
         """Save the adapter where people look for it, and sum up."""
         adapter = self.folder / "adapter"
-        replace_folder(adapter, self.session.policy.save_adapter)
+        if self.ranks.first:
+            replace_folder(adapter, self.session.policy.save_adapter)
         summary = {"adapter": str(adapter), "model": self.config.model.name}
         self.log.finish(summary)
         return summary

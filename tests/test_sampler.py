@@ -70,7 +70,7 @@ def test_groups_do_not_depend_on_the_order_in_which_completions_finish(
 ) -> None:
     """A prompt may occur twice in a step; its completions differ then."""
     first, second = (sampler(generations, order).sample(prompts(rows), step=2) for order in (one, other))
-    assert first.groups == second.groups and first.result == second.result
+    assert first.groups == second.groups and first.results == second.results
     assert [group.prompt.index for group in first.groups] == rows
     for group in first.groups:
         assert len(group.samples) == generations

@@ -1,0 +1,47 @@
+"""The log of every rank but the first: what one rank writes for all is not written again.
+
+Only notices are passed on, since memory may run out on one rank alone. The record and the display are grpo/log.py's.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from grpo.log import RunLog, SampleGroup
+from grpo.records import printable
+
+
+class SilentLog(RunLog):
+    """A RunLog that keeps nothing."""
+
+    def __init__(self, rank: int):
+        self.rank = rank
+        self.max_steps = 0
+
+    def close(self) -> None:
+        """There is nothing to close."""
+
+    def resume(self, step: int) -> None:
+        """There is nothing to drop."""
+
+    def status(self, text: str) -> None:
+        """Shown by the first rank."""
+
+    def notice(self, text: str) -> None:
+        """One sentence on standard error, with the rank."""
+        print(f"rank {self.rank}: {printable(text)}", file=sys.stderr, flush=True)
+
+    def step(self, metrics: Mapping[str, Any]) -> None:
+        """Recorded by the first rank."""
+
+    def evaluation(self, step: int, result: Mapping[str, Any], groups: Sequence[SampleGroup] = ()) -> None:
+        """Recorded by the first rank."""
+
+    def wants_samples(self, step: int) -> bool:
+        """No."""
+        return False
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Written by the first rank."""
