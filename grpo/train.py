@@ -14,7 +14,6 @@ trains the same run on two GPUs; a process that ends because another one did has
 from __future__ import annotations
 
 import argparse
-import errno
 import math
 import signal
 import sys
@@ -23,20 +22,11 @@ from pathlib import Path
 
 from grpo.checkpoint import check_run, saved_config, step_numbers
 from grpo.config import Config, config_toml, read_config
-from grpo.errors import UserError, fail
+from grpo.errors import UserError, disk_refusal, fail
 from grpo.interrupt import leaving_at_once
 from grpo.plan import memory_plan
 from grpo.toml import write_value
 from grpo.torchrun import Launch, RankLost, take_launch
-
-DISK_REFUSES = {
-    errno.ENOSPC: "make room",
-    errno.EDQUOT: "make room",
-    errno.EROFS: "make it writable",
-    errno.EIO: "look after the disk",
-}
-"""What to do about an error of the disk before the run is continued."""
-
 
 LOST = 1
 """Exit code of a rank that ends because another one did."""
@@ -59,10 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RankLost as error:
         return fail(program(launch), f"{error}; what ended it is said by that rank", LOST)
     except OSError as error:
-        remedy = DISK_REFUSES.get(error.errno or 0)
-        if remedy is None:
+        if (sentence := disk_refusal(error)) is None:
             raise
-        sentence = f"{error.filename or 'the disk'}: {error.strerror}; {remedy} and continue with --resume"
         return fail(program(launch), sentence)
     except KeyboardInterrupt as error:
         code = 128 + getattr(error, "number", signal.SIGINT)
