@@ -15,15 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grpo import host_memory
 from grpo.architectures import check_supported, expected_shapes, fused_linears
 from grpo.config import Model
 from grpo.errors import UserError
 from grpo.fingerprint import Fingerprint
 from grpo.kernels import nf4
 from grpo.model_files import check_shapes
-from grpo.plan import AUTO_SHARE, VOCABULARY_PADDING
+from grpo.plan import AUTO_SHARE, VOCABULARY_PADDING, offloads_embedding
 from grpo.source import NF4Tensor, Source
 
+EMBEDDING = "model.embed_tokens.weight"
 BLOCK = 64
 """Weights that share one NF4 scale."""
 
@@ -72,7 +74,8 @@ class BaseWeights:
     """Every tensor of the base model, loaded once.
 
     `linears`: vLLM's name -> FusedLinear. `tensors`: parameter name -> plain tensor (embedding, norms, head) in the
-    compute dtype; embedding and head are padded to vLLM's vocabulary and hold zeros there.
+    compute dtype; embedding and head are padded to vLLM's vocabulary and hold zeros there. With
+    `model.offload_embedding` the memory of the embedding, a tensor on the GPU like the others, is the host's.
     """
 
     def __init__(self, source: Source, model: Model, *, device: torch.device, dtype: torch.dtype):
@@ -85,6 +88,7 @@ class BaseWeights:
         self.device, self.dtype = device, dtype
         self.load_in_4bit = model.load_in_4bit
         self.packed = model.load_in_4bit and device.type == "cuda"
+        self.embedding_on_host = offloads_embedding(model, self.config) and host_memory.has_own_memory(device)
         self.kept_16bit: list[str] = []
         self._keep_16bit = self._chosen_16bit(source, model)
         self.linears = {
@@ -117,7 +121,7 @@ class BaseWeights:
             tensors[name] = self._load_one(source, name)
         if self.config.tie_word_embeddings:
             tensors.pop("lm_head.weight", None)
-        for required in ("model.embed_tokens.weight", "model.norm.weight"):
+        for required in (EMBEDDING, "model.norm.weight"):
             if required not in tensors:
                 raise UserError(f"{source.path}: tensor {required} is missing; pass a complete model")
         return tensors
@@ -126,7 +130,7 @@ class BaseWeights:
         tensor = source.read(name)
         if isinstance(tensor, NF4Tensor):
             tensor = nf4.dequantize_bitsandbytes(tensor.codes, tensor.absmax, tensor.shape, self.dtype)
-        if name in ("model.embed_tokens.weight", "lm_head.weight"):
+        if name in (EMBEDDING, "lm_head.weight"):
             vocabulary, width = self.config.vocab_size, self.config.hidden_size
             if tensor.shape != (vocabulary, width):
                 raise UserError(
@@ -134,9 +138,13 @@ class BaseWeights:
                     f"{(vocabulary, width)}; pass a model whose files belong together"
                 )
             padded = -(-vocabulary // VOCABULARY_PADDING) * VOCABULARY_PADDING
-            storage = torch.zeros(padded, width, dtype=self.dtype, device=self.device)
+            on_host = name == EMBEDDING and self.embedding_on_host
+            if on_host:
+                storage = host_memory.pinned_zeros(padded, width, dtype=self.dtype, wanted_by="model.offload_embedding")
+            else:
+                storage = torch.zeros(padded, width, dtype=self.dtype, device=self.device)
             storage[:vocabulary].copy_(tensor)
-            return storage
+            return host_memory.seen_by(self.device, storage) if on_host else storage
         return tensor.to(self.device, self.dtype, copy=True)
 
     def _load_linear(self, source: Source, name: str, parts: list[str]) -> FusedLinear:
@@ -221,8 +229,12 @@ class BaseWeights:
         return bias
 
     def nbytes(self) -> int:
-        """Bytes of all storage, each counted once."""
-        return sum(tensor.untyped_storage().nbytes() for tensor in self.storages())
+        """Bytes of all storage on `device`, each counted once."""
+        return sum(tensor.untyped_storage().nbytes() for tensor in self.storages()) - self.host_nbytes()
+
+    def host_nbytes(self) -> int:
+        """Bytes of storage in host memory while `device` has memory of its own."""
+        return self.tensors[EMBEDDING].untyped_storage().nbytes() if self.embedding_on_host else 0
 
     def storages(self) -> Iterator[Tensor]:
         """Every owned tensor."""

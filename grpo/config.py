@@ -55,8 +55,9 @@ class Model(Section):
     max_seq_length: PositiveInt | None = None
     """Longest prompt plus completion. Default: `max_prompt_length + max_completion_length` of `[rollout]`."""
     keep_16bit: list[str] | Literal["auto"] = []
-    """Module names or endings that stay unquantised, such as "layers.0.mlp.down_proj"; "auto" picks the modules
-    with the largest quantisation error."""
+    """Modules left unquantised, by name or ending ("layers.0.mlp.down_proj"); "auto": those with the largest error."""
+    offload_embedding: bool = False
+    """Keep a token embedding that is not the output head too in host memory, where the GPU reads the rows it needs."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
     chat_template: PathText | None = None

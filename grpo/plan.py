@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo.architectures import ARCHITECTURES, adapter_targets, fused_linears
-from grpo.config import Config
+from grpo.config import Config, Model
 from grpo.errors import UserError
 from grpo.gguf_header import read_header
 from grpo.locate import local_path
@@ -95,6 +95,8 @@ class MemoryPlan:
     """The part of every peak that is logits, where the head is that peak."""
     gradient_checkpointing: str
     release_kv_cache: bool = False
+    host: int = 0
+    """Pinned host memory for what the GPU reads in place; in none of the other figures."""
 
     @property
     def form(self) -> str:
@@ -191,7 +193,7 @@ def plan_memory(config: Config, shape: Any, itemsize: int, *, on_gpu: bool) -> M
 
     training = TrainingMemory.of(config, shape, itemsize, on_gpu=on_gpu)
     return MemoryPlan(
-        weights=weight_bytes(config, shape, itemsize, packed=on_gpu and config.model.load_in_4bit),
+        weights=weight_bytes(config, shape, itemsize, on_gpu=on_gpu),
         adapter=adapter_bytes(config, shape, itemsize, on_gpu=on_gpu),
         kv_cache=config.rollout.kv_cache_memory_bytes or kv(sequences),
         kv_one_sequence=kv(1),
@@ -201,6 +203,7 @@ def plan_memory(config: Config, shape: Any, itemsize: int, *, on_gpu: bool) -> M
         logits=training.logits(),
         gradient_checkpointing=str(config.train.gradient_checkpointing),
         release_kv_cache=config.rollout.release_kv_cache and on_gpu,
+        host=pinned_bytes(host_weight_bytes(config, shape, itemsize, on_gpu=on_gpu)),
     )
 
 
@@ -211,9 +214,9 @@ def sequence_limits(config: Config) -> tuple[int, int]:
     return max(config.max_seq_length, evaluated), rollout.max_num_seqs or min(config.completions_per_step, 256)
 
 
-def weight_bytes(config: Config, shape: Any, itemsize: int, *, packed: bool) -> int:
-    """The one copy: NF4 codes with a scale per 64 weights where `packed`, the rest in `itemsize` bytes."""
-    kept = config.model.keep_16bit
+def weight_bytes(config: Config, shape: Any, itemsize: int, *, on_gpu: bool) -> int:
+    """The one copy on the device: NF4 codes with a scale per 64 weights (on a GPU), the rest in `itemsize` bytes."""
+    kept, packed = config.model.keep_16bit, on_gpu and config.model.load_in_4bit
     size = 0.0
     for name, (rows, columns) in linear_shapes(shape).items():
         dense = rows * columns * itemsize
@@ -222,10 +225,35 @@ def weight_bytes(config: Config, shape: Any, itemsize: int, *, packed: bool) -> 
             size += dense
         else:
             size += AUTO_SHARE * dense + (1 - AUTO_SHARE) * nf4 if kept == "auto" else nf4
-    vocabulary = -(-shape.vocab_size // VOCABULARY_PADDING) * VOCABULARY_PADDING
     tables = 1 if shape.tie_word_embeddings else 2
     norms = (2 * shape.num_hidden_layers + 1) * shape.hidden_size
-    return int(size) + itemsize * (tables * vocabulary * shape.hidden_size + norms)
+    plain = tables * embedding_bytes(shape, itemsize) + norms * itemsize
+    return int(size) + plain - host_weight_bytes(config, shape, itemsize, on_gpu=on_gpu)
+
+
+def embedding_bytes(shape: Any, itemsize: int) -> int:
+    """The token embedding, or an output head, with vLLM's padding."""
+    return -(-shape.vocab_size // VOCABULARY_PADDING) * VOCABULARY_PADDING * shape.hidden_size * itemsize
+
+
+def host_weight_bytes(config: Config, shape: Any, itemsize: int, *, on_gpu: bool) -> int:
+    """What of the one copy is in host memory while the rest is on a GPU."""
+    return embedding_bytes(shape, itemsize) if offloads_embedding(config.model, shape) and on_gpu else 0
+
+
+def offloads_embedding(model: Model, shape: Any) -> bool:
+    """Whether `model` wants the token embedding in host memory. Raises UserError where it is the output head too."""
+    if model.offload_embedding and shape.tie_word_embeddings:
+        raise UserError(
+            f"model.offload_embedding: the token embedding of {model.name} is its output head too, all of which the "
+            "GPU needs for every token; leave it out"
+        )
+    return model.offload_embedding
+
+
+def pinned_bytes(size: int) -> int:
+    """What pinning `size` bytes takes: torch rounds up to a power of two."""
+    return 1 << (size - 1).bit_length() if size else 0
 
 
 def adapter_bytes(config: Config, shape: Any, itemsize: int, *, on_gpu: bool) -> int:
@@ -287,6 +315,8 @@ def memory_plan(config: Config) -> list[str]:
     ]
     if on_gpu:
         lines.insert(3, f"  {gb(plan.vllm)}  vLLM's buffers and CUDA graphs")
+    if plan.host:
+        lines.append(f"  {gb(plan.host)}  of host memory, pinned, for the token embedding")
     return lines
 
 
@@ -345,13 +375,21 @@ def check_memory(config: Config, shape: Any, itemsize: int, free: int, total: in
     else:
         needed = plan.peak(plan.kv_one_sequence)
     if needed > usable:
-        raise UserError(refusal(config, plan, needed, free))
+        raise UserError(refusal(config, shape, plan, needed, free))
     if share is not None:
         return None
     return config.rollout.kv_cache_memory_bytes or min(plan.kv_cache, plan.room_for_kv(usable))
 
 
-def refusal(config: Config, plan: MemoryPlan, needed: int, free: int) -> str:
+def lighter_weights(config: Config, shape: Any) -> str:
+    """What would make the weights less."""
+    if not config.model.load_in_4bit:
+        return "set model.load_in_4bit = true"
+    can_offload = not (shape.tie_word_embeddings or config.model.offload_embedding)
+    return ("set model.offload_embedding = true, or " if can_offload else "") + "use a smaller model"
+
+
+def refusal(config: Config, shape: Any, plan: MemoryPlan, needed: int, free: int) -> str:
     """One sentence: what is needed, of what it consists, and what would make it less."""
     share, fixed = config.rollout.gpu_memory_utilization, config.rollout.kv_cache_memory_bytes
     kv = plan.kv_cache if fixed else plan.kv_one_sequence
@@ -362,7 +400,7 @@ def refusal(config: Config, plan: MemoryPlan, needed: int, free: int) -> str:
         logits = min(plan.logits, plan.training)
         parts |= {"activations": plan.training - logits, "logits": logits}
     remedies = {
-        "weights": "use a smaller model" if config.model.load_in_4bit else "set model.load_in_4bit = true",
+        "weights": lighter_weights(config, shape),
         "KV cache": "lower rollout.kv_cache_memory_bytes" if fixed else "lower rollout.max_completion_length",
         "vLLM's buffers": "use a smaller model",
         "adapter": "lower lora.r",

@@ -21,6 +21,7 @@ from grpo.base import BaseWeights
 from grpo.config import Config
 from grpo.errors import UserError
 from grpo.generation import EngineSettings, SamplingSettings
+from grpo.host_memory import give_back_pinned
 from grpo.locate import lasting_name
 from grpo.model_files import check_head_size, check_shapes, end_tokens
 from grpo.plan import MemoryPlan, check_memory, plan_memory, sequence_limits, weight_bytes
@@ -175,6 +176,7 @@ class Session:
         gc.collect()
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
+            give_back_pinned()
 
     def _stop_engine(self) -> None:
         if self._engine is not None:
@@ -272,7 +274,7 @@ def check_weights(config: Config, model: Any, device: torch.device, dtype: torch
     if device.type != "cuda":
         return
     free, shape = torch.cuda.mem_get_info(device)[0], model.get_text_config()
-    needed = weight_bytes(config, shape, dtype.itemsize, packed=config.model.load_in_4bit)
+    needed = weight_bytes(config, shape, dtype.itemsize, on_gpu=True)
     if needed > free:
         raise UserError(
             f"the GPU has {free / 1e9:.1f} GB free, and the weights of {config.model.name} need {needed / 1e9:.1f} GB; "

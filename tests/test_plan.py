@@ -41,7 +41,7 @@ def test_weights_and_adapter_are_planned_as_they_are_stored(family: str, tmp_pat
         settings = config(tmp_path, lora=section, model={"load_in_4bit": False})
         source = open_source(settings.model)
         base = BaseWeights(source, settings.model, device=torch.device("cpu"), dtype=torch.float32)
-        planned = plan.weight_bytes(settings, shape, 4, packed=False)
+        planned = plan.weight_bytes(settings, shape, 4, on_gpu=False)
         assert planned == pytest.approx(base.nbytes(), rel=0.01)
         trained = sum(parameter.numel() for parameter in Policy(base, lora).parameters())
         served = ServedAdapter(base, Policy(base, lora)).buffers.values()
@@ -57,14 +57,14 @@ def test_packed_weights_are_planned_as_nf4_allocates_them() -> None:
         packed, absmax = nf4.allocate(rows, columns, torch.bfloat16, "meta")
         stored += packed.untyped_storage().nbytes() + absmax.untyped_storage().nbytes()
     stored += 2 * (128256 * 3072 + 57 * 3072)
-    assert plan.weight_bytes(config(), LLAMA_3B, 2, packed=True) == stored
+    assert plan.weight_bytes(config(), LLAMA_3B, 2, on_gpu=True) == stored
 
 
 def test_kept_modules_count_in_sixteen_bit() -> None:
-    plain = plan.weight_bytes(config(), LLAMA_3B, 2, packed=True)
-    kept = plan.weight_bytes(config(model={"keep_16bit": ["layers.0.mlp.down_proj"]}), LLAMA_3B, 2, packed=True)
+    plain = plan.weight_bytes(config(), LLAMA_3B, 2, on_gpu=True)
+    kept = plan.weight_bytes(config(model={"keep_16bit": ["layers.0.mlp.down_proj"]}), LLAMA_3B, 2, on_gpu=True)
     assert kept - plain == 3072 * 8192 * (2 - 0.53125)
-    everything = plan.weight_bytes(config(model={"keep_16bit": ["down_proj"]}), LLAMA_3B, 2, packed=True)
+    everything = plan.weight_bytes(config(model={"keep_16bit": ["down_proj"]}), LLAMA_3B, 2, on_gpu=True)
     assert everything - plain == 28 * (kept - plain)
 
 
