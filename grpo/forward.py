@@ -21,6 +21,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from grpo.errors import UserError
 from grpo.kernels.attention import Packing
 from grpo.kernels.logprob import selected_logprobs
+from grpo.recompute import answer_trainers
 
 IGNORED = -100
 """The label of a token that has no part in the loss, as everywhere in transformers."""
@@ -32,6 +33,7 @@ def accept_batches(graph: nn.Module) -> None:
     """Let `graph`, a causal LM over packed rows, be called like transformers' own of its class."""
     for module, forward in ((graph.model, backbone_forward), (graph, causal_lm_forward)):
         module.forward = types.MethodType(method(forward, type(module).forward), module)
+    answer_trainers(graph)
     graph.config.use_cache = graph.generation_config.use_cache = False
 
 

@@ -3,11 +3,13 @@
 "none" keeps what autograd saves, "mlp" all but what the kernels' MLP computes again by itself, "layer" only the input
 of each layer, and "offload" moves those inputs to host memory (pinned, on a stream of its own, overlapping the
 computation) and fetches each while the layer after it is still in its backward. All give the same bits. Which form a
-run takes is decided in `memory.py`; the layers know of this through transformers' checkpointing hook.
+run takes is decided in `memory.py`; the layers know of this through transformers' checkpointing hook, and trainers that
+switch checkpointing on and off as transformers has it get the same.
 """
 
 from __future__ import annotations
 
+import types
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -39,6 +41,28 @@ def recompute_layers(layers: Sequence[nn.Module], form: str) -> None:
         assert form != "mlp" or hasattr(layer, "keep_mlp"), "transformers' own layers have no such form"
         layer.gradient_checkpointing = form in ("layer", "offload")
         layer._gradient_checkpointing_func = partial(recomputed, layer, store, index == 0)
+
+
+def answer_trainers(graph: nn.Module) -> None:
+    """Let `graph.gradient_checkpointing_enable()` and `_disable()`, as trainers call them, switch this recomputation.
+
+    Enabling takes the form that was chosen last if it recomputes layers, else "layer". DPO in TRL disables it for the
+    reference and enables it again at every step: transformers' own way would put torch's function in its place.
+    """
+    graph._set_gradient_checkpointing = types.MethodType(switch_layers, graph)
+
+
+def switch_layers(
+    graph: nn.Module,
+    enable: bool = True,
+    gradient_checkpointing_func: Callable[..., Any] | None = None,
+    every_n_layers: int = 1,
+) -> None:
+    """transformers' hook; torch's function is not used, so how it would be called (`use_reentrant`) does not matter."""
+    for index, layer in enumerate(graph.model.layers):
+        if not hasattr(layer, "_gradient_checkpointing_func"):
+            layer._gradient_checkpointing_func = partial(recomputed, layer, None, index == 0)
+        layer.gradient_checkpointing = enable and index % every_n_layers == 0
 
 
 def recomputed(layer: nn.Module, store: HostStore | None, first: bool, run: Layer, x: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from grpo.base import BaseWeights
 from grpo.config import Lora, parse_config
 from grpo.graph_kernels import install
 from grpo.policy import Policy
+from grpo.recompute import recomputed
 from grpo.source import open_source
 
 PROMPTS = [[3, 5, 9, 11], [3, 5, 9, 11], [8, 4, 7]]
@@ -77,6 +78,23 @@ def test_every_form_gives_the_same_bits_with_the_kernels_layers(family: str, tmp
     expected = learn(policy, "none", times=2)
     for form in ("mlp", "layer", "offload"):
         assert_same_bits(learn(policy, form, times=2), expected)
+
+
+@pytest.mark.parametrize("form", ["none", "offload"])
+def test_what_trainers_switch_is_this_recomputation_in_the_form_that_was_chosen(base: BaseWeights, form: str) -> None:
+    """TRL's DPOTrainer switches it off and on again at every step."""
+    policy = policy_of(base)
+    policy.recompute_layers(form)
+    layers = policy.decoder.model.layers
+    chosen = [layer._gradient_checkpointing_func for layer in layers]
+    policy.model.gradient_checkpointing_disable()
+    assert not policy.model.is_gradient_checkpointing
+    policy.model.gradient_checkpointing_enable({"use_reentrant": True})
+    assert all(layer.gradient_checkpointing for layer in layers)
+    assert [layer._gradient_checkpointing_func for layer in layers] == chosen
+    fresh = policy_of(base)
+    fresh.model.gradient_checkpointing_enable()
+    assert all(layer._gradient_checkpointing_func.func is recomputed for layer in fresh.decoder.model.layers)
 
 
 @pytest.mark.parametrize("form", ["layer", "offload"])
