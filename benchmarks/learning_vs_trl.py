@@ -20,9 +20,7 @@ import argparse
 import functools
 import json
 import math
-import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -33,6 +31,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.plot_run import mean_and_error, smoothed
+from benchmarks.processes import wait_or_end
 from grpo.config import Config, read_config
 from grpo.records import read_entries
 
@@ -43,7 +42,12 @@ LAST = 10
 
 def settings(options: argparse.Namespace) -> list[str]:
     """Overrides that both sides share."""
-    fixed = [f'model.name="{options.model}"', "model.load_in_4bit=false", f"train.seed={options.seed}", "eval.every=none"]
+    fixed = [
+        f'model.name="{options.model}"',
+        "model.load_in_4bit=false",
+        f"train.seed={options.seed}",
+        "eval.every=none",
+    ]
     return [*fixed, *options.set]
 
 
@@ -279,20 +283,12 @@ def begin(options: argparse.Namespace, mode: str, system: str, seed: int) -> sub
     command += ["--trl-kv-gib", str(options.trl_kv_gib)]
     command += [word for pair in options.set for word in ("--set", pair)]
     with open(options.runs / f"{system}-{seed}.log", "w") as log:
-        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
 
 
 def finish(options: argparse.Namespace, system: str, seed: int, run: subprocess.Popen[bytes], ends: float) -> None:
     """Wait for a run; what is left of it when the time is up is ended, and what ours had written is kept."""
-    try:
-        said = f"exit code {run.wait(max(0.1, ends - time.monotonic()))}"
-    except subprocess.TimeoutExpired:
-        said = "stopped: the time was up"
-    try:
-        os.killpg(run.pid, signal.SIGKILL)  # rewards' workers too, and vLLM's
-    except ProcessLookupError:
-        pass
-    run.wait()
+    said = wait_or_end(run, ends - time.monotonic()) or "finished"
     if system == "grpo" and not (options.runs / f"grpo-{seed}.json").exists():
         try:
             keep(options, our_result(options.runs / f"ours-{seed}", seed))

@@ -7,6 +7,7 @@ Nothing here loads a model.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import zlib
 from pathlib import Path
@@ -190,3 +191,15 @@ def write_checkpoint(source: RandomSource, folder: Path, shard_bytes: float = 2e
     index = {"metadata": {"total_size": total}, "weight_map": places}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return total
+
+
+def checkpoint_folder(shape: str, device: torch.device, scratch: Path) -> Path:
+    """`scratch`/random-checkpoint-`shape`, written if it is not there; processes that ask at once get one copy."""
+    folder = scratch / f"random-checkpoint-{shape}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "complete").exists():
+            write_checkpoint(RandomSource(shape, device), folder)
+            (folder / "complete").touch()
+    return folder

@@ -7,10 +7,12 @@ tokens' logprobs on and nothing detokenised:
 - `bnb-lora`: vLLM with bitsandbytes NF4 and its LoRA;
 - `bf16-lora` and `bf16`: vLLM unquantised, with and without its LoRA.
 
-vLLM's are compiled as it does by default.
+vLLM's are compiled as it does by default. What is measured is written after every rollout size, each system's beside
+OUT, so that systems can be run apart, on several GPUs, and joined.
 
     python benchmarks/rollout.py --shape 3b --out benchmarks/results/rollout_3b.json
     python benchmarks/rollout.py --shape 3b --systems ours --counts 128 --new-tokens 512
+    python benchmarks/rollout.py --shape 3b --join a.json b.json --out benchmarks/results/rollout_3b.json
 """
 
 from __future__ import annotations
@@ -21,11 +23,14 @@ import statistics
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.processes import wait_or_end
 
 SYSTEMS = ("ours", "bnb-lora", "bf16-lora", "bf16")
 BARS = {32: {"bnb-lora": 2.0, "bf16-lora": 1.0}, 256: {"bnb-lora": 1.4}}
@@ -84,7 +89,7 @@ def vllm_rollout(options: argparse.Namespace) -> Callable[[list[list[int]], int,
     import grpo.engine  # noqa: F401 - the environment that vLLM needs here
 
     quantised, lora = options.system == "bnb-lora", options.system != "bf16"
-    folder = options.scratch / f"rollout-{options.shape}"
+    folder = prepare_folder(options)
     arguments: dict[str, Any] = {
         "load_format": "bitsandbytes" if quantised else "dummy",
         "quantization": "bitsandbytes" if quantised else None,
@@ -122,80 +127,113 @@ def one_system(options: argparse.Namespace) -> dict[str, Any]:
     started = time.time()
     sample = our_rollout(options) if options.system == "ours" else vllm_rollout(options)
     from benchmarks.random_model import shape_config
-    from benchmarks.shared_model import synchronize
     from grpo.environment import hardware, versions
 
     vocabulary = shape_config(options.shape).vocab_size
     found: dict[str, Any] = {"system": options.system, "started_in_s": round(time.time() - started, 1), "rollouts": []}
+    found |= {"hardware": hardware(), "versions": versions()}
     for count in options.counts:
-        sample(grouped_prompts(vocabulary, count, options.prompt_tokens, 1), 16, 1)
-        seconds = []
-        for repeat in range(options.repeats):
-            prompts = grouped_prompts(vocabulary, count, options.prompt_tokens, 100 + repeat)
-            synchronize()
-            begun = time.perf_counter()
-            tokens = sample(prompts, options.new_tokens, 100 + repeat)
-            synchronize()
-            seconds.append(time.perf_counter() - begun)
-            assert tokens == count * options.new_tokens, (tokens, count)
-        median = statistics.median(seconds)
-        found["rollouts"].append(
-            {
-                "sequences": count,
-                "new_tokens": options.new_tokens,
-                "seconds": round(median, 3),
-                "all_seconds": [round(s, 3) for s in seconds],
-                "tokens_per_second": round(count * options.new_tokens / median, 1),
-            }
-        )
-        rate = count * options.new_tokens / median
-        print(f"{options.system:10} {count:4} sequences: {median:7.3f} s {rate:9,.0f} tokens/s")
-    return found | {"hardware": hardware(), "versions": versions()}
+        try:
+            found["rollouts"].append(one_count(options, sample, vocabulary, count))
+        except Exception as error:
+            traceback.print_exc()
+            found.setdefault("errors", {})[str(count)] = f"{type(error).__name__}: {error}"[:300]
+        if options.out:
+            write(options.out, found)
+    return found
+
+
+def one_count(options: argparse.Namespace, sample: Any, vocabulary: int, count: int) -> dict[str, Any]:
+    from benchmarks.shared_model import synchronize
+
+    sample(grouped_prompts(vocabulary, count, options.prompt_tokens, 1), 16, 1)
+    seconds = []
+    for repeat in range(options.repeats):
+        prompts = grouped_prompts(vocabulary, count, options.prompt_tokens, 100 + repeat)
+        synchronize()
+        begun = time.perf_counter()
+        tokens = sample(prompts, options.new_tokens, 100 + repeat)
+        synchronize()
+        seconds.append(time.perf_counter() - begun)
+        assert tokens == count * options.new_tokens, (tokens, count)
+    median = statistics.median(seconds)
+    rate = count * options.new_tokens / median
+    print(f"{options.system:10} {count:4} sequences: {median:7.3f} s {rate:9,.0f} tokens/s", flush=True)
+    return {
+        "sequences": count,
+        "new_tokens": options.new_tokens,
+        "seconds": round(median, 3),
+        "all_seconds": [round(s, 3) for s in seconds],
+        "tokens_per_second": round(rate, 1),
+    }
 
 
 # All of them
 
 
-def prepare_folder(options: argparse.Namespace) -> None:
-    """The checkpoint and the adapter that vLLM's own systems read."""
+def prepare_folder(options: argparse.Namespace) -> Path:
+    """The checkpoint and the adapter that one of vLLM's own systems reads; without weights where it makes them up."""
     import torch
     from safetensors.torch import save_file
 
-    from benchmarks.random_model import RandomSource, linear_shapes, write_checkpoint
+    from benchmarks.random_model import checkpoint_folder, linear_shapes, shape_config
 
-    folder = options.scratch / f"rollout-{options.shape}"
-    device = torch.device(options.device)
-    source = RandomSource(options.shape, device)
-    if "bnb-lora" in options.systems:
-        write_checkpoint(source, folder)
-    folder.mkdir(exist_ok=True, parents=True)
-    source.config.save_pretrained(folder)
+    config = shape_config(options.shape)
+    if options.system == "bnb-lora":
+        folder = checkpoint_folder(options.shape, torch.device(options.device), options.scratch)
+    else:
+        folder = options.scratch / f"rollout-{options.shape}-{options.system}"
+        folder.mkdir(exist_ok=True, parents=True)
+        config.save_pretrained(folder)
+    if options.system == "bf16":
+        return folder
     tensors = {}
-    for name, (rows, columns) in linear_shapes(source.config).items():
+    for name, (rows, columns) in linear_shapes(config).items():
         tensors[f"base_model.model.{name}.lora_A.weight"] = (torch.randn(RANK, columns) * columns**-0.5).bfloat16()
         tensors[f"base_model.model.{name}.lora_B.weight"] = (torch.randn(rows, RANK) * 0.02).bfloat16()
     (folder / "adapter").mkdir(exist_ok=True)
     save_file(tensors, folder / "adapter" / "adapter_model.safetensors")
-    config = {
+    about = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": 2 * RANK, "bias": "none",
-        "target_modules": sorted({name.rpartition(".")[2] for name in linear_shapes(source.config)}),
+        "target_modules": sorted({name.rpartition(".")[2] for name in linear_shapes(config)}),
     }  # fmt: skip
-    (folder / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    (folder / "adapter" / "adapter_config.json").write_text(json.dumps(about))
+    return folder
 
 
 def run_system(options: argparse.Namespace, system: str, ends: float) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--system", system, *options.passed]
+    """What a process of its own measures of `system`, and as far as it got if the time was up first."""
+    place = (options.out or options.scratch / "rollout.json").with_suffix(f".{system}.json")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.unlink(missing_ok=True)
+    command = [sys.executable, __file__, "--system", system, *options.passed, "--out", str(place)]
     begun = time.monotonic()
-    try:
-        done = subprocess.run(command, capture_output=True, text=True,
-                              timeout=max(1.0, ends - begun))  # fmt: skip
-    except subprocess.TimeoutExpired:
-        return {"system": system, "error": "stopped: the time was up"}
-    lines = done.stdout.strip().splitlines()
-    if done.returncode or not lines:
-        return {"system": system, "error": done.stderr[-1500:]}
-    print("\n".join(line for line in lines[:-1] if line.startswith(system)), flush=True)
-    return {**json.loads(lines[-1]), "wall_s": round(time.monotonic() - begun, 1)}
+    with open(place.with_suffix(".log"), "w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+    said = wait_or_end(process, ends - begun)
+    text = place.with_suffix(".log").read_text(errors="replace")
+    print("\n".join(line for line in text.splitlines() if line.startswith(system)), flush=True)
+    found = json.loads(place.read_text()) if place.exists() else {"system": system}
+    if said:
+        found |= {"error": said, "log": text[-1500:]}
+    return {**found, "wall_s": round(time.monotonic() - begun, 1)}
+
+
+def write(file: Path, result: dict[str, Any]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.with_suffix(".part").write_text(json.dumps(result, indent=1) + "\n")
+    file.with_suffix(".part").replace(file)
+
+
+def joined(files: list[Path]) -> dict[str, dict[str, Any]]:
+    """System -> what was measured, out of results of this script and of single systems; of two, the longer."""
+    systems: dict[str, dict[str, Any]] = {}
+    for file in files:
+        content = json.loads(file.read_text())
+        for system, found in content.get("systems", {content.get("system"): content}).items():
+            if len(found.get("rollouts", [])) >= len(systems.get(system, {}).get("rollouts", [])):
+                systems[system] = found
+    return {system: systems[system] for system in SYSTEMS if system in systems}
 
 
 def ratios(systems: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
@@ -230,28 +268,33 @@ def main() -> int:
     parser.add_argument("--scratch", type=Path, default=Path("/tmp"))
     parser.add_argument("--budget", type=float, default=560, help="seconds for everything")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--join", nargs="+", type=Path, metavar="FILE", help="measure nothing: results to put together")
     options = parser.parse_args()
     if options.system:
         print(json.dumps(one_system(options)))
         return 0
-    options.passed = [argument for argument in sys.argv[1:]]
+    options.passed = sys.argv[1:]
     ends = time.monotonic() + options.budget
-    if set(options.systems) != {"ours"}:
-        prepare_folder(options)
-    systems = {system: run_system(options, system, ends) for system in options.systems}
-    rows = ratios(systems)
-    for row in rows:
+    systems = joined(options.join) if options.join else {}
+    for system in [] if options.join else options.systems:
+        systems[system] = run_system(options, system, ends)
+        if options.out:
+            write(options.out, result_of(options.shape, systems))
+    result = result_of(options.shape, systems)
+    for row in result["ratios"]:
         bar = f" (bar {row['bar']}x)" if row["bar"] else ""
         print(f"ours over {row['against']:10} at {row['sequences']:4}: {row['ratio']:.2f}x{bar}")
     for system, found in systems.items():
         if "error" in found:
-            print(f"{system}: {found['error'][-600:]}")
-    result = {"benchmark": "rollout", "shape": options.shape, "systems": systems, "ratios": rows}
+            print(f"{system}: {found['error']} {found['log'][-600:]}")
     if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps({"benchmark": "rollout", "shape": options.shape, "ratios": rows}))
+        write(options.out, result)
+    print(json.dumps({"benchmark": "rollout", "shape": options.shape, "ratios": result["ratios"]}))
     return 0
+
+
+def result_of(shape: str, systems: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    return {"benchmark": "rollout", "shape": shape, "systems": systems, "ratios": ratios(systems)}
 
 
 if __name__ == "__main__":
