@@ -14,6 +14,7 @@ import string
 import tempfile
 import time
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -98,8 +99,6 @@ class System:
     def __init__(self, settings: Settings):
         self.settings = settings
         self.device = torch.device(settings.device)
-        self.device_before = device_bytes(self.device)
-        """What others use of the device."""
         self.tokenizer = byte_tokenizer()
         self.load()
 
@@ -127,7 +126,7 @@ class System:
                 trainer.train()
             finally:
                 self.release(trainer)
-                used = device_bytes(self.device) - self.device_before
+                used = device_bytes(self.device)
                 trainer.model = trainer.model_wrapped = trainer.optimizer = None
         tokens = row.size * (settings.length if row.trainer == "sft" else 2 * settings.pair_length)
         median = statistics.median(clock.seconds)
@@ -157,7 +156,6 @@ class System:
             "save_strategy": "no",
             "report_to": [],
             "disable_tqdm": True,
-            "bf16": settings.device == "cuda",
             "use_cpu": settings.device == "cpu",
         }
 
@@ -197,7 +195,7 @@ class Ours(System):
         kind, arguments_kind = TRAINERS[row.trainer]
         return kind(
             self.policy.model,
-            args=arguments_kind(**arguments, gradient_checkpointing=False),
+            args=arguments_kind(**arguments, gradient_checkpointing=False, bf16=False),
             train_dataset=self.data(row),
             processing_class=self.tokenizer,
         )
@@ -220,7 +218,9 @@ class Peer(System):
         rank = self.settings.rank
         return kind(
             self.model,
-            args=arguments_kind(**arguments, gradient_checkpointing=row.form == "layer"),
+            args=arguments_kind(
+                **arguments, gradient_checkpointing=row.form == "layer", bf16=self.device.type == "cuda"
+            ),
             train_dataset=self.data(row),
             processing_class=self.tokenizer,
             # Given here and not applied before, DPO's reference is the model without adapter: the cheaper way.
@@ -285,8 +285,10 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def device_bytes(device: torch.device) -> int:
-    """What the driver counts as used on the device, by everybody, as nvidia-smi shows it; 0 on a CPU."""
+    """What is used on the device, CUDA contexts included, by NVML or else the CUDA driver; 0 on a CPU."""
     if device.type != "cuda":
         return 0
+    if find_spec("pynvml") is not None:
+        return torch.cuda.device_memory_used(device)
     free, total = torch.cuda.mem_get_info(device)
     return total - free

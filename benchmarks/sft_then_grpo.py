@@ -8,8 +8,11 @@ format, not arithmetic.
     python benchmarks/sft_then_grpo.py --data GSM8K_FOLDER --work /tmp/warm --out benchmarks/results/sft_then_grpo
     python benchmarks/sft_then_grpo.py --tiny --work /tmp/warm-tiny --out /tmp/warm-tiny/result
 
-writes OUT.png and OUT.json. Called again it goes on where it was stopped: a finished run in WORK is not repeated.
---tiny tries the script on a CPU with a model that knows nothing, whose figures mean nothing.
+The run without warm start goes at the same time as the other two, as processes of their own on one GPU; with
+`--one-by-one` each has the machine to itself, and `--parts` chooses among them. OUT.png and OUT.json are drawn from
+whatever steps there are when all have ended or the budget is over; runs are then stopped as by Ctrl-C. Called again
+the script goes on from their checkpoints: a finished run in WORK is not repeated. What the runs print is in
+WORK/NAME.log. --tiny tries the script on a CPU with a model that knows nothing, whose figures mean nothing.
 """
 
 from __future__ import annotations
@@ -17,9 +20,13 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shutil
+import signal
 import statistics
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +53,10 @@ REWARDS = [
     {"function": "strict_format", **MULTILINE},
 ]
 RUNS = {"without": "GRPO alone", "warm": "after the warm start"}
+CHAINS = (("without",), ("sft", "warm"))
+"""Parts in the order in which one needs the other; chains may run at the same time."""
+STOPPING = 30.0
+"""Seconds that a run may take to save itself."""
 PANELS = {
     "rewards/strict_format": "strict format (0.5 is the most)",
     "rewards/correctness": "correctness (2 is the most)",
@@ -100,9 +111,10 @@ def sft_tables(options: argparse.Namespace) -> dict[str, Any]:
     return {
         **shared(options),
         "sft": {"path": str(options.work / "examples.jsonl"), **rows},
+        "eval": {"every": 2 if options.tiny else 50, "limit": 4 if options.tiny else 200},
         "train": {"learning_rate": 2e-4, "lr_scheduler_type": "cosine", "warmup_ratio": 0.05}
         | {"max_steps": 3 if options.tiny else options.sft_steps},
-        "checkpoint": {"output_dir": str(options.work / "sft")},
+        "checkpoint": {"output_dir": str(options.work / "sft"), "save_steps": 50},
     }
 
 
@@ -112,6 +124,8 @@ def grpo_tables(options: argparse.Namespace, name: str) -> dict[str, Any]:
     if name == "warm":
         tables["lora"]["init"] = str(options.work / "sft" / "adapter")
     sizes = {"prompts_per_step": 64, "num_generations": 8, "max_prompt_length": 384, "max_completion_length": 192}
+    # Two runs on one GPU: neither takes what the other needs.
+    sizes |= {"max_num_seqs": 512, "kv_cache_memory_bytes": 8 * 10**9}
     if options.tiny:
         sizes = {"prompts_per_step": 2, "num_generations": 4, "max_prompt_length": 128, "max_completion_length": 16}
     return {
@@ -119,57 +133,103 @@ def grpo_tables(options: argparse.Namespace, name: str) -> dict[str, Any]:
         "task": {"name": "gsm8k", "options": {"path": str(options.data)}},
         "rewards": REWARDS,
         "rollout": sizes,
-        "train": {"learning_rate": 1e-4, "warmup_ratio": 0.05, "max_steps": 2 if options.tiny else options.steps},
+        "train": {"learning_rate": 1e-4, "warmup_ratio": 0.05, "max_steps": 2 if options.tiny else options.steps}
+        | ({} if options.tiny else {"tokens_per_micro_batch": 32768}),
         "eval": {"every": 2 if options.tiny else 50, "limit": 4 if options.tiny else 500},
         "checkpoint": {"output_dir": str(options.work / name), "save_steps": 10},
     }
 
 
-def finish(module: str, run: Path, tables: dict[str, Any]) -> None:
-    """Run `python -m module` on `tables` to its end, from where it is. Raises CalledProcessError."""
+def tables_of(options: argparse.Namespace, name: str) -> tuple[str, dict[str, Any]]:
+    """The module that runs a part, and its configuration."""
+    if name == "sft":
+        return "grpo.sft", sft_tables(options)
+    return "grpo.train", grpo_tables(options, name)
+
+
+def run_chain(options: argparse.Namespace, names: list[str]) -> dict[str, str]:
+    """Run the parts one after another, until one does not finish; says how each ended."""
+    ended = {}
+    for name in names:
+        ended[name] = finish(options, name)
+        print(f"{name}: {ended[name]}", flush=True)
+        if ended[name] != "finished":
+            break
+    return ended
+
+
+def finish(options: argparse.Namespace, name: str) -> str:
+    """Run one part to its end or that of the budget, from where it is; returns how it ended."""
+    run = options.work / name
     if (run / "summary.json").exists():
-        return
+        return "finished"
+    if options.ends - time.monotonic() < STOPPING:
+        return "no time left"
+    module, tables = tables_of(options, name)
     file = run.with_suffix(".toml")
     file.write_text(write_toml(tables))
-    arguments = ["--resume", str(run)] if (run / "metrics.jsonl").exists() else [str(file)]
-    print(module, *arguments, flush=True)
-    subprocess.run([sys.executable, "-m", module, *arguments], cwd=ROOT, check=True)
+    arguments = ["--resume", str(run)] if any((run / "checkpoints").glob("*")) else [str(file)]
+    if not arguments[0].startswith("--"):
+        shutil.rmtree(run, ignore_errors=True)  # of a process that ended before its first checkpoint
+    print(f"{name}: {module} {' '.join(arguments)}", flush=True)
+    with run.with_suffix(".log").open("a") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", module, *arguments], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT
+        )
+        try:
+            process.wait(max(options.ends - STOPPING - time.monotonic(), 1))
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGINT)
+            try:
+                process.wait(STOPPING)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            return "out of time"
+    return "finished" if process.returncode == 0 else f"exit code {process.returncode}, see {run.with_suffix('.log')}"
 
 
 def summary(result: TrainResult) -> dict[str, Any]:
-    """Means of both ends of each curve, and held-out accuracy before and after."""
+    """Means of both ends of each curve, the curves, and held-out accuracy."""
     ends = {}
     for key in PANELS:
         values = [value for value in result.history(key) if value is not None]
-        first, last = values[:ENDS], values[-ENDS:]
-        ends[key] = {"first": round(statistics.fmean(first), 4), "last": round(statistics.fmean(last), 4)}
-    wanted = ("step", "eval/strict_accuracy", "eval/flexible_accuracy")
-    held_out = [{key: entry[key] for key in wanted} for entry in result.evaluations]
-    return {"steps": len(result.metrics), "curves": ends, "held_out": held_out}
+        if values:
+            first, last = values[:ENDS], values[-ENDS:]
+            ends[key] = {"first": round(statistics.fmean(first), 4), "last": round(statistics.fmean(last), 4)}
+    names = ("strict_accuracy", "flexible_accuracy")
+    wanted = ["step", *(f"eval/{name}{end}" for name in names for end in ("", "/low", "/high"))]
+    held_out = [{key: entry[key] for key in wanted if key in entry} for entry in result.evaluations]
+    curves = {key: [None if y is None else round(y, 5) for y in result.history(key)] for key in PANELS}
+    return {"steps": len(result.metrics), "ends": ends, "held_out": held_out, "curves": curves}
 
 
-def report(work: Path, out: Path) -> None:
-    """OUT.png and OUT.json from the finished runs."""
-    results = {name: TrainResult.read(work / name) for name in RUNS}
+def report(work: Path, out: Path, ended: dict[str, str]) -> dict[str, Any]:
+    """OUT.png and OUT.json from the runs as they are; a run without a step is left out."""
+    results = {name: TrainResult.read(work / name) for name in RUNS if (work / name / "metrics.jsonl").exists()}
     panels: dict[str, Any] = {}
     for key, title in PANELS.items():
         panels[title] = {}
-        for name, label in RUNS.items():
-            pairs = [(entry["step"], entry[key]) for entry in results[name].metrics if entry.get(key) is not None]
-            panels[title][label] = ([step for step, _ in pairs], [value for _, value in pairs])
+        for name, result in results.items():
+            pairs = [(entry["step"], entry[key]) for entry in result.metrics if entry.get(key) is not None]
+            panels[title][RUNS[name]] = ([step for step, _ in pairs], [value for _, value in pairs])
     out.parent.mkdir(parents=True, exist_ok=True)
-    draw(panels).save(out.with_suffix(".png"))
-    sft = TrainResult.read(work / "sft")
-    record = {
-        "supervised": {
-            "steps": len(sft.metrics),
-            "loss": {"first": sft.metrics[0]["loss"], "last": sft.metrics[-1]["loss"]},
-        },
-        **{name: summary(result) for name, result in results.items()},
-        "versions": versions(),
-        "hardware": hardware(),
-    }
+    if results:
+        draw(panels).save(out.with_suffix(".png"))
+    record: dict[str, Any] = {"benchmark": "sft_then_grpo", "ended": ended}
+    if (work / "sft" / "metrics.jsonl").exists():
+        record["supervised"] = supervised(TrainResult.read(work / "sft"))
+    record |= {name: summary(result) for name, result in results.items()}
+    record |= {"versions": versions(), "hardware": hardware()}
     out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+    return record
+
+
+def supervised(result: TrainResult) -> dict[str, Any]:
+    """The loss of the warm start, on its rows and on held-out ones."""
+    losses = [entry["loss"] for entry in result.metrics]
+    held_out = [{"step": entry["step"], "loss": entry["eval/loss"]} for entry in result.evaluations]
+    return {"steps": len(losses), "loss": {"first": losses[0], "last": losses[-1]}, "held_out": held_out}
 
 
 def make_tiny(options: argparse.Namespace) -> None:
@@ -193,8 +253,16 @@ def parsed() -> argparse.Namespace:
     result.add_argument("--out", type=Path, required=True, help="the result, without its ending")
     result.add_argument("--sft-steps", type=int, default=200)
     result.add_argument("--steps", type=int, default=100, help="of GRPO")
+    result.add_argument(
+        "--parts", type=lambda text: text.split(","), default=["without", "sft", "warm"], help="comma-separated"
+    )
+    result.add_argument("--one-by-one", action="store_true", help="one process at a time")
+    result.add_argument("--budget", type=float, default=86400, help="seconds")
     result.add_argument("--tiny", action="store_true", help="a few steps on a CPU")
     options = result.parse_args()
+    if unknown := set(options.parts) - {name for chain in CHAINS for name in chain}:
+        result.error(f"--parts: there is no {', '.join(sorted(unknown))}")
+    options.ends = time.monotonic() + options.budget
     if options.data is None and not options.tiny:
         result.error("--data is needed, or --tiny")
     return options
@@ -208,10 +276,14 @@ def main() -> None:
         make_tiny(options)
     options.data = options.data.resolve()
     write_examples(options.data, options.work / "examples.jsonl")
-    finish("grpo.sft", options.work / "sft", sft_tables(options))
-    for name in RUNS:
-        finish("grpo.train", options.work / name, grpo_tables(options, name))
-    report(options.work, options.out)
+    chains = [[name for name in chain if name in options.parts] for chain in CHAINS]
+    ended: dict[str, str] = {}
+    with ThreadPoolExecutor(1 if options.one_by_one else len(chains)) as pool:
+        for one in pool.map(lambda names: run_chain(options, names), chains):
+            ended |= one
+    record = report(options.work, options.out, ended)
+    print(json.dumps(record))
+    sys.exit(any(how != "finished" for how in ended.values()))
 
 
 if __name__ == "__main__":
