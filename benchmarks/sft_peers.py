@@ -10,8 +10,8 @@ as TRL does by default; one row without tells what that costs it.
     python benchmarks/sft_peers.py --tiny                  # small, on a CPU: tries the script, its figures mean nothing
 
 Memory is told twice: the peak that torch's allocator handed out in a step, and what NVML counts as used on the device
-after the last one, torch's cache and the CUDA context included; nothing else should run there. A row that fails is recorded with its error. OUT is
-written after every row.
+after the last one, torch's cache and the CUDA context included; nothing else should run there. A row that fails is
+recorded with its error. OUT is written after every row.
 """
 
 from __future__ import annotations

@@ -220,6 +220,9 @@ def tiles(run: RunData) -> list[dict[str, str]]:
         text = accuracy(after, "eval/strict_accuracy")
         detail = f"{text['interval']}; step {before['step']}: {accuracy(before, 'eval/strict_accuracy')['value']}"
         made.append(tile("held-out accuracy", text["value"], detail))
+    if losses := [entry["eval/loss"] for entry in run.evaluations if "eval/loss" in entry]:
+        detail = f"lowest {figure(min(losses))}, at first {figure(losses[0])}"
+        made.append(tile("held-out loss", figure(losses[-1]), detail))
     if seconds := run.known("step_seconds"):
         recent = mean(seconds[-20:]) or 0.0
         left = (run.max_steps or 0) - run.steps[-1]

@@ -324,7 +324,17 @@ def evaluation_charts(runs: Sequence[RunData]) -> list[Chart]:
                 "marks": [],
             }
         )  # fmt: skip
-    return charts
+    return charts + held_out_loss(runs)
+
+
+def held_out_loss(runs: Sequence[RunData]) -> list[Chart]:
+    """What a supervised run measures, below the loss of its own steps."""
+    series = [points(run, "eval/loss", run.name if len(runs) > 1 else "held out") for run in runs]
+    series = [{**one, "colour": place} for place, one in enumerate(one for one in series if one["x"])]
+    about = "On examples that are not trained on. Where it rises again, the run has begun to learn them by heart."
+    marks = {"kind": "points", "format": "number", "from_zero": False, "log": False, "marks": []}
+    made = {"title": "Held-out loss", "unit": "nats per token", "about": about, "series": series, **marks}
+    return [made] if series else []
 
 
 def accuracy_prefixes(entry: dict[str, Any]) -> list[str]:

@@ -12,23 +12,29 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from grpo.checkpoint import CONFIG
-from grpo.errors import UserError, fail
+from grpo.errors import UserError, disk_refusal, fail
 from grpo.interrupt import leaving_at_once
 from grpo.sft_config import SftConfig, read_sft_config, sft_config_toml
 from grpo.toml import write_value
+from grpo.torchrun import refuse_several
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line `arguments` (those of the process by default) and return its exit code."""
     parsed = parser().parse_args(arguments)
     try:
+        refuse_several("grpo.sft")
         config = configuration(parsed)
         if parsed.dry_run:
-            print(sft_config_toml(config), end="")
+            print(dry_run(config))
         else:
             train(config, resume=parsed.resume is not None, verbose=parsed.verbose)
     except UserError as error:
         return fail("grpo.sft", error)
+    except OSError as error:
+        if (sentence := disk_refusal(error)) is None:
+            raise
+        return fail("grpo.sft", sentence)
     except KeyboardInterrupt as error:
         told = "interrupted; --resume continues from the last checkpoint, if one was written"
         return fail("grpo.sft", told, 128 + getattr(error, "number", signal.SIGINT))
@@ -47,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one key; may be repeated"
     )
-    result.add_argument("--dry-run", action="store_true", help="print the whole configuration, and stop")
+    result.add_argument("--dry-run", action="store_true", help="print the whole configuration and what a step is; stop")
     result.add_argument(
         "--resume", type=Path, metavar="RUN_FOLDER", help="continue the run in this folder from its last checkpoint"
     )
@@ -76,6 +82,8 @@ def configuration(parsed: argparse.Namespace) -> SftConfig:
 
 def check_resumable(saved: SftConfig, new: SftConfig) -> None:
     """Raise UserError where `new` has another model, adapter, data or order than the run that `saved` describes."""
+    if saved.rows_held_out != new.rows_held_out:
+        raise UserError("--resume: [eval] would hold out other rows than the run did; leave it as it is")
     for name, before, now in (
         *((f"[{name}]", getattr(saved, name), getattr(new, name)) for name in ("model", "lora", "sft")),
         ("train.seed", saved.train.seed, new.train.seed),
@@ -94,6 +102,18 @@ def train(config: SftConfig, *, resume: bool, verbose: bool) -> None:
 
     with leaving_at_once():
         run_sft(config, resume=resume, verbose=verbose)
+
+
+def dry_run(config: SftConfig) -> str:
+    """The resolved configuration as TOML, and below it, as TOML comments, what a step and the run are."""
+    sft, train = config.sft, config.train
+    rows = sft.per_device_train_batch_size * sft.gradient_accumulation_steps
+    kind = "packed rows" if sft.packing else "sequences"
+    step = f"# A step: {rows} {kind} of at most {sft.max_length:,} tokens, together {rows * sft.max_length:,}"
+    if sft.gradient_accumulation_steps > 1:
+        step += f", in {sft.gradient_accumulation_steps} forwards and backwards"
+    length = f"{train.num_train_epochs:g} x the rows" if train.max_steps is None else f"{train.max_steps:,} steps"
+    return f"{sft_config_toml(config)}\n{step}.\n# The run: {length}."
 
 
 if __name__ == "__main__":

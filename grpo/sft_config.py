@@ -11,7 +11,19 @@ from typing import Any, Literal
 
 from pydantic import ValidationError, model_validator
 
-from grpo.config import Checkpoint, Config, Log, Lora, Model, PathText, PositiveInt, Section, Train, parse_config
+from grpo.config import (
+    Checkpoint,
+    Config,
+    Eval,
+    Log,
+    Lora,
+    Model,
+    PathText,
+    PositiveInt,
+    Section,
+    Train,
+    parse_config,
+)
 from grpo.explain import explain
 from grpo.toml import NONE, apply_override, read_toml, write_toml
 
@@ -20,8 +32,8 @@ TRAIN_KEYS = (
     "adam_beta2", "adam_epsilon", "weight_decay", "max_grad_norm", "kernels", "gradient_checkpointing", "seed",
 )  # fmt: skip
 """Keys of `[train]` that a supervised run has."""
-LOG_KEYS = ("to", "report")
-"""Keys of `[log]` that it has."""
+KEYS = {"train": TRAIN_KEYS, "eval": ("every", "limit"), "log": ("to", "report")}
+"""The keys that it has of the sections from which it takes only some."""
 
 
 class Sft(Section):
@@ -35,8 +47,11 @@ class Sft(Section):
     """Configuration of the hub's data set."""
     split: str = "train"
     """The split to train on."""
+    eval_split: str | None = None
+    """The split whose loss is measured where `[eval] every` is set. Default: `eval.limit` rows, the last of `split`,
+    are not trained on and measured instead."""
     limit: PositiveInt | None = None
-    """Use only the first so many rows."""
+    """Use only the first so many rows of `split`."""
     prompt: str | None = None
     """How columns become the question: "{instruction}[[\\nInput: {input}]]". A part in double brackets is left out
     where one of its columns is empty. Default: by the columns that there are, see docs/sft.md."""
@@ -89,17 +104,29 @@ class SftConfig(Section):
     lora: Lora = Lora()
     sft: Sft
     train: Train = Train()
+    eval: Eval = Eval()
     log: Log = Log()
     checkpoint: Checkpoint = Checkpoint()
 
     @model_validator(mode="after")
     def nothing_is_ignored(self) -> SftConfig:
-        for name, section, keys in (("train", self.train, TRAIN_KEYS), ("log", self.log, LOG_KEYS)):
-            for key in sorted(section.model_fields_set - set(keys)):
+        for name, keys in KEYS.items():
+            for key in sorted(getattr(self, name).model_fields_set - set(keys)):
                 raise ValueError(f"{name}.{key} belongs to GRPO and has no meaning here; leave it out")
         if self.model.max_seq_length is not None:
             raise ValueError("model.max_seq_length is sft.max_length here; set that instead")
         return self
+
+    @model_validator(mode="after")
+    def rows_to_hold_out_are_counted(self) -> SftConfig:
+        if self.eval.every is not None and self.sft.eval_split is None and self.eval.limit is None:
+            raise ValueError('eval.limit = "none" would hold out every row; set a number, or sft.eval_split')
+        return self
+
+    @property
+    def rows_held_out(self) -> int:
+        """Rows at the end of `split` that are not trained on."""
+        return self.eval.limit or 0 if self.eval.every is not None and self.sft.eval_split is None else 0
 
     def for_policy(self) -> Config:
         """What the model is loaded with: the same sections, and no task."""
@@ -138,7 +165,7 @@ def sft_config_toml(config: SftConfig) -> str:
     for name in SftConfig.model_fields:
         section: Section = getattr(config, name)
         fields = type(section).model_fields
-        keys = {"train": TRAIN_KEYS, "log": LOG_KEYS}.get(name, tuple(fields))
+        keys = KEYS.get(name, tuple(fields))
         values = {key: getattr(section, key) for key in keys if (name, key) != ("model", "max_seq_length")}
         tables[name] = {k: NONE if v is None and fields[k].default is not None else v for k, v in values.items()}
     return write_toml(tables)

@@ -17,7 +17,7 @@ from typing import Any
 
 from grpo.errors import UserError
 from grpo.rewards.resolve import described
-from grpo.sft_config import Sft
+from grpo.sft_config import Sft, SftConfig
 from grpo.tasks.common import Row, read_hub, read_splits
 
 IGNORED = -100
@@ -41,17 +41,40 @@ class SftData:
     """All sequences, and what is to be said about them."""
 
     examples: list[Example] = field(default_factory=list)
+    held_out: list[Example] = field(default_factory=list)
+    """Not trained on."""
     notices: list[str] = field(default_factory=list)
 
 
-def load_examples(settings: Sft, tokenizer: Any, stop_token_ids: Sequence[int], seed: int) -> SftData:
-    """The sequences of `[sft]`. `stop_token_ids`: the tokens that end generation.
+def load_data(config: SftConfig, tokenizer: Any, stop_token_ids: Sequence[int]) -> SftData:
+    """The sequences to train on and, where `[eval] every` is set, those to measure. Raises UserError."""
+    settings, seed = config.sft, config.train.seed
+    rows = read_rows(settings, settings.split)[: settings.limit]
+    held_out: list[Row] = []
+    told = []
+    if config.eval.every is not None and settings.eval_split is not None:
+        held_out = read_rows(settings, settings.eval_split)[: config.eval.limit]
+    elif kept := config.rows_held_out:
+        if kept >= len(rows):
+            raise UserError(f"eval.limit = {kept} would hold out all {len(rows)} rows; lower it, or set sft.eval_split")
+        rows, held_out = rows[:-kept], rows[-kept:]
+        told = [f"the last {kept} rows are held out and not trained on; sft.eval_split names a split instead"]
+    data = load_examples(settings, rows, tokenizer, stop_token_ids, seed)
+    if held_out:
+        data.held_out = load_examples(settings, held_out, tokenizer, stop_token_ids, seed, "held-out ").examples
+    data.notices = told + data.notices
+    return data
 
-    Raises UserError for data that cannot be read, a row that is no conversation, a chat template that is missing or
-    renders a turn otherwise once others follow, and where no row is short enough.
+
+def load_examples(
+    settings: Sft, rows: Sequence[Row], tokenizer: Any, stop_token_ids: Sequence[int], seed: int, kind: str = ""
+) -> SftData:
+    """`rows` as sequences. `stop_token_ids`: the tokens that end generation; `kind`: what errors call the rows.
+
+    Raises UserError for a row that is no conversation, a chat template that is missing or renders a turn otherwise
+    once others follow, and where no row is short enough.
     """
-    rows = read_rows(settings)
-    chats = [conversation(row, settings, f"row {number}") for number, row in enumerate(rows, 1)]
+    chats = [conversation(row, settings, f"{kind}row {number}") for number, row in enumerate(rows, 1)]
     if settings.turns_per_conversation > 1:
         chats = joined(chats, settings.turns_per_conversation, seed)
     if settings.system_prompt is not None:
@@ -60,19 +83,19 @@ def load_examples(settings: Sft, tokenizer: Any, stop_token_ids: Sequence[int], 
     data = SftData()
     lengths = []
     for number, chat in enumerate(chats, 1):
-        example = encoder.encode(chat, f"conversation {number}")
+        example = encoder.encode(chat, f"{kind}conversation {number}")
         lengths.append(len(example.input_ids))
         if lengths[-1] <= settings.max_length:
             data.examples.append(example)
         elif settings.overlong == "error":
             raise UserError(
-                f"conversation {number} has {lengths[-1]} tokens, more than sft.max_length = {settings.max_length}; "
-                'raise it, or set sft.overlong = "drop"'
+                f"{kind}conversation {number} has {lengths[-1]} tokens, more than sft.max_length = "
+                f'{settings.max_length}; raise it, or set sft.overlong = "drop"'
             )
     if not data.examples:
         raise UserError(
-            f"all {len(lengths)} sequences are longer than sft.max_length = {settings.max_length}; the shortest has "
-            f"{min(lengths)} tokens, so raise it"
+            f"all {len(lengths)} {kind}sequences are longer than sft.max_length = {settings.max_length}; the shortest "
+            f"has {min(lengths)} tokens, so raise it"
         )
     if dropped := len(lengths) - len(data.examples):
         data.notices.append(f"{dropped} of {len(lengths)} sequences longer than sft.max_length were dropped")
@@ -80,14 +103,14 @@ def load_examples(settings: Sft, tokenizer: Any, stop_token_ids: Sequence[int], 
     return data
 
 
-def read_rows(settings: Sft) -> list[Row]:
-    """The rows of the file, folder or hub data set."""
+def read_rows(settings: Sft, split: str) -> list[Row]:
+    """The rows of one split of the file, folder or hub data set."""
     if settings.path is not None:
-        rows, _ = read_splits(settings.path, [], settings.split, None)
-    else:
-        assert settings.hub is not None
-        rows, _ = read_hub(settings.hub, settings.subset, [], settings.split, None)
-    return rows[: settings.limit]
+        if settings.path.is_file() and split == settings.eval_split:
+            raise UserError(f"sft.eval_split: {settings.path} is one file; give a folder with a file for each split")
+        return read_splits(settings.path, [], split, None)[0]
+    assert settings.hub is not None
+    return read_hub(settings.hub, settings.subset, [], split, None)[0]
 
 
 # Conversations

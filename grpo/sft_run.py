@@ -20,7 +20,8 @@ from grpo.interrupt import Interrupts
 from grpo.log import RunLog
 from grpo.session import open_session, read_model
 from grpo.sft_config import SftConfig, sft_config_toml
-from grpo.sft_data import Example, load_examples
+from grpo.sft_data import Example, load_data
+from grpo.sft_eval import held_out_loss
 
 if TYPE_CHECKING:
     from grpo.session import Session
@@ -39,11 +40,16 @@ def run_sft(config: SftConfig, *, resume: bool = False, verbose: bool = False) -
         settings = config.for_policy()
         with RunLog(run.path, settings, max_steps=config.train.max_steps or 0, verbose=verbose) as log:
             files = read_model(settings, log.status)
-            data = load_examples(config.sft, files.tokenizer, files.stop_token_ids, config.train.seed)
+            data = load_data(config, files.tokenizer, files.stop_token_ids)
             for notice in data.notices:
                 log.notice(notice)
             with open_session(settings, files=files, status=log.status, start_engine=False) as session:
-                record = Record(log, interrupts)
+                tokens = config.sft.per_device_train_batch_size * config.sft.max_length
+
+                def evaluate() -> dict[str, float]:
+                    return held_out_loss(session.policy, data.held_out, tokens)
+
+                record = Record(log, interrupts, evaluate, config.eval.every)
                 trainer = sft_trainer(session, config, data.examples, run.path, record, log.notice)
                 checkpoint = newest(run.path) if resume else None
                 if resume:
@@ -151,15 +157,21 @@ def trainer_arguments(
 
 
 class Record(TrainerCallback):
-    """Hands each step's figures to the run log, and ends the run at a step's end after a signal."""
+    """Hands each step's figures to the run log, evaluates, and ends the run at a step's end after a signal."""
 
-    def __init__(self, log: RunLog, interrupts: Interrupts):
+    def __init__(
+        self, log: RunLog, interrupts: Interrupts, evaluate: Callable[[], dict[str, float]], every: int | None
+    ):
+        """`evaluate` is called before the first step, every `every` steps and after the last; not where it is None."""
         self.log, self.interrupts = log, interrupts
+        self.evaluate, self.every = evaluate, every
         self.started = time.perf_counter()
         self.tokens = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.log.max_steps = state.max_steps
+        if self.every is not None and state.global_step == 0:
+            self.held_out(0)
         self.started = time.perf_counter()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
@@ -174,6 +186,13 @@ class Record(TrainerCallback):
         timing = {"tokens": tokens, "tokens_per_second": rate, "train_seconds": seconds, "step_seconds": seconds}
         peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_initialized() else None
         self.log.step({"step": state.global_step, **figures, **timing, "peak_memory_gib": peak})
+        if self.every is not None and (state.global_step % self.every == 0 or state.global_step == state.max_steps):
+            self.held_out(state.global_step)
+            self.started = time.perf_counter()
+
+    def held_out(self, step: int) -> None:
+        self.log.status("evaluating")
+        self.log.evaluation(step, self.evaluate())
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.interrupts.number is not None:

@@ -21,11 +21,14 @@ from grpo.config import Config, read_config
 from grpo.data import load_data
 from grpo.plan import Shape, check_memory, model_shape, plan_memory, sequence_limits
 from grpo.rewards.resolve import resolve
+from grpo.sft import main as train_on_examples
+from grpo.sft_config import read_sft_config
 from grpo.tasks.common import BUILT_IN, checked_options, load_task
 from grpo.train import main
 
 ROOT = Path(__file__).resolve().parent.parent
-CONFIGS = sorted((ROOT / "configs").glob("*.toml"))
+SUPERVISED = ROOT / "configs" / "sft.toml"
+CONFIGS = sorted(set((ROOT / "configs").glob("*.toml")) - {SUPERVISED})
 CARD = re.compile(r"# (\d+) GB: ")
 
 
@@ -175,6 +178,16 @@ def test_task_options_and_rewards_are_what_the_code_takes(path: Path) -> None:
     for reward in config.rewards:
         pytest.importorskip("math_verify") if reward.function == "math_verify" else None
         assert callable(resolve(reward.function))
+
+
+def test_the_supervised_run_passes_a_dry_run_and_is_short(capsys: pytest.CaptureFixture[str]) -> None:
+    assert train_on_examples([str(SUPERVISED), "--dry-run"]) == 0
+    config = read_sft_config(SUPERVISED)
+    rows, length = config.sft.per_device_train_batch_size, config.sft.max_length
+    assert f"# A step: {rows} packed rows of at most {length:,} tokens" in capsys.readouterr().out
+    lines = SUPERVISED.read_text().splitlines()
+    assert lines[0].startswith("# ") and all(len(line) <= 120 for line in lines) and sum(map(bool, lines)) <= 40
+    assert config.model.name in MODELS and config.checkpoint.output_dir == Path("runs/sft")
 
 
 GENERATED = [path for path in CONFIGS if read_config(path).task[0].name in ("arithmetic", "countdown", "reasoning_gym")]

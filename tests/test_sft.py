@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import runpy
 from pathlib import Path
 
 import pytest
+import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from small_chat import TEMPLATE, save_small_chat_model
-from tiny_run import write_config
-from transformers import AutoTokenizer
+from tiny_run import read_metrics, run_tables, save_rewards, save_tiny_chat_model, write_config
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grpo.errors import UserError
 from grpo.rewards.correctness import correctness
@@ -19,7 +22,7 @@ from grpo.rewards.integer import integer
 from grpo.rewards.xml_count import xml_count
 from grpo.sft import main
 from grpo.sft_config import Sft, parse_sft_config, read_sft_config, sft_config_toml
-from grpo.sft_data import conversation, load_examples
+from grpo.sft_data import conversation, load_data, load_examples, read_rows
 
 ENDED = TEMPLATE.replace("+ '\n'", "+ (eos_token if m['role'] == 'assistant' else '') + '\n'")
 EOS = 1
@@ -45,7 +48,8 @@ def rows_file(folder, rows):
 
 
 def examples(folder, rows, tokenizer, **settings):
-    return load_examples(Sft(path=rows_file(folder, rows), **settings), tokenizer, [EOS], seed=0)
+    sft = Sft(path=rows_file(folder, rows), **settings)
+    return load_examples(sft, read_rows(sft, sft.split), tokenizer, [EOS], seed=0)
 
 
 def trained(example, tokenizer):
@@ -156,6 +160,7 @@ def tables(folder, model, **sft):
         ("log", "samples", 2, "belongs to GRPO"),
         ("model", "max_seq_length", 64, "sft.max_length"),
         ("model", "load_in_8bit", True, "not supported"),
+        ("eval", "num_generations", 2, "belongs to GRPO"),
         ("sft", "hub", "a/b", "one of path"),
         ("sft", "prompt", "{x}", "set both"),
         ("sft", "pakking", True, "packing"),
@@ -174,9 +179,22 @@ def test_the_written_configuration_reads_as_the_same(tmp_path):
     assert read_sft_config(tmp_path / "c.toml") == config
 
 
+def loss_of(folder, sequences):
+    """Mean negative log-likelihood of the labels by transformers' own model, one sequence at a time."""
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    found = []
+    for example in sequences:
+        with torch.no_grad():
+            logits = plain(torch.tensor([example.input_ids])).logits[0, :-1].double()
+        labels = torch.tensor(example.labels[1:])
+        found.append(F.cross_entropy(logits, labels, ignore_index=-100, reduction="none")[labels != -100])
+    return torch.cat(found).mean().item()
+
+
 def test_a_run_learns_resumes_as_one_and_leaves_an_adapter(tmp_path, model, capsys):
-    rows_file(tmp_path, [{"prompt": f"Say {n}", "completion": f"{n}!"} for n in range(30)])
-    whole = write_config(tmp_path / "c.toml", tables(tmp_path, model))
+    rows = [{"prompt": f"Say {n}", "completion": f"{n}!"} for n in range(33)]
+    rows_file(tmp_path, rows)
+    whole = write_config(tmp_path / "c.toml", {**tables(tmp_path, model), "eval": {"every": 3, "limit": 3}})
     assert main([str(whole)]) == 0
     told = capsys.readouterr().out
     run = tmp_path / "run"
@@ -185,13 +203,86 @@ def test_a_run_learns_resumes_as_one_and_leaves_an_adapter(tmp_path, model, caps
     assert "step 4/4  loss" in told and "ends 30 answers" in told
     summary = json.loads((run / "summary.json").read_text())
     assert summary["steps"] == 4 and summary["sequences"] == 30 and "loss" in summary["last"]
-    assert (run / "report.html").is_file()
+    assert "Held-out loss" in (run / "report.html").read_text()
+    held_out = [json.loads(line) for line in (run / "eval.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in held_out] == [0, 3, 4] and "the last 3 rows are held out" in told
+    sft = read_sft_config(whole).sft
+    expected = load_examples(sft, rows[-3:], AutoTokenizer.from_pretrained(model), [EOS], seed=0).examples
+    assert held_out[0]["eval/loss"] == pytest.approx(loss_of(model, expected), rel=1e-5)
+    assert held_out[0]["eval/loss"] > held_out[-1]["eval/loss"] == summary["last"]["eval/loss"]
 
     assert main([str(whole), "--output", str(tmp_path / "cut"), "--set", "train.max_steps=2"]) == 0
     assert main(["--resume", str(tmp_path / "cut"), "--set", "train.max_steps=4"]) == 0
     resumed, expected = (load_file(f / "adapter" / "adapter_model.safetensors") for f in (tmp_path / "cut", run))
     assert resumed.keys() == expected.keys() and all(resumed[name].equal(expected[name]) for name in expected)
     assert main(["--resume", str(run), "--set", "lora.r=8"]) == 2 and "[lora] is not that" in capsys.readouterr().err
+    assert main(["--resume", str(run), "--set", "eval.limit=4"]) == 2 and "hold out other" in capsys.readouterr().err
+
+
+def test_held_out_rows_are_a_split_or_the_last_ones_and_never_trained_on(tmp_path, tokenizer):
+    rows_file(tmp_path, [{"prompt": "q", "completion": f"{n}"} for n in range(6)])
+    (tmp_path / "data").mkdir()
+    for split, count in (("train", 4), ("dev", 3)):
+        lines = (json.dumps({"prompt": split, "completion": f"{n}"}) + "\n" for n in range(count))
+        (tmp_path / "data" / f"{split}.jsonl").write_text("".join(lines))
+    values = tables(tmp_path, "m")
+
+    def counts(every=1, limit=2, **sft):
+        config = parse_sft_config({**values, "sft": {**values["sft"], **sft}, "eval": {"every": every, "limit": limit}})
+        data = load_data(config, tokenizer, [EOS])
+        shared = {tuple(e.input_ids) for e in data.examples} & {tuple(e.input_ids) for e in data.held_out}
+        assert not shared
+        return len(data.examples), len(data.held_out)
+
+    folder = str(tmp_path / "data")
+    assert counts() == (4, 2) and counts(every=None) == (6, 0) and counts(path=folder, eval_split="dev") == (4, 2)
+    assert counts(path=folder, eval_split="dev", limit=None) == (4, 3) and counts(limit=1) == (5, 1)
+    for told, wrong in (("all 6", {"limit": 6}), ("one file", {"eval_split": "dev"}), ("every row", {"limit": None})):
+        with pytest.raises(UserError, match=told):
+            counts(**wrong)
+
+
+def test_several_processes_and_a_full_disk_are_a_sentence(tmp_path, monkeypatch, capsys):
+    config = str(write_config(tmp_path / "c.toml", tables(tmp_path, "m")))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main([config]) == 2 and "uses one GPU; start it without torchrun" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "1")
+
+    def full(*arguments, **keywords):
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "run"))
+
+    monkeypatch.setattr("grpo.sft.train", full)
+    assert main([config]) == 2
+    assert "No space left on device; make room and continue with --resume" in capsys.readouterr().err
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("reference", ["start", "base"])
+def test_grpo_begins_at_the_supervised_adapter_and_is_held_to_it_or_to_the_base(reference, warm, tmp_path):
+    """At the first step the policy is the starting adapter: its KL to it is 0, to the base it is not."""
+    from grpo.train import main as train
+
+    grpo = run_tables(warm, lora={"init": str(warm / "sft" / "adapter")}, loss={"beta": 0.1, "reference": reference})
+    grpo["train"]["max_steps"] = 1
+    grpo["checkpoint"]["output_dir"] = str(tmp_path / "grpo")
+    assert train([str(write_config(tmp_path / "grpo.toml", grpo))]) == 0
+    (step,) = read_metrics(tmp_path / "grpo")
+    assert step["kl"] < 1e-6 if reference == "start" else step["kl"] > 1e-3
+    assert step["mismatch_kl"] < 1e-3, "vLLM samples with the adapter too"
+
+
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory):
+    """The tiny chat model, reward functions, and in `sft` a supervised run that moved the adapter."""
+    folder = tmp_path_factory.mktemp("warm")
+    save_tiny_chat_model(folder / "model")
+    save_rewards(folder)
+    rows_file(folder, [{"prompt": f"{n} + 1?", "completion": f"{n + 1}"} for n in range(8)])
+    supervised = tables(folder, folder / "model", chat=False)
+    supervised["train"] = {"learning_rate": 3e-2, "max_steps": 4}
+    supervised["checkpoint"]["output_dir"] = str(folder / "sft")
+    assert main([str(write_config(folder / "sft.toml", supervised))]) == 0
+    return folder
 
 
 def test_a_supervised_run_is_evaluated_on_a_task_that_is_named(tmp_path, model, capsys):
