@@ -28,7 +28,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import training_step as steps
-from grpo.environment import hardware, versions
+from benchmarks.processes import write_result
 from grpo.learner import Learner
 
 UNSLOTH = {8: 2_972, 12: 21_848, 16: 40_724, 24: 78_475, 40: 153_977, 48: 191_728, 80: 342_733}
@@ -53,7 +53,11 @@ def limit(cap: float, device: torch.device) -> None:
 def measure(learner: Learner, cap: float, length: int, form: str) -> dict[str, Any]:
     """One step on a sequence of `length` tokens under the cap."""
     sequence = steps.sequence_of(learner.policy.base, PROMPT, length)
-    row = {"cap_gb": cap, "tokens": length, **steps.measured_step(learner, [sequence])}
+    row = {"cap_gb": cap, "tokens": length}
+    try:
+        row |= steps.measured_step(learner, [sequence])
+    except Exception as error:  # pinned host memory, above all: it costs this row, not the next
+        row |= {"fits": False, "reason": f"{type(error).__name__}: {error}"[:300]}
     return {**row, "predicted": steps.predicted_peak(learner, [sequence], form)}
 
 
@@ -82,7 +86,8 @@ def search(learner: Learner, cap: float, form: str, tries: int, rows: list[dict[
 def show(row: dict[str, Any]) -> dict[str, Any]:
     if not row["fits"]:
         print(
-            f"{row['cap_gb']:5g} GB {row['tokens']:9,} tokens: does not fit, planned {row['predicted'] / 1e9:6.2f} GB"
+            f"{row['cap_gb']:5g} GB {row['tokens']:9,} tokens: planned {row['predicted'] / 1e9:6.2f} GB, "
+            f"does not fit: {row['reason'][:90]}"
         )
     elif row["max_allocated"] is None:
         print(f"{row['cap_gb']:5g} GB {row['tokens']:9,} tokens: {row['seconds']:7.1f} s, memory not measured")
@@ -104,26 +109,27 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         rank=options.rank, tokens=1024, prompt=PROMPT, completion=longest, optim=options.optim,
         gradient_checkpointing=options.form, logprob_chunk_tokens=options.chunk,
     )  # fmt: skip
-    learner = steps.learner_of(steps.load(options.shape, device), config)
+    base = steps.load(options.shape, device, offload_embedding=options.offload_embedding)
+    learner = steps.learner_of(base, config)
     steps.warm_up(learner)
     rows: list[dict[str, Any]] = []
     result = {
         "benchmark": "longest_context", "shape": options.shape, "rank": options.rank, "optim": options.optim,
         "gradient_checkpointing": options.form, "logprob_chunk_tokens": options.chunk, "rows": rows,
-        "unsloth_published": UNSLOTH, "hardware": hardware(), "versions": versions(),
+        "offload_embedding": options.offload_embedding,
+        "unsloth_published": UNSLOTH,
     }  # fmt: skip
     print(f"loaded and warm after {time.perf_counter() - started:.0f} s", flush=True)
     for cap, lengths in options.caps.items():
         limit(cap, device)
         for length in lengths:
             rows.append(show(measure(learner, cap, length, options.form)))
-            if options.out:
-                options.out.write_text(json.dumps(result, indent=1) + "\n")
+            write_result(options.out, result)
         if options.search and cap and device.type == "cuda":
             search(learner, cap, options.form, options.search, rows)
+            write_result(options.out, result)
     result["seconds"] = round(time.perf_counter() - started, 1)
-    if options.out:
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    write_result(options.out, result)
     return result
 
 
@@ -136,6 +142,7 @@ def main() -> int:
     parser.add_argument("--optim", default="adamw_8bit")
     parser.add_argument("--form", default="offload", choices=("none", "mlp", "layer", "offload"))
     parser.add_argument("--chunk", type=int, default=256, help="tokens whose logits exist at once")
+    parser.add_argument("--offload-embedding", action="store_true", help="model.offload_embedding")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="a tiny model on the CPU: tries the script")
     parser.add_argument("--out", type=Path)

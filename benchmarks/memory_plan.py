@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -22,11 +21,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.processes import report, rows_of, write_result
+
 BAR = 0.05
 """Relative error that the plan may have."""
 
 
-def training_rows(shape: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+def training_rows(shape: str, options: argparse.Namespace) -> None:
     """Peaks of training steps on one model, in this process."""
     import torch
 
@@ -34,7 +35,7 @@ def training_rows(shape: str, options: argparse.Namespace) -> list[dict[str, Any
 
     device = torch.device(options.device)
     base = steps.load(shape, device)
-    half, rows = options.length // 2, []
+    half = options.length // 2
     for kernels in options.kernels:
         for form in options.forms:
             for tokens in options.tokens:
@@ -47,12 +48,11 @@ def training_rows(shape: str, options: argparse.Namespace) -> list[dict[str, Any
                 batch = [steps.sequence_of(base, half, half, seed) for seed in range(tokens // (2 * half - 1))]
                 row = {"part": "training", "shape": shape, "form": form, "kernels": kernels}
                 row |= {"tokens": sum(map(len, batch)), "predicted": steps.predicted_peak(learner, batch, form)}
-                rows.append(judged({**row, **steps.measured_step(learner, batch)}))
+                report(judged({**row, **steps.measured_step(learner, batch)}))
                 del learner
-    return rows
 
 
-def rollout_rows(shape: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+def rollout_row(shape: str, options: argparse.Namespace) -> None:
     """The peak of one rollout, in this process: vLLM's start first, then sampling to the full length."""
     import torch
 
@@ -96,8 +96,8 @@ def rollout_rows(shape: str, options: argparse.Namespace) -> list[dict[str, Any]
     if row["max_allocated"] is not None:
         row["rollout_peak"] = row["max_allocated"]
         row["max_allocated"] = max(row["max_allocated"], row["start_peak"])
+    report(judged(row))
     engine.close()
-    return [judged(row)]
 
 
 def judged(row: dict[str, Any]) -> dict[str, Any]:
@@ -128,7 +128,7 @@ def show(row: dict[str, Any]) -> None:
 
 
 def in_process(part: str, shape: str, options: argparse.Namespace, left: float) -> list[dict[str, Any]]:
-    """The rows that this script prints when it is asked for one part, or a row with `failed`."""
+    """The rows of one part, measured in a process of its own; the last may say what `failed`."""
     given = {
         "--forms": ",".join(options.forms), "--kernels": ",".join(options.kernels), "--device": options.device,
         "--tokens": ",".join(map(str, options.tokens)), "--length": options.length, "--rank": options.rank,
@@ -137,13 +137,8 @@ def in_process(part: str, shape: str, options: argparse.Namespace, left: float) 
     command = [sys.executable, __file__, "--one", shape, *(str(a) for pair in given.items() for a in pair)]
     command += ["--rollout", part] if part != "training" else []
     command += ["--tiny"] if options.tiny else []
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=max(left, 1))
-    except subprocess.TimeoutExpired:
-        return [{"part": part, "shape": shape, "failed": "no time left"}]
-    if done.returncode:
-        return [{"part": part, "shape": shape, "failed": done.stderr.strip()[-600:]}]
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    rows, failed = rows_of(command, left)
+    return [*rows, {"part": part, "shape": shape, "failed": failed}] if failed else rows
 
 
 def parser() -> argparse.ArgumentParser:
@@ -177,27 +172,25 @@ def main() -> int:
         options.shapes, options.device, options.tokens, options.length = ["tiny"], "cpu", [64], 32
         options.rollouts = options.rollouts and ["2x64"]
     if options.one:
-        rows = rollout_rows(options.one, options) if options.rollout else training_rows(options.one, options)
-        print(json.dumps(rows))
+        (rollout_row if options.rollout else training_rows)(options.one, options)
         return 0
-    from grpo.environment import hardware, versions
-
-    ends, rows = time.monotonic() + options.budget, []
+    ends, result = time.monotonic() + options.budget, summed_up([])
     for shape in options.shapes:
         for part in (["training"] if options.tokens else []) + options.rollouts:
             for row in in_process(part, shape, options, ends - time.monotonic()):
-                rows.append(row)
-                print(f"{shape} {part}: {row['failed']}") if "failed" in row else show(row)
-    errors = [abs(row["error"]) for row in rows if "error" in row]
-    result = {
-        "benchmark": "memory_plan", "bar": BAR, "worst_error": max(errors, default=None),
-        "within_bar": sum(error <= BAR for error in errors), "measured": len(errors), "rows": rows,
-        "hardware": hardware(), "versions": versions(),
-    }  # fmt: skip
-    if options.out:
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+                result = summed_up([*result["rows"], row])
+                print(f"{shape} {part}: {row['failed'][-500:]}") if "failed" in row else show(row)
+            write_result(options.out, result)
     print(json.dumps(result))
     return 0
+
+
+def summed_up(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    errors = [abs(row["error"]) for row in rows if "error" in row]
+    return {
+        "benchmark": "memory_plan", "bar": BAR, "worst_error": max(errors, default=None),
+        "within_bar": sum(error <= BAR for error in errors), "measured": len(errors), "rows": rows,
+    }  # fmt: skip
 
 
 if __name__ == "__main__":

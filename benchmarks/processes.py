@@ -1,13 +1,24 @@
-"""Processes that a benchmark starts: waited for so long, and ended together with whatever they started themselves.
+"""Processes that a benchmark starts, waited for so long and ended with whatever they started; and what it writes.
 
-They stay in the benchmark's process group, so that whoever ends that group ends them too.
+They stay in the benchmark's process group, so that whoever ends that group ends them too. A result is written whenever
+there is more of it, so that a benchmark that is ended leaves what it has measured.
 """
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
 import psutil
+
+from grpo.environment import hardware, versions
+
+ROW = "ROW "
 
 
 def wait_or_end(process: subprocess.Popen[bytes], seconds: float) -> str | None:
@@ -34,3 +45,45 @@ def end(process: subprocess.Popen[bytes]) -> None:
         except psutil.NoSuchProcess:
             pass
     process.wait()
+
+
+def report(row: dict[str, Any]) -> None:
+    """Tell the process that waits in `rows_of` what is known so far."""
+    print(ROW + json.dumps(row), flush=True)
+
+
+def rows_of(command: list[str], seconds: float) -> tuple[list[dict[str, Any]], str | None]:
+    """What `command` reported within so many seconds, and what went wrong, with the end of its output."""
+    with tempfile.TemporaryFile("w+", errors="replace") as log:
+        said = wait_or_end(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT), seconds)
+        log.seek(0)
+        lines = log.read().splitlines()
+    rows = [json.loads(line.removeprefix(ROW)) for line in lines if line.startswith(ROW)]
+    rest = "\n".join(line for line in lines if not line.startswith(ROW))
+    return rows, said and f"{said}: {rest[-1200:]}"
+
+
+def write_result(file: Path | None, result: dict[str, Any]) -> None:
+    """Note in `result` what it was measured on, and write it to `file`, if there is one, whole or not at all."""
+    result |= {"hardware": hardware() | {"gpus": gpu_names()}, "versions": versions()}
+    if file is None:
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(file.name + ".part")
+    part.write_text(json.dumps(result, indent=1, default=str) + "\n")
+    part.replace(file)
+
+
+def gpu_names() -> list[str]:
+    """The GPUs that this process may use, by NVML: CUDA is not started, which would take memory."""
+    if find_spec("pynvml") is None:
+        return []
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return []
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    numbers = range(pynvml.nvmlDeviceGetCount()) if visible is None else map(int, filter(None, visible.split(",")))
+    return [pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(number)) for number in numbers]

@@ -23,10 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
+from benchmarks.processes import write_result
 from benchmarks.random_model import SHAPES, shape_config
 from benchmarks.timing import free_memory, measure, tried
 from grpo.architectures import expected_shapes, fused_linears
-from grpo.environment import hardware, versions
 from grpo.kernels import nf4
 from grpo.kernels.glu import glu
 from grpo.kernels.lora_attention import QkvProjection, lora_qkv
@@ -183,11 +183,10 @@ def both_ways(form: Callable[..., Any], inputs: list[Tensor], leaves: list[Tenso
     return call
 
 
-def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Name -> form -> figures, for one shape."""
+def run(options: argparse.Namespace, figures: dict[str, Any], save: Callable[[], None]) -> None:
+    """Name -> form -> figures, for one shape; saved after each."""
     bench = Bench(options.shape, options.tokens, options.rank, options.device)
     factors = [factor for _, _, factors in bench.groups.values() for factor in factors]
-    figures: dict[str, Any] = {}
     for name, (inputs, forms) in bench.pairs().items():
         figures[name] = {}
         for form, function in forms.items():
@@ -198,7 +197,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                 )
             )
         free_memory()
-    return figures
+        save()
 
 
 def show(figures: dict[str, Any]) -> None:
@@ -223,18 +222,14 @@ def main() -> int:
     options.device = "cuda"
     if options.dry:
         options.shape, options.tokens, options.repeats, options.device = "tiny", 64, 2, "cpu"
-    figures = run(options)
-    show(figures)
+    figures: dict[str, Any] = {}
     result = {
         "benchmark": "train_kernels",
-        "hardware": hardware(),
-        "versions": versions(),
         "settings": {"shape": options.shape, "tokens": options.tokens, "lora_rank": options.rank},
         "kernels": figures,
     }
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    run(options, figures, lambda: write_result(options.out, result))
+    show(figures)
     print(json.dumps(result))
     return 0
 

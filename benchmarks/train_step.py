@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
+from benchmarks.processes import write_result
 from benchmarks.random_model import SHAPES, RandomSource, shape_config
 from benchmarks.timing import free_memory, measure, milliseconds, tried
 from benchmarks.train_peers import (
@@ -43,7 +44,6 @@ from benchmarks.train_peers import (
 )
 from grpo.base import BaseWeights
 from grpo.config import Lora, Model
-from grpo.environment import hardware, versions
 from grpo.kernels.logprob import selected_logprobs
 from grpo.policy import Policy
 
@@ -51,6 +51,28 @@ PARTS = ("step", "shared", "logprob")
 OURS = ("triton/none", "triton/mlp", "triton/layer", "torch/none", "torch/layer")
 """`train.kernels` / what is recomputed; "mlp": gate and up alone, within the fused MLP."""
 GROUP, PROMPT, COMPLETION = 8, 1024, 512
+
+
+class Figures(dict[str, Any]):
+    """Setting -> what was measured of it."""
+
+    def __init__(self, save: Callable[[], None]):
+        """`save` is called whenever there is a new figure."""
+        super().__init__()
+        self.save = save
+
+    def note(self, name: str, found: dict[str, Any]) -> None:
+        """Keep `found`, and print it in a line."""
+        self[name] = found
+        self.save()
+        if "error" in found:
+            text = found["error"]
+        elif "tokens" in found:
+            peak = found["peak_bytes"] / 1e9
+            text = f"{found['tokens_per_second']:10,.0f} tok/s {found['ms']:10.1f} ms  peak {peak:6.2f} GB"
+        else:
+            text = f"{found['ms']:10.2f} ms  adds {found['extra_bytes'] / 1e9:6.2f} GB"
+        print(f"  {name:48} {text}", flush=True)
 
 
 def load_base(options: argparse.Namespace) -> BaseWeights:
@@ -120,17 +142,15 @@ def random_tokens(vocabulary: int, count: int, length: int, seed: int) -> list[l
     return torch.randint(10, vocabulary, (count, length), generator=generator).tolist()
 
 
-def step_part(options: argparse.Namespace) -> dict[str, Any]:
+def step_part(options: argparse.Namespace, figures: Figures) -> None:
     """Setting -> figures, ours and the peer's."""
-    figures: dict[str, Any] = {}
-    our_settings(options, figures)
-    free_memory()
-    if options.peer:
-        peer_part(options, figures)
-    return figures
+    for part in (our_settings, peer_part) if options.peer else (our_settings,):
+        failed = tried(lambda part=part: part(options, figures) or {})
+        if failed:
+            figures.note(part.__name__, failed)
 
 
-def our_settings(options: argparse.Namespace, figures: dict[str, Any]) -> None:
+def our_settings(options: argparse.Namespace, figures: Figures) -> None:
     sequences, base = options.tokens // options.length, load_base(options)
     # One prompt token each, and a last completion token that is not fed: `length` tokens a sequence.
     prompts = random_tokens(base.config.vocab_size, sequences, 1, seed=1)
@@ -141,10 +161,10 @@ def our_settings(options: argparse.Namespace, figures: dict[str, Any]) -> None:
         return timed_step(step, options.tokens, options.repeats)
 
     for setting in options.settings:
-        note(figures, setting, tried(partial(run, setting)))
+        figures.note(setting, tried(partial(run, setting)))
 
 
-def peer_part(options: argparse.Namespace, figures: dict[str, Any]) -> None:
+def peer_part(options: argparse.Namespace, figures: Figures) -> None:
     config = shape_config(options.shape)
     for checkpointing in (True, False):
         model = peft_model(config, options.rank, torch.device(options.device), checkpointing=checkpointing)
@@ -155,7 +175,7 @@ def peer_part(options: argparse.Namespace, figures: dict[str, Any]) -> None:
             name = f"peft+bitsandbytes, {'checkpointing' if checkpointing else 'no checkpointing'}, batch {size}"
             step = peft_step(model, optimizer, batch)
             found = tried(lambda step=step, batch=batch: timed_step(step, batch.numel(), options.repeats))
-            note(figures, name, found)
+            figures.note(name, found)
             optimizer.zero_grad(set_to_none=True)
             if "error" in found:
                 break
@@ -164,9 +184,8 @@ def peer_part(options: argparse.Namespace, figures: dict[str, Any]) -> None:
         free_memory()
 
 
-def shared_part(options: argparse.Namespace) -> dict[str, Any]:
+def shared_part(options: argparse.Namespace, figures: Figures) -> None:
     """Groups whose prompts are computed once, and the same with prompts that differ in their first token."""
-    figures: dict[str, Any] = {}
     prompt, completion = (PROMPT, COMPLETION) if not options.tiny else (32, 16)
     base = load_base(options)
     vocabulary = base.config.vocab_size
@@ -180,14 +199,12 @@ def shared_part(options: argparse.Namespace) -> dict[str, Any]:
         return timed_step(step, tokens, options.repeats)
 
     for form in options.shared_forms:
-        note(figures, f"plain/{form}", tried(partial(run, form, different)))
-        note(figures, f"shared/{form}", tried(partial(run, form, [common] * GROUP)))
-    return figures
+        figures.note(f"plain/{form}", tried(partial(run, form, different)))
+        figures.note(f"shared/{form}", tried(partial(run, form, [common] * GROUP)))
 
 
-def logprob_part(options: argparse.Namespace) -> dict[str, Any]:
+def logprob_part(options: argparse.Namespace, figures: Figures) -> None:
     """From hidden states to their gradient under a clipped loss: milliseconds and memory added at the peak."""
-    figures: dict[str, Any] = {}
     vocabulary, width = (128256, 4096) if not options.tiny else (1000, 64)
     sequences = options.tokens // options.length
     shape = (sequences, options.length, width)
@@ -212,9 +229,9 @@ def logprob_part(options: argparse.Namespace) -> dict[str, Any]:
     makers["liger-kernel"] = lambda: liger_logprob_step(hidden, head, targets, advantages)
     for name, make in makers.items():
         if name in ("trl", "liger-kernel") and not installed(name):
-            note(figures, name, {"error": "not installed"})
+            figures.note(name, {"error": "not installed"})
             continue
-        note(figures, name, tried(lambda make=make: measure(make(), options.repeats)))
+        figures.note(name, tried(lambda make=make: measure(make(), options.repeats)))
     return figures
 
 
@@ -224,19 +241,6 @@ def installed(package: str) -> bool:
     except metadata.PackageNotFoundError:
         return False
     return True
-
-
-def note(figures: dict[str, Any], name: str, found: dict[str, Any]) -> None:
-    """Record and print one line."""
-    figures[name] = found
-    if "error" in found:
-        text = found["error"]
-    elif "tokens" in found:
-        peak = found["peak_bytes"] / 1e9
-        text = f"{found['tokens_per_second']:10,.0f} tok/s {found['ms']:10.1f} ms  peak {peak:6.2f} GB"
-    else:
-        text = f"{found['ms']:10.2f} ms  adds {found['extra_bytes'] / 1e9:6.2f} GB"
-    print(f"  {name:48} {text}", flush=True)
 
 
 def parse() -> argparse.Namespace:
@@ -268,12 +272,12 @@ def main() -> int:
     for name in options.parts:
         print(name, flush=True)
         started = time.monotonic()
-        result[name] = functions[name](options)
+        result[name] = figures = Figures(lambda: write_result(options.out, result))
+        failed = tried(lambda name=name, figures=figures: functions[name](options, figures) or {})
+        if failed:
+            figures.note("all", failed)
         result[f"{name}_seconds"] = round(time.monotonic() - started, 1)
-        result |= {"hardware": hardware(), "versions": versions()}
-        if options.out:
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            options.out.write_text(json.dumps(result, indent=1) + "\n")
+        write_result(options.out, result)
     print(json.dumps(result))
     return 0
 

@@ -41,16 +41,19 @@ def step_config(*, rank: int, tokens: int, prompt: int, completion: int, **train
     )
 
 
-def load(shape: str, device: torch.device) -> BaseWeights:
-    """Random weights of `shape`, as NF4 in bfloat16."""
-    model = Model(name="random", load_in_4bit=True)
-    base = BaseWeights(RandomSource(shape, device), model, device=device, dtype=torch.bfloat16)
+def load(shape: str, device: torch.device, positions: int | None = None, **model_keys: Any) -> BaseWeights:
+    """Random weights of `shape`, as NF4 in bfloat16. `positions`: how long sequences may be, where vLLM asks;
+    `model_keys`: further keys of `[model]`."""
+    model, source = Model(name="random", load_in_4bit=True, **model_keys), RandomSource(shape, device)
+    if positions is not None:
+        source.config.max_position_embeddings = positions
+    base = BaseWeights(source, model, device=device, dtype=torch.bfloat16)
     free_cached(device)
     return base
 
 
-def learner_of(base: BaseWeights, config: Config) -> Learner:
-    policy = Policy(base, config.lora, seed=0, kernels=config.train.kernels)
+def learner_of(base: BaseWeights, config: Config, policy: Policy | None = None) -> Learner:
+    policy = policy or Policy(base, config.lora, seed=0, kernels=config.train.kernels)
     return Learner(policy, config, max_steps=10, notice=print)
 
 
