@@ -93,7 +93,7 @@ class Ranks:
             parameter.grad = part.view_as(parameter)
 
     def require_same(self, facts: dict[str, Any]) -> None:
-        """Raise UserError on rank 0, RankLost elsewhere, naming the first of `facts` in which a rank differs."""
+        """Raise UserError on rank 0, which ends the others, naming the first of `facts` in which a rank differs."""
         for rank, theirs in enumerate(self.gather(facts)):
             for name, value in facts.items() if self.first else ():
                 if theirs[name] != value:

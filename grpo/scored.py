@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import asdict
 
 import torch
 
 from grpo.advantages import Advantages, reward_metrics
 from grpo.log import Sample as LoggedSample
 from grpo.log import SampleGroup
+from grpo.ranks import Ranks
 from grpo.rewards.contract import merge_results
 from grpo.rewards.extract import extracted_answer
-from grpo.sampler import Group, Rollout
+from grpo.sampler import Group, Rollout, Sample
 
 
 def reward_table(groups: Sequence[Group], names: Sequence[str]) -> torch.Tensor:
@@ -43,18 +45,31 @@ def sampling_metrics(
     }
 
 
-def logged(group: Group, weights: dict[str, float]) -> SampleGroup:
-    """`group`, sampled here, as the sample log keeps it. `weights`: of each reward; a sample's reward is the sum of
-    those it has."""
-    samples = [
-        LoggedSample(
-            text=sample.text,
-            reward=sum(weight * (sample.rewards[name] or 0.0) for name, weight in weights.items()),
-            rewards=sample.rewards,
-            extracted=extracted_answer(sample.text),
-            tokens=len(sample.token_ids),
-            finish_reason="length" if sample.truncated else "stop",
+def logged(groups: Sequence[Group], weights: dict[str, float], ranks: Ranks) -> list[SampleGroup]:
+    """`groups`, each sampled on some rank, as the sample log keeps them. `weights`: of each reward."""
+    own = {
+        place: [asdict(logged_sample(sample, weights)) for sample in group.own]
+        for place, group in enumerate(groups)
+        if group.own
+    }
+    return [
+        SampleGroup(
+            group.prompt.prompt,
+            group.prompt.columns.get("answer"),
+            [LoggedSample(**values) for values in samples],
+            group.prompt.task,
         )
-        for sample in group.own
+        for group, samples in zip(groups, ranks.merged(own, len(groups)), strict=True)
     ]
-    return SampleGroup(group.prompt.prompt, group.prompt.columns.get("answer"), samples, group.prompt.task)
+
+
+def logged_sample(sample: Sample, weights: dict[str, float]) -> LoggedSample:
+    """`sample` with its reward: the weighted sum of those it has."""
+    return LoggedSample(
+        text=sample.text,
+        reward=sum(weight * (sample.rewards[name] or 0.0) for name, weight in weights.items()),
+        rewards=sample.rewards,
+        extracted=extracted_answer(sample.text),
+        tokens=sample.length,
+        finish_reason="length" if sample.truncated else "stop",
+    )

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from grpo.config import Config
 from grpo.log import RunLog, SampleGroup
 from grpo.records import printable
 
@@ -16,9 +17,10 @@ from grpo.records import printable
 class SilentLog(RunLog):
     """A RunLog that keeps nothing."""
 
-    def __init__(self, rank: int):
+    def __init__(self, rank: int, config: Config):
         self.rank = rank
-        self.max_steps = 0
+        self.max_steps = config.train.max_steps or 0
+        self._samples_every = config.log.samples_every
 
     def close(self) -> None:
         """There is nothing to close."""
@@ -39,9 +41,8 @@ class SilentLog(RunLog):
     def evaluation(self, step: int, result: Mapping[str, Any], groups: Sequence[SampleGroup] = ()) -> None:
         """Recorded by the first rank."""
 
-    def wants_samples(self, step: int) -> bool:
-        """No."""
-        return False
+    def samples(self, step: int, groups: Sequence[SampleGroup]) -> None:
+        """Kept by the first rank."""
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Written by the first rank."""

@@ -75,7 +75,7 @@ class Trainer:
         with Interrupts() as interrupts, self.run_folder(), self.log() as log:
             # What fails in a second comes before what takes minutes.
             resolve_loss(config.loss)
-            check_share(config, self.launch.size, log.notice)
+            check_share(config, self.launch.size, log.notice if self.launch.first else lambda told: None)
             files = read_model(config, log.status)
             data = load_data(config, files.tokenizer)
             ranks = connect(self.launch, resolve_device(config.model.device))
@@ -92,7 +92,7 @@ class Trainer:
     def log(self) -> RunLog:
         """The record and the display, which are the first rank's."""
         if not self.launch.first:
-            return SilentLog(self.launch.rank)
+            return SilentLog(self.launch.rank, self.config)
         config = self.config
         return RunLog(config.checkpoint.output_dir, config, max_steps=config.train.max_steps or 0, verbose=self.verbose)
 
@@ -279,8 +279,7 @@ class Run:
         now = time.perf_counter()
         if self.log.wants_samples(step):
             weights = dict(zip(self.reward_names, self.weights.tolist(), strict=True))
-            here = [group for group in groups if group.own]
-            self.log.samples(step, [logged(group, weights) for group in here[: self.config.log.samples]])
+            self.log.samples(step, logged(groups[: self.config.log.samples], weights, self.ranks))
         tokens = sum(rollout.tokens for rollout in rollouts)
         rollout_seconds = sum(rollout.seconds for rollout in rollouts)
         return {

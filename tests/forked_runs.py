@@ -85,11 +85,15 @@ class ForkedRuns:
         self._process.stdin.flush()
         return self.answer()
 
-    def start(self, *arguments: str | Path, fault: tuple[Any, ...] = ()) -> Started:
-        """Begin `grpo.train` with `arguments`, with the fault FAULTS[fault[0]](*fault[1:]) in it."""
+    def start(
+        self, *arguments: str | Path, fault: tuple[Any, ...] = (), environment: dict[str, str] | None = None
+    ) -> Started:
+        """Begin `grpo.train` with `arguments`, with the fault FAULTS[fault[0]](*fault[1:]) in it, and with further
+        variables in its environment."""
         self._count += 1
         output = self.home / f"forked-{self._count}"
-        request = {"arguments": list(map(str, arguments)), "fault": list(map(str, fault)), "output": str(output)}
+        request: dict[str, Any] = {"arguments": list(map(str, arguments)), "fault": list(map(str, fault))}
+        request |= {"output": str(output), "environment": environment or {}}
         return Started(self, self.ask(**request)["pid"], output)
 
     def run(self, *arguments: str | Path, fault: tuple[Any, ...] = ()) -> Finished:
@@ -421,6 +425,7 @@ def run(session: Any, request: dict[str, Any]) -> None:
     from grpo.train import main
 
     assert threading.active_count() == 1, "a forked process has only the thread that forked it"
+    os.environ.update(request["environment"])
     output = Path(request["output"])
     note_pickles(output.parent / "unpickled.txt")
     for descriptor, suffix in ((1, ".out"), (2, ".err")):
