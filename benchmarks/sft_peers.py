@@ -102,8 +102,8 @@ def compare(options: argparse.Namespace) -> int:
         for number, system in enumerate(options.systems):
             rows = [row for row in wanted if row[1] == system and row[0] in options.trainers]
             # What the first leaves over is the second's.
-            share = time.monotonic() + (ends - time.monotonic()) / (len(options.systems) - number)
-            measure_system(processes[system], rows, share, found, options)
+            until = time.monotonic() + (ends - time.monotonic()) / (len(options.systems) - number)
+            measure_system(processes[system], rows, until, found, options)
     finally:
         for process in processes.values():
             process.end()
@@ -265,8 +265,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--systems", type=words, default=["peer", "ours"], help="comma-separated, in this order")
     parser.add_argument("--trainers", type=words, default=["sft", "dpo"])
     parser.add_argument("--shape", default="3b", help="of random_model.py")
-    parser.add_argument("--sft-sizes", type=numbers, default=[1, 2, 4, 8, 16], help="rows of 2,048 in a micro-batch")
-    parser.add_argument("--dpo-sizes", type=numbers, default=[1, 2, 4, 8], help="pairs in a micro-batch")
+    parser.add_argument("--sft-sizes", type=numbers, default=[1, 4, 8, 16], help="rows of 2,048 in a micro-batch")
+    parser.add_argument("--dpo-sizes", type=numbers, default=[1, 4, 8], help="pairs in a micro-batch")
     parser.add_argument("--attention", default="sdpa", help="the peer's attn_implementation")
     parser.add_argument("--double-quant", action="store_true", help="the peer's absmax quantised too")
     parser.add_argument("--steps", type=int, default=3, help="timed steps of each row, after two")

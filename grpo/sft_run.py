@@ -186,7 +186,8 @@ class Record(TrainerCallback):
         timing = {"tokens": tokens, "tokens_per_second": rate, "train_seconds": seconds, "step_seconds": seconds}
         peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_initialized() else None
         self.log.step({"step": state.global_step, **figures, **timing, "peak_memory_gib": peak})
-        if self.every is not None and (state.global_step % self.every == 0 or state.global_step == state.max_steps):
+        due = self.every is not None and (state.global_step % self.every == 0 or state.global_step == state.max_steps)
+        if due and self.interrupts.number is None:  # a run that is to end has seconds for its checkpoint
             self.held_out(state.global_step)
             self.started = time.perf_counter()
 
