@@ -8,7 +8,7 @@ they print, checks it against the project's bars, and writes one JSON file.
 
 Parts: `load-8b` and `start-3b` (random weights of the Llama shapes), `routes-3b` (the adapter in our linear layers,
 in vLLM's LoRA layers, and absent), `mismatch` (SmolLM2 after 20 optimiser steps, against stock vLLM and transformers).
-With --resume, parts that `--out` already has are kept.
+What is measured is written after every process. With --resume, parts that `--out` already has are kept.
 """
 
 from __future__ import annotations
@@ -17,12 +17,19 @@ import argparse
 import json
 import subprocess
 import sys
+import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.processes import wait_or_end, write_result
+
 HERE = Path(__file__).resolve().parent
+Keep = Callable[[dict[str, Any]], None]
 PARTS = ("start-3b", "load-8b", "routes-3b", "mismatch")
 GIB = 2**30
 
@@ -41,15 +48,17 @@ class Runner:
         command = [sys.executable, str(HERE / script), *arguments]
         print("$", script, *arguments, flush=True)
         started = time.monotonic()
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=left)
-        except subprocess.TimeoutExpired:
-            return {"error": f"stopped after {left:.0f} s"}
+        with (
+            tempfile.TemporaryFile("w+", errors="replace") as out,
+            tempfile.TemporaryFile("w+", errors="replace") as err,
+        ):
+            failed = wait_or_end(subprocess.Popen(command, stdout=out, stderr=err), left)
+            texts = [file.seek(0) or file.read() for file in (out, err)]
         seconds = round(time.monotonic() - started, 1)
-        lines = done.stdout.strip().splitlines()
-        if done.returncode or not lines:
-            print(done.stderr[-3000:], flush=True)
-            return {"error": f"exit code {done.returncode}", "stderr": done.stderr[-1500:], "wall_s": seconds}
+        lines = texts[0].strip().splitlines()
+        if failed or not lines:
+            print(texts[1][-3000:], flush=True)
+            return {"error": failed or "no output", "stderr": texts[1][-1500:], "wall_s": seconds}
         print("\n".join(lines[-3:-1]), f"({seconds} s)", flush=True)
         return {**json.loads(lines[-1]), "wall_s": seconds}
 
@@ -64,33 +73,27 @@ def model_part(run: Runner, options: argparse.Namespace, shape: str, *arguments:
     return run("one_copy_model.py", "--shape", shape, *arguments, *sizes)
 
 
-def start_3b(run: Runner, options: argparse.Namespace) -> dict[str, Any]:
-    return model_part(run, options, "3b", "--measure=startup,memory,sync,agreement")
+def start_3b(run: Runner, options: argparse.Namespace, keep: Keep) -> None:
+    keep(model_part(run, options, "3b", "--measure=startup,memory,sync,agreement"))
 
 
-def load_8b(run: Runner, options: argparse.Namespace) -> dict[str, Any]:
-    return model_part(
-        run,
-        options,
-        "8b",
-        "--measure=startup,memory",
-        f"--checkpoint={options.checkpoint}",
-        f"--scratch={options.scratch}",
-    )
+def load_8b(run: Runner, options: argparse.Namespace, keep: Keep) -> None:
+    where = (f"--checkpoint={options.checkpoint}", f"--scratch={options.scratch}")
+    keep(model_part(run, options, "8b", "--measure=startup,memory", *where))
 
 
-def routes_3b(run: Runner, options: argparse.Namespace) -> dict[str, Any]:
-    routes = ("in_layer", "vllm", "none")
-    return {r: model_part(run, options, "3b", f"--route={r}", "--measure=sync,agreement,throughput") for r in routes}
+def routes_3b(run: Runner, options: argparse.Namespace, keep: Keep) -> None:
+    for route in ("vllm", "in_layer", "none"):
+        keep({route: model_part(run, options, "3b", f"--route={route}", "--measure=sync,agreement,throughput")})
 
 
-def mismatch(run: Runner, options: argparse.Namespace) -> dict[str, Any]:
+def mismatch(run: Runner, options: argparse.Namespace, keep: Keep) -> None:
     """Ours on an NF4 and on a 16-bit base, and stock, in both 16-bit types, all at once: nothing here is timed."""
     common = ["--device", options.device]
     if options.tiny:
         common += ["--steps=2", "--prompts-per-step=2", "--completions=3"]
     with ThreadPoolExecutor(1 if options.tiny else 6) as pool:
-        found: dict[str, Any] = {}
+        futures: dict[Future[dict[str, Any]], str] = {}
         for dtype in options.dtypes:
             folder = options.scratch / f"grpo-export-{dtype}"
             if not (folder / "config.json").exists():
@@ -99,12 +102,13 @@ def mismatch(run: Runner, options: argparse.Namespace) -> dict[str, Any]:
                     "--dtype", dtype,
                 )  # fmt: skip
                 if "error" in made:
-                    return {**found, "error": made}
+                    keep({"error": made})
+                    continue
             where = ["--model", str(folder), "--dtype", dtype, *common]
-            found[f"{dtype}/stock"] = pool.submit(run, "one_copy_mismatch.py", "stock", *where)
-            found[f"{dtype}/nf4"] = pool.submit(run, "one_copy_mismatch.py", "ours", "--four-bit", *where)
-            found[f"{dtype}/16bit"] = pool.submit(run, "one_copy_mismatch.py", "ours", *where)
-        return {name: future.result() for name, future in found.items()}
+            for name, mode in (("stock", ["stock"]), ("nf4", ["ours", "--four-bit"]), ("16bit", ["ours"])):
+                futures[pool.submit(run, "one_copy_mismatch.py", *mode, *where)] = f"{dtype}/{name}"
+        for future in as_completed(futures):
+            keep({futures[future]: future.result()})
 
 
 # Bars
@@ -146,7 +150,7 @@ def model_checks(name: str, part: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def route_checks(routes: dict[str, Any]) -> list[dict[str, Any]]:
-    if any("error" in route for route in routes.values()):
+    if any("throughput" not in routes.get(name, {}) for name in ("in_layer", "vllm")):
         return []
     found = []
     for key in ("rollout_tokens_per_second", "decode_tokens_per_second"):
@@ -218,12 +222,15 @@ def main() -> int:
     if options.resume and options.out and options.out.exists():
         parts = json.loads(options.out.read_text())["parts"]
     for name in options.parts:
-        parts[name] = functions[name](run, options)
-        found = checks(parts)
-        if options.out:
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            result = {"benchmark": "gpu_one_copy", "checks": found, "parts": parts}
-            options.out.write_text(json.dumps(result, indent=1) + "\n")
+        parts[name] = {}
+
+        def keep(more: dict[str, Any], name: str = name) -> None:
+            parts[name] |= more
+            result = {"benchmark": "gpu_one_copy", "checks": checks(parts), "parts": parts}
+            write_result(options.out, result)
+
+        functions[name](run, options, keep)
+    found = checks(parts)
     print_summary(parts, found)
     errors = {name: part["error"] for name, part in parts.items() if "error" in part}
     print(json.dumps({"benchmark": "gpu_one_copy", "checks": found, "errors": errors}))

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import nf4_tune
-from grpo.environment import hardware, versions
+from benchmarks.processes import write_result
 from grpo.kernels import nf4, nf4_gemm
 
 MODELS: dict[str, dict[str, tuple[tuple[int, ...], int]]] = {
@@ -221,21 +221,19 @@ def main() -> int:
         nf4_tune.tune(shapes, options.tune, started + options.budget)
         nf4_gemm.use_table(options.tune)
     torch.cuda.init()
-    records = measure(models, [int(rows) for rows in options.rows.split(",")])
-    sums = layer_sums(records)
-    print_table(records, sums)
-    result = {
-        "benchmark": "nf4_gemm",
-        "hardware": hardware(),
-        "versions": versions(),
-        "seconds": round(time.monotonic() - started, 1),
-        "worst_relative_error": max(record["relative_error"] for record in records),
-        "rows_changed_by_batch": sum(record["rows_changed_by_batch"] for record in records),
-        "layers": sums,
-        "linears": records,
-    }
-    if options.out:
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    records: list[dict] = []
+    for model in models:
+        records += measure([model], [int(rows) for rows in options.rows.split(",")])
+        result = {
+            "benchmark": "nf4_gemm",
+            "seconds": round(time.monotonic() - started, 1),
+            "worst_relative_error": max(record["relative_error"] for record in records),
+            "rows_changed_by_batch": sum(record["rows_changed_by_batch"] for record in records),
+            "layers": layer_sums(records),
+            "linears": records,
+        }
+        write_result(options.out, result)
+    print_table(records, result["layers"])
     print(json.dumps({key: value for key, value in result.items() if key != "linears"}))
     return 0
 

@@ -75,8 +75,9 @@ def compile_kernel(tile_and_split: tuple[Tile, int]) -> tuple[Tile, int] | None:
     try:
         nf4_gemm._gemm_kernel.warmup(
             torch.bfloat16, torch.int32, torch.int32, torch.bfloat16, torch.bfloat16, torch.float32, torch.int32,
-            256, 4096, 4096, 32, 4096, 4096, *byte_tables(torch.bfloat16), tile.n, tile.m, split, tile.warps,
-            tile.stages, tile.dots, False, False, False, False, grid=(1,), num_warps=tile.warps,
+            torch.bfloat16, torch.bfloat16, 256, 4096, 4096, 32, 4096, 4096, *byte_tables(torch.bfloat16), tile.n,
+            tile.m, split, tile.warps, tile.stages, tile.dots, False, False, False, 0, 16, False, grid=(1,),
+            num_warps=tile.warps,
         )  # fmt: skip
     except (RuntimeError, TritonError):
         return None
