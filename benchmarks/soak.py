@@ -8,7 +8,7 @@ as a model learns, so step time is fitted per sampled token as well.
 
     python benchmarks/soak.py --steps 500 --out benchmarks/results/soak_cpu.json
     python benchmarks/soak.py --steps 20 --warmup 5           # minutes
-    python benchmarks/soak.py --config configs/gsm8k.toml --minutes 10 --set train.max_steps=100000
+    python benchmarks/soak.py --config configs/gsm8k-smollm2.toml --minutes 10 --steps 100000
 
 Exit code 1 if memory or open files grew by more than the limits in `LIMITS`.
 """
@@ -32,7 +32,7 @@ import psutil
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from grpo.environment import hardware, versions  # noqa: E402
+from benchmarks.processes import write_result  # noqa: E402
 from grpo.records import METRICS, read_entries  # noqa: E402
 
 LIMITS = {"resident_mib": 20.0, "open_files": 1.0, "threads": 1.0, "children": 0.5}
@@ -56,10 +56,8 @@ def main() -> int:
         steps = list(read_entries(run / METRICS))
     result = summary(seen, steps, parsed.warmup)
     result |= {"config": parsed.config.name, "set": overrides, "exit_code": code}
-    result |= {"versions": versions(), "hardware": hardware()}
     show(result)
-    if parsed.out is not None:
-        parsed.out.write_text(json.dumps(result, indent=1) + "\n")
+    write_result(parsed.out, result)
     print(json.dumps(result))
     return int(bool(result["grew"]) or code not in (0, 128 + signal.SIGTERM))
 
