@@ -260,8 +260,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder,
         rollout={"prompts_per_step": 5, "max_prompt_length": 400},
         # A step small enough that a difference of one rounding does not grow from step to step.
-        train={"max_steps": 5, "optimizer_steps_per_rollout": 2, "learning_rate": 5e-4},
-        loss={"beta": 0.02, "top_entropy_quantile": 0.8},
+        train={"max_steps": 5, "optimizer_steps_per_rollout": 2, "learning_rate": 1e-3},
+        loss={"beta": 0.02},
         eval={"every": 5, "limit": 5, "max_completion_length": 8},
         checkpoint={"save_steps": 2},
         log={"samples": 2, "samples_every": 2},
