@@ -45,6 +45,19 @@ SHAPES: dict[str, dict[str, Any]] = {
         "eos_token_id": 2,
         "tie_word_embeddings": True,
     },
+    "tiny_untied": {
+        **LLAMA3,
+        "vocab_size": 1000,
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "tie_word_embeddings": False,
+    },
     "3b": {
         **LLAMA3,
         "hidden_size": 3072,
@@ -89,7 +102,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 """Llama-3.2-3B, Llama-3.1-8B and Llama-3.1-70B, but for the positions; 14b and 32b have the sizes of Qwen3 without its
-norms of q and k. `tiny` is for trying a benchmark on a CPU."""
+norms of q and k. `tiny` and `tiny_untied` are for trying a benchmark on a CPU."""
 
 OFFSETS = 1 << 20
 """Tensors start at one of so many places in the block, so that no two are alike."""
@@ -193,13 +206,13 @@ def write_checkpoint(source: RandomSource, folder: Path, shard_bytes: float = 2e
     return total
 
 
-def checkpoint_folder(shape: str, device: torch.device, scratch: Path) -> Path:
+def checkpoint_folder(shape: str, scratch: Path) -> Path:
     """`scratch`/random-checkpoint-`shape`, written if it is not there; processes that ask at once get one copy."""
     folder = scratch / f"random-checkpoint-{shape}"
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / "complete").exists():
-            write_checkpoint(RandomSource(shape, device), folder)
+            write_checkpoint(RandomSource(shape, torch.device("cpu")), folder)
             (folder / "complete").touch()
     return folder

@@ -180,7 +180,7 @@ def prepare_folder(options: argparse.Namespace) -> Path:
 
     config = shape_config(options.shape)
     if options.system == "bnb-lora":
-        folder = checkpoint_folder(options.shape, torch.device(options.device), options.scratch)
+        folder = checkpoint_folder(options.shape, options.scratch)
     else:
         folder = options.scratch / f"rollout-{options.shape}-{options.system}"
         folder.mkdir(exist_ok=True, parents=True)

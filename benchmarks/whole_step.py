@@ -51,11 +51,10 @@ def spread(completion_ids: list[list[int]], **_: Any) -> list[float]:
 
 def make_work(options: argparse.Namespace) -> Path:
     """The checkpoint with its tokenizer, and prompts.jsonl in it."""
-    import torch
 
     from benchmarks.random_model import checkpoint_folder, shape_config
 
-    folder = checkpoint_folder(options.shape, torch.device(options.device), options.scratch)
+    folder = checkpoint_folder(options.shape, options.scratch)
     size = shape_config(options.shape).vocab_size
     write_tokenizer(folder, size)
     draw = random.Random(0)
