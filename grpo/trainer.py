@@ -39,6 +39,7 @@ from grpo.interrupt import Interrupts
 from grpo.learner import UNMEASURED, Learner
 from grpo.log import RunLog
 from grpo.loss import resolve_loss
+from grpo.plan import sequence_limits
 from grpo.ranks import Ranks, connect
 from grpo.records import EVALUATIONS, printable, read_entries
 from grpo.reference import set_reference
@@ -81,7 +82,8 @@ class Trainer:
             ranks = connect(self.launch, resolve_device(config.model.device))
             ranks.check = interrupts.check
             ranks.require_same(facts(config))
-            with start_rewards(data, log) as pool, open_session(config, files=files, status=log.status) as session:
+            own = own_share(config, ranks.size)
+            with start_rewards(data, log) as pool, open_session(own, files=files, status=log.status) as session:
                 folder = config.checkpoint.output_dir
                 return train_session(session, data, folder, log, self.resume, pool, ranks)
 
@@ -111,6 +113,16 @@ def check_share(config: Config, ranks: int, notice: Callable[[str], None]) -> No
             f"rollout.prompts_per_step = {prompts} does not divide evenly among {ranks} ranks{updates}: some wait for "
             "others that have one prompt more"
         )
+
+
+def own_share(config: Config, ranks: int) -> Config:
+    """`config` with vLLM sized for what one of `ranks` samples at once, unless it says how many that are."""
+    rollout = config.rollout
+    if ranks == 1 or rollout.max_num_seqs is not None:
+        return config
+    completions = math.ceil(rollout.prompts_per_step / ranks) * rollout.num_generations
+    sized = rollout.model_copy(update={"max_num_seqs": min(completions, sequence_limits(config)[1])})
+    return config.model_copy(update={"rollout": sized})
 
 
 def facts(config: Config) -> dict[str, Any]:
@@ -261,6 +273,7 @@ class Run:
     def one_step(self, step: int) -> dict[str, Any]:
         """Sample, score, weigh, update, sync. Returns the step's metrics."""
         started = time.perf_counter()
+        self.ranks.bytes_sent = 0
         torch.manual_seed(sample_seed(self.config.train.seed, step, *self.own_rank()))
         taken = self.stream.taken.copy()
         try:
@@ -274,7 +287,6 @@ class Run:
             self.stream.taken = taken
             raise
         self.whole = False
-        bytes_sent, self.ranks.bytes_sent = self.ranks.bytes_sent, 0
         sync_seconds = self.session.engine.sync_adapter()
         now = time.perf_counter()
         if self.log.wants_samples(step):
@@ -295,19 +307,19 @@ class Run:
             "sync_seconds": sync_seconds,
             "step_seconds": now - started,
             "peak_memory_gib": peak_memory_gib(self.session.base.device),
-            **self.rank_metrics(rollouts, bytes_sent),
+            **self.rank_metrics(rollouts),
         }
 
     def own_rank(self) -> tuple[int, ...]:
         """What tells this rank's random numbers from those of the first, which are a lone process's."""
         return () if self.ranks.first else (self.ranks.rank,)
 
-    def rank_metrics(self, rollouts: list[Rollout], bytes_sent: int) -> dict[str, float]:
+    def rank_metrics(self, rollouts: list[Rollout]) -> dict[str, float]:
         """Of several ranks: what one sent in this step, and how long they waited for the slowest on average."""
         if self.ranks.size == 1:
             return {}
         idle = sum(rollout.idle for rollout in rollouts)
-        return {"ranks": self.ranks.size, "sent_bytes": bytes_sent, "idle_seconds": idle}
+        return {"ranks": self.ranks.size, "sent_bytes": self.ranks.bytes_sent, "idle_seconds": idle}
 
     def update(self, groups: list[Group], advantages: Advantages, step: int) -> dict[str, float | None]:
         """Train on `groups`; returns the training metrics, also of an update that had to be left out.
