@@ -232,7 +232,6 @@ def logprob_part(options: argparse.Namespace, figures: Figures) -> None:
             figures.note(name, {"error": "not installed"})
             continue
         figures.note(name, tried(lambda make=make: measure(make(), options.repeats)))
-    return figures
 
 
 def installed(package: str) -> bool:
