@@ -5,6 +5,7 @@ Random weights of a Llama shape, NF4, the adapter on. Three rollouts: one plainl
 
     python benchmarks/rollout_profile.py --shape 3b --sequences 128,32 --out profile.json
     python benchmarks/rollout_profile.py --variants '[{}, {"block_size": 64}]'   # vLLM's arguments, one engine each
+    python benchmarks/rollout_profile.py --own-scheduler   # also by vLLM's own scheduler, in the same engine
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import pstats
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +40,7 @@ GROUP = 8
 
 
 class VariedEngine(Engine):
-    """An engine with some of vLLM's arguments replaced."""
+    """An engine with some of vLLM's arguments replaced, which can do without our scheduler."""
 
     def __init__(self, *arguments: Any, replaced: dict[str, Any]):
         self.replaced = replaced
@@ -46,6 +48,24 @@ class VariedEngine(Engine):
 
     def _arguments(self, handle: str) -> dict[str, Any]:
         return super()._arguments(handle) | self.replaced
+
+    def _params(self, *arguments: Any) -> Any:
+        params = super()._params(*arguments)
+        params.flat_logprobs = True  # the cheaper of vLLM's own two forms
+        return params
+
+    @contextmanager
+    def by_vllms_scheduler(self) -> Iterator[None]:
+        """Schedule and collect as vLLM does, logprobs in lists of its own."""
+        scheduler = self.llm.llm_engine.engine_core.engine_core.scheduler
+        ours, manager = type(scheduler), scheduler.kv_cache_manager
+        scheduler.__class__, scheduler.kv_cache_manager = ours.__mro__[1], manager._manager
+        self._completion = lambda output: output  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            scheduler.__class__, scheduler.kv_cache_manager = ours, manager
+            del self._completion
 
 
 def load_model(options: argparse.Namespace) -> tuple[BaseWeights, Policy]:
@@ -57,7 +77,9 @@ def load_model(options: argparse.Namespace) -> tuple[BaseWeights, Policy]:
     return base, policy
 
 
-def start_engine(base: BaseWeights, policy: Policy, options: argparse.Namespace, replaced: dict[str, Any]) -> Engine:
+def start_engine(
+    base: BaseWeights, policy: Policy, options: argparse.Namespace, replaced: dict[str, Any]
+) -> VariedEngine:
     length = options.prompt_tokens + options.new_tokens
     settings = EngineSettings(max_seq_length=length, max_num_seqs=max(options.sequences))
     if options.graphs and base.device.type == "cuda":
@@ -160,14 +182,12 @@ def host(engine: Engine, options: argparse.Namespace, count: int) -> list[dict[s
     return sorted(rows, key=lambda row: -row["own_ms"])[:40]
 
 
-def examine(engine: Engine, options: argparse.Namespace, count: int) -> dict[str, Any]:
+def examine(engine: VariedEngine, options: argparse.Namespace, count: int) -> dict[str, Any]:
     rollout(engine, options, count, lambda step: None, seed=10)
-    seconds = rollout_seconds(engine, options, count)
-    entry: dict[str, Any] = {
-        "rollout_s": round(seconds, 3),
-        "tokens_per_second": round(count * options.new_tokens / seconds),
-        "step_ms": round(step_milliseconds(engine, options, count), 3),
-    }
+    entry = timed(engine, options, count)
+    if options.own_scheduler:
+        with engine.by_vllms_scheduler():
+            entry["vllms_scheduler"] = timed(engine, options, count)
     if "kernels" in options.measure and torch.cuda.is_available():
         entry |= kernels(engine, options, count)
     if "host" in options.measure:
@@ -175,10 +195,21 @@ def examine(engine: Engine, options: argparse.Namespace, count: int) -> dict[str
     return entry
 
 
+def timed(engine: Engine, options: argparse.Namespace, count: int) -> dict[str, Any]:
+    seconds = rollout_seconds(engine, options, count)
+    return {
+        "rollout_s": round(seconds, 3),
+        "tokens_per_second": round(count * options.new_tokens / seconds),
+        "step_ms": round(step_milliseconds(engine, options, count), 3),
+    }
+
+
 def print_entry(replaced: dict[str, Any], count: int, entry: dict[str, Any]) -> None:
     print(f"{json.dumps(replaced)} {count} sequences: rollout {entry['rollout_s']} s, "
           f"{entry['tokens_per_second']} tokens/s, {entry['step_ms']} ms a step at the start, "
           f"GPU busy {entry.get('busy_us', 0) / 1e3:.2f} ms")  # fmt: skip
+    if own := entry.get("vllms_scheduler"):
+        print(f"  by vLLM's own scheduler: rollout {own['rollout_s']} s, {own['step_ms']} ms a step")
     for row in entry.get("kernels", [])[:30]:
         print(f"  {row['us']:8.1f} us {row['calls']:7.2f}x  {row['kernel'][:90]}")
     for row in entry.get("host", [])[:16]:
@@ -193,6 +224,7 @@ def main() -> int:
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--variants", type=json.loads, default=[{}], help="JSON list of vLLM arguments to replace")
+    parser.add_argument("--own-scheduler", action="store_true", help="compare with vLLM's own scheduler")
     parser.add_argument("--measure", default="kernels,host", type=lambda text: text.split(","))
     parser.add_argument("--graphs", action="store_true", help="capture only the sizes of --sequences: starts sooner")
     parser.add_argument("--trace", type=Path, help="also write Chrome traces, PATH-<sequences>.json.gz")

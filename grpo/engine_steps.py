@@ -21,10 +21,10 @@ from grpo.kernels.sample import sample_tokens
 
 
 class PatientBlocks:
-    """vLLM's manager of KV blocks, asked only when a sequence reaches the end of its last block.
+    """vLLM's manager of KV blocks, asked only at the first and the last token of a block.
 
-    vLLM asks at every token of every sequence, a fifth of what the host does in a step; between a block's first token
-    and its last the answer is always "none needed" and "nothing new to share".
+    vLLM asks at every token of every sequence, a fifth of what the host does in a step; in between the answer is always
+    "none needed" and "nothing new to share".
     """
 
     def __init__(self, manager: Any, block_size: int):
@@ -34,7 +34,7 @@ class PatientBlocks:
         return getattr(self._manager, name)
 
     def allocate_slots(self, request: Any, num_new_tokens: int, **options: Any) -> Any:
-        inside = num_new_tokens == 1 and request.num_computed_tokens % self._block_size != 0
+        inside = num_new_tokens == 1 and 0 < request.num_computed_tokens % self._block_size < self._block_size - 1
         if inside and options.keys() <= {"num_lookahead_tokens"} and not any(options.values()):
             return self._manager.empty_kv_cache_blocks
         return self._manager.allocate_slots(request, num_new_tokens, **options)
@@ -77,7 +77,8 @@ def rollout_scheduler(kind: type, collected: Collected) -> type:
         def __init__(self, *arguments: Any, **options: Any):
             super().__init__(*arguments, **options)
             groups = self.kv_cache_config.kv_cache_groups
-            if {group.kv_cache_spec.block_size for group in groups} == {self.block_size}:
+            self._blocks_end_together = {group.kv_cache_spec.block_size for group in groups} == {self.block_size}
+            if self._blocks_end_together:
                 self.kv_cache_manager: Any = PatientBlocks(self.kv_cache_manager, self.block_size)
 
         def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> dict[int, Any]:
@@ -85,9 +86,9 @@ def rollout_scheduler(kind: type, collected: Collected) -> type:
             collect_logprobs(model_runner_output, requests, collected.logprobs)
             if not collected.whole:
                 return super().update_from_output(scheduler_output, model_runner_output)
-            eventful = self._append_tokens(scheduler_output.num_scheduled_tokens, model_runner_output)
-            if len(eventful) < len(scheduler_output.num_scheduled_tokens):
-                scheduler_output = dataclasses.replace(scheduler_output, num_scheduled_tokens=eventful)
+            if self._blocks_end_together:
+                rest = self._append_tokens(scheduler_output.num_scheduled_tokens, model_runner_output)
+                scheduler_output = dataclasses.replace(scheduler_output, num_scheduled_tokens=rest)
             outputs = super().update_from_output(scheduler_output, model_runner_output)
             for of_client in outputs.values():
                 of_client.outputs = [output for output in of_client.outputs if output.finish_reason is not None]

@@ -1,8 +1,8 @@
 """The adapter as the rollout reads it: two buffers a layer at fixed addresses, refreshed after every optimiser step.
 
 The trained A and B belong to the optimiser; sampling reads copies, with B scaled, so that an update in progress cannot
-reach a completion and CUDA graphs find their operands where they were. Who multiplies with the buffers is engine.py's
-business.
+reach a completion and CUDA graphs find their operands where they were. Who multiplies with the buffers is
+engine_model.py's business.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ import pytest
 import torch
 from tiny import VOCABULARY, save_tiny
 from torch import Tensor
+from vllms_own import crowded, vllms_own
 
 from grpo.base import BaseWeights
 from grpo.config import Lora, Model
@@ -217,6 +218,26 @@ def test_completions_carry_the_sampled_ids_and_one_logprob_each(shared: Shared) 
         assert completion.finish_reason == "length"
         assert all(0 <= token < VOCABULARY for token in completion.token_ids), "padding of the vocabulary was sampled"
         assert all(logprob <= 0 for logprob in completion.logprobs)
+
+
+@pytest.mark.parametrize("stop", [(), (4, 15, 23, 42, 60, 99)], ids=["one length", "many lengths"])
+def test_logprobs_are_those_that_vllm_gives_itself(shared: Shared, stop: tuple[int, ...]) -> None:
+    """Token by token, with prompts computed in pieces, requests that wait and requests that are preempted."""
+    sampling = SamplingSettings(1.0, 60, stop_token_ids=stop)
+    requests = [Request(number, PROMPT[number % 3 :], seed=50 + number) for number in range(12)]
+    shared.engine.sync_adapter()
+    with crowded(shared.engine, blocks=14, step_tokens=48) as counts:
+        ours = shared.sample(requests, sampling)
+    assert counts["preempted"] > 0 and counts["in pieces"] > 0
+    assert len({len(completion.token_ids) for completion in ours}) > 4 or not stop
+    shared.engine.sync_adapter()
+    with crowded(shared.engine, blocks=14, step_tokens=48):
+        expected = vllms_own(shared.engine, requests, sampling)
+    for completion in ours:
+        token_ids, logprobs = expected[completion.request_id]
+        assert completion.token_ids == token_ids
+        assert completion.logprobs == pytest.approx(logprobs, abs=1e-6)
+    assert shared.disagreement([c for c in ours if c.request_id % 3 == 0]) < 1e-4, "the trainer finds the same"
 
 
 def test_a_stop_token_ends_its_completion_and_stays_in_it(shared: Shared) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from tiny import save_tiny
+from vllms_own import crowded, vllms_own
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 
@@ -82,6 +83,28 @@ def test_the_seed_of_a_call_decides_its_tokens(on_gpu: OnGpu) -> None:
     assert [done.token_ids for done in first] == [done.token_ids for done in again]
     assert [done.token_ids for done in first] != [done.token_ids for done in other]
     assert len({tuple(done.token_ids) for done in first}) == 8
+
+
+@pytest.mark.parametrize("temperature", [0.9, 0.0], ids=["one pass", "vLLM's sampler"])
+@pytest.mark.parametrize("blocks", [1000, 30], ids=["roomy", "preempting"])
+def test_logprobs_are_those_that_vllm_gives_itself(on_gpu: OnGpu, blocks: int, temperature: float) -> None:
+    """With asynchronous scheduling and CUDA graphs: ends at many lengths, requests that wait or are preempted."""
+    from grpo.engine import Request, SamplingSettings
+
+    sampling = SamplingSettings(temperature, 60, stop_token_ids=(4, 15, 23, 42, 60, 99))
+    requests = [Request(number, PROMPT[number % 5 :], 7) for number in range(20)]
+    on_gpu.engine.sync_adapter()
+    with crowded(on_gpu.engine, blocks=blocks, step_tokens=48) as counts:
+        ours = list(on_gpu.engine.generate(requests, sampling))
+    assert sorted(done.request_id for done in ours) == list(range(20))
+    assert (counts["preempted"] > 0) == (blocks == 30) and counts["in pieces"] > 0
+    on_gpu.engine.sync_adapter()
+    with crowded(on_gpu.engine, blocks=blocks, step_tokens=48):
+        expected = vllms_own(on_gpu.engine, requests, sampling)
+    for done in ours:
+        token_ids, logprobs = expected[done.request_id]
+        assert done.token_ids == token_ids
+        assert done.logprobs == pytest.approx(logprobs, abs=1e-6)
 
 
 def test_a_released_kv_cache_is_free_memory_and_comes_back(on_gpu: OnGpu) -> None:
