@@ -2,9 +2,11 @@
 
 Random NF4 weights, LoRA of rank 16 on all seven projections, one prompt with `--generations` completions in one
 micro-batch. The figure is torch's `max_memory_allocated` over the step, weights included and vLLM not started; what
-the driver counts is beside it. Shapes run one after another, each in a process of its own.
+the driver counts is beside it. Shapes whose output head is a matrix of its own are measured twice, the second time with
+`model.offload_embedding`. One after another, each in a process of its own.
 
     python benchmarks/short_context_memory.py --shapes 3b,8b,14b,32b,70b --out results.json
+    python benchmarks/short_context_memory.py --shapes 70b --offload-embedding yes
 
 Prints a table; the last line is one JSON object.
 """
@@ -14,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -22,6 +23,8 @@ from typing import Any
 
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.processes import report, rows_of, write_result
 
 UNSLOTH = {"3b": 3.5, "8b": 6.0, "14b": 8.5, "32b": 26.0, "70b": 41.0}
 """Unsloth's table of GB for QLoRA, by size. Published, not measured here."""
@@ -41,50 +44,56 @@ def measure(shape: str, options: argparse.Namespace) -> dict[str, Any]:
         rank=options.rank, tokens=tokens, prompt=prompt, completion=completion, optim=options.optim,
         gradient_checkpointing=options.form, logprob_chunk_tokens=options.chunk,
     )  # fmt: skip
-    learner = steps.learner_of(steps.load(shape, device), config)
+    offloads = options.offload_embedding == "yes"
+    learner = steps.learner_of(steps.load(shape, device, offload_embedding=offloads), config)
     loaded = time.perf_counter() - started
     steps.warm_up(learner)
     first = steps.sequence_of(learner.policy.base, prompt, completion, seed=1)
     group = [steps.sequence_of(learner.policy.base, prompt, completion, seed) for seed in range(options.generations)]
     for sequence in group:
         sequence.prompt_ids = first.prompt_ids
-    row = {"shape": shape, "tokens": tokens, "load_seconds": round(loaded, 1), **steps.measured_step(learner, group)}
+    row = {"shape": shape, "offload_embedding": offloads, "tokens": tokens, "load_seconds": round(loaded, 1)}
+    row |= steps.measured_step(learner, group)
     row |= {"predicted": steps.predicted_peak(learner, group, options.form)}
-    return {**row, "weights": learner.policy.base.nbytes(), "unsloth_gb": UNSLOTH.get(shape)}
+    base = learner.policy.base
+    return {**row, "weights": base.nbytes(), "on_host": base.host_nbytes(), "unsloth_gb": UNSLOTH.get(shape)}
 
 
 def show(row: dict[str, Any]) -> None:
+    name = f"{row['shape']:5} {'embedding on the host' if row['offload_embedding'] else '':21}"
     if not row.get("max_allocated"):
-        print(f"{row['shape']:5} {row.get('error') or row.get('reason') or 'memory not measured on a CPU'}", flush=True)
+        print(f"{name} {row.get('error') or row.get('reason') or 'memory not measured on a CPU'}", flush=True)
         return
     print(
-        f"{row['shape']:5} {row['tokens']:6,} tokens: allocated {row['max_allocated'] / 1e9:6.2f} GB (weights "
+        f"{name} {row['tokens']:6,} tokens: allocated {row['max_allocated'] / 1e9:6.2f} GB (weights "
         f"{row['weights'] / 1e9:6.2f}, planned {row['predicted'] / 1e9:6.2f}), device {row['device_used'] / 1e9:6.2f}; "
         f"Unsloth {row['unsloth_gb']:g}; {row['seconds']:.2f} s, loaded in {row['load_seconds']:.0f} s",
         flush=True,
     )
 
 
-def measure_in_process(shape: str, options: argparse.Namespace, left: float) -> dict[str, Any]:
-    """The JSON that this script prints for one shape, or {"error": ...}."""
-    passed = [a for a in sys.argv[1:] if not a.startswith(("--shapes", "--out", "--budget"))]
-    for name in ("--shapes", "--out", "--budget"):
-        if name in sys.argv[1:]:
-            passed.remove(sys.argv[sys.argv.index(name) + 1])
-    command = [sys.executable, __file__, *passed, "--one", shape]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=max(left, 1))
-    except subprocess.TimeoutExpired:
-        return {"shape": shape, "error": "no time left"}
-    if done.returncode:
-        return {"shape": shape, "error": done.stderr.strip()[-400:]}
-    return json.loads(done.stdout.strip().splitlines()[-1])
+def variants(shapes: list[str], offload_embedding: str) -> list[tuple[str, str]]:
+    """(shape, "no" or "yes"), without what `offload_embedding` leaves out and what a tied head forbids."""
+    from benchmarks.random_model import SHAPES
+
+    wanted = ["no", "yes"] if offload_embedding == "both" else [offload_embedding]
+    return [(s, way) for s in shapes for way in wanted if way == "no" or not SHAPES[s]["tie_word_embeddings"]]
+
+
+def measure_in_process(shape: str, offload_embedding: str, left: float) -> dict[str, Any]:
+    """What this script reports for one shape, or {"error": ...}."""
+    # Of an option given twice the last counts.
+    chosen = ["--one", shape, "--offload-embedding", offload_embedding]
+    rows, failed = rows_of([sys.executable, __file__, *sys.argv[1:], *chosen], left)
+    row = {"shape": shape, "offload_embedding": offload_embedding == "yes"}
+    return {**row, "error": failed} if failed else rows[-1]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--shapes", default="3b,8b,14b,32b,70b", type=lambda text: text.split(","))
     parser.add_argument("--one", help="measure this shape here, and print its JSON")
+    parser.add_argument("--offload-embedding", default="both", choices=("no", "yes", "both"))
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--optim", default="adamw_8bit")
     parser.add_argument("--form", default="layer", choices=("none", "mlp", "layer", "offload"))
@@ -98,22 +107,17 @@ def main() -> int:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     if options.tiny:
-        options.shapes, options.device, options.rank = ["tiny"], "cpu", 4
+        options.shapes, options.device, options.rank = ["tiny", "tiny_untied"], "cpu", 4
     if options.one:
-        print(json.dumps(measure(options.one, options)))
+        report(measure(options.one, options))
         return 0
-    from grpo.environment import hardware, versions
-
-    ends = time.monotonic() + options.budget
-    rows = []
-    for shape in options.shapes:
-        rows.append(measure_in_process(shape, options, ends - time.monotonic()))
-        show(rows[-1])
     settings = {k: v for k, v in vars(options).items() if k not in ("shapes", "one", "out", "budget")}
-    result = {"benchmark": "short_context_memory", **settings, "rows": rows}
-    result |= {"hardware": hardware(), "versions": versions()}
-    if options.out:
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    result: dict[str, Any] = {"benchmark": "short_context_memory", **settings, "rows": []}
+    ends = time.monotonic() + options.budget
+    for shape, offload_embedding in variants(options.shapes, options.offload_embedding):
+        result["rows"].append(measure_in_process(shape, offload_embedding, ends - time.monotonic()))
+        show(result["rows"][-1])
+        write_result(options.out, result)
     print(json.dumps(result))
     return 0
 
