@@ -232,4 +232,4 @@ def test_own_questions_are_read_as_the_table_configuration_says(tmp_path: Path) 
 def test_the_readme_lists_every_configuration() -> None:
     readme = (ROOT / "README.md").read_text()
     listed = set(re.findall(r"^\| \[configs/([\w.-]+)\]", readme, re.MULTILINE))
-    assert listed == {path.name for path in CONFIGS}
+    assert listed == {path.name for path in (*CONFIGS, SUPERVISED)}
