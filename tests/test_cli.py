@@ -91,6 +91,7 @@ def test_help_and_dry_run_and_errors_load_neither_torch_nor_vllm(folder: Path) -
     script = f"""
 import contextlib, sys
 from grpo.train import main
+from grpo.torchrun import Launch
 config = {str(MINIMAL)!r}
 for line in (["--help"], [config, "--dry-run"], [config, "--set", "x=1"], [config, "--resume"]):
     with contextlib.suppress(SystemExit):
@@ -136,7 +137,7 @@ def test_options_reach_the_trainer(trained: list[tuple[Config, dict[str, Any]]])
     ((config, options),) = trained
     assert config.train.max_steps == 3 and config.rewards[0].weight == 2
     assert config.checkpoint.output_dir == Path("runs/it's")
-    assert options == {"resume": False, "verbose": True}
+    assert options == {"resume": False, "verbose": True, "launch": Launch()}
 
 
 def test_an_existing_run_folder_is_refused_before_the_trainer_is_loaded(
