@@ -7,7 +7,7 @@ sequence: that takes more memory than decoding does.
 
 Rows: the KV cache in bf16 or FP8, kept through training or released (`rollout.release_kv_cache`). The peak is torch's
 `max_memory_allocated` of either phase; a released cache, which torch goes on counting, is taken off that of training.
-Beside it: the most that the driver counted as used on the device, sampled, with CUDA's own and torch's unused memory.
+Beside it: the most that the driver counted as the process's, sampled, with CUDA's own and torch's unused memory.
 
     python benchmarks/long_completions.py --out benchmarks/results/long_completions.json
 
@@ -37,7 +37,7 @@ GENERATIONS = 8
 
 
 class DeviceWatch(threading.Thread):
-    """The most memory in use on the device, as the driver counts it, looked at every 20 ms."""
+    """The most memory that the driver counts as this process's, looked at every 20 ms."""
 
     def __init__(self, device: Any):
         super().__init__(daemon=True)

@@ -6,6 +6,7 @@ there is more of it, so that a benchmark that is ended leaves what it has measur
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -75,15 +76,25 @@ def write_result(file: Path | None, result: dict[str, Any]) -> None:
 
 
 def gpu_names() -> list[str]:
-    """The GPUs that this process may use, by NVML: CUDA is not started, which would take memory."""
+    """The GPUs that this process may use. CUDA is not started, which would take memory."""
+    if not (handles := nvml_handles()):
+        return []
+    import pynvml
+
+    return [pynvml.nvmlDeviceGetName(handle) for handle in handles]
+
+
+@functools.cache
+def nvml_handles() -> list[Any]:
+    """NVML's handles of the GPUs that CUDA_VISIBLE_DEVICES leaves; none without NVML."""
     if find_spec("pynvml") is None:
         return []
     import pynvml
 
     try:
         pynvml.nvmlInit()
-    except pynvml.NVMLError:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        numbers = range(pynvml.nvmlDeviceGetCount()) if visible is None else map(int, filter(None, visible.split(",")))
+        return [pynvml.nvmlDeviceGetHandleByIndex(number) for number in numbers]
+    except (pynvml.NVMLError, ValueError):  # no driver; GPUs named by their UUID
         return []
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    numbers = range(pynvml.nvmlDeviceGetCount()) if visible is None else map(int, filter(None, visible.split(",")))
-    return [pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(number)) for number in numbers]

@@ -6,14 +6,15 @@ is not started. On a CPU everything runs, and memory is not measured.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 
+from benchmarks.processes import nvml_handles
 from benchmarks.random_model import RandomSource
 from grpo.base import BaseWeights
 from grpo.batch import TrainingSequence
@@ -126,11 +127,17 @@ def memory_now(device: torch.device) -> dict[str, int | None]:
 
 
 def device_used(device: torch.device) -> int:
-    """NVML's figure where its Python binding is installed, the CUDA driver's otherwise: of all processes."""
-    if find_spec("pynvml") is None:
+    """What this process takes of the GPU by NVML, where that tells processes apart; else what all of them take."""
+    handles = nvml_handles()
+    if not handles:
         free, total = torch.cuda.mem_get_info(device)
         return total - free
-    return torch.cuda.device_memory_used(device)  # minds CUDA_VISIBLE_DEVICES
+    import pynvml
+
+    handle = handles[device.index or 0]
+    processes = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
+    own = [process.usedGpuMemory for process in processes if process.pid == os.getpid() and process.usedGpuMemory]
+    return int(own[0] if own else pynvml.nvmlDeviceGetMemoryInfo(handle).used)
 
 
 def resident_bytes(learner: Learner) -> int:
