@@ -21,6 +21,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from grpo.errors import UserError
 from grpo.kernels.attention import Packing
 from grpo.kernels.logprob import selected_logprobs
+from grpo.pairs import pairs_of
 from grpo.recompute import answer_trainers
 
 IGNORED = -100
@@ -62,7 +63,8 @@ def backbone_forward(
 
     input_ids [batch, length] or inputs_embeds [batch, length, hidden]; attention_mask [batch, length], 1 for a token;
     position_ids [batch, length], by default 0, 1, ... Without a mask, a position that does not follow the one before
-    begins another sequence. The result is 0 where the mask is. Autocast has no effect: the model's dtype decides.
+    begins another sequence. Rows of the batch's two halves that begin alike, as a preference trainer's do, are computed
+    once as far as they do. The result is 0 where the mask is. Autocast has no effect: the model's dtype decides.
     """
     if packing is not None:
         return packed_forward(self, input_ids=input_ids, position_ids=position_ids, packing=packing, **kwargs)
@@ -105,14 +107,25 @@ class Rows:
     def __init__(self, given: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None):
         self.shape = batch, length = given.shape[:2]
         device = given.device
+        self.kept: Tensor | None = None
+        self.taken: Tensor | None = None
+        """Flat places in the order of the packed row; None where it is that of `kept`."""
+        self.places: Tensor | None = None
+        """Where in the packed row each of `kept` is; None where it is in order."""
+        kept = None if attention_mask is None else attention_mask.to(device).bool()
         positions = torch.arange(length, device=device) if position_ids is None else position_ids.to(device)
         positions = positions.expand(batch, length)
+        pairs = pairs_of(given, kept) if position_ids is None and given.ndim == 2 else None
+        if pairs is not None:
+            self.kept, self.taken, self.places = pairs.kept, pairs.taken, pairs.places
+            self.positions = self.pack(positions)
+            self.packing = Packing(pairs.spans, device)
+            return
         starts = torch.zeros(batch, length, dtype=torch.bool, device=device)
         starts[:, 0] = True
-        self.kept: Tensor | None = None
-        if attention_mask is None:
+        if kept is None:
             starts[:, 1:] = positions.diff(dim=1) != 1
-        elif not bool((kept := attention_mask.to(device).bool()).all()):
+        elif not bool(kept.all()):
             self.kept = kept.flatten().nonzero()[:, 0]
         sequence = starts.flatten().cumsum(0).view(batch, length)
         self.positions = self.pack(positions)
@@ -122,14 +135,16 @@ class Rows:
     def pack(self, x: Tensor) -> Tensor:
         """[batch, length, ...] to [1, tokens, ...]."""
         flat = x.flatten(0, 1)
-        return (flat if self.kept is None else flat.index_select(0, self.kept))[None]
+        taken = self.kept if self.taken is None else self.taken
+        return (flat if taken is None else flat.index_select(0, taken))[None]
 
     def unpack(self, x: Tensor) -> Tensor:
         """[1, tokens, ...] to [batch, length, ...], 0 at padding."""
         if self.kept is None:
             return x[0].unflatten(0, self.shape)
+        tokens = x[0] if self.places is None else x[0].index_select(0, self.places)
         rows = x.new_zeros(self.shape[0] * self.shape[1], *x.shape[2:])
-        return rows.index_copy(0, self.kept, x[0]).unflatten(0, self.shape)
+        return rows.index_copy(0, self.kept, tokens).unflatten(0, self.shape)
 
 
 def causal_lm_forward(

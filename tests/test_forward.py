@@ -11,6 +11,7 @@ from tiny import FAMILIES, save_tiny
 from grpo.base import BaseWeights
 from grpo.config import Lora, Model
 from grpo.errors import UserError
+from grpo.forward import Rows
 from grpo.graph_kernels import install
 from grpo.policy import Policy
 from grpo.source import open_source
@@ -74,6 +75,50 @@ def test_the_loss_in_training_is_transformers_loss_without_logits(family, tmp_pa
         assert abs(float(policy.model.train()(**shifted).loss.detach() - expected)) < 1e-5
         as_tuple = policy.model(**inputs, return_dict=False)
         assert isinstance(as_tuple, tuple) and abs(float(as_tuple[0].detach() - expected)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("family", "kernels"), [("llama", False), ("llama", True), ("mistral", False), ("gemma2", True)]
+)
+def test_pairs_that_begin_alike_are_computed_once_to_the_same_gradients(family, kernels, tmp_path):
+    """Rows 0 and 2 share 20 tokens, rows 1 and 3 none; a mistral's window is shorter than the shared part."""
+    plain, policy = pair(tmp_path, family, kernels=kernels)
+    ids = torch.cat([IDS[:2], IDS[2:], IDS[1:2].flip(1)])
+    ids[2, :20] = ids[0, :20]
+    mask = torch.tensor([[1] * n + [0] * (24 - n) for n in (24, 17, 22, 19)])
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[:, :12] = -100
+    rows = Rows(ids, mask, None)
+    assert rows.packing.tokens == mask.sum() - 20 and rows.packing.shares_prefixes
+    assert rows.unpack(rows.pack(ids)).equal(ids * mask)
+    labels_weighted = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    policy.model.train()
+    with torch.no_grad():
+        expected = plain(**labels_weighted, use_cache=False)
+        logits = policy.model.eval()(input_ids=ids, attention_mask=mask).logits
+    torch.testing.assert_close(logits[mask.bool()], expected.logits[mask.bool()], rtol=2e-4, atol=2e-4)
+
+    def gradients(**inputs):
+        policy.model.train()(**inputs).loss.backward()
+        found = [parameter.grad.clone() for parameter in policy.parameters()]
+        policy.model.zero_grad()
+        return found
+
+    for layer in policy.adapter_layers().values():
+        torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.1)
+    positions = torch.arange(24).expand(4, 24)  # as given, they are obeyed row by row
+    for mine, apart in zip(
+        gradients(**labels_weighted), gradients(**labels_weighted, position_ids=positions), strict=True
+    ):
+        torch.testing.assert_close(mine, apart, rtol=1e-3, atol=1e-5)
+
+
+def test_rows_that_cannot_be_shared_are_packed_as_they_are():
+    same = IDS[:1].expand(2, 24)
+    assert Rows(same, None, None).packing.tokens == 25, "each keeps a token of its own"
+    assert Rows(same, LEFT[1:2].expand(2, 24), None).packing.tokens == 34, "padding on the left"
+    assert Rows(IDS[:1].expand(3, 24), None, None).packing.tokens == 72, "no pairs"
+    assert Rows(same[:, :16], None, None).packing.tokens == 32, "too short to be worth it"
 
 
 def test_each_row_and_each_packed_sequence_sees_itself_alone(tmp_path):

@@ -29,7 +29,8 @@ CHATS = [
     for n in range(40)
 ]
 PAIRS = [
-    {"prompt": f"{n} plus {n}: ", "chosen": f"{2 * n}", "rejected": f"maybe {n}{'?' * (n % 5)}"} for n in range(20)
+    {"prompt": f"How much is {n} plus {n}? ", "chosen": f"{2 * n}", "rejected": f"maybe {n}{'?' * (n % 5)}"}
+    for n in range(20)
 ]
 
 
