@@ -17,6 +17,7 @@ from grpo.checkpoint import open_run, save
 from grpo.config import Config, read_config
 from grpo.errors import UserError
 from grpo.interrupt import Interrupted
+from grpo.torchrun import Launch
 
 ROOT = Path(__file__).resolve().parent.parent
 MINIMAL = ROOT / "tests" / "data" / "minimal.toml"
