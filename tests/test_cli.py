@@ -91,7 +91,6 @@ def test_bad_input_is_one_sentence_and_exit_code_2_and_writes_nothing(folder: Pa
 def test_help_and_dry_run_and_errors_load_neither_torch_nor_vllm(folder: Path) -> None:
     script = f"""
 import contextlib, sys
-from grpo.torchrun import Launch
 from grpo.train import main
 config = {str(MINIMAL)!r}
 for line in (["--help"], [config, "--dry-run"], [config, "--set", "x=1"], [config, "--resume"]):
