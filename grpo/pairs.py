@@ -36,7 +36,7 @@ def pairs_of(ids: Tensor, mask: Tensor | None) -> Pairs | None:
     mask: bool [2 n, length], true for a token. Row i and row n + i are a pair; each keeps at least one own token.
     """
     rows, length = ids.shape
-    if rows % 2 or length <= FEWEST:
+    if not rows or rows % 2 or length <= FEWEST:
         return None
     present = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
     first, second = present.chunk(2)
