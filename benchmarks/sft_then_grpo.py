@@ -220,7 +220,9 @@ def report(work: Path, out: Path, ended: dict[str, str]) -> dict[str, Any]:
     if (work / "sft" / "metrics.jsonl").exists():
         record["supervised"] = supervised(TrainResult.read(work / "sft"))
     record |= {name: summary(result) for name, result in results.items()}
-    record |= {"versions": versions(), "hardware": hardware()}
+    # A run knows its GPU; this process starts none.
+    measured = [result.summary["hardware"] for result in results.values() if "hardware" in result.summary]
+    record |= {"versions": versions(), "hardware": measured[0] if measured else hardware()}
     out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
     return record
 
