@@ -53,12 +53,13 @@ class Runner:
             tempfile.TemporaryFile("w+", errors="replace") as err,
         ):
             failed = wait_or_end(subprocess.Popen(command, stdout=out, stderr=err), left)
-            texts = [file.seek(0) or file.read() for file in (out, err)]
+            out.seek(0)
+            err.seek(0)
+            lines, errors = out.read().strip().splitlines(), err.read()
         seconds = round(time.monotonic() - started, 1)
-        lines = texts[0].strip().splitlines()
         if failed or not lines:
-            print(texts[1][-3000:], flush=True)
-            return {"error": failed or "no output", "stderr": texts[1][-1500:], "wall_s": seconds}
+            print(errors[-3000:], flush=True)
+            return {"error": failed or "no output", "stderr": errors[-1500:], "wall_s": seconds}
         print("\n".join(lines[-3:-1]), f"({seconds} s)", flush=True)
         return {**json.loads(lines[-1]), "wall_s": seconds}
 

@@ -53,7 +53,7 @@ def limit(cap: float, device: torch.device) -> None:
 def measure(learner: Learner, cap: float, length: int, form: str) -> dict[str, Any]:
     """One step on a sequence of `length` tokens under the cap."""
     sequence = steps.sequence_of(learner.policy.base, PROMPT, length)
-    row = {"cap_gb": cap, "tokens": length}
+    row: dict[str, Any] = {"cap_gb": cap, "tokens": length}
     try:
         row |= steps.measured_step(learner, [sequence])
     except Exception as error:  # pinned host memory, above all: it costs this row, not the next
