@@ -14,7 +14,6 @@ import string
 import tempfile
 import time
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -288,7 +287,8 @@ def device_bytes(device: torch.device) -> int:
     """What is used on the device, CUDA contexts included, by NVML or else the CUDA driver; 0 on a CPU."""
     if device.type != "cuda":
         return 0
-    if find_spec("pynvml") is not None:
+    try:
         return torch.cuda.device_memory_used(device)
-    free, total = torch.cuda.mem_get_info(device)
-    return total - free
+    except Exception:  # without NVML or its Python binding, in whichever way that shows
+        free, total = torch.cuda.mem_get_info(device)
+        return total - free
