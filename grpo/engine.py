@@ -98,6 +98,9 @@ class Engine:
         }
         if on_cpu:
             arguments["block_size"] = CPU_BLOCK
+            # A prompt computed in pieces draws a token too many from its request's generator; vLLM turns it back, which
+            # generators on a CPU do not allow.
+            arguments["enable_chunked_prefill"] = False
         else:
             arguments["gpu_memory_utilization"] = 0.05
             if settings.release_kv_cache:

@@ -8,7 +8,7 @@ Anything out of the ordinary is left to vLLM's own code.
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 from typing import Any
 
 from torch import Tensor
@@ -88,7 +88,8 @@ def rollout_scheduler(kind: type, collected: Collected) -> type:
                 return super().update_from_output(scheduler_output, model_runner_output)
             if self._blocks_end_together:
                 rest = self._append_tokens(scheduler_output.num_scheduled_tokens, model_runner_output)
-                scheduler_output = dataclasses.replace(scheduler_output, num_scheduled_tokens=rest)
+                scheduler_output = copy.copy(scheduler_output)
+                scheduler_output.num_scheduled_tokens = rest
             outputs = super().update_from_output(scheduler_output, model_runner_output)
             for of_client in outputs.values():
                 of_client.outputs = [output for output in of_client.outputs if output.finish_reason is not None]

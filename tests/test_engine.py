@@ -220,18 +220,19 @@ def test_completions_carry_the_sampled_ids_and_one_logprob_each(shared: Shared) 
         assert all(logprob <= 0 for logprob in completion.logprobs)
 
 
-@pytest.mark.parametrize("stop", [(), (4, 15, 23, 42, 60, 99)], ids=["one length", "many lengths"])
+@pytest.mark.parametrize("stop", [(), (4, 15, 23, 42)], ids=["one length", "many lengths"])
 def test_logprobs_are_those_that_vllm_gives_itself(shared: Shared, stop: tuple[int, ...]) -> None:
-    """Token by token, with prompts computed in pieces, requests that wait and requests that are preempted."""
+    """Token by token, with requests that are preempted, and prompts that wait because a step's tokens are used up."""
     sampling = SamplingSettings(1.0, 60, stop_token_ids=stop)
     requests = [Request(number, PROMPT[number % 3 :], seed=50 + number) for number in range(12)]
     shared.engine.sync_adapter()
-    with crowded(shared.engine, blocks=14, step_tokens=48) as counts:
+    with crowded(shared.engine, blocks=6, step_tokens=LENGTH) as counts:
         ours = shared.sample(requests, sampling)
-    assert counts["preempted"] > 0 and counts["in pieces"] > 0
+    assert counts["preempted"] > 0
+    assert counts["in pieces"] == 0, "generators on a CPU cannot be turned back"
     assert len({len(completion.token_ids) for completion in ours}) > 4 or not stop
     shared.engine.sync_adapter()
-    with crowded(shared.engine, blocks=14, step_tokens=48):
+    with crowded(shared.engine, blocks=6, step_tokens=LENGTH):
         expected = vllms_own(shared.engine, requests, sampling)
     for completion in ours:
         token_ids, logprobs = expected[completion.request_id]

@@ -86,18 +86,18 @@ def test_the_seed_of_a_call_decides_its_tokens(on_gpu: OnGpu) -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.9, 0.0], ids=["one pass", "vLLM's sampler"])
-@pytest.mark.parametrize("blocks", [1000, 30], ids=["roomy", "preempting"])
+@pytest.mark.parametrize("blocks", [1000, 24], ids=["roomy", "preempting"])
 def test_logprobs_are_those_that_vllm_gives_itself(on_gpu: OnGpu, blocks: int, temperature: float) -> None:
     """With asynchronous scheduling and CUDA graphs: ends at many lengths, requests that wait or are preempted."""
     from grpo.engine import Request, SamplingSettings
 
-    sampling = SamplingSettings(temperature, 60, stop_token_ids=(4, 15, 23, 42, 60, 99))
+    sampling = SamplingSettings(temperature, 60, stop_token_ids=(4, 15))
     requests = [Request(number, PROMPT[number % 5 :], 7) for number in range(20)]
     on_gpu.engine.sync_adapter()
     with crowded(on_gpu.engine, blocks=blocks, step_tokens=48) as counts:
         ours = list(on_gpu.engine.generate(requests, sampling))
     assert sorted(done.request_id for done in ours) == list(range(20))
-    assert (counts["preempted"] > 0) == (blocks == 30) and counts["in pieces"] > 0
+    assert (counts["preempted"] > 0) == (blocks == 24) and counts["in pieces"] > 0
     on_gpu.engine.sync_adapter()
     with crowded(on_gpu.engine, blocks=blocks, step_tokens=48):
         expected = vllms_own(on_gpu.engine, requests, sampling)

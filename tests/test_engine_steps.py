@@ -98,14 +98,16 @@ class Driven:
         self.reasons: dict[str, str] = {}
         self.trace: list[Any] = []
         self.parts_of_prompts = self.preemptions = self.handed_on = 0
+        self.requests = []
         for request in requests:
             parameters = SamplingParams(
                 max_tokens=request["max_tokens"], stop_token_ids=request["stops"], ignore_eos=True, logprobs=0
             )
             hasher = get_request_block_hasher(BLOCK, sha256)
-            self.scheduler.add_request(
+            self.requests.append(
                 Request(request["name"], list(request["prompt"]), parameters, None, block_hasher=hasher)
             )
+            self.scheduler.add_request(self.requests[-1])
         self.run(ahead)
 
     def run(self, ahead: int) -> None:
@@ -199,6 +201,8 @@ def test_every_step_is_the_one_that_vllms_scheduler_makes(
         assert ours.trace == vllms.trace
         assert ours.tokens == vllms.tokens and ours.reasons == vllms.reasons
         assert set(ours.reasons.values()) == {"stop", "length"}
+        in_flight = [request.num_in_flight_tokens for request in ours.requests]
+        assert in_flight == [request.num_in_flight_tokens for request in vllms.requests]
         assert ours.handed_on == (12 if whole else vllms.handed_on)
         parts, preemptions = parts + ours.parts_of_prompts, preemptions + ours.preemptions
     assert parts > 0, "no prompt was computed in pieces"
