@@ -103,11 +103,12 @@ def rollout_scheduler(kind: type, collected: Collected) -> type:
             Left to vLLM: what is not one token after another (prompts, their first token, requests that have been
             preempted), a token that ends its request, and one that completes a KV block.
             """
-            rest, sampled, row_of = {}, output.sampled_token_ids, output.req_id_to_index
+            sampled, row_of = output.sampled_token_ids, output.req_id_to_index
+            rest: dict[str, int] = {}
             longest, block_size = self.max_model_len - 1, self.block_size
             for name, count in scheduled.items():
                 request = self.requests.get(name)
-                tokens = sampled[row_of[name]] if sampled else ()
+                tokens: list[int] = sampled[row_of[name]] if sampled else []
                 if (
                     count == 1
                     and len(tokens) == 1
