@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import shutil
+import socket
 import statistics
 import subprocess
 import sys
@@ -72,7 +73,9 @@ def run_case(options: argparse.Namespace, folder: Path, ranks: int, prompts: int
     """One run; its medians, and what went wrong if it did."""
     run = options.scratch / f"data-parallel-{ranks}x{prompts}"
     shutil.rmtree(run, ignore_errors=True)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    # A name of this host may lead nowhere on a machine without a network.
+    place = ["--master-addr", "127.0.0.1", "--master-port", str(free_port())]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), *place]
     command += ["-m", "grpo.train", str(config_file(options, folder, prompts)), "--output", str(run)]
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "4"), "PYTHONPATH": str(ROOT)}
     log = run.with_suffix(".log")
@@ -93,6 +96,12 @@ def run_case(options: argparse.Namespace, folder: Path, ranks: int, prompts: int
         found["median"] = {name: statistics.median(step[name] for step in counted) for name in known}
         found["tokens_per_second"] = statistics.median(step["tokens"] / step["step_seconds"] for step in counted)
     return found
+
+
+def free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return int(listening.getsockname()[1])
 
 
 def ratios(cases: dict[str, dict[str, Any]]) -> dict[str, float]:
