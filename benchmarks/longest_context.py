@@ -47,7 +47,8 @@ def limit(cap: float, device: torch.device) -> None:
     """Let torch reserve no more than `cap` GB; 0 lifts the limit."""
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, cap * 1e9 / total) if cap else 1.0, device)
+        share = min(1.0, cap * 1e9 / total) if cap else 1.0
+        torch.cuda.set_per_process_memory_fraction(share, torch.cuda.current_device())
 
 
 def measure(learner: Learner, cap: float, length: int, form: str) -> dict[str, Any]:

@@ -13,8 +13,10 @@ import multiprocessing
 import os
 import random
 import re
+import statistics
 import time
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -28,6 +30,8 @@ from grpo.kernels import nf4_gemm
 from grpo.kernels.nf4_gemm import Tile
 from grpo.kernels.nf4_lookup import byte_tables
 
+CHECKS = 5
+"""How often a kernel must be right before it is timed: a race may be won at first."""
 ROWS = (16, 32, 64, 128, 256, 512)
 """Each stands for the numbers of rows down to the one before. The last ones are kept where dequantising loses."""
 SPLITS = (1, 2, 4, 8)
@@ -131,8 +135,9 @@ def tune(shapes: list[tuple[int, int]], path: Path, deadline: float) -> None:
 
 
 def best_tiles(score: dict[tuple[int, Tile], list[float]], rows: int) -> list[Tile]:
-    ranked = sorted((sorted(times)[:EXPLORED_SHAPES], tile) for (at, tile), times in score.items() if at == rows)
-    return [tile for _, tile in sorted(ranked, key=lambda pair: math.fsum(pair[0]) / len(pair[0]))[:KEPT_TILES]]
+    mine = {tile: times for (at, tile), times in score.items() if at == rows}
+    means = {tile: statistics.fmean(sorted(times)[:EXPLORED_SHAPES]) for tile, times in mine.items()}
+    return sorted(means, key=means.__getitem__)[:KEPT_TILES]
 
 
 def time_shape(weight, shape, tiles: dict[int, list[Tile]], ready: set[tuple[Tile, int]], deadline: float) -> Times:
@@ -142,16 +147,33 @@ def time_shape(weight, shape, tiles: dict[int, list[Tile]], ready: set[tuple[Til
     for rows, choices in tiles.items():
         x = torch.randn(rows, shape[1], dtype=torch.bfloat16, device="cuda")
         out = torch.empty(rows, shape[0], dtype=torch.bfloat16, device="cuda")
+        expected = torch.empty_like(out)
+        launch_dense(x, expected, weight.copies[0])
         for tile in choices:
             for split in splits(shape, rows, tile):
                 if (tile, split) not in ready or time.monotonic() > deadline:
                     continue
                 call = partial(launch, x, out, tile, split)
                 try:
+                    if not all(close(called(call, weight.copies[0], out), expected) for _ in range(CHECKS)):
+                        print(f"tune: {shape} {rows} {tile} split {split}: wrong, left out", flush=True)
+                        continue
                     times[rows, split, tile] = benchmark.microseconds(weight.copies, call, milliseconds=4.0)
                 except (RuntimeError, TritonError) as error:
                     print(f"tune: {shape} {rows} {tile} split {split}: {str(error).splitlines()[0][:120]}", flush=True)
     return times
+
+
+def called(call: Callable[[tuple[Tensor, Tensor]], None], copy: tuple[Tensor, Tensor], out: Tensor) -> Tensor:
+    """`out` as `call` leaves it."""
+    out.fill_(math.nan)
+    call(copy)
+    return out
+
+
+def close(found: Tensor, expected: Tensor) -> bool:
+    """Whether two roundings of the same product may differ so; a kernel that is miscompiled differs by its whole."""
+    return bool((found.float() - expected.float()).norm() < 0.01 * expected.float().norm())
 
 
 def launch(x: Tensor, out: Tensor, tile: Tile, split: int, copy: tuple[Tensor, Tensor]) -> None:
@@ -198,8 +220,8 @@ def choose(times: Times, dense: dict[int, float], shape: tuple[int, int], used: 
         report.append(f"{rows}: {best:.1f} ({fastest[rows]:.1f}, {dense[rows]:.1f})")
         if best > dense[rows]:
             break
-        close = [tile for tile in choices if choices[tile] <= SLACK * best]
-        tile = max(close, key=lambda tile: (used[split, tile], -choices[tile]))
+        near = [tile for tile in choices if choices[tile] <= SLACK * best]
+        tile = max(near, key=lambda tile: (used[split, tile], -choices[tile]))
         used[split, tile] += 1
         plan[str(rows)] = asdict(tile)
     print(f"tune: {shape} split {split}, us (best of any split, dequantise + cuBLAS): {', '.join(report)}", flush=True)
