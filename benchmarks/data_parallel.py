@@ -77,7 +77,8 @@ def run_case(options: argparse.Namespace, folder: Path, ranks: int, prompts: int
     place = ["--master-addr", "127.0.0.1", "--master-port", str(free_port())]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), *place]
     command += ["-m", "grpo.train", str(config_file(options, folder, prompts)), "--output", str(run)]
-    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "4"), "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "4")}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     log = run.with_suffix(".log")
     begun = time.monotonic()
     with log.open("w") as file:

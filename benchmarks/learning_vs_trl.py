@@ -299,13 +299,16 @@ def finish(options: argparse.Namespace, system: str, seed: int, run: subprocess.
 
 
 def compare(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Final rewards by system: each run's, and the mean over seeds; the difference in standard errors."""
-    found: dict[str, Any] = {}
+    """Rewards by system where the shortest run ends, and where each ends: each run's, and the mean over seeds.
+
+    The difference, in standard errors, is that at the step which all have reached.
+    """
+    found: dict[str, Any] = {"step": min(len(result["reward"]) for result in results)}
     for system in ("grpo", "trl"):
         own = [result for result in results if result["system"] == system]
         if not own:
             continue
-        finals = [mean_and_error(result["reward"][-LAST:]) for result in own]
+        finals = [mean_and_error(result["reward"][: found["step"]][-LAST:]) for result in own]
         means = [final["mean"] for final in finals]
         over_steps = math.sqrt(sum(final["standard_error"] ** 2 for final in finals)) / len(finals)
         over_seeds = mean_and_error(means)["standard_error"] if len(means) > 1 else 0.0
@@ -314,13 +317,14 @@ def compare(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
             "seeds": [result["seed"] for result in own],
             "steps": [len(result["reward"]) for result in own],
             "finished": [result["finished"] for result in own],
-            "final_rewards": finals,
+            "rewards": finals,
+            "final_rewards": [mean_and_error(result["reward"][-LAST:]) for result in own],
             "mean": round(sum(means) / len(means), 4),
             "standard_error": round(max(over_steps, over_seeds), 4),
             "wall_seconds": [result["wall_seconds"] for result in own],
             "median_step_seconds": steady[len(steady) // 2] if steady else None,
         }
-    if len(found) == 2:
+    if "grpo" in found and "trl" in found:
         error = math.hypot(found["grpo"]["standard_error"], found["trl"]["standard_error"])
         difference = found["grpo"]["mean"] - found["trl"]["mean"]
         found["ours_less_trl"] = {
@@ -369,7 +373,8 @@ def plot(options: argparse.Namespace) -> None:
     for system in ("grpo", "trl"):
         if system in comparison:
             own = comparison[system]
-            print(f"{system:5} final reward {own['mean']:.4f} +- {own['standard_error']:.4f}, seeds {own['seeds']}, "
+            print(f"{system:5} reward up to step {comparison['step']}: {own['mean']:.4f} "
+                  f"+- {own['standard_error']:.4f}, seeds {own['seeds']}, "
                   f"wall {own['wall_seconds']} s, step {own['median_step_seconds']} s")  # fmt: skip
     print(json.dumps({"benchmark": "learning_vs_trl", **comparison}))
 

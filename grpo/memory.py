@@ -125,6 +125,9 @@ class TrainingMemory:
     kernels: bool
     packed_weights: bool
     """Whether linear layers dequantise their weight at each use."""
+    repeated_heads: bool
+    """Whether flash attention is given keys and values laid out for every head, as torch's varlen_attn up to 2.11
+    takes them where heads share keys."""
 
     @classmethod
     def of(
@@ -132,8 +135,9 @@ class TrainingMemory:
     ) -> TrainingMemory:
         """Of the largest micro-batch of `config`, or of one of `tokens` tokens."""
         tokens = tokens or max(config.train.tokens_per_micro_batch, config.max_seq_length)
+        sizes = LayerSizes.of(shape, config.lora.target_modules, config.lora.r)
         return cls(
-            sizes=LayerSizes.of(shape, config.lora.target_modules, config.lora.r),
+            sizes=sizes,
             itemsize=itemsize,
             tokens=tokens,
             predicted=tokens,
@@ -143,6 +147,7 @@ class TrainingMemory:
             on_gpu=on_gpu,
             kernels=config.train.kernels != "torch" and on_gpu and not config.lora.lora_dropout,
             packed_weights=config.model.load_in_4bit and on_gpu,
+            repeated_heads=on_gpu and sizes.key != sizes.query,
         )
 
     @property
@@ -155,7 +160,7 @@ class TrainingMemory:
     def kept_by_layer(self) -> int:
         """Bytes that one layer saves, its input among them, where nothing is computed again."""
         per_token = self._fused_per_token() if self.kernels else self._plain_per_token()
-        return self.tokens * per_token + self._gathered() + self._factors()
+        return self.tokens * per_token + self._gathered() + self._repeated() + self._factors()
 
     def _attention_per_token(self) -> int:
         """q, k, v, the output and its log-sum-exp (float32), which flash attention saves."""
@@ -165,6 +170,10 @@ class TrainingMemory:
     def _gathered(self) -> int:
         """Keys and values laid out anew, with each completion's copy of its prompt's."""
         return 2 * self.keys * self.sizes.key * self.itemsize if self.keys > self.tokens else 0
+
+    def _repeated(self) -> int:
+        """Keys and values of every head, beside the product that those of the shared ones are parts of."""
+        return 2 * self.keys * self.sizes.query * self.itemsize if self.repeated_heads else 0
 
     def _fused_per_token(self) -> int:
         """Layer input, attention, MLP input, gate and up; inputs of the norms that follow attention and MLP."""

@@ -182,8 +182,8 @@ def completion(data: bytes, folder: Path) -> None:
 
 @target
 def dump_report(data: bytes, folder: Path) -> None:
-    from grpo.state import save_tensors
     from grpo.replay import read_dump
+    from grpo.state import save_tensors
 
     written(folder, "report.json", data)
     save_tensors(folder / "batch.safetensors", {"prompts": [], "idle": [], "rng": {}})

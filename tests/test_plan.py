@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -234,3 +235,25 @@ def test_a_released_kv_cache_leaves_its_memory_to_training() -> None:
     assert kept.peak(20 * 10**9) == kept.always + 20 * 10**9 + kept.training
     assert released.peak(20 * 10**9) == released.always + max(20 * 10**9 + released.sampling, released.training)
     assert released.room_for_kv(60 * 10**9) - kept.room_for_kv(60 * 10**9) == kept.training - kept.sampling
+
+
+RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
+
+
+def measured_peaks() -> list[Any]:
+    """What steps of Llama-3.1-8B's shape took on a GPU: form, tokens, rank, bytes of a moment, chunk, peak."""
+    longest = json.loads((RESULTS / "longest_context.json").read_text())
+    rows = [("offload", row["tokens"], 32, 2, 256, row["max_allocated"]) for row in longest["rows"]]
+    steps = json.loads((RESULTS / "train_step_8b.json").read_text())["step"]
+    return rows + [(form, 16384, 16, 8, 2048, steps[f"triton/{form}"]["peak_bytes"]) for form in ("none", "mlp")]
+
+
+@pytest.mark.parametrize("row", measured_peaks(), ids=lambda row: f"{row[0]}-{row[1]}")
+def test_the_peak_of_a_step_is_what_a_gpu_measured(row: Any) -> None:
+    """Weights, adapter, gradients, moments and the phases of the step, within 3 %."""
+    form, tokens, rank, moments, chunk, peak = row
+    settings = config(lora={"r": rank}, train={"tokens_per_micro_batch": tokens, "logprob_chunk_tokens": chunk})
+    training = replace(TrainingMemory.of(settings, LLAMA_8B, 2, on_gpu=True, tokens=tokens), keys=tokens)
+    adapter = training.sizes.adapter * training.sizes.layers * (4 + 4 + moments)
+    planned = plan.weight_bytes(settings, LLAMA_8B, 2, on_gpu=True) + adapter + training.peak(form)
+    assert planned == pytest.approx(peak, rel=0.03)
