@@ -30,6 +30,7 @@ from grpo.log import RunLog, quiet_libraries
 from grpo.result import TrainResult
 from grpo.target import resolve_target
 from grpo.text import Prompts, as_batch, pieces, token_ids
+from grpo.torchrun import refuse_several
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -70,6 +71,7 @@ def load(
 
     Raises UserError for a model, an adapter or a setting that cannot be used.
     """
+    refuse_several("grpo.load")
     decline(settings)
     chosen = {"load_in_4bit": load_in_4bit, "max_seq_length": max_seq_length}
     tables = merged(

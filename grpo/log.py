@@ -75,6 +75,7 @@ ROWS = (
     ("grad_norm", "gradient norm", "{:.3g}"),
     ("tokens_per_second", "rollout", "{:,.0f} tokens/s"),
     ("rollout_seconds", "sampling", "{:.1f} s"),
+    ("idle_seconds", "waiting for ranks", "{:.1f} s"),
     ("train_seconds", "training", "{:.1f} s"),
     ("peak_memory_gib", "peak memory", "{:.1f} GiB"),
 )

@@ -26,6 +26,7 @@ from test_learner import LOSSES, Recorder, assert_same
 from tiny import save_tiny
 from tiny_run import read_metrics, run_tables, save_rewards, write_config
 
+import grpo
 from grpo.base import BaseWeights
 from grpo.config import Config, parse_config
 from grpo.errors import UserError
@@ -98,6 +99,12 @@ def test_what_runs_in_one_process_says_so_under_torchrun() -> None:
     refuse_several("grpo.sft", {})
     with pytest.raises(UserError, match=r"grpo\.sft uses one GPU; start it without torchrun"):
         refuse_several("grpo.sft", {"WORLD_SIZE": "2"})
+
+
+def test_the_python_api_says_so_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"grpo\.load uses one GPU"):
+        grpo.load("nobody/has-this-model")
 
 
 # Shares
