@@ -189,7 +189,8 @@ def test_the_wheel_names_its_extras(wheel: Path) -> None:
     archive = zipfile.ZipFile(wheel)
     (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
     metadata = Parser().parsestr(archive.read(name).decode())
-    assert set(metadata.get_all("Provides-Extra") or ()) == {"cuda", "sft", "math", "gym", "trackers", "notebook", "dev"}
+    extras = {"cuda", "sft", "math", "gym", "trackers", "notebook", "dev"}
+    assert set(metadata.get_all("Provides-Extra") or ()) == extras
     assert any(line.startswith("vllm==0.26.0;") for line in metadata.get_all("Requires-Dist") or ())
 
 
