@@ -33,6 +33,8 @@ class Launch:
 
     rank: int = 0
     size: int = 1
+    local_rank: int = 0
+    """Which of its machine's processes it is."""
     address: str = ""
     port: int = 0
     """Of the store through which the processes find each other."""
@@ -63,12 +65,13 @@ def take_launch(environment: MutableMapping[str, str] = os.environ) -> Launch:
         launch = Launch(
             rank=int(values["RANK"]),
             size=int(values["WORLD_SIZE"]),
+            local_rank=int(values["LOCAL_RANK"]),
             address=values["MASTER_ADDR"],
             port=int(values["MASTER_PORT"]),
             store_is_there=values["TORCHELASTIC_USE_AGENT_STORE"] == "True",
             restarts=int(values["TORCHELASTIC_RESTART_COUNT"] or 0),
         )
-        see_one_gpu(int(values["LOCAL_RANK"]), environment)
+        see_one_gpu(launch.local_rank, environment)
     except ValueError:
         shown = ", ".join(f"{name}={values[name]}" for name in PLACE)
         raise UserError(f"{shown}: not what torchrun sets; start several processes with torchrun") from None
@@ -84,6 +87,15 @@ def see_one_gpu(number: int, environment: MutableMapping[str, str]) -> None:
     else:
         # Past the last there is none; that other ranks have one is for them to compare.
         environment["CUDA_VISIBLE_DEVICES"] = gpus[number] if number < len(gpus) else ""
+
+
+def check_share(prompts: int, ranks: int) -> None:
+    """Raise UserError for more ranks than prompts a step."""
+    if ranks > prompts:
+        raise UserError(
+            f"rollout.prompts_per_step = {prompts}: {ranks} ranks were started, and a group of completions is never "
+            "divided; raise it, or start fewer"
+        )
 
 
 def refuse_several(command: str, environment: MutableMapping[str, str] = os.environ) -> None:

@@ -22,11 +22,11 @@ from pathlib import Path
 
 from grpo.checkpoint import check_run, saved_config, step_numbers
 from grpo.config import Config, config_toml, read_config
-from grpo.errors import UserError, disk_refusal, fail
+from grpo.errors import BAD_INPUT, UserError, disk_refusal, fail
 from grpo.interrupt import leaving_at_once
 from grpo.plan import memory_plan
 from grpo.toml import write_value
-from grpo.torchrun import Launch, RankLost, take_launch
+from grpo.torchrun import Launch, RankLost, check_share, take_launch
 
 LOST = 1
 """Exit code of a rank that ends because another one did."""
@@ -36,16 +36,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line `arguments` (those of the process by default) and return its exit code."""
     parsed = parser().parse_args(arguments)
     config: Config | None = None
-    launch = Launch()
+    launch, alike = Launch(), True
     try:
         launch = take_launch()
         config = configuration(parsed)
+        check_share(config.rollout.prompts_per_step, launch.size)
+        alike = False
         if not parsed.dry_run:
             train(config, launch, resume=parsed.resume is not None, verbose=parsed.verbose)
         elif launch.first:
             print(dry_run(config))
     except UserError as error:
-        return fail(program(launch), error)
+        # Up to there every rank of a machine finds the same, and one says it.
+        return BAD_INPUT if alike and launch.local_rank else fail(program(launch), error)
     except RankLost as error:
         return fail(program(launch), f"{error}; what ended it is said by that rank", LOST)
     except OSError as error:

@@ -76,7 +76,8 @@ class Trainer:
         with Interrupts() as interrupts, self.run_folder(), self.log() as log:
             # What fails in a second comes before what takes minutes.
             resolve_loss(config.loss)
-            check_share(config, self.launch.size, log.notice if self.launch.first else lambda told: None)
+            if self.launch.first and (uneven := uneven_share(config, self.launch.size)):
+                log.notice(uneven)
             files = read_model(config, log.status)
             data = load_data(config, files.tokenizer)
             ranks = connect(self.launch, resolve_device(config.model.device))
@@ -99,20 +100,16 @@ class Trainer:
         return RunLog(config.checkpoint.output_dir, config, max_steps=config.train.max_steps or 0, verbose=self.verbose)
 
 
-def check_share(config: Config, ranks: int, notice: Callable[[str], None]) -> None:
-    """Raise UserError for more ranks than prompts; say so where some have more to do than others."""
+def uneven_share(config: Config, ranks: int) -> str | None:
+    """What to say where some of `ranks` have more prompts than others."""
     prompts, parts = config.rollout.prompts_per_step, config.train.optimizer_steps_per_rollout
-    if ranks > prompts:
-        raise UserError(
-            f"rollout.prompts_per_step = {prompts}: {ranks} ranks were started, and a group of completions is never "
-            "divided; raise it, or start fewer"
-        )
-    if ranks > 1 and prompts % (ranks * parts):
-        updates = f" in each of {parts} optimiser steps" if parts > 1 else ""
-        notice(
-            f"rollout.prompts_per_step = {prompts} does not divide evenly among {ranks} ranks{updates}: some wait for "
-            "others that have one prompt more"
-        )
+    if ranks == 1 or prompts % (ranks * parts) == 0:
+        return None
+    updates = f" in each of {parts} optimiser steps" if parts > 1 else ""
+    return (
+        f"rollout.prompts_per_step = {prompts} does not divide evenly among {ranks} ranks{updates}: some wait for "
+        "others that have one prompt more"
+    )
 
 
 def own_share(config: Config, ranks: int) -> Config:

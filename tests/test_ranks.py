@@ -35,8 +35,8 @@ from grpo.policy import Policy
 from grpo.ranks import Ranks, connect, owners
 from grpo.sampler import Group, Outline
 from grpo.source import open_source
-from grpo.torchrun import Launch, refuse_several, take_launch
-from grpo.trainer import check_share
+from grpo.torchrun import Launch, check_share, refuse_several, take_launch
+from grpo.trainer import uneven_share
 
 T = TypeVar("T")
 
@@ -53,7 +53,7 @@ def together(size: int, work: Callable[[Ranks], T]) -> list[T | BaseException]:
 
     def one(rank: int) -> None:
         try:
-            found[rank] = work(connect(Launch(rank, size, "127.0.0.1", port), torch.device("cpu")))
+            found[rank] = work(connect(Launch(rank, size, rank, "127.0.0.1", port), torch.device("cpu")))
         except BaseException as error:
             found[rank] = error
 
@@ -75,7 +75,7 @@ def test_the_place_is_read_once_and_every_rank_sees_its_own_gpu() -> None:
         "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "2",
     }  # fmt: skip
     environment = {**given, "HOME": "/root"}
-    assert take_launch(environment) == Launch(3, 8, "node0", 29500, True, 2)
+    assert take_launch(environment) == Launch(3, 8, 1, "node0", 29500, True, 2)
     assert environment == {"HOME": "/root", "CUDA_VISIBLE_DEVICES": "1"}
     for shown, seen in (("4,6", "6"), ("5", ""), ("", ""), ("GPU-a,GPU-b,GPU-c", "GPU-b")):
         environment = {**given, "CUDA_VISIBLE_DEVICES": shown}
@@ -134,16 +134,12 @@ def config_with(prompts: int, parts: int = 1) -> Any:
 
 
 def test_more_ranks_than_prompts_are_refused_and_uneven_shares_are_said() -> None:
-    told: list[str] = []
-    check_share(config_with(8), 4, told.append)
-    check_share(config_with(7), 1, told.append)
-    assert told == []
-    check_share(config_with(6), 4, told.append)
-    check_share(config_with(8, parts=4), 4, told.append)
-    assert "6 does not divide evenly among 4 ranks:" in told[0]
-    assert "among 4 ranks in each of 4 optimiser steps" in told[1]
+    assert uneven_share(config_with(8), 4) is None and uneven_share(config_with(7), 1) is None
+    assert "6 does not divide evenly among 4 ranks:" in str(uneven_share(config_with(6), 4))
+    assert "among 4 ranks in each of 4 optimiser steps" in str(uneven_share(config_with(8, parts=4), 4))
+    check_share(4, 4)
     with pytest.raises(UserError, match="prompts_per_step = 3: 4 ranks were started"):
-        check_share(config_with(3), 4, told.append)
+        check_share(3, 4)
 
 
 # Messages
@@ -402,6 +398,7 @@ def test_more_ranks_than_prompts_end_with_a_sentence(runs: ForkedRuns, home: Pat
     done = launched(runs, home / "config.toml", "--set", "rollout.prompts_per_step=2", "--output", run, size=3)
     assert [one.code for one in done] == [2, 2, 2]
     assert "prompts_per_step = 2: 3 ranks were started" in done[0].err
+    assert done[1].err == done[2].err == ""
     assert not run.exists()
 
 
