@@ -32,7 +32,7 @@ from grpo.loss_metrics import Metrics, as_message, from_message, joined, merge_m
 from grpo.optim import LossScaler, build_optimizer, learning_rate, moments_like
 from grpo.policy import Policy, Scored
 from grpo.random_state import RandomState, current_states
-from grpo.ranks import Ranks
+from grpo.ranks import Ranks, runs
 from grpo.sampler import Group
 from grpo.snapshot import Snapshot
 
@@ -273,8 +273,7 @@ class Learner:
 
 def split(prompts: list[TrainingGroup], parts: int) -> list[list[TrainingGroup]]:
     """`prompts` in `parts` runs whose lengths differ by at most one; none is empty unless there are too few."""
-    bounds = [len(prompts) * part // parts for part in range(parts + 1)]
-    return [prompts[first:last] for first, last in zip(bounds, bounds[1:], strict=False) if last > first]
+    return [prompts[first:last] for first, last in runs(len(prompts), parts) if last > first]
 
 
 UNMEASURED = {"loss": 0.0, "kl": None, "entropy": None, "mismatch_kl": None}

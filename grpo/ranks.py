@@ -66,7 +66,19 @@ class Ranks:
 
     def of_first(self, value: Any = None) -> Any:
         """Rank 0's `value`."""
-        return self.gather(value if self.first else None)[0]
+        if self.size == 1:
+            return value
+        data = torch.frombuffer(bytearray(packed(value)), dtype=torch.uint8) if self.first else torch.empty(0)
+        length = torch.tensor([len(data)])
+        with self._waiting():
+            self._control.broadcast([length]).wait()
+            if not self.first:
+                data = torch.empty(int(length), dtype=torch.uint8)
+            self._control.broadcast([data]).wait()
+        if self.first:
+            self.bytes_sent += len(data)
+            return value
+        return unpacked(data.numpy().tobytes())
 
     def merged(self, own: dict[int, Any], count: int) -> list[Any]:
         """The `count` values of all ranks in order, of which this one has `own`, by place."""
@@ -149,9 +161,11 @@ def owners(count: int, parts: int, size: int) -> list[int]:
     The prompts are used in `parts` runs, one for each optimiser step; of every run each rank has neighbouring ones,
     their numbers differing by at most one, so that every optimiser step has work for all ranks.
     """
+    lengths = [end - begin for begin, end in runs(count, parts)]
+    return [place * size // length for length in lengths for place in range(length)]
+
+
+def runs(count: int, parts: int) -> list[tuple[int, int]]:
+    """Where each of `parts` runs of `count` things begins and ends; their lengths differ by at most one."""
     bounds = [count * part // parts for part in range(parts + 1)]
-    return [
-        place * size // (end - begin)
-        for begin, end in zip(bounds, bounds[1:], strict=False)
-        for place in range(end - begin)
-    ]
+    return list(zip(bounds, bounds[1:], strict=False))

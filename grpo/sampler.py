@@ -120,15 +120,13 @@ class Sampler:
         Raises UserError when a reward function fails, after the running requests are aborted.
         """
         started = time.perf_counter()
-        places = [place for place, rank in enumerate(self._owners(len(prompts))) if rank == self.ranks.rank]
+        owning = owners(len(prompts), self.parts, self.ranks.size)
+        places = [place for place, rank in enumerate(owning) if rank == self.ranks.rank]
         groups, results, generated = self._sample_own(prompts, set(places), step, round)
         seconds, waited = generated - started, time.perf_counter() - generated
         if self.ranks.size > 1:
             return self._exchange(prompts, groups, results, seconds, waited)
         return Rollout([groups[place] for place in places], [results[place] for place in places], seconds, waited)
-
-    def _owners(self, prompts: int) -> list[int]:
-        return owners(prompts, self.parts, self.ranks.size)
 
     def _sample_own(
         self, prompts: Sequence[Prompt], places: set[int], step: int, round: int
