@@ -44,8 +44,7 @@ class Model(Section):
     """`[model]`: which base model, and how it is held in memory."""
 
     name: str
-    """A folder in Hugging Face format, a hub id, a `.gguf` file, or `package:NAME/FILE` for a file inside an
-    installed Python package."""
+    """A folder in Hugging Face format, a hub id, a `.gguf` file, or `package:NAME/FILE` in an installed package."""
     load_in_4bit: bool = True
     """Hold the base as NF4. Off: 16-bit LoRA (or 32-bit with `dtype = "float32"`)."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
@@ -58,6 +57,8 @@ class Model(Section):
     """Modules left unquantised, by name or ending ("layers.0.mlp.down_proj"); "auto": those with the largest error."""
     offload_embedding: bool = False
     """Keep a token embedding that is not the output head too in host memory, where the GPU reads the rows it needs."""
+    offload_head: bool = False
+    """Keep the output head in host memory, for a model that does not fit otherwise: each decoding step reads it all."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
     chat_template: PathText | None = None
@@ -219,8 +220,7 @@ class Loss(Section):
     beta: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the KL penalty against the reference model. 0: no reference forward."""
     reference: Literal["start", "base"] = "start"
-    """The reference: the adapter as the run finds it, as in TRL (the same as the base for a fresh adapter), or the base
-    with the adapter off."""
+    """The reference: the adapter as the run finds it, as in TRL (a fresh one is the base), or the base without it."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     """Estimator of the KL penalty (Schulman's names)."""
     kl_importance_weight: bool = True
