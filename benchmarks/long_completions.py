@@ -17,16 +17,25 @@ Every row has a process of its own. Prints a table; the last line is one JSON ob
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.processes import report, rows_of, write_result
+from benchmarks import rows
+from benchmarks.rows import Row
+
+if TYPE_CHECKING:
+    import torch
+
+    from grpo.base import BaseWeights
+    from grpo.batch import TrainingSequence
+    from grpo.engine import Engine
+    from grpo.learner import Learner
 
 ROWS = {"bf16": ("auto", False), "fp8": ("fp8", False), "bf16-released": ("auto", True), "fp8-released": ("fp8", True)}
 """Name -> (kv_cache_dtype, release_kv_cache)."""
@@ -58,23 +67,68 @@ class DeviceWatch(threading.Thread):
         return peak
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """One row, in this process."""
+def measurer(options: argparse.Namespace) -> Callable[[Row], Row]:
     import torch
 
+    from benchmarks import training_step as steps
+
+    started, device = time.perf_counter(), torch.device(options.device)
+    length = options.prompt + options.completion
+    base = steps.load(options.shape, device, positions=length, offload_embedding=options.offload_embedding)
+    return lambda row: measure(*ROWS[row["row"]], base, options, started)
+
+
+def measure(kv_cache_dtype: str, released: bool, base: BaseWeights, options: argparse.Namespace, started: float) -> Row:
+    """A rollout, a training step on it and the beginning of another rollout; told as far as they have come."""
+    from benchmarks import training_step as steps
+
+    device = base.device
+    engine, learner = engine_and_learner(base, options, kv_cache_dtype, released)
+    row: Row = {"kv_cache": engine.kv_bytes(), "weights": base.nbytes()}
+    row |= {"ready_seconds": round(time.perf_counter() - started, 1)}
+    rows.tell(row)
+
+    watch = DeviceWatch(device)
+    steps.reset_peak(device)
+    begun = time.perf_counter()
+    sequences = rollout(engine, base, options, options.completion)
+    steps.synchronize(device)
+    row["rollout"] = {"seconds": round(time.perf_counter() - begun, 2), **memory(device, watch)}
+    rows.tell(row)
+    steps.reset_peak(device)
+    begun = time.perf_counter()
+    engine.release_kv_cache()
+    seconds = steps.step(learner, sequences)
+    row["training"] = {"seconds": round(seconds, 2), **memory(device, watch)}
+    row["training"]["with_release_seconds"] = round(time.perf_counter() - begun, 2)
+    row["sync_seconds"] = round(engine.sync_adapter(), 4)
+    if device.type == "cuda":
+        training = row["training"]["max_allocated"] - (row["kv_cache"] if released else 0)
+        peak = max(row["rollout"]["max_allocated"], training)
+        row |= {"peak": peak, "bar": BARS[kv_cache_dtype], "holds": peak <= BARS[kv_cache_dtype]}
+        row["device_peak"] = max(row[phase]["device_peak"] for phase in ("rollout", "training"))
+    rows.tell(row)
+    begun = time.perf_counter()
+    rollout(engine, base, options, 8)
+    row["rollout_after_seconds"] = round(time.perf_counter() - begun, 2)
+    rows.tell(row)
+    engine.close()
+    return row
+
+
+def engine_and_learner(
+    base: BaseWeights, options: argparse.Namespace, kv_cache_dtype: str, released: bool
+) -> tuple[Engine, Learner]:
+    """Both over `base`, and each has run once."""
     from benchmarks import training_step as steps
     from grpo.engine import Engine, EngineSettings
     from grpo.policy import Policy
 
-    kv_cache_dtype, released = ROWS[options.one]
-    device = torch.device(options.device)
     length = options.prompt + options.completion
     config = steps.step_config(
         rank=options.rank, tokens=length, prompt=options.prompt, completion=options.completion, optim=options.optim,
         gradient_checkpointing=options.form, logprob_chunk_tokens=options.chunk,
     )  # fmt: skip
-    started = time.perf_counter()
-    base = steps.load(options.shape, device, positions=length, offload_embedding=options.offload_embedding)
     policy = Policy(base, config.lora, seed=0)
     settings = EngineSettings(
         max_seq_length=length, max_num_seqs=GENERATIONS, kv_cache_dtype=kv_cache_dtype, release_kv_cache=released
@@ -85,38 +139,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     steps.warm_up(learner)
     engine.sync_adapter()
     rollout(engine, base, options, 64 if options.completion > 256 else 8)
-    row = {"row": options.one, "kv_cache": engine.kv_bytes(), "weights": base.nbytes()}
-    row |= {"ready_seconds": round(time.perf_counter() - started, 1)}
-    report(row)
-
-    watch = DeviceWatch(device)
-    reset(device)
-    begun = time.perf_counter()
-    sequences = rollout(engine, base, options, options.completion)
-    steps.synchronize(device)
-    row["rollout"] = {"seconds": round(time.perf_counter() - begun, 2), **memory(steps, device, watch)}
-    report(row)
-    reset(device)
-    begun = time.perf_counter()
-    engine.release_kv_cache()
-    seconds = steps.step(learner, sequences)
-    row["training"] = {"seconds": round(seconds, 2), **memory(steps, device, watch)}
-    row["training"]["with_release_seconds"] = round(time.perf_counter() - begun, 2)
-    row["sync_seconds"] = round(engine.sync_adapter(), 4)
-    if device.type == "cuda":
-        training = row["training"]["max_allocated"] - (row["kv_cache"] if released else 0)
-        peak = max(row["rollout"]["max_allocated"], training)
-        row |= {"peak": peak, "bar": BARS[kv_cache_dtype], "holds": peak <= BARS[kv_cache_dtype]}
-        row["device_peak"] = max(row[phase]["device_peak"] for phase in ("rollout", "training"))
-    report(row)
-    begun = time.perf_counter()
-    rollout(engine, base, options, 8)
-    row["rollout_after_seconds"] = round(time.perf_counter() - begun, 2)
-    engine.close()
-    return row
+    return engine, learner
 
 
-def rollout(engine: Any, base: Any, options: argparse.Namespace, completion: int) -> list[Any]:
+def rollout(engine: Engine, base: BaseWeights, options: argparse.Namespace, completion: int) -> list[TrainingSequence]:
     """Completions of `completion` tokens, of which the last are sampled; as sequences to train on."""
     import torch
 
@@ -144,70 +170,41 @@ def rollout(engine: Any, base: Any, options: argparse.Namespace, completion: int
     ]
 
 
-def reset(device: Any) -> None:
-    if device.type == "cuda":
-        import torch
+def memory(device: torch.device, watch: DeviceWatch) -> Row:
+    from benchmarks import training_step as steps
 
-        torch.cuda.reset_peak_memory_stats(device)
-
-
-def memory(steps: Any, device: Any, watch: DeviceWatch) -> dict[str, Any]:
     return {**steps.memory_now(device), "device_peak": watch.taken() or None}
 
 
-def measure_in_process(name: str, options: argparse.Namespace, left: float) -> dict[str, Any]:
-    """The row as far as it came, with "failed" where that is not the whole."""
-    rows, failed = rows_of([sys.executable, __file__, *sys.argv[1:], "--one", name], left)
-    row = rows[-1] if rows else {"row": name}
-    return row | {"failed": failed} if failed else row
-
-
-def show(row: dict[str, Any]) -> None:
-    if "failed" in row:
-        print(f"{row['row']:14} {row['failed'][-500:]}", flush=True)
-    if "peak" in row:
-        print(
-            f"{row['row']:14} peak {row['peak'] / 1e9:6.2f} GB (bar {row['bar'] / 1e9:g}), device "
-            f"{row['device_peak'] / 1e9:6.2f}; rollout {row['rollout']['max_allocated'] / 1e9:6.2f}, training "
-            f"{row['training']['max_allocated'] / 1e9:6.2f} in {row['training']['seconds']} s, KV cache "
-            f"{row['kv_cache'] / 1e9:.2f}",
-            flush=True,
-        )
+def line(row: Row) -> str:
+    if "peak" not in row:
+        return f"{row['row']:14} rollout {row['rollout']['seconds']} s, training {row['training']['seconds']} s"
+    return (
+        f"{row['row']:14} peak {row['peak'] / 1e9:6.2f} GB (bar {row['bar'] / 1e9:g}), device "
+        f"{row['device_peak'] / 1e9:6.2f}; rollout {row['rollout']['max_allocated'] / 1e9:6.2f}, training "
+        f"{row['training']['max_allocated'] / 1e9:6.2f} in {row['training']['seconds']} s, KV cache "
+        f"{row['kv_cache'] / 1e9:.2f}"
+    )
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--rows", default=",".join(ROWS), type=lambda text: text.split(","))
-    parser.add_argument("--one", choices=ROWS, help="measure this row in this process")
+    parser = rows.parser(__doc__, rank=32, chunk=512)
+    rows.add_step(parser, form="offload")
+    parser.add_argument("--rows", default=list(ROWS), type=rows.words)
     parser.add_argument("--shape", default="8b")
     parser.add_argument("--prompt", type=int, default=256, help="tokens")
     parser.add_argument("--completion", type=int, default=20480, help="tokens")
     parser.add_argument("--decode", type=int, default=128, help="tokens of each completion that are sampled")
-    parser.add_argument("--rank", type=int, default=32)
-    parser.add_argument("--optim", default="adamw_8bit")
-    parser.add_argument("--form", default="offload", choices=("none", "mlp", "layer", "offload"))
-    parser.add_argument("--chunk", type=int, default=512, help="tokens whose logits exist at once")
     parser.add_argument("--offload-embedding", action="store_true", help="model.offload_embedding")
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--budget", type=float, default=560, help="seconds for everything")
-    parser.add_argument("--tiny", action="store_true", help="a tiny model on the CPU: tries the script")
-    parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     if options.tiny:
         options.shape, options.device, options.form, options.rank = "tiny", "cpu", "layer", 4
         options.prompt, options.completion, options.decode, options.rows = 16, 48, 8, ["bf16", "bf16-released"]
-    if options.one:
-        measure(options)
-        return 0
-    ends = time.monotonic() + options.budget
-    settings = {k: v for k, v in vars(options).items() if k not in ("rows", "one", "out", "budget")}
-    result: dict[str, Any] = {"benchmark": "long_completions", **settings, "unsloth_published": UNSLOTH, "rows": []}
-    for name in options.rows:
-        result["rows"].append(measure_in_process(name, options, ends - time.monotonic()))
-        show(result["rows"][-1])
-        write_result(options.out, result)
-    print(json.dumps(result))
-    return 0
+
+    def conclude(_: list[Row]) -> Row:
+        return {"benchmark": "long_completions", **rows.settings(options, "rows"), "unsloth_published": UNSLOTH}
+
+    return rows.run(options, [[{"row": name}] for name in options.rows], measurer, line, conclude)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ import functools
 import json
 import os
 import subprocess
-import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,6 @@ from typing import Any
 import psutil
 
 from grpo.environment import hardware, versions
-
-ROW = "ROW "
 
 
 def wait_or_end(process: subprocess.Popen[bytes], seconds: float) -> str | None:
@@ -46,22 +43,6 @@ def end(process: subprocess.Popen[bytes]) -> None:
         except psutil.NoSuchProcess:
             pass
     process.wait()
-
-
-def report(row: dict[str, Any]) -> None:
-    """Tell the process that waits in `rows_of` what is known so far."""
-    print(ROW + json.dumps(row), flush=True)
-
-
-def rows_of(command: list[str], seconds: float) -> tuple[list[dict[str, Any]], str | None]:
-    """What `command` reported within so many seconds, and what went wrong, with the end of its output."""
-    with tempfile.TemporaryFile("w+", errors="replace") as log:
-        said = wait_or_end(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT), seconds)
-        log.seek(0)
-        lines = log.read().splitlines()
-    rows = [json.loads(line.removeprefix(ROW)) for line in lines if line.startswith(ROW)]
-    rest = "\n".join(line for line in lines if not line.startswith(ROW))
-    return rows, said and f"{said}: {rest[-1200:]}"
 
 
 def write_result(file: Path | None, result: dict[str, Any]) -> None:

@@ -29,11 +29,14 @@ WARM_UP = 512
 """Tokens of a step that compiles kernels and allocates the optimiser's moments."""
 
 
-def step_config(*, rank: int, tokens: int, prompt: int, completion: int, **train: Any) -> Config:
-    """A configuration for `learner_of`: micro-batches of `tokens`, all seven projections adapted."""
+def step_config(
+    *, rank: int, tokens: int, prompt: int, completion: int, model: dict[str, Any] | None = None, **train: Any
+) -> Config:
+    """A configuration for `learner_of`: micro-batches of `tokens`, all seven projections adapted; `model` and `train`
+    are further keys of these sections."""
     return parse_config(
         {
-            "model": {"name": "random"},
+            "model": {"name": "random", **(model or {})},
             "task": {"name": "arithmetic"},
             "lora": {"r": rank, "lora_alpha": 2 * rank},
             "rollout": {"max_prompt_length": prompt, "max_completion_length": completion},
@@ -99,8 +102,7 @@ def measured_step(learner: Learner, sequences: Sequence[TrainingSequence]) -> di
     """Seconds and peaks of a step, or `fits` False."""
     device = learner.policy.base.device
     free_cached(device)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    reset_peak(device)
     try:
         seconds = step(learner, sequences)
     except torch.OutOfMemoryError as error:
@@ -109,6 +111,12 @@ def measured_step(learner: Learner, sequences: Sequence[TrainingSequence]) -> di
         result = {"fits": True, "seconds": round(seconds, 3), **memory_now(device)}
     free_cached(device)
     return result
+
+
+def reset_peak(device: torch.device) -> None:
+    """Let the peaks of `memory_now` begin here."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def memory_now(device: torch.device) -> dict[str, int | None]:
