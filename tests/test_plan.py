@@ -243,7 +243,7 @@ RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
 def measured_peaks() -> list[Any]:
     """What steps of Llama-3.1-8B's shape took on a GPU: form, tokens, rank, bytes of a moment, chunk, peak."""
     longest = json.loads((RESULTS / "longest_context.json").read_text())
-    rows = [("offload", row["tokens"], 32, 2, 256, row["max_allocated"]) for row in longest["rows"]]
+    rows = [("offload", row["tokens"], 32, 2, 256, row["max_allocated"]) for row in longest["rows"] if row.get("fits")]
     steps = json.loads((RESULTS / "train_step_8b.json").read_text())["step"]
     return rows + [(form, 16384, 16, 8, 2048, steps[f"triton/{form}"]["peak_bytes"]) for form in ("none", "mlp")]
 
