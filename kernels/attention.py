@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from grpo.kernels.shared_keys import Places, laid_out
+
 try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # torch older than 2.10
@@ -98,9 +100,14 @@ class Packing:
 
     @cached_property
     def key_positions(self) -> Tensor:
-        """int64, packed position of every span's keys, span after span."""
+        """int64 on the CPU, packed position of every span's keys, span after span."""
         ranges = [part for span in self.spans for part in key_ranges(span)]
-        return torch.cat([torch.arange(start, start + length) for start, length in ranges]).to(self.device)
+        return torch.cat([torch.arange(start, start + length) for start, length in ranges])
+
+    @cached_property
+    def places(self) -> Places:
+        """Where flash attention wants each token's key and value."""
+        return Places(self.key_positions, self.tokens, self.device)
 
     @cached_property
     def padded(self) -> list[PaddedBatch]:
@@ -187,14 +194,11 @@ def flash_serves(query: Tensor) -> bool:
 
 def _flash(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: float, window: int | None) -> Tensor:
     arguments: dict = {"scale": scale, "window_size": (-1 if window is None else window - 1, 0)}
-    if key.shape[0] != query.shape[0] and "enable_gqa" in VARLEN_ARGUMENTS:
-        arguments["enable_gqa"] = True
-    elif key.shape[0] != query.shape[0]:
-        groups = query.shape[0] // key.shape[0]
-        key, value = key.repeat_interleave(groups, 0), value.repeat_interleave(groups, 0)
+    if "enable_gqa" in VARLEN_ARGUMENTS:  # torch 2.11 takes fewer heads of keys without being told
+        arguments["enable_gqa"] = key.shape[0] != query.shape[0]
     query, key, value = (part.transpose(0, 1) for part in (query, key, value))
     if packing.shares_prefixes:
-        key, value = key.index_select(0, packing.key_positions), value.index_select(0, packing.key_positions)
+        key, value = laid_out(key, value, packing.places)
     # With fewer queries than keys, flash attention aligns the causal mask to the last key, as a continuation needs.
     return varlen_attn(query, key, value, packing.query_bounds, packing.key_bounds, *packing.longest, **arguments)
 

@@ -46,4 +46,4 @@ def dense_rows(tensor: Tensor) -> Tensor:
 
 def on_device(tensor: Tensor) -> torch.cuda.device:
     """Triton launches on the current device; a CPU tensor (interpreter) leaves it alone."""
-    return torch.cuda.device(tensor.device if tensor.is_cuda else -1)
+    return torch.cuda.device(tensor.device.index if tensor.is_cuda else -1)

@@ -8,10 +8,13 @@ backward: every caller (here, lora_attention.py, lora_mlp.py) goes through its m
 it likes. A and B are kept in float32; they are used in x's dtype, s B rounded once, and their gradients are
 accumulated in float32 over all rows. LoRA: Hu et al., 2021 (arXiv:2106.09685).
 
-Adding a LoRA term to a finished y reads and writes all of y for a product of inner dimension 16. Where W is
-dequantised anyway, it goes into a larger matrix with B and A beside it, and one product does both:
+The adapters of a group act as one: A is the stack of theirs, and s B has each one's in its own rows and columns
+(lora_factors.py). Adding a LoRA term to a finished y reads and writes all of y for a product of inner dimension 16.
+Where W is dequantised anyway, it goes into a larger matrix with s B and A beside it, and one product does both:
 
     y  = [x | x A^T] [W | s B]^T          dx = [dy | dy s B] [W ; A]
+
+What the zeros in s B cost grows with the rank: 0.3 % of a layer's arithmetic at rank 16, 2.4 % at 128.
 
 Not here: gradients of W and b, dropout, and how models name their layers.
 """
@@ -20,7 +23,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,17 +32,10 @@ from torch.autograd.function import once_differentiable
 
 from grpo.kernels import nf4
 from grpo.kernels.launch import wide
+from grpo.kernels.lora_factors import Adapter, lay_out
 
 WIDTH = 64
 """Columns for adapters beside a matrix are a multiple of this: rows stay aligned to 128 bytes."""
-
-
-class Adapter(NamedTuple):
-    """A LoRA pair on `rows` output features from `first`. Its A [r, in] and B [rows, r] are passed beside."""
-
-    first: int
-    rows: int
-    scale: float
 
 
 @dataclass(frozen=True)
@@ -99,29 +96,24 @@ class Product:
     def __init__(self, group: LinearGroup, adapters: Sequence[Adapter], factors: Sequence[Tensor]):
         """factors: A_1, B_1, A_2, B_2, ... of `adapters`."""
         self.group, self.adapters = group, tuple(adapters)
-        down, up = factors[0::2], factors[1::2]
-        ends = torch.tensor([0, *(a.shape[0] for a in down)]).cumsum(0).tolist()
-        self.ranks = [slice(start, end) for start, end in zip(ends, ends[1:], strict=False)]
-        self.rank = ends[-1]
+        bounds = [0, *accumulate(a.shape[0] for a in factors[0::2])]
+        self.ranks = [slice(start, end) for start, end in pairwise(bounds)]
+        self.rank = bounds[-1]
         self.width = 0 if group.stored_dense else -(-self.rank // WIDTH) * WIDTH
         self.a_grad: Tensor | None = None
-        self.b_grads: list[Tensor | None] = [None] * len(self.adapters)
+        self.b_grad: Tensor | None = None
         n, k, width = group.out_features, group.in_features, self.width
+        device = group.segments[0][0].device
         if width == 0:
             self.weight = group.dense()
-            self.a = torch.cat([a.to(group.dtype) for a in down]) if down else self.weight.new_empty(0, k)
-            self.b = [(b * adapter.scale).to(group.dtype) for adapter, b in zip(self.adapters, up, strict=True)]
-            return
-        self.matrix = torch.empty(n + width, k + width, dtype=group.dtype, device=group.segments[0][0].device)
-        self.weight = group.dense(out=self.matrix[:n, :k])
-        self.matrix[:n, k:].zero_()
-        self.matrix[n + self.rank :, :k].zero_()
-        self.a = self.matrix[n : n + self.rank, :k]
-        self.b = []
-        for adapter, ranks, a, b in zip(self.adapters, self.ranks, down, up, strict=True):
-            self.a[ranks].copy_(a)
-            place = self.matrix[adapter.first : adapter.first + adapter.rows, k + ranks.start : k + ranks.stop]
-            self.b.append(torch.mul(b, adapter.scale, out=place))
+            self.down = torch.empty(self.rank, k, dtype=group.dtype, device=device)
+            self.up = torch.empty(n, self.rank, dtype=group.dtype, device=device)
+        else:
+            self.matrix = torch.empty(n + width, k + width, dtype=group.dtype, device=device)
+            self.weight = group.dense(out=self.matrix[:n, :k])
+            self.down, self.up = self.matrix[n:, :k], self.matrix[:n, k:]
+        if self.adapters:
+            lay_out(self.adapters, factors, self.down, self.up)
 
     def inputs(self, rows: int) -> tuple[Tensor, Tensor]:
         """(a buffer for `forward`, its part [rows, K] to fill)."""
@@ -138,7 +130,7 @@ class Product:
         n, k, weight = self.group.out_features, self.group.in_features, self.weight
         in_one = x.shape[1] > k
         if in_one:
-            torch.mm(x[:, :k], self.matrix[n:, :k].t(), out=x[:, k:])
+            torch.mm(x[:, :k], self.down.t(), out=x[:, k:])
             weight = self.matrix[:n]
         bias = self.group.bias
         if residual is not None:
@@ -149,46 +141,37 @@ class Product:
             torch.addmm(bias, x, weight.t(), out=out)
         else:
             torch.mm(x, weight.t(), out=out)
-        if in_one or not self.adapters:
-            return
-        shrunk = x @ self.a.t()
-        for adapter, ranks, b in zip(self.adapters, self.ranks, self.b, strict=True):
-            out[:, adapter.first : adapter.first + adapter.rows].addmm_(shrunk[:, ranks], b.t())
+        if self.adapters and not in_one:
+            out.addmm_(x @ self.down.t(), self.up.t())
 
     def input_gradient(self, grad: Tensor) -> tuple[Tensor, Tensor]:
-        """(dL/dx [rows, K], dL/d(x A^T) [rows, rank]) from dL/dy: [rows, N], or a buffer."""
+        """(dL/dx [rows, K], dL/d(x A^T) [rows, at least rank]) from dL/dy: [rows, N], or a buffer."""
         n, k = self.group.out_features, self.group.in_features
-        in_one = grad.shape[1] > n
-        shrunk_grad = grad[:, n:] if in_one else grad.new_empty(grad.shape[0], self.rank)
-        for adapter, ranks, b in zip(self.adapters, self.ranks, self.b, strict=True):
-            torch.mm(grad[:, adapter.first : adapter.first + adapter.rows], b, out=shrunk_grad[:, ranks])
-        if in_one:
-            shrunk_grad[:, self.rank :].zero_()
-            return grad @ self.matrix[:, :k], shrunk_grad[:, : self.rank]
+        if grad.shape[1] > n:
+            shrunk_grad = torch.mm(grad[:, :n], self.up, out=grad[:, n:])
+            return grad @ self.matrix[:, :k], shrunk_grad
         x_grad = grad @ self.weight
-        if self.adapters:
-            x_grad.addmm_(shrunk_grad, self.a)
-        return x_grad, shrunk_grad
+        if not self.adapters:
+            return x_grad, grad.new_empty(grad.shape[0], 0)
+        shrunk_grad = grad @ self.up
+        return x_grad.addmm_(shrunk_grad, self.down), shrunk_grad
 
     def adapter_gradient(self, grad: Tensor, x: Tensor, shrunk_grad: Tensor) -> None:
         """Add these rows' share of dL/dA and dL/dB. `shrunk_grad` is `input_gradient`'s second result."""
         if not self.adapters:
             return
-        x = x[:, : self.group.in_features]
-        self.a_grad = add_product(self.a_grad, shrunk_grad.t(), x)
-        shrunk = x @ self.a.t()
-        for index, (adapter, ranks) in enumerate(zip(self.adapters, self.ranks, strict=True)):
-            part = grad[:, adapter.first : adapter.first + adapter.rows]
-            self.b_grads[index] = add_product(self.b_grads[index], part.t(), shrunk[:, ranks])
+        x, grad = x[:, : self.group.in_features], grad[:, : self.group.out_features]
+        self.a_grad = add_product(self.a_grad, shrunk_grad[:, : self.rank].t(), x)
+        self.b_grad = add_product(self.b_grad, grad.t(), x @ self.down[: self.rank].t())
 
     def gradients(self) -> list[Tensor | None]:
         """dL/dA_1, dL/dB_1, ... in the order of the factors."""
+        if self.a_grad is None or self.b_grad is None:
+            return [None] * (2 * len(self.adapters))
         found: list[Tensor | None] = []
-        for adapter, ranks, b_grad in zip(self.adapters, self.ranks, self.b_grads, strict=True):
-            found += [
-                None if self.a_grad is None else self.a_grad[ranks],
-                None if b_grad is None else b_grad * adapter.scale,
-            ]
+        for adapter, ranks in zip(self.adapters, self.ranks, strict=True):
+            b_grad = self.b_grad[adapter.first : adapter.first + adapter.rows, ranks]
+            found += [self.a_grad[ranks], b_grad * adapter.scale]
         return found
 
 

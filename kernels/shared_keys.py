@@ -1,0 +1,132 @@
+"""Keys and values of a packed row, laid out span by span: a prompt that several completions share comes before each.
+
+Flash attention wants the keys of a sequence in one run. Forward, rows are copied; backward, every token's gradient is
+the sum over the places it was copied to, in float32 and always in the same order. torch's index_select would do the
+copy, but its backward adds into 16-bit numbers with atomics: slow, rounded at every term, different from run to run.
+
+Not here: which tokens a span sees (attention.py).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from grpo.kernels.launch import dense_rows, on_device, portable, triton_serves, wide
+from grpo.kernels.nf4_lookup import round_to
+
+
+class Places:
+    """Where the rows of the packed row go."""
+
+    def __init__(self, sources: Tensor, tokens: int, device: torch.device):
+        """sources: int64 [keys] on the CPU, the token that each place takes, below `tokens`. Everything on `device`."""
+        self.sources = sources.to(device)
+        self.order = torch.argsort(sources, stable=True).to(device, torch.int32)
+        """int32 [keys]: the places of token 0, then of token 1, and so on."""
+        counts = torch.bincount(sources, minlength=tokens)
+        self.bounds = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(device, torch.int32)
+        """int32 [tokens + 1]: where each token's part of `order` begins."""
+
+
+def laid_out(key: Tensor, value: Tensor, places: Places) -> tuple[Tensor, Tensor]:
+    """key, value [tokens, heads, dim] -> [keys, heads, dim], with gradient. Heads lie together in a row."""
+    return _LaidOut.apply(key, value, places)
+
+
+class _LaidOut(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, key: Tensor, value: Tensor, places: Places) -> tuple[Tensor, Tensor]:
+        ctx.places = places
+        out = key.new_empty(2, places.sources.numel(), *key.shape[1:])
+        if triton_serves(key):
+            launch_copy(key, value, places, out)
+        else:
+            torch.index_select(key, 0, places.sources, out=out[0])
+            torch.index_select(value, 0, places.sources, out=out[1])
+        return out[0], out[1]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, key_grad: Tensor, value_grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        places: Places = ctx.places
+        key_grad, value_grad = dense_rows(key_grad), dense_rows(value_grad)
+        tokens = places.bounds.numel() - 1
+        out = key_grad.new_empty(2, tokens, *key_grad.shape[1:])
+        if triton_serves(key_grad):
+            launch_sum(key_grad, value_grad, places, out)
+        else:
+            for grad, total in zip((key_grad, value_grad), out, strict=True):
+                sums = torch.zeros(total.shape, dtype=wide(grad.dtype), device=grad.device)
+                total.copy_(sums.index_add_(0, places.sources, grad.to(sums.dtype)))
+        return out[0], out[1], None
+
+
+def launch_copy(key: Tensor, value: Tensor, places: Places, out: Tensor) -> None:
+    """The Triton form of the forward."""
+    assert key.shape == value.shape and key.dtype == value.dtype and out.is_contiguous()
+    columns = row_columns(key, value)
+    with on_device(key):
+        _copy_kernel[(places.sources.numel(), 2)](
+            key, value, places.sources, out, out[0].numel(), columns, key.stride(0), value.stride(0),
+            triton.next_power_of_2(columns), num_warps=4,
+        )  # fmt: skip
+
+
+def launch_sum(key_grad: Tensor, value_grad: Tensor, places: Places, out: Tensor) -> None:
+    """The Triton form of the backward."""
+    assert key_grad.shape == value_grad.shape and key_grad.dtype == value_grad.dtype and out.is_contiguous()
+    columns = row_columns(key_grad, value_grad)
+    with on_device(key_grad):
+        _sum_kernel[(places.bounds.numel() - 1, 2)](
+            key_grad, value_grad, places.bounds, places.order, out, out[0].numel(), columns, key_grad.stride(0),
+            value_grad.stride(0), triton.next_power_of_2(columns), portable(out), num_warps=4,
+        )  # fmt: skip
+
+
+def row_columns(*tensors: Tensor) -> int:
+    """Numbers in a row of each: heads times dim, which lie together."""
+    heads, dim = tensors[0].shape[1:]
+    for tensor in tensors:
+        assert tensor.stride(2) == 1 and (heads == 1 or tensor.stride(1) == dim), tensor.stride()
+    return heads * dim
+
+
+@triton.jit(do_not_specialize=["half"])
+def _copy_kernel(key, value, sources, out, half, columns, key_row, value_row, COLUMNS: tl.constexpr):
+    """One row of the result; `half`: elements of its first half, the keys."""
+    place, which = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    column = tl.arange(0, COLUMNS)
+    inside = column < columns
+    source = tl.load(sources + place)
+    if which == 0:
+        row = tl.load(key + source * key_row + column, mask=inside)
+    else:
+        row = tl.load(value + source * value_row + column, mask=inside)
+    tl.store(out + which.to(tl.int64) * half + place * columns + column, row, mask=inside)
+
+
+@triton.jit(do_not_specialize=["half"])
+def _sum_kernel(
+    key_grad, value_grad, bounds, order, out, half, columns, key_row, value_row, COLUMNS: tl.constexpr,
+    PORTABLE: tl.constexpr,
+):  # fmt: skip
+    """One token's gradient: the sum of the rows it was copied to."""
+    token, which = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    column = tl.arange(0, COLUMNS)
+    inside = column < columns
+    total = tl.zeros([COLUMNS], tl.float32)
+    for index in range(tl.load(bounds + token), tl.load(bounds + token + 1)):
+        place = tl.load(order + index).to(tl.int64)
+        if which == 0:
+            row = tl.load(key_grad + place * key_row + column, mask=inside, other=0.0)
+        else:
+            row = tl.load(value_grad + place * value_row + column, mask=inside, other=0.0)
+        total += row.to(tl.float32)
+    result = round_to(total, out.dtype.element_ty, PORTABLE)
+    tl.store(out + which.to(tl.int64) * half + token * columns + column, result, mask=inside)
