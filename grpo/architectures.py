@@ -22,6 +22,9 @@ ARCHITECTURES = {
 }
 """transformers' `model_type` to the class name that vLLM and transformers share."""
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+"""Parameters with a row for every token of the vocabulary."""
+
 FUSED_PARTS = {
     "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "self_attn.o_proj": ("self_attn.o_proj",),

@@ -16,16 +16,15 @@ import torch
 from torch import Tensor
 
 from grpo import host_memory
-from grpo.architectures import check_supported, expected_shapes, fused_linears
+from grpo.architectures import EMBEDDING, HEAD, check_supported, expected_shapes, fused_linears
 from grpo.config import Model
 from grpo.errors import UserError
 from grpo.fingerprint import Fingerprint
 from grpo.kernels import nf4
 from grpo.model_files import check_shapes
-from grpo.plan import AUTO_SHARE, VOCABULARY_PADDING, offloads_embedding
+from grpo.plan import AUTO_SHARE, VOCABULARY_PADDING, embedding_bytes, pinned_bytes, weights_on_host
 from grpo.source import NF4Tensor, Source
 
-EMBEDDING = "model.embed_tokens.weight"
 BLOCK = 64
 """Weights that share one NF4 scale."""
 
@@ -75,7 +74,8 @@ class BaseWeights:
 
     `linears`: vLLM's name -> FusedLinear. `tensors`: parameter name -> plain tensor (embedding, norms, head) in the
     compute dtype; embedding and head are padded to vLLM's vocabulary and hold zeros there. With
-    `model.offload_embedding` the memory of the embedding, a tensor on the GPU like the others, is the host's.
+    `model.offload_embedding` or `model.offload_head` the memory of one, a tensor on the GPU like the others, is the
+    host's; `pinned` has the same memory, under the same name, as a tensor on the CPU.
     """
 
     def __init__(self, source: Source, model: Model, *, device: torch.device, dtype: torch.dtype):
@@ -88,7 +88,12 @@ class BaseWeights:
         self.device, self.dtype = device, dtype
         self.load_in_4bit = model.load_in_4bit
         self.packed = model.load_in_4bit and device.type == "cuda"
-        self.embedding_on_host = offloads_embedding(model, self.config) and host_memory.has_own_memory(device)
+        wanted = weights_on_host(model, self.config)
+        self._on_host = wanted if host_memory.has_own_memory(device) else {}
+        self.pinned: dict[str, Tensor] = {}
+        if self._on_host:  # now, not after minutes of loading
+            size = len(self._on_host) * pinned_bytes(embedding_bytes(self.config, dtype.itemsize))
+            host_memory.check_room(size, *self._on_host.values())
         self.kept_16bit: list[str] = []
         self._keep_16bit = self._chosen_16bit(source, model)
         self.linears = {
@@ -120,7 +125,7 @@ class BaseWeights:
                 continue
             tensors[name] = self._load_one(source, name)
         if self.config.tie_word_embeddings:
-            tensors.pop("lm_head.weight", None)
+            tensors.pop(HEAD, None)
         for required in (EMBEDDING, "model.norm.weight"):
             if required not in tensors:
                 raise UserError(f"{source.path}: tensor {required} is missing; pass a complete model")
@@ -130,7 +135,7 @@ class BaseWeights:
         tensor = source.read(name)
         if isinstance(tensor, NF4Tensor):
             tensor = nf4.dequantize_bitsandbytes(tensor.codes, tensor.absmax, tensor.shape, self.dtype)
-        if name in (EMBEDDING, "lm_head.weight"):
+        if name in (EMBEDDING, HEAD):
             vocabulary, width = self.config.vocab_size, self.config.hidden_size
             if tensor.shape != (vocabulary, width):
                 raise UserError(
@@ -138,13 +143,14 @@ class BaseWeights:
                     f"{(vocabulary, width)}; pass a model whose files belong together"
                 )
             padded = -(-vocabulary // VOCABULARY_PADDING) * VOCABULARY_PADDING
-            on_host = name == EMBEDDING and self.embedding_on_host
-            if on_host:
-                storage = host_memory.pinned_zeros(padded, width, dtype=self.dtype, wanted_by="model.offload_embedding")
-            else:
+            key = self._on_host.get(name)
+            if key is None:
                 storage = torch.zeros(padded, width, dtype=self.dtype, device=self.device)
+            else:
+                storage = host_memory.pinned_zeros(padded, width, dtype=self.dtype, wanted_by=key)
+                self.pinned[name] = storage
             storage[:vocabulary].copy_(tensor)
-            return host_memory.seen_by(self.device, storage) if on_host else storage
+            return storage if key is None else host_memory.seen_by(self.device, storage)
         return tensor.to(self.device, self.dtype, copy=True)
 
     def _load_linear(self, source: Source, name: str, parts: list[str]) -> FusedLinear:
@@ -234,7 +240,12 @@ class BaseWeights:
 
     def host_nbytes(self) -> int:
         """Bytes of storage in host memory while `device` has memory of its own."""
-        return self.tensors[EMBEDDING].untyped_storage().nbytes() if self.embedding_on_host else 0
+        return sum(storage.nbytes for storage in self.pinned.values())
+
+    def head(self) -> Tensor:
+        """The output head [vocabulary, hidden] where a product finds it: on `device`, or pinned on the CPU."""
+        name = EMBEDDING if self.config.tie_word_embeddings else HEAD
+        return self.pinned.get(name, self.tensors[name])[: self.config.vocab_size]
 
     def storages(self) -> Iterator[Tensor]:
         """Every owned tensor."""

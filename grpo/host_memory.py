@@ -1,4 +1,5 @@
-"""Tensors in pinned host memory that a GPU reads in place: for large ones of which a step needs a few rows.
+"""Tensors in pinned host memory that a GPU reads in place: for large ones of which a step needs a few rows, or that
+the GPU has no room for.
 
 Pinned memory has the same address for the host and for every GPU, so a tensor "on the GPU" can begin there. Kernels
 and CUDA graphs take it as any other, and only the rows that they read cross the bus. Nothing here copies to a GPU or
@@ -27,15 +28,21 @@ def pinned_zeros(*shape: int, dtype: torch.dtype, wanted_by: str) -> Tensor:
 
     Raises UserError, which says that `wanted_by` (a key) asked for it, where the host has not so much memory to pin.
     """
-    size = pinned_bytes(torch.Size(shape).numel() * dtype.itemsize)
-    free = psutil.virtual_memory().available
-    refusal = f"{wanted_by} pins {size / 1e9:.1f} GB of host memory, and the host has {free / 1e9:.1f} GB free"
-    if size > free:
-        raise UserError(f"{refusal}; leave it out")
+    told = check_room(pinned_bytes(torch.Size(shape).numel() * dtype.itemsize), wanted_by)
     try:
         return torch.zeros(shape, dtype=dtype, pin_memory=True)
     except RuntimeError as error:
-        raise UserError(f"{refusal} but gives none ({str(error).splitlines()[0]}); leave it out") from None
+        raise UserError(f"{told} but gives none ({str(error).splitlines()[0]}); do without") from None
+
+
+def check_room(size: int, *wanted_by: str) -> str:
+    """A sentence's beginning: that the keys `wanted_by` pin `size` bytes, and what the host has. Raises UserError with
+    it where the host has less."""
+    keys, free = " and ".join(wanted_by), psutil.virtual_memory().available
+    told = f"{keys}: {size / 1e9:.1f} GB of host memory would be pinned, and the host has {free / 1e9:.1f} GB free"
+    if size > free:
+        raise UserError(f"{told}; do without, or free some")
+    return told
 
 
 def seen_by(device: torch.device, pinned: Tensor) -> Tensor:

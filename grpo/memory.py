@@ -20,6 +20,8 @@ MLP_TILE, QKV_TILE = 4096, 8192
 """Tokens whose intermediate tensors the kernels hold at once (kernels/lora_mlp.py, kernels/lora_attention.py)."""
 LOGIT_WORKSPACE = 2 * (8 << 20)
 """kernels/logprob.py's wide buffers on a CPU, at most; on a GPU it needs none."""
+HEAD_SLICE = 32 << 20
+"""Of an output head in host memory, what is on the GPU at once (kernels/host_matmul.py)."""
 LIBRARIES = 36 << 20
 """Workspaces that cuBLAS takes from torch's allocator on a GPU (32 MiB on Hopper, 8 MiB before)."""
 INDEX_BYTES = 64
@@ -125,6 +127,8 @@ class TrainingMemory:
     kernels: bool
     packed_weights: bool
     """Whether linear layers dequantise their weight at each use."""
+    head_on_host: bool
+    """Whether products with the output head go through slices of it."""
     repeated_heads: bool
     """Whether flash attention is given keys and values laid out for every head, as torch's varlen_attn up to 2.11
     takes them where heads share keys."""
@@ -147,6 +151,7 @@ class TrainingMemory:
             on_gpu=on_gpu,
             kernels=config.train.kernels != "torch" and on_gpu and not config.lora.lora_dropout,
             packed_weights=config.model.load_in_4bit and on_gpu,
+            head_on_host=on_gpu and config.model.offload_head,
             repeated_heads=on_gpu and sizes.key != sizes.query,
         )
 
@@ -254,9 +259,15 @@ class TrainingMemory:
         before = self.kept(form) + norm
         gradients = rows * (1 + self.entropy_gradient)
         return {
-            "logits": before + self.layer_input() + rows + gradients + self.logits(),
+            "logits": before + self.layer_input() + rows + gradients + self.logits() + self._head_slices(),
             "head backward": before + gradients + rows,
         }
+
+    def _head_slices(self) -> int:
+        """A slice of a head on the host, and its part and the sum of all parts of a chunk's gradient, in float32."""
+        s = self.sizes
+        slice_bytes = min(HEAD_SLICE, s.vocabulary * s.hidden * self.itemsize)
+        return slice_bytes + 8 * min(self.chunk, self.predicted) * s.hidden if self.head_on_host else 0
 
     def _flash_backward(self) -> int:
         """Gradients of the output, q, k and v, and what the kernel allocates: dq in float32, and where heads share

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from grpo.architectures import ARCHITECTURES, adapter_targets, fused_linears
+from grpo.architectures import ARCHITECTURES, EMBEDDING, HEAD, adapter_targets, fused_linears
 from grpo.config import Config, Model
 from grpo.errors import UserError
 from grpo.gguf_header import read_header
@@ -203,7 +203,7 @@ def plan_memory(config: Config, shape: Any, itemsize: int, *, on_gpu: bool) -> M
         logits=training.logits(),
         gradient_checkpointing=str(config.train.gradient_checkpointing),
         release_kv_cache=config.rollout.release_kv_cache and on_gpu,
-        host=pinned_bytes(host_weight_bytes(config, shape, itemsize, on_gpu=on_gpu)),
+        host=len(hosted(config, shape, on_gpu=on_gpu)) * pinned_bytes(embedding_bytes(shape, itemsize)),
     )
 
 
@@ -238,17 +238,26 @@ def embedding_bytes(shape: Any, itemsize: int) -> int:
 
 def host_weight_bytes(config: Config, shape: Any, itemsize: int, *, on_gpu: bool) -> int:
     """What of the one copy is in host memory while the rest is on a GPU."""
-    return embedding_bytes(shape, itemsize) if offloads_embedding(config.model, shape) and on_gpu else 0
+    return len(hosted(config, shape, on_gpu=on_gpu)) * embedding_bytes(shape, itemsize)
 
 
-def offloads_embedding(model: Model, shape: Any) -> bool:
-    """Whether `model` wants the token embedding in host memory. Raises UserError where it is the output head too."""
-    if model.offload_embedding and shape.tie_word_embeddings:
+def hosted(config: Config, shape: Any, *, on_gpu: bool) -> dict[str, str]:
+    """What `weights_on_host` gives where there is a GPU; nothing elsewhere, all memory being the host's."""
+    wanted = weights_on_host(config.model, shape)
+    return wanted if on_gpu else {}
+
+
+def weights_on_host(model: Model, shape: Any) -> dict[str, str]:
+    """Parameters that `model` wants in host memory, each with the key that says so. Of a model whose embedding is its
+    output head that one tensor, for `offload_head`. Raises UserError for `offload_embedding` there."""
+    tied = shape.tie_word_embeddings
+    if model.offload_embedding and tied:
         raise UserError(
             f"model.offload_embedding: the token embedding of {model.name} is its output head too, all of which the "
-            "GPU needs for every token; leave it out"
+            "GPU needs for every token; leave it out, or set model.offload_head = true, which moves both and is slow"
         )
-    return model.offload_embedding
+    found = {EMBEDDING: "model.offload_embedding"} if model.offload_embedding else {}
+    return found | ({EMBEDDING if tied else HEAD: "model.offload_head"} if model.offload_head else {})
 
 
 def pinned_bytes(size: int) -> int:
@@ -316,7 +325,10 @@ def memory_plan(config: Config) -> list[str]:
     if on_gpu:
         lines.insert(3, f"  {gb(plan.vllm)}  vLLM's buffers and CUDA graphs")
     if plan.host:
-        lines.append(f"  {gb(plan.host)}  of host memory, pinned, for the token embedding")
+        names = {EMBEDDING: "the token embedding", HEAD: "the output head"}
+        kept = " and ".join(names[name] for name in hosted(config, shape, on_gpu=on_gpu))
+        tied = ", which is the output head too" if shape.tie_word_embeddings else ""
+        lines.append(f"  {gb(plan.host)}  of host memory, pinned, for {kept}{tied}")
     return lines
 
 
@@ -382,11 +394,16 @@ def check_memory(config: Config, shape: Any, itemsize: int, free: int, total: in
 
 
 def lighter_weights(config: Config, shape: Any) -> str:
-    """What would make the weights less."""
-    if not config.model.load_in_4bit:
+    """What would make the weights less, the cheapest first."""
+    model = config.model
+    if not model.load_in_4bit:
         return "set model.load_in_4bit = true"
-    can_offload = not (shape.tie_word_embeddings or config.model.offload_embedding)
-    return ("set model.offload_embedding = true, or " if can_offload else "") + "use a smaller model"
+    embedding = not (shape.tie_word_embeddings or model.offload_embedding)
+    steps = ["set model.offload_embedding = true"] if embedding else []
+    if not model.offload_head:
+        slowly = "model.offload_head = true, which is slow"
+        steps.append(f"and if that is not enough {slowly}" if embedding else f"set {slowly}")
+    return ", ".join([*steps, "or use a smaller model" if steps else "use a smaller model"])
 
 
 def refusal(config: Config, shape: Any, plan: MemoryPlan, needed: int, free: int) -> str:

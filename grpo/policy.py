@@ -295,9 +295,8 @@ class Policy:
         return Scored(logprobs, entropy)
 
     def head_weight(self) -> Tensor:
-        """The output head [vocabulary, hidden]."""
-        name = "model.embed_tokens.weight" if self.base.config.tie_word_embeddings else "lm_head.weight"
-        return self.base.tensors[name][: self.base.config.vocab_size]
+        """The output head [vocabulary, hidden]; on the CPU, pinned, where `model.offload_head` keeps it from a GPU."""
+        return self.base.head()
 
     def save_adapter(self, folder: Path) -> None:
         """Write the adapter in peft's format, and by which it knows its base again."""

@@ -24,7 +24,7 @@ from grpo.generation import EngineSettings, SamplingSettings
 from grpo.host_memory import give_back_pinned
 from grpo.locate import lasting_name
 from grpo.model_files import check_head_size, check_shapes, end_tokens
-from grpo.plan import MemoryPlan, check_memory, plan_memory, sequence_limits, weight_bytes
+from grpo.plan import MemoryPlan, check_memory, lighter_weights, plan_memory, sequence_limits, weight_bytes
 from grpo.policy import Policy
 from grpo.source import Source, open_source
 
@@ -278,7 +278,7 @@ def check_weights(config: Config, model: Any, device: torch.device, dtype: torch
     if needed > free:
         raise UserError(
             f"the GPU has {free / 1e9:.1f} GB free, and the weights of {config.model.name} need {needed / 1e9:.1f} GB; "
-            f"{'use a smaller model' if config.model.load_in_4bit else 'set load_in_4bit = true'}"
+            f"{lighter_weights(config, shape)}"
         )
 
 

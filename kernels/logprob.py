@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from grpo.kernels.host_matmul import mm, mm_transposed
 from grpo.kernels.launch import on_device, portable, triton_serves
 from grpo.kernels.nf4_lookup import round_to
 
@@ -41,7 +42,8 @@ def selected_logprobs(
     """log p(target | hidden) and the entropy of p, with p = softmax(softcap(hidden @ weight.T) / temperature).
 
     hidden: [M, H], after the final norm; float64, float32, bfloat16 or float16. M may be 0.
-    weight: [V, H], the head, in the same dtype; must not require a gradient.
+    weight: [V, H], the head, in the same dtype; must not require a gradient. For `hidden` on a GPU it may be pinned
+        on the CPU; then each chunk reads it over the bus twice, or three times with `entropy_gradient`.
     targets: [M], int64 token ids in [0, V).
     temperature: above 0. A model that divides its logits by a constant has it multiplied in here.
     softcap: None, or c for c * tanh(logits / c) (Gemma 2).
@@ -97,7 +99,7 @@ class _SelectedLogprobs(torch.autograd.Function):
         for start in range(0, rows, chunk):
             part = slice(start, min(start + chunk, rows))
             size = part.stop - start
-            torch.mm(hidden[part], weight.t(), out=logits[:size])
+            mm_transposed(hidden[part], weight, out=logits[:size])
             stats = softmax_stats_(
                 logits[:size],
                 targets[part],
@@ -108,9 +110,9 @@ class _SelectedLogprobs(torch.autograd.Function):
             )
             logprobs[part], entropy[part] = stats
             if logprob_grad is not None:
-                torch.mm(logits[:size], weight, out=logprob_grad[part])
+                mm(logits[:size], weight, out=logprob_grad[part])
             if entropy_grad is not None and entropy_logits_grad is not None:
-                torch.mm(entropy_logits_grad[:size], weight, out=entropy_grad[part])
+                mm(entropy_logits_grad[:size], weight, out=entropy_grad[part])
 
         ctx.scale = -1.0 / temperature
         ctx.save_for_backward(logprob_grad, entropy_grad)
