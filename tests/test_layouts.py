@@ -10,7 +10,7 @@ from grpo.kernels import lora_factors, shared_keys
 from grpo.kernels.attention import Packing, Span, packed_attention
 from grpo.kernels.launch import interpreted
 from grpo.kernels.lora_factors import Adapter, lay_out
-from grpo.kernels.shared_keys import Places, laid_out
+from grpo.kernels.shared_keys import laid_out
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
