@@ -7,7 +7,8 @@ they print, checks it against the project's bars, and writes one JSON file.
     python benchmarks/gpu_one_copy.py --parts start-3b,routes-3b --budget 200
 
 Parts: `load-8b` and `start-3b` (random weights of the Llama shapes), `routes-3b` (the adapter in our linear layers,
-in vLLM's LoRA layers, and absent), `mismatch` (SmolLM2 after 20 optimiser steps, against stock vLLM and transformers).
+in vLLM's LoRA layers, and absent), `mismatch` (SmolLM2 after 20 optimiser steps, on a 16-bit and on an NF4 base,
+against stock vLLM and transformers on the same values).
 What is measured is written after every process. With --resume, parts that `--out` already has are kept.
 """
 
@@ -89,27 +90,37 @@ def routes_3b(run: Runner, options: argparse.Namespace, keep: Keep) -> None:
 
 
 def mismatch(run: Runner, options: argparse.Namespace, keep: Keep) -> None:
-    """Ours on an NF4 and on a 16-bit base, and stock, in both 16-bit types, all at once: nothing here is timed."""
+    """Ours on an NF4 and on a 16-bit base, and stock on the values of each, in both 16-bit types, all at once: nothing
+    here is timed."""
     common = ["--device", options.device]
     if options.tiny:
         common += ["--steps=2", "--prompts-per-step=2", "--completions=3"]
-    with ThreadPoolExecutor(1 if options.tiny else 6) as pool:
+    with ThreadPoolExecutor(1 if options.tiny else 8) as pool:
         futures: dict[Future[dict[str, Any]], str] = {}
         for dtype in options.dtypes:
-            folder = options.scratch / f"grpo-export-{dtype}"
-            if not (folder / "config.json").exists():
-                made = run(
-                    "one_copy_mismatch.py", "export", "--model", options.model, "--folder", str(folder),
-                    "--dtype", dtype,
-                )  # fmt: skip
-                if "error" in made:
-                    keep({"error": made})
-                    continue
-            where = ["--model", str(folder), "--dtype", dtype, *common]
-            for name, mode in (("stock", ["stock"]), ("nf4", ["ours", "--four-bit"]), ("16bit", ["ours"])):
+            folders = {form: options.scratch / f"grpo-export-{dtype}{form}" for form in ("", "-nf4")}
+            failed = [failure for form, folder in folders.items() if (failure := exported(run, options, dtype, folder))]
+            if failed:
+                keep({f"{dtype}/error": failed[0]})
+                continue
+            ours = ["ours", "--model", str(folders[""])]
+            modes = {"nf4": [*ours, "--four-bit"], "16bit": ours}
+            modes |= {f"stock{form}": ["stock", "--model", str(folder)] for form, folder in folders.items()}
+            for name, mode in modes.items():
+                where = ["--dtype", dtype, *common]
                 futures[pool.submit(run, "one_copy_mismatch.py", *mode, *where)] = f"{dtype}/{name}"
         for future in as_completed(futures):
             keep({futures[future]: future.result()})
+
+
+def exported(run: Runner, options: argparse.Namespace, dtype: str, folder: Path) -> dict[str, Any] | None:
+    """Write the model's values to `folder`, NF4's if its name says so, unless they are there; what failed."""
+    if (folder / "config.json").exists():
+        return None
+    form = ["--four-bit"] if folder.name.endswith("-nf4") else []
+    where = ["--model", options.model, "--folder", str(folder), "--dtype", dtype]
+    made = run("one_copy_mismatch.py", "export", *where, *form)
+    return made if "error" in made else None
 
 
 # Bars
@@ -168,7 +179,7 @@ def mismatch_checks(parts: dict[str, Any]) -> list[dict[str, Any]]:
         dtype, _, form = name.partition("/")
         if form not in ("nf4", "16bit") or "after_training" not in part:
             continue
-        after, stock = part["after_training"], parts.get(f"{dtype}/stock", {})
+        after, stock = part["after_training"], parts.get(f"{dtype}/stock{'-nf4' if form == 'nf4' else ''}", {})
         for key, bar in zip(("mean_abs", "mismatch_kl"), bars[dtype], strict=True):
             found.append(at_most(f"{name}: {key} after training", after[key], bar))
             if key in stock:

@@ -2,12 +2,15 @@
 stock transformers on the same model.
 
     python benchmarks/one_copy_mismatch.py export --model MODEL.gguf --folder /tmp/m16     # 16-bit safetensors
+    python benchmarks/one_copy_mismatch.py export --model MODEL.gguf --folder /tmp/m4 --four-bit   # rounded to NF4
     python benchmarks/one_copy_mismatch.py ours --model /tmp/m16 --dtype bfloat16 --four-bit
     python benchmarks/one_copy_mismatch.py stock --model /tmp/m16 --dtype bfloat16
 
 `ours` trains an adapter for some steps on two-digit sums through `grpo.trainer`, then samples long answers to general
 questions from the same engine. `stock` samples the same questions with vLLM as installed (its own weights, 16 bit, no
 adapter; CUDA graphs, no Inductor, as in ours) and scores them with transformers, one sequence at a time, no padding.
+How far two ways of rounding come apart depends on the weights, so ours on an NF4 base is compared with stock on the
+values of that base, which `export --four-bit` writes in 16 bit.
 """
 
 from __future__ import annotations
@@ -26,9 +29,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from benchmarks import shared_model
+from grpo.architectures import fused_linears
 from grpo.config import Config, Model, parse_config
 from grpo.data import load_data, tokenize
 from grpo.environment import hardware, versions
+from grpo.kernels import nf4
 from grpo.log import RunLog
 from grpo.session import open_session
 from grpo.source import NF4Tensor, open_source
@@ -162,7 +167,7 @@ def transformers_logprobs(model: Any, prompt: list[int], completion: list[int]) 
 
 
 def export(options: argparse.Namespace) -> dict[str, Any]:
-    """The model in 16-bit safetensors with its tokenizer, whatever form it has now."""
+    """The model in 16-bit safetensors with its tokenizer, whatever form it has now; `--four-bit`: NF4's values."""
     from transformers import AutoModelForCausalLM
 
     source = open_source(Model(name=options.model))
@@ -171,11 +176,14 @@ def export(options: argparse.Namespace) -> dict[str, Any]:
     )
     dtype = getattr(torch, options.dtype)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    linears = {f"{part}.weight" for parts in fused_linears(source.config).values() for part in parts}
     state = {}
     for name in source.names:
         tensor = source.read(name)
         if isinstance(tensor, NF4Tensor):
             raise SystemExit(f"{options.model}: already 4-bit; pass a 16-bit or GGUF model")
+        if options.four_bit and name in linears:
+            tensor = nf4.dequantize_bitsandbytes(*nf4.quantize(tensor), tuple(tensor.shape), dtype)
         state[name] = tensor.to(dtype)
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)
@@ -190,7 +198,7 @@ def main() -> int:
     parser.add_argument("--model", required=True, help="a model folder or .gguf file; `stock` needs a folder")
     parser.add_argument("--folder", type=Path, help="where `export` writes")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
-    parser.add_argument("--four-bit", action="store_true", help="`ours` on an NF4 base")
+    parser.add_argument("--four-bit", action="store_true", help="an NF4 base, or its values")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--prompts-per-step", type=int, default=16)
