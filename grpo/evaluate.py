@@ -27,15 +27,17 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from grpo.checkpoint import CONFIG, latest, write_atomically
+from grpo.checkpoint import CONFIG, write_atomically
 from grpo.config import Config, Eval, parse_config
 from grpo.data import Prompt, load_data
 from grpo.errors import UserError, fail
 from grpo.log import Sample as LoggedSample
 from grpo.log import SampleGroup, quiet_libraries
-from grpo.records import EVALUATIONS, METRICS, json_line
+from grpo.records import EVALUATIONS, METRICS, REPORT, json_line
+from grpo.report import write_report
 from grpo.rewards.extract import extracted_answer
 from grpo.rewards.resolve import described
+from grpo.target import ADAPTER_CONFIG, folder_of_adapter
 from grpo.tasks.common import Task, Verifier
 from grpo.toml import apply_override, read_toml
 
@@ -320,6 +322,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ]
         if output is not None:
             append_lines(output, entries)
+        if run is not None and output == run / EVALUATIONS:
+            refresh_report(run)
         if parsed.samples is not None:
             rows = [{"model": label, **s.entry()} for label, result in results.items() for s in result.samples]
             write_atomically(parsed.samples, "".join(map(json_line, rows)).encode())
@@ -374,18 +378,12 @@ def configuration(parsed: argparse.Namespace, run: Path | None) -> Config:
 
 
 def adapter_folder(parsed: argparse.Namespace, run: Path | None) -> Path | None:
-    """The adapter to load: `--adapter`, or the run's final one, or that of its newest checkpoint."""
-    if parsed.adapter is not None:
-        if not (parsed.adapter / "adapter_config.json").is_file():
-            raise UserError(f"--adapter {parsed.adapter}: no adapter_config.json; pass the folder of a peft adapter")
-        return parsed.adapter
-    if run is None:
-        return None
-    checkpoint = None if (run / "adapter").is_dir() else latest(run)
-    folder = (checkpoint or run) / "adapter"
-    if not folder.is_dir():
-        raise UserError(f"{run}: the run has no adapter and no checkpoint yet; evaluate its model instead")
-    return folder
+    """The adapter to load: `--adapter`, or the run's. Raises UserError where there is none."""
+    if parsed.adapter is None:
+        return None if run is None else folder_of_adapter(run)
+    if not (parsed.adapter / ADAPTER_CONFIG).is_file():
+        raise UserError(f"--adapter {parsed.adapter}: no {ADAPTER_CONFIG}; pass the folder of a peft adapter")
+    return parsed.adapter
 
 
 def evaluate_target(config: Config, adapter: Path | None, *, with_base: bool) -> dict[str, EvalResult]:
@@ -416,6 +414,16 @@ def append_lines(path: Path, entries: Sequence[Mapping[str, Any]]) -> None:
             file.write("".join(map(json_line, entries)))
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); choose another --output") from None
+
+
+def refresh_report(run: Path) -> None:
+    """Write the report of `run` anew, if it has one. A failure is told and takes nothing from the evaluation."""
+    if not (run / REPORT).is_file():
+        return
+    try:
+        write_report([run], run / REPORT)
+    except Exception as error:
+        print(f"{run / REPORT} is as it was: it cannot be written ({type(error).__name__}: {error})", file=sys.stderr)
 
 
 def show(results: Mapping[str, Mapping[str, float]]) -> None:

@@ -14,12 +14,14 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from report_run import write_run
 
 from grpo import evaluate as module
 from grpo.config import Config, Eval, parse_config
 from grpo.data import Prompt
 from grpo.errors import UserError
 from grpo.evaluate import EvalResult, Sample, evaluate, measure_pass_rates, pass_at_k, summarise, wilson_interval
+from grpo.target import folder_of_adapter
 from grpo.tasks.common import Task
 
 # Statistics
@@ -219,11 +221,18 @@ def test_pass_rates_are_the_bare_models_and_flexible() -> None:
 # The command line, with the session replaced
 
 
+def save_adapter(folder: Path) -> Path:
+    """As much of an adapter as says that it is one."""
+    folder.mkdir(parents=True)
+    (folder / "adapter_config.json").write_text("{}")
+    return folder
+
+
 @pytest.fixture
 def run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run of two steps on two questions "a" and "b"; its adapter answers "a" to both."""
     run = tmp_path / "run"
-    (run / "adapter").mkdir(parents=True)
+    save_adapter(run / "adapter")
     (run / "config.toml").write_text('[model]\nname = "m"\n[task]\nname = "t"\n[eval]\nlimit = 7\n')
     (run / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
     monkeypatch.setattr(module, "evaluate_target", fake_target)
@@ -292,6 +301,56 @@ def test_bad_arguments_end_with_a_sentence(
 
 
 def test_a_run_without_an_adapter_says_so(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (run_folder / "adapter").rmdir()
+    (run_folder / "adapter" / "adapter_config.json").unlink()
     assert module.main([str(run_folder)]) == 2
     assert "no adapter" in capsys.readouterr().err
+
+
+def test_a_run_is_evaluated_with_the_adapter_that_other_commands_take(run_folder: Path) -> None:
+    """An adapter folder that was begun and not written is none: the newest checkpoint's adapter counts."""
+    (run_folder / "adapter" / "adapter_config.json").unlink()
+    for step in (2, 10):
+        checkpoint = run_folder / "checkpoints" / f"step-{step}"
+        save_adapter(checkpoint / "adapter")
+        (checkpoint / "manifest.json").write_text('{"files": {}}')
+    assert module.main([str(run_folder)]) == 0
+    assert OPENED[-1][1] == folder_of_adapter(run_folder) == run_folder / "checkpoints" / "step-10" / "adapter"
+
+
+def reported_run(folder: Path) -> Path:
+    """A finished run with its report, and an adapter."""
+    run = write_run(folder, steps=2)
+    save_adapter(run / "adapter")
+    return run
+
+
+def test_an_evaluation_of_a_finished_run_is_in_its_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "evaluate_target", fake_target)
+    run, other = reported_run(tmp_path / "run"), tmp_path / "other.jsonl"
+    before = (run / "report.html").read_bytes()
+    assert b"afterwards:" not in before
+    assert module.main([str(run), "--output", str(other)]) == 0
+    assert (run / "report.html").read_bytes() == before
+    assert module.main([str(run)]) == 0
+    assert (run / "report.html").read_bytes().count(b"afterwards:") == 1
+
+
+def test_a_run_without_a_report_gets_none_from_an_evaluation(run_folder: Path) -> None:
+    assert module.main([str(run_folder)]) == 0
+    assert not (run_folder / "report.html").exists()
+
+
+def test_a_report_that_cannot_be_written_takes_nothing_from_an_evaluation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def unwritable(*arguments: Any) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(module, "evaluate_target", fake_target)
+    monkeypatch.setattr(module, "write_report", unwritable)
+    run = reported_run(tmp_path / "run")
+    assert module.main([str(run)]) == 0
+    output = capsys.readouterr()
+    entry = json.loads((run / "eval.jsonl").read_text().splitlines()[-1])
+    assert json.loads(output.out.splitlines()[-1]) == entry and entry["eval/flexible_accuracy"] == 1.0
+    assert "report.html" in output.err and "no space left" in output.err and output.err.count("\n") == 1
