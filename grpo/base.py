@@ -22,7 +22,7 @@ from grpo.errors import UserError
 from grpo.fingerprint import Fingerprint
 from grpo.kernels import nf4
 from grpo.model_files import check_shapes
-from grpo.plan import AUTO_SHARE, VOCABULARY_PADDING, embedding_bytes, pinned_bytes, weights_on_host
+from grpo.plan import VOCABULARY_PADDING, embedding_bytes, pinned_bytes, weights_on_host
 from grpo.source import NF4Tensor, Source
 
 BLOCK = 64
@@ -95,19 +95,19 @@ class BaseWeights:
             size = len(self._on_host) * pinned_bytes(embedding_bytes(self.config, dtype.itemsize))
             host_memory.check_room(size, *self._on_host.values())
         self.kept_16bit: list[str] = []
-        self._keep_16bit = self._chosen_16bit(source, model)
+        self._keep_16bit = self._chosen_16bit(model)
         self.linears = {
             name: self._load_linear(source, name, parts) for name, parts in fused_linears(self.config).items()
         }
         self.tensors = self._load_plain(source)
 
-    def _chosen_16bit(self, source: Source, model: Model) -> list[str]:
+    def _chosen_16bit(self, model: Model) -> list[str]:
         """Names or endings of the parts that stay unquantised. Raises UserError for one that names no part."""
         if not model.load_in_4bit:
             return []
         parts = [part for group in fused_linears(self.config).values() for part in group]
         if model.keep_16bit == "auto":
-            return worst_quantised(source, parts, self.device)
+            raise ValueError('keep_16bit = "auto" is resolved by grpo.keep_16bit.load_base')
         for kept in model.keep_16bit:
             if not any(is_named(part, kept) for part in parts):
                 raise UserError(
@@ -115,6 +115,13 @@ class BaseWeights:
                     f"as {parts[0]!r} or its ending"
                 )
         return list(model.keep_16bit)
+
+    def keep_16bit(self, source: Source, parts: list[str]) -> None:
+        """Read `parts`, which are NF4, again, to be held in 16 bit; before anything borrows the weights."""
+        self._keep_16bit = parts
+        for name, linear in self.linears.items():
+            if any(part in parts for part in linear.parts):
+                self.linears[name] = self._load_linear(source, name, list(linear.parts))
 
     def _load_plain(self, source: Source) -> dict[str, Tensor]:
         in_linears = {part for linear in self.linears.values() for part in linear.parts}
@@ -257,19 +264,6 @@ class BaseWeights:
                     yield segment.absmax
             if linear.bias is not None:
                 yield linear.bias
-
-
-def worst_quantised(source: Source, parts: list[str], device: torch.device) -> list[str]:
-    """The `AUTO_SHARE` of the layers `parts` that NF4 changes most: ||NF4(W) - W|| / ||W||. Reads every weight once."""
-    errors = {}
-    for part in parts:
-        weight = source.read(f"{part}.weight")
-        if isinstance(weight, NF4Tensor):
-            raise UserError(f'{source.path}: keep_16bit = "auto" needs an unquantised checkpoint; {part} is NF4')
-        weight = weight.to(device)
-        rounded = nf4.dequantize_bitsandbytes(*nf4.quantize(weight), tuple(weight.shape), torch.float32)
-        errors[part] = float((rounded - weight.float()).norm() / weight.float().norm())
-    return sorted(parts, key=errors.__getitem__, reverse=True)[: max(1, round(AUTO_SHARE * len(parts)))]
 
 
 def is_named(part: str, name: str) -> bool:

@@ -7,6 +7,7 @@ this file has the rules for the folder, and a lock against a second process.
     runs/NAME/
       .lock               held while a process writes here
       config.toml         the resolved configuration
+      base_sample.json    with keep_16bit = "auto": the layers that it chose
       checkpoints/step-N/ manifest.json and the trainer's files
 """
 
@@ -38,7 +39,8 @@ CONFIG = "config.toml"
 LOCK = ".lock"
 REFERENCE = "reference_adapter"
 BEFORE_FIRST_STEP = {
-    LOCK, CONFIG, REFERENCE, "eval.jsonl", "best_adapter", "completions", "tensorboard", "wandb", "report.html"
+    LOCK, CONFIG, "base_sample.json", REFERENCE, "eval.jsonl", "best_adapter", "completions", "tensorboard", "wandb",
+    "report.html",
 }  # fmt: skip
 STEP = re.compile(r"step-(\d+)")
 

@@ -238,8 +238,24 @@ def write_folder(target: Target, merged: MergedSource, folder: Path, to: str, no
         write_16bit(merged, folder, chat_template(target))
         return
     kept = target.tables["model"].get("keep_16bit", [])
+    if kept == "auto":
+        kept = chosen_16bit(target)
     lost = write_4bit(merged, folder, chat_template(target), kept)
     notice(f"quantising to NF4 changed the weights by {lost:.1%} of their norm")
+
+
+def chosen_16bit(target: Target) -> list[str]:
+    """What `keep_16bit = "auto"` came to in the run. Raises UserError where it was not asked."""
+    from grpo.fingerprint import read
+
+    assert target.adapter is not None
+    found = read(target.adapter)
+    if found is None or found.kept_16bit is None:
+        raise UserError(
+            f'{target.source}: keep_16bit = "auto" is decided when a 4-bit base is loaded, and {target.adapter} '
+            "records no decision; name the layers in its place"
+        )
+    return found.kept_16bit
 
 
 def chat_of(target: Target, merged: MergedSource) -> Chat:

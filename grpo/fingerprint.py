@@ -1,4 +1,4 @@
-"""By which an adapter knows its base again: some weights of it, kept beside the adapter.
+"""By which an adapter knows its base again: some weights of it, kept beside the adapter, and how it was held.
 
 Sizes alone do not tell a model from its instruction-tuned sister, and an adapter on the wrong one loads and only
 answers worse. A hash would not do: the base of a 4-bit run is often exported, or served, in 16 bit. So values are kept,
@@ -31,6 +31,8 @@ class Fingerprint:
 
     stored_as: str
     values: dict[str, list[float]]
+    kept_16bit: list[str] | None = None
+    """The layers that `keep_16bit = "auto"` left unquantised; None where that was not asked for."""
 
     @classmethod
     def of(cls, source: Source) -> Fingerprint:
@@ -67,20 +69,28 @@ def sampled(source: Source, name: str) -> list[float]:
     return [round(value, 8) for value in flat[places].tolist()]
 
 
+def read(folder: Path) -> Fingerprint | None:
+    """What `write` left in `folder`, or None. Raises UserError where it is damaged."""
+    file = Path(folder) / FILE
+    if not file.is_file():
+        return None
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        values = {name: [float(number) for number in numbers] for name, numbers in found["values"].items()}
+        kept = found.get("kept_16bit")
+        return Fingerprint(str(found["stored_as"]), values, None if kept is None else [str(name) for name in kept])
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{file}: damaged ({error}); copy the adapter again, or remove this file") from None
+
+
 def check_base(adapter: Path, base: Fingerprint, named: str) -> None:
     """Raise UserError where the adapter in `adapter` was trained on another base than `base`, which is `named`.
 
     An adapter that does not say (it was made elsewhere) passes.
     """
-    file = Path(adapter) / FILE
-    if not file.is_file():
+    trained_on = read(adapter)
+    if trained_on is None:
         return
-    try:
-        kept = json.loads(file.read_text(encoding="utf-8"))
-        values = {name: [float(number) for number in numbers] for name, numbers in kept["values"].items()}
-        trained_on = Fingerprint(str(kept["stored_as"]), values)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{file}: damaged ({error}); copy the adapter again, or remove this file") from None
     if not trained_on.admits(base):
         raise UserError(
             f"{adapter}: {named} has the right shapes, but is not the model that this adapter was trained on (weights "

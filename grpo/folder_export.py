@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from grpo.architectures import ARCHITECTURES, fused_linears
-from grpo.base import is_named, worst_quantised
+from grpo.base import is_named
 from grpo.bnb_format import packed_entries, quantization_config, unpacked
 from grpo.errors import UserError
 from grpo.kernels import nf4
@@ -92,7 +92,7 @@ def write_16bit(source: MergedSource, folder: Path, template: str | None, shard_
 
 
 def write_4bit(
-    source: MergedSource, folder: Path, template: str | None, kept: list[str] | str, shard_bytes: int = SHARD_BYTES
+    source: MergedSource, folder: Path, template: str | None, kept: list[str], shard_bytes: int = SHARD_BYTES
 ) -> float:
     """Write `source` to the empty `folder` with its linear layers in NF4; ||NF4(W) - W|| / ||W|| over them all.
 
@@ -101,8 +101,6 @@ def write_4bit(
     """
     dtype = half_type(source)
     linears = [part for parts in fused_linears(source.config.get_text_config()).values() for part in parts]
-    if isinstance(kept, str):
-        kept = worst_quantised(source, linears, torch.device("cpu"))
     dense = [part for part in linears if stays_dense(source, part, kept)]
     shards, lost, whole = Shards(folder, shard_bytes), 0.0, 0.0
     for name in sorted(source.names):

@@ -34,7 +34,7 @@ SAMPLER_BYTES = 28
 """Per logit of every sequence decoded at once, when vLLM tries its own sampler at its start: the logit in 16 bit and in
 float32, sorted with its int64 place, its probability, the running sum, a mask."""
 AUTO_SHARE = 0.05
-"""Share of the linear layers that `keep_16bit = "auto"` leaves unquantised."""
+"""What `keep_16bit = "auto"` may take, of the memory that all linear layers in 16 bit would take beyond NF4."""
 VOCABULARY_PADDING = 64
 """vLLM rounds the vocabulary up to a multiple of this."""
 SERVED_RANKS = 16
@@ -220,7 +220,7 @@ def weight_bytes(config: Config, shape: Any, itemsize: int, *, on_gpu: bool) -> 
     size = 0.0
     for name, (rows, columns) in linear_shapes(shape).items():
         dense = rows * columns * itemsize
-        nf4 = rows * math.ceil(columns / 128) * (64 + 2 * itemsize)
+        nf4 = nf4_bytes(rows, columns, itemsize)
         if not packed or (kept != "auto" and any(name == end or name.endswith(f".{end}") for end in kept)):
             size += dense
         else:
@@ -229,6 +229,11 @@ def weight_bytes(config: Config, shape: Any, itemsize: int, *, on_gpu: bool) -> 
     norms = (2 * shape.num_hidden_layers + 1) * shape.hidden_size
     plain = tables * embedding_bytes(shape, itemsize) + norms * itemsize
     return int(size) + plain - host_weight_bytes(config, shape, itemsize, on_gpu=on_gpu)
+
+
+def nf4_bytes(rows: int, columns: int, itemsize: int) -> int:
+    """A weight as kernels/nf4.py stores it: rows of whole pairs of blocks, each block with its scale."""
+    return rows * math.ceil(columns / 128) * (64 + 2 * itemsize)
 
 
 def embedding_bytes(shape: Any, itemsize: int) -> int:

@@ -8,7 +8,7 @@ that the training graph can be used without it.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +22,7 @@ from grpo.config import Config
 from grpo.errors import UserError
 from grpo.generation import EngineSettings, SamplingSettings
 from grpo.host_memory import give_back_pinned
+from grpo.keep_16bit import load_base
 from grpo.locate import lasting_name
 from grpo.model_files import check_head_size, check_shapes, end_tokens
 from grpo.plan import MemoryPlan, check_memory, lighter_weights, plan_memory, sequence_limits, weight_bytes
@@ -41,14 +42,19 @@ def open_session(
     status: Callable[[str], None] = lambda text: None,
     start_engine: bool = True,
     files: ModelFiles | None = None,
+    resumed: Path | None = None,
+    agree: Callable[[Any], Any] = lambda value: value,
 ) -> Session:
     """Load the model of `config`. `adapter`: a folder whose values replace the fresh adapter's.
 
-    `status` is told what is being done. `files` is what `read_model` gave, if that was needed before.
+    `status` is told what is being done. `files` is what `read_model` gave, if that was needed before. `resumed`: a run
+    folder that goes on, whose base is held as it was. `agree` gives every process of a run what the first one passes.
     `start_engine = False` leaves vLLM to the first use of `Session.engine`, and
     asks of a GPU only that the weights fit. Raises UserError for whatever about the model cannot be used.
     """
-    return Session(config, adapter, status, start_engine, files or read_model(config, status))
+    files = files or read_model(config, status)
+    like = [folder for folder in (resumed, adapter, config.lora.init) if folder is not None]
+    return Session(config, adapter, status, start_engine, files, like, agree)
 
 
 @dataclass(frozen=True)
@@ -86,7 +92,10 @@ class Session:
         status: Callable[[str], None],
         start_engine: bool,
         files: ModelFiles,
+        like: Sequence[Path] = (),
+        agree: Callable[[Any], Any] = lambda value: value,
     ):
+        """As `open_session`; `like`: folders of runs and adapters whose base this is to be."""
         self.config = config
         self.status = status
         self._engine: Engine | None = None
@@ -98,7 +107,9 @@ class Session:
             kv_bytes = fitted_kv_bytes(config, source.config, device, dtype)
         else:
             check_weights(config, source.config, device, dtype)
-        self.base = BaseWeights(source, config.model, device=device, dtype=dtype)
+        self.base = load_base(
+            source, config.model, self.tokenizer, device=device, dtype=dtype, like=like, agree=agree, status=status
+        )
         check_length(self.base, config.max_seq_length)
         train = config.train
         self.policy = Policy(

@@ -36,6 +36,7 @@ from grpo.errors import UserError
 from grpo.evaluate import evaluate, measure_pass_rates
 from grpo.guard import UnusableUpdate, dump_folder, whole, write_dump
 from grpo.interrupt import Interrupts
+from grpo.keep_16bit import remember_choice
 from grpo.learner import UNMEASURED, Learner
 from grpo.log import RunLog
 from grpo.loss import resolve_loss
@@ -84,8 +85,12 @@ class Trainer:
             ranks.check = interrupts.check
             ranks.require_same(facts(config))
             own = own_share(config, ranks.size)
-            with start_rewards(data, log) as pool, open_session(own, files=files, status=log.status) as session:
-                folder = config.checkpoint.output_dir
+            folder = config.checkpoint.output_dir
+            resumed = folder if self.resume else None
+            with (
+                start_rewards(data, log) as pool,
+                open_session(own, files=files, status=log.status, resumed=resumed, agree=ranks.of_first) as session,
+            ):
                 return train_session(session, data, folder, log, self.resume, pool, ranks)
 
     def run_folder(self) -> contextlib.AbstractContextManager[Any]:
@@ -159,6 +164,8 @@ def train_session(
         log.notice(f"{data.dropped} prompts longer than rollout.max_prompt_length were dropped")
     ranks = ranks or Ranks()
     ranks.copy_first(session.policy.parameters())
+    if ranks.first:
+        remember_choice(session.base, folder)
     log.status("checking that vLLM follows the adapter")
     check_rollout_follows_adapter(session)
     with Interrupts() as interrupts, interrupts.deferred():

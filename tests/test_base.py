@@ -98,11 +98,6 @@ def test_a_name_that_ends_alike_is_not_kept(tmp_path: Path) -> None:
         load(tmp_path, load_in_4bit=True, keep_16bit=["proj"])
 
 
-def test_keeping_automatically_keeps_the_layers_with_the_largest_error(tmp_path: Path) -> None:
-    save_tiny(tmp_path, "llama")
-    assert load(tmp_path, load_in_4bit=True, keep_16bit="auto").kept_16bit
-
-
 def test_blocks_that_would_cross_rows_are_refused_with_the_remedy(tmp_path: Path) -> None:
     save_tiny(tmp_path, "llama", intermediate_size=96)
     load(tmp_path)
