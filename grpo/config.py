@@ -54,7 +54,7 @@ class Model(Section):
     max_seq_length: PositiveInt | None = None
     """Longest prompt plus completion. Default: `max_prompt_length + max_completion_length` of `[rollout]`."""
     keep_16bit: list[str] | Literal["auto"] = []
-    """Modules left unquantised, by name or ending ("layers.0.mlp.down_proj"); "auto": those with the largest error."""
+    """Modules left unquantised, by name or ending ("mlp.down_proj"); "auto": the 5 % that the output needs most."""
     offload_embedding: bool = False
     """Keep a token embedding that is not the output head too in host memory, where the GPU reads the rows it needs."""
     offload_head: bool = False

@@ -65,11 +65,16 @@ def of_run(run: Path, adapter: Path, base: str | Path | None) -> Target:
 
 
 def of_adapter(folder: Path, base: str | Path | None) -> Target:
-    """An adapter that stands alone; its base is held as the defaults say."""
+    """An adapter that stands alone; its base is held as the defaults say, but for what "auto" once kept in 16 bit."""
+    from grpo import fingerprint
+
     saved = read_adapter_config(folder)
     model = {"name": found_base(saved.get("base_model_name_or_path"), folder, base)}
     if base is None and saved.get("revision"):
         model["revision"] = saved["revision"]
+    trained_on = fingerprint.read(folder)
+    if trained_on is not None and trained_on.kept_16bit:
+        model["keep_16bit"] = trained_on.kept_16bit
     lora = {key: saved[key] for key in LORA_KEYS if saved.get(key) is not None}
     return Target({"model": model, "lora": lora}, str(folder / ADAPTER_CONFIG), folder, lora)
 

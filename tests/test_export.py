@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from grpo.bnb_format import packed_entries
 from grpo.config import Model
 from grpo.errors import UserError
 from grpo.export import export, main
+from grpo.fingerprint import Fingerprint
 from grpo.merge import Adapter, MergedSource
 from grpo.source import open_source
 from grpo.streamed import Distance, streamed_logits
@@ -222,13 +224,24 @@ def dequantised(folder: Path, name: str) -> torch.Tensor:
     return dequantize_4bit(tensors[name], state).float()
 
 
-def test_layers_kept_in_16_bit_by_the_run_are_not_packed(made: Made, tmp_path: Path) -> None:
-    run = a_run(made, tmp_path, '[model]\nname = "{base}"\nkeep_16bit = ["layers.1.mlp.down_proj"]\n')
+@pytest.mark.parametrize("asked", ['["layers.1.mlp.down_proj"]', '"auto"'])
+def test_layers_kept_in_16_bit_by_the_run_are_not_packed(asked: str, made: Made, tmp_path: Path) -> None:
+    """Of "auto" the choice that was made then, which lies beside the adapter."""
+    if asked == '"auto"':
+        source = open_source(Model(name=str(made.base)))
+        replace(Fingerprint.of(source), kept_16bit=[DOWN]).write(made.adapter)
+    run = a_run(made, tmp_path, f'[model]\nname = "{{base}}"\nkeep_16bit = {asked}\n')
     folder = export(run, "merged-4bit", notice=lambda text: None)
     assert folder == run / "exports" / "merged-4bit"
     tensors = load_file(folder / "model.safetensors")
     assert tensors[f"{DOWN}.weight"].dtype == torch.bfloat16 and tensors[NAME].dtype == torch.uint8
     assert type(loaded(folder).model.layers[1].mlp.down_proj) is torch.nn.Linear
+
+
+def test_a_choice_that_was_not_made_is_not_made_while_exporting(made: Made, tmp_path: Path) -> None:
+    run = a_run(made, tmp_path, '[model]\nname = "{base}"\nload_in_4bit = false\nkeep_16bit = "auto"\n')
+    with pytest.raises(UserError, match="records no decision; name the layers"):
+        export(run, "merged-4bit", notice=lambda text: None)
 
 
 # adapter

@@ -26,6 +26,7 @@ from grpo.plan import AUTO_SHARE, nf4_bytes, weight_bytes
 from grpo.policy import Policy
 from grpo.session import open_session
 from grpo.source import open_source
+from grpo.target import resolve_target
 
 CPU = torch.device("cpu")
 
@@ -258,6 +259,8 @@ def test_an_adapter_a_further_training_and_a_resumed_run_find_the_choice_that_wa
         session.policy.save_adapter(tmp_path / "adapter")
         remember_choice(session.base, tmp_path / "run")
     assert chosen
+    alone = resolve_target(tmp_path / "adapter", tmp_path / "model")
+    assert alone.tables["model"]["keep_16bit"] == chosen
     forbid(monkeypatch)
     init = parse_config(run_tables(tmp_path, model=auto, lora={"init": str(tmp_path / "adapter")}))
     ways: list[tuple[Any, dict[str, Any]]] = [
