@@ -95,7 +95,8 @@ def _lay_out_kernel(
     tile = tl.program_id(0)
     rank = tl.program_id(1) * TILE + tl.arange(0, TILE)
     if tile < tiles:
-        row, column = rank[:, None], (tile * TILE + tl.arange(0, TILE))[None, :]
+        row = rank.to(tl.int64)[:, None]
+        column = (tile * TILE + tl.arange(0, TILE))[None, :]
         value = _part_of_a(a0, row, column, start0, rank0, columns)
         value += _part_of_a(a1, row, column, start1, rank1, columns)
         value += _part_of_a(a2, row, column, start2, rank2, columns)

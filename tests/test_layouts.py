@@ -5,6 +5,9 @@ As in test_train_kernels.py, which also runs this file in Triton's interpreter: 
 
 import pytest
 import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
 from grpo.kernels import lora_factors, shared_keys
 from grpo.kernels.attention import Packing, Span, packed_attention
@@ -23,6 +26,33 @@ pytestmark = pytest.mark.parametrize("device", DEVICES)
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+# What a GPU would be given
+
+KERNELS = {
+    lora_factors._lay_out_kernel: {"TILE": 64, "PORTABLE": False},
+    shared_keys._copy_kernel: {"COLUMNS": 1024},
+    shared_keys._sum_kernel: {"COLUMNS": 1024, "PORTABLE": False},
+}
+POINTERS = {"a0", "b0", "a1", "b1", "a2", "b2", "down", "up", "key", "value", "key_grad", "value_grad", "out"}
+INDICES = {"sources": "*i64", "bounds": "*i32", "order": "*i32"}
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.__name__ if hasattr(kernel, "__name__") else "")
+@pytest.mark.parametrize("element", ["bf16", "fp32"])
+def test_kernels_compile_for_hopper(kernel, element, device):
+    """The interpreter takes what the compiler refuses, such as branches that give one name two types."""
+    if interpreted() or device != "cpu":
+        return
+    constants = KERNELS[kernel]
+    types = {parameter.name: "i32" for parameter in kernel.params} | dict.fromkeys(constants, "constexpr")
+    types |= {name: f"*{element}" for name in POINTERS & types.keys()}
+    types |= {name: index for name, index in INDICES.items() if name in types}
+    types |= {name: "fp32" for name in types if name.startswith("scale")}
+    source = ASTSource(fn=kernel, signature=types, constexprs=constants)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    assert ".target sm_90" in compiled.asm["ptx"]
 
 
 # Factors of adapters
