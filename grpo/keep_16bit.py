@@ -6,12 +6,13 @@ divergence of the model's distributions that this causes is the Fisher informati
     KL(p || p + dW) = 1/2 E [ ( sum_t g_t . dW x_t )^2 ],
 
 where g_t is the gradient of a text's log-likelihood with respect to the layer's output, and the expectation is over
-labels drawn from the model itself (with the text's own tokens it would not be a divergence; see Kunstner et al., 2019,
-"Limitations of the empirical Fisher approximation"). Texts and labels are few, so this is an estimate: enough to rank.
+labels drawn from the model itself (with the text's own tokens it would be no divergence: Kunstner and others,
+"Limitations of the Empirical Fisher Approximation", 2019). Texts and draws are few, so it is an estimate, good for an
+order. How the errors of two layers add up is left out: products of estimates this rough make the choice worse.
 
 The loaded NF4 base is walked forward once and backward layer by layer, and every weight is read once more, alone: of
-the 16-bit model there is never more than one weight, and of activations no more than one layer's. Not here: how kept
-layers are held (`base.py`), and where a run records them (`fingerprint.py`).
+the 16-bit model there is never more than one weight, and of activations every layer's input and one layer's inside. Not
+here: how kept layers are held (`base.py`), and the file that records them (`fingerprint.py`).
 """
 
 from __future__ import annotations
@@ -73,6 +74,8 @@ def load_base(
         costs = rounding_costs(source, base, calibration(tokenizer, base))
         kept = agree(choose(costs, base.config, dtype.itemsize))
         base.keep_16bit(source, kept)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # vLLM takes what the driver calls free
     else:
         base = BaseWeights(source, model.model_copy(update={"keep_16bit": kept}), device=device, dtype=dtype)
     base.fingerprint = replace(base.fingerprint, kept_16bit=kept)
@@ -134,8 +137,6 @@ def rounding_costs(
     for call in reversed(calls):
         found, gradients = through_layer(source, call, gradients, lengths)
         costs |= found
-    if base.device.type == "cuda":
-        torch.cuda.empty_cache()  # vLLM takes what the driver calls free
     return costs
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -15,20 +16,32 @@ from tiny_run import run_tables, save_rewards, save_tiny_chat_model
 from torch import Tensor
 from transformers import AutoConfig
 
-from grpo import keep_16bit
+from grpo import fingerprint, keep_16bit
 from grpo.base import BaseWeights
 from grpo.config import Lora, Model, parse_config
+from grpo.data import load_data
 from grpo.errors import UserError
-from grpo.keep_16bit import choose, load_base, remember_choice, rounding_costs
+from grpo.keep_16bit import choose, load_base, rounding_costs
 from grpo.kernels import nf4
+from grpo.log import RunLog
 from grpo.memory import linear_shapes
 from grpo.plan import AUTO_SHARE, nf4_bytes, weight_bytes
 from grpo.policy import Policy
+from grpo.rewards.pool import RewardPool
 from grpo.session import open_session
+from grpo.sft_config import parse_sft_config
+from grpo.sft_run import run_sft
 from grpo.source import open_source
 from grpo.target import resolve_target
+from grpo.trainer import Trainer, train_session
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def two_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Enough for what is tested here, and quick."""
+    monkeypatch.setattr(keep_16bit, "TEXTS", keep_16bit.TEXTS[:2])
 
 
 class Tokenizer:
@@ -225,6 +238,10 @@ def test_a_four_bit_checkpoint_is_refused_with_the_reason(tmp_path: Path) -> Non
 # That it is kept
 
 
+def refuse(reason: str) -> None:
+    raise UserError(reason)
+
+
 def forbid(monkeypatch: pytest.MonkeyPatch) -> None:
     def chosen(*arguments: Any) -> list[str]:
         raise AssertionError("chosen anew")
@@ -254,10 +271,13 @@ def test_an_adapter_a_further_training_and_a_resumed_run_find_the_choice_that_wa
     auto = {"load_in_4bit": True, "keep_16bit": "auto"}
     config = parse_config(run_tables(tmp_path, model=auto))
     (tmp_path / "run").mkdir()
+    monkeypatch.setattr("grpo.trainer.check_rollout_follows_adapter", lambda session: refuse("far enough"))
     with open_session(config, start_engine=False) as session:
         chosen = session.base.kept_16bit
         session.policy.save_adapter(tmp_path / "adapter")
-        remember_choice(session.base, tmp_path / "run")
+        data = load_data(config, session.tokenizer)
+        with RunLog(tmp_path / "run", config, max_steps=1) as log, pytest.raises(UserError, match="far enough"):
+            train_session(session, data, tmp_path / "run", log, pool=cast(RewardPool, object()))
     assert chosen
     alone = resolve_target(tmp_path / "adapter", tmp_path / "model")
     assert alone.tables["model"]["keep_16bit"] == chosen
@@ -277,26 +297,37 @@ def test_an_adapter_a_further_training_and_a_resumed_run_find_the_choice_that_wa
         open_session(config, adapter=tmp_path / "adapter", start_engine=False)
 
 
-def test_a_run_that_is_resumed_says_so_to_the_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from grpo.trainer import Trainer
-
+def test_a_resumed_run_has_its_base_held_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_tiny_chat_model(tmp_path / "model")
     save_rewards(tmp_path)
     asked = []
 
     def opened(*arguments: Any, **keys: Any) -> Any:
         asked.append((keys["resumed"], keys["agree"](3)))
-        raise UserError("enough")
+        raise UserError("far enough")
 
     monkeypatch.setattr("grpo.trainer.open_session", opened)
+    monkeypatch.setattr("grpo.trainer.open_run", lambda *arguments, **keys: contextlib.nullcontext())
     config = parse_config(run_tables(tmp_path, model={"load_in_4bit": True, "keep_16bit": "auto"}))
-    with pytest.raises(UserError, match="enough"):
-        Trainer(config).run()
-    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
-    (tmp_path / "run" / "config.toml").write_text("")
-    trainer = Trainer(config)
-    trainer.resume = True
-    monkeypatch.setattr("grpo.trainer.open_run", lambda *arguments, **keys: __import__("contextlib").nullcontext())
-    with pytest.raises(UserError, match="enough"):
-        trainer.run()
+    (tmp_path / "run").mkdir()
+    for resume in (False, True):
+        with pytest.raises(UserError, match="far enough"):
+            Trainer(config, resume=resume).run()
     assert asked == [(None, 3), (tmp_path / "run", 3)]
+
+
+def test_a_supervised_run_resumes_with_the_choice_it_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_tiny_chat_model(tmp_path / "model")
+    rows = [{"prompt": f"Say {number}", "completion": f"{number}!"} for number in range(8)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shared = ("model", "lora", "checkpoint")
+    given = run_tables(tmp_path, model={"load_in_4bit": True, "keep_16bit": "auto"}, checkpoint={"save_steps": 1})
+    tables = {name: given[name] for name in shared}
+    tables["sft"] = {"path": str(tmp_path / "rows.jsonl"), "max_length": 64, "per_device_train_batch_size": 1}
+    run_sft(parse_sft_config({**tables, "train": {"max_steps": 1}}))
+    recorded = fingerprint.read(tmp_path / "run")
+    assert recorded is not None and recorded.kept_16bit
+    assert fingerprint.read(tmp_path / "run" / "adapter") == recorded
+    forbid(monkeypatch)
+    run_sft(parse_sft_config({**tables, "train": {"max_steps": 2}}), resume=True)
+    assert fingerprint.read(tmp_path / "run" / "adapter") == recorded
