@@ -3,8 +3,8 @@
     step     forward, backward and AdamW over sequences of 2,048 tokens, 16,384 to a micro-batch, random NF4 weights of
              a 3B or 8B shape, LoRA of rank 16 on all seven linears; kernels on and off, by form of recomputation; and
              the peer with SDPA at every micro-batch size, with and without gradient checkpointing, in the same run
-    shared   the same step on groups of 8 completions of 512 tokens after a prompt of 1,024: the prompt computed once,
-             and computed for each; both counted in the tokens of the latter
+    shared   the same step on groups of 8 completions of 512 tokens after a prompt of 1,024, one or several groups to a
+             micro-batch: the prompt computed once, and computed for each; both counted in the tokens of the latter
     logprob  from hidden states to the gradient of a clipped loss, 16,384 tokens, vocabulary 128,256, head frozen
 
 Peak memory is that of torch's allocator over one step, weights included.
@@ -189,18 +189,20 @@ def shared_part(options: argparse.Namespace, figures: Figures) -> None:
     prompt, completion = (PROMPT, COMPLETION) if not options.tiny else (32, 16)
     base = load_base(options)
     vocabulary = base.config.vocab_size
-    (common,) = random_tokens(vocabulary, 1, prompt, seed=4)
-    completions = random_tokens(vocabulary, GROUP, completion, seed=5)
-    tokens = GROUP * (prompt + completion - 1)
-    different = [[10 + index, *common[1:]] for index in range(GROUP)]
 
-    def run(form: str, prompts: list[list[int]]) -> dict[str, Any]:
+    def run(form: str, groups: int, shared: bool) -> dict[str, Any]:
+        prompts = []
+        for common in random_tokens(vocabulary, groups, prompt, seed=4):
+            prompts += [common if shared else [10 + index, *common[1:]] for index in range(GROUP)]
+        completions = random_tokens(vocabulary, groups * GROUP, completion, seed=5)
         step = our_step(our_policy(base, f"triton/{form}", options.rank), prompts, completions, options.chunk)
-        return timed_step(step, tokens, options.repeats)
+        return timed_step(step, groups * GROUP * (prompt + completion - 1), options.repeats)
 
-    for form in options.shared_forms:
-        figures.note(f"plain/{form}", tried(partial(run, form, different)))
-        figures.note(f"shared/{form}", tried(partial(run, form, [common] * GROUP)))
+    for groups in options.groups:
+        for form in options.shared_forms:
+            place = f"{form}, {groups} groups" if groups > 1 else form
+            figures.note(f"plain/{place}", tried(partial(run, form, groups, False)))
+            figures.note(f"shared/{place}", tried(partial(run, form, groups, True)))
 
 
 def logprob_part(options: argparse.Namespace, figures: Figures) -> None:
@@ -248,6 +250,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--shape", choices=list(SHAPES), default="8b")
     parser.add_argument("--settings", default=",".join(OURS), type=lambda text: text.split(","))
     parser.add_argument("--shared-forms", default="none,layer", type=lambda text: text.split(","))
+    parser.add_argument("--groups", default="1,3", type=lambda text: [int(n) for n in text.split(",")], help="`shared`")
     parser.add_argument("--no-peer", dest="peer", action="store_false", help="ours alone")
     parser.add_argument("--tokens", type=int, default=16384, help="of a micro-batch")
     parser.add_argument("--length", type=int, default=2048, help="of a sequence")

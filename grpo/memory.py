@@ -128,10 +128,7 @@ class TrainingMemory:
     packed_weights: bool
     """Whether linear layers dequantise their weight at each use."""
     head_on_host: bool
-    """Whether products with the output head go through slices of it."""
-    repeated_heads: bool
-    """Whether flash attention is given keys and values laid out for every head, as torch's varlen_attn up to 2.11
-    takes them where heads share keys."""
+    """Whether the output head is in host memory, of which slices come to the GPU."""
 
     @classmethod
     def of(
@@ -152,7 +149,6 @@ class TrainingMemory:
             kernels=config.train.kernels != "torch" and on_gpu and not config.lora.lora_dropout,
             packed_weights=config.model.load_in_4bit and on_gpu,
             head_on_host=on_gpu and config.model.offload_head,
-            repeated_heads=on_gpu and sizes.key != sizes.query,
         )
 
     @property
@@ -165,7 +161,7 @@ class TrainingMemory:
     def kept_by_layer(self) -> int:
         """Bytes that one layer saves, its input among them, where nothing is computed again."""
         per_token = self._fused_per_token() if self.kernels else self._plain_per_token()
-        return self.tokens * per_token + self._gathered() + self._repeated() + self._factors()
+        return self.tokens * per_token + self._gathered() + self._factors()
 
     def _attention_per_token(self) -> int:
         """q, k, v, the output and its log-sum-exp (float32), which flash attention saves."""
@@ -175,10 +171,6 @@ class TrainingMemory:
     def _gathered(self) -> int:
         """Keys and values laid out anew, with each completion's copy of its prompt's."""
         return 2 * self.keys * self.sizes.key * self.itemsize if self.keys > self.tokens else 0
-
-    def _repeated(self) -> int:
-        """Keys and values of every head, beside the product that those of the shared ones are parts of."""
-        return 2 * self.keys * self.sizes.query * self.itemsize if self.repeated_heads else 0
 
     def _fused_per_token(self) -> int:
         """Layer input, attention, MLP input, gate and up; inputs of the norms that follow attention and MLP."""

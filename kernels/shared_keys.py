@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from grpo.kernels.launch import dense_rows, on_device, portable, triton_serves, wide
+from grpo.kernels.launch import on_device, portable, triton_serves, wide
 from grpo.kernels.nf4_lookup import round_to
 
 
@@ -35,7 +35,7 @@ class Places:
 
 
 def laid_out(key: Tensor, value: Tensor, places: Places) -> tuple[Tensor, Tensor]:
-    """key, value [tokens, heads, dim] -> [keys, heads, dim], with gradient. Heads lie together in a row."""
+    """key, value [tokens, heads, dim] -> [keys, heads, dim], with gradient. Contiguous first where heads lie apart."""
     return _LaidOut.apply(key, value, places)
 
 
@@ -45,7 +45,7 @@ class _LaidOut(torch.autograd.Function):
         ctx.places = places
         out = key.new_empty(2, places.sources.numel(), *key.shape[1:])
         if triton_serves(key):
-            launch_copy(key, value, places, out)
+            launch_copy(in_rows(key), in_rows(value), places, out)
         else:
             torch.index_select(key, 0, places.sources, out=out[0])
             torch.index_select(value, 0, places.sources, out=out[1])
@@ -55,7 +55,7 @@ class _LaidOut(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, key_grad: Tensor, value_grad: Tensor) -> tuple[Tensor, Tensor, None]:
         places: Places = ctx.places
-        key_grad, value_grad = dense_rows(key_grad), dense_rows(value_grad)
+        key_grad, value_grad = in_rows(key_grad), in_rows(value_grad)
         tokens = places.bounds.numel() - 1
         out = key_grad.new_empty(2, tokens, *key_grad.shape[1:])
         if triton_serves(key_grad):
@@ -89,12 +89,16 @@ def launch_sum(key_grad: Tensor, value_grad: Tensor, places: Places, out: Tensor
         )  # fmt: skip
 
 
+def in_rows(tensor: Tensor) -> Tensor:
+    """`tensor` [rows, heads, dim], or a copy where a row's heads do not lie together."""
+    heads, dim = tensor.shape[1:]
+    return tensor if tensor.stride(2) == 1 and (heads == 1 or tensor.stride(1) == dim) else tensor.contiguous()
+
+
 def row_columns(*tensors: Tensor) -> int:
     """Numbers in a row of each: heads times dim, which lie together."""
-    heads, dim = tensors[0].shape[1:]
-    for tensor in tensors:
-        assert tensor.stride(2) == 1 and (heads == 1 or tensor.stride(1) == dim), tensor.stride()
-    return heads * dim
+    assert all(tensor is in_rows(tensor) for tensor in tensors), [tensor.stride() for tensor in tensors]
+    return tensors[0].shape[1] * tensors[0].shape[2]
 
 
 @triton.jit(do_not_specialize=["half"])

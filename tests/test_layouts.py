@@ -155,10 +155,19 @@ def test_expanded_gradients_of_keys_are_taken(device):
     torch.testing.assert_close(stacked.grad[:, 1:], counts[:, None, None].expand(27, 2, 8))
 
 
-def test_rows_whose_heads_lie_apart_are_refused(device):
-    apart = torch.zeros(4, 2, 8, device=device).transpose(0, 1).transpose(0, 1)[:, :, :4]
+def test_keys_whose_heads_lie_apart_are_taken(device):
+    """As transformers' own rotation leaves them: head after head."""
+    packing = Packing(SPANS, torch.device(device))
+    by_head = torch.randn(2, 3, 27, 8, device=device).requires_grad_()
+    key, value = by_head.transpose(1, 2)
+    found = laid_out(key, value, packing.places)
+    for result, given in zip(found, (key, value), strict=True):
+        assert torch.equal(result, given[packing.key_positions.to(device)])
+    sum(part.sum() for part in found).backward()
+    counts = torch.bincount(packing.key_positions).float().to(device)
+    torch.testing.assert_close(by_head.grad, counts[:, None].expand(2, 3, 27, 8))
     with pytest.raises(AssertionError):
-        shared_keys.row_columns(apart)
+        shared_keys.launch_copy(key, value, packing.places, torch.stack(found))
 
 
 # Attention
