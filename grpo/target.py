@@ -69,7 +69,7 @@ def of_adapter(folder: Path, base: str | Path | None) -> Target:
     from grpo import fingerprint
 
     saved = read_adapter_config(folder)
-    model = {"name": found_base(saved.get("base_model_name_or_path"), folder, base)}
+    model: dict[str, Any] = {"name": found_base(saved.get("base_model_name_or_path"), folder, base)}
     if base is None and saved.get("revision"):
         model["revision"] = saved["revision"]
     trained_on = fingerprint.read(folder)

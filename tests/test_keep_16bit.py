@@ -228,6 +228,46 @@ def test_chosen_layers_are_exact_and_the_others_rounded(tmp_path: Path) -> None:
             assert linear.part(part)[0].weight.equal(expected), part
 
 
+class Packed(BaseWeights):
+    """Held on a CPU as a GPU holds it: codes and scales."""
+
+    packed = property(lambda self: True, lambda self, value: None)  # type: ignore[assignment]
+
+
+def test_a_base_of_codes_costs_the_same_and_takes_chosen_layers_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = save_tiny(tmp_path, "llama", num_hidden_layers=4).state_dict()
+    source, texts = open_source(Model(name=str(tmp_path))), sequences(2)
+    expected, chosen = rounding_costs(source, nf4_base(tmp_path), texts), auto_base(tmp_path).kept_16bit
+    monkeypatch.setattr(keep_16bit, "BaseWeights", Packed)
+    base = Packed(source, Model(name=str(tmp_path)), device=CPU, dtype=torch.float32)
+    assert base.linears["model.layers.0.mlp.down_proj"].segments[0].absmax is not None
+    assert rounding_costs(source, base, texts) == pytest.approx(expected, rel=1e-3)
+    base = auto_base(tmp_path)
+    assert base.kept_16bit == chosen
+    for linear in base.linears.values():
+        for part in linear.parts:
+            rows, _ = linear.part(part)
+            assert (rows.absmax is None) == (part in chosen)
+            assert rows.absmax is not None or rows.weight.equal(state[f"{part}.weight"])
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_costs_are_those_on_a_cpu(tmp_path: Path) -> None:
+    """Other draws, and bfloat16."""
+    save_tiny(tmp_path, "llama")
+    model, texts = Model(name=str(tmp_path)), sequences(2)
+    source, device = open_source(model), torch.device("cuda")
+    expected = rounding_costs(source, nf4_base(tmp_path), texts, labels=100)
+    base = BaseWeights(source, model, device=device, dtype=torch.bfloat16)
+    assert rounding_costs(source, base, texts, labels=100) == pytest.approx(expected, rel=0.5)
+    auto = Model(name=str(tmp_path), keep_16bit="auto")
+    base = load_base(source, auto, Tokenizer(), device=device, dtype=torch.bfloat16)
+    dense = {part for linear in base.linears.values() for part in linear.parts if linear.part(part)[0].absmax is None}
+    assert base.kept_16bit and dense == set(base.kept_16bit)
+
+
 def test_a_four_bit_checkpoint_is_refused_with_the_reason(tmp_path: Path) -> None:
     save_tiny(tmp_path, "llama")
     quantize_folder(tmp_path, nested=False)
@@ -307,7 +347,8 @@ def test_a_resumed_run_has_its_base_held_as_it_was(tmp_path: Path, monkeypatch: 
         raise UserError("far enough")
 
     monkeypatch.setattr("grpo.trainer.open_session", opened)
-    monkeypatch.setattr("grpo.trainer.open_run", lambda *arguments, **keys: contextlib.nullcontext())
+    for name in ("open_run", "start_rewards"):
+        monkeypatch.setattr(f"grpo.trainer.{name}", lambda *arguments, **keys: contextlib.nullcontext())
     config = parse_config(run_tables(tmp_path, model={"load_in_4bit": True, "keep_16bit": "auto"}))
     (tmp_path / "run").mkdir()
     for resume in (False, True):
