@@ -65,7 +65,7 @@ def selected_logprobs(
         raise ValueError(f"temperature = {temperature} and chunk_tokens = {chunk_tokens} must be positive")
     wants_gradient = hidden.requires_grad and torch.is_grad_enabled()
     logprobs, entropy = _SelectedLogprobs.apply(
-        hidden, weight, targets, temperature, softcap, chunk_tokens, wants_gradient, entropy_gradient
+        hidden, weight, targets.contiguous(), temperature, softcap, chunk_tokens, wants_gradient, entropy_gradient
     )
     return logprobs, entropy
 

@@ -182,6 +182,17 @@ def test_no_tokens_give_empty_results_and_a_zero_gradient():
     assert hidden.grad.shape == (0, HIDDEN)
 
 
+def test_targets_may_lie_apart():
+    """As one of several draws of labels does."""
+    hidden, weight, targets = example()
+    apart = torch.stack([targets, targets.flip(0)], 1)[:, 0]
+    assert apart.stride() == (2,)
+    for found, expected in zip(
+        selected_logprobs(hidden, weight, apart), selected_logprobs(hidden, weight, targets), strict=True
+    ):
+        assert torch.equal(found, expected)
+
+
 def test_extreme_logits_stay_finite():
     weight = torch.tensor([[1.0], [-1.0], [0.0]])
     hidden = torch.tensor([[3e4], [-3e4], [0.0]], requires_grad=True)

@@ -51,7 +51,11 @@ def start(tmp_path: Path) -> Any:
     def started(jobs: str, *arguments: str) -> subprocess.Popen[str]:
         command = [sys.executable, str(tmp_path / "script.py"), "--out", str(tmp_path / "out"), *arguments]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "JOBS": jobs}
-        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True)
+        return subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True,
+            # A job in the background of a shell ignores the signal, and so would what it starts.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )  # fmt: skip
 
     return started
 
