@@ -24,6 +24,8 @@ HEAD_SLICE = 32 << 20
 """Of an output head in host memory, what is on the GPU at once (kernels/host_matmul.py)."""
 LIBRARIES = 36 << 20
 """Workspaces that cuBLAS takes from torch's allocator on a GPU (32 MiB on Hopper, 8 MiB before)."""
+INDEXED_IN_32_BITS = 2**31 - 1
+"""Bytes of the largest tensor that torch's reductions address with 32 bits."""
 INDEX_BYTES = 64
 """Per token: ids, positions, targets and the like, as int64."""
 FREE_SHARE = 0.95
@@ -263,10 +265,12 @@ class TrainingMemory:
 
     def _flash_backward(self) -> int:
         """Gradients of the output, q, k and v, and what the kernel allocates: dq in float32, and where heads share
-        keys, dk and dv of every head."""
+        keys, dk and dv of every head. Those are added up with a float32 buffer where torch needs 64 bits to index
+        them."""
         s = self.sizes
-        every_head = 2 * s.query if s.key != s.query else 0
-        of_keys = self.keys * (2 * s.key + every_head) * self.itemsize
+        every_head = self.keys * s.query * self.itemsize if s.key != s.query else 0
+        buffer = 4 * self.keys * s.key if every_head > INDEXED_IN_32_BITS else 0
+        of_keys = 2 * self.keys * s.key * self.itemsize + 2 * every_head + buffer
         return of_keys + self.tokens * (2 * s.query * self.itemsize + 4 * s.query + 4 * s.heads)
 
     def _dense(self, *sizes: int) -> int:
@@ -278,7 +282,8 @@ class TrainingMemory:
         replayed = form in ("layer", "offload")
         attention = self.kept_by_layer() - self._gate_and_up() - 2 * one
         mlp_rows, qkv_rows = min(self.tokens, MLP_TILE), min(self.tokens, QKV_TILE)
-        mlp_numbers = s.inner + 2 * s.hidden + (0 if form == "none" else 2 * s.inner)
+        # Beside the gradient of the product: the normed input and, where adapters multiply with W, a wider gradient.
+        mlp_numbers = s.inner + (1 + self.packed_weights) * s.hidden + (0 if form == "none" else 2 * s.inner)
         mlp_tile = mlp_rows * mlp_numbers * self.itemsize + self._dense(3 * s.inner)
         qkv = s.query + 2 * s.key
         qkv_tile = qkv_rows * (qkv + 2 * s.hidden) * self.itemsize + self._dense(qkv)

@@ -98,20 +98,39 @@ class _LoraQkv(torch.autograd.Function):
         q_grad, k_grad = dense_rows(q_grad), dense_rows(k_grad)
         x_grad = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         for rows in row_tiles(x.shape[0], projection.tile):
-            grad, stacked_grad = product.outputs(rows.stop - rows.start)
-            q, k, v = projection.split(stacked_grad)
-            rotate(q_grad[rows], cos[rows], sin[rows], out=q, inverse=True)
-            rotate(k_grad[rows], cos[rows], sin[rows], out=k, inverse=True)
-            v.copy_(v_grad[rows])
-            if projection.q_norm is not None and projection.k_norm is not None:
-                projection.q_norm.backward(q, before[0][rows], out=q)
-                projection.k_norm.backward(k, before[1][rows], out=k)
-            unit = normalised(product, projection.norm, x[rows])
-            unit_grad, shrunk_grad = product.input_gradient(grad)
-            product.adapter_gradient(grad, unit, shrunk_grad)
-            if x_grad is not None:
-                through_norm(projection.norm, unit_grad, x[rows], x_grad[rows])
+            grads = (q_grad[rows], k_grad[rows], v_grad[rows])
+            tile_grad = None if x_grad is None else x_grad[rows]
+            unnormed = tuple(part[rows] for part in before)
+            backward_of_rows(projection, product, x[rows], (cos[rows], sin[rows]), grads, unnormed, tile_grad)
         return x_grad, None, None, None, None, *product.gradients()
+
+
+def backward_of_rows(
+    projection: QkvProjection,
+    product: Product,
+    x: Tensor,
+    angles: tuple[Tensor, Tensor],
+    grads: tuple[Tensor, Tensor, Tensor],
+    before: tuple[Tensor, ...],
+    x_grad: Tensor | None,
+) -> None:
+    """One tile of the backward, in a call of its own so that its tensors are gone before the next one's are made.
+
+    `grads` of q, k and v; `before`: q and k as they were before their norms, if there are any; dL/dx goes to `x_grad`.
+    """
+    grad, stacked_grad = product.outputs(x.shape[0])
+    q, k, v = projection.split(stacked_grad)
+    rotate(grads[0], *angles, out=q, inverse=True)
+    rotate(grads[1], *angles, out=k, inverse=True)
+    v.copy_(grads[2])
+    if projection.q_norm is not None and projection.k_norm is not None:
+        projection.q_norm.backward(q, before[0], out=q)
+        projection.k_norm.backward(k, before[1], out=k)
+    unit = normalised(product, projection.norm, x)
+    unit_grad, shrunk_grad = product.input_gradient(grad)
+    product.adapter_gradient(grad, unit, shrunk_grad)
+    if x_grad is not None:
+        through_norm(projection.norm, unit_grad, x, x_grad)
 
 
 def normalised(product: Product, norm: Norm | None, x: Tensor) -> Tensor:

@@ -89,16 +89,12 @@ class _LoraMlp(torch.autograd.Function):
         out = torch.empty_like(x)
         kept = x.new_empty(0)
         if call.keep or call.output:
-            gate_up, down = call.products(factors)
+            products = call.products(factors)
             if call.keep:
-                kept, _ = gate_up.outputs(tokens)
+                kept, _ = products[0].outputs(tokens)
             for rows in row_tiles(tokens, mlp.tile):
-                inner = (kept[rows] if call.keep else gate_up.outputs(rows.stop - rows.start)[0])[:, : call.columns]
-                gate_up.forward(normalised(gate_up, mlp.norm, x[rows]), inner)
-                if call.output:
-                    buffer, product = down.inputs(rows.stop - rows.start)
-                    glu_forward(inner, mlp.activation, out=product)
-                    down.forward(buffer, out[rows], x[rows] if mlp.residual else None)
+                inner = kept[rows] if call.keep else None
+                forward_of_rows(call, products, x[rows], inner, out[rows] if call.output else None)
         ctx.call = call
         ctx.save_for_backward(x, kept, *factors)
         return out
@@ -108,31 +104,56 @@ class _LoraMlp(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, kept, *factors = ctx.saved_tensors
         call: _Call = ctx.call
-        mlp = call.mlp
-        gate_up, down = call.products(factors)
+        products = call.products(factors)
         x_grad = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         grad = dense_rows(grad)
-        for rows in row_tiles(x.shape[0], mlp.tile):
-            unit = normalised(gate_up, mlp.norm, x[rows])
-            if call.keep:
-                inner = kept[rows]
-            else:
-                inner, _ = gate_up.outputs(rows.stop - rows.start)
-                gate_up.forward(unit, inner[:, : call.columns])
-            incoming = grad[rows]
-            if down.width:
-                incoming, part = down.outputs(rows.stop - rows.start)
-                part.copy_(grad[rows])
-            product, shrunk_grad = down.input_gradient(incoming)
-            # Both buffers change their meaning here: dL/dh becomes h, gate and up become their gradients.
-            wide = inner[:, : call.columns]
-            glu_backward(product, wide, mlp.activation, product=product, out=wide)
-            down.adapter_gradient(incoming, product, shrunk_grad)
-            unit_grad, shrunk_grad = gate_up.input_gradient(inner)
-            gate_up.adapter_gradient(inner, unit, shrunk_grad)
-            if x_grad is not None:
-                plus = grad[rows] if mlp.residual else None
-                through_norm(mlp.norm, unit_grad, x[rows], x_grad[rows], plus)
+        for rows in row_tiles(x.shape[0], call.mlp.tile):
+            tile_grad = None if x_grad is None else x_grad[rows]
+            backward_of_rows(call, products, x[rows], grad[rows], kept[rows] if call.keep else None, tile_grad)
         if call.keep:
             increment_version(kept)  # a second backward through this graph is refused rather than wrong
+        gate_up, down = products
         return x_grad, None, *gate_up.gradients(), *down.gradients()
+
+
+def forward_of_rows(
+    call: _Call, products: tuple[Product, Product], x: Tensor, inner: Tensor | None, out: Tensor | None
+) -> None:
+    """One tile of the forward. `inner`: where to keep gate and up, or None; `out`: where the result goes, or None."""
+    mlp, (gate_up, down) = call.mlp, products
+    if inner is None:
+        inner, _ = gate_up.outputs(x.shape[0])
+    inner = inner[:, : call.columns]
+    gate_up.forward(normalised(gate_up, mlp.norm, x), inner)
+    if out is not None:
+        buffer, product = down.inputs(x.shape[0])
+        glu_forward(inner, mlp.activation, out=product)
+        down.forward(buffer, out, x if mlp.residual else None)
+
+
+def backward_of_rows(
+    call: _Call, products: tuple[Product, Product], x: Tensor, grad: Tensor, inner: Tensor | None, x_grad: Tensor | None
+) -> None:
+    """One tile of the backward, in a call of its own so that its tensors are gone before the next one's are made.
+
+    `inner`: gate and up as they were kept, which are used up; None computes them again. dL/dx goes to `x_grad`.
+    """
+    mlp, (gate_up, down) = call.mlp, products
+    unit = normalised(gate_up, mlp.norm, x)
+    if inner is None:
+        inner, _ = gate_up.outputs(x.shape[0])
+        gate_up.forward(unit, inner[:, : call.columns])
+    incoming = grad
+    if down.width:
+        incoming, part = down.outputs(x.shape[0])
+        part.copy_(grad)
+    product, shrunk_grad = down.input_gradient(incoming)
+    # Both buffers change their meaning here: dL/dh becomes h, gate and up become their gradients.
+    wide = inner[:, : call.columns]
+    glu_backward(product, wide, mlp.activation, product=product, out=wide)
+    down.adapter_gradient(incoming, product, shrunk_grad)
+    del incoming, product, shrunk_grad
+    unit_grad, shrunk_grad = gate_up.input_gradient(inner)
+    gate_up.adapter_gradient(inner, unit, shrunk_grad)
+    if x_grad is not None:
+        through_norm(mlp.norm, unit_grad, x, x_grad, grad if mlp.residual else None)
