@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -396,12 +397,34 @@ def count_pinned() -> int:
     return sum(type(thing) is host_memory.PinnedBytes for thing in gc.get_objects())
 
 
-@pytest.fixture(scope="module")
-def rollout(folder: Path) -> Iterator[tuple[BaseWeights, Policy, Any]]:
+@dataclass(frozen=True)
+class Rollout:
     """Base with both tables on the host, training graph and vLLM, which decodes in CUDA graphs."""
-    started = start(folder, **BOTH)
+
+    base: BaseWeights
+    policy: Policy
+    engine: Any
+    plain_tokens: dict[int, list[int]]
+    """What vLLM gave greedily when both tables were on the GPU."""
+
+
+@pytest.fixture(scope="module")
+def rollout(folder: Path) -> Iterator[Rollout]:
+    base, _, engine = start(folder)
+    assert base.host_nbytes() == 0
+    plain_tokens = greedy_tokens(engine)
+    engine.close()
+    started = Rollout(*start(folder, **BOTH), plain_tokens)
     yield started
-    started[2].close()
+    started.engine.close()
+
+
+def greedy_tokens(engine: Any) -> dict[int, list[int]]:
+    from grpo.engine import Request, SamplingSettings
+
+    requests = [Request(number, PROMPT[number:], 1) for number in range(8)]
+    done = engine.generate(requests, SamplingSettings(temperature=0.0, max_tokens=40))
+    return {completion.request_id: completion.token_ids for completion in done}
 
 
 def start(folder: Path, **keys: bool) -> tuple[BaseWeights, Policy, Any]:
@@ -417,8 +440,8 @@ def start(folder: Path, **keys: bool) -> tuple[BaseWeights, Policy, Any]:
 @pytest.mark.gpu
 @pytest.mark.vllm
 @on_gpu
-def test_vllm_and_the_training_graph_read_one_embedding_and_one_head(rollout: tuple[BaseWeights, Policy, Any]) -> None:
-    base, policy, engine = rollout
+def test_vllm_and_the_training_graph_read_one_embedding_and_one_head(rollout: Rollout) -> None:
+    base, policy, engine = rollout.base, rollout.policy, rollout.engine
     served = dict(engine.vllm_model().named_parameters())
     assert served_is_intact(base, engine)
     assert embedding_of(policy).data_ptr() == base.tensors[EMBEDDING].data_ptr()
@@ -431,10 +454,10 @@ def test_vllm_and_the_training_graph_read_one_embedding_and_one_head(rollout: tu
 @pytest.mark.gpu
 @pytest.mark.vllm
 @on_gpu
-def test_decoding_in_cuda_graphs_agrees_with_the_trainer(rollout: tuple[BaseWeights, Policy, Any]) -> None:
+def test_decoding_in_cuda_graphs_agrees_with_the_trainer(rollout: Rollout) -> None:
     from grpo.engine import Request, SamplingSettings
 
-    base, policy, engine = rollout
+    base, policy, engine = rollout.base, rollout.policy, rollout.engine
     requests = [Request(number, PROMPT[number:], 1) for number in range(8)]
     settings = SamplingSettings(temperature=0.9, max_tokens=60)
     done = sorted(engine.generate(requests, settings), key=lambda completion: completion.request_id)
@@ -457,18 +480,6 @@ def served_is_intact(base: BaseWeights, engine: Any) -> bool:
 @pytest.mark.gpu
 @pytest.mark.vllm
 @on_gpu
-def test_greedy_tokens_are_those_of_a_head_on_the_gpu(rollout: tuple[BaseWeights, Policy, Any], folder: Path) -> None:
-    from grpo.engine import Request, SamplingSettings
-
-    def tokens(engine: Any) -> dict[int, list[int]]:
-        engine.sync_adapter()  # forgets the prefixes of other tests
-        requests = [Request(number, PROMPT[number:], 1) for number in range(8)]
-        done = engine.generate(requests, SamplingSettings(temperature=0.0, max_tokens=40))
-        return {completion.request_id: completion.token_ids for completion in done}
-
-    from_host = tokens(rollout[2])
-    plain, _, engine = start(folder)
-    try:
-        assert plain.host_nbytes() == 0 and tokens(engine) == from_host
-    finally:
-        engine.close()
+def test_greedy_tokens_are_those_of_a_head_on_the_gpu(rollout: Rollout) -> None:
+    rollout.engine.sync_adapter()  # forgets the prefixes of other tests
+    assert greedy_tokens(rollout.engine) == rollout.plain_tokens
