@@ -403,6 +403,7 @@ def test_more_ranks_than_prompts_end_with_a_sentence(runs: ForkedRuns, home: Pat
 
 
 @pytest.mark.vllm
+@pytest.mark.long
 def test_torchrun_starts_a_failed_job_again_from_its_last_checkpoint(home: Path, alone: Path) -> None:
     """The real launcher and real starts: a reward kills one rank in the fourth step, once."""
     killer = home / "killer.py"
