@@ -30,7 +30,6 @@ LLAMA_3B = plan.Shape("llama", 3072, 8192, 28, 24, 8, 128, 128256, True)
 TABLE = 128256 * 4096 * 2
 TIED = "the token embedding of .* is its output head too, .* or set model.offload_head = true, which moves both"
 BOTH = {"offload_embedding": True, "offload_head": True}
-on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 
 def load(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32, **keys: Any) -> BaseWeights:
@@ -263,7 +262,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.gpu
-@on_gpu
 def test_a_gpu_reads_host_memory_in_place_and_in_a_cuda_graph() -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     host = host_memory.pinned_zeros(1000, 64, dtype=torch.bfloat16, wanted_by="a test")
@@ -302,7 +300,6 @@ def test_a_gpu_reads_host_memory_in_place_and_in_a_cuda_graph() -> None:
 
 
 @pytest.mark.gpu
-@on_gpu
 def test_a_gpu_multiplies_with_host_memory_as_with_its_own() -> None:
     """As vLLM does, rows of a batch after rows, and in a CUDA graph: the same kernels, bit for bit."""
     generator = torch.Generator().manual_seed(0)
@@ -358,7 +355,6 @@ def perturb(policy: Policy) -> None:
 
 
 @pytest.mark.gpu
-@on_gpu
 @pytest.mark.parametrize("keys", [{"offload_embedding": True}, {"offload_head": True}, BOTH], ids=", ".join)
 def test_training_takes_the_tables_less_and_computes_the_same(
     folder: Path, keys: dict[str, bool], monkeypatch: pytest.MonkeyPatch
@@ -381,7 +377,6 @@ def test_training_takes_the_tables_less_and_computes_the_same(
 
 
 @pytest.mark.gpu
-@on_gpu
 def test_the_memory_is_let_go_with_the_base(folder: Path) -> None:
     gc.collect()
     pinned_before = count_pinned()
@@ -439,7 +434,6 @@ def start(folder: Path, **keys: bool) -> tuple[BaseWeights, Policy, Any]:
 
 @pytest.mark.gpu
 @pytest.mark.vllm
-@on_gpu
 def test_vllm_and_the_training_graph_read_one_embedding_and_one_head(rollout: Rollout) -> None:
     base, policy, engine = rollout.base, rollout.policy, rollout.engine
     served = dict(engine.vllm_model().named_parameters())
@@ -453,7 +447,6 @@ def test_vllm_and_the_training_graph_read_one_embedding_and_one_head(rollout: Ro
 
 @pytest.mark.gpu
 @pytest.mark.vllm
-@on_gpu
 def test_decoding_in_cuda_graphs_agrees_with_the_trainer(rollout: Rollout) -> None:
     from grpo.engine import Request, SamplingSettings
 
@@ -479,7 +472,6 @@ def served_is_intact(base: BaseWeights, engine: Any) -> bool:
 
 @pytest.mark.gpu
 @pytest.mark.vllm
-@on_gpu
 def test_greedy_tokens_are_those_of_a_head_on_the_gpu(rollout: Rollout) -> None:
     rollout.engine.sync_adapter()  # forgets the prefixes of other tests
     assert greedy_tokens(rollout.engine) == rollout.plain_tokens

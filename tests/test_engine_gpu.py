@@ -10,7 +10,7 @@ import torch
 from tiny import save_tiny
 from vllms_own import crowded, vllms_own
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+pytestmark = pytest.mark.gpu
 
 PROMPT = [5, 9, 33, 7, 21, 64, 90, 11, 2, 3] * 7
 KV_BYTES = 2 << 30

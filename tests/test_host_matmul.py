@@ -61,7 +61,6 @@ def test_slices_are_added_up_without_rounding_in_between(sent: list[int]) -> Non
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_products_in_slices_equal_whole_ones_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """To the rounding of a 16-bit result."""
     generator = torch.Generator().manual_seed(0)

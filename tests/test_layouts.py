@@ -5,9 +5,7 @@ As in test_train_kernels.py, which also runs this file in Triton's interpreter: 
 
 import pytest
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from hopper import compile_for_hopper
 
 from grpo.kernels import lora_factors, shared_keys
 from grpo.kernels.attention import Packing, Span, packed_attention
@@ -36,6 +34,7 @@ KERNELS = {
     shared_keys._sum_kernel: {"COLUMNS": 1024, "PORTABLE": False},
 }
 POINTERS = {"a0", "b0", "a1", "b1", "a2", "b2", "down", "up", "key", "value", "key_grad", "value_grad", "out"}
+SCALES = ("scale0", "scale1", "scale2")
 INDICES = {"sources": "*i64", "bounds": "*i32", "order": "*i32"}
 
 
@@ -45,14 +44,8 @@ def test_kernels_compile_for_hopper(kernel, element, device):
     """The interpreter takes what the compiler refuses, such as branches that give one name two types."""
     if interpreted() or device != "cpu":
         return
-    constants = KERNELS[kernel]
-    types = {parameter.name: "i32" for parameter in kernel.params} | dict.fromkeys(constants, "constexpr")
-    types |= {name: f"*{element}" for name in POINTERS & types.keys()}
-    types |= {name: index for name, index in INDICES.items() if name in types}
-    types |= {name: "fp32" for name in types if name.startswith("scale")}
-    source = ASTSource(fn=kernel, signature=types, constexprs=constants)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
-    assert ".target sm_90" in compiled.asm["ptx"]
+    types = dict.fromkeys(POINTERS, f"*{element}") | INDICES | dict.fromkeys(SCALES, "fp32")
+    assert ".target sm_90" in compile_for_hopper(kernel, KERNELS[kernel], types)["ptx"]
 
 
 # Factors of adapters

@@ -202,7 +202,6 @@ def test_kernels_in_the_interpreter():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [*SHAPES, (1536, 8960), (4104, 1600)])
 def test_triton_forms_equal_torch_forms_on_the_gpu(shape, dtype):

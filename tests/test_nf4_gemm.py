@@ -9,15 +9,11 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from hopper import compile_for_hopper
 
 from grpo.kernels import nf4, nf4_gemm
 from grpo.kernels.lora_shrink import lora_shrink
 from grpo.kernels.nf4_gemm import LowRank, Plan, Tile
-
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 
 def stored(features, columns, dtype, device="cpu"):
@@ -109,9 +105,8 @@ def test_another_gpu_dequantises_and_says_so_once(monkeypatch, caplog, name, cap
     nf4_gemm.find_plan.cache_clear()
 
 
-def compile_for_hopper(tile, split, element):
+def gemm_for_hopper(tile, split, element):
     """The kernel's TTGIR and PTX for sm_90a; needs no GPU."""
-    kernel = nf4_gemm._gemm_kernel
     constants = {
         "BN": tile.n, "BM": tile.m, "SPLIT": split, "WARPS": tile.warps, "STAGES": tile.stages, "DOTS": tile.dots,
         "RAGGED": True, "HALF_TAIL": False, "HAS_BIAS": False, "RANKS": 0,
@@ -119,18 +114,15 @@ def compile_for_hopper(tile, split, element):
     }  # fmt: skip
     pointers = dict.fromkeys(("x", "bias", "out", "shrunk", "b"), f"*{element}")
     pointers |= {"words": "*i32", "scales": "*i32", "partial": "*fp32", "arrived": "*i32"}
-    signature = {p.name: "constexpr" if p.name in constants else pointers.get(p.name, "i32") for p in kernel.params}
     aligned = {*pointers, "features", "columns", "x_stride", "out_stride"}
-    attributes = {(i,): [["tt.divisibility", 16]] for i, p in enumerate(kernel.params) if p.name in aligned}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": tile.warps})
-    return compiled.asm["ttgir"], compiled.asm["ptx"]
+    made = compile_for_hopper(nf4_gemm._gemm_kernel, constants, pointers, aligned=aligned, warps=tile.warps)
+    return made["ttgir"], made["ptx"]
 
 
 @pytest.mark.parametrize("element", ["bf16", "fp16"])
 @pytest.mark.parametrize("tile", [Tile(128, 16, 4, 4, 1), Tile(128, 128, 8, 3, 2)])
 def test_compiled_for_hopper_weights_stay_in_registers(tile, element):
-    ttgir, ptx = compile_for_hopper(tile, 2, element)
+    ttgir, ptx = gemm_for_hopper(tile, 2, element)
     blocks = re.split(r"^\$L__BB\d+_\d+:", ptx, flags=re.MULTILINE)
     products = [block for block in blocks if "wgmma.mma_async" in block]
     assert products, "the product is not on the tensor cores"
@@ -143,7 +135,6 @@ def test_compiled_for_hopper_weights_stay_in_registers(tile, element):
 
 
 @pytest.mark.gpu
-@needs_gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(2048, 1536), (4104, 1600), (960, 576), (28672, 4096)])
 def test_on_the_gpu_products_are_right_and_rows_do_not_depend_on_the_batch(shape, dtype):
@@ -182,7 +173,6 @@ def test_on_a_cpu_an_adapter_is_added_to_the_product(dtype):
 
 
 @pytest.mark.gpu
-@needs_gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("shape", "ranks"), [((5120, 3072), 48), ((960, 576), 16), ((28672, 4096), 128)])
 def test_on_the_gpu_an_adapter_is_added_and_rows_do_not_depend_on_the_batch(shape, ranks, dtype):
@@ -210,7 +200,6 @@ def test_on_the_gpu_an_adapter_is_added_and_rows_do_not_depend_on_the_batch(shap
 
 
 @pytest.mark.gpu
-@needs_gpu
 def test_every_tile_gives_the_same_bits():
     weight = stored(1024, 2048, torch.bfloat16, "cuda")
     x = torch.randn(256, 2048, device="cuda").bfloat16()
@@ -226,7 +215,6 @@ def test_every_tile_gives_the_same_bits():
 
 
 @pytest.mark.gpu
-@needs_gpu
 def test_a_captured_graph_under_inference_mode_replays_the_same_bits():
     weight = stored(6144, 4096, torch.bfloat16, "cuda")
     nf4_gemm.prepare(torch.device("cuda", 0))

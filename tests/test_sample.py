@@ -10,8 +10,6 @@ import torch
 
 from grpo.kernels.sample import sample_tokens
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-
 
 def test_kernels_in_the_interpreter():
     here = Path(__file__).parent
@@ -31,7 +29,6 @@ def test_on_a_cpu_logprobs_are_those_of_the_tokens():
 
 
 @pytest.mark.gpu
-@needs_gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_on_the_gpu_draws_follow_the_softmax_and_logprobs_are_right(dtype):
     vocabulary, rows = 128256, 512
