@@ -32,6 +32,7 @@ from safetensors import SafetensorError
 from grpo.config import Config, config_toml, read_config
 from grpo.errors import UserError
 from grpo.explain import shown
+from grpo.records import BASE_SAMPLE, COMPLETIONS, EVALUATIONS, REPORT
 from grpo.toml import NONE
 
 MANIFEST = "manifest.json"
@@ -39,8 +40,7 @@ CONFIG = "config.toml"
 LOCK = ".lock"
 REFERENCE = "reference_adapter"
 BEFORE_FIRST_STEP = {
-    LOCK, CONFIG, "base_sample.json", REFERENCE, "eval.jsonl", "best_adapter", "completions", "tensorboard", "wandb",
-    "report.html",
+    LOCK, CONFIG, BASE_SAMPLE, REFERENCE, EVALUATIONS, "best_adapter", COMPLETIONS, "tensorboard", "wandb", REPORT
 }  # fmt: skip
 STEP = re.compile(r"step-(\d+)")
 

@@ -27,7 +27,7 @@ from grpo.checkpoint import CONFIG, step_numbers
 from grpo.config import Model
 from grpo.errors import INTERRUPTED, UserError, fail
 from grpo.locate import lasting_name, local_path
-from grpo.records import TRAINING, completions_files, read_entries
+from grpo.records import BASE_SAMPLE, TRAINING, completions_files, read_entries
 from grpo.target import ADAPTER_CONFIG, Target, resolve_target
 
 if TYPE_CHECKING:
@@ -209,7 +209,7 @@ def made_whole(place: Path) -> Iterator[Path]:
 
 def write_adapter(target: Target, folder: Path, notice: Callable[[str], None]) -> None:
     """The adapter in peft's format, with its base named so that it is found from anywhere."""
-    from grpo.fingerprint import FILE, Fingerprint, check_base
+    from grpo.fingerprint import Fingerprint, check_base
     from grpo.merge import ADAPTER_WEIGHTS, Adapter, check_fits
 
     assert target.adapter is not None
@@ -224,7 +224,7 @@ def write_adapter(target: Target, folder: Path, notice: Callable[[str], None]) -
     config = {**adapter.config, "base_model_name_or_path": lasting_name(model.name), "inference_mode": True}
     config["revision"] = model.revision
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    for name in (ADAPTER_WEIGHTS, FILE):
+    for name in (ADAPTER_WEIGHTS, BASE_SAMPLE):
         if (target.adapter / name).is_file():
             shutil.copyfile(target.adapter / name, folder / name)
     notice(f"{len(adapter.modules)} layers of {target.adapter}, for {config['base_model_name_or_path']}")

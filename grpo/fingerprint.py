@@ -15,9 +15,9 @@ import torch
 
 from grpo.errors import UserError
 from grpo.kernels import nf4
+from grpo.records import BASE_SAMPLE
 from grpo.source import NF4Tensor, Source
 
-FILE = "base_sample.json"
 SAMPLED = 64
 """Values of each weight."""
 UNQUANTISED = ("float32", "bfloat16", "float16")
@@ -43,7 +43,7 @@ class Fingerprint:
 
     def write(self, folder: Path) -> None:
         """Keep it beside the adapter in `folder`."""
-        (folder / FILE).write_text(json.dumps(asdict(self)), encoding="utf-8")
+        (folder / BASE_SAMPLE).write_text(json.dumps(asdict(self)), encoding="utf-8")
 
     def distance(self, other: Fingerprint) -> float:
         """||ours - theirs|| / ||ours|| over the weights that both have; infinite if there are none."""
@@ -71,7 +71,7 @@ def sampled(source: Source, name: str) -> list[float]:
 
 def read(folder: Path) -> Fingerprint | None:
     """What `write` left in `folder`, or None. Raises UserError where it is damaged."""
-    file = Path(folder) / FILE
+    file = Path(folder) / BASE_SAMPLE
     if not file.is_file():
         return None
     try:

@@ -5,6 +5,7 @@
     completions/step-N.jsonl  completions sampled in training at step N, a group a line
     completions/eval-N.jsonl  completions of held-out questions after step N, a group a line
     summary.json, report.html
+    base_sample.json          beside an adapter too: by which it knows its base (`grpo.fingerprint`)
 
 What is in them is the run log's; checkpoints are `grpo.checkpoint`'s. Reading passes over what a crash cut short.
 """
@@ -20,6 +21,7 @@ from typing import Any
 
 METRICS, EVALUATIONS, SUMMARY, REPORT = "metrics.jsonl", "eval.jsonl", "summary.json", "report.html"
 COMPLETIONS = "completions"
+BASE_SAMPLE = "base_sample.json"
 TRAINING, HELD_OUT = "step", "eval"  # kinds of files in COMPLETIONS
 
 # C0 but for tab and newline, DEL and C1 move the cursor or start a terminal command; the bidirectional controls reorder

@@ -14,8 +14,9 @@ from grpo.base import BaseWeights
 from grpo.config import Lora, Model
 from grpo.errors import UserError
 from grpo.export import main
-from grpo.fingerprint import FILE, Fingerprint, check_base
+from grpo.fingerprint import Fingerprint, check_base
 from grpo.policy import Policy
+from grpo.records import BASE_SAMPLE
 from grpo.source import open_source
 
 
@@ -82,13 +83,13 @@ def test_a_saved_adapter_is_refused_by_another_base(tmp_path: Path, capsys: pyte
     assert told.count("\n") == 1 and "is not the model that this adapter was trained on" in told
     assert not (tmp_path / "wrong").exists()
     assert main([*arguments, str(tmp_path / "base"), "--out", str(tmp_path / "right")]) == 0
-    assert (tmp_path / "right" / FILE).read_text() == (tmp_path / "adapter" / FILE).read_text()
+    assert (tmp_path / "right" / BASE_SAMPLE).read_text() == (tmp_path / "adapter" / BASE_SAMPLE).read_text()
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"stored_as": "x"}', '{"stored_as": "x", "values": {"a": "b"}}'])
 def test_a_damaged_sample_is_a_sentence(content: str, tmp_path: Path) -> None:
-    (tmp_path / FILE).write_text(content)
-    with pytest.raises(UserError, match=f"{FILE}: damaged"):
+    (tmp_path / BASE_SAMPLE).write_text(content)
+    with pytest.raises(UserError, match=f"{BASE_SAMPLE}: damaged"):
         check_base(tmp_path, Fingerprint("float32", {}), "base")
 
 
