@@ -98,14 +98,18 @@ def mismatch(run: Runner, options: argparse.Namespace, keep: Keep) -> None:
     with ThreadPoolExecutor(1 if options.tiny else 8) as pool:
         futures: dict[Future[dict[str, Any]], str] = {}
         for dtype in options.dtypes:
-            folders = {form: options.scratch / f"grpo-export-{dtype}{form}" for form in ("", "-nf4")}
-            failed = [failure for form, folder in folders.items() if (failure := exported(run, options, dtype, folder))]
+            plain = options.scratch / f"grpo-export-{dtype}"
+            rounded = options.scratch / f"grpo-export-{dtype}-nf4"
+            failed = export(run, options, dtype, plain) or export(run, options, dtype, rounded, "--four-bit")
             if failed:
-                keep({f"{dtype}/error": failed[0]})
+                keep({f"{dtype}/error": failed})
                 continue
-            ours = ["ours", "--model", str(folders[""])]
-            modes = {"nf4": [*ours, "--four-bit"], "16bit": ours}
-            modes |= {f"stock{form}": ["stock", "--model", str(folder)] for form, folder in folders.items()}
+            modes = {
+                "nf4": ["ours", "--four-bit", "--model", str(plain)],
+                "16bit": ["ours", "--model", str(plain)],
+                "stock": ["stock", "--model", str(plain)],
+                "stock-nf4": ["stock", "--model", str(rounded)],
+            }
             for name, mode in modes.items():
                 where = ["--dtype", dtype, *common]
                 futures[pool.submit(run, "one_copy_mismatch.py", *mode, *where)] = f"{dtype}/{name}"
@@ -113,11 +117,10 @@ def mismatch(run: Runner, options: argparse.Namespace, keep: Keep) -> None:
             keep({futures[future]: future.result()})
 
 
-def exported(run: Runner, options: argparse.Namespace, dtype: str, folder: Path) -> dict[str, Any] | None:
-    """Write the model's values to `folder`, NF4's if its name says so, unless they are there; what failed."""
+def export(run: Runner, options: argparse.Namespace, dtype: str, folder: Path, *form: str) -> dict[str, Any] | None:
+    """Write the model's values, or with `--four-bit` NF4's, to `folder` unless they are there; what failed."""
     if (folder / "config.json").exists():
         return None
-    form = ["--four-bit"] if folder.name.endswith("-nf4") else []
     where = ["--model", options.model, "--folder", str(folder), "--dtype", dtype]
     made = run("one_copy_mismatch.py", "export", *where, *form)
     return made if "error" in made else None

@@ -18,6 +18,8 @@ import psutil
 
 from grpo.environment import hardware, versions
 
+TIME_UP = "stopped: the time was up"
+
 
 def wait_or_end(process: subprocess.Popen[bytes], seconds: float) -> str | None:
     """None after a good end within so many seconds, else what happened; nothing of it runs on."""
@@ -25,7 +27,7 @@ def wait_or_end(process: subprocess.Popen[bytes], seconds: float) -> str | None:
         code = process.wait(max(0.1, seconds))
         return f"exit code {code}" if code else None
     except subprocess.TimeoutExpired:
-        return "stopped: the time was up"
+        return TIME_UP
     finally:
         end(process)
 

@@ -19,13 +19,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.processes import end, write_result
+from benchmarks.processes import TIME_UP, end, write_result
 
 Row = dict[str, Any]
 Job = list[Row]
 """What identifies each row, in the order in which one process measures them."""
 BEGINS, TOLD = "ROW BEGINS", "ROW "
-TIME_UP = "stopped: the time was up"
 
 
 def parser(doc: str, *, rank: int, chunk: int, budget: float = 560) -> argparse.ArgumentParser:
