@@ -30,7 +30,8 @@ from grpo.architectures import expected_shapes, fused_linears
 from grpo.kernels import nf4
 from grpo.kernels.glu import glu
 from grpo.kernels.lora_attention import QkvProjection, lora_qkv
-from grpo.kernels.lora_linear import Adapter, LinearGroup, lora_linear
+from grpo.kernels.lora_factors import Adapter
+from grpo.kernels.lora_linear import LinearGroup, lora_linear
 from grpo.kernels.lora_mlp import GatedMlp, lora_mlp
 from grpo.kernels.rms_norm import Norm, rms_norm
 from grpo.kernels.rope import rope

@@ -138,9 +138,8 @@ class TrainingMemory:
     ) -> TrainingMemory:
         """Of the largest micro-batch of `config`, or of one of `tokens` tokens."""
         tokens = tokens or max(config.train.tokens_per_micro_batch, config.max_seq_length)
-        sizes = LayerSizes.of(shape, config.lora.target_modules, config.lora.r)
         return cls(
-            sizes=sizes,
+            sizes=LayerSizes.of(shape, config.lora.target_modules, config.lora.r),
             itemsize=itemsize,
             tokens=tokens,
             predicted=tokens,

@@ -92,8 +92,8 @@ class Session:
         status: Callable[[str], None],
         start_engine: bool,
         files: ModelFiles,
-        like: Sequence[Path] = (),
-        agree: Callable[[Any], Any] = lambda value: value,
+        like: Sequence[Path],
+        agree: Callable[[Any], Any],
     ):
         """As `open_session`; `like`: folders of runs and adapters whose base this is to be."""
         self.config = config

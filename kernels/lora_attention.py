@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from grpo.kernels.launch import dense_rows
-from grpo.kernels.lora_linear import Adapter, LinearGroup, Product, row_tiles
+from grpo.kernels.lora_factors import Adapter
+from grpo.kernels.lora_linear import LinearGroup, Product, row_tiles
 from grpo.kernels.rms_norm import Norm
 from grpo.kernels.rope import rotate
 

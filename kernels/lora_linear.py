@@ -189,7 +189,7 @@ def row_tiles(rows: int, size: int) -> list[slice]:
     """0..rows in nearly equal slices of at most `size`."""
     count = max(1, -(-rows // size))
     bounds = [rows * index // count for index in range(count + 1)]
-    return [slice(start, end) for start, end in zip(bounds, bounds[1:], strict=False)]
+    return [slice(start, end) for start, end in pairwise(bounds)]
 
 
 def lora_linear(

@@ -18,7 +18,8 @@ from grpo.kernels import nf4
 from grpo.kernels.glu import glu, glu_backward, glu_forward
 from grpo.kernels.launch import interpreted
 from grpo.kernels.lora_attention import QkvProjection, lora_qkv
-from grpo.kernels.lora_linear import WIDTH, Adapter, LinearGroup, lora_linear, row_tiles
+from grpo.kernels.lora_factors import Adapter
+from grpo.kernels.lora_linear import WIDTH, LinearGroup, lora_linear, row_tiles
 from grpo.kernels.lora_mlp import GatedMlp, lora_mlp
 from grpo.kernels.rms_norm import Norm, rms_norm
 from grpo.kernels.rope import rope, rotate
