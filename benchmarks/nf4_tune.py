@@ -181,7 +181,7 @@ def launch(x: Tensor, out: Tensor, tile: Tile, split: int, copy: tuple[Tensor, T
 
 
 def launch_dense(x: Tensor, out: Tensor, copy: tuple[Tensor, Tensor]) -> None:
-    nf4_gemm.dense_linear(x, *copy, None, out)
+    nf4_gemm.dequantized_linear(x, *copy, None, out)
 
 
 def dense_times(weight, shape: tuple[int, int]) -> dict[int, float]:

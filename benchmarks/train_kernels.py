@@ -97,7 +97,7 @@ class Bench:
                 [self.randn(self.tokens, self.heads * self.config.head_dim), x],
                 {
                     "torch": lambda a, x: x + self.plain("o_proj", a)[0],
-                    "triton": lambda a, x: lora_linear(a, *self.groups["o_proj"], residual=x),
+                    "triton": lambda a, x: lora_linear(a, *self.groups["o_proj"]) + x,
                 },
             ),
             "lora_qkv": self.qkv_pair(x),

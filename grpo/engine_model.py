@@ -23,8 +23,10 @@ from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from grpo.architectures import ARCHITECTURES
 from grpo.base import BaseWeights, FusedLinear, Segment
 from grpo.errors import UserError
+from grpo.kernels.lora_factors import LowRank
 from grpo.kernels.lora_shrink import lora_shrink
-from grpo.kernels.nf4_gemm import LowRank, nf4_linear
+from grpo.kernels.lora_sum import dense_linear
+from grpo.kernels.nf4_gemm import nf4_linear
 from grpo.served_adapter import ServedAdapter
 
 SHARED = "grpo_shared"
@@ -35,7 +37,7 @@ SERVED: dict[str, ServedAdapter] = {}
 
 
 class SharedLinearMethod(LinearMethodBase):
-    """y = x W^T + b, plus the adapter, from storage that the loader attaches."""
+    """y = x W^T + b + (x A^T) (s B)^T, rounded once, from storage that the loader attaches."""
 
     def create_weights(
         self,
@@ -66,12 +68,7 @@ def segment_linear(x: Tensor, segment: Segment, bias: Tensor | None, out: Tensor
     if segment.absmax is not None:
         nf4_linear(x, segment.weight, segment.absmax, bias, out, low_rank)
         return
-    if bias is None:
-        torch.mm(x, segment.weight.t(), out=out)
-    else:
-        torch.addmm(bias, x, segment.weight.t(), out=out)
-    if low_rank is not None:
-        out.addmm_(low_rank.shrunk, low_rank.b.t())
+    dense_linear(x, segment.weight, bias, low_rank, out)
 
 
 @register_quantization_config(SHARED)

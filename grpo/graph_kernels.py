@@ -202,8 +202,6 @@ class FusedLayer(GradientCheckpointingLayer):
 
     def after(self, attended: Tensor, x: Tensor) -> Tensor:
         """x plus the projection of what attention gave."""
-        if self.after_attention is None and not self.out.drops:
-            return lora_linear(attended, self.out.frozen, *self.out.adapters(), residual=x)
         if self.out.drops:
             projected = self.out.plain(attended)
         else:

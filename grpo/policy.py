@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface, AutoModelForCausalLM
 
 from grpo.adapter_files import read_adapter
@@ -34,6 +35,8 @@ from grpo.graph_kernels import install, wants_kernels
 from grpo.kernels import nf4
 from grpo.kernels.attention import Packing, Span, packed_attention
 from grpo.kernels.logprob import selected_logprobs
+from grpo.kernels.lora_factors import LowRank
+from grpo.kernels.lora_sum import dense_linear
 from grpo.recompute import recompute_layers
 
 ADAPTER = "default"
@@ -74,8 +77,27 @@ class PackedLinear(torch.autograd.Function):
         return grad_output @ ctx.layer.dense(), None
 
 
+class RoundedOnce(torch.autograd.Function):
+    """x W^T + b + shrunk up^T, rounded once (kernels/lora_sum.py). W is made again in the backward, not saved."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shrunk: Tensor, up: Tensor, layer: BaseLinear) -> Tensor:
+        ctx.layer = layer
+        ctx.save_for_backward(shrunk, up)
+        low_rank = LowRank(shrunk.flatten(0, -2), up)
+        y = dense_linear(x.flatten(0, -2), layer.dense(), layer.bias, low_rank)
+        return y.unflatten(0, x.shape[:-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        shrunk, up = ctx.saved_tensors
+        x_grad = grad @ ctx.layer.dense() if ctx.needs_input_grad[0] else None
+        return x_grad, grad @ up, grad.flatten(0, -2).t() @ shrunk.flatten(0, -2), None
+
+
 class LoraLinear(nn.Module, LoraLayer):
-    """peft's LoRA on a BaseLinear: y = base(x) + (dropout(x) A^T) (s B)^T.
+    """peft's LoRA on a BaseLinear: y = x W^T + b + (dropout(x) A^T) (s B)^T, rounded once.
 
     A and B are kept in float32 and used in x's dtype, with s B rounded once, as the engine uses them.
     """
@@ -99,14 +121,15 @@ class LoraLinear(nn.Module, LoraLayer):
         return self.lora_A[adapter].weight, self.lora_B[adapter].weight * self.scaling[adapter]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        y = self.base_layer(x)
-        if self.disable_adapters:
-            return y
-        for adapter in self.active_adapters:
-            if adapter in self.lora_A:
-                a, b = self.scaled(adapter)
-                y = y + F.linear(F.linear(self.lora_dropout[adapter](x), a.to(x.dtype)), b.to(x.dtype))
-        return y
+        active = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.lora_A]
+        if not active:
+            return self.base_layer(x)
+        shrunk, up = [], []
+        for adapter in active:
+            a, b = self.scaled(adapter)
+            shrunk.append(F.linear(self.lora_dropout[adapter](x), a.to(x.dtype)))
+            up.append(b.to(x.dtype))
+        return RoundedOnce.apply(x, joined(shrunk), joined(up), self.base_layer)
 
     def merge(self, *args: Any, **kwargs: Any) -> None:
         raise UserError(
@@ -114,6 +137,11 @@ class LoraLinear(nn.Module, LoraLayer):
         )
 
     unmerge = merge
+
+
+def joined(columns: list[Tensor]) -> Tensor:
+    """Side by side; one alone as it is."""
+    return columns[0] if len(columns) == 1 else torch.cat(columns, -1)
 
 
 def attend(

@@ -74,7 +74,7 @@ class _LoraQkv(torch.autograd.Function):
         adapters: tuple[Adapter, ...],
         *factors: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        product = Product(projection.group, adapters, factors)
+        product = Product(projection.group, adapters, factors, min(x.shape[0], projection.tile))
         stacked = x.new_empty(x.shape[0], projection.group.out_features)
         for rows in row_tiles(x.shape[0], projection.tile):
             product.forward(normalised(product, projection.norm, x[rows]), stacked[rows])
@@ -95,7 +95,7 @@ class _LoraQkv(torch.autograd.Function):
         x, cos, sin, *rest = ctx.saved_tensors
         before, factors = rest[: ctx.normed], rest[ctx.normed :]
         projection: QkvProjection = ctx.projection
-        product = Product(projection.group, ctx.adapters, factors)
+        product = Product(projection.group, ctx.adapters, factors, min(x.shape[0], projection.tile))
         q_grad, k_grad = dense_rows(q_grad), dense_rows(k_grad)
         x_grad = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         for rows in row_tiles(x.shape[0], projection.tile):

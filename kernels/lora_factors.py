@@ -13,6 +13,7 @@ Not here: the products (lora_linear.py), and the engine's copy of an adapter.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -35,6 +36,18 @@ class Adapter(NamedTuple):
     first: int
     rows: int
     scale: float
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """An adapter's term of a product: shrunk [M, R], which is x A^T, times the transpose of b [N, R], which is s B."""
+
+    shrunk: Tensor
+    b: Tensor
+
+    def beside(self, x: Tensor) -> Tensor:
+        """[x | shrunk] [M, K + R], of x [M, K]: what [W | s B] multiplies."""
+        return torch.cat([x, self.shrunk], 1)
 
 
 def lay_out(adapters: Sequence[Adapter], factors: Sequence[Tensor], down: Tensor, up: Tensor) -> None:

@@ -1,6 +1,6 @@
 """Linear layers over frozen (NF4 or 16-bit) weights with LoRA, several that share an input as one product.
 
-    y = x W^T + b,    y[:, rows of adapter i] += (x A_i^T) (s_i B_i)^T
+    y = x W^T + b + (x A^T) (s B)^T, rounded once
 
 `LinearGroup` holds what is frozen: one matrix W made of the stacked rows of its members (q, k, v; gate, up), which is
 dequantised into one short-lived buffer at each use and never saved. `Product` is a group at work in one forward or
@@ -9,19 +9,21 @@ it likes. A and B are kept in float32; they are used in x's dtype, s B rounded o
 accumulated in float32 over all rows. LoRA: Hu et al., 2021 (arXiv:2106.09685).
 
 The adapters of a group act as one: A is the stack of theirs, and s B has each one's in its own rows and columns
-(lora_factors.py). Adding a LoRA term to a finished y reads and writes all of y for a product of inner dimension 16.
-Where W is dequantised anyway, it goes into a larger matrix with s B and A beside it, and one product does both:
+(lora_factors.py). A LoRA term added to a finished y would be rounded a second time, and mostly lost (lora_sum.py). W
+is dequantised, or copied, into a larger matrix with s B and A beside it, and one product does both:
 
     y  = [x | x A^T] [W | s B]^T          dx = [dy | dy s B] [W ; A]
 
-What the zeros in s B cost grows with the rank: 0.3 % of a layer's arithmetic at rank 16, 2.4 % at 128.
+What the zeros in s B cost grows with the rank: 0.3 % of a layer's arithmetic at rank 16, 2.4 % at 128. A 16-bit W that
+meets few rows is not copied; the sum is left in float32 there, and rounded with the adapter's term (lora_sum.py).
 
-Not here: gradients of W and b, dropout, and how models name their layers.
+Not here: gradients of W and b, dropout, residuals (which come after the rounding, as in vLLM), and how models name
+their layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
@@ -32,7 +34,8 @@ from torch.autograd.function import once_differentiable
 
 from grpo.kernels import nf4
 from grpo.kernels.launch import wide
-from grpo.kernels.lora_factors import Adapter, lay_out
+from grpo.kernels.lora_factors import Adapter, LowRank, lay_out
+from grpo.kernels.lora_sum import dense_linear, round_sum, sums_in_float32
 
 WIDTH = 64
 """Columns for adapters beside a matrix are a multiple of this: rows stay aligned to 128 bytes."""
@@ -88,28 +91,28 @@ class LinearGroup:
 class Product:
     """One group with its adapters, ready to multiply.
 
-    Inputs and output gradients may come in buffers that `inputs` and `outputs` made, which have `width` columns more
-    than the group for what the adapters add to the product; the caller fills the first columns alone. Plain tensors
-    without those columns work as well, at the cost of another pass over the result.
+    Inputs and output gradients come in buffers that `inputs` and `outputs` made, which have `width` columns more than
+    the group for what the adapters add to the product; the caller fills the first columns alone.
     """
 
-    def __init__(self, group: LinearGroup, adapters: Sequence[Adapter], factors: Sequence[Tensor]):
-        """factors: A_1, B_1, A_2, B_2, ... of `adapters`."""
+    def __init__(self, group: LinearGroup, adapters: Sequence[Adapter], factors: Sequence[Tensor], rows: int):
+        """factors: A_1, B_1, A_2, B_2, ... of `adapters`. rows: how many of x there will be at once, at most."""
         self.group, self.adapters = group, tuple(adapters)
         bounds = [0, *accumulate(a.shape[0] for a in factors[0::2])]
         self.ranks = [slice(start, end) for start, end in pairwise(bounds)]
         self.rank = bounds[-1]
-        self.width = 0 if group.stored_dense else -(-self.rank // WIDTH) * WIDTH
+        n, k = group.out_features, group.in_features
+        few = group.stored_dense and sums_in_float32(group.segments[0][0], rows, max(n, k))
+        self.width = 0 if few else -(-self.rank // WIDTH) * WIDTH
         self.a_grad: Tensor | None = None
         self.b_grad: Tensor | None = None
-        n, k, width = group.out_features, group.in_features, self.width
-        device = group.segments[0][0].device
-        if width == 0:
+        if self.width == 0:
             self.weight = group.dense()
-            self.down = torch.empty(self.rank, k, dtype=group.dtype, device=device)
-            self.up = torch.empty(n, self.rank, dtype=group.dtype, device=device)
+            self.down, self.up = self.weight.new_empty(self.rank, k), self.weight.new_empty(n, self.rank)
         else:
-            self.matrix = torch.empty(n + width, k + width, dtype=group.dtype, device=device)
+            self.matrix = torch.empty(
+                n + self.width, k + self.width, dtype=group.dtype, device=group.segments[0][0].device
+            )
             self.weight = group.dense(out=self.matrix[:n, :k])
             self.down, self.up = self.matrix[n:, :k], self.matrix[:n, k:]
         if self.adapters:
@@ -125,36 +128,51 @@ class Product:
         buffer = self.weight.new_empty(rows, self.group.out_features + self.width)
         return buffer, buffer[:, : self.group.out_features]
 
-    def forward(self, x: Tensor, out: Tensor, residual: Tensor | None = None) -> None:
-        """out [rows, N] = x W^T + b + adapters, on top of `residual` [rows, N] if given. x: [rows, K] or a buffer."""
-        n, k, weight = self.group.out_features, self.group.in_features, self.weight
-        in_one = x.shape[1] > k
-        if in_one:
+    def filled_inputs(self, x: Tensor) -> Tensor:
+        """x [rows, K] as `forward` takes it: itself, or copied to a buffer."""
+        return self._filled(x, self.inputs)
+
+    def filled_outputs(self, grad: Tensor) -> Tensor:
+        """grad [rows, N] as `input_gradient` takes it: itself, or copied to a buffer."""
+        return self._filled(grad, self.outputs)
+
+    def _filled(self, values: Tensor, buffer_of: Callable[[int], tuple[Tensor, Tensor]]) -> Tensor:
+        if self.width == 0:
+            return values
+        buffer, part = buffer_of(values.shape[0])
+        part.copy_(values)
+        return buffer
+
+    def forward(self, x: Tensor, out: Tensor) -> None:
+        """out [rows, N] = x W^T + b + adapters. x: a buffer of `inputs`."""
+        n, k, bias = self.group.out_features, self.group.in_features, self.group.bias
+        assert x.shape[1] == k + self.width, (x.shape, k, self.width)
+        if self.width == 0 and self.adapters:
+            dense_linear(x, self.weight, bias, LowRank(x @ self.down.t(), self.up), out)
+            return
+        weight = self.weight
+        if self.width:
             torch.mm(x[:, :k], self.down.t(), out=x[:, k:])
             weight = self.matrix[:n]
-        bias = self.group.bias
-        if residual is not None:
-            torch.addmm(residual, x, weight.t(), out=out)
-            if bias is not None:
-                out += bias
-        elif bias is not None:
-            torch.addmm(bias, x, weight.t(), out=out)
-        else:
+        if bias is None:
             torch.mm(x, weight.t(), out=out)
-        if self.adapters and not in_one:
-            out.addmm_(x @ self.down.t(), self.up.t())
+        else:
+            torch.addmm(bias, x, weight.t(), out=out)
 
     def input_gradient(self, grad: Tensor) -> tuple[Tensor, Tensor]:
-        """(dL/dx [rows, K], dL/d(x A^T) [rows, at least rank]) from dL/dy: [rows, N], or a buffer."""
+        """(dL/dx [rows, K], dL/d(x A^T) [rows, at least rank]) from dL/dy, a buffer of `outputs`."""
         n, k = self.group.out_features, self.group.in_features
-        if grad.shape[1] > n:
+        assert grad.shape[1] == n + self.width, (grad.shape, n, self.width)
+        if self.width:
             shrunk_grad = torch.mm(grad[:, :n], self.up, out=grad[:, n:])
             return grad @ self.matrix[:, :k], shrunk_grad
-        x_grad = grad @ self.weight
         if not self.adapters:
-            return x_grad, grad.new_empty(grad.shape[0], 0)
+            return grad @ self.weight, grad.new_empty(grad.shape[0], 0)
         shrunk_grad = grad @ self.up
-        return x_grad.addmm_(shrunk_grad, self.down), shrunk_grad
+        x_grad = grad.new_empty(grad.shape[0], k)
+        total = torch.mm(grad, self.weight, out_dtype=torch.float32)
+        round_sum(total, None, LowRank(shrunk_grad, self.down.t()), x_grad)
+        return x_grad, shrunk_grad
 
     def adapter_gradient(self, grad: Tensor, x: Tensor, shrunk_grad: Tensor) -> None:
         """Add these rows' share of dL/dA and dL/dB. `shrunk_grad` is `input_gradient`'s second result."""
@@ -192,42 +210,32 @@ def row_tiles(rows: int, size: int) -> list[slice]:
     return [slice(start, end) for start, end in pairwise(bounds)]
 
 
-def lora_linear(
-    x: Tensor,
-    group: LinearGroup,
-    adapters: Sequence[Adapter],
-    factors: Sequence[Tensor],
-    residual: Tensor | None = None,
-) -> Tensor:
-    """y [rows, N] for x [rows, K], on top of `residual` [rows, N] if given. Keeps x alone for the backward pass.
+def lora_linear(x: Tensor, group: LinearGroup, adapters: Sequence[Adapter], factors: Sequence[Tensor]) -> Tensor:
+    """y [rows, N] for x [rows, K]. Keeps x alone for the backward pass.
 
-    x, residual, the weights: one dtype; float32, bfloat16 or float16. Gradients for x, residual and the factors.
+    x, the weights: one dtype; float32, bfloat16 or float16. Gradients for x and the factors.
     """
-    return _LoraLinear.apply(x, residual, group, tuple(adapters), *factors)
+    return _LoraLinear.apply(x, group, tuple(adapters), *factors)
 
 
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        residual: Tensor | None,
-        group: LinearGroup,
-        adapters: tuple[Adapter, ...],
-        *factors: Tensor,
+        ctx: Any, x: Tensor, group: LinearGroup, adapters: tuple[Adapter, ...], *factors: Tensor
     ) -> Tensor:
         ctx.group, ctx.adapters = group, adapters
         ctx.save_for_backward(x, *factors)
         out = x.new_empty(x.shape[0], group.out_features)
-        Product(group, adapters, factors).forward(x, out, residual)
+        product = Product(group, adapters, factors, x.shape[0])
+        product.forward(product.filled_inputs(x), out)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *factors = ctx.saved_tensors
-        product = Product(ctx.group, ctx.adapters, factors)
-        x_grad, shrunk_grad = product.input_gradient(grad)
-        product.adapter_gradient(grad, x, shrunk_grad)
-        residual_grad = grad if ctx.needs_input_grad[1] else None
-        return x_grad, residual_grad, None, None, *product.gradients()
+        product = Product(ctx.group, ctx.adapters, factors, x.shape[0])
+        filled = product.filled_outputs(grad)
+        x_grad, shrunk_grad = product.input_gradient(filled)
+        product.adapter_gradient(filled, x, shrunk_grad)
+        return x_grad, None, None, *product.gradients()

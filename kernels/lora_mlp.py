@@ -37,7 +37,7 @@ class GatedMlp:
     norm: Norm | None
     """Of the input; None where x comes normalised."""
     residual: bool
-    """Whether x itself is added to the output."""
+    """Whether x itself is added to the output, after its rounding: as vLLM's norms do it."""
     tile: int = 4096
     """Tokens whose intermediate tensors exist at once."""
 
@@ -57,11 +57,11 @@ class _Call:
         """Of gate and up together."""
         return self.mlp.gate_up.out_features
 
-    def products(self, factors: Sequence[Tensor]) -> tuple[Product, Product]:
-        first = 2 * len(self.adapters[0])
+    def products(self, factors: Sequence[Tensor], tokens: int) -> tuple[Product, Product]:
+        first, rows = 2 * len(self.adapters[0]), min(tokens, self.mlp.tile)
         return (
-            Product(self.mlp.gate_up, self.adapters[0], factors[:first]),
-            Product(self.mlp.down, self.adapters[1], factors[first:]),
+            Product(self.mlp.gate_up, self.adapters[0], factors[:first], rows),
+            Product(self.mlp.down, self.adapters[1], factors[first:], rows),
         )
 
 
@@ -90,7 +90,7 @@ class _LoraMlp(torch.autograd.Function):
         out = torch.empty_like(x)
         kept = x.new_empty(0)
         if call.keep or call.output:
-            products = call.products(factors)
+            products = call.products(factors, tokens)
             if call.keep:
                 kept, _ = products[0].outputs(tokens)
             for rows in row_tiles(tokens, mlp.tile):
@@ -105,7 +105,7 @@ class _LoraMlp(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, kept, *factors = ctx.saved_tensors
         call: _Call = ctx.call
-        products = call.products(factors)
+        products = call.products(factors, x.shape[0])
         x_grad = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         grad = dense_rows(grad)
         for rows in row_tiles(x.shape[0], call.mlp.tile):
@@ -129,7 +129,9 @@ def forward_of_rows(
     if out is not None:
         buffer, product = down.inputs(x.shape[0])
         glu_forward(inner, mlp.activation, out=product)
-        down.forward(buffer, out, x if mlp.residual else None)
+        down.forward(buffer, out)
+        if mlp.residual:
+            out += x
 
 
 def backward_of_rows(
@@ -144,10 +146,7 @@ def backward_of_rows(
     if inner is None:
         inner, _ = gate_up.outputs(x.shape[0])
         gate_up.forward(unit, inner[:, : call.columns])
-    incoming = grad
-    if down.width:
-        incoming, part = down.outputs(x.shape[0])
-        part.copy_(grad)
+    incoming = down.filled_outputs(grad)
     product, shrunk_grad = down.input_gradient(incoming)
     # Both buffers change their meaning here: dL/dh becomes h, gate and up become their gradients.
     wide = inner[:, : call.columns]

@@ -9,8 +9,8 @@ last. Tile sizes, which do depend on the number of rows, do not enter. Two limit
 rows in the table (128 to 512 on an H100) the product is cuBLAS's, with cuBLAS's bits; and another shape, GPU model or
 table may split otherwise.
 
-A LoRA adapter's second half, (x A^T) B^T, can be added to the sums before they are rounded; its first half is
-lora_shrink.py's.
+A LoRA adapter's second half, (x A^T) (s B)^T, is added to the sums before they are rounded, by either way; its first
+half is lora_shrink.py's.
 
 Not here: gradients, products of W with anything on the other side. One stream at a time per device: calls share a
 workspace.
@@ -33,6 +33,7 @@ from torch import Tensor
 
 from grpo.kernels import nf4
 from grpo.kernels.launch import on_device
+from grpo.kernels.lora_factors import LowRank
 from grpo.kernels.nf4_lookup import byte_tables, load_rows, lookup_half, round_to, scaled, tile_columns
 
 TABLE = Path(__file__).with_name("nf4_table.json")
@@ -75,14 +76,6 @@ class Plan:
         return next((tile for most, tile in self.tiles if rows <= most), None)
 
 
-@dataclass(frozen=True)
-class LowRank:
-    """shrunk [M, R] times the transpose of b [N, R], both contiguous, to be added to a product; R a multiple of 16."""
-
-    shrunk: Tensor
-    b: Tensor
-
-
 def nf4_linear(
     x: Tensor,
     packed: Tensor,
@@ -94,8 +87,8 @@ def nf4_linear(
     """x [M, K] times the transpose of W [N, K], plus bias [N], plus `low_rank`: [M, N] in x's dtype.
 
     packed, absmax: rows of a weight made by `nf4.allocate`; absmax has x's dtype (bfloat16, float16; float32 without
-    the fused kernel). out: where to write, [M, N] with its last stride 1. Sums are float32, rounded once (by cuBLAS
-    once more before `low_rank` is added). Records no gradient.
+    the fused kernel). out: where to write, [M, N] with its last stride 1. low_rank: both tensors contiguous, R a
+    multiple of 16. Sums are float32, rounded once. Records no gradient.
     Safe in CUDA graphs and under torch.inference_mode; in a graph only after `prepare(device)` or an earlier call.
     Raises ValueError for shapes, dtypes or strides outside this.
     """
@@ -116,28 +109,39 @@ def nf4_linear(
         launch_gemm(x, packed, absmax, bias, out, tile, plan.split, low_rank)
         return out
     if x.is_cuda:
-        dense_linear(x, packed, absmax, bias, out)
-    else:
+        dequantized_linear(x, packed, absmax, bias, out, low_rank)
+    elif low_rank is None:
         out.copy_(F.linear(x, nf4.dequantize(packed, absmax), bias))
-    if low_rank is not None:
-        out.addmm_(low_rank.shrunk, low_rank.b.t())
+    else:
+        matrix = torch.cat([nf4.dequantize(packed, absmax), low_rank.b], 1)
+        out.copy_(F.linear(low_rank.beside(x), matrix, bias))
     return out
 
 
-def dense_linear(x: Tensor, packed: Tensor, absmax: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """`nf4_linear` by dequantising W piece by piece into the workspace and multiplying each piece by cuBLAS."""
+def dequantized_linear(
+    x: Tensor, packed: Tensor, absmax: Tensor, bias: Tensor | None, out: Tensor, low_rank: LowRank | None = None
+) -> None:
+    """`nf4_linear` by dequantising W piece by piece into the workspace and multiplying each piece by cuBLAS.
+
+    With `low_rank` a piece has its b in further columns, and x its shrunk: one product, rounded once.
+    """
     features, columns = packed.shape[0], packed.shape[1] * 2
-    pieces = math.ceil(features * columns * x.element_size() / DENSE_BYTES)
+    ranks = 0 if low_rank is None else low_rank.b.shape[1]
+    wide = columns + ranks
+    pieces = math.ceil(features * wide * x.element_size() / DENSE_BYTES)
     step = math.ceil(features / pieces / 256) * 256
     scratch, _ = workspace(x.device)
+    beside = x if low_rank is None else low_rank.beside(x)
     for start in range(0, features, step):
         part = slice(start, min(start + step, features))
-        dense = scratch.view(x.dtype)[: (part.stop - start) * columns].view(-1, columns)
-        nf4.dequantize(packed[part], absmax[part], out=dense)
+        matrix = scratch.view(x.dtype)[: (part.stop - start) * wide].view(-1, wide)
+        nf4.dequantize(packed[part], absmax[part], out=matrix[:, :columns])
+        if low_rank is not None:
+            matrix[:, columns:].copy_(low_rank.b[part])
         if bias is None:
-            torch.mm(x, dense.t(), out=out[:, part])
+            torch.mm(beside, matrix.t(), out=out[:, part])
         else:
-            torch.addmm(bias[part], x, dense.t(), out=out[:, part])
+            torch.addmm(bias[part], beside, matrix.t(), out=out[:, part])
 
 
 _workspaces: dict[torch.device, tuple[Tensor, Tensor]] = {}

@@ -7,7 +7,10 @@ import torch
 
 from grpo.kernels import nf4, nf4_gemm
 from grpo.kernels.lora_shrink import launch_shrink
-from grpo.kernels.nf4_gemm import LowRank, Tile
+from grpo.kernels.lora_sum import round_sum
+from grpo.kernels.lora_factors import LowRank
+from grpo.kernels.nf4_gemm import Tile
+from tests.rounding import share_rounded_more_than_once
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "pytest tests/test_nf4.py runs this file"
 
@@ -123,3 +126,17 @@ def test_an_adapter_is_added_before_the_result_is_rounded(split, ranks, dtype):
     nf4_gemm.launch_gemm(x, packed, absmax, bias, out, tile, split, LowRank(shrunk, b), portable=True)
     expected = x.float() @ nf4.dequantize(packed, absmax).float().T + bias.float() + shrunk.float() @ b.float().T
     assert (out.float() - expected).norm() <= TOLERANCE[dtype] * expected.norm()
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(("rows", "features", "ranks", "bias"), [(1, 8, 4, True), (17, 136, 48, False), (20, 130, 80, True)])
+def test_sum_kernel_adds_bias_and_adapter_and_rounds_once(rows, features, ranks, bias, dtype):
+    total = torch.randn(rows, features)
+    given = torch.randn(features).to(dtype) if bias else None
+    shrunk = torch.randn(rows, ranks).to(dtype)
+    b = (torch.randn(ranks, features) * 1e-2).to(dtype).t()
+    whole = torch.full((rows, features + 8), float("nan"), dtype=dtype)
+    round_sum(total, given, LowRank(shrunk, b), whole[:, :features])
+    exact = total.double() + shrunk.double() @ b.double().T + (0 if given is None else given.double())
+    assert share_rounded_more_than_once(whole[:, :features], exact) <= 0.005
+    assert whole[:, features:].isnan().all()

@@ -13,7 +13,8 @@ from hopper import compile_for_hopper
 
 from grpo.kernels import nf4, nf4_gemm
 from grpo.kernels.lora_shrink import lora_shrink
-from grpo.kernels.nf4_gemm import LowRank, Plan, Tile
+from grpo.kernels.lora_factors import LowRank
+from grpo.kernels.nf4_gemm import Plan, Tile
 
 
 def stored(features, columns, dtype, device="cpu"):
@@ -42,7 +43,7 @@ def test_dequantising_in_pieces_gives_every_column(monkeypatch):
     monkeypatch.setattr(nf4_gemm, "DENSE_BYTES", 256 * 192 * 4)
     for given in (None, bias):
         out = torch.full((7, 520), float("nan"))
-        nf4_gemm.dense_linear(x, *weight, given, out)
+        nf4_gemm.dequantized_linear(x, *weight, given, out)
         torch.testing.assert_close(out, F.linear(x, nf4.dequantize(*weight), given))
 
 
@@ -169,7 +170,7 @@ def test_on_a_cpu_an_adapter_is_added_to_the_product(dtype):
     expected = x.double() @ dense.T
     assert (result.double() - expected).norm() < {torch.float32: 1e-6, torch.bfloat16: 6e-3}[dtype] * expected.norm()
     off = nf4_gemm.nf4_linear(x, *weight, low_rank=LowRank(lora_shrink(x, a, torch.zeros_like(on)), b))
-    assert torch.equal(off, nf4_gemm.nf4_linear(x, *weight))
+    torch.testing.assert_close(off, nf4_gemm.nf4_linear(x, *weight))
 
 
 @pytest.mark.gpu

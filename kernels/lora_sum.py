@@ -1,0 +1,113 @@
+"""y = x W^T + b + s U^T for a dense W, rounded once: a LoRA adapter's term never meets a result already rounded.
+
+In 16 bit a step of training moves y by less than half a unit in its last place, at first and at small learning rates
+nearly everywhere. Added to a rounded y such a step is lost; added to the sum before it is rounded, it shows wherever
+it carries the sum across a boundary, which over many outputs is on average its whole size (docs/algorithms.md).
+
+Two ways, the same to rounding. With W, U and x, s beside each other one product does all, at the price of a copy of W:
+
+    y = [x | s] [W | U]^T + b
+
+With few rows a copy of W would take longer than the product. There the product is left in float32, and a kernel adds
+the rest and rounds. Which it is follows from the sizes alone (`sums_in_float32`).
+
+Not here: packed weights (nf4_gemm.py, which sums in registers or fills [W | U] by dequantising), gradients, s = x A^T.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from grpo.kernels.launch import on_device, portable
+from grpo.kernels.lora_factors import LowRank
+from grpo.kernels.nf4_gemm import dot
+from grpo.kernels.nf4_lookup import round_to
+
+FLOAT32_BYTES = 64 << 20
+"""Largest float32 sum that is written out and read again: beyond, copying W is faster, and takes less memory."""
+PIECE_BYTES = 64 << 20
+"""Of [W | U] at a time."""
+ROWS, FEATURES = 16, 128
+"""Tile of a program that adds and rounds."""
+
+
+def sums_in_float32(like: Tensor, rows: int, features: int) -> bool:
+    """Whether a product of `rows` x `features` numbers, in `like`'s dtype and on its device, is left in float32."""
+    return like.is_cuda and like.element_size() == 2 and 4 * rows * features <= FLOAT32_BYTES
+
+
+def dense_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, low_rank: LowRank | None, out: Tensor | None = None
+) -> Tensor:
+    """x [M, K] times the transpose of weight [N, K], plus bias [N], plus `low_rank`: [M, N] in x's dtype.
+
+    One dtype and device. out: where to write, its last stride 1. Sums are float32 (in 16 bit), rounded once. Records no
+    gradient.
+    """
+    rows, features = x.shape[0], weight.shape[0]
+    if low_rank is None:
+        return multiply(x, weight, bias, out)
+    if sums_in_float32(x, rows, features):
+        out = x.new_empty(rows, features) if out is None else out
+        round_sum(torch.mm(x, weight.t(), out_dtype=torch.float32), bias, low_rank, out)
+        return out
+    beside = low_rank.beside(x)
+    if not x.is_cuda:
+        return multiply(beside, torch.cat([weight, low_rank.b], 1), bias, out)
+    out = x.new_empty(rows, features) if out is None else out
+    step = max(FEATURES, PIECE_BYTES // (beside.shape[1] * x.element_size()) // FEATURES * FEATURES)
+    for start in range(0, features, step):
+        part = slice(start, min(start + step, features))
+        matrix = torch.cat([weight[part], low_rank.b[part]], 1)
+        multiply(beside, matrix, None if bias is None else bias[part], out[:, part])
+    return out
+
+
+def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
+    """x W^T + b, into `out` if given."""
+    out = x.new_empty(x.shape[0], weight.shape[0]) if out is None else out
+    return torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
+
+
+def round_sum(total: Tensor, bias: Tensor | None, low_rank: LowRank, out: Tensor) -> None:
+    """out = total + bias + s U^T, rounded once. total: float32 [M, N], contiguous; out: 16 bit [M, N], last stride 1."""
+    (rows, features), (shrunk, b) = total.shape, (low_rank.shrunk, low_rank.b)
+    ranks = b.shape[1]
+    assert total.is_contiguous() and total.dtype == torch.float32 and out.shape == total.shape and out.stride(1) == 1
+    assert shrunk.shape == (rows, ranks) and b.shape == (features, ranks) and shrunk.stride(1) == 1
+    assert shrunk.dtype == b.dtype == out.dtype and (bias is None or bias.is_contiguous())
+    grid = (triton.cdiv(rows, ROWS), triton.cdiv(features, FEATURES))
+    with on_device(total):
+        _round_sum_kernel[grid](
+            total, out if bias is None else bias, shrunk, b, out, rows, features, shrunk.stride(0), b.stride(0),
+            b.stride(1), out.stride(0), bias is not None, ranks, min(64, triton.next_power_of_2(max(ranks, 16))),
+            ROWS, FEATURES, portable(total), num_warps=4,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _round_sum_kernel(
+    total, bias, shrunk, b, out, rows, features, shrunk_stride, b_stride, b_rank_stride, out_stride,
+    HAS_BIAS: tl.constexpr, RANKS: tl.constexpr, BR: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    PORTABLE: tl.constexpr,
+):  # fmt: skip
+    """A [BM, BN] tile of `out`."""
+    m = tl.program_id(0) * BM + tl.arange(0, BM)
+    n = tl.program_id(1) * BN + tl.arange(0, BN)
+    r = tl.arange(0, BR)
+    inside = (m < rows)[:, None] & (n < features)[None, :]
+    at = m.to(tl.int64)[:, None]
+    value = tl.load(total + at * features + n[None, :], mask=inside, other=0.0)
+    if HAS_BIAS:
+        value += tl.load(bias + n, mask=n < features, other=0.0).to(tl.float32)[None, :]
+    for start in tl.static_range(0, RANKS, BR):
+        kept = start + r < RANKS
+        left_mask, right_mask = (m < rows)[:, None] & kept[None, :], kept[:, None] & (n < features)[None, :]
+        left = tl.load(shrunk + at * shrunk_stride + start + r[None, :], mask=left_mask, other=0.0)
+        right_at = b + n[None, :].to(tl.int64) * b_stride + (start + r[:, None]) * b_rank_stride
+        right = tl.load(right_at, mask=right_mask, other=0.0)
+        value = dot(left, right, value, PORTABLE)
+    tl.store(out + at * out_stride + n[None, :], round_to(value, out.dtype.element_ty, PORTABLE), mask=inside)
