@@ -7,6 +7,7 @@ or allocates. Counted in tokens of one micro-batch; weights, adapter, KV cache a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,14 @@ FORMS = ("none", "mlp", "layer", "offload")
 computes gate and up again and keeps the rest, is the kernels' alone."""
 MLP_TILE, QKV_TILE = 4096, 8192
 """Tokens whose intermediate tensors the kernels hold at once (kernels/lora_mlp.py, kernels/lora_attention.py)."""
+QKV, GATE_UP, DOWN = (
+    ("q_proj", "k_proj", "v_proj", "qkv_proj"),
+    ("gate_proj", "up_proj", "gate_up_proj"),
+    ("down_proj",),
+)
+"""Linear layers that are one product each."""
+ADAPTER_COLUMNS = 64
+"""Columns that adapters take beside a product are a multiple of this (kernels/lora_linear.py)."""
 LOGIT_WORKSPACE = 2 * (8 << 20)
 """kernels/logprob.py's wide buffers on a CPU, at most; on a GPU it needs none."""
 HEAD_SLICE = 32 << 20
@@ -110,6 +119,10 @@ class LayerSizes:
     def has(self, *endings: str) -> bool:
         return bool(self.adapted & set(endings))
 
+    def beside(self, endings: Sequence[str]) -> int:
+        """Columns beside a product of linear layers for what their adapters add (kernels/lora_linear.py)."""
+        return -(-self.rank * len(self.adapted & set(endings)) // ADAPTER_COLUMNS) * ADAPTER_COLUMNS
+
 
 @dataclass(frozen=True)
 class TrainingMemory:
@@ -176,7 +189,7 @@ class TrainingMemory:
     def _fused_per_token(self) -> int:
         """Layer input, attention, MLP input, gate and up; inputs of the norms that follow attention and MLP."""
         s = self.sizes
-        numbers = 2 * s.hidden + 2 * s.inner + (2 * s.hidden if s.norms == 4 else 0)
+        numbers = 2 * s.hidden + 2 * s.inner + s.beside(GATE_UP) + (2 * s.hidden if s.norms == 4 else 0)
         if s.normed_heads:
             # Beside the rotated q and k, the stacked product, of which v is a view, stays.
             numbers += s.query + s.key
@@ -188,8 +201,8 @@ class TrainingMemory:
         size = s.norms * (4 * s.hidden + 4) + self._attention_per_token()
         if s.normed_heads:
             size += 4 * (s.query + s.key) + 4 * (s.query + s.key) // s.head_dim
-        numbers = s.hidden * s.has("q_proj", "k_proj", "v_proj", "qkv_proj")
-        numbers += s.hidden * s.has("gate_proj", "up_proj", "gate_up_proj")
+        numbers = s.hidden * s.has(*QKV)
+        numbers += s.hidden * s.has(*GATE_UP)
         numbers += 3 * s.inner + s.inner * s.has("down_proj")
         return size + (numbers + s.rank * len(s.adapted)) * self.itemsize
 
@@ -205,11 +218,12 @@ class TrainingMemory:
         if self.kernels:
             return 0
         s = self.sizes
-        before = len(s.adapted & {"q_proj", "k_proj", "v_proj", "qkv_proj"}) * s.rank * s.hidden
+        before = len(s.adapted & set(QKV)) * s.rank * s.hidden
         return self.tokens * (4 * s.hidden + 4) + (before * self.itemsize if self.itemsize == 2 else 0)
 
     def _gate_and_up(self) -> int:
-        return 2 * self.tokens * self.sizes.inner * self.itemsize
+        beside = self.sizes.beside(GATE_UP) if self.kernels else 0
+        return self.tokens * (2 * self.sizes.inner + beside) * self.itemsize
 
     def layer_input(self) -> int:
         return self.tokens * self.sizes.hidden * self.itemsize
@@ -272,9 +286,15 @@ class TrainingMemory:
         of_keys = 2 * self.keys * s.key * self.itemsize + 2 * every_head + buffer
         return of_keys + self.tokens * (2 * s.query * self.itemsize + 4 * s.query + 4 * s.heads)
 
-    def _dense(self, *sizes: int) -> int:
-        """Weights dequantised at once, each `sizes` x hidden."""
-        return sum(sizes) * self.sizes.hidden * self.itemsize if self.packed_weights else 0
+    @property
+    def _weights_copied(self) -> bool:
+        """Whether a product's weights are laid out anew: dequantised, or copied beside their adapters' factors."""
+        return self.packed_weights or bool(self.sizes.adapted)
+
+    def _matrix(self, rows: int, columns: int, endings: Sequence[str]) -> int:
+        """A weight of that size as the kernels lay it out, with the factors of its adapters beside it."""
+        beside = self.sizes.beside(endings)
+        return (rows + beside) * (columns + beside) * self.itemsize if self.packed_weights or beside else 0
 
     def _fused_backward(self, form: str) -> dict[str, int]:
         s, one = self.sizes, self.layer_input()
@@ -282,10 +302,13 @@ class TrainingMemory:
         attention = self.kept_by_layer() - self._gate_and_up() - 2 * one
         mlp_rows, qkv_rows = min(self.tokens, MLP_TILE), min(self.tokens, QKV_TILE)
         # Beside the gradient of the product: the normed input and, where adapters multiply with W, a wider gradient.
-        mlp_numbers = s.inner + (1 + self.packed_weights) * s.hidden + (0 if form == "none" else 2 * s.inner)
-        mlp_tile = mlp_rows * mlp_numbers * self.itemsize + self._dense(3 * s.inner)
+        mlp_numbers = (
+            s.inner + (1 + self._weights_copied) * s.hidden + (0 if form == "none" else 2 * s.inner + s.beside(GATE_UP))
+        )
+        mlp_tile = mlp_rows * mlp_numbers * self.itemsize
+        mlp_tile += self._matrix(2 * s.inner, s.hidden, GATE_UP) + self._matrix(s.hidden, s.inner, DOWN)
         qkv = s.query + 2 * s.key
-        qkv_tile = qkv_rows * (qkv + 2 * s.hidden) * self.itemsize + self._dense(qkv)
+        qkv_tile = qkv_rows * (qkv + 2 * s.hidden) * self.itemsize + self._matrix(qkv, s.hidden, QKV)
         # A layer that keeps everything has its part in `kept`; one that is replayed adds what its replay keeps, and
         # the gradient of its output stays in the caller's frame to the end.
         before = self.kept(form) + (attention + 2 * one if replayed else 0)
@@ -298,6 +321,10 @@ class TrainingMemory:
             + self.tokens * qkv * self.itemsize + qkv_tile + 8 * s.adapter,
         }  # fmt: skip
 
+    def _packed_weight(self) -> int:
+        """The largest of the MLP's weights, dequantised."""
+        return self.sizes.inner * self.sizes.hidden * self.itemsize if self.packed_weights else 0
+
     def _plain_backward(self, form: str) -> dict[str, int]:
         s, one = self.sizes, self.layer_input()
         inner, wide = self.tokens * s.inner * self.itemsize, 4 * self.tokens * s.hidden
@@ -305,7 +332,7 @@ class TrainingMemory:
         before = self.kept(form) + (0 if form == "none" else own + one)
         return {
             "last norm backward": self.kept(form) + 6 * wide,
-            "mlp backward": before + one + 2 * inner + self._dense(s.inner),
+            "mlp backward": before + one + 2 * inner + self._packed_weight(),
             "attention backward": before - 4 * inner - wide + self._flash_backward(),
         }
 

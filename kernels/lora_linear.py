@@ -220,9 +220,7 @@ def lora_linear(x: Tensor, group: LinearGroup, adapters: Sequence[Adapter], fact
 
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, group: LinearGroup, adapters: tuple[Adapter, ...], *factors: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, group: LinearGroup, adapters: tuple[Adapter, ...], *factors: Tensor) -> Tensor:
         ctx.group, ctx.adapters = group, adapters
         ctx.save_for_backward(x, *factors)
         out = x.new_empty(x.shape[0], group.out_features)

@@ -73,7 +73,7 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None)
 
 
 def round_sum(total: Tensor, bias: Tensor | None, low_rank: LowRank, out: Tensor) -> None:
-    """out = total + bias + s U^T, rounded once. total: float32 [M, N], contiguous; out: 16 bit [M, N], last stride 1."""
+    """out = total + bias + s U^T, rounded once. total: float32 [M, N], contiguous; out: 16 bit, its last stride 1."""
     (rows, features), (shrunk, b) = total.shape, (low_rank.shrunk, low_rank.b)
     ranks = b.shape[1]
     assert total.is_contiguous() and total.dtype == torch.float32 and out.shape == total.shape and out.stride(1) == 1

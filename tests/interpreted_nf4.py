@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from grpo.kernels import nf4, nf4_gemm
+from grpo.kernels.lora_factors import LowRank
 from grpo.kernels.lora_shrink import launch_shrink
 from grpo.kernels.lora_sum import round_sum
-from grpo.kernels.lora_factors import LowRank
 from grpo.kernels.nf4_gemm import Tile
 from tests.rounding import share_rounded_more_than_once
 
@@ -129,7 +129,9 @@ def test_an_adapter_is_added_before_the_result_is_rounded(split, ranks, dtype):
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize(("rows", "features", "ranks", "bias"), [(1, 8, 4, True), (17, 136, 48, False), (20, 130, 80, True)])
+@pytest.mark.parametrize(
+    ("rows", "features", "ranks", "bias"), [(1, 8, 4, True), (17, 136, 48, False), (20, 130, 80, True)]
+)
 def test_sum_kernel_adds_bias_and_adapter_and_rounds_once(rows, features, ranks, bias, dtype):
     total = torch.randn(rows, features)
     given = torch.randn(features).to(dtype) if bias else None

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from hopper import compile_for_hopper
 
 from grpo.kernels import nf4, nf4_gemm
-from grpo.kernels.lora_shrink import lora_shrink
 from grpo.kernels.lora_factors import LowRank
+from grpo.kernels.lora_shrink import lora_shrink
 from grpo.kernels.nf4_gemm import Plan, Tile
 
 

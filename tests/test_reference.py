@@ -59,10 +59,11 @@ def test_the_reference_is_the_starting_adapter_or_the_base(new_policy, tmp_path)
     for settings, expected in ((START, started), (BASE, base)):
         begun.load_adapter(tmp_path / "warm")
         set_reference(begun, settings, tmp_path, resume=False)
-        assert torch.equal(reference_scores(begun), expected)
+        torch.testing.assert_close(reference_scores(begun), expected)
         move(begun, 2)
         moved = scores(begun)
-        assert torch.equal(reference_scores(begun), expected) and not torch.equal(moved, expected)
+        torch.testing.assert_close(reference_scores(begun), expected)
+        assert not torch.allclose(moved, expected, atol=1e-2)
         assert torch.equal(scores(begun), moved)
 
 
@@ -71,7 +72,7 @@ def test_a_fresh_adapters_start_is_the_base_and_nothing_is_kept(new_policy, tmp_
     base = scores(policy).detach()
     set_reference(policy, START, tmp_path, resume=False)
     move(policy, 1)
-    assert torch.equal(reference_scores(policy), base)
+    torch.testing.assert_close(reference_scores(policy), base)
     assert not (tmp_path / "reference_adapter").exists()
 
 
