@@ -1,0 +1,43 @@
+"""LoRA as peft, vLLM and their users add it: to a product that was already rounded. For comparison in benchmarks alone.
+
+`two_roundings()` makes both graphs of this process do so from then on. Nothing of the project can be set to it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from grpo import engine_model, policy
+from grpo.kernels import lora_linear, lora_sum, nf4_gemm
+from grpo.kernels.lora_factors import LowRank
+from grpo.kernels.lora_linear import Product
+
+
+def two_roundings() -> None:
+    """Add adapters to rounded outputs from now on, in the training graph and in the rollout."""
+    for module in (policy, engine_model, lora_linear):
+        module.dense_linear = rounded_dense_linear
+    engine_model.nf4_linear = rounded_nf4_linear
+    Product.forward = rounded_forward
+
+
+def rounded_dense_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, low_rank: LowRank | None, out: Tensor | None = None
+) -> Tensor:
+    y = lora_sum.multiply(x, weight, bias, out)
+    return y if low_rank is None else y.addmm_(low_rank.shrunk, low_rank.b.t())
+
+
+def rounded_nf4_linear(
+    x: Tensor, packed: Tensor, absmax: Tensor, bias: Tensor | None, out: Tensor, low_rank: LowRank | None = None
+) -> Tensor:
+    nf4_gemm.nf4_linear(x, packed, absmax, bias, out)
+    return out if low_rank is None else out.addmm_(low_rank.shrunk, low_rank.b.t())
+
+
+def rounded_forward(product: Product, x: Tensor, out: Tensor) -> None:
+    k, bias = product.group.in_features, product.group.bias
+    lora_sum.multiply(x[:, :k], product.weight, bias, out)
+    if product.adapters:
+        out.addmm_(torch.mm(x[:, :k], product.down.t()), product.up.t())
