@@ -21,6 +21,7 @@ from grpo.config import Model
 from grpo.errors import UserError
 from grpo.fingerprint import Fingerprint
 from grpo.kernels import nf4
+from grpo.kernels.launch import sum_in_float32
 from grpo.model_files import check_shapes
 from grpo.plan import VOCABULARY_PADDING, embedding_bytes, pinned_bytes, weights_on_host
 from grpo.source import NF4Tensor, Source
@@ -86,6 +87,8 @@ class BaseWeights:
         self.source_path = source.path
         self.fingerprint = Fingerprint.of(source)
         self.device, self.dtype = device, dtype
+        if device.type == "cuda":
+            sum_in_float32()
         self.load_in_4bit = model.load_in_4bit
         self.packed = model.load_in_4bit and device.type == "cuda"
         wanted = weights_on_host(model, self.config)

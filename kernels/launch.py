@@ -6,6 +6,8 @@ kernels on CPU tensors for tests; it differs from the compiler in how it rounds,
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 from torch import Tensor
@@ -47,3 +49,16 @@ def dense_rows(tensor: Tensor) -> Tensor:
 def on_device(tensor: Tensor) -> torch.cuda.device:
     """Triton launches on the current device; a CPU tensor (interpreter) leaves it alone."""
     return torch.cuda.device(tensor.device.index if tensor.is_cuda else -1)
+
+
+@lru_cache
+def sum_in_float32() -> None:
+    """Let cuBLAS add up a product of 16-bit matrices in float32 alone, for the rest of the process.
+
+    torch lets it round the parts of a product that it splits along K before it adds them, for speed: more than one
+    rounding. And float32 means float32 there and in Triton's kernels, vLLM's attention among them.
+    """
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+    triton.knobs.language.fp32_default = "ieee"

@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from grpo.kernels import nf4
-from grpo.kernels.launch import wide
+from grpo.kernels.launch import sum_in_float32, wide
 from grpo.kernels.lora_factors import Adapter, LowRank, lay_out
 from grpo.kernels.lora_sum import dense_linear, round_sum, sums_in_float32
 
@@ -97,6 +97,7 @@ class Product:
 
     def __init__(self, group: LinearGroup, adapters: Sequence[Adapter], factors: Sequence[Tensor], rows: int):
         """factors: A_1, B_1, A_2, B_2, ... of `adapters`. rows: how many of x there will be at once, at most."""
+        sum_in_float32()
         self.group, self.adapters = group, tuple(adapters)
         bounds = [0, *accumulate(a.shape[0] for a in factors[0::2])]
         self.ranks = [slice(start, end) for start, end in pairwise(bounds)]

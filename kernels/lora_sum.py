@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from grpo.kernels.launch import on_device, portable
+from grpo.kernels.launch import on_device, portable, sum_in_float32
 from grpo.kernels.lora_factors import LowRank
 from grpo.kernels.nf4_gemm import dot
 from grpo.kernels.nf4_lookup import round_to
@@ -30,8 +30,8 @@ FLOAT32_BYTES = 64 << 20
 """Largest float32 sum that is written out and read again: beyond, copying W is faster, and takes less memory."""
 PIECE_BYTES = 64 << 20
 """Of [W | U] at a time."""
-ROWS, FEATURES = 16, 128
-"""Tile of a program that adds and rounds."""
+MOST_ROWS, FEATURES = 64, 128
+"""Tile of a program that adds and rounds, at most."""
 
 
 def sums_in_float32(like: Tensor, rows: int, features: int) -> bool:
@@ -68,6 +68,7 @@ def dense_linear(
 
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
     """x W^T + b, into `out` if given."""
+    sum_in_float32()
     out = x.new_empty(x.shape[0], weight.shape[0]) if out is None else out
     return torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
 
@@ -79,12 +80,13 @@ def round_sum(total: Tensor, bias: Tensor | None, low_rank: LowRank, out: Tensor
     assert total.is_contiguous() and total.dtype == torch.float32 and out.shape == total.shape and out.stride(1) == 1
     assert shrunk.shape == (rows, ranks) and b.shape == (features, ranks) and shrunk.stride(1) == 1
     assert shrunk.dtype == b.dtype == out.dtype and (bias is None or bias.is_contiguous())
-    grid = (triton.cdiv(rows, ROWS), triton.cdiv(features, FEATURES))
+    tile = max(16, min(MOST_ROWS, triton.next_power_of_2(rows)))
+    grid = (triton.cdiv(rows, tile), triton.cdiv(features, FEATURES))
     with on_device(total):
         _round_sum_kernel[grid](
             total, out if bias is None else bias, shrunk, b, out, rows, features, shrunk.stride(0), b.stride(0),
             b.stride(1), out.stride(0), bias is not None, ranks, min(64, triton.next_power_of_2(max(ranks, 16))),
-            ROWS, FEATURES, portable(total), num_warps=4,
+            tile, FEATURES, portable(total), num_warps=4,
         )  # fmt: skip
 
 

@@ -32,7 +32,7 @@ import triton.language as tl
 from torch import Tensor
 
 from grpo.kernels import nf4
-from grpo.kernels.launch import on_device
+from grpo.kernels.launch import on_device, sum_in_float32
 from grpo.kernels.lora_factors import LowRank
 from grpo.kernels.nf4_lookup import byte_tables, load_rows, lookup_half, round_to, scaled, tile_columns
 
@@ -125,6 +125,7 @@ def dequantized_linear(
 
     With `low_rank` a piece has its b in further columns, and x its shrunk: one product, rounded once.
     """
+    sum_in_float32()
     features, columns = packed.shape[0], packed.shape[1] * 2
     ranks = 0 if low_rank is None else low_rank.b.shape[1]
     wide = columns + ranks
