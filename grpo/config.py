@@ -388,6 +388,9 @@ class Log(Section):
     """Show and keep sample completions every so many steps."""
     samples: PositiveInt = 2
     """Prompts whose completions are kept then."""
+    adapter_survival_every: PositiveInt | None = 25
+    """Measure `adapter_survival`, the share of the adapter's effect that the 16-bit policy shows, after the first step
+    and every so many: a forward pass in float32 over a few completions. "none" switches it off."""
     report: bool = True
     """Write `report.html` in the run folder, anew while the run goes on; it takes at most a hundredth of the time."""
 

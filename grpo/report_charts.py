@@ -21,6 +21,9 @@ POINTS = 300
 """At most so many points in a curve."""
 TREND_SHARE = 0.05
 """Share of the run over which the trend of a noisy curve is a mean."""
+LEAST_SURVIVAL = 0.5
+"""Of an adapter's effect, from step SURVIVAL_FROM on; with one rounding nearly all of it shows by then."""
+SURVIVAL_FROM = 20
 MISMATCH_LIMIT = 0.01
 
 Chart = dict[str, Any]
@@ -52,6 +55,10 @@ def length_limit(run: RunData) -> tuple[str, float | None]:
 
 def norm_limit(run: RunData) -> tuple[str, float | None]:
     return "max_grad_norm", run.setting("train", "max_grad_norm")
+
+
+def survival_limit(run: RunData) -> tuple[str, float | None]:
+    return "half of it", LEAST_SURVIVAL
 
 
 def mismatch_limit(run: RunData) -> tuple[str, float | None]:
@@ -128,6 +135,13 @@ AGREEMENT = (
         "The largest difference of log-probabilities at one token.",
         {"mismatch_logp_max": "largest"},
         log=True,
+    ),
+    Spec(
+        "Adapter's effect that survives",
+        "share",
+        "Of what the adapter does to logprobs in float32, how much the 16-bit policy does. Scatters while it is small.",
+        {"adapter_survival": "survives"},
+        mark=survival_limit,
     ),
     Spec(
         "Corrected tokens",

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from grpo.report_charts import MISMATCH_LIMIT
+from grpo.report_charts import LEAST_SURVIVAL, MISMATCH_LIMIT, SURVIVAL_FROM
 from grpo.report_data import RunData
 
 FEWEST_STEPS = 15
@@ -34,7 +34,15 @@ def findings(run: RunData) -> list[Finding]:
     """What is worth saying of `run`, the good first; nothing for a run of a few steps."""
     if len(run.steps) < FEWEST_STEPS:
         return []
-    found = [*reward_trend(run), *held_out(run), *comparisons(run), *lengths(run), *stability(run), *speed(run)]
+    found = [
+        *reward_trend(run),
+        *held_out(run),
+        *comparisons(run),
+        *lengths(run),
+        *stability(run),
+        *survival(run),
+        *speed(run),
+    ]
     return sorted(found, key=lambda finding: not finding.good)
 
 
@@ -156,6 +164,18 @@ def stability(run: RunData) -> Iterator[Finding]:
             False,
             f"The gradient's norm is {norm:.3g} and is scaled down to {limit:g} at every step: the learning rate says "
             "less than it seems to.",
+        )
+
+
+def survival(run: RunData) -> Iterator[Finding]:
+    measured = zip(run.steps, run.series.get("adapter_survival", ()), strict=False)
+    found = [(step, share) for step, share in measured if share is not None and step >= SURVIVAL_FROM]
+    if found and found[-1][1] < LEAST_SURVIVAL:
+        yield Finding(
+            False,
+            f"At step {found[-1][0]} the 16-bit policy shows {100 * found[-1][1]:.0f} % of the "
+            "adapter's effect: rounding takes back what is learned. A higher train.learning_rate, or model.dtype = "
+            '"float16", lets more of it through.',
         )
 
 

@@ -52,6 +52,7 @@ from grpo.selftest import check_rollout_follows_adapter
 from grpo.session import Session, open_session, read_model, resolve_device
 from grpo.silent_log import SilentLog
 from grpo.state import load_tensors, save_tensors
+from grpo.survival import adapter_survival
 from grpo.torchrun import Launch
 
 STATE = "trainer.safetensors"
@@ -293,6 +294,7 @@ class Run:
         self.whole = False
         sync_seconds = self.session.engine.sync_adapter()
         now = time.perf_counter()
+        survival = self.adapter_survival(groups, step)
         if self.log.wants_samples(step):
             weights = dict(zip(self.reward_names, self.weights.tolist(), strict=True))
             self.log.samples(step, logged(groups[: self.config.log.samples], weights, self.ranks))
@@ -302,6 +304,7 @@ class Run:
             "step": step,
             **sampling_metrics(groups, rollouts, advantages, self.reward_names),
             **trained,
+            **survival,
             "epoch": self.stream.epoch,
             "tokens": tokens,
             "tokens_per_second": tokens / rollout_seconds,
@@ -313,6 +316,15 @@ class Run:
             "peak_memory_gib": peak_memory_gib(self.session.base.device),
             **self.rank_metrics(rollouts),
         }
+
+    def adapter_survival(self, groups: list[Group], step: int) -> dict[str, float]:
+        """Now and then, how much of the adapter's effect shows in 16 bit, on completions of different prompts."""
+        every = self.config.log.adapter_survival_every
+        if not self.ranks.first or every is None or (step > 1 and step % every):
+            return {}
+        firsts = [(group.prompt.token_ids, sample.token_ids) for group in groups for sample in group.own[:1]]
+        share = adapter_survival(self.session.policy, [p for p, _ in firsts], [c for _, c in firsts])
+        return {} if share is None else {"adapter_survival": share}
 
     def own_rank(self) -> tuple[int, ...]:
         """What tells this rank's random numbers from those of the first, which are a lone process's."""

@@ -381,6 +381,7 @@ def test_a_healthy_run_gets_one_good_finding() -> None:
         ({"completion_length": lambda done: 100 - 95 * done}, "Completions shrank from"),
         ({"entropy": lambda done: 1 - done}, "Entropy fell from"),
         ({"mismatch_kl": lambda done: 0.02}, "The mismatch KL is 0.02"),
+        ({"adapter_survival": lambda done: 0.4}, "shows 40 % of the adapter's effect: rounding takes back"),
         ({"grad_norm": lambda done: 50.0}, "The gradient's norm is 50"),
         ({"reward_seconds": lambda done: 4.0}, "40 % of a step is waiting for rewards"),
     ],
