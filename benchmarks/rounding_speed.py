@@ -1,4 +1,4 @@
-"""What one rounding costs in time: rollout and training of two checkouts of this project, on one GPU, one after another.
+"""What one rounding costs in time: rollout and training of two checkouts of this project, in turns on one GPU.
 
 The second checkout is one from before, or the same with `--two-roundings`, which adds adapters to rounded outputs
 (two_roundings.py). Random weights of a 3B shape, an adapter of rank 16 on all linears, NF4 and 16 bit. A part is a

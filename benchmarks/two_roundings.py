@@ -1,9 +1,16 @@
 """LoRA as peft, vLLM and their users add it: to a product that was already rounded. For comparison in benchmarks alone.
 
 `two_roundings()` makes both graphs of this process do so from then on. Nothing of the project can be set to it.
+
+    python benchmarks/two_roundings.py CONFIG ...      # python -m grpo.train CONFIG ... that way
 """
 
 from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from torch import Tensor
@@ -22,10 +29,13 @@ def two_roundings() -> None:
     Product.forward = rounded_forward
 
 
+once = lora_sum.dense_linear
+
+
 def rounded_dense_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, low_rank: LowRank | None, out: Tensor | None = None
 ) -> Tensor:
-    y = lora_sum.multiply(x, weight, bias, out)
+    y = once(x, weight, bias, None, out)
     return y if low_rank is None else y.addmm_(low_rank.shrunk, low_rank.b.t())
 
 
@@ -38,6 +48,13 @@ def rounded_nf4_linear(
 
 def rounded_forward(product: Product, x: Tensor, out: Tensor) -> None:
     k, bias = product.group.in_features, product.group.bias
-    lora_sum.multiply(x[:, :k], product.weight, bias, out)
+    once(x[:, :k], product.weight, bias, None, out)
     if product.adapters:
         out.addmm_(torch.mm(x[:, :k], product.down.t()), product.up.t())
+
+
+if __name__ == "__main__":
+    from grpo import train
+
+    two_roundings()
+    sys.exit(train.main(sys.argv[1:]))

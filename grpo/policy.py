@@ -59,18 +59,16 @@ class BaseLinear(nn.Module):
         return self.weight if self.absmax is None else nf4.dequantize(self.weight, self.absmax)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.absmax is None:
-            return F.linear(x, self.weight, self.bias)
-        return PackedLinear.apply(x, self)
+        return FrozenLinear.apply(x, self)
 
 
-class PackedLinear(torch.autograd.Function):
-    """x W^T + b with W dequantised in the forward and again in the backward, so that no dense W is saved."""
+class FrozenLinear(torch.autograd.Function):
+    """x W^T + b, rounded once. W is dequantised in the forward and again in the backward: no dense W is saved."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: BaseLinear) -> Tensor:
         ctx.layer = layer
-        return F.linear(x, layer.dense(), layer.bias)
+        return dense_linear(x.flatten(0, -2), layer.dense(), layer.bias, None).unflatten(0, x.shape[:-1])
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:

@@ -26,6 +26,8 @@ from grpo.kernels.nf4_lookup import round_to
 
 TILE = 64
 """Rows and columns of a program's tile."""
+BIAS_COLUMNS = 8
+"""Of 16-bit numbers, 16 bytes: rows stay aligned."""
 MOST_ADAPTERS = 3
 """That one launch takes."""
 
@@ -48,6 +50,18 @@ class LowRank:
     def beside(self, x: Tensor) -> Tensor:
         """[x | shrunk] [M, K + R], of x [M, K]: what [W | s B] multiplies."""
         return torch.cat([x, self.shrunk], 1)
+
+
+def with_bias(low_rank: LowRank | None, bias: Tensor | None, rows: int) -> LowRank | None:
+    """`bias` [N] as one more column of `low_rank`, for a product of `rows` rows: cuBLAS rounds before it adds a bias."""
+    if bias is None:
+        return low_rank
+    shrunk, b = bias.new_zeros(rows, BIAS_COLUMNS), bias.new_zeros(bias.shape[0], BIAS_COLUMNS)
+    shrunk[:, 0] = 1
+    b[:, 0] = bias
+    if low_rank is None:
+        return LowRank(shrunk, b)
+    return LowRank(torch.cat([low_rank.shrunk, shrunk], 1), torch.cat([low_rank.b, b], 1))
 
 
 def lay_out(adapters: Sequence[Adapter], factors: Sequence[Tensor], down: Tensor, up: Tensor) -> None:

@@ -104,7 +104,8 @@ class Product:
         self.rank = bounds[-1]
         n, k = group.out_features, group.in_features
         few = group.stored_dense and sums_in_float32(group.segments[0][0], rows, max(n, k))
-        self.width = 0 if few else -(-self.rank // WIDTH) * WIDTH
+        columns = self.rank + (group.bias is not None)
+        self.width = 0 if few else -(-columns // WIDTH) * WIDTH
         self.a_grad: Tensor | None = None
         self.b_grad: Tensor | None = None
         if self.width == 0:
@@ -118,6 +119,11 @@ class Product:
             self.down, self.up = self.matrix[n:, :k], self.matrix[:n, k:]
         if self.adapters:
             lay_out(self.adapters, factors, self.down, self.up)
+        elif self.width:
+            self.down.zero_()
+            self.up.zero_()
+        if self.width and group.bias is not None:  # as one more column: cuBLAS rounds before it adds a bias
+            self.up[:, self.rank].copy_(group.bias)
 
     def inputs(self, rows: int) -> tuple[Tensor, Tensor]:
         """(a buffer for `forward`, its part [rows, K] to fill)."""
@@ -148,17 +154,14 @@ class Product:
         """out [rows, N] = x W^T + b + adapters. x: a buffer of `inputs`."""
         n, k, bias = self.group.out_features, self.group.in_features, self.group.bias
         assert x.shape[1] == k + self.width, (x.shape, k, self.width)
-        if self.width == 0 and self.adapters:
-            dense_linear(x, self.weight, bias, LowRank(x @ self.down.t(), self.up), out)
+        if self.width == 0:
+            low_rank = LowRank(x @ self.down.t(), self.up) if self.adapters else None
+            dense_linear(x, self.weight, bias, low_rank, out)
             return
-        weight = self.weight
-        if self.width:
-            torch.mm(x[:, :k], self.down.t(), out=x[:, k:])
-            weight = self.matrix[:n]
-        if bias is None:
-            torch.mm(x, weight.t(), out=out)
-        else:
-            torch.addmm(bias, x, weight.t(), out=out)
+        torch.mm(x[:, :k], self.down.t(), out=x[:, k:])
+        if bias is not None:
+            x[:, k + self.rank] = 1
+        torch.mm(x, self.matrix[:n].t(), out=out)
 
     def input_gradient(self, grad: Tensor) -> tuple[Tensor, Tensor]:
         """(dL/dx [rows, K], dL/d(x A^T) [rows, at least rank]) from dL/dy, a buffer of `outputs`."""

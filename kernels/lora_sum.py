@@ -6,7 +6,7 @@ it carries the sum across a boundary, which over many outputs is on average its 
 
 Two ways, the same to rounding. With W, U and x, s beside each other one product does all, at the price of a copy of W:
 
-    y = [x | s] [W | U]^T + b
+    y = [x | s | 1] [W | U | b]^T
 
 With few rows a copy of W would take longer than the product. There the product is left in float32, and a kernel adds
 the rest and rounds. Which it is follows from the sizes alone (`sums_in_float32`).
@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from grpo.kernels.launch import on_device, portable, sum_in_float32
-from grpo.kernels.lora_factors import LowRank
+from grpo.kernels.lora_factors import LowRank, with_bias
 from grpo.kernels.nf4_gemm import dot
 from grpo.kernels.nf4_lookup import round_to
 
@@ -31,7 +31,7 @@ FLOAT32_BYTES = 64 << 20
 PIECE_BYTES = 64 << 20
 """Of [W | U] at a time."""
 MOST_ROWS, FEATURES = 64, 128
-"""Tile of a program that adds and rounds, at most."""
+"""Tile of a program that adds and rounds; smaller for few rows, which would not fill a GPU."""
 
 
 def sums_in_float32(like: Tensor, rows: int, features: int) -> bool:
@@ -48,45 +48,44 @@ def dense_linear(
     gradient.
     """
     rows, features = x.shape[0], weight.shape[0]
-    if low_rank is None:
-        return multiply(x, weight, bias, out)
+    sum_in_float32()
+    out = x.new_empty(rows, features) if out is None else out
+    if low_rank is None and bias is None:
+        return torch.mm(x, weight.t(), out=out)
+    if low_rank is None and not x.is_cuda:
+        return torch.addmm(bias, x, weight.t(), out=out)
     if sums_in_float32(x, rows, features):
-        out = x.new_empty(rows, features) if out is None else out
         round_sum(torch.mm(x, weight.t(), out_dtype=torch.float32), bias, low_rank, out)
         return out
+    return joined_linear(x, weight, with_bias(low_rank, bias, rows), out)
+
+
+def joined_linear(x: Tensor, weight: Tensor, low_rank: LowRank, out: Tensor) -> Tensor:
+    """out = [x | shrunk] [W | b]^T, from PIECE_BYTES of [W | b] at a time."""
     beside = low_rank.beside(x)
-    if not x.is_cuda:
-        return multiply(beside, torch.cat([weight, low_rank.b], 1), bias, out)
-    out = x.new_empty(rows, features) if out is None else out
     step = max(FEATURES, PIECE_BYTES // (beside.shape[1] * x.element_size()) // FEATURES * FEATURES)
-    for start in range(0, features, step):
-        part = slice(start, min(start + step, features))
-        matrix = torch.cat([weight[part], low_rank.b[part]], 1)
-        multiply(beside, matrix, None if bias is None else bias[part], out[:, part])
+    for start in range(0, weight.shape[0], step):
+        part = slice(start, min(start + step, weight.shape[0]))
+        torch.mm(beside, torch.cat([weight[part], low_rank.b[part]], 1).t(), out=out[:, part])
     return out
 
 
-def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
-    """x W^T + b, into `out` if given."""
-    sum_in_float32()
-    out = x.new_empty(x.shape[0], weight.shape[0]) if out is None else out
-    return torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
-
-
-def round_sum(total: Tensor, bias: Tensor | None, low_rank: LowRank, out: Tensor) -> None:
+def round_sum(total: Tensor, bias: Tensor | None, low_rank: LowRank | None, out: Tensor) -> None:
     """out = total + bias + s U^T, rounded once. total: float32 [M, N], contiguous; out: 16 bit, its last stride 1."""
-    (rows, features), (shrunk, b) = total.shape, (low_rank.shrunk, low_rank.b)
+    rows, features = total.shape
+    shrunk, b = (out[:, :0], out[:0, :0].new_empty(features, 0)) if low_rank is None else (low_rank.shrunk, low_rank.b)
     ranks = b.shape[1]
     assert total.is_contiguous() and total.dtype == torch.float32 and out.shape == total.shape and out.stride(1) == 1
     assert shrunk.shape == (rows, ranks) and b.shape == (features, ranks) and shrunk.stride(1) == 1
     assert shrunk.dtype == b.dtype == out.dtype and (bias is None or bias.is_contiguous())
-    tile = max(16, min(MOST_ROWS, triton.next_power_of_2(rows)))
-    grid = (triton.cdiv(rows, tile), triton.cdiv(features, FEATURES))
+    few = rows <= MOST_ROWS
+    tile_rows, tile_features = (16, FEATURES // 2) if few else (MOST_ROWS, FEATURES)
+    grid = (triton.cdiv(rows, tile_rows), triton.cdiv(features, tile_features))
     with on_device(total):
         _round_sum_kernel[grid](
             total, out if bias is None else bias, shrunk, b, out, rows, features, shrunk.stride(0), b.stride(0),
             b.stride(1), out.stride(0), bias is not None, ranks, min(64, triton.next_power_of_2(max(ranks, 16))),
-            tile, FEATURES, portable(total), num_warps=4,
+            tile_rows, tile_features, portable(total), num_warps=2 if few else 4,
         )  # fmt: skip
 
 

@@ -15,6 +15,8 @@ matrix product, double quantisation on writing, blocks other than 64, and weight
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -285,8 +287,10 @@ def _check_weight(weight: Tensor) -> tuple[int, int]:
     return weight.shape[0], weight.shape[1]
 
 
+@lru_cache
 def _pair_table(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[256, 2]: the two codes of a byte, high nibble first, as values."""
-    code = torch.tensor(CODE, dtype=torch.float32).to(dtype)
-    byte = torch.arange(256)
-    return torch.stack([code[byte >> 4], code[byte & 15]], 1).to(device)
+    """[256, 2]: the two codes of a byte, high nibble first, as values. Made once: a captured CUDA graph cannot copy it."""
+    with torch.inference_mode(False):
+        code = torch.tensor(CODE, dtype=torch.float32).to(dtype)
+        byte = torch.arange(256)
+        return torch.stack([code[byte >> 4], code[byte & 15]], 1).to(device)

@@ -26,14 +26,13 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from grpo.kernels import nf4
 from grpo.kernels.launch import on_device, sum_in_float32
-from grpo.kernels.lora_factors import LowRank
+from grpo.kernels.lora_factors import LowRank, with_bias
 from grpo.kernels.nf4_lookup import byte_tables, load_rows, lookup_half, round_to, scaled, tile_columns
 
 TABLE = Path(__file__).with_name("nf4_table.json")
@@ -110,11 +109,13 @@ def nf4_linear(
         return out
     if x.is_cuda:
         dequantized_linear(x, packed, absmax, bias, out, low_rank)
-    elif low_rank is None:
-        out.copy_(F.linear(x, nf4.dequantize(packed, absmax), bias))
     else:
-        matrix = torch.cat([nf4.dequantize(packed, absmax), low_rank.b], 1)
-        out.copy_(F.linear(low_rank.beside(x), matrix, bias))
+        joined = with_bias(low_rank, bias, rows)
+        matrix = nf4.dequantize(packed, absmax)
+        if joined is None:
+            torch.mm(x, matrix.t(), out=out)
+        else:
+            torch.mm(joined.beside(x), torch.cat([matrix, joined.b], 1).t(), out=out)
     return out
 
 
@@ -123,10 +124,11 @@ def dequantized_linear(
 ) -> None:
     """`nf4_linear` by dequantising W piece by piece into the workspace and multiplying each piece by cuBLAS.
 
-    With `low_rank` a piece has its b in further columns, and x its shrunk: one product, rounded once.
+    With `low_rank` or a bias a piece has its b in further columns, and x its shrunk: one product, rounded once.
     """
     sum_in_float32()
     features, columns = packed.shape[0], packed.shape[1] * 2
+    low_rank = with_bias(low_rank, bias, x.shape[0])
     ranks = 0 if low_rank is None else low_rank.b.shape[1]
     wide = columns + ranks
     pieces = math.ceil(features * wide * x.element_size() / DENSE_BYTES)
@@ -139,10 +141,7 @@ def dequantized_linear(
         nf4.dequantize(packed[part], absmax[part], out=matrix[:, :columns])
         if low_rank is not None:
             matrix[:, columns:].copy_(low_rank.b[part])
-        if bias is None:
-            torch.mm(beside, matrix.t(), out=out[:, part])
-        else:
-            torch.addmm(bias[part], beside, matrix.t(), out=out[:, part])
+        torch.mm(beside, matrix.t(), out=out[:, part])
 
 
 _workspaces: dict[torch.device, tuple[Tensor, Tensor]] = {}
