@@ -190,7 +190,7 @@ def plot(files: list[Path], out: Path) -> dict[str, Any]:
                      name, f"C{number}")  # fmt: skip
             axis.set(title=f"{task}, learning rate {rate:g}", xlabel="step", ylabel="reward (mean of 5 steps)")
             axis.grid(alpha=0.3)
-    axes[0][0].legend()
+        axes[row][-1].legend(loc="lower right")
     figure.tight_layout()
     figure.savefig(out.with_suffix(".png"), dpi=110)
     record = {"benchmark": "adapter_survival", "comparison": compare(runs), "runs": runs}

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 FORMS = ("adapter", "merged-16bit", "merged-4bit", "gguf")
 GGUF_TYPES = ("f16", "bf16", "q8_0", "q4_k_m")
+FAITHFUL_SHARE = 0.9
+"""Of an adapter's effect, below which an export says what would keep more."""
 FAITHFUL_KL = 0.05
 """Nats by which a form that is not quantised to 4 bit may differ from base + adapter; rounding costs a hundredth."""
 
@@ -283,22 +285,31 @@ def trained_system_prompt(run: Path) -> str | None:
 
 
 def compare(merged: MergedSource, folder: Path, form: str, notice: Callable[[str], None]) -> None:
-    """Say how far what was written is from base + adapter. Raises UserError where it is not the same model."""
-    from grpo.streamed import Distance, sample_tokens, streamed_logits
+    """Say how far what was written is from base + adapter in float32, and how much of the adapter it shows.
+
+    Raises UserError where it is not the same model.
+    """
+    from grpo.streamed import Distance, adapter_share, sample_tokens, streamed_logits
 
     written = open_written(merged, folder)
     config = merged.config.get_text_config()
     tokens = sample_tokens(tokenizer_of(merged), config.vocab_size)
-    expected = streamed_logits(merged, tokens)
-    distance = Distance.between(expected, streamed_logits(written, tokens, config))
+    expected, base = streamed_logits(merged, tokens), streamed_logits(merged.base, tokens)
+    found = streamed_logits(written, tokens, config)
+    distance = Distance.between(expected, found)
     notice(f"read back and compared with base + adapter on {len(tokens)} texts: {distance}")
+    share = adapter_share(base, expected, found)
+    if share == share:
+        notice(f"of what the adapter does to these texts in float32, {share:.0%} is in what was written")
     if form in ("merged-4bit", "gguf-q4_k_m"):
-        moved = Distance.between(expected, streamed_logits(merged.base, tokens))
+        moved = Distance.between(expected, base)
         notice(f"for comparison, base without adapter: {moved}")
         if distance.kl > moved.kl:
             notice("quantising moved the model further than training did; prefer more bits, or the adapter on its base")
     elif not distance.kl < FAITHFUL_KL:
         raise UserError(f"{folder.name}: the export does not compute what base + adapter do; nothing was exported")
+    if share < FAITHFUL_SHARE:
+        notice("rounding took back part of so small an adapter; --to adapter keeps all of it, on its base")
 
 
 def open_written(merged: MergedSource, folder: Path) -> Source:

@@ -102,8 +102,8 @@ def refuse_difference(gap: float, limit: float, which: str) -> None:
     if not gap <= limit:
         raise UserError(
             f"self-test: with the {which}adapter vLLM's logprobs differ from the training graph's by {gap:.3g} on "
-            f"average, over {limit:.3g}, so completions would not come from the trained policy; please report this with "
-            "the model and the versions"
+            f"average, over {limit:.3g}, so completions would not come from the trained policy; please report this "
+            "with the model and the versions"
         )
 
 

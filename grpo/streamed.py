@@ -86,6 +86,18 @@ def sample_tokens(tokenizer: Any, vocabulary: int) -> Tensor:
     return torch.tensor([row[:shortest] for row in rows])
 
 
+def adapter_share(base: Tensor, with_adapter: Tensor, written: Tensor) -> float:
+    """How much of an adapter's effect a written model shows: 1 all, 0 none. Logits [..., vocabulary], float32.
+
+    The effect is what the adapter adds to log-probabilities in float32; what the written model adds to those of the
+    base is projected onto it, every token weighed by its probability. nan for an adapter without effect.
+    """
+    start, target, found = (torch.log_softmax(logits, -1) for logits in (base, with_adapter, written))
+    effect, weight = target - start, target.exp()
+    size = float((weight * effect.square()).sum())
+    return float((weight * (found - start) * effect).sum()) / size if size else float("nan")
+
+
 @dataclass(frozen=True)
 class Distance:
     """How far one model's next-token distributions are from another's."""

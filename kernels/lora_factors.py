@@ -53,7 +53,7 @@ class LowRank:
 
 
 def with_bias(low_rank: LowRank | None, bias: Tensor | None, rows: int) -> LowRank | None:
-    """`bias` [N] as one more column of `low_rank`, for a product of `rows` rows: cuBLAS rounds before it adds a bias."""
+    """`bias` [N] as one more column of `low_rank`, for `rows` rows of x: cuBLAS rounds before it adds a bias."""
     if bias is None:
         return low_rank
     shrunk, b = bias.new_zeros(rows, BIAS_COLUMNS), bias.new_zeros(bias.shape[0], BIAS_COLUMNS)

@@ -31,7 +31,7 @@ FLOAT32_BYTES = 64 << 20
 PIECE_BYTES = 64 << 20
 """Of [W | U] at a time."""
 MOST_ROWS, FEATURES = 64, 128
-"""Tile of a program that adds and rounds; smaller for few rows, which would not fill a GPU."""
+"""Tile of a program that adds and rounds; of 16 rows where there are few, which would not fill a GPU."""
 
 
 def sums_in_float32(like: Tensor, rows: int, features: int) -> bool:
@@ -78,14 +78,13 @@ def round_sum(total: Tensor, bias: Tensor | None, low_rank: LowRank | None, out:
     assert total.is_contiguous() and total.dtype == torch.float32 and out.shape == total.shape and out.stride(1) == 1
     assert shrunk.shape == (rows, ranks) and b.shape == (features, ranks) and shrunk.stride(1) == 1
     assert shrunk.dtype == b.dtype == out.dtype and (bias is None or bias.is_contiguous())
-    few = rows <= MOST_ROWS
-    tile_rows, tile_features = (16, FEATURES // 2) if few else (MOST_ROWS, FEATURES)
-    grid = (triton.cdiv(rows, tile_rows), triton.cdiv(features, tile_features))
+    tile_rows = 16 if rows <= MOST_ROWS else MOST_ROWS
+    grid = (triton.cdiv(rows, tile_rows), triton.cdiv(features, FEATURES))
     with on_device(total):
         _round_sum_kernel[grid](
             total, out if bias is None else bias, shrunk, b, out, rows, features, shrunk.stride(0), b.stride(0),
             b.stride(1), out.stride(0), bias is not None, ranks, min(64, triton.next_power_of_2(max(ranks, 16))),
-            tile_rows, tile_features, portable(total), num_warps=2 if few else 4,
+            tile_rows, FEATURES, portable(total), num_warps=4,
         )  # fmt: skip
 
 

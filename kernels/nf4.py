@@ -289,7 +289,7 @@ def _check_weight(weight: Tensor) -> tuple[int, int]:
 
 @lru_cache
 def _pair_table(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[256, 2]: the two codes of a byte, high nibble first, as values. Made once: a captured CUDA graph cannot copy it."""
+    """[256, 2]: the two codes of a byte, high nibble first, as values. Made once: a CUDA graph cannot copy it."""
     with torch.inference_mode(False):
         code = torch.tensor(CODE, dtype=torch.float32).to(dtype)
         byte = torch.arange(256)

@@ -227,8 +227,8 @@ def planned(**changes: Any) -> TrainingMemory:
 
 
 def test_a_token_of_llama_8b_costs_what_its_tensors_take() -> None:
-    """Kept by a layer: its input, q, k, v, attention's output, the MLP's input, gate, up and their adapters' 64 columns,
-    and 32 floats."""
+    """Kept by a layer: its input, q, k, v, attention's output, the MLP's input, gate, up and 64 columns of their
+    adapters, and 32 floats."""
     numbers = 4096 + (4096 + 2 * 1024) + 4096 + 4096 + 2 * 14336 + 64
     assert planned(tokens=1, keys=1).kept_by_layer() == 2 * numbers + 4 * 32
     assert planned(tokens=1).kept("layer") == 32 * 2 * 4096

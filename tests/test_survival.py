@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from tiny import save_tiny
@@ -11,6 +13,7 @@ from grpo.base import BaseWeights
 from grpo.config import Lora, Model
 from grpo.policy import ADAPTER, Policy
 from grpo.source import open_source
+from grpo.streamed import adapter_share
 from grpo.survival import adapter_survival, float32_graph, float32_logprobs
 
 PROMPTS = [[5, 9, 33, 2], [5, 9, 33, 2], [12, 40, 7]]
@@ -79,3 +82,13 @@ def test_out_of_memory_is_no_reason_to_end_a_run(tmp_path, monkeypatch):
 
     monkeypatch.setattr(survival, "float32_effect", full)
     assert adapter_survival(policy, PROMPTS, COMPLETIONS) is None
+
+
+def test_an_export_that_shows_half_of_an_adapter_is_said_to_show_half():
+    generator = torch.Generator().manual_seed(0)
+    base, effect = (torch.randn(4, 7, 50, generator=generator) for _ in range(2))
+    small = 1e-3 * effect
+    assert adapter_share(base, base + small, base + small) == pytest.approx(1.0)
+    assert adapter_share(base, base + small, base) == 0.0
+    assert adapter_share(base, base + small, base + small / 2) == pytest.approx(0.5, abs=1e-3)
+    assert math.isnan(adapter_share(base, base, base))
