@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import shutil
 import sys
@@ -298,9 +299,6 @@ def compare(merged: MergedSource, folder: Path, form: str, notice: Callable[[str
     found = streamed_logits(written, tokens, config)
     distance = Distance.between(expected, found)
     notice(f"read back and compared with base + adapter on {len(tokens)} texts: {distance}")
-    share = adapter_share(base, expected, found)
-    if share == share:
-        notice(f"of what the adapter does to these texts in float32, {share:.0%} is in what was written")
     if form in ("merged-4bit", "gguf-q4_k_m"):
         moved = Distance.between(expected, base)
         notice(f"for comparison, base without adapter: {moved}")
@@ -308,6 +306,9 @@ def compare(merged: MergedSource, folder: Path, form: str, notice: Callable[[str
             notice("quantising moved the model further than training did; prefer more bits, or the adapter on its base")
     elif not distance.kl < FAITHFUL_KL:
         raise UserError(f"{folder.name}: the export does not compute what base + adapter do; nothing was exported")
+    share = adapter_share(base, expected, found)
+    if not math.isnan(share):
+        notice(f"of what the adapter does to these texts in float32, {share:.0%} is in what was written")
     if share < FAITHFUL_SHARE:
         notice("rounding took back part of so small an adapter; --to adapter keeps all of it, on its base")
 
