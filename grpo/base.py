@@ -22,6 +22,7 @@ from grpo.errors import UserError
 from grpo.fingerprint import Fingerprint
 from grpo.kernels import nf4
 from grpo.model_files import check_shapes
+from grpo.model_keys import check_keys, settle
 from grpo.plan import VOCABULARY_PADDING, embedding_bytes, pinned_bytes, weights_on_host
 from grpo.source import NF4Tensor, Source
 
@@ -83,6 +84,8 @@ class BaseWeights:
         check_supported(source.config, str(source.path))
         check_shapes(source)
         self.config: Any = source.config.get_text_config()
+        check_keys(self.config, str(source.path))
+        settle(self.config)
         self.source_path = source.path
         self.fingerprint = Fingerprint.of(source)
         self.device, self.dtype = device, dtype

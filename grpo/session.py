@@ -8,6 +8,7 @@ that the training graph can be used without it.
 from __future__ import annotations
 
 import gc
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from grpo.host_memory import give_back_pinned
 from grpo.keep_16bit import load_base
 from grpo.locate import lasting_name
 from grpo.model_files import check_head_size, check_shapes, end_tokens
+from grpo.model_keys import check_keys, settle
 from grpo.plan import MemoryPlan, check_memory, lighter_weights, plan_memory, sequence_limits, weight_bytes
 from grpo.policy import Policy
 from grpo.source import Source, open_source
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
     from grpo.engine import Engine
 
     EngineNeeds = tuple[EngineSettings, MemoryPlan | None]
+
+logger = logging.getLogger("grpo")
 
 
 def open_session(
@@ -67,12 +71,22 @@ class ModelFiles:
     stop_token_ids: tuple[int, ...]
 
 
-def read_model(config: Config, status: Callable[[str], None] = lambda text: None) -> ModelFiles:
-    """Find the model of `config` and read everything but its weights: enough to tokenise the data."""
+def read_model(
+    config: Config,
+    status: Callable[[str], None] = lambda text: None,
+    notice: Callable[[str], None] = logger.warning,
+) -> ModelFiles:
+    """Find the model of `config` and read everything but its weights: enough to tokenise the data.
+
+    `notice` is told, a sentence each, what of the model's configuration is not obeyed.
+    """
     status(f"reading {config.model.name}")
     source = open_source(config.model)
     check_supported(source.config, str(source.path))
     text = source.config.get_text_config()
+    check_keys(text, str(source.path))
+    for sentence in settle(text):
+        notice(sentence)
     check_head_size(text, source.path, on_cpu=resolve_device(config.model.device).type == "cpu")
     adapter_targets(text, config.lora.target_modules)
     check_shapes(source)
@@ -115,6 +129,7 @@ class Session:
         self.policy = Policy(
             self.base, config.lora, seed=train.seed, base_name=lasting_name(config.model.name), kernels=train.kernels
         )
+        self.policy.set_longest(sequence_limits(config)[0])
         if adapter is not None:
             self.policy.load_adapter(adapter)
         if start_engine:
@@ -155,6 +170,8 @@ class Session:
                 f"kernels = {config.train.kernels!r} is decided when the model is loaded; pass it to grpo.load"
             )
         self.config = config
+        if self.policy.set_longest(sequence_limits(config)[0]):
+            self._stop_engine()  # its caches have the frequencies for other lengths
         if self._engine_needs is not None and not covers(self._engine_needs, self._needs(config)):
             self._stop_engine()
 

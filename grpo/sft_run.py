@@ -40,7 +40,7 @@ def run_sft(config: SftConfig, *, resume: bool = False, verbose: bool = False) -
         write_atomically(run.path / CONFIG, sft_config_toml(config).encode())
         settings = config.for_policy()
         with RunLog(run.path, settings, max_steps=config.train.max_steps or 0, verbose=verbose) as log:
-            files = read_model(settings, log.status)
+            files = read_model(settings, log.status, log.notice)
             data = load_data(config, files.tokenizer, files.stop_token_ids)
             for notice in data.notices:
                 log.notice(notice)

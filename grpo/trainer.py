@@ -79,7 +79,7 @@ class Trainer:
             resolve_loss(config.loss)
             if self.launch.first and (uneven := uneven_share(config, self.launch.size)):
                 log.notice(uneven)
-            files = read_model(config, log.status)
+            files = read_model(config, log.status, log.notice)
             data = load_data(config, files.tokenizer)
             ranks = connect(self.launch, resolve_device(config.model.device))
             ranks.check = interrupts.check
