@@ -14,11 +14,12 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from grpo.architectures import ARCHITECTURES
 from grpo.errors import UserError
-from grpo.rope import frequencies, plain_parameters, prefixed, rotary_parameters, rotated
+from grpo.model_files import one_line
+from grpo.rope import frequencies, plain_parameters, rotary_parameters, rotated
 
 ACTIVATIONS = {
     "gemma": ("hidden_act", ("gelu_pytorch_tanh",)),
@@ -31,7 +32,7 @@ OTHER_ACTIVATIONS = ("hidden_act", ("silu",))
 PARTLY_ROTATED = ("phi3",)
 """Families of which transformers can rotate a part of each head."""
 HEAD_OF_HIDDEN_SIZE = ("qwen2",)
-"""Families whose heads vLLM takes to be the hidden size over their number, whatever `head_dim` says."""
+"""Families whose heads are, to vLLM, the hidden size over their number, whatever `head_dim` says."""
 WINDOW_IN_ALL_OR_NONE = ("qwen2", "qwen3")
 """Families that vLLM gives a sliding window in all layers or in none."""
 LAYER_TYPES = ("full_attention", "sliding_attention")
@@ -47,6 +48,15 @@ OLD_SPELLINGS = {
 """Keys that transformers' classes do not list and that are read nonetheless, or checked here."""
 
 
+class Complaint(NamedTuple):
+    """A key that the two graphs would not compute alike."""
+
+    key: str
+    value: Any
+    reason: str
+    """What is wrong with the value, and what to do."""
+
+
 def check_keys(config: Any, where: str) -> None:
     """Raise UserError, naming file and key, unless both graphs compute what `config` says.
 
@@ -57,118 +67,113 @@ def check_keys(config: Any, where: str) -> None:
         raise UserError(f"{file}: {key} = {shown(value)}: {reason}")
 
 
-def complaints(config: Any) -> Iterator[tuple[str, Any, str]]:
-    """(key, value, what is wrong with it and what to do) of all that the two graphs would not compute alike."""
+def complaints(config: Any) -> Iterator[Complaint]:
+    """What `check_keys` refuses, in the order in which it is best told."""
     yield from attention_complaints(config)
+    yield from activation_complaints(config)
     yield from layer_complaints(config)
     yield from number_complaints(config)
     yield from token_complaints(config)
     yield from rotary_complaints(config)
 
 
-def attention_complaints(config: Any) -> Iterator[tuple[str, Any, str]]:
-    family = config.model_type
+def attention_complaints(config: Any) -> Iterator[Complaint]:
+    """About who sees whom, and the sizes of heads."""
+    causal = "completions are sampled left to right; use a causal model"
     if getattr(config, "use_bidirectional_attention", None):
-        yield "use_bidirectional_attention", True, "completions are sampled left to right; use a causal model"
+        yield Complaint("use_bidirectional_attention", True, causal)
     if getattr(config, "is_causal", True) is False:
-        yield "is_causal", False, "completions are sampled left to right; use a causal model"
+        yield Complaint("is_causal", False, causal)
     if getattr(config, "is_heterogeneous", False):
-        yield "per_layer_config", "...", "layers of different shapes are not served; use a model whose layers are alike"
+        yield Complaint("per_layer_config", "...", "layers that differ in shape are not served; use a model without it")
     head, derived = getattr(config, "head_dim", None), config.hidden_size // config.num_attention_heads
-    if family in HEAD_OF_HIDDEN_SIZE and head not in (None, derived):
-        yield "head_dim", head, f"vLLM's {ARCHITECTURES[family]} has heads of hidden_size / num_attention_heads = " + (
-            f"{derived}; use another model"
-        )
-    key, known = ACTIVATIONS.get(family, OTHER_ACTIVATIONS)
-    if getattr(config, key) not in known:
-        yield key, getattr(config, key), f"vLLM's {ARCHITECTURES[family]} computes only {either(known)}; " + (
-            "set one of them if it is the same function, or use another model"
-        )
-    legacy = getattr(config, "hidden_activation", None)
-    if key == "hidden_act" and legacy not in (None, config.hidden_act):
-        yield "hidden_activation", legacy, f"hidden_act says {config.hidden_act!r}; remove one of them"
+    if config.model_type in HEAD_OF_HIDDEN_SIZE and head not in (None, derived):
+        yield Complaint("head_dim", head, f"{vllms(config)} has heads of {derived}; use another model")
 
 
-def layer_complaints(config: Any) -> Iterator[tuple[str, Any, str]]:
+def activation_complaints(config: Any) -> Iterator[Complaint]:
+    """About the MLP's activation."""
+    key, known = ACTIVATIONS.get(config.model_type, OTHER_ACTIVATIONS)
+    value, legacy = getattr(config, key), getattr(config, "hidden_activation", None)
+    if value not in known:
+        computed = " or ".join(map(repr, known))
+        remedy = "name the same function so, or use another model"
+        yield Complaint(key, value, f"{vllms(config)} computes {computed} alone; {remedy}")
+    if key == "hidden_act" and legacy not in (None, value):
+        yield Complaint("hidden_activation", legacy, f"hidden_act is {value!r}; remove one of the two")
+
+
+def layer_complaints(config: Any) -> Iterator[Complaint]:
     """About which layers have a sliding window."""
-    family, window = config.model_type, getattr(config, "sliding_window", None)
+    window, layers = getattr(config, "sliding_window", None), config.num_hidden_layers
     kinds = getattr(config, "layer_types", None)
     if not kinds:
         return
-    if len(kinds) < config.num_hidden_layers or not set(kinds) <= set(LAYER_TYPES):
-        yield "layer_types", kinds, f"expected one of {either(LAYER_TYPES)} for each of {config.num_hidden_layers} layers"
+    if len(kinds) < layers or not set(kinds) <= set(LAYER_TYPES):
+        kind = " or ".join(map(repr, LAYER_TYPES))
+        yield Complaint("layer_types", kinds, f"must be {kind} for each of the {layers} layers; use another model")
         return
-    sliding = kinds[: config.num_hidden_layers].count("sliding_attention")
+    sliding = list(kinds[:layers]).count("sliding_attention")
     if sliding and window is None:
-        yield "layer_types", kinds, "no sliding_window (or use_sliding_window = false) says how far those layers see; " + (
-            "set one, or make them full_attention"
-        )
-    elif family in WINDOW_IN_ALL_OR_NONE and 0 < sliding < config.num_hidden_layers:
-        yield "use_sliding_window", True, (
-            f"{sliding} of {config.num_hidden_layers} layers have the window, and vLLM's {ARCHITECTURES[family]} gives it "
-            f"to all or to none; set it to false, which is the same for sequences of at most {window} tokens, or use "
-            "another model"
-        )
-    elif "layer_types" not in own_keys(config) and sliding not in (0 if window is None else config.num_hidden_layers,):
-        yield "layer_types", kinds, f"transformers' {type(config).__name__} has the same attention in every layer; " + (
-            "remove it, or use the family that the model is of"
-        )
+        lacking = "sliding_window (or use_sliding_window) says that there is no window"
+        yield Complaint("layer_types", kinds, f"{lacking}; set one, or make all layers full_attention")
+    elif config.model_type in WINDOW_IN_ALL_OR_NONE and 0 < sliding < layers:
+        reason = f"{sliding} of {layers} layers have the window, and {vllms(config)} gives it to all or to none"
+        remedy = f"set it to false, which is the same for sequences of at most {window} tokens, or use another model"
+        yield Complaint("use_sliding_window", True, f"{reason}; {remedy}")
+    elif "layer_types" not in own_keys(config) and sliding != (0 if window is None else layers):
+        alike = f"transformers' {type(config).__name__} has the same attention in every layer"
+        yield Complaint("layer_types", kinds, f"{alike}; remove it, or name the family that the model is of")
 
 
-def number_complaints(config: Any) -> Iterator[tuple[str, Any, str]]:
+def number_complaints(config: Any) -> Iterator[Complaint]:
+    """About numbers that would make every value infinite or none."""
     for key in ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"):
         value = getattr(config, key, None)
         if value is not None and not is_number(value, above=0):
-            yield key, value, "must be a number above 0; correct it"
-    if not is_number(config.rms_norm_eps, above=-1e-30):
-        yield "rms_norm_eps", config.rms_norm_eps, "must be a number, 0 or above; correct it"
+            yield Complaint(key, value, "must be a number above 0; correct it")
+    if not (config.rms_norm_eps == 0 or is_number(config.rms_norm_eps, above=0)):
+        yield Complaint("rms_norm_eps", config.rms_norm_eps, "must be a number, 0 or above; correct it")
     window = getattr(config, "sliding_window", None)
     if window is not None and (not isinstance(window, int) or window < 1):
-        yield "sliding_window", window, "must be a whole number above 0, or null for none; correct it"
+        yield Complaint("sliding_window", window, "must be a whole number above 0, or null for none; correct it")
 
 
-def token_complaints(config: Any) -> Iterator[tuple[str, Any, str]]:
+def token_complaints(config: Any) -> Iterator[Complaint]:
     """About tokens that the embedding has no row for."""
-    rows = config.vocab_size
-    pad, ends = config.pad_token_id, config.eos_token_id
+    rows, pad, ends = config.vocab_size, config.pad_token_id, config.eos_token_id
+    reason = f"no token of the vocabulary, whose embedding has {rows} rows"
     if pad is not None and not -rows <= pad < rows:
-        yield "pad_token_id", pad, f"no token of the vocabulary, whose embedding has {rows} rows; set another, or null"
+        yield Complaint("pad_token_id", pad, f"{reason}; set another, or null")
     for token in ends if isinstance(ends, list) else [] if ends is None else [ends]:
         if not isinstance(token, int) or not 0 <= token < rows:
-            yield "eos_token_id", ends, f"no token of the vocabulary, whose embedding has {rows} rows; correct it"
+            yield Complaint("eos_token_id", ends, f"{reason}; correct it")
 
 
-def rotary_complaints(config: Any) -> Iterator[tuple[str, Any, str]]:
+def rotary_complaints(config: Any) -> Iterator[Complaint]:
     """About rotary positions: transformers' functions are tried on what the configuration says."""
-    parameters = config.rope_parameters
     for kind, values in rotary_parameters(config):
         key = f"rope_parameters.{kind}" if kind else "rope_parameters"
-        part = values.get("partial_rotary_factor")
+        part, theta = values.get("partial_rotary_factor"), values.get("rope_theta")
         if part is not None and not (is_number(part, above=0) and part <= 1):
-            yield f"{key}.partial_rotary_factor", part, "must be above 0 and at most 1; correct it"
-            return
-        if config.model_type not in PARTLY_ROTATED and part not in (None, 1):
-            yield "partial_rotary_factor", part, (
-                f"transformers' {ARCHITECTURES[config.model_type]} rotates whole heads and vLLM's a part of them; use a "
-                "model of another family"
-            )
-            return
-        if not is_number(values.get("rope_theta"), above=0):
-            yield f"{key}.rope_theta", values.get("rope_theta"), "must be a number above 0; correct it"
-            return
+            yield Complaint(f"{key}.partial_rotary_factor", part, "must be above 0 and at most 1; correct it")
+        elif config.model_type not in PARTLY_ROTATED and part not in (None, 1):
+            whole = f"transformers' {ARCHITECTURES[config.model_type]} rotates whole heads, vLLM's a part of them"
+            yield Complaint(f"{key}.partial_rotary_factor", part, f"{whole}; use a model of another family")
+        elif not is_number(theta, above=0):
+            yield Complaint(f"{key}.rope_theta", theta, "must be a number above 0; correct it")
     try:
-        found = frequencies(config, 1) | {prefixed(kind, "long"): pair for kind, pair in frequencies(config).items()}
+        found = [*frequencies(config, 1).values(), *frequencies(config).values()]
     except Exception as error:  # whatever transformers' functions make of a stranger's numbers
-        yield "rope_parameters", parameters, f"no rotary frequencies follow from it ({type(error).__name__}: {error}); " + (
-            "correct it"
-        )
+        reason = f"transformers finds no rotary frequencies in it ({type(error).__name__}: {one_line(error)})"
+        yield Complaint("rope_parameters", config.rope_parameters, f"{reason}; correct it")
         return
     widths = {rotated(config, values) for _, values in rotary_parameters(config)}
-    for inverse, scaling in found.values():
+    for inverse, scaling in found:
         usable = bool(inverse.isfinite().all()) and bool((inverse >= 0).all()) and is_number(scaling, above=0)
         if not usable or 2 * len(inverse) not in widths:
-            yield "rope_parameters", parameters, "the rotary frequencies that follow from it are not usable; correct it"
-            return
+            reason = "the rotary frequencies that follow are not finite, or do not fit the heads; correct it"
+            yield Complaint("rope_parameters", config.rope_parameters, reason)
 
 
 def settle(config: Any) -> list[str]:
@@ -177,8 +182,8 @@ def settle(config: Any) -> list[str]:
     for key in DROPOUTS:
         if getattr(config, key, None):
             notices.append(
-                f"the model's {key} = {getattr(config, key)} is not applied: completions are sampled without dropout, and "
-                "trained on as they were sampled (lora_dropout acts on the adapter alone)"
+                f"the model's {key} = {getattr(config, key)} is not applied, because completions are sampled without "
+                "dropout; lora.lora_dropout acts on the adapter"
             )
             setattr(config, key, 0.0)
     for key, value in WITHOUT_EFFECT.items():
@@ -193,8 +198,8 @@ def settle(config: Any) -> list[str]:
         original = values.get("original_max_position_embeddings")
         if values.get("rope_type") == "longrope" and original is not None:
             notices.append(
-                f"the model has rotary factors for sequences of at most {original:,} tokens and others for longer ones: "
-                "all sequences get those of the longest that the configuration allows"
+                f"the model has rotary factors for at most {original:,} tokens and others for more; the longest "
+                "sequence that rollout and evaluation may have decides for all which are used"
             )
     return notices
 
@@ -227,10 +232,12 @@ def is_number(value: Any, above: float) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > above
 
 
-def either(names: tuple[str, ...]) -> str:
-    return " or ".join(map(repr, names))
+def vllms(config: Any) -> str:
+    """vLLM's class, in a sentence."""
+    return f"vLLM's {ARCHITECTURES[config.model_type]}"
 
 
 def shown(value: Any) -> str:
+    """A value of the configuration as the file has it, cut to a readable length."""
     text = json.dumps(value, default=str)
     return text if len(text) <= 120 else f"{text[:120]}..."

@@ -358,7 +358,7 @@ def build_graph(base: BaseWeights) -> nn.Module:
 def rebuild_buffers(
     graph: nn.Module, config: Any, device: torch.device, dtype: torch.dtype, longest: int | None = None
 ) -> None:
-    """Compute what a checkpoint does not hold: rotary frequencies (for `longest` tokens) and Gemma's embedding scale."""
+    """Compute what a checkpoint has not: rotary frequencies, for `longest` tokens, and Gemma's embedding scale."""
     for name, module in list(graph.named_modules()):
         if not any(buffer.is_meta for buffer in module.buffers(recurse=False)):
             continue

@@ -65,7 +65,7 @@ class Rotary(nn.Module):
 
 
 def frequencies(config: Any, longest: int | None = None) -> Frequencies:
-    """transformers' rotary frequencies for sequences of at most `longest` tokens (None: as many as the model allows)."""
+    """transformers' rotary frequencies for sequences of at most `longest` tokens (None: what the model allows)."""
     settled = copy.deepcopy(config)
     longest = config.max_position_embeddings if longest is None else longest
     for _, parameters in rotary_parameters(settled):

@@ -143,8 +143,10 @@ def configurations(draw: Any) -> tuple[str, dict[str, Any]]:
     from grpo.model_keys import own_keys
 
     family = draw(st.sampled_from(sorted(FAMILIES)))
-    own = own_keys(AutoConfig.for_model(family)) | ({"sliding_window_pattern"} & set(VALUES))
-    keys = draw(st.lists(st.sampled_from(sorted(own)), min_size=1, max_size=4, unique=True))
+    own = own_keys(AutoConfig.for_model(family))
+    keys = draw(st.lists(st.sampled_from(sorted(own)), min_size=2, max_size=4, unique=True))
+    if draw(st.booleans()):
+        keys.append("rope_parameters")
     changes = {key: draw(VALUES[key]) for key in keys}
     for others in (OF_ALL_MODELS, UNHEARD_OF, VALUES):
         if draw(st.integers(0, 4)) == 4:
@@ -183,10 +185,11 @@ def save_model(folder: Path, family: str, values: dict[str, Any]) -> Any:
     except Exception:  # whatever transformers' checks raise
         save_file({"model.embed_tokens.weight": torch.zeros(2, 2)}, folder / "model.safetensors")
         return None
+    config.return_dict = model.config.return_dict = True  # without it transformers' own model does not run
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            wide = 0.5 if "embed" in name or "lm_head" in name else 0.12
-            parameter.copy_(torch.randn_like(parameter) * 0.2 + 1 if "norm" in name else torch.randn_like(parameter) * wide)
+            wide, middle = (0.2, 1) if "norm" in name else (0.5 if "embed" in name or "lm_head" in name else 0.12, 0)
+            parameter.copy_(torch.randn_like(parameter) * wide + middle)
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     if config.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)

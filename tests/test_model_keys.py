@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, event, given, settings
-from model_configs import LONGEST, VALUES, configurations, save_model
-from tiny import COMMON, FAMILIES
+from model_configs import LONGEST, configurations, save_model
 
 from grpo.base import BaseWeights
 from grpo.config import Lora, Model
 from grpo.errors import UserError
+from grpo.model_files import check_head_size
 from grpo.policy import Policy
 from grpo.source import open_source
 
@@ -26,7 +24,9 @@ CPU = torch.device("cpu")
 def load(folder: Path) -> tuple[BaseWeights, Policy]:
     """Base and policy of the model in `folder`, with an adapter that does something."""
     model = Model(name=str(folder), load_in_4bit=False, dtype="float32")
-    base = BaseWeights(open_source(model), model, device=CPU, dtype=torch.float32)
+    source = open_source(model)
+    check_head_size(source.config, source.path, on_cpu=True)
+    base = BaseWeights(source, model, device=CPU, dtype=torch.float32)
     policy = Policy(base, Lora(r=4, lora_alpha=8), seed=1)
     torch.manual_seed(2)
     for layer in policy.adapter_layers().values():
