@@ -25,6 +25,7 @@ from grpo.generation import EngineSettings, SamplingSettings
 from grpo.host_memory import give_back_pinned
 from grpo.keep_16bit import load_base
 from grpo.locate import lasting_name
+from grpo.machine import check_machine, resolve_device
 from grpo.model_files import check_head_size, check_shapes, end_tokens
 from grpo.model_keys import check_keys, settle
 from grpo.plan import MemoryPlan, check_memory, lighter_weights, plan_memory, sequence_limits, weight_bytes
@@ -114,6 +115,7 @@ class Session:
         self.status = status
         self._engine: Engine | None = None
         self._engine_needs: EngineNeeds | None = None
+        check_machine(config.model.device, engine=start_engine)
         device = resolve_device(config.model.device)
         dtype = resolve_dtype(config.model.dtype, device)
         source, self.tokenizer, self.stop_token_ids = files.source, files.tokenizer, files.stop_token_ids
@@ -152,6 +154,7 @@ class Session:
         return self._engine is not None
 
     def _start_engine(self, kv_bytes: int | None) -> None:
+        check_machine(self.config.model.device)
         self.status("starting vLLM")
         from grpo.engine import Engine
 
@@ -234,14 +237,6 @@ def covers(running: EngineNeeds, wanted: EngineNeeds) -> bool:
     if grown != settings:
         return False
     return plan is None or wanted_plan is None or wanted_plan.training <= plan.training
-
-
-def resolve_device(wanted: str) -> torch.device:
-    """The device that `model.device` asks for."""
-    available = torch.cuda.is_available()
-    if wanted == "cuda" and not available:
-        raise UserError('model.device = "cuda": torch sees no GPU; install a CUDA build of torch, or set "cpu"')
-    return torch.device("cuda" if available and wanted != "cpu" else "cpu")
 
 
 def resolve_dtype(wanted: str, device: torch.device) -> torch.dtype:

@@ -24,6 +24,7 @@ from grpo.checkpoint import check_run, saved_config, step_numbers
 from grpo.config import Config, config_toml, read_config
 from grpo.errors import BAD_INPUT, UserError, disk_refusal, fail
 from grpo.interrupt import leaving_at_once
+from grpo.machine import check_machine
 from grpo.plan import memory_plan
 from grpo.toml import write_value
 from grpo.torchrun import Launch, RankLost, check_share, take_launch
@@ -124,6 +125,7 @@ def train(config: Config, launch: Launch, *, resume: bool, verbose: bool) -> Non
     from grpo.log import quiet_libraries
 
     quiet_libraries(verbose)
+    check_machine(config.model.device)
     from grpo.trainer import Trainer
 
     with leaving_at_once():

@@ -40,6 +40,7 @@ from grpo.keep_16bit import remember_choice
 from grpo.learner import UNMEASURED, Learner
 from grpo.log import RunLog
 from grpo.loss import resolve_loss
+from grpo.machine import resolve_device
 from grpo.plan import sequence_limits
 from grpo.ranks import Ranks, connect
 from grpo.records import EVALUATIONS, printable, read_entries
@@ -49,7 +50,7 @@ from grpo.rewards.resolve import described
 from grpo.sampler import Group, Rollout, Sampler, sample_seed
 from grpo.scored import logged, reward_table, sampling_metrics
 from grpo.selftest import check_rollout_follows_adapter
-from grpo.session import Session, open_session, read_model, resolve_device
+from grpo.session import Session, open_session, read_model
 from grpo.silent_log import SilentLog
 from grpo.state import load_tensors, save_tensors
 from grpo.torchrun import Launch
@@ -129,7 +130,7 @@ def own_share(config: Config, ranks: int) -> Config:
 
 def facts(config: Config) -> dict[str, Any]:
     """What must be the same on every rank."""
-    gpu = torch.cuda.is_available() and resolve_device(config.model.device).type == "cuda"
+    gpu = resolve_device(config.model.device).type == "cuda"
     return {
         "the configuration": config_toml(config),
         "the GPU": torch.cuda.get_device_name() if gpu else "none",
