@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from grpo.checkpoint import CONFIG, create_run_folder, replace_folder, write_atomically
 from grpo.errors import UserError
 from grpo.interrupt import Interrupts
-from grpo.keep_16bit import remember_choice
+from grpo.keep_16bit import remember_base
 from grpo.log import RunLog
 from grpo.session import open_session, read_model
 from grpo.sft_config import SftConfig, sft_config_toml
@@ -46,7 +46,7 @@ def run_sft(config: SftConfig, *, resume: bool = False, verbose: bool = False) -
                 log.notice(notice)
             resumed = run.path if resume else None
             with open_session(settings, files=files, status=log.status, start_engine=False, resumed=resumed) as session:
-                remember_choice(session.base, run.path)
+                remember_base(session.base, run.path)
                 tokens = config.sft.per_device_train_batch_size * config.sft.max_length
 
                 def evaluate() -> dict[str, float]:

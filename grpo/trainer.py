@@ -36,7 +36,7 @@ from grpo.errors import UserError
 from grpo.evaluate import evaluate, measure_pass_rates
 from grpo.guard import UnusableUpdate, dump_folder, whole, write_dump
 from grpo.interrupt import Interrupts
-from grpo.keep_16bit import remember_choice
+from grpo.keep_16bit import remember_base
 from grpo.learner import UNMEASURED, Learner
 from grpo.log import RunLog
 from grpo.loss import resolve_loss
@@ -166,7 +166,7 @@ def train_session(
     ranks = ranks or Ranks()
     ranks.copy_first(session.policy.parameters())
     if ranks.first:
-        remember_choice(session.base, folder)
+        remember_base(session.base, folder)
     log.status("checking that vLLM follows the adapter")
     check_rollout_follows_adapter(session)
     with Interrupts() as interrupts, interrupts.deferred():
