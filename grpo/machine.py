@@ -63,7 +63,7 @@ def gpu_problem() -> str | None:
     if cuda is None:
         if torch.cuda.is_available():
             return None
-        return f'torch {torch.__version__} is a build without CUDA; install one for your driver, or set it to "cpu"'
+        return f'torch {torch.__version__} is a build without CUDA; install one for your driver, or set "cpu"'
     needed = DRIVERS.get(int(cuda.split(".")[0]))
     needs = (
         f"torch {torch.__version__} needs the NVIDIA driver {needed} or newer" if needed else "a newer one is needed"
@@ -124,7 +124,7 @@ def engine_problem(device: str) -> str | None:
     if device == "cpu" and cpu is None:
         return f"vLLM {gpu} is a build for GPUs and does not run on the CPU; install requirements/cpu.txt"
     if device == "cuda" and gpu is None:
-        return f'vLLM {cpu} is a build for the CPU; pip install "grpo[cuda]", or set it to "cpu"'
+        return f'vLLM {cpu} is a build for the CPU; pip install "grpo[cuda]", or set "cpu"'
     return None
 
 

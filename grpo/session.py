@@ -31,6 +31,7 @@ from grpo.model_keys import check_keys, settle
 from grpo.plan import MemoryPlan, check_memory, lighter_weights, plan_memory, sequence_limits, weight_bytes
 from grpo.policy import Policy
 from grpo.source import Source, open_source
+from grpo.vocabulary import no_row
 
 if TYPE_CHECKING:
     from grpo.engine import Engine
@@ -260,6 +261,11 @@ def read_template(path: Path) -> str:
 def stop_token_ids(source: Any, tokenizer: Any) -> tuple[int, ...]:
     """Every token that ends a completion: the tokenizer's, the configuration's and the generation configuration's."""
     text = source.config.get_text_config()
+    if (tokenizer.eos_token_id or 0) >= text.vocab_size:
+        raise UserError(
+            f"{source.path}: completions end with the tokenizer's eos_token, and "
+            f"{no_row(tokenizer.eos_token_id, tokenizer, text.vocab_size)}, or name another in tokenizer_config.json"
+        )
     found = [tokenizer.eos_token_id, text.eos_token_id]
     found += end_tokens(source.path / "generation_config.json", text.vocab_size)
     flat = [token for entry in found if entry is not None for token in (entry if isinstance(entry, list) else [entry])]

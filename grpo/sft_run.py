@@ -23,6 +23,7 @@ from grpo.session import open_session, read_model
 from grpo.sft_config import SftConfig, sft_config_toml
 from grpo.sft_data import Example, load_data
 from grpo.sft_eval import held_out_loss
+from grpo.vocabulary import check_tokens
 
 if TYPE_CHECKING:
     from grpo.session import Session
@@ -42,6 +43,9 @@ def run_sft(config: SftConfig, *, resume: bool = False, verbose: bool = False) -
         with RunLog(run.path, settings, max_steps=config.train.max_steps or 0, verbose=verbose) as log:
             files = read_model(settings, log.status, log.notice)
             data = load_data(config, files.tokenizer, files.stop_token_ids)
+            texts = [("a training row", each.input_ids) for each in data.examples]
+            texts += [("a held-out row", each.input_ids) for each in data.held_out]
+            check_tokens(texts, files.tokenizer, files.source.config)
             for notice in data.notices:
                 log.notice(notice)
             resumed = run.path if resume else None

@@ -54,6 +54,7 @@ from grpo.session import Session, open_session, read_model
 from grpo.silent_log import SilentLog
 from grpo.state import load_tensors, save_tensors
 from grpo.torchrun import Launch
+from grpo.vocabulary import check_tokens
 
 STATE = "trainer.safetensors"
 PASS_RATES = "pass_rates.json"
@@ -82,6 +83,7 @@ class Trainer:
                 log.notice(uneven)
             files = read_model(config, log.status, log.notice)
             data = load_data(config, files.tokenizer)
+            check_tokens(data.texts(), files.tokenizer, files.source.config)
             ranks = connect(self.launch, resolve_device(config.model.device))
             ranks.check = interrupts.check
             ranks.require_same(facts(config))

@@ -73,7 +73,7 @@ def test_a_gpu_is_taken_and_a_build_without_cuda_means_the_cpu(driver):
     assert machine.resolve_device("auto").type == machine.resolve_device("cuda").type == "cuda"
     driver(cuda=None)
     assert machine.resolve_device("auto").type == "cpu"
-    with pytest.raises(UserError, match='build without CUDA; install one .* or set it to "cpu"'):
+    with pytest.raises(UserError, match='build without CUDA; install one .* or set "cpu"'):
         machine.resolve_device("cuda")
 
 
