@@ -44,7 +44,7 @@ class Rotary(nn.Module):
         kind = layer_type if layer_type in self.scalings else EVERYWHERE
         angles = position_ids[..., None].float() * self.get_buffer(prefixed(kind, "inv_freq"))
         angles = torch.cat((angles, angles), dim=-1)
-        return tuple((part * self.scalings[kind]).to(x.dtype) for part in (angles.cos(), angles.sin()))  # type: ignore[return-value]
+        return tuple((part * self.scalings[kind]).to(x.dtype) for part in (angles.cos(), angles.sin()))
 
     @torch.no_grad()
     def set_longest(self, longest: int) -> bool:

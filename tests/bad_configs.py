@@ -39,7 +39,7 @@ def layers_of_a_kind_that_is_not_served(home: Path) -> None:
 
 @case("model/config.json: layer_types = [", "Phi3Config has the same attention in every layer")
 def a_family_with_layer_types_of_another(home: Path) -> None:
-    family(home, "phi3", layer_types=["full_attention", "sliding_attention"] * 2)
+    family(home, "phi3", sliding_window=64, layer_types=["full_attention", "sliding_attention"] * 2)
 
 
 @case("model/config.json: rope_parameters.partial_rotary_factor = 0.5", "LlamaForCausalLM rotates whole heads")
