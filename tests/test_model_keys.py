@@ -7,13 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, event, given, settings
-from model_configs import LONGEST, configurations, save_model
+from hypothesis import HealthCheck, Phase, event, given, settings
+from model_configs import LONGEST, VALUES, configurations, save_model
+from tiny import COMMON, FAMILIES
+from transformers import AutoConfig
 
 from grpo.base import BaseWeights
 from grpo.config import Lora, Model
 from grpo.errors import UserError
 from grpo.model_files import check_head_size
+from grpo.model_keys import own_keys, served_values, settle
 from grpo.policy import Policy
 from grpo.source import open_source
 
@@ -95,7 +98,12 @@ def check_configuration(family: str, values: dict) -> None:
             event("equal logprobs")
 
 
-MANY = {"deadline": None, "suppress_health_check": list(HealthCheck), "print_blob": True, "database": None}
+MANY = {
+    "suppress_health_check": list(HealthCheck),
+    "phases": [Phase.explicit, Phase.generate],  # each example starts vLLM; the first that fails says enough
+    "print_blob": True,
+    "database": None,
+}
 
 
 @pytest.mark.vllm
@@ -112,3 +120,73 @@ def test_a_configuration_is_served_exactly_or_refused_in_a_sentence(drawn):
 @given(configurations())
 def test_many_configurations_are_served_exactly_or_refused_in_a_sentence(drawn):
     check_configuration(*drawn)
+
+
+def save_longrope(folder: Path, original: int = 24, **more: object) -> object:
+    """A Phi-3 with rotary factors for at most `original` tokens and others for more."""
+    factors = {"short_factor": [1.0] * 16, "long_factor": [float(2 + number % 5) for number in range(16)]}
+    values = {"model_type": "phi3", **COMMON, **FAMILIES["phi3"], "original_max_position_embeddings": original}
+    return save_model(folder, "phi3", {**values, "rope_parameters": {"rope_type": "longrope", **factors, **more}})
+
+
+def test_a_sequences_logprobs_do_not_depend_on_its_neighbours(tmp_path):
+    """One of them longer than the model's first training, by whose length transformers would choose for the row."""
+    save_longrope(tmp_path)
+    _, policy = load(tmp_path)
+    prompts, completions = PROMPTS, [[7, 8, 9], [(7 * number) % 160 for number in range(40)]]
+    for longest, changes in ((24, True), (20, False), (48, True), (256, False), (24, True)):
+        assert policy.set_longest(longest) == changes
+        together = scored(policy, prompts, completions)
+        alone = [scored(policy, [p], [c]) for p, c in zip(prompts, completions, strict=True)]
+        torch.testing.assert_close(together, torch.cat(alone), atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("longest", [24, 48])
+def test_the_rotation_is_transformers_for_a_sequence_that_is_as_long_as_the_run_allows(longest, tmp_path):
+    reference = save_longrope(tmp_path, attention_factor=1.3)
+    _, policy = load(tmp_path)
+    policy.set_longest(longest)
+    prompt, completion = PROMPTS[0], [(11 * number) % 160 for number in range(longest - 10)]
+    with policy.model.disable_adapter(), torch.no_grad():
+        mine = policy.score([prompt], [completion], temperature=1.0).logprobs
+        logits = reference(torch.tensor([prompt + completion])).logits[0]
+    theirs = torch.log_softmax(logits, -1)[9:-1][range(len(completion)), completion]
+    assert (mine - theirs).abs().max() < 1e-4
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("longest", [24, LONGEST])
+def test_vllm_rotates_as_the_training_graph_on_both_sides_of_the_original_length(longest, tmp_path):
+    from grpo.engine import Engine, EngineSettings, Request, SamplingSettings
+
+    save_longrope(tmp_path, attention_factor=1.3)
+    base, policy = load(tmp_path)
+    engine = Engine(base, policy, EngineSettings(max_seq_length=longest, max_num_seqs=2))
+    try:
+        (done,) = engine.generate([Request(0, PROMPTS[1], seed=0)], SamplingSettings(1.0, longest - 4))
+    finally:
+        engine.close()
+    # With a short neighbour before it, and one of the full length after it.
+    beside = [[1, 2], PROMPTS[1], PROMPTS[0]]
+    logprobs = scored(policy, beside, [[5], done.token_ids, [6] * (longest - 10)])[1 : 1 + len(done.token_ids)]
+    assert (torch.tensor(done.logprobs) - logprobs).abs().max() < 1e-4
+
+
+def test_every_key_that_transformers_documents_is_varied():
+    """A key that a later transformers adds has to be looked at: here, in model_keys.py and in vLLM."""
+    known = set(VALUES) | {"initializer_range"}
+    for family in FAMILIES:
+        keys = own_keys(AutoConfig.for_model(family))
+        assert keys <= known, f"{family}: {sorted(keys - known)}"
+
+
+def test_what_has_no_part_in_the_computation_is_told(tmp_path):
+    config = AutoConfig.for_model("phi3", **COMMON, resid_pdrop=0.1, attention_dropout=0.2, invented=1, logit_scale=2.0)
+    told = settle(config)
+    assert config.resid_pdrop == config.attention_dropout == 0 and settle(config) == told[-1:]
+    assert [sentence.split(" = ")[0] for sentence in told[:2]] == [
+        "the model's attention_dropout",
+        "the model's resid_pdrop",
+    ]
+    assert told[2].endswith("Phi3Config does not have are not used: invented, logit_scale") and len(told) == 3
+    assert not {"invented", "logit_scale"} & set(served_values(config))
