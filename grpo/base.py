@@ -82,10 +82,10 @@ class BaseWeights:
     def __init__(self, source: Source, model: Model, *, device: torch.device, dtype: torch.dtype):
         """Load `source`. Peak memory is the result plus one tensor. Raises UserError for what does not fit."""
         check_supported(source.config, str(source.path))
-        check_shapes(source)
         self.config: Any = source.config.get_text_config()
         check_keys(self.config, str(source.path))
         settle(self.config)
+        check_shapes(source)
         self.source_path = source.path
         self.fingerprint = Fingerprint.of(source)
         self.device, self.dtype = device, dtype

@@ -33,6 +33,8 @@ PARTLY_ROTATED = ("phi3",)
 """Families of which transformers can rotate a part of each head."""
 HEAD_OF_HIDDEN_SIZE = ("qwen2",)
 """Families whose heads are, to vLLM, the hidden size over their number, whatever `head_dim` says."""
+ALWAYS_TIED = ("gemma2",)
+"""Families for which vLLM has no output head beside the embedding."""
 WINDOW_IN_ALL_OR_NONE = ("qwen2", "qwen3")
 """Families that vLLM gives a sliding window in all layers or in none."""
 LAYER_TYPES = ("full_attention", "sliding_attention")
@@ -78,14 +80,17 @@ def complaints(config: Any) -> Iterator[Complaint]:
 
 
 def attention_complaints(config: Any) -> Iterator[Complaint]:
-    """About who sees whom, and the sizes of heads."""
+    """About who sees whom, and heads."""
+    if getattr(config, "is_heterogeneous", False):
+        yield Complaint("per_layer_config", "...", "layers that differ in shape are not served; use a model without it")
     causal = "completions are sampled left to right; use a causal model"
     if getattr(config, "use_bidirectional_attention", None):
         yield Complaint("use_bidirectional_attention", True, causal)
     if getattr(config, "is_causal", True) is False:
         yield Complaint("is_causal", False, causal)
-    if getattr(config, "is_heterogeneous", False):
-        yield Complaint("per_layer_config", "...", "layers that differ in shape are not served; use a model without it")
+    if config.model_type in ALWAYS_TIED and not config.tie_word_embeddings:
+        reason = f"the output head of {vllms(config)} is always the embedding; use a model whose weights are tied"
+        yield Complaint("tie_word_embeddings", False, reason)
     head, derived = getattr(config, "head_dim", None), config.hidden_size // config.num_attention_heads
     if config.model_type in HEAD_OF_HIDDEN_SIZE and head not in (None, derived):
         yield Complaint("head_dim", head, f"{vllms(config)} has heads of {derived}; use another model")
