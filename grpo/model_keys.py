@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from grpo.architectures import ARCHITECTURES
 from grpo.errors import UserError
 from grpo.model_files import one_line
-from grpo.rope import frequencies, plain_parameters, rotary_parameters, rotated
+from grpo.rope import by_layer_type, frequencies, plain_parameters, rotary_parameters, rotated, unread_parameters
 
 ACTIVATIONS = {
     "gemma": ("hidden_act", ("gelu_pytorch_tanh",)),
@@ -157,6 +157,10 @@ def token_complaints(config: Any) -> Iterator[Complaint]:
 
 def rotary_complaints(config: Any) -> Iterator[Complaint]:
     """About rotary positions: transformers' functions are tried on what the configuration says."""
+    for key, value in unread_parameters(config).items():
+        read = "for each of its layer types" if by_layer_type(config) else "for all layers at once"
+        reason = f"transformers' {type(config).__name__} has rotary parameters {read}, and does not read this"
+        yield Complaint(f"rope_parameters.{key}", value, f"{reason}; correct it")
     for kind, values in rotary_parameters(config):
         key = f"rope_parameters.{kind}" if kind else "rope_parameters"
         part, theta = values.get("partial_rotary_factor"), values.get("rope_theta")

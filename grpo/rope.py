@@ -9,6 +9,7 @@ vLLM's caches are computed from it.
 from __future__ import annotations
 
 import copy
+import inspect
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -86,8 +87,25 @@ def frequencies(config: Any, longest: int | None = None) -> Frequencies:
 def rotary_parameters(config: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     """(layer type or EVERYWHERE, transformers' `rope_parameters` for it)."""
     parameters = config.rope_parameters
-    nested = {kind: values for kind, values in parameters.items() if isinstance(values, dict)}
-    yield from nested.items() if nested else [(EVERYWHERE, parameters)]
+    if not by_layer_type(config):
+        yield EVERYWHERE, parameters
+        return
+    yield from ((kind, values) for kind, values in parameters.items() if isinstance(values, dict))
+
+
+def by_layer_type(config: Any) -> bool:
+    """Whether transformers has rotary frequencies for each type of layer in the family."""
+    return "layer_type" in inspect.signature(rotary_class(config).forward).parameters
+
+
+def unread_parameters(config: Any) -> dict[str, Any]:
+    """Entries of `rope_parameters` in a form that is not the family's: for layer types where it has none, or not."""
+    wanted = by_layer_type(config)
+    return {
+        key: value
+        for key, value in config.rope_parameters.items()
+        if isinstance(value, dict) != wanted and (key, value) != ("rope_type", "default")
+    }
 
 
 def prefixed(kind: str, name: str) -> str:
