@@ -33,8 +33,8 @@ PARTLY_ROTATED = ("phi3",)
 """Families of which transformers can rotate a part of each head."""
 HEAD_OF_HIDDEN_SIZE = ("qwen2",)
 """Families whose heads are, to vLLM, the hidden size over their number, whatever `head_dim` says."""
-ALWAYS_TIED = ("gemma2",)
-"""Families for which vLLM has no output head beside the embedding."""
+ALWAYS_TIED = ("gemma", "gemma2")
+"""Families for which some vLLM from 0.26 on has no output head beside the embedding."""
 WINDOW_IN_ALL_OR_NONE = ("qwen2", "qwen3")
 """Families that vLLM gives a sliding window in all layers or in none."""
 LAYER_TYPES = ("full_attention", "sliding_attention")
@@ -44,7 +44,7 @@ WITHOUT_EFFECT = {"output_hidden_states": False, "output_attentions": False, "re
 """How transformers' models answer; we ask for what we need."""
 OLD_SPELLINGS = {
     "rope_theta", "rope_scaling", "rope_local_base_freq", "partial_rotary_factor", "sliding_window_pattern", "head_dim",
-    "is_causal", "layer_types", "hidden_activation", "torch_dtype", "quantization_config", "auto_map", "architectures",
+    "is_causal", "layer_types", "hidden_activation", "torch_dtype", "quantization_config", "architectures",
     "model_type", "transformers_version",
 }  # fmt: skip
 """Keys that transformers' classes do not list and that are read nonetheless, or checked here."""

@@ -114,3 +114,21 @@ def a_prompt_token_beyond_the_embedding(home: Path) -> Tables:
 @case("model: completions end with the tokenizer's eos_token", "the token '<end>' has the number 259")
 def an_end_of_the_tokenizer_beyond_the_embedding(home: Path) -> None:
     add_token(home, "<end>", eos_token="<end>")
+
+
+@case("model/config.json: tie_word_embeddings = false", "vLLM's Gemma2ForCausalLM is always the embedding")
+def a_head_of_its_own_where_vllm_has_none(home: Path) -> None:
+    family(home, "gemma2", tie_word_embeddings=False)
+
+
+@case(
+    "model/config.json: rope_parameters.full_attention = {", "LlamaConfig has rotary parameters for all layers at once"
+)
+def rotary_parameters_of_another_form(home: Path) -> None:
+    whole = {"rope_type": "default", "rope_theta": 1e4, "full_attention": {"rope_type": "default", "rope_theta": 1e6}}
+    edit_json(home / "model" / "config.json", rope_parameters=whole)
+
+
+@case("model/config.json: per_layer_config", "layers that differ in shape are not served")
+def layers_that_differ_in_shape(home: Path) -> None:
+    edit_json(home / "model" / "config.json", per_layer_config={"0": {"intermediate_size": 64}})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from pathlib import Path
 
@@ -190,3 +191,14 @@ def test_what_has_no_part_in_the_computation_is_told(tmp_path):
     ]
     assert told[2].endswith("Phi3Config does not have are not used: invented, logit_scale") and len(told) == 3
     assert not {"invented", "logit_scale"} & set(served_values(config))
+
+
+def test_code_beside_a_family_that_transformers_has_is_not_run(tmp_path):
+    save_longrope(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    values["auto_map"] = {"AutoConfig": "mine.Phi3Config", "AutoModelForCausalLM": "mine.Phi3ForCausalLM"}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    (tmp_path / "mine.py").write_text("raise SystemExit('this ran')")
+    for trusted in (False, True):
+        config = open_source(Model(name=str(tmp_path), trust_remote_code=trusted)).config
+        assert type(config).__module__.startswith("transformers.") and "not used: auto_map" in settle(config)[0]
