@@ -10,11 +10,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, event, given, settings
 from model_configs import LONGEST, VALUES, configurations, save_model
-from tiny import COMMON, FAMILIES
+from small_chat import save_small_chat_model
+from tiny import COMMON, FAMILIES, VOCABULARY
+from tiny_run import run_tables, save_rewards
 from transformers import AutoConfig
 
 from grpo.base import BaseWeights
-from grpo.config import Lora, Model
+from grpo.config import Lora, Model, parse_config
 from grpo.errors import UserError
 from grpo.model_files import check_head_size
 from grpo.model_keys import own_keys, served_values, settle
@@ -123,10 +125,11 @@ def test_many_configurations_are_served_exactly_or_refused_in_a_sentence(drawn):
     check_configuration(*drawn)
 
 
-def save_longrope(folder: Path, original: int = 24, **more: object) -> object:
+def save_longrope(folder: Path, original: int = 24, vocab_size: int = VOCABULARY, **more: object) -> object:
     """A Phi-3 with rotary factors for at most `original` tokens and others for more."""
     factors = {"short_factor": [1.0] * 16, "long_factor": [float(2 + number % 5) for number in range(16)]}
-    values = {"model_type": "phi3", **COMMON, **FAMILIES["phi3"], "original_max_position_embeddings": original}
+    values = {"model_type": "phi3", **COMMON, **FAMILIES["phi3"], "vocab_size": vocab_size}
+    values["original_max_position_embeddings"] = original
     return save_model(folder, "phi3", {**values, "rope_parameters": {"rope_type": "longrope", **factors, **more}})
 
 
@@ -202,3 +205,28 @@ def test_code_beside_a_family_that_transformers_has_is_not_run(tmp_path):
     for trusted in (False, True):
         config = open_source(Model(name=str(tmp_path), trust_remote_code=trusted)).config
         assert type(config).__module__.startswith("transformers.") and "not used: auto_map" in settle(config)[0]
+
+
+def test_a_session_whose_sequences_get_longer_rotates_for_their_length_and_starts_vllm_again(tmp_path):
+    from grpo.session import open_session
+
+    save_small_chat_model(tmp_path / "model")
+    for file in ("config.json", "model.safetensors"):
+        (tmp_path / "model" / file).unlink()
+    save_longrope(tmp_path / "model", original=64, vocab_size=259)
+    save_rewards(tmp_path)
+    short, longer = (
+        parse_config(run_tables(tmp_path, rollout={"max_prompt_length": 20, "max_completion_length": length}))
+        for length in (44, 45)
+    )
+    with open_session(short, start_engine=False) as session:
+        stopped = []
+        session._stop_engine = lambda: stopped.append(session.config.max_seq_length)
+        before = scored(session.policy, [[5, 6]], [[7, 8, 9]])
+        session.configure(longer)
+        assert stopped == [65] and (scored(session.policy, [[5, 6]], [[7, 8, 9]]) - before).abs().max() > 1e-3
+        session.configure(short)
+        assert stopped == [65, 64] and torch.equal(scored(session.policy, [[5, 6]], [[7, 8, 9]]), before)
+        session.configure(short)
+        assert stopped == [65, 64]
+        session.__dict__.pop("_stop_engine")
