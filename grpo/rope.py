@@ -61,7 +61,7 @@ class Rotary(nn.Module):
 
     def table(self, length: int, layer_type: str | None = None) -> Tensor:
         """float32 [length, rotated dimensions]: the cosines of one half, then the sines, as vLLM keeps them."""
-        halves = self(torch.empty(0), torch.arange(length), layer_type)
+        halves = self(torch.empty(0, dtype=torch.float32), torch.arange(length), layer_type)
         return torch.cat([part[:, : part.shape[1] // 2] for part in halves], dim=1)
 
 

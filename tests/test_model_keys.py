@@ -168,6 +168,8 @@ def test_vllm_rotates_as_the_training_graph_on_both_sides_of_the_original_length
     engine = Engine(base, policy, EngineSettings(max_seq_length=longest, max_num_seqs=2))
     try:
         (done,) = engine.generate([Request(0, PROMPTS[1], seed=0)], SamplingSettings(1.0, longest - 4))
+        held = engine.vllm_model().model.layers[1].self_attn.rotary_emb.cos_sin_cache
+        assert torch.equal(held, policy.decoder.model.rotary_emb.table(len(held)))
     finally:
         engine.close()
     # With a short neighbour before it, and one of the full length after it.
