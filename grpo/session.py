@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from grpo.architectures import adapter_targets, check_supported
-from grpo.base import BaseWeights
 from grpo.config import Config
 from grpo.errors import UserError
 from grpo.generation import EngineSettings, SamplingSettings
@@ -120,6 +119,7 @@ class Session:
         device = resolve_device(config.model.device)
         dtype = resolve_dtype(config.model.dtype, device)
         source, self.tokenizer, self.stop_token_ids = files.source, files.tokenizer, files.stop_token_ids
+        check_length(config, source.config, source.path)
         if start_engine:
             kv_bytes = fitted_kv_bytes(config, source.config, device, dtype)
         else:
@@ -127,7 +127,6 @@ class Session:
         self.base = load_base(
             source, config.model, self.tokenizer, device=device, dtype=dtype, like=like, agree=agree, status=status
         )
-        check_length(self.base, config.max_seq_length)
         train = config.train
         self.policy = Policy(
             self.base, config.lora, seed=train.seed, base_name=lasting_name(config.model.name), kernels=train.kernels
@@ -168,7 +167,7 @@ class Session:
         A running vLLM that they are too large for is stopped, and starts again at its next use. Raises UserError for
         sequences longer than the model takes, and for what is decided when a model is loaded.
         """
-        check_length(self.base, config.max_seq_length)
+        check_length(config, self.base.config, self.base.source_path)
         if config.train.kernels != self.config.train.kernels:
             raise UserError(
                 f"kernels = {config.train.kernels!r} is decided when the model is loaded; pass it to grpo.load"
@@ -277,14 +276,19 @@ def stop_token_ids(source: Any, tokenizer: Any) -> tuple[int, ...]:
     return tuple(sorted(set(flat)))
 
 
-def check_length(base: BaseWeights, length: int) -> None:
-    """Raise UserError if sequences of `length` tokens exceed the positions that the model knows."""
-    longest = getattr(base.config, "max_position_embeddings", length)
-    if length > longest:
-        raise UserError(
-            f"sequences of {length} tokens exceed the {longest} positions of {base.source_path}; lower "
-            "rollout.max_prompt_length or rollout.max_completion_length"
-        )
+def check_length(config: Config, model: Any, where: Path) -> None:
+    """Raise UserError if `config` allows sequences beyond the positions that `model`, transformers' configuration of
+    the model in `where`, knows."""
+    longest = getattr(model.get_text_config(), "max_position_embeddings", None)
+    for length, key in (
+        (config.max_seq_length, "rollout.max_completion_length"),
+        (sequence_limits(config)[0], "eval.max_completion_length"),
+    ):
+        if longest is not None and length > longest:
+            raise UserError(
+                f"sequences of {length} tokens exceed the {longest} positions of {where}; lower "
+                f"rollout.max_prompt_length or {key}"
+            )
 
 
 def fitted_kv_bytes(

@@ -132,3 +132,16 @@ def rotary_parameters_of_another_form(home: Path) -> None:
 @case("model/config.json: per_layer_config", "layers that differ in shape are not served")
 def layers_that_differ_in_shape(home: Path) -> None:
     edit_json(home / "model" / "config.json", per_layer_config={"0": {"intermediate_size": 64}})
+
+
+@case("tensor model.layers.0.self_attn.q_proj.bias is missing", "pass a complete model")
+def biases_that_are_not_there(home: Path) -> None:
+    edit_json(home / "model" / "config.json", attention_bias=True)
+
+
+@case(
+    "sequences of 5128 tokens exceed the 2048 positions",
+    "lower rollout.max_prompt_length or eval.max_completion_length",
+)
+def an_evaluation_beyond_the_positions(home: Path) -> Tables:
+    return {"eval": {"every": 1, "max_completion_length": 5000}}
