@@ -119,6 +119,7 @@ def test_a_configuration_is_served_exactly_or_refused_in_a_sentence(drawn):
 
 @pytest.mark.vllm
 @pytest.mark.long
+@pytest.mark.timeout(3600)
 @settings(max_examples=300, **MANY)
 @given(configurations())
 def test_many_configurations_are_served_exactly_or_refused_in_a_sentence(drawn):
