@@ -1,16 +1,17 @@
 # make demo: train a small model on this machine.  make test: the test suite.  make lint: ruff and mypy.
-# make test-long: what takes an hour.
+# make test-long: what takes an hour.  make test-newest: the suite on newer packages than have been tested.
 # Each does its own set-up in .venv the first time, and again when the requirements change.
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test test-long lint types docs clean browser
+.PHONY: demo test test-long test-newest lint types docs clean browser
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+NEWEST ?= .venv-newest
 PYTEST_ARGS ?=
 
 demo: $(INSTALLED)
@@ -30,6 +31,17 @@ test-long: $(INSTALLED)
 	$(BIN)/python benchmarks/kill_resume.py --kills 50 --out benchmarks/results/kill_resume.json
 	$(BIN)/python benchmarks/fuzz_parsers.py --minutes 20 --out benchmarks/results/fuzz_parsers.json
 	$(BIN)/python benchmarks/soak.py --steps 500 --out benchmarks/results/soak_cpu.json
+
+# The newest release of every package that pyproject.toml bounds and that resolves with the others; torch, vLLM and numpy
+# stay, which come together, and what has to be compiled. The environment lies over $(VENV) and leaves it as it is.
+test-newest: $(INSTALLED) browser
+	@rm -rf $(NEWEST) && $(BIN)/python -m venv $(NEWEST)
+	@$(BIN)/python -c 'import sysconfig as s; print("import site; site.addsitedir(%r)" % s.get_path("purelib"))' \
+	  >"$$($(NEWEST)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/over.pth"
+	$(NEWEST)/bin/pip install -qq --upgrade $$($(BIN)/python requirements/bounded.py --except torch numpy vllm triton reasoning-gym)
+	@$(BIN)/python requirements/bounded.py --changed $(BIN)/python $(NEWEST)/bin/python
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} PYTHONPATH=$(CURDIR) \
+	  $(NEWEST)/bin/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 # Some tests look at the run report in a browser; they are skipped where none can be had.
 browser:
@@ -52,7 +64,7 @@ docs: $(INSTALLED)
 	$(BIN)/python docs/make_config.py
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(NEWEST) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 $(INSTALLED): requirements/cpu.txt requirements/dev.txt requirements/gym.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

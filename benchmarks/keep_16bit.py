@@ -27,9 +27,10 @@ from torch import Tensor
 from grpo.config import Lora, Model
 from grpo.environment import hardware, versions
 from grpo.keep_16bit import load_base
+from grpo.machine import resolve_device
 from grpo.memory import linear_shapes
 from grpo.policy import Policy
-from grpo.session import resolve_device, resolve_dtype
+from grpo.session import resolve_dtype
 from grpo.source import open_source
 
 

@@ -31,6 +31,7 @@ from grpo.result import TrainResult
 from grpo.target import resolve_target
 from grpo.text import Prompts, as_batch, pieces, token_ids
 from grpo.torchrun import refuse_several
+from grpo.vocabulary import check_tokens
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -203,6 +204,8 @@ class LoadedPolicy:
         check_sampling(temperature, max_tokens, top_p, n)
         session = self.session
         ids = token_ids(batch, session.tokenizer, session.config.rollout.chat_template_kwargs)
+        numbered = ((f"prompt {number}", prompt) for number, prompt in enumerate(ids, 1))
+        check_tokens(numbered, session.tokenizer, session.base.config)
         sampling = self._ready(max(map(len, ids)), temperature, max_tokens, top_p, adapter)
         self._calls += 1
         parts = (self._calls,) if seed is None else (0, seed)
@@ -267,6 +270,7 @@ class LoadedPolicy:
         if not specs and not loaded.rewards:
             raise UserError(f"task {loaded.name!r} suggests no rewards; pass rewards=[...] with at least one function")
         data = load_data(config, session.tokenizer, tasks=[loaded])
+        check_tokens(data.texts(), session.tokenizer, session.base.config)
         data.rewards = specs or data.rewards
         self._end_stream()
         with open_run(config) as run:

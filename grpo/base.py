@@ -23,6 +23,7 @@ from grpo.fingerprint import Fingerprint
 from grpo.kernels import nf4
 from grpo.kernels.launch import sum_in_float32
 from grpo.model_files import check_shapes
+from grpo.model_keys import check_keys, settle
 from grpo.plan import VOCABULARY_PADDING, embedding_bytes, pinned_bytes, weights_on_host
 from grpo.source import NF4Tensor, Source
 
@@ -82,8 +83,10 @@ class BaseWeights:
     def __init__(self, source: Source, model: Model, *, device: torch.device, dtype: torch.dtype):
         """Load `source`. Peak memory is the result plus one tensor. Raises UserError for what does not fit."""
         check_supported(source.config, str(source.path))
-        check_shapes(source)
         self.config: Any = source.config.get_text_config()
+        check_keys(self.config, str(source.path))
+        settle(self.config)
+        check_shapes(source)
         self.source_path = source.path
         self.fingerprint = Fingerprint.of(source)
         self.device, self.dtype = device, dtype

@@ -7,7 +7,7 @@ this file has the rules for the folder, and a lock against a second process.
     runs/NAME/
       .lock               held while a process writes here
       config.toml         the resolved configuration
-      base_sample.json    with keep_16bit = "auto": the layers that it chose
+      base_sample.json    by which the base is known again, and the layers that keep_16bit = "auto" chose
       checkpoints/step-N/ manifest.json and the trainer's files
 """
 
@@ -29,11 +29,12 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from grpo.config import Config, config_toml, read_config
+from grpo.config import Config, Model, config_toml, read_config
 from grpo.errors import UserError
 from grpo.explain import shown
+from grpo.locate import local_path
 from grpo.records import BASE_SAMPLE, COMPLETIONS, EVALUATIONS, REPORT
-from grpo.toml import NONE
+from grpo.toml import NONE, write_value
 
 MANIFEST = "manifest.json"
 CONFIG = "config.toml"
@@ -44,10 +45,9 @@ BEFORE_FIRST_STEP = {
 }  # fmt: skip
 STEP = re.compile(r"step-(\d+)")
 
-# What a resumed run must have in common with the one that it continues: the base and the shape of the adapter, which
-# the saved tensors belong to, and what the position in the data and the optimiser's state refer to.
+# What a resumed run must have in common with the one that it continues: how the base is held and the shape of the
+# adapter, which the saved tensors belong to, and what the position in the data and the optimiser's state refer to.
 FIXED = (
-    "model.name",
     "model.revision",
     "model.load_in_4bit",
     "model.dtype",
@@ -111,12 +111,15 @@ def open_run(config: Config, *, resume: bool = False) -> RunFolder:
 def check_run(config: Config, *, resume: bool) -> None:
     """Raise UserError where the run folder that `config` names is not free or, with `resume`, not to be continued.
 
-    Nothing is written or locked: it is for saying so before torch and vLLM are loaded.
+    Nothing is written or locked: it is for saying so before torch and vLLM are loaded. Only a base that has moved is
+    looked into.
     """
     path = config.checkpoint.output_dir
     _check_folder(path, resume)
     if resume:
-        check_resumable(saved_config(path), config)
+        saved = saved_config(path)
+        check_resumable(saved, config)
+        check_base_of_run(path, saved.model, config.model)
 
 
 def create_run_folder(path: Path, resume: bool) -> RunFolder:
@@ -203,15 +206,63 @@ def _lock(path: Path) -> int:
 def check_resumable(saved: Config, new: Config) -> None:
     """Raise UserError naming the first key in which `new` cannot continue the run that `saved` describes.
 
-    Whatever is not in `FIXED` may change: the number of steps, the learning rate, the loss, logging, checkpoints.
+    Whatever is not in `FIXED` may change: the number of steps, the learning rate, the loss, logging, checkpoints, and
+    where the base is, which `check_base_of_run` looks at.
     """
     for key in FIXED:
+        if key == "model.revision" and saved.model.name != new.model.name:
+            continue  # it is that of the name
         before, now = _at(saved, key), _at(new, key)
         if before != now:
             raise UserError(
                 f"--resume: {key} = {now} does not fit the run in {new.checkpoint.output_dir}, which has {before}; set "
                 "it back, or start a new run with another --output"
             )
+
+
+def moved_base(base: str, *, resume: bool) -> list[str]:
+    """What `--base` overrides in a configuration. Raises UserError for a path that does not exist, and a new run."""
+    if not resume:
+        raise UserError(f"--base {base}: a new run's base is model.name; --base goes with --resume")
+    try:
+        local_path(base)
+    except UserError:
+        raise UserError(f"--base {base}: no such file or folder; name where the run's base is now") from None
+    return [f"model.name={write_value(base)}", f"model.revision={write_value(NONE)}"]
+
+
+def check_base_of_run(run: Path, saved: Model, now: Model) -> None:
+    """Raise UserError unless `now`, of a configuration, means the base that the run in folder `run` began with.
+
+    `saved` is what the run says. Under another name the very weights have to be there; they are known by the sample
+    that the run keeps.
+    """
+    if now.name == saved.name:
+        try:
+            local_path(now.name)
+        except UserError as error:
+            raise UserError(f"{run}: the base of this run has moved ({error}); say where it is with --base") from None
+        return
+    from grpo import fingerprint
+    from grpo.source import open_source
+
+    steps = [run / "checkpoints" / f"step-{step}" / "adapter" for step in reversed(step_numbers(run))]
+    known = next((found for folder in (run, *steps) if (found := fingerprint.read(folder)) is not None), None)
+    if known is None:
+        raise UserError(
+            f"--resume: model.name = {shown(now.name)} does not fit the run in {run}, which has {shown(saved.name)} "
+            "and no sample of it to know it again by; set it back, or start a new run with another --output"
+        )
+    found = fingerprint.Fingerprint.of(open_source(now))
+    if known.distance(found) <= fingerprint.SAME_WEIGHTS:
+        return
+    told = f"weights sampled from both are {known.distance(found):.1%} apart"
+    if known.admits(found):
+        told = f"it is the same model in another form, {found.stored_as} and not {known.stored_as}: {told}"
+    raise UserError(
+        f"--resume: {now.name} is not the base of the run in {run} ({told}); name what {saved.name} was, or start a "
+        "new run with another --output"
+    )
 
 
 def _at(config: Config, key: str) -> str:

@@ -50,7 +50,7 @@ class Model(Section):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Compute type. "auto": bfloat16 where the device computes in it, else float16 on a GPU, float32 on a CPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to run. "auto": the GPU if there is one."""
+    """Where to run. "auto": the GPU, unless torch is built without CUDA. "cpu" asks nothing of CUDA."""
     max_seq_length: PositiveInt | None = None
     """Longest prompt plus completion. Default: `max_prompt_length + max_completion_length` of `[rollout]`."""
     keep_16bit: list[str] | Literal["auto"] = []

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,6 +54,11 @@ class Data:
     """Training prompts longer than `max_prompt_length`."""
     eval_dropped: int = 0
     """Held-out ones."""
+
+    def texts(self) -> Iterator[tuple[str, list[int]]]:
+        """Every prompt by what messages call it, with its token ids."""
+        for split, prompts in (("training", self.train), ("held-out", self.eval)):
+            yield from ((f"task {each.task!r}, {split} prompt {each.index + 1}", each.token_ids) for each in prompts)
 
 
 def load_data(

@@ -54,6 +54,8 @@ class Engine:
         check_version()
         self.base, self.policy, self.settings = base, policy, settings
         self.adapter = ServedAdapter(base, policy)
+        if policy is not None:
+            policy.set_longest(settings.max_seq_length)
         self.collected = Collected()
         self.between_steps: Callable[[], None] = lambda: None  # may raise, which ends a generation
         self._kv_cache_is_released = False

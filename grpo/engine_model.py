@@ -20,13 +20,14 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
-from grpo.architectures import ARCHITECTURES
 from grpo.base import BaseWeights, FusedLinear, Segment
 from grpo.errors import UserError
 from grpo.kernels.lora_factors import LowRank
 from grpo.kernels.lora_shrink import lora_shrink
 from grpo.kernels.lora_sum import dense_linear
 from grpo.kernels.nf4_gemm import nf4_linear
+from grpo.model_keys import served_values
+from grpo.rope import share_positions
 from grpo.served_adapter import ServedAdapter
 
 SHARED = "grpo_shared"
@@ -122,6 +123,7 @@ class SharedLoader(BaseModelLoader):
             tensor = base.tensors[name]
             assert parameter.dtype == tensor.dtype and parameter.shape == tensor.shape, (name, parameter.shape)
             parameter.data = tensor
+        share_positions(model, base.config, model_config.max_model_len)
 
 
 def attach(module: nn.Module, linear: FusedLinear, adapter: ServedAdapter) -> None:
@@ -136,9 +138,7 @@ def attach(module: nn.Module, linear: FusedLinear, adapter: ServedAdapter) -> No
 
 def write_model_folder(folder: Path, base: BaseWeights, tokenizer: Any) -> None:
     """A folder with just what vLLM reads: the configuration, and the tokenizer if stop strings need one."""
-    values = base.config.to_dict()
-    values.pop("quantization_config", None)
-    values["architectures"] = [ARCHITECTURES[base.config.model_type]]
+    values = served_values(base.config)
     (folder / "config.json").write_text(json.dumps(values, default=str))
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)

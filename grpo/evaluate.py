@@ -40,6 +40,7 @@ from grpo.rewards.resolve import described
 from grpo.target import ADAPTER_CONFIG, folder_of_adapter
 from grpo.tasks.common import Task, Verifier
 from grpo.toml import apply_override, read_toml
+from grpo.vocabulary import check_tokens
 
 if TYPE_CHECKING:
     from grpo.ranks import Ranks
@@ -392,6 +393,7 @@ def evaluate_target(config: Config, adapter: Path | None, *, with_base: bool) ->
 
     with open_session(config, adapter=adapter) as session:
         data = load_data(config, session.tokenizer, train=False)
+        check_tokens(data.texts(), session.tokenizer, session.base.config)
         if data.eval_dropped:
             print(f"{data.eval_dropped} questions longer than rollout.max_prompt_length left out", file=sys.stderr)
         kinds = ([ADAPTER] if adapter else []) + ([BASE] if with_base or not adapter else [])

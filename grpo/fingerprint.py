@@ -23,6 +23,8 @@ SAMPLED = 64
 UNQUANTISED = ("float32", "bfloat16", "float16")
 SAME_FORM, OTHER_FORM = 0.003, 0.35
 """Largest distance, relative to the norm: rounding to bfloat16 makes 0.001, quantising to 4 bit some 0.1."""
+SAME_WEIGHTS = 1e-6
+"""As `SAME_FORM`, for equal values that were written and read."""
 
 
 @dataclass(frozen=True)

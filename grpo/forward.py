@@ -57,6 +57,7 @@ def backbone_forward(
     past_key_values: Any = None,
     inputs_embeds: Tensor | None = None,
     packing: Packing | None = None,
+    cache: Any = None,
     **kwargs: Any,
 ) -> Any:
     """The decoder without its head. With `packing` the inputs are a packed row [1, tokens] already.
@@ -68,7 +69,7 @@ def backbone_forward(
     """
     if packing is not None:
         return packed_forward(self, input_ids=input_ids, position_ids=position_ids, packing=packing, **kwargs)
-    refuse(attention_mask, past_key_values, kwargs)
+    refuse(attention_mask, past_key_values if cache is None else cache, kwargs)  # `cache` since transformers 5.24
     given = input_ids if inputs_embeds is None else inputs_embeds
     if given is None or (input_ids is not None and inputs_embeds is not None):
         raise ValueError("pass either input_ids or inputs_embeds")
@@ -82,9 +83,9 @@ def backbone_forward(
     return output.to_tuple() if wants_dict is False else output
 
 
-def refuse(attention_mask: Tensor | None, past_key_values: Any, kwargs: dict[str, Any]) -> None:
+def refuse(attention_mask: Tensor | None, cache: Any, kwargs: dict[str, Any]) -> None:
     """Raise UserError for what the training graph has not."""
-    if past_key_values is not None:
+    if cache is not None:
         raise UserError(
             "the training graph keeps no cache of keys and values; generate with policy.generate, which uses vLLM, or "
             "pass use_cache=False"

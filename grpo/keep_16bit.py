@@ -92,10 +92,9 @@ def recorded(folders: Sequence[Path], layers: Collection[str]) -> list[str] | No
     return None
 
 
-def remember_choice(base: BaseWeights, run: Path) -> None:
-    """Write what "auto" chose into the folder of a run, for when it is resumed; nothing where there was no choice."""
-    if base.fingerprint.kept_16bit is not None:
-        base.fingerprint.write(run)
+def remember_base(base: BaseWeights, run: Path) -> None:
+    """Write into the folder of a run what its base is known by when it is resumed, and what "auto" chose."""
+    base.fingerprint.write(run)
 
 
 def calibration(tokenizer: Any, base: BaseWeights) -> list[list[int]]:

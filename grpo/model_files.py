@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grpo.architectures import expected_shapes, fused_linears
+from grpo.architectures import biased, expected_shapes, fused_linears
 from grpo.errors import UserError
 
 if TYPE_CHECKING:
@@ -74,13 +74,14 @@ def check_quantization(values: Mapping[str, Any], file: Path) -> None:
 
 
 def check_shapes(source: Source) -> None:
-    """Raise UserError unless `source` has every weight of a linear layer, in the shape that its configuration says."""
+    """Raise UserError unless `source` has all of every linear layer, in the shape that its configuration says."""
     config = source.config.get_text_config()
     for linear, parts in fused_linears(config).items():
         for part, expected in expected_shapes(config, linear, parts).items():
             name = f"{part}.weight"
-            if name not in source.names:
-                raise UserError(f"{source.path}: tensor {name} is missing; pass a complete model")
+            for needed in (name, *([f"{part}.bias"] if biased(config, part) else [])):
+                if needed not in source.names:
+                    raise UserError(f"{source.path}: tensor {needed} is missing; pass a complete model")
             found = source.shape(name)
             if found != expected:
                 raise UserError(

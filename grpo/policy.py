@@ -38,6 +38,7 @@ from grpo.kernels.logprob import selected_logprobs
 from grpo.kernels.lora_factors import LowRank
 from grpo.kernels.lora_sum import dense_linear
 from grpo.recompute import recompute_layers
+from grpo.rope import Rotary
 
 ADAPTER = "default"
 ATTENTION = "grpo_packed"
@@ -251,6 +252,10 @@ class Policy:
         """The trained tensors, in a fixed order."""
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
+    def set_longest(self, tokens: int) -> bool:
+        """Rotate positions as for sequences of at most `tokens`, whichever share a row. Whether that is a change."""
+        return self.decoder.model.rotary_emb.set_longest(tokens)
+
     def recompute_layers(self, form: str) -> None:
         """What training keeps of each layer for the backward pass: one of `memory.FORMS`."""
         recompute_layers(self.decoder.model.layers, form)
@@ -376,13 +381,15 @@ def build_graph(base: BaseWeights) -> nn.Module:
     return graph.requires_grad_(False)
 
 
-def rebuild_buffers(graph: nn.Module, config: Any, device: torch.device, dtype: torch.dtype) -> None:
-    """Compute what a checkpoint does not hold: rotary frequencies and Gemma's embedding scale."""
+def rebuild_buffers(
+    graph: nn.Module, config: Any, device: torch.device, dtype: torch.dtype, longest: int | None = None
+) -> None:
+    """Compute what a checkpoint has not: rotary frequencies, for `longest` tokens, and Gemma's embedding scale."""
     for name, module in list(graph.named_modules()):
         if not any(buffer.is_meta for buffer in module.buffers(recurse=False)):
             continue
         if "rotary" in name:
-            set_module(graph, name, type(module)(config).to(device))
+            set_module(graph, name, Rotary(config, longest, device))
         elif hasattr(module, "embed_scale"):
             module.embed_scale = torch.tensor(config.hidden_size**0.5, dtype=dtype, device=device)
 

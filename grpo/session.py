@@ -8,6 +8,7 @@ that the training graph can be used without it.
 from __future__ import annotations
 
 import gc
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,22 +18,26 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from grpo.architectures import adapter_targets, check_supported
-from grpo.base import BaseWeights
 from grpo.config import Config
 from grpo.errors import UserError
 from grpo.generation import EngineSettings, SamplingSettings
 from grpo.host_memory import give_back_pinned
 from grpo.keep_16bit import load_base
 from grpo.locate import lasting_name
+from grpo.machine import check_machine, resolve_device
 from grpo.model_files import check_head_size, check_shapes, end_tokens
+from grpo.model_keys import check_keys, settle
 from grpo.plan import MemoryPlan, check_memory, lighter_weights, plan_memory, sequence_limits, weight_bytes
 from grpo.policy import Policy
 from grpo.source import Source, open_source
+from grpo.vocabulary import no_row
 
 if TYPE_CHECKING:
     from grpo.engine import Engine
 
     EngineNeeds = tuple[EngineSettings, MemoryPlan | None]
+
+logger = logging.getLogger("grpo")
 
 
 def open_session(
@@ -67,12 +72,22 @@ class ModelFiles:
     stop_token_ids: tuple[int, ...]
 
 
-def read_model(config: Config, status: Callable[[str], None] = lambda text: None) -> ModelFiles:
-    """Find the model of `config` and read everything but its weights: enough to tokenise the data."""
+def read_model(
+    config: Config,
+    status: Callable[[str], None] = lambda text: None,
+    notice: Callable[[str], None] = logger.warning,
+) -> ModelFiles:
+    """Find the model of `config` and read everything but its weights: enough to tokenise the data.
+
+    `notice` is told, a sentence each, what of the model's configuration is not obeyed.
+    """
     status(f"reading {config.model.name}")
     source = open_source(config.model)
     check_supported(source.config, str(source.path))
     text = source.config.get_text_config()
+    check_keys(text, str(source.path))
+    for sentence in settle(text):
+        notice(sentence)
     check_head_size(text, source.path, on_cpu=resolve_device(config.model.device).type == "cpu")
     adapter_targets(text, config.lora.target_modules)
     check_shapes(source)
@@ -100,9 +115,11 @@ class Session:
         self.status = status
         self._engine: Engine | None = None
         self._engine_needs: EngineNeeds | None = None
+        check_machine(config.model.device, engine=start_engine)
         device = resolve_device(config.model.device)
         dtype = resolve_dtype(config.model.dtype, device)
         source, self.tokenizer, self.stop_token_ids = files.source, files.tokenizer, files.stop_token_ids
+        check_length(config, source.config, source.path)
         if start_engine:
             kv_bytes = fitted_kv_bytes(config, source.config, device, dtype)
         else:
@@ -110,11 +127,11 @@ class Session:
         self.base = load_base(
             source, config.model, self.tokenizer, device=device, dtype=dtype, like=like, agree=agree, status=status
         )
-        check_length(self.base, config.max_seq_length)
         train = config.train
         self.policy = Policy(
             self.base, config.lora, seed=train.seed, base_name=lasting_name(config.model.name), kernels=train.kernels
         )
+        self.policy.set_longest(sequence_limits(config)[0])
         if adapter is not None:
             self.policy.load_adapter(adapter)
         if start_engine:
@@ -137,6 +154,7 @@ class Session:
         return self._engine is not None
 
     def _start_engine(self, kv_bytes: int | None) -> None:
+        check_machine(self.config.model.device)
         self.status("starting vLLM")
         from grpo.engine import Engine
 
@@ -149,12 +167,14 @@ class Session:
         A running vLLM that they are too large for is stopped, and starts again at its next use. Raises UserError for
         sequences longer than the model takes, and for what is decided when a model is loaded.
         """
-        check_length(self.base, config.max_seq_length)
+        check_length(config, self.base.config, self.base.source_path)
         if config.train.kernels != self.config.train.kernels:
             raise UserError(
                 f"kernels = {config.train.kernels!r} is decided when the model is loaded; pass it to grpo.load"
             )
         self.config = config
+        if self.policy.set_longest(sequence_limits(config)[0]):
+            self._stop_engine()  # its caches have the frequencies for other lengths
         if self._engine_needs is not None and not covers(self._engine_needs, self._needs(config)):
             self._stop_engine()
 
@@ -219,14 +239,6 @@ def covers(running: EngineNeeds, wanted: EngineNeeds) -> bool:
     return plan is None or wanted_plan is None or wanted_plan.training <= plan.training
 
 
-def resolve_device(wanted: str) -> torch.device:
-    """The device that `model.device` asks for."""
-    available = torch.cuda.is_available()
-    if wanted == "cuda" and not available:
-        raise UserError('model.device = "cuda": torch sees no GPU; install a CUDA build of torch, or set "cpu"')
-    return torch.device("cuda" if available and wanted != "cpu" else "cpu")
-
-
 def resolve_dtype(wanted: str, device: torch.device) -> torch.dtype:
     """The compute type that `model.dtype` asks for; "auto" is bfloat16 where the hardware computes in it."""
     if wanted != "auto":
@@ -248,6 +260,11 @@ def read_template(path: Path) -> str:
 def stop_token_ids(source: Any, tokenizer: Any) -> tuple[int, ...]:
     """Every token that ends a completion: the tokenizer's, the configuration's and the generation configuration's."""
     text = source.config.get_text_config()
+    if (tokenizer.eos_token_id or 0) >= text.vocab_size:
+        raise UserError(
+            f"{source.path}: completions end with the tokenizer's eos_token, and "
+            f"{no_row(tokenizer.eos_token_id, tokenizer, text.vocab_size)}, or name another in tokenizer_config.json"
+        )
     found = [tokenizer.eos_token_id, text.eos_token_id]
     found += end_tokens(source.path / "generation_config.json", text.vocab_size)
     flat = [token for entry in found if entry is not None for token in (entry if isinstance(entry, list) else [entry])]
@@ -259,14 +276,19 @@ def stop_token_ids(source: Any, tokenizer: Any) -> tuple[int, ...]:
     return tuple(sorted(set(flat)))
 
 
-def check_length(base: BaseWeights, length: int) -> None:
-    """Raise UserError if sequences of `length` tokens exceed the positions that the model knows."""
-    longest = getattr(base.config, "max_position_embeddings", length)
-    if length > longest:
-        raise UserError(
-            f"sequences of {length} tokens exceed the {longest} positions of {base.source_path}; lower "
-            "rollout.max_prompt_length or rollout.max_completion_length"
-        )
+def check_length(config: Config, model: Any, where: Path) -> None:
+    """Raise UserError if `config` allows sequences beyond the positions that `model`, transformers' configuration of
+    the model in `where`, knows."""
+    longest = getattr(model.get_text_config(), "max_position_embeddings", None)
+    for length, key in (
+        (config.max_seq_length, "rollout.max_completion_length"),
+        (sequence_limits(config)[0], "eval.max_completion_length"),
+    ):
+        if longest is not None and length > longest:
+            raise UserError(
+                f"sequences of {length} tokens exceed the {longest} positions of {where}; lower "
+                f"rollout.max_prompt_length or {key}"
+            )
 
 
 def fitted_kv_bytes(

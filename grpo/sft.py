@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from grpo.checkpoint import CONFIG
+from grpo.checkpoint import CONFIG, check_base_of_run, moved_base
 from grpo.errors import UserError, disk_refusal, fail
 from grpo.interrupt import leaving_at_once
 from grpo.sft_config import SftConfig, read_sft_config, sft_config_toml
@@ -57,6 +57,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--resume", type=Path, metavar="RUN_FOLDER", help="continue the run in this folder from its last checkpoint"
     )
+    result.add_argument("--base", metavar="MODEL", help="with --resume: where the run's base is now, if it has moved")
     result.add_argument("--output", type=Path, metavar="DIR", help="the run folder, instead of checkpoint.output_dir")
     result.add_argument("--verbose", action="store_true", help="let transformers and TRL write their logs")
     return result
@@ -74,9 +75,13 @@ def configuration(parsed: argparse.Namespace) -> SftConfig:
         overrides.append(f"checkpoint.output_dir={write_value(output)}")
     if parsed.resume is not None and not file.is_file():
         raise UserError(f"{parsed.resume}: there is no run to resume here (no {CONFIG}); start it without --resume")
+    if parsed.base is not None:
+        overrides += moved_base(parsed.base, resume=parsed.resume is not None)
     config = read_sft_config(file, overrides)
     if parsed.resume is not None:
-        check_resumable(read_sft_config(file), config)
+        saved = read_sft_config(file)
+        check_resumable(saved, config)
+        check_base_of_run(parsed.resume, saved.model, config.model)
     return config
 
 
@@ -84,6 +89,9 @@ def check_resumable(saved: SftConfig, new: SftConfig) -> None:
     """Raise UserError where `new` has another model, adapter, data or order than the run that `saved` describes."""
     if saved.rows_held_out != new.rows_held_out:
         raise UserError("--resume: [eval] would hold out other rows than the run did; leave it as it is")
+    name_of_base = {"name": new.model.name, "revision": new.model.revision}  # may have moved
+    if saved.model.name != new.model.name:
+        saved = saved.model_copy(update={"model": saved.model.model_copy(update=name_of_base)})
     for name, before, now in (
         *((f"[{name}]", getattr(saved, name), getattr(new, name)) for name in ("model", "lora", "sft")),
         ("train.seed", saved.train.seed, new.train.seed),

@@ -17,12 +17,13 @@ from transformers import TrainerCallback
 from grpo.checkpoint import CONFIG, create_run_folder, replace_folder, write_atomically
 from grpo.errors import UserError
 from grpo.interrupt import Interrupts
-from grpo.keep_16bit import remember_choice
+from grpo.keep_16bit import remember_base
 from grpo.log import RunLog
 from grpo.session import open_session, read_model
 from grpo.sft_config import SftConfig, sft_config_toml
 from grpo.sft_data import Example, load_data
 from grpo.sft_eval import held_out_loss
+from grpo.vocabulary import check_tokens
 
 if TYPE_CHECKING:
     from grpo.session import Session
@@ -40,13 +41,16 @@ def run_sft(config: SftConfig, *, resume: bool = False, verbose: bool = False) -
         write_atomically(run.path / CONFIG, sft_config_toml(config).encode())
         settings = config.for_policy()
         with RunLog(run.path, settings, max_steps=config.train.max_steps or 0, verbose=verbose) as log:
-            files = read_model(settings, log.status)
+            files = read_model(settings, log.status, log.notice)
             data = load_data(config, files.tokenizer, files.stop_token_ids)
+            texts = [("a training row", each.input_ids) for each in data.examples]
+            texts += [("a held-out row", each.input_ids) for each in data.held_out]
+            check_tokens(texts, files.tokenizer, files.source.config)
             for notice in data.notices:
                 log.notice(notice)
             resumed = run.path if resume else None
             with open_session(settings, files=files, status=log.status, start_engine=False, resumed=resumed) as session:
-                remember_choice(session.base, run.path)
+                remember_base(session.base, run.path)
                 tokens = config.sft.per_device_train_batch_size * config.sft.max_length
 
                 def evaluate() -> dict[str, float]:

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from grpo.architectures import check_supported, fused_linears
+from grpo.architectures import ARCHITECTURES, check_supported, fused_linears
 from grpo.config import Model
 from grpo.errors import UserError
 from grpo.gguf_config import complete_config
@@ -112,13 +112,15 @@ class SafetensorsSource:
         values = read_object(file)
         check_sizes(values, file)
         check_quantization(values, file)
-        if "auto_map" in values and not model.trust_remote_code:
+        # Of a family that transformers has, its own class is used, whatever code lies beside the weights.
+        brings_code = "auto_map" in values and values.get("model_type") not in ARCHITECTURES
+        if brings_code and not model.trust_remote_code:
             raise UserError(
                 f"{file}: the model brings Python code of its own, which is not run; set model.trust_remote_code = "
                 "true if you trust it"
             )
         try:
-            self.config = AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code)
+            self.config = AutoConfig.from_pretrained(path, trust_remote_code=brings_code)
         except Exception as error:  # whatever transformers' checks of a stranger's file raise
             raise UserError(f"{file}: {one_line(error)}; correct it, or download the model again") from None
         self._shard_of = self._index()

@@ -39,7 +39,7 @@ def streamed_logits(source: Source, tokens: Tensor, config: Any = None) -> Tenso
     config = copy.deepcopy(config or source.config.get_text_config())
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
-    rebuild_buffers(model, config, torch.device("cpu"), torch.float32)
+    rebuild_buffers(model, config, torch.device("cpu"), torch.float32, longest=tokens.shape[1])
     for name, module in model.named_modules():
         if module._parameters:
             read_while_running(module, name, source, bool(config.tie_word_embeddings))

@@ -20,10 +20,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from grpo.checkpoint import check_run, saved_config, step_numbers
+from grpo.checkpoint import check_run, moved_base, saved_config, step_numbers
 from grpo.config import Config, config_toml, read_config
 from grpo.errors import BAD_INPUT, UserError, disk_refusal, fail
 from grpo.interrupt import leaving_at_once
+from grpo.machine import check_machine
 from grpo.plan import memory_plan
 from grpo.toml import write_value
 from grpo.torchrun import Launch, RankLost, check_share, take_launch
@@ -93,6 +94,7 @@ def parser() -> argparse.ArgumentParser:
         help="continue the run in this folder (default: the configuration's) from its last checkpoint; without CONFIG, "
         "with the configuration saved there",
     )
+    result.add_argument("--base", metavar="MODEL", help="with --resume: where the run's base is now, if it has moved")
     result.add_argument("--output", type=Path, metavar="DIR", help="the run folder, instead of checkpoint.output_dir")
     result.add_argument("--verbose", action="store_true", help="let vLLM and transformers write their logs")
     return result
@@ -108,6 +110,8 @@ def configuration(parsed: argparse.Namespace) -> Config:
     overrides = list(parsed.set)
     if output := folder or parsed.output:
         overrides.append(f"checkpoint.output_dir={write_value(output)}")
+    if parsed.base is not None:
+        overrides += moved_base(parsed.base, resume=parsed.resume is not None)
     if parsed.config is not None:
         return read_config(parsed.config, overrides)
     if folder is not None:
@@ -119,11 +123,12 @@ def configuration(parsed: argparse.Namespace) -> Config:
 
 def train(config: Config, launch: Launch, *, resume: bool, verbose: bool) -> None:
     """Train; imports torch and vLLM once the run folder is known to be free, or to fit."""
-    if launch.first and launch.restarts == 0:
-        check_run(config, resume=resume)
     from grpo.log import quiet_libraries
 
     quiet_libraries(verbose)
+    if launch.first and launch.restarts == 0:
+        check_run(config, resume=resume)
+    check_machine(config.model.device)
     from grpo.trainer import Trainer
 
     with leaving_at_once():

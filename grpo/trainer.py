@@ -36,10 +36,11 @@ from grpo.errors import UserError
 from grpo.evaluate import evaluate, measure_pass_rates
 from grpo.guard import UnusableUpdate, dump_folder, whole, write_dump
 from grpo.interrupt import Interrupts
-from grpo.keep_16bit import remember_choice
+from grpo.keep_16bit import remember_base
 from grpo.learner import UNMEASURED, Learner
 from grpo.log import RunLog
 from grpo.loss import resolve_loss
+from grpo.machine import resolve_device
 from grpo.plan import sequence_limits
 from grpo.ranks import Ranks, connect
 from grpo.records import EVALUATIONS, printable, read_entries
@@ -49,11 +50,12 @@ from grpo.rewards.resolve import described
 from grpo.sampler import Group, Rollout, Sampler, sample_seed
 from grpo.scored import logged, reward_table, sampling_metrics
 from grpo.selftest import check_rollout_follows_adapter
-from grpo.session import Session, open_session, read_model, resolve_device
+from grpo.session import Session, open_session, read_model
 from grpo.silent_log import SilentLog
 from grpo.state import load_tensors, save_tensors
 from grpo.survival import adapter_survival
 from grpo.torchrun import Launch
+from grpo.vocabulary import check_tokens
 
 STATE = "trainer.safetensors"
 PASS_RATES = "pass_rates.json"
@@ -80,8 +82,9 @@ class Trainer:
             resolve_loss(config.loss)
             if self.launch.first and (uneven := uneven_share(config, self.launch.size)):
                 log.notice(uneven)
-            files = read_model(config, log.status)
+            files = read_model(config, log.status, log.notice)
             data = load_data(config, files.tokenizer)
+            check_tokens(data.texts(), files.tokenizer, files.source.config)
             ranks = connect(self.launch, resolve_device(config.model.device))
             ranks.check = interrupts.check
             ranks.require_same(facts(config))
@@ -130,7 +133,7 @@ def own_share(config: Config, ranks: int) -> Config:
 
 def facts(config: Config) -> dict[str, Any]:
     """What must be the same on every rank."""
-    gpu = torch.cuda.is_available() and resolve_device(config.model.device).type == "cuda"
+    gpu = resolve_device(config.model.device).type == "cuda"
     return {
         "the configuration": config_toml(config),
         "the GPU": torch.cuda.get_device_name() if gpu else "none",
@@ -166,7 +169,7 @@ def train_session(
     ranks = ranks or Ranks()
     ranks.copy_first(session.policy.parameters())
     if ranks.first:
-        remember_choice(session.base, folder)
+        remember_base(session.base, folder)
     log.status("checking that vLLM follows the adapter")
     check_rollout_follows_adapter(session)
     with Interrupts() as interrupts, interrupts.deferred():

@@ -25,6 +25,7 @@ from typing import Any
 import cloudpickle  # type: ignore[import-untyped]
 
 from grpo.errors import UserError
+from grpo.rewards.carried import dumps
 from grpo.rewards.contract import RewardBatch, RewardResult, RewardSpec, mean
 from grpo.rewards.resolve import described
 from grpo.rewards.runner import Outcome, Runner
@@ -188,7 +189,7 @@ def pickle_function(spec: RewardSpec, example: Mapping[str, Any] | None) -> byte
     content = (spec.function, dict(spec.options), None if example is None else dict(example))
     try:
         with by_value(home(spec.function)):
-            return cloudpickle.dumps(content)
+            return dumps(content)
     except Exception as error:
         raise UserError(
             f"reward {spec.column!r} cannot be sent to its process ({described(error)}); put it into a file that "

@@ -15,6 +15,7 @@ from typing import Any
 
 import annotated_types
 import bad_adapters  # noqa: F401 - adds to the table
+import bad_configs  # noqa: F401
 import bad_data  # noqa: F401
 import bad_models  # noqa: F401
 import pytest

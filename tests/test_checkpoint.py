@@ -152,7 +152,12 @@ sys.stdin.read()
 @pytest.mark.parametrize(
     ("section", "key", "value", "sentence"),
     [
-        ("model", "name", "other", 'model.name = "other" does not fit the run in .*, which has "m"; set it back'),
+        (
+            "model",
+            "name",
+            "other",
+            'model.name = "other" does not fit the run in .*, which has "m" and no sample.*; set it back',
+        ),
         ("model", "load_in_4bit", False, "model.load_in_4bit = false does not fit .* has true"),
         ("model", "revision", "abc", 'model.revision = "abc" does not fit .* has "none"'),
         ("lora", "r", 8, "lora.r = 8 does not fit .* has 16; .*--output"),

@@ -202,7 +202,8 @@ def test_a_4_bit_model_loads_in_transformers_and_here_alike(family: str, tmp_pat
     model = loaded(folder)
     assert type(model.model.layers[0].mlp.down_proj).__name__ == "Linear4bit"
     ours = streamed_logits(open_source(Model(name=str(folder))), TOKENS)
-    assert Distance.between(logits(model), ours).kl < 2e-3
+    # transformers from 5.24 on computes such a model in the type that it was quantised for, whatever is asked.
+    assert Distance.between(logits(model), ours).kl < (2e-3 if model.dtype == torch.float32 else 5e-3)
     lost = float(told[1].split("by ")[1].split("%")[0]) / 100
     weight = MergedSource(open_source(Model(name=str(made.base))), Adapter(made.adapter)).read(f"{DOWN}.weight")
     one = ((dequantised(folder, f"{DOWN}.weight") - weight).norm() / weight.norm()).item()

@@ -165,7 +165,7 @@ def test_names_stay_those_of_the_plain_graph(family, tmp_path):
 
 
 def test_a_layer_that_the_kernels_do_not_know_stays(tmp_path):
-    save_tiny(tmp_path, "llama", hidden_act="gelu")
+    save_tiny(tmp_path, "gemma3_text", hidden_activation="gelu")
     model = Model(name=str(tmp_path), load_in_4bit=False, dtype="float32")
     base = BaseWeights(open_source(model), model, device=torch.device("cpu"), dtype=torch.float32)
     policy = Policy(base, Lora(r=2), kernels="torch")

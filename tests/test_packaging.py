@@ -11,7 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
-import sysconfig
+import tomllib
 import zipfile
 from collections.abc import Sequence
 from email.parser import Parser
@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = {"grpo": "grpo", "kernels": "grpo/kernels", "rewards": "grpo/rewards", "tasks": "grpo/tasks"}
@@ -46,7 +48,7 @@ def python(*arguments: str | Path, cwd: Path, sites: Sequence[Path] = ()) -> str
 
     Without the `site` module: an editable install of the project in this environment would otherwise be found first.
     """
-    path = os.pathsep.join([*map(str, sites), sysconfig.get_path("purelib")])
+    path = os.pathsep.join([*map(str, sites), *(place for place in sys.path if place.endswith("site-packages"))])
     command = [sys.executable, "-S", *map(str, arguments)]
     result = subprocess.run(command, cwd=cwd, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -260,3 +262,31 @@ def test_make_installs_again_only_when_the_requirements_have_changed(tmp_path: P
     assert "pip install" not in make("--dry-run", "test", "VENV=venv", cwd=tmp_path).stdout
     os.utime(stamp, (0, 0))
     assert "pip install" in make("--dry-run", "test", "VENV=venv", cwd=tmp_path).stdout
+
+
+# Versions
+
+
+def test_dependencies_have_an_upper_bound_and_the_versions_tested_with_are_within():
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = {name: entries for name, entries in declared["optional-dependencies"].items() if name != "dev"}
+    wanted = [Requirement(entry) for entries in (declared["dependencies"], *extras.values()) for entry in entries]
+    assert [str(each) for each in wanted if not {"<", "=="} & {part.operator for part in each.specifier}] == []
+    pins = {"torch": "2.13.0"}  # whose build the Makefile names
+    for file in ("cpu", "dev", "gym"):
+        for line in (ROOT / "requirements" / f"{file}.txt").read_text().splitlines():
+            if "==" in line:
+                name, _, version = line.partition("==")
+                pins[canonicalize_name(name)] = version
+    tested = {each.name: pins[name] for each in wanted if (name := canonicalize_name(each.name)) in pins}
+    assert len(tested) > 15
+    outside = [each.name for each in wanted if each.name in tested and tested[each.name] not in each.specifier]
+    assert outside == []
+
+
+def test_the_newest_packages_are_those_that_are_bounded():
+    script = [sys.executable, str(ROOT / "requirements" / "bounded.py")]
+    names = subprocess.run([*script, "--except", "torch"], capture_output=True, text=True, check=True).stdout.split()
+    assert {"transformers", "peft", "trl", "datasets", "bitsandbytes"} <= set(names) and "torch" not in names
+    told = subprocess.run([*script, "--changed", sys.executable, sys.executable], capture_output=True, text=True)
+    assert told.stdout == "newer than tested: nothing\n"

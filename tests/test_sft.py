@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import runpy
+import shutil
 from pathlib import Path
 
 import pytest
@@ -212,7 +213,9 @@ def test_a_run_learns_resumes_as_one_and_leaves_an_adapter(tmp_path, model, caps
     assert held_out[0]["eval/loss"] > held_out[-1]["eval/loss"] == summary["last"]["eval/loss"]
 
     assert main([str(whole), "--output", str(tmp_path / "cut"), "--set", "train.max_steps=2"]) == 0
-    assert main(["--resume", str(tmp_path / "cut"), "--set", "train.max_steps=4"]) == 0
+    shutil.copytree(model, tmp_path / "moved")
+    moved = ["--base", str(tmp_path / "moved")]
+    assert main(["--resume", str(tmp_path / "cut"), *moved, "--set", "train.max_steps=4"]) == 0
     resumed, expected = (load_file(f / "adapter" / "adapter_model.safetensors") for f in (tmp_path / "cut", run))
     assert resumed.keys() == expected.keys() and all(resumed[name].equal(expected[name]) for name in expected)
     assert main(["--resume", str(run), "--set", "lora.r=8"]) == 2 and "[lora] is not that" in capsys.readouterr().err

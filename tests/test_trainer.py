@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -16,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_run import read_metrics, run_tables, save_rewards, save_tiny_chat_model, write_config
 
-from grpo.config import parse_config
+from grpo.config import parse_config, read_config
 from grpo.train import main
 
 pytestmark = pytest.mark.vllm
@@ -64,11 +66,13 @@ def straight(home: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def resumed(home: Path) -> Path:
-    """The same six steps, the last three in another process."""
+    """The same six steps, the last three in another process and on a base that has moved."""
     assert start(home, "resumed", "--set", "train.max_steps=3") == 0
     assert [entry["step"] for entry in read_metrics(home / "resumed")] == [1, 2, 3]
-    done = start_alone(home, "resumed", "--resume")
+    shutil.copytree(home / "model", home / "moved")
+    done = start_alone(home, "resumed", "--resume", "--base", str(home / "moved"))
     assert done.returncode == 0, done.stderr
+    assert read_config(home / "resumed" / "config.toml").model.name == str(home / "moved")
     return home / "resumed"
 
 
@@ -113,8 +117,31 @@ def test_resuming_with_another_rank_or_model_is_refused(straight: Path, home: Pa
     assert start(home, "straight", "--resume", lora={"r": 8}) == 2
     assert "lora.r = 8 does not fit the run" in sentence(capsys)
     assert start(home, "straight", "--resume", model={"name": "someone/else"}) == 2
-    assert "model.name = 'someone/else' does not fit" in sentence(capsys).replace('"', "'")
+    assert "model.name = 'someone/else': not a local path" in sentence(capsys)
+    assert start(home, "straight", "--base", str(home / "model")) == 2
+    assert "--base goes with --resume" in sentence(capsys)
+    assert start(home, "straight", "--resume", "--base", str(home / "gone")) == 2
+    assert "gone: no such file or folder; name where the run's base is now" in sentence(capsys)
+    assert start(home, "straight", "--resume", model={"name": str(home / "gone")}) == 2
+    other = home / "other"
+    shutil.copytree(home / "model", other)
+    weights = load_file(other / "model.safetensors")
+    save_file({name: tensor * 1.01 for name, tensor in weights.items()}, other / "model.safetensors", {"format": "pt"})
+    capsys.readouterr()
+    assert start(home, "straight", "--resume", "--base", str(other)) == 2
+    assert re.search(
+        r"other is not the base of the run in .* are 1\.0% apart\); name what .*model was", sentence(capsys)
+    )
     assert sorted(straight.rglob("*")) == before
+
+
+def test_a_base_that_has_moved_is_missed_before_anything_is_loaded(home: Path, capsys: Any) -> None:
+    run = home / "missed"
+    run.mkdir()
+    tables = run_tables(home, model={"name": str(home / "gone")}, checkpoint={"output_dir": str(run)})
+    write_config(run / "config.toml", tables)
+    assert main(["--resume", str(run)]) == 2
+    assert "the base of this run has moved" in (told := sentence(capsys)) and "say where it is with --base" in told
 
 
 def test_an_existing_run_folder_is_refused_and_left_alone(straight: Path, home: Path, capsys: Any) -> None:
