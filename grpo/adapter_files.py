@@ -18,6 +18,16 @@ from grpo.errors import UserError
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
+ALTERS_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Initialisations after which the trained base is not the one on the disk."""
+CHANGES_THE_FORMULA = ("use_dora", "alpha_pattern", "layer_replication", "use_qalora", "fan_in_fan_out")
+"""Entries of adapter_config.json with which the update is no longer s B A of one rank rule."""
+ONLY_IN_PEFT = (
+    "rank_pattern", "layers_to_transform", "layers_pattern", "modules_to_save", "lora_bias", "target_parameters",
+    "trainable_token_indices",
+)  # fmt: skip
+"""Entries with which an adapter is not one rank on the same modules of every layer, as training has it."""
+
 
 def read_adapter(folder: Path, expected: Any, shapes: Mapping[str, torch.Size]) -> dict[str, torch.Tensor]:
     """The tensors of the adapter in `folder`, by peft's names, on the CPU.
@@ -59,6 +69,17 @@ def check_adapter(folder: Path, expected: Any) -> None:
         targets = set(saved["target_modules"])
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise UserError(f"{file}: not the configuration of a LoRA adapter ({error}); copy the adapter again") from None
+    check_plain_lora(saved, file)
+    for key in ONLY_IN_PEFT:
+        if saved.get(key):
+            raise UserError(
+                f"{file}: {key} is set, and training takes one rank on the same modules of every layer; have peft "
+                "merge it into the base, and train a new adapter on that"
+            )
+    if isinstance(saved["target_modules"], str):
+        raise UserError(
+            f"{file}: target_modules = {saved['target_modules']!r} is a pattern; have peft save it as a list of names"
+        )
     for key in ("r", "lora_alpha", "use_rslora"):
         if saved.get(key) != getattr(expected, key):
             raise UserError(
@@ -69,4 +90,21 @@ def check_adapter(folder: Path, expected: Any) -> None:
         raise UserError(
             f"{file}: target_modules = {sorted(map(str, targets))}, the configuration says "
             f"{sorted(expected.target_modules)}; set lora.target_modules as the adapter has them"
+        )
+
+
+def check_plain_lora(config: Mapping[str, Any], file: Path) -> None:
+    """Raise UserError unless adapter_config.json says that every update is s B A on the base as it is on the disk."""
+    if not isinstance(config.get("lora_alpha"), int | float):
+        raise UserError(f"{file}: lora_alpha is missing; copy the adapter again")
+    for key in CHANGES_THE_FORMULA:
+        if config.get(key):
+            raise UserError(
+                f"{file}: {key} is set, and only plain LoRA is taken here; have peft merge it, or convert it to "
+                "plain LoRA"
+            )
+    if config.get("init_lora_weights") in ALTERS_THE_BASE:
+        raise UserError(
+            f"{file}: init_lora_weights = {config['init_lora_weights']!r} trained a base other than the one on the "
+            "disk; have peft convert it to plain LoRA first"
         )

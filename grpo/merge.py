@@ -8,7 +8,6 @@ adapter may hold (DoRA, trained biases, embeddings or whole modules) is refused,
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grpo.adapter_files import check_plain_lora
 from grpo.errors import UserError
 from grpo.kernels import nf4
 from grpo.source import NF4Tensor, Source, damage_named
@@ -23,10 +23,6 @@ from grpo.target import ADAPTER_CONFIG, read_adapter_config
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."
-ALTERS_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Initialisations after which the trained base is not the one on the disk."""
-CHANGES_THE_FORMULA = ("use_dora", "alpha_pattern", "layer_replication", "use_qalora", "fan_in_fan_out")
-"""Entries of adapter_config.json with which the update is no longer s B A of one rank rule."""
 
 
 @dataclass(frozen=True)
@@ -86,20 +82,6 @@ class Adapter:
         if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
             raise UserError(f"{self.file}: A {a} and B {b} of {module} do not belong together; copy it again")
         return b[0], a[1]
-
-
-def check_plain_lora(config: Mapping[str, Any], file: Path) -> None:
-    """Raise UserError unless adapter_config.json says that every update is s B A on the base as it is on the disk."""
-    if not isinstance(config.get("lora_alpha"), int | float):
-        raise UserError(f"{file}: lora_alpha is missing; copy the adapter again")
-    for key in CHANGES_THE_FORMULA:
-        if config.get(key):
-            raise UserError(f"{file}: {key} is set, and only plain LoRA can be merged; serve it with peft instead")
-    if config.get("init_lora_weights") in ALTERS_THE_BASE:
-        raise UserError(
-            f"{file}: init_lora_weights = {config['init_lora_weights']!r} trained a base other than the one on the "
-            "disk; have peft convert it to plain LoRA first"
-        )
 
 
 class MergedSource:

@@ -33,6 +33,7 @@ from grpo.policy import (
     set_module,
     set_parameter,
 )
+from grpo.rope import Rotary
 
 COMPLETIONS, TOKENS = 4, 256
 """How many completions are measured, and how many tokens of each, at most."""
@@ -108,13 +109,16 @@ def float32_graph(policy: Policy) -> nn.Module:
         graph = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=ATTENTION)
     for linear in base.linears.values():
         for part in linear.parts:
-            set_module(graph, part, WideLinear(policy.decoder.get_submodule(part)))  # type: ignore[arg-type]
+            set_module(graph, part, WideLinear(policy.decoder.get_submodule(part)))
     scale = config.hidden_size**0.5 if hasattr(graph.model.embed_tokens, "embed_scale") else 1.0
     graph.model.embed_tokens = WideEmbedding(base.tensors[EMBEDDING], scale)
     for name, tensor in base.tensors.items():
         if name not in (EMBEDDING, HEAD):
             set_parameter(graph, name, tensor.float())
     rebuild_buffers(graph, config, base.device, torch.float32)
+    for name, module in policy.decoder.named_modules():
+        if isinstance(module, Rotary):  # with the frequencies of the run's longest sequence
+            set_module(graph, name, module)
     return graph.model.eval().requires_grad_(False)
 
 

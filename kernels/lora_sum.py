@@ -57,7 +57,9 @@ def dense_linear(
     if sums_in_float32(x, rows, features):
         round_sum(torch.mm(x, weight.t(), out_dtype=torch.float32), bias, low_rank, out)
         return out
-    return joined_linear(x, weight, with_bias(low_rank, bias, rows), out)
+    joined = with_bias(low_rank, bias, rows)
+    assert joined is not None
+    return joined_linear(x, weight, joined, out)
 
 
 def joined_linear(x: Tensor, weight: Tensor, low_rank: LowRank, out: Tensor) -> Tensor:
