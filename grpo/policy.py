@@ -215,6 +215,21 @@ def packed_row(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[
     return row
 
 
+def predictors(
+    decoder: nn.Module, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """(`decoder`'s output where each completion token is predicted [tokens, hidden], those tokens [tokens])."""
+    row = packed_row(prompts, completions)
+    hidden = decoder(
+        input_ids=torch.tensor([row.tokens], device=device),
+        position_ids=torch.tensor([row.positions], device=device),
+        use_cache=False,
+        packing=Packing(row.spans, device),
+    ).last_hidden_state[0]
+    targets = torch.tensor([token for completion in completions for token in completion], device=device)
+    return hidden.index_select(0, torch.tensor(row.predicting, device=device)), targets
+
+
 class Policy:
     """The model in training: base (borrowed) plus adapter (owned)."""
 
@@ -305,17 +320,9 @@ class Policy:
         Neighbours with the same prompt share one computation of it. The last completion token predicts nothing and is
         not fed.
         """
-        device = self.base.device
-        row = packed_row(prompts, completions)
-        hidden = self.decoder.model(
-            input_ids=torch.tensor([row.tokens], device=device),
-            position_ids=torch.tensor([row.positions], device=device),
-            use_cache=False,
-            packing=Packing(row.spans, device),
-        ).last_hidden_state[0]
-        targets = torch.tensor([token for completion in completions for token in completion], device=device)
+        hidden, targets = predictors(self.decoder.model, prompts, completions, self.base.device)
         logprobs, entropy = selected_logprobs(
-            hidden.index_select(0, torch.tensor(row.predicting, device=device)),
+            hidden,
             self.head_weight(),
             targets,
             temperature=temperature,

@@ -21,14 +21,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from grpo.architectures import EMBEDDING, HEAD
-from grpo.kernels.attention import Packing
 from grpo.policy import (
     ADAPTER,
     ATTENTION,
     BaseLinear,
     LoraLinear,
     Policy,
-    packed_row,
+    predictors,
     rebuild_buffers,
     set_module,
     set_parameter,
@@ -126,16 +125,9 @@ def float32_logprobs(
     policy: Policy, graph: nn.Module, prompts: list[list[int]], completions: list[list[int]]
 ) -> Tensor:
     """Logprob of every completion token [tokens], in the order of `Policy.score`."""
-    device, row = policy.base.device, packed_row(prompts, completions)
-    hidden = graph(
-        input_ids=torch.tensor([row.tokens], device=device),
-        position_ids=torch.tensor([row.positions], device=device),
-        use_cache=False,
-        packing=Packing(row.spans, device),
-    ).last_hidden_state[0]
-    targets = torch.tensor([token for completion in completions for token in completion], device=device)
+    hidden, targets = predictors(graph, prompts, completions, policy.base.device)
     softcap = getattr(policy.base.config, "final_logit_softcapping", None)
-    return head_logprobs(hidden[torch.tensor(row.predicting, device=device)], policy.head_weight(), targets, softcap)
+    return head_logprobs(hidden, policy.head_weight(), targets, softcap)
 
 
 def head_logprobs(hidden: Tensor, head: Tensor, targets: Tensor, softcap: float | None) -> Tensor:
