@@ -7,16 +7,6 @@ sampler). Only these three know vLLM's insides. Token ids go in and come out; te
 
 from __future__ import annotations
 
-import os
-
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # one process: the storage is shared by address
-os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
-os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
-os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-os.environ.setdefault("DO_NOT_TRACK", "1")
-os.environ.setdefault("VLLM_PLUGINS", "")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-
 import gc
 import tempfile
 import time
@@ -32,6 +22,7 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
+import grpo.vllm_environment  # noqa: F401, I001  (before vllm)
 from grpo.base import BaseWeights
 from grpo.engine_model import SERVED, SHARED, write_model_folder
 from grpo.engine_steps import Collected, OnePassSampler, rollout_scheduler

@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo.architectures import ARCHITECTURES, fused_linears
+from grpo.architectures import causal_class
 from grpo.base import is_named
 from grpo.bnb_format import packed_entries, quantization_config, unpacked
 from grpo.errors import UserError
 from grpo.kernels import nf4
+from grpo.layout import fused_linears
 from grpo.merge import MergedSource
 
 SHARD_BYTES = 2 << 30
@@ -148,7 +149,7 @@ def model_config(source: MergedSource, dtype: torch.dtype) -> dict[str, Any]:
     for stale in ("quantization_config", "auto_map", "_name_or_path"):
         values.pop(stale, None)
     values["torch_dtype" if "torch_dtype" in values else "dtype"] = str(dtype).removeprefix("torch.")
-    values["architectures"] = [ARCHITECTURES[source.config.model_type]]
+    values["architectures"] = [causal_class(source.config.model_type)]
     return values
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from grpo.errors import UserError
+from grpo.head import Head
 from grpo.kernels.attention import Packing
 from grpo.kernels.logprob import selected_logprobs
 from grpo.pairs import pairs_of
@@ -178,7 +179,7 @@ def causal_lm_forward(
             hidden[chosen],
             self.get_output_embeddings().weight,
             targets[chosen],
-            softcap=getattr(self.config, "final_logit_softcapping", None),
+            **Head.of(self.config).arguments(),
         )
     loss = -logprobs.sum() / (len(logprobs) if num_items_in_batch is None else num_items_in_batch)
     output = CausalLMOutputWithPast(loss=loss)

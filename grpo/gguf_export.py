@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from grpo.architectures import ARCHITECTURES
+from grpo.architectures import causal_class
 from grpo.errors import UserError
 from grpo.gguf_metadata import ARCHITECTURE, add_from_config, add_from_gguf, add_tokenizer
 from grpo.merge import MergedSource
@@ -116,7 +116,7 @@ def planned(source: MergedSource, kind: str) -> Iterator[tuple[str, str, tuple[i
     for name in sorted(source.names, key=in_model_order):
         stored = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if stored is None:
-            raise UserError(f"{source.path}: llama.cpp's {ARCHITECTURES[config.model_type]} has no tensor {name}")
+            raise UserError(f"{source.path}: llama.cpp's {causal_class(config.model_type)} has no tensor {name}")
         shape = source.shape(name)
         yield name, stored, shape, form_of(shape, kind)
 

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from grpo.architectures import adapter_targets, expected_shapes, fused_linears
+from grpo.architectures import adapter_targets
 from grpo.config import Config
+from grpo.layout import fused_linears
 
 FORMS = ("none", "mlp", "layer", "offload")
 """Forms of gradient checkpointing, from the fastest to the one that needs least memory on the device. "mlp", which
@@ -46,11 +47,30 @@ CPU_SHARE = 0.5
 
 
 def linear_shapes(shape: Any) -> dict[str, tuple[int, int]]:
-    """Module name -> (out, in) of every linear layer of the decoder's blocks."""
-    found: dict[str, tuple[int, int]] = {}
-    for name, parts in fused_linears(shape).items():
-        found |= expected_shapes(shape, name, parts)
-    return found
+    """Module name -> (out, in) of every linear layer of the decoder's blocks.
+
+    Of transformers' configuration as its graph has them; of a plan's Shape, for which nothing is imported, by the sizes
+    that decoders of the usual kind have.
+    """
+    if hasattr(shape, "to_dict"):
+        from grpo.meta_graph import graph_tensors
+
+        return {name: (linear.rows, linear.columns) for name, linear in graph_tensors(shape).linears.items()}
+    hidden, inner = shape.hidden_size, shape.intermediate_size
+    query, key_value = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
+    by_leaf = {
+        "q_proj": (query, hidden),
+        "k_proj": (key_value, hidden),
+        "v_proj": (key_value, hidden),
+        "qkv_proj": (query + 2 * key_value, hidden),
+        "o_proj": (hidden, query),
+        "gate_proj": (inner, hidden),
+        "up_proj": (inner, hidden),
+        "gate_up_proj": (2 * inner, hidden),
+        "down_proj": (hidden, inner),
+    }
+    parts = [part for group in fused_linears(shape).values() for part in group]
+    return {part: by_leaf[part.rpartition(".")[2]] for part in parts}
 
 
 def moment_bytes(optim: str, *, on_gpu: bool) -> int:

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grpo.architectures import biased, expected_shapes, fused_linears
 from grpo.errors import UserError
+from grpo.meta_graph import graph_tensors
 
 if TYPE_CHECKING:
     from grpo.source import Source
@@ -74,20 +74,16 @@ def check_quantization(values: Mapping[str, Any], file: Path) -> None:
 
 
 def check_shapes(source: Source) -> None:
-    """Raise UserError unless `source` has all of every linear layer, in the shape that its configuration says."""
-    config = source.config.get_text_config()
-    for linear, parts in fused_linears(config).items():
-        for part, expected in expected_shapes(config, linear, parts).items():
-            name = f"{part}.weight"
-            for needed in (name, *([f"{part}.bias"] if biased(config, part) else [])):
-                if needed not in source.names:
-                    raise UserError(f"{source.path}: tensor {needed} is missing; pass a complete model")
-            found = source.shape(name)
-            if found != expected:
-                raise UserError(
-                    f"{source.path}: {name} has shape {found}, config.json says {expected}; pass a model whose files "
-                    "belong together"
-                )
+    """Raise UserError unless `source` has every tensor of the graph, in the shape that its configuration says."""
+    for name, expected in graph_tensors(source.config.get_text_config()).shapes().items():
+        if name not in source.names:
+            raise UserError(f"{source.path}: tensor {name} is missing; pass a complete model")
+        found = tuple(source.shape(name))
+        if found != expected:
+            raise UserError(
+                f"{source.path}: {name} has shape {found}, config.json says {expected}; pass a model whose files "
+                "belong together"
+            )
 
 
 def check_head_size(config: Any, where: Path, on_cpu: bool) -> None:

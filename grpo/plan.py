@@ -15,10 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from grpo.architectures import ARCHITECTURES, EMBEDDING, HEAD, adapter_targets, fused_linears
+from grpo.architectures import adapter_targets
 from grpo.config import Config, Model
 from grpo.errors import UserError
+from grpo.families import listed
 from grpo.gguf_header import read_header
+from grpo.layout import EMBEDDING, HEAD, fused_linears
 from grpo.locate import local_path
 from grpo.memory import TrainingMemory, linear_shapes, moment_bytes
 
@@ -142,7 +144,7 @@ def model_shape(config: Config) -> Shape | None:
         shape = Shape.of(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    return shape if shape.model_type in ARCHITECTURES else None
+    return shape if shape.model_type in listed() else None
 
 
 def cached_config(name: str, revision: str | None) -> Path | None:
@@ -177,7 +179,7 @@ def gguf_shape(path: Path) -> Shape | None:
         shape = Shape.of(values)
     except TypeError:
         return None
-    return shape if shape.model_type in ARCHITECTURES else None
+    return shape if shape.model_type in listed() else None
 
 
 # What it takes

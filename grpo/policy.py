@@ -325,8 +325,7 @@ class Policy:
             hidden,
             self.head_weight(),
             targets,
-            temperature=temperature,
-            softcap=getattr(self.base.config, "final_logit_softcapping", None),
+            **self.base.head_form.arguments(temperature),
             chunk_tokens=chunk_tokens,
             entropy_gradient=entropy_gradient,
         )
@@ -378,8 +377,8 @@ def build_graph(base: BaseWeights) -> nn.Module:
         for part in linear.parts:
             set_module(graph, part, BaseLinear(*linear.part(part)))
     for name, tensor in base.tensors.items():
-        rows = base.config.vocab_size if name in ("model.embed_tokens.weight", "lm_head.weight") else tensor.shape[0]
-        set_parameter(graph, name, tensor[:rows])
+        # Embedding and head have rows that only vLLM's vocabulary has.
+        set_tensor(graph, name, tensor[: base.layout.shapes[name][0]] if tensor.ndim else tensor)
     graph.tie_weights()
     rebuild_buffers(graph, config, base.device, base.dtype)
     left = [name for name, tensor in [*graph.named_parameters(), *graph.named_buffers()] if tensor.is_meta]
@@ -407,22 +406,11 @@ def set_module(root: nn.Module, name: str, module: nn.Module) -> None:
     setattr(root.get_submodule(parent), leaf, module)
 
 
-def set_parameter(root: nn.Module, name: str, tensor: Tensor) -> None:
-    """Make `tensor` the frozen parameter at the dotted `name`."""
+def set_tensor(root: nn.Module, name: str, tensor: Tensor) -> None:
+    """Make `tensor` the frozen parameter, or the buffer, at the dotted `name`."""
     parent, _, leaf = name.rpartition(".")
-    try:
-        owner = root.get_submodule(parent)
-    except AttributeError:
-        owner = nn.Module()
-    expected = owner._parameters.get(leaf)
-    if expected is None:
-        raise UserError(
-            f"the checkpoint has a tensor {name} that the model's architecture lacks; pass a model whose "
-            "files belong together"
-        )
-    if expected.shape != tensor.shape:
-        raise UserError(
-            f"the checkpoint's {name} has shape {tuple(tensor.shape)}, config.json says "
-            f"{tuple(expected.shape)}; pass a model whose files belong together"
-        )
-    owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    owner = root.get_submodule(parent)
+    if leaf in owner._buffers:
+        owner._buffers[leaf] = tensor
+    else:
+        owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)

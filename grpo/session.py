@@ -23,6 +23,7 @@ from grpo.errors import UserError
 from grpo.generation import EngineSettings, SamplingSettings
 from grpo.host_memory import give_back_pinned
 from grpo.keep_16bit import load_base
+from grpo.layout import learn, record_of
 from grpo.locate import lasting_name
 from grpo.machine import check_machine, resolve_device
 from grpo.model_files import check_head_size, check_shapes, end_tokens
@@ -88,6 +89,9 @@ def read_model(
     check_keys(text, str(source.path))
     for sentence in settle(text):
         notice(sentence)
+    for sentence in source.notices:
+        notice(sentence)
+    find_layout(text)
     check_head_size(text, source.path, on_cpu=resolve_device(config.model.device).type == "cpu")
     adapter_targets(text, config.lora.target_modules)
     check_shapes(source)
@@ -95,6 +99,14 @@ def read_model(
     if config.model.chat_template is not None:
         tokenizer.chat_template = read_template(config.model.chat_template)
     return ModelFiles(source, tokenizer, stop_token_ids(source, tokenizer))
+
+
+def find_layout(text: Any) -> None:
+    """Trace how vLLM lays out the model of `text`, unless its family is known. Raises UserError for what it cannot."""
+    if record_of(text.model_type) is None:
+        from grpo.layout_trace import trace
+
+        learn(text.model_type, trace(text))
 
 
 class Session:

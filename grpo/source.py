@@ -21,13 +21,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from grpo.architectures import ARCHITECTURES, check_supported, fused_linears
+from grpo.architectures import check_supported
 from grpo.config import Model
 from grpo.errors import UserError
 from grpo.gguf_config import complete_config
 from grpo.gguf_header import read_header
+from grpo.layout import HEAD
 from grpo.locate import local_path
+from grpo.meta_graph import graph_tensors
 from grpo.model_files import check_quantization, check_sizes, one_line, read_object
+from grpo.text_decoder import decoder_names, left_out, text_config
 
 NF4_STATE = ".quant_state.bitsandbytes__nf4"
 """What bitsandbytes appends to a weight's name for the description of its NF4 form."""
@@ -50,8 +53,10 @@ class Source(Protocol):
 
     path: Path
     config: Any
-    """transformers' configuration of the model."""
+    """transformers' configuration of the decoder of text."""
     names: set[str]
+    notices: list[str]
+    """What of the model is not read, a sentence each."""
 
     @property
     def stored_as(self) -> str:
@@ -103,6 +108,7 @@ class SafetensorsSource:
 
     def __init__(self, path: Path, model: Model):
         from transformers import AutoConfig
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
         if not (path / "config.json").is_file():
             raise UserError(f"{path}: no config.json; pass a model folder in Hugging Face format or a .gguf file")
@@ -113,19 +119,32 @@ class SafetensorsSource:
         check_sizes(values, file)
         check_quantization(values, file)
         # Of a family that transformers has, its own class is used, whatever code lies beside the weights.
-        brings_code = "auto_map" in values and values.get("model_type") not in ARCHITECTURES
+        brings_code = "auto_map" in values and values.get("model_type") not in CONFIG_MAPPING_NAMES
         if brings_code and not model.trust_remote_code:
             raise UserError(
                 f"{file}: the model brings Python code of its own, which is not run; set model.trust_remote_code = "
                 "true if you trust it"
             )
         try:
-            self.config = AutoConfig.from_pretrained(path, trust_remote_code=brings_code)
+            whole = AutoConfig.from_pretrained(path, trust_remote_code=brings_code)
+            self.config = text_config(whole)
         except Exception as error:  # whatever transformers' checks of a stranger's file raise
             raise UserError(f"{file}: {one_line(error)}; correct it, or download the model again") from None
         self._shard_of = self._index()
+        self._stored_name: dict[str, str] = {}
+        self.notices: list[str] = []
+        if self.config is not whole:
+            self._keep_decoder()
         self.names = {logical_name(name) for name in self._shard_of}
         self._open: dict[Path, Any] = {}
+
+    def _keep_decoder(self) -> None:
+        """Leave out what is not the decoder of text, and call what is as the decoder does."""
+        check_supported(self.config, str(self.path))
+        self._stored_name = decoder_names(self._shard_of, set(graph_tensors(self.config).shapes()))
+        told = left_out(self._shard_of, self._stored_name.values())
+        self.notices += [] if told is None else [told]
+        self._shard_of = {name: self._shard_of[stored] for name, stored in self._stored_name.items()}
 
     def _index(self) -> dict[str, Path]:
         index = self.path / "model.safetensors.index.json"
@@ -165,7 +184,7 @@ class SafetensorsSource:
             with damage_named(self._shard_of[name]):
                 return tuple(self._nf4_state(name)["shape"])
         with damage_named(self._shard_of[name]):
-            stored = self._handle(name).get_slice(name)
+            stored = self._handle(name).get_slice(self._stored_name.get(name, name))
             if stored.get_dtype() in ("U8", "I8"):
                 raise self._unknown_form(name)
             return tuple(stored.get_shape())
@@ -195,7 +214,7 @@ class SafetensorsSource:
 
     def _raw(self, name: str) -> Tensor:
         with damage_named(self._shard_of[name]):
-            return self._handle(name).get_tensor(name)
+            return self._handle(name).get_tensor(self._stored_name.get(name, name))
 
     def _nf4_state(self, name: str) -> dict[str, Any]:
         with damage_named(self._shard_of[name]):
@@ -269,6 +288,7 @@ class GGUFSource:
         from grpo.gguf_reader import PlainReader
 
         self.path = path
+        self.notices: list[str] = []
         read_header(path)
         try:
             self.reader = PlainReader(path)
@@ -368,20 +388,7 @@ def metadata_folder(path: Path) -> Path:
 
 def candidate_names(config: Any) -> Iterator[str]:
     """Every parameter name that a supported decoder with transformers' `config` may have."""
-    yield from ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
-    for parts in fused_linears(config).values():
-        for part in parts:
-            yield from (f"{part}.weight", f"{part}.bias")
-    for layer in range(config.num_hidden_layers):
-        for norm in NORMS:
-            yield f"model.layers.{layer}.{norm}.weight"
-
-
-NORMS = (
-    "input_layernorm",
-    "post_attention_layernorm",
-    "pre_feedforward_layernorm",
-    "post_feedforward_layernorm",
-    "self_attn.q_norm",
-    "self_attn.k_norm",
-)
+    found = graph_tensors(config)
+    yield from (*found.plain, HEAD)
+    for part in found.linears:
+        yield from (f"{part}.weight", f"{part}.bias")

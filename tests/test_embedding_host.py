@@ -17,11 +17,11 @@ from tiny import VOCABULARY, save_tiny
 from torch import Tensor
 
 from grpo import host_memory, memory, plan
-from grpo.architectures import EMBEDDING, HEAD
 from grpo.base import BaseWeights
 from grpo.config import Config, Lora, Model, parse_config
 from grpo.errors import UserError
 from grpo.kernels import host_matmul
+from grpo.layout import EMBEDDING, HEAD
 from grpo.policy import Policy
 from grpo.source import open_source
 
