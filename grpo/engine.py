@@ -23,6 +23,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
 import grpo.vllm_environment  # noqa: F401, I001  (before vllm)
+from grpo.architectures import vllm_class
 from grpo.base import BaseWeights
 from grpo.engine_model import SERVED, SHARED, write_model_folder
 from grpo.engine_steps import Collected, OnePassSampler, rollout_scheduler
@@ -32,6 +33,7 @@ from grpo.kernels.nf4_gemm import prepare
 from grpo.plan import CPU_BLOCK, GPU_BLOCK, VLLM_BUFFERS, kv_cache_bytes
 from grpo.policy import Policy
 from grpo.served_adapter import ServedAdapter
+from grpo.vllm_backend import leave_classes_alone
 
 VLLM_TESTED = ((0, 26), (0, 33))
 """First and last minor version that these files were written for."""
@@ -61,6 +63,7 @@ class Engine:
         if base.device.type == "cpu":
             # vLLM compiles a helper of its sampler: seconds at the first rollout, and a C++ compiler needed.
             torch.compiler.set_stance("force_eager")
+        leave_classes_alone(vllm_class(base.config.model_type))
         self.llm = vllm.LLM(**self._arguments(handle))
         if base.device.type == "cuda":
             self._runner.sampler = self.sampler = OnePassSampler(logprobs_mode="processed_logprobs")

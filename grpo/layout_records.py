@@ -5,52 +5,52 @@ from typing import Any
 LAYOUTS: dict[str, dict[str, Any]] = {
     "3a23b0a393fb": {
         "linears": {
-            "model.layers.*.mlp.down_proj": ("model.layers.*.mlp.down_proj",),
-            "model.layers.*.mlp.gate_up_proj": ("model.layers.*.mlp.gate_up_proj",),
-            "model.layers.*.self_attn.o_proj": ("model.layers.*.self_attn.o_proj",),
             "model.layers.*.self_attn.qkv_proj": (
                 "model.layers.*.self_attn.q_proj",
                 "model.layers.*.self_attn.k_proj",
                 "model.layers.*.self_attn.v_proj",
             ),
+            "model.layers.*.self_attn.o_proj": ("model.layers.*.self_attn.o_proj",),
+            "model.layers.*.mlp.gate_up_proj": ("model.layers.*.mlp.gate_up_proj",),
+            "model.layers.*.mlp.down_proj": ("model.layers.*.mlp.down_proj",),
         },
         "renamed": {},
     },
     "6b15e33fe2ee": {
         "linears": {
-            "model.layers.*.mlp.down_proj": ("model.layers.*.mlp.down_proj",),
-            "model.layers.*.mlp.gate_up_proj": (
-                "model.layers.*.mlp.gate_proj",
-                "model.layers.*.mlp.up_proj",
-            ),
-            "model.layers.*.self_attn.o_proj": ("model.layers.*.self_attn.o_proj",),
             "model.layers.*.self_attn.qkv_proj": (
                 "model.layers.*.self_attn.q_proj",
                 "model.layers.*.self_attn.k_proj",
                 "model.layers.*.self_attn.v_proj",
             ),
+            "model.layers.*.self_attn.o_proj": ("model.layers.*.self_attn.o_proj",),
+            "model.layers.*.mlp.gate_up_proj": (
+                "model.layers.*.mlp.gate_proj",
+                "model.layers.*.mlp.up_proj",
+            ),
+            "model.layers.*.mlp.down_proj": ("model.layers.*.mlp.down_proj",),
         },
         "renamed": {},
     },
     "e04eaf2f8d69": {
         "linears": {
-            "model.layers.*.mlp.down_proj": ("model.layers.*.mlp.down_proj",),
-            "model.layers.*.mlp.up_proj": ("model.layers.*.mlp.up_proj",),
-            "model.layers.*.self_attn.o_proj": ("model.layers.*.self_attn.o_proj",),
             "model.layers.*.self_attn.qkv_proj": (
                 "model.layers.*.self_attn.q_proj",
                 "model.layers.*.self_attn.k_proj",
                 "model.layers.*.self_attn.v_proj",
             ),
+            "model.layers.*.self_attn.o_proj": ("model.layers.*.self_attn.o_proj",),
+            "model.layers.*.mlp.up_proj": ("model.layers.*.mlp.up_proj",),
+            "model.layers.*.mlp.down_proj": ("model.layers.*.mlp.down_proj",),
         },
         "renamed": {},
     },
     "fbda1e2bf193": {
         "linears": {
-            "model.layers.*.mlp.down_proj": ("model.layers.*.mlp.down_proj",),
-            "model.layers.*.mlp.gate_up_proj": ("model.layers.*.mlp.gate_up_proj",),
             "model.layers.*.self_attn.o_proj": ("model.layers.*.self_attn.o_proj",),
             "model.layers.*.self_attn.qkv_proj": ("model.layers.*.self_attn.qkv_proj",),
+            "model.layers.*.mlp.gate_up_proj": ("model.layers.*.mlp.gate_up_proj",),
+            "model.layers.*.mlp.down_proj": ("model.layers.*.mlp.down_proj",),
         },
         "renamed": {},
     },
@@ -60,7 +60,6 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 FAMILIES: dict[str, str] = {
     "arcee": "e04eaf2f8d69",
     "cohere": "6b15e33fe2ee",
-    "cohere2": "6b15e33fe2ee",
     "ernie4_5": "6b15e33fe2ee",
     "exaone4": "6b15e33fe2ee",
     "gemma": "6b15e33fe2ee",
@@ -88,7 +87,6 @@ SEEN: dict[str, dict[str, str]] = {
     "0.32": {
         "arcee": "e04eaf2f8d69",
         "cohere": "6b15e33fe2ee",
-        "cohere2": "6b15e33fe2ee",
         "ernie4_5": "6b15e33fe2ee",
         "exaone4": "6b15e33fe2ee",
         "gemma": "6b15e33fe2ee",

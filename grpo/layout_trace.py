@@ -33,11 +33,13 @@ from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.model_executor.utils import set_weight_attrs
 
 import grpo.vllm_environment  # noqa: F401, I001  (before vllm)
+from grpo.architectures import vllm_class
 from grpo.errors import UserError
 from grpo.layout import Record, pattern_of
 from grpo.meta_graph import meta_graph
 from grpo.model_files import one_line
 from grpo.model_keys import served_values
+from grpo.vllm_backend import leave_classes_alone
 
 TRACED = "grpo_traced"
 """Name of the quantisation method whose layers are watched."""
@@ -176,6 +178,7 @@ def checkpoint_tensors(config: Any, dtype: torch.dtype) -> dict[str, Tensor]:
 def traced_model(config: Any, dtype: torch.dtype) -> Iterator[nn.Module]:
     """vLLM's model of `config` on meta; inside, vLLM's configuration is the current one."""
     with tempfile.TemporaryDirectory(prefix="grpo-layout-") as folder, one_process():
+        leave_classes_alone(vllm_class(config.model_type))
         (Path(folder) / "config.json").write_text(json.dumps(served_values(config), default=str))
         try:
             settings = EngineArgs(
@@ -187,7 +190,7 @@ def traced_model(config: Any, dtype: torch.dtype) -> Iterator[nn.Module]:
                     model = initialize_model(settings)
                 yield model
         except (ValueError, NotImplementedError, ImportError) as error:
-            reason = f"vLLM {vllm.__version__} cannot build a {config.model_type!r} model ({one_line(error)})"
+            reason = f"vLLM {vllm.__version__} cannot build it ({one_line(error)})"
             raise UserError(f"{reason}; use a model of another family or another vLLM") from None
         finally:
             rotary_embedding._ROPE_DICT.clear()  # rotary caches on meta are not to be met by an engine
@@ -224,7 +227,8 @@ def record(copies: list[tuple[Rows, Rows | None]], sources: dict[str, Tensor], w
         layer, _, kind = target.rpartition(".")
         if layer not in widths:
             if offset:
-                raise UserError(f"vLLM {vllm.__version__} keeps {name} inside {target}, which is not served")
+                reason = f"vLLM {vllm.__version__} keeps {name} inside {target}"
+                raise UserError(f"{reason}, which is no linear layer of ours; use a model of another family")
             if target != name:
                 renamed[pattern_of(name)] = pattern_of(target)
         elif kind == "weight":
@@ -245,5 +249,6 @@ def destination(name: str, tensor: Tensor, copies: list[tuple[Rows, Rows | None]
     copied = {source for _, source in places}
     if len(runs) != 1 or sum(source.count for source in copied if source is not None) != tensor.numel():
         what = "reads nothing from" if not places else "keeps another form of"
-        raise UserError(f"vLLM {vllm.__version__} {what} {name}, so the two cannot share it; this family is not served")
+        reason = f"vLLM {vllm.__version__} {what} {name}, so the two graphs cannot share it"
+        raise UserError(f"{reason}; use a model of another family")
     return runs.pop()

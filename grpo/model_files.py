@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grpo.errors import UserError
+from grpo.layout import HEAD
 from grpo.meta_graph import graph_tensors
 
 if TYPE_CHECKING:
@@ -75,7 +76,14 @@ def check_quantization(values: Mapping[str, Any], file: Path) -> None:
 
 def check_shapes(source: Source) -> None:
     """Raise UserError unless `source` has every tensor of the graph, in the shape that its configuration says."""
-    for name, expected in graph_tensors(source.config.get_text_config()).shapes().items():
+    wanted = graph_tensors(source.config.get_text_config()).shapes()
+    surplus = sorted(name for name in source.names - set(wanted) if not is_spare(name, source.config))
+    if surplus:
+        raise UserError(
+            f"{source.path}: has a tensor {surplus[0]} that the model's architecture lacks; pass a model whose files "
+            "belong together"
+        )
+    for name, expected in wanted.items():
         if name not in source.names:
             raise UserError(f"{source.path}: tensor {name} is missing; pass a complete model")
         found = tuple(source.shape(name))
@@ -84,6 +92,11 @@ def check_shapes(source: Source) -> None:
                 f"{source.path}: {name} has shape {found}, config.json says {expected}; pass a model whose files "
                 "belong together"
             )
+
+
+def is_spare(name: str, config: Any) -> bool:
+    """Whether a checkpoint may have the tensor `name` though the graph does not read it: it says nothing new."""
+    return name.endswith("rotary_emb.inv_freq") or (name == HEAD and config.tie_word_embeddings)
 
 
 def check_head_size(config: Any, where: Path, on_cpu: bool) -> None:

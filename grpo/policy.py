@@ -11,6 +11,7 @@ import copy
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -143,6 +144,15 @@ def joined(columns: list[Tensor]) -> Tensor:
     return columns[0] if len(columns) == 1 else torch.cat(columns, -1)
 
 
+_packing: ContextVar[Packing | None] = ContextVar("packing", default=None)
+"""That of the layer which runs: some families' layers do not pass on to attention what they are called with."""
+
+
+def remember_packing(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """A hook before a decoder layer."""
+    _packing.set(kwargs.get("packing"))
+
+
 def attend(
     module: nn.Module,
     query: Tensor,
@@ -158,7 +168,7 @@ def attend(
 ) -> tuple[Tensor, None]:
     """transformers' attention interface over `packed_attention`. query, key, value [1, heads, tokens, dim]."""
     assert attention_mask is None and query.shape[0] == 1, "sequences come packed in one row, without a mask"
-    packing = packing or Packing.of_lengths([query.shape[2]], query.device)
+    packing = packing or _packing.get() or Packing.of_lengths([query.shape[2]], query.device)
     output = packed_attention(
         query[0], key[0], value[0], packing, scale=scaling, window=sliding_window, softcap=softcap
     )
@@ -379,6 +389,8 @@ def build_graph(base: BaseWeights) -> nn.Module:
     for name, tensor in base.tensors.items():
         # Embedding and head have rows that only vLLM's vocabulary has.
         set_tensor(graph, name, tensor[: base.layout.shapes[name][0]] if tensor.ndim else tensor)
+    for layer in graph.model.layers:
+        layer.register_forward_pre_hook(remember_packing, with_kwargs=True)
     graph.tie_weights()
     rebuild_buffers(graph, config, base.device, base.dtype)
     left = [name for name, tensor in [*graph.named_parameters(), *graph.named_buffers()] if tensor.is_meta]

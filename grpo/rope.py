@@ -32,6 +32,7 @@ class Rotary(nn.Module):
         super().__init__()
         self.config = config
         self.scalings: dict[str, float] = {}
+        self.in_pairs = turns_pairs(config)
         for kind, (inverse, scaling) in frequencies(config, longest).items():
             self.register_buffer(prefixed(kind, "inv_freq"), inverse.to(device), persistent=False)
             self.scalings[kind] = scaling
@@ -44,7 +45,7 @@ class Rotary(nn.Module):
         """
         kind = layer_type if layer_type in self.scalings else EVERYWHERE
         angles = position_ids[..., None].float() * self.get_buffer(prefixed(kind, "inv_freq"))
-        angles = torch.cat((angles, angles), dim=-1)
+        angles = angles.repeat_interleave(2, dim=-1) if self.in_pairs else torch.cat((angles, angles), dim=-1)
         return tuple((part * self.scalings[kind]).to(x.dtype) for part in (angles.cos(), angles.sin()))
 
     @torch.no_grad()
@@ -62,11 +63,24 @@ class Rotary(nn.Module):
     def table(self, length: int, layer_type: str | None = None) -> Tensor:
         """float32 [length, rotated dimensions]: the cosines of one half, then the sines, as vLLM keeps them."""
         halves = self(torch.empty(0, dtype=torch.float32), torch.arange(length), layer_type)
-        return torch.cat([part[:, : part.shape[1] // 2] for part in halves], dim=1)
+        once = slice(None, None, 2) if self.in_pairs else slice(len(halves[0][0]) // 2)
+        return torch.cat([part[:, once] for part in halves], dim=1)
+
+
+def turns_pairs(config: Any) -> bool:
+    """Whether transformers' module of the family gives each angle to two neighbours, not to both halves of a head."""
+    with torch.device("cpu"):
+        module = rotary_class(config)(copy.deepcopy(config))
+    kind = next(iter(frequencies(config, 1)))
+    more = {"layer_type": kind} if kind else {}
+    sines = module(torch.empty(0), torch.arange(1, 3)[None], **more)[1][0]
+    return bool((sines[:, 0] == sines[:, 1]).all()) and not bool((sines[:, 0] == sines[:, sines.shape[1] // 2]).all())
 
 
 def frequencies(config: Any, longest: int | None = None) -> Frequencies:
     """transformers' rotary frequencies for sequences of at most `longest` tokens (None: what the model allows)."""
+    if getattr(config, "rope_parameters", None) is None:
+        return {}
     settled = copy.deepcopy(config)
     longest = config.max_position_embeddings if longest is None else longest
     for _, parameters in rotary_parameters(settled):
@@ -86,7 +100,9 @@ def frequencies(config: Any, longest: int | None = None) -> Frequencies:
 
 def rotary_parameters(config: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     """(layer type or EVERYWHERE, transformers' `rope_parameters` for it)."""
-    parameters = config.rope_parameters
+    parameters = getattr(config, "rope_parameters", None)
+    if parameters is None:  # positions are known otherwise, or not at all
+        return
     if not by_layer_type(config):
         yield EVERYWHERE, parameters
         return
@@ -100,10 +116,13 @@ def by_layer_type(config: Any) -> bool:
 
 def unread_parameters(config: Any) -> dict[str, Any]:
     """Entries of `rope_parameters` in a form that is not the family's: for layer types where it has none, or not."""
+    parameters = getattr(config, "rope_parameters", None)
+    if parameters is None:
+        return {}
     wanted = by_layer_type(config)
     return {
         key: value
-        for key, value in config.rope_parameters.items()
+        for key, value in parameters.items()
         if isinstance(value, dict) != wanted and (key, value) != ("rope_type", "default")
     }
 
@@ -143,7 +162,8 @@ def plain_parameters(config: Any) -> dict[str, Any]:
 def share_positions(model: nn.Module, config: Any, longest: int) -> None:
     """Replace the rotary caches of `model`, vLLM's, by ones with the training graph's frequencies.
 
-    Every layer gets its module anew: vLLM shares them with other engines of the process.
+    Every layer gets its module anew: vLLM shares them with other engines of the process. Where vLLM runs transformers'
+    own rotary embedding, the training graph's takes its place.
     """
     rotary = Rotary(config, longest)
     layer_types = getattr(config, "layer_types", None)
@@ -151,6 +171,9 @@ def share_positions(model: nn.Module, config: Any, longest: int) -> None:
     for name, attention in list(model.named_modules()):
         theirs = getattr(attention, "rotary_emb", None)
         if not isinstance(theirs, nn.Module):
+            continue
+        if not hasattr(theirs, "cos_sin_cache"):
+            attention.rotary_emb = Rotary(config, longest, next(model.parameters()).device)
             continue
         layer = int(name.split(".layers.")[1].split(".")[0])
         kind = layer_types[layer] if layer_types and layer_types[layer] in rotary.scalings else EVERYWHERE

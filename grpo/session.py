@@ -91,7 +91,7 @@ def read_model(
         notice(sentence)
     for sentence in source.notices:
         notice(sentence)
-    find_layout(text)
+    find_layout(text, str(source.path))
     check_head_size(text, source.path, on_cpu=resolve_device(config.model.device).type == "cpu")
     adapter_targets(text, config.lora.target_modules)
     check_shapes(source)
@@ -101,12 +101,17 @@ def read_model(
     return ModelFiles(source, tokenizer, stop_token_ids(source, tokenizer))
 
 
-def find_layout(text: Any) -> None:
-    """Trace how vLLM lays out the model of `text`, unless its family is known. Raises UserError for what it cannot."""
-    if record_of(text.model_type) is None:
-        from grpo.layout_trace import trace
+def find_layout(text: Any, where: str) -> None:
+    """Trace how vLLM lays out the model of `text`, unless its family is known. Raises UserError where they cannot share
+    the weights, naming the model by `where` it is."""
+    if record_of(text.model_type) is not None:
+        return
+    from grpo.layout_trace import trace
 
+    try:
         learn(text.model_type, trace(text))
+    except UserError as error:
+        raise UserError(f"{where}: architecture {text.model_type!r} is not supported: {error}") from None
 
 
 class Session:

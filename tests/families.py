@@ -51,7 +51,6 @@ NEWCOMERS: dict[str, dict[str, Any]] = {
     "nemotron": rotary(0.5),
     "arcee": WIDE,
     "cohere": {"use_qk_norm": False, "logit_scale": 0.25},
-    "cohere2": {**WIDE, "sliding_window": 16, "layer_types": KINDS, "logit_scale": 0.5},
 }
 """model_type -> entries of its configuration beside those of all tiny models."""
 

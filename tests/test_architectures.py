@@ -72,7 +72,9 @@ def test_vllm_and_trainer_agree_with_a_non_zero_adapter(family, tmp_path):
 def test_an_unknown_architecture_is_refused_by_name(tmp_path):
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=64, n_head=2, vocab_size=100)).save_pretrained(tmp_path)
+    GPT2LMHeadModel(
+        GPT2Config(n_layer=1, n_embd=64, n_head=2, vocab_size=100, bos_token_id=1, eos_token_id=1)
+    ).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="'gpt2'"):
         load(tmp_path)
 

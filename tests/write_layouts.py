@@ -41,7 +41,7 @@ def content(records: dict[str, Record], digests: dict[str, dict[str, str]]) -> s
     lines = [f'"""{layout_records.__doc__}"""\n', "from typing import Any\n", "LAYOUTS: dict[str, dict[str, Any]] = {"]
     for digest, record in sorted(layouts.items()):
         lines += [f'    "{digest}": {{', '        "linears": {']
-        for fused, parts in sorted(record.linears.items()):
+        for fused, parts in record.linears.items():
             lines += [f'            "{fused}": (', *(f'                "{part}",' for part in parts), "            ),"]
         lines += ["        },", f'        "renamed": {dict(sorted(record.renamed.items()))!r},', "    },"]
     lines += ["}", '"""What vLLM stacks: its linear layers, each with the graph\'s in order."""\n']
