@@ -57,7 +57,7 @@ lint: $(INSTALLED) types
 # mypy follows folders, not `grpo.__path__`: it gets the layout of the wheel, made of links.
 types:
 	rm -rf build/types && mkdir -p build/types/grpo
-	ln -s $(CURDIR)/grpo/*.py $(CURDIR)/kernels $(CURDIR)/rewards $(CURDIR)/tasks build/types/grpo
+	ln -s $(CURDIR)/grpo/* $(CURDIR)/kernels $(CURDIR)/rewards $(CURDIR)/tasks build/types/grpo
 	MYPYPATH=build/types $(BIN)/python -m mypy -p grpo
 
 docs: $(INSTALLED)

@@ -8,13 +8,14 @@ importable. They have no `__init__.py`, so that `import kernels` still finds Hug
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from grpo.version import __version__
+
 if TYPE_CHECKING:
     from grpo.api import LoadedPolicy, load
     from grpo.errors import UserError
     from grpo.tasks.common import Task
 
-__version__ = "0.1.0"
-__all__ = ["LoadedPolicy", "Task", "UserError", "load"]
+__all__ = ["LoadedPolicy", "Task", "UserError", "__version__", "load"]
 
 _checkout = Path(__file__).resolve().parent.parent
 if (_checkout / "pyproject.toml").is_file() and (_checkout / "kernels").is_dir():

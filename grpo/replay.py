@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from grpo.config import read_config
 from grpo.errors import UserError, fail
-from grpo.records import printable
+from grpo.printable import printable
 from grpo.state import load_tensors
 
 if TYPE_CHECKING:

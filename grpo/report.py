@@ -27,13 +27,14 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from grpo import __version__
 from grpo.checkpoint import write_atomically
 from grpo.errors import UserError, fail
-from grpo.records import REPORT, json_line, printable
+from grpo.printable import printable
+from grpo.records import REPORT, json_line
 from grpo.report_charts import sections, time_shares
 from grpo.report_data import RunData, flattened, improvements, mean, read_run
 from grpo.report_findings import findings
+from grpo.version import __version__
 
 TEMPLATES = Path(__file__).parent / "templates"
 SCRIPTS = ("charts.js", "completions.js", "report.js")

@@ -16,6 +16,7 @@ from typing import Any
 
 from grpo.checkpoint import CONFIG
 from grpo.errors import UserError
+from grpo.printable import printable
 from grpo.records import (
     EVALUATIONS,
     HELD_OUT,
@@ -23,7 +24,6 @@ from grpo.records import (
     SUMMARY,
     TRAINING,
     completions_files,
-    printable,
     read_entries,
     without_secrets,
 )

@@ -11,7 +11,7 @@ from typing import Any
 
 from grpo.config import Config
 from grpo.log import RunLog, SampleGroup
-from grpo.records import printable
+from grpo.printable import printable
 
 
 class SilentLog(RunLog):

@@ -42,8 +42,9 @@ from grpo.log import RunLog
 from grpo.loss import resolve_loss
 from grpo.machine import resolve_device
 from grpo.plan import sequence_limits
+from grpo.printable import printable
 from grpo.ranks import Ranks, connect
-from grpo.records import EVALUATIONS, printable, read_entries
+from grpo.records import EVALUATIONS, read_entries
 from grpo.reference import set_reference
 from grpo.rewards.pool import RewardPool
 from grpo.rewards.resolve import described

@@ -172,7 +172,8 @@ def recorded_metrics(data: bytes, folder: Path) -> None:
 
 @target
 def completion(data: bytes, folder: Path) -> None:
-    from grpo.records import json_line, printable
+    from grpo.printable import printable
+    from grpo.records import json_line
     from grpo.rewards.extract import extracted_answer
 
     text = data.decode(errors="surrogateescape")

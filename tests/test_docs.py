@@ -189,17 +189,24 @@ def commands(path: Path) -> Iterator[list[str]]:
                 yield words
 
 
+def command_file(name: str) -> Path:
+    """The file that `python -m` runs for `name`."""
+    place = ROOT / name.replace(".", "/")
+    return place / "__main__.py" if place.is_dir() else place.with_suffix(".py")
+
+
 @page
 def test_modules_run_with_python_m_exist(path: Path):
     for name in re.findall(r"python3? -m (grpo\.\w+)", path.read_text()):
-        assert (ROOT / f"{name.replace('.', '/')}.py").is_file(), name
+        assert command_file(name).is_file(), name
 
 
 @page
 def test_command_lines_are_accepted(path: Path):
     for words in commands(path):
         if "-m" in words and words[words.index("-m") + 1].startswith("grpo."):
-            module: Any = importlib.import_module(words[words.index("-m") + 1])
+            name = words[words.index("-m") + 1]
+            module: Any = importlib.import_module(f"{name}.__main__" if command_file(name).stem == "__main__" else name)
             parsed = module.parser().parse_args(words[words.index("-m") + 2 :])
             config = getattr(parsed, "config", None)
             assert config is None or config.parent != Path("configs") or (ROOT / config).is_file(), config
@@ -263,7 +270,7 @@ def literals() -> list[str]:
     """All text in the sources: constants and the fixed parts of f-strings."""
     found = [(ROOT / "Makefile").read_text()]
     for folder in ("grpo", "kernels", "rewards", "tasks"):
-        for file in (ROOT / folder).glob("*.py"):
+        for file in (ROOT / folder).rglob("*.py"):
             tree = ast.parse(file.read_text())
             found += [n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
     return found
