@@ -71,7 +71,7 @@ def export_model(folder: Path) -> None:
     from safetensors.torch import save_file
 
     from grpo.base import BaseWeights
-    from grpo.config import Model
+    from grpo.config.schema import Model
     from grpo.source import open_source
 
     model = Model(name=MODEL, load_in_4bit=False)

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import Tensor
 
-from grpo.config import Lora, Model
+from grpo.config.schema import Lora, Model
 from grpo.environment import hardware, versions
 from grpo.keep_16bit import load_base
 from grpo.machine import resolve_device

@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.plot_run import mean_and_error, smoothed
 from benchmarks.processes import wait_or_end
-from grpo.config import Config, read_config
+from grpo.config.schema import Config, read_config
 from grpo.records import read_entries
 
 ROOT = Path(__file__).resolve().parent.parent

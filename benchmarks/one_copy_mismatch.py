@@ -30,7 +30,7 @@ import torch
 
 from benchmarks import shared_model
 from grpo.architectures import fused_linears
-from grpo.config import Config, Model, parse_config
+from grpo.config.schema import Config, Model, parse_config
 from grpo.data import load_data, tokenize
 from grpo.environment import hardware, versions
 from grpo.kernels import nf4

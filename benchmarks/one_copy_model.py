@@ -61,7 +61,7 @@ def timed_imports(clock: Clock) -> None:
 def make_source(options: argparse.Namespace, device: Any) -> tuple[Any, dict[str, Any]]:
     """The checkpoint to load, and what is to be known of it."""
     from benchmarks.random_model import RandomSource, write_checkpoint
-    from grpo.config import Model
+    from grpo.config.schema import Model
     from grpo.source import SafetensorsSource
 
     source = RandomSource(options.shape, device)
@@ -81,7 +81,7 @@ def load(options: argparse.Namespace, clock: Clock) -> tuple[Any, Any, Any, dict
     from benchmarks.lora_routes import VllmLoraEngine
     from benchmarks.random_model import expected_bytes
     from grpo.base import BaseWeights
-    from grpo.config import Lora, Model
+    from grpo.config.schema import Lora, Model
     from grpo.engine import Engine, EngineSettings
     from grpo.policy import Policy
 

@@ -57,7 +57,7 @@ def our_rollout(options: argparse.Namespace) -> Callable[[list[list[int]], int, 
     from benchmarks import shared_model as shared
     from benchmarks.random_model import RandomSource
     from grpo.base import BaseWeights
-    from grpo.config import Lora, Model
+    from grpo.config.schema import Lora, Model
     from grpo.engine import Engine, EngineSettings, Request, SamplingSettings
     from grpo.policy import Policy
 

@@ -134,7 +134,7 @@ def shared_system(options: argparse.Namespace) -> Any:
     import torch
 
     from grpo.base import BaseWeights
-    from grpo.config import Lora, Model
+    from grpo.config.schema import Lora, Model
     from grpo.engine import Engine, EngineSettings, Request, SamplingSettings
     from grpo.policy import Policy
     from grpo.source import open_source

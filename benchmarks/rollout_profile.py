@@ -29,7 +29,7 @@ import torch
 from benchmarks import shared_model as shared
 from benchmarks.random_model import RandomSource
 from grpo.base import BaseWeights
-from grpo.config import Lora, Model
+from grpo.config.schema import Lora, Model
 from grpo.engine import Engine, EngineSettings, Request, SamplingSettings
 from grpo.policy import Policy
 

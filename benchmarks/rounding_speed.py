@@ -32,7 +32,7 @@ def base_and_policy(options: argparse.Namespace, four_bit: bool) -> tuple[Any, A
     from benchmarks import shared_model
     from benchmarks.random_model import RandomSource
     from grpo.base import BaseWeights
-    from grpo.config import Lora, Model
+    from grpo.config.schema import Lora, Model
     from grpo.policy import Policy
 
     device = torch.device(options.device)

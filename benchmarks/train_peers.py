@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from grpo.config import SEVEN_PROJECTIONS
+from grpo.config.schema import SEVEN_PROJECTIONS
 
 Step = Callable[[], None]
 

@@ -43,7 +43,7 @@ from benchmarks.train_peers import (
     trl_logprob_step,
 )
 from grpo.base import BaseWeights
-from grpo.config import Lora, Model
+from grpo.config.schema import Lora, Model
 from grpo.kernels.logprob import selected_logprobs
 from grpo.policy import Policy
 

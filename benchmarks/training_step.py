@@ -18,7 +18,7 @@ from benchmarks.processes import nvml_handles
 from benchmarks.random_model import RandomSource
 from grpo.base import BaseWeights
 from grpo.batch import TrainingSequence
-from grpo.config import Config, Model, parse_config
+from grpo.config.schema import Config, Model, parse_config
 from grpo.headroom import free_cached
 from grpo.learner import Learner
 from grpo.loss import BatchTotals, batch_totals

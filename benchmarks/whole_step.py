@@ -102,7 +102,7 @@ def ours_command(options: argparse.Namespace, folder: Path, run: Path) -> list[s
 
 def train_ours(config: Path, run: Path) -> None:
     """What `python -m grpo.train` does, from a configuration as JSON."""
-    from grpo.config import parse_config
+    from grpo.config.schema import parse_config
     from grpo.trainer import Trainer
 
     sections = json.loads(config.read_text())
@@ -128,7 +128,7 @@ def train_trl(options: argparse.Namespace) -> None:
     from peft import LoraConfig
     from trl import GRPOConfig, GRPOTrainer
 
-    from grpo.config import SEVEN_PROJECTIONS
+    from grpo.config.schema import SEVEN_PROJECTIONS
 
     gpu, folder = torch.cuda.is_available(), options.train_trl
     rows = [json.loads(line) for line in (folder / "prompts.jsonl").read_text().splitlines()]

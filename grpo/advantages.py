@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from grpo.config import Loss
+from grpo.config.schema import Loss
 
 EPSILON = 1e-4
 """Added to a standard deviation before dividing by it; TRL's value."""

@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from grpo.checkpoint import CONFIG, open_run
-from grpo.config import Config, Lora, config_toml, parse_config
+from grpo.config.schema import Config, Lora, config_toml, parse_config
 from grpo.data import load_data
 from grpo.errors import UserError
 from grpo.generation import Request, SamplingSettings
@@ -64,7 +64,7 @@ def load(
             a run or of an adapter, whose base is then loaded with the adapter's values.
         load_in_4bit: hold the base as NF4; a run's own choice, else True.
         max_seq_length: longest prompt plus completion in tokens. Default: that of training, 1,024.
-        lora: the adapter's shape, as `grpo.config.Lora` or a dict of `[lora]` keys; not for an adapter or a run.
+        lora: the adapter's shape, as `grpo.config.schema.Lora` or a dict of `[lora]` keys; not for an adapter or a run.
         base: where the base of the adapter or run is now, if it has moved.
         verbose: let vLLM and transformers write their logs.
         settings: further names of `[model]`, `[rollout]`, `[train]` and so on. They hold for this policy's

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from grpo import host_memory
 from grpo.architectures import EMBEDDING, HEAD, check_supported, expected_shapes, fused_linears
-from grpo.config import Model
+from grpo.config.schema import Model
 from grpo.errors import UserError
 from grpo.fingerprint import Fingerprint
 from grpo.kernels import nf4

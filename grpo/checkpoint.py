@@ -29,12 +29,12 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from grpo.config import Config, Model, config_toml, read_config
+from grpo.config.messages import shown
+from grpo.config.schema import Config, Model, config_toml, read_config
+from grpo.config.toml import NONE, write_value
 from grpo.errors import UserError
-from grpo.explain import shown
 from grpo.locate import local_path
 from grpo.records import BASE_SAMPLE, COMPLETIONS, EVALUATIONS, REPORT
-from grpo.toml import NONE, write_value
 
 MANIFEST = "manifest.json"
 CONFIG = "config.toml"

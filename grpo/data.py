@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from grpo import config as sections
+from grpo.config import schema as sections
 from grpo.errors import UserError
 from grpo.rewards.contract import RewardSpec
 from grpo.rewards.resolve import described

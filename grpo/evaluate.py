@@ -28,7 +28,8 @@ from rich.table import Table
 from rich.text import Text
 
 from grpo.checkpoint import CONFIG, write_atomically
-from grpo.config import Config, Eval, parse_config
+from grpo.config.schema import Config, Eval, parse_config
+from grpo.config.toml import apply_override, read_toml
 from grpo.data import Prompt, load_data
 from grpo.errors import UserError, fail
 from grpo.log import Sample as LoggedSample
@@ -39,7 +40,6 @@ from grpo.rewards.extract import extracted_answer
 from grpo.rewards.resolve import described
 from grpo.target import ADAPTER_CONFIG, folder_of_adapter
 from grpo.tasks.common import Task, Verifier
-from grpo.toml import apply_override, read_toml
 from grpo.vocabulary import check_tokens
 
 if TYPE_CHECKING:

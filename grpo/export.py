@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grpo.checkpoint import CONFIG, step_numbers
-from grpo.config import Model
+from grpo.config.schema import Model
 from grpo.errors import INTERRUPTED, UserError, fail
 from grpo.locate import lasting_name, local_path
 from grpo.records import BASE_SAMPLE, TRAINING, completions_files, read_entries

@@ -22,10 +22,10 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from grpo.config.toml import apply_override
 from grpo.errors import INTERRUPTED, UserError, fail
 from grpo.evaluate import ADAPTER, BASE
 from grpo.printable import printable
-from grpo.toml import apply_override
 
 if TYPE_CHECKING:
     from grpo.api import LoadedPolicy

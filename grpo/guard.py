@@ -23,7 +23,7 @@ import torch
 from grpo.advantages import Advantages
 from grpo.batch import TrainingGroup, TrainingSequence, training_group
 from grpo.checkpoint import replace_folder
-from grpo.config import Config, Train, config_toml
+from grpo.config.schema import Config, Train, config_toml
 from grpo.environment import hardware, versions
 from grpo.random_state import current_states
 from grpo.ranks import Ranks

@@ -15,7 +15,7 @@ import psutil  # type: ignore[import-untyped]
 import torch
 
 from grpo.batch import TrainingSequence, pack
-from grpo.config import Config
+from grpo.config.schema import Config
 from grpo.errors import UserError
 from grpo.memory import TrainingMemory, moment_bytes
 from grpo.policy import Policy

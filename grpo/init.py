@@ -14,8 +14,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from grpo.config.toml import write_value
 from grpo.errors import UserError, fail
-from grpo.toml import write_value
 
 STARTER = Path(__file__).parent / "templates" / "starter"
 FILES = ("config.toml", "rewards.py", "questions.jsonl")

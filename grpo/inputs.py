@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
+from grpo.config.toml import write_value
 from grpo.errors import UserError
 from grpo.rewards.contract import RewardSpec
 from grpo.tasks.common import Row, Task, load_task
-from grpo.toml import write_value
 
 ROWS = "rows"
 """What a task is called that was given as rows."""

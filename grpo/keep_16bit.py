@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from grpo import fingerprint
 from grpo.base import BaseWeights
 from grpo.calibration import TEXTS
-from grpo.config import Model
+from grpo.config.schema import Model
 from grpo.errors import UserError
 from grpo.kernels.attention import Packing
 from grpo.kernels.host_matmul import mm_transposed

@@ -10,9 +10,9 @@ import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from grpo.config import Config, Rollout
+from grpo.config.messages import section_of
+from grpo.config.schema import Config, Rollout
 from grpo.errors import UserError
-from grpo.explain import section_of
 
 Tables = dict[str, Any]
 

@@ -24,7 +24,7 @@ from grpo.batch import (
     packed_tokens,
     training_group,
 )
-from grpo.config import Config
+from grpo.config.schema import Config
 from grpo.guard import Batch, Guard
 from grpo.headroom import Headroom, largest_batch
 from grpo.loss import BatchTotals, LossInputs, batch_totals, resolve_loss

@@ -29,7 +29,7 @@ from rich.table import Table
 from rich.text import Text
 
 from grpo.checkpoint import write_atomically
-from grpo.config import Config
+from grpo.config.schema import Config
 from grpo.environment import hardware, versions
 from grpo.notebook import NotebookDisplay, Progress
 from grpo.printable import printable

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo.config import Loss
+from grpo.config.schema import Loss
 from grpo.corrections import (
     capped_exp,
     entropy_quantile,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from grpo.architectures import adapter_targets, expected_shapes, fused_linears
-from grpo.config import Config
+from grpo.config.schema import Config
 
 FORMS = ("none", "mlp", "layer", "offload")
 """Forms of gradient checkpointing, from the fastest to the one that needs least memory on the device. "mlp", which

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grpo.config import Train
+from grpo.config.schema import Train
 from grpo.errors import UserError
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo.architectures import ARCHITECTURES, EMBEDDING, HEAD, adapter_targets, fused_linears
-from grpo.config import Config, Model
+from grpo.config.schema import Config, Model
 from grpo.errors import UserError
 from grpo.gguf_header import read_header
 from grpo.locate import local_path

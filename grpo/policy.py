@@ -27,7 +27,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM
 from grpo.adapter_files import read_adapter
 from grpo.architectures import adapter_targets
 from grpo.base import BaseWeights, Segment
-from grpo.config import Lora
+from grpo.config.schema import Lora
 from grpo.errors import UserError
 from grpo.fingerprint import check_base
 from grpo.forward import accept_batches

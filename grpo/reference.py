@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from grpo.checkpoint import REFERENCE, replace_folder
-from grpo.config import Loss
+from grpo.config.schema import Loss
 from grpo.policy import Policy
 from grpo.ranks import Ranks
 

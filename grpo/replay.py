@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from grpo.config import read_config
+from grpo.config.schema import read_config
 from grpo.errors import UserError, fail
 from grpo.printable import printable
 from grpo.state import load_tensors

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from grpo.architectures import adapter_targets, check_supported
-from grpo.config import Config
+from grpo.config.schema import Config
 from grpo.errors import UserError
 from grpo.generation import EngineSettings, SamplingSettings
 from grpo.host_memory import give_back_pinned

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from grpo.checkpoint import CONFIG, check_base_of_run, moved_base
+from grpo.config.toml import write_value
 from grpo.errors import UserError, disk_refusal, fail
 from grpo.interrupt import leaving_at_once
 from grpo.sft_config import SftConfig, read_sft_config, sft_config_toml
-from grpo.toml import write_value
 from grpo.torchrun import refuse_several
 
 

@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 from pydantic import ValidationError, model_validator
 
-from grpo.config import (
+from grpo.config.messages import explain
+from grpo.config.schema import (
     Checkpoint,
     Config,
     Eval,
@@ -24,8 +25,7 @@ from grpo.config import (
     Train,
     parse_config,
 )
-from grpo.explain import explain
-from grpo.toml import NONE, apply_override, read_toml, write_toml
+from grpo.config.toml import NONE, apply_override, read_toml, write_toml
 
 TRAIN_KEYS = (
     "learning_rate", "max_steps", "num_train_epochs", "lr_scheduler_type", "warmup_ratio", "optim", "adam_beta1",
@@ -152,7 +152,7 @@ def read_sft_config(path: Path, overrides: Sequence[str] = ()) -> SftConfig:
 def parse_sft_config(
     values: dict[str, Any], source: str = "configuration", text: str = "", overrides: Sequence[str] = ()
 ) -> SftConfig:
-    """`values`, as TOML parses it, validated, as `grpo.config.parse_config` does."""
+    """`values`, as TOML parses it, validated, as `grpo.config.schema.parse_config` does."""
     try:
         return SftConfig.model_validate(values)
     except ValidationError as error:

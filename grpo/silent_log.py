@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from grpo.config import Config
+from grpo.config.schema import Config
 from grpo.log import RunLog, SampleGroup
 from grpo.printable import printable
 

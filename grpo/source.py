@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from grpo.architectures import ARCHITECTURES, check_supported, fused_linears
-from grpo.config import Model
+from grpo.config.schema import Model
 from grpo.errors import UserError
 from grpo.gguf_config import complete_config
 from grpo.gguf_header import read_header

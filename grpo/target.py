@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from grpo.checkpoint import CONFIG, latest
+from grpo.config.toml import read_toml
 from grpo.errors import UserError
 from grpo.locate import local_path
-from grpo.toml import read_toml
 
 ADAPTER_CONFIG = "adapter_config.json"
 LORA_KEYS = ("r", "lora_alpha", "target_modules", "lora_dropout", "use_rslora", "use_dora", "bias")

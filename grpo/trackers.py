@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from grpo.config import Config
+from grpo.config.schema import Config
 from grpo.errors import UserError
 from grpo.records import without_secrets
 

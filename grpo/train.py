@@ -21,12 +21,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from grpo.checkpoint import check_run, moved_base, saved_config, step_numbers
-from grpo.config import Config, config_toml, read_config
+from grpo.config.schema import Config, config_toml, read_config
+from grpo.config.toml import write_value
 from grpo.errors import BAD_INPUT, UserError, disk_refusal, fail
 from grpo.interrupt import leaving_at_once
 from grpo.machine import check_machine
 from grpo.plan import memory_plan
-from grpo.toml import write_value
 from grpo.torchrun import Launch, RankLost, check_share, take_launch
 
 LOST = 1

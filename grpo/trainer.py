@@ -29,7 +29,7 @@ from grpo.checkpoint import (
     step_numbers,
     write_atomically,
 )
-from grpo.config import Config, config_toml
+from grpo.config.schema import Config, config_toml
 from grpo.data import Data, Prompt, PromptStream, keep_by_pass_rate, load_data
 from grpo.environment import versions
 from grpo.errors import UserError

@@ -388,7 +388,7 @@ def serve(config: Path, home: Path) -> None:
 
     quiet_libraries(False)
     import grpo.trainer
-    from grpo.config import read_config
+    from grpo.config.schema import read_config
     from grpo.session import open_session
 
     session = open_session(read_config(config))

@@ -51,15 +51,15 @@ def written(folder: Path, name: str, data: bytes) -> Path:
 
 @target
 def configuration(data: bytes, folder: Path) -> None:
-    from grpo.config import read_config
+    from grpo.config.schema import read_config
 
     read_config(written(folder, "config.toml", data))
 
 
 @target
 def override(data: bytes, folder: Path) -> None:
-    from grpo.config import parse_config
-    from grpo.toml import apply_override
+    from grpo.config.schema import parse_config
+    from grpo.config.toml import apply_override
 
     values: dict[str, Any] = {"model": {"name": "m"}, "task": {"name": "t"}, "rewards": [{"function": "f"}]}
     text = data.decode(errors="replace")

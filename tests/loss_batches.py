@@ -4,7 +4,7 @@ from dataclasses import fields, replace
 
 import torch
 
-from grpo.config import Loss
+from grpo.config.schema import Loss
 from grpo.loss import BatchTotals, LossInputs, batch_totals
 
 LENGTHS = [5, 1, 9, 3, 7, 4]

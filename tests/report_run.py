@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from grpo.checkpoint import CONFIG
-from grpo.config import Config, config_toml, parse_config
+from grpo.config.schema import Config, config_toml, parse_config
 from grpo.log import RunLog, Sample, SampleGroup
 
 HOSTILE = (

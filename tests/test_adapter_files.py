@@ -9,7 +9,7 @@ import torch
 from tiny import save_tiny
 
 from grpo.base import BaseWeights
-from grpo.config import Lora, Model
+from grpo.config.schema import Lora, Model
 from grpo.errors import UserError
 from grpo.policy import Policy
 from grpo.source import open_source

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from grpo.advantages import compute_advantages, may_skip_equal_groups, reward_metrics
-from grpo.config import Loss
+from grpo.config.schema import Loss
 
 NAN = float("nan")
 VARIANTS = [

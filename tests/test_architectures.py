@@ -8,7 +8,7 @@ from tiny import FAMILIES, save_tiny, tiny_model
 
 from grpo.architectures import ARCHITECTURES
 from grpo.base import BaseWeights
-from grpo.config import Lora, Model
+from grpo.config.schema import Lora, Model
 from grpo.errors import UserError
 from grpo.policy import Policy
 from grpo.source import open_source

@@ -24,8 +24,8 @@ from small_chat import save_small_chat_model
 from test_config import FIELDS, OF_EACH_TYPE, limits, toml_types
 from tiny_run import run_tables, save_rewards, write_config
 
+from grpo.config.toml import write_toml
 from grpo.model_files import HEAD_SIZES_ON_CPU
-from grpo.toml import write_toml
 from grpo.train import main
 
 

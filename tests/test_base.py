@@ -11,7 +11,7 @@ from tiny import VOCABULARY, save_tiny
 from torch import Tensor
 
 from grpo.base import BaseWeights
-from grpo.config import Lora, Model
+from grpo.config.schema import Lora, Model
 from grpo.errors import UserError
 from grpo.policy import Policy
 from grpo.source import open_source

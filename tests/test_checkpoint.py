@@ -28,7 +28,7 @@ from grpo.checkpoint import (
     step_numbers,
     write_atomically,
 )
-from grpo.config import Config, parse_config
+from grpo.config.schema import Config, parse_config
 from grpo.errors import UserError
 from grpo.state import load_tensors, packed, save_tensors, unpacked
 

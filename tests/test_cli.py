@@ -14,7 +14,7 @@ import pytest
 
 from grpo import train
 from grpo.checkpoint import open_run, save
-from grpo.config import Config, read_config
+from grpo.config.schema import Config, read_config
 from grpo.errors import UserError
 from grpo.interrupt import Interrupted
 from grpo.torchrun import Launch

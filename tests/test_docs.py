@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import pytest
 
 from grpo.api import LoadedPolicy
-from grpo.config import Config
-from grpo.explain import section_of
+from grpo.config.messages import section_of
+from grpo.config.schema import Config
 from grpo.keywords import SECTIONS as SECTIONS_AS_KEYWORDS
 from grpo.keywords import tables_of
 from grpo.result import TrainResult

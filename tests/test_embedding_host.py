@@ -19,7 +19,7 @@ from torch import Tensor
 from grpo import host_memory, memory, plan
 from grpo.architectures import EMBEDDING, HEAD
 from grpo.base import BaseWeights
-from grpo.config import Config, Lora, Model, parse_config
+from grpo.config.schema import Config, Lora, Model, parse_config
 from grpo.errors import UserError
 from grpo.kernels import host_matmul
 from grpo.policy import Policy

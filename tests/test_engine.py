@@ -16,7 +16,7 @@ from torch import Tensor
 from vllms_own import crowded, vllms_own
 
 from grpo.base import BaseWeights
-from grpo.config import Lora, Model
+from grpo.config.schema import Lora, Model
 from grpo.engine import (
     Completion,
     Engine,

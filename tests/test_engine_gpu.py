@@ -21,7 +21,7 @@ class OnGpu:
 
     def __init__(self, folder: Any):
         from grpo.base import BaseWeights
-        from grpo.config import Lora, Model
+        from grpo.config.schema import Lora, Model
         from grpo.engine import Engine, EngineSettings
         from grpo.policy import Policy
         from grpo.source import open_source

@@ -16,7 +16,7 @@ import pytest
 import torch
 from tiny import save_tiny
 
-from grpo.config import Model
+from grpo.config.schema import Model
 from grpo.source import open_source
 
 pytestmark = pytest.mark.vllm

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from report_run import write_run
 
 from grpo import evaluate as module
-from grpo.config import Config, Eval, parse_config
+from grpo.config.schema import Config, Eval, parse_config
 from grpo.data import Prompt
 from grpo.errors import UserError
 from grpo.evaluate import EvalResult, Sample, evaluate, measure_pass_rates, pass_at_k, summarise, wilson_interval

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from grpo import folder_export
 from grpo.bnb_format import packed_entries
-from grpo.config import Model
+from grpo.config.schema import Model
 from grpo.errors import UserError
 from grpo.export import export, main
 from grpo.fingerprint import Fingerprint

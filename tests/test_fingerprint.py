@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tiny import save_tiny, tiny_model
 
 from grpo.base import BaseWeights
-from grpo.config import Lora, Model
+from grpo.config.schema import Lora, Model
 from grpo.errors import UserError
 from grpo.export import main
 from grpo.fingerprint import Fingerprint, check_base

@@ -9,7 +9,7 @@ import torch
 from tiny import FAMILIES, save_tiny
 
 from grpo.base import BaseWeights
-from grpo.config import Lora, Model
+from grpo.config.schema import Lora, Model
 from grpo.errors import UserError
 from grpo.forward import Rows
 from grpo.graph_kernels import install

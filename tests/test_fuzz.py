@@ -135,7 +135,7 @@ def test_what_a_model_configuration_claims_is_not_allocated(key: str, value: int
     """The largest sizes that are believed: a tensor of them would take gigabytes."""
     from tiny_run import run_tables
 
-    from grpo.config import parse_config
+    from grpo.config.schema import parse_config
     from grpo.session import open_session
 
     save_small_chat_model(tmp_path / "model")

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from grpo.config import Config, read_config
+from grpo.config.schema import Config, read_config
 from grpo.data import load_data
 from grpo.plan import Shape, check_memory, model_shape, plan_memory, sequence_limits
 from grpo.rewards.resolve import resolve
@@ -198,7 +198,7 @@ def test_generated_questions_fit_the_prompt_length(path: Path) -> None:
     """With a tokenizer that has a chat template; that of the configuration's model is not here."""
     from transformers import AutoTokenizer
 
-    from grpo.config import Model
+    from grpo.config.schema import Model
     from grpo.source import locate, metadata_folder
 
     config = read_config(path)

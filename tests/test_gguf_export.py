@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from vocabularies import CHAT, SIZE, TEXTS, byte_level, save_tokenizer, sentencepiece
 
-from grpo.config import Model
+from grpo.config.schema import Model
 from grpo.errors import UserError
 from grpo.export import export
 from grpo.gguf_export import find_quantizer

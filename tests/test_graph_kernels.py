@@ -12,7 +12,7 @@ import torch
 from tiny import FAMILIES, save_tiny
 
 from grpo.base import BaseWeights
-from grpo.config import Lora, Model
+from grpo.config.schema import Lora, Model
 from grpo.errors import UserError
 from grpo.graph_kernels import FusedLayer, install, wants_kernels
 from grpo.kernels.launch import interpreted

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from grpo.advantages import Advantages, compute_advantages
 from grpo.base import BaseWeights
-from grpo.config import Config, parse_config
+from grpo.config.schema import Config, parse_config
 from grpo.data import Prompt
 from grpo.errors import UserError
 from grpo.guard import FEWEST, KEPT_DUMPS, Guard, UnusableUpdate, write_dump

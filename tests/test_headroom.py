@@ -15,7 +15,7 @@ from tiny import save_tiny
 from grpo import headroom
 from grpo.base import BaseWeights
 from grpo.batch import pack
-from grpo.config import Config
+from grpo.config.schema import Config
 from grpo.errors import UserError
 from grpo.headroom import largest_batch
 from grpo.learner import Learner

@@ -12,7 +12,7 @@ import pytest
 from tiny_run import read_metrics, save_tiny_chat_model
 
 from grpo import train
-from grpo.config import read_config
+from grpo.config.schema import read_config
 from grpo.init import FILES, HUB_MODEL, PACKAGED_MODEL, STARTER, default_model, main
 from grpo.rewards.contract import RewardBatch
 from grpo.rewards.forms import RewardFunction

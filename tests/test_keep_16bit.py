@@ -18,7 +18,7 @@ from transformers import AutoConfig
 
 from grpo import fingerprint, keep_16bit
 from grpo.base import BaseWeights
-from grpo.config import Lora, Model, parse_config
+from grpo.config.schema import Lora, Model, parse_config
 from grpo.data import load_data
 from grpo.errors import UserError
 from grpo.keep_16bit import choose, load_base, rounding_costs

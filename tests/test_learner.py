@@ -14,7 +14,7 @@ from torch import Tensor
 
 from grpo.advantages import Advantages, compute_advantages
 from grpo.base import BaseWeights
-from grpo.config import Config, parse_config
+from grpo.config.schema import Config, parse_config
 from grpo.data import Prompt
 from grpo.learner import Learner
 from grpo.policy import Policy

@@ -22,7 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from grpo.config import parse_config
+from grpo.config.schema import parse_config
 from grpo.log import RunLog, Sample, SampleGroup, json_line, printable, quiet_libraries
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from loss_batches import MAX_COMPLETION_LENGTH, gradients, lengths_of, random_inputs, select, totals_of
 
 from grpo.advantages import may_skip_equal_groups
-from grpo.config import Loss
+from grpo.config.schema import Loss
 from grpo.corrections import entropy_quantile, kl_estimate, rollout_weights
 from grpo.errors import UserError
 from grpo.loss import OBJECTIVES, BatchTotals, batch_totals, compute_loss, resolve_loss

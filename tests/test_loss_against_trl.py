@@ -14,7 +14,7 @@ import torch
 from loss_batches import MAX_COMPLETION_LENGTH, gradients, lengths_of, random_inputs, totals_of
 from trl import GRPOTrainer
 
-from grpo.config import Loss
+from grpo.config.schema import Loss
 from grpo.loss import OBJECTIVES, compute_loss
 from grpo.loss_metrics import merge_metrics
 

@@ -79,7 +79,7 @@ def test_a_gpu_is_taken_and_a_build_without_cuda_means_the_cpu(driver):
 
 def test_the_cpu_asks_nothing_of_cuda(monkeypatch, tmp_path):
     """Also while a model is loaded and scores."""
-    from grpo.config import parse_config
+    from grpo.config.schema import parse_config
     from grpo.session import open_session
 
     def touched(*arguments):

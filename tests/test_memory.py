@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from grpo import graph_kernels
 from grpo import policy as policy_module
 from grpo.base import BaseWeights
-from grpo.config import Config, parse_config
+from grpo.config.schema import Config, parse_config
 from grpo.kernels import lora_attention, lora_linear, lora_mlp
 from grpo.kernels.rms_norm import Norm
 from grpo.memory import FORMS, TrainingMemory, moment_bytes

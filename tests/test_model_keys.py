@@ -16,7 +16,7 @@ from tiny_run import run_tables, save_rewards
 from transformers import AutoConfig
 
 from grpo.base import BaseWeights
-from grpo.config import Lora, Model, parse_config
+from grpo.config.schema import Lora, Model, parse_config
 from grpo.errors import UserError
 from grpo.model_files import check_head_size
 from grpo.model_keys import own_keys, served_values, settle

@@ -14,7 +14,7 @@ from tiny import FAMILIES, save_tiny
 
 from grpo import plan
 from grpo.base import BaseWeights
-from grpo.config import Config, Lora, parse_config
+from grpo.config.schema import Config, Lora, parse_config
 from grpo.errors import UserError
 from grpo.gguf_header import read_header
 from grpo.memory import FORMS, TrainingMemory

@@ -28,7 +28,7 @@ from tiny_run import read_metrics, run_tables, save_rewards, write_config
 
 import grpo
 from grpo.base import BaseWeights
-from grpo.config import Config, parse_config
+from grpo.config.schema import Config, parse_config
 from grpo.errors import UserError
 from grpo.loss_metrics import EffectiveSampleSize, Maximum, Mean, Total, as_message, from_message
 from grpo.policy import Policy

@@ -10,7 +10,7 @@ from tiny import FAMILIES, VOCABULARY, save_tiny
 from torch import Tensor
 
 from grpo.base import BaseWeights
-from grpo.config import Lora, parse_config
+from grpo.config.schema import Lora, parse_config
 from grpo.graph_kernels import install
 from grpo.policy import Policy
 from grpo.recompute import recomputed

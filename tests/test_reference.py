@@ -7,7 +7,7 @@ import torch
 from tiny import save_tiny
 
 from grpo.base import BaseWeights
-from grpo.config import Lora, Loss, Model
+from grpo.config.schema import Lora, Loss, Model
 from grpo.graph_kernels import install
 from grpo.policy import Policy
 from grpo.reference import set_reference

@@ -385,7 +385,7 @@ def test_results_of_groups_merge_in_order():
 
 
 def test_a_reward_may_be_given_as_a_name_a_table_a_callable_or_a_config():
-    from grpo.config import Reward
+    from grpo.config.schema import Reward
 
     assert RewardSpec.of("pkg.mod:func").column == "func"
     assert RewardSpec.of("pkg.mod.func").column == "func"

@@ -13,7 +13,7 @@ from small_chat import save_small_chat_model
 from tiny_run import run_tables
 
 from grpo.checkpoint import latest, save
-from grpo.config import parse_config
+from grpo.config.schema import parse_config
 from grpo.session import open_session
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_run import SMOLLM2
 
-from grpo.config import parse_config
+from grpo.config.schema import parse_config
 from grpo.errors import UserError
 from grpo.selftest import check_rollout_follows_adapter
 from grpo.session import open_session

@@ -12,7 +12,7 @@ from checkpoints import edit_tensors, quantize_folder, write_gguf
 from tiny import save_tiny, tiny_model
 
 from grpo.base import BaseWeights
-from grpo.config import Lora, Model
+from grpo.config.schema import Lora, Model
 from grpo.errors import UserError
 from grpo.policy import Policy
 from grpo.source import NF4Tensor, open_source

@@ -10,7 +10,7 @@ from tiny import save_tiny
 
 from grpo import survival
 from grpo.base import BaseWeights
-from grpo.config import Lora, Model
+from grpo.config.schema import Lora, Model
 from grpo.policy import ADAPTER, Policy
 from grpo.source import open_source
 from grpo.streamed import adapter_share

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from tiny_run import SMOLLM2
 
-from grpo.config import Model
+from grpo.config.schema import Model
 from grpo.errors import UserError
 from grpo.text import as_batch, pieces
 

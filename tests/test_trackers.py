@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from report_run import metrics, run_config, write_run
 
-from grpo.config import Config
+from grpo.config.schema import Config
 from grpo.errors import UserError
 from grpo.records import without_secrets
 from grpo.trackers import Trackers

@@ -21,7 +21,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from tiny_run import read_metrics, run_tables, save_rewards, save_tiny_chat_model, write_config
 
-from grpo.config import parse_config, read_config
+from grpo.config.schema import parse_config, read_config
 from grpo.train import main
 
 pytestmark = pytest.mark.vllm

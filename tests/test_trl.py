@@ -15,7 +15,7 @@ from transformers.trainer_utils import set_seed
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 import grpo
-from grpo.config import SEVEN_PROJECTIONS
+from grpo.config.schema import SEVEN_PROJECTIONS
 from grpo.graph_kernels import install
 from grpo.policy import BaseLinear
 

@@ -64,7 +64,7 @@ def save_tiny_chat_model(folder: Path) -> Path:
     """A tiny Llama with SmolLM2's tokenizer in `folder`, as a user has a model."""
     from transformers import AutoTokenizer
 
-    from grpo.config import Model
+    from grpo.config.schema import Model
     from grpo.source import locate, metadata_folder
 
     save_tiny(folder, "llama", **SHAPE)
@@ -102,7 +102,7 @@ def run_tables(folder: Path, **changes: Any) -> dict[str, Any]:
 
 def write_config(file: Path, tables: dict[str, Any]) -> Path:
     """`tables` as a configuration file."""
-    from grpo.toml import write_toml
+    from grpo.config.toml import write_toml
 
     file.write_text(write_toml(tables))
     return file

@@ -15,8 +15,8 @@ import annotated_types
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from grpo.config.toml import NONE, Location, line_of, split_override, write_value
 from grpo.errors import UserError
-from grpo.toml import NONE, Location, line_of, split_override, write_value
 
 LONGEST_VALUE = 80
 

@@ -13,8 +13,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from grpo.explain import admits_none_as_text, explain
-from grpo.toml import NONE, apply_override, read_toml, write_toml
+from grpo.config.messages import admits_none_as_text, explain
+from grpo.config.toml import NONE, apply_override, read_toml, write_toml
 
 SEVEN_PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
