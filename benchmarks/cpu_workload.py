@@ -70,9 +70,9 @@ def export_model(folder: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from grpo.base import BaseWeights
     from grpo.config.schema import Model
-    from grpo.source import open_source
+    from grpo.model.base_weights import BaseWeights
+    from grpo.model.source import open_source
 
     model = Model(name=MODEL, load_in_4bit=False)
     source = open_source(model)

@@ -28,10 +28,10 @@ from grpo.config.schema import Lora, Model
 from grpo.environment import hardware, versions
 from grpo.keep_16bit import load_base
 from grpo.machine import resolve_device
-from grpo.memory import linear_shapes
+from grpo.model.sizes import linear_shapes
+from grpo.model.source import open_source
 from grpo.policy import Policy
 from grpo.session import resolve_dtype
-from grpo.source import open_source
 
 
 def texts(file: Path, count: int) -> list[str]:

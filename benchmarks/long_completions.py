@@ -32,10 +32,10 @@ from benchmarks.rows import Row
 if TYPE_CHECKING:
     import torch
 
-    from grpo.base import BaseWeights
     from grpo.batch import TrainingSequence
     from grpo.engine import Engine
     from grpo.learner import Learner
+    from grpo.model.base_weights import BaseWeights
 
 ROWS = {"bf16": ("auto", False), "fp8": ("fp8", False), "bf16-released": ("auto", True), "fp8-released": ("fp8", True)}
 """Name -> (kv_cache_dtype, release_kv_cache)."""

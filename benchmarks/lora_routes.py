@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from vllm.lora.request import LoRARequest
 
-from grpo.base import BaseWeights
 from grpo.engine import Engine, EngineSettings
+from grpo.model.base_weights import BaseWeights
 from grpo.policy import Policy
 
 ADAPTER = LoRARequest("policy", 1, "/none")

@@ -26,7 +26,7 @@ from benchmarks import rows
 from benchmarks.rows import Job, Row
 
 if TYPE_CHECKING:
-    from grpo.base import BaseWeights
+    from grpo.model.base_weights import BaseWeights
 
 BAR = 0.05
 """Relative error that the plan may have."""

@@ -29,14 +29,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from benchmarks import shared_model
-from grpo.architectures import fused_linears
 from grpo.config.schema import Config, Model, parse_config
 from grpo.data import load_data, tokenize
 from grpo.environment import hardware, versions
 from grpo.kernels import nf4
 from grpo.log import RunLog
+from grpo.model.architectures import fused_linears
+from grpo.model.source import open_source
+from grpo.model.weight_source import NF4Tensor
 from grpo.session import open_session
-from grpo.source import NF4Tensor, open_source
 
 SUBJECTS = (
     "how bread is baked", "the water cycle", "a day in the life of a lighthouse keeper", "why the sky is blue",

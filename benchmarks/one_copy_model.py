@@ -62,7 +62,7 @@ def make_source(options: argparse.Namespace, device: Any) -> tuple[Any, dict[str
     """The checkpoint to load, and what is to be known of it."""
     from benchmarks.random_model import RandomSource, write_checkpoint
     from grpo.config.schema import Model
-    from grpo.source import SafetensorsSource
+    from grpo.model.safetensors_source import SafetensorsSource
 
     source = RandomSource(options.shape, device)
     if options.checkpoint == "memory":
@@ -80,9 +80,9 @@ def load(options: argparse.Namespace, clock: Clock) -> tuple[Any, Any, Any, dict
 
     from benchmarks.lora_routes import VllmLoraEngine
     from benchmarks.random_model import expected_bytes
-    from grpo.base import BaseWeights
     from grpo.config.schema import Lora, Model
     from grpo.engine import Engine, EngineSettings
+    from grpo.model.base_weights import BaseWeights
     from grpo.policy import Policy
 
     device = torch.device(options.device)

@@ -1,8 +1,8 @@
 """Checkpoints of the shapes that benchmarks speak of, with random weights: what a load costs does not depend on values.
 
-A `RandomSource` hands out tensors by name as `grpo.source.Source` does, as views of one block of random numbers, so
-that no disk is measured; `write_checkpoint` puts the same tensors into safetensors shards where a disk should be.
-Nothing here loads a model.
+A `RandomSource` hands out tensors by name as `grpo.model.weight_source.Source` does, as views of one block of random
+numbers, so that no disk is measured; `write_checkpoint` puts the same tensors into safetensors shards where a disk
+should be. Nothing here loads a model.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig
 
-from grpo.architectures import expected_shapes, fused_linears
-from grpo.base import BLOCK
-from grpo.plan import VOCABULARY_PADDING
+from grpo.model.architectures import expected_shapes, fused_linears
+from grpo.model.base_weights import BLOCK
+from grpo.model.sizes import VOCABULARY_PADDING
 
 LLAMA3: dict[str, Any] = {
     "vocab_size": 128256,

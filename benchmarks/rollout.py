@@ -56,9 +56,9 @@ def our_rollout(options: argparse.Namespace) -> Callable[[list[list[int]], int, 
 
     from benchmarks import shared_model as shared
     from benchmarks.random_model import RandomSource
-    from grpo.base import BaseWeights
     from grpo.config.schema import Lora, Model
     from grpo.engine import Engine, EngineSettings, Request, SamplingSettings
+    from grpo.model.base_weights import BaseWeights
     from grpo.policy import Policy
 
     device = torch.device(options.device)

@@ -133,11 +133,11 @@ def shared_system(options: argparse.Namespace) -> Any:
     """This project's engine: the one copy, an adapter that does something, prefixes forgotten before every rollout."""
     import torch
 
-    from grpo.base import BaseWeights
     from grpo.config.schema import Lora, Model
     from grpo.engine import Engine, EngineSettings, Request, SamplingSettings
+    from grpo.model.base_weights import BaseWeights
+    from grpo.model.source import open_source
     from grpo.policy import Policy
-    from grpo.source import open_source
 
     model = Model(name=MODEL, load_in_4bit=False)
     source = open_source(model)

@@ -28,9 +28,9 @@ import torch
 
 from benchmarks import shared_model as shared
 from benchmarks.random_model import RandomSource
-from grpo.base import BaseWeights
 from grpo.config.schema import Lora, Model
 from grpo.engine import Engine, EngineSettings, Request, SamplingSettings
+from grpo.model.base_weights import BaseWeights
 from grpo.policy import Policy
 
 STEPS = slice(40, 72)

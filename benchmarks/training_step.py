@@ -16,13 +16,13 @@ import torch
 
 from benchmarks.processes import nvml_handles
 from benchmarks.random_model import RandomSource
-from grpo.base import BaseWeights
 from grpo.batch import TrainingSequence
 from grpo.config.schema import Config, Model, parse_config
 from grpo.headroom import free_cached
 from grpo.learner import Learner
 from grpo.loss import BatchTotals, batch_totals
 from grpo.memory import TrainingMemory, moment_bytes
+from grpo.model.base_weights import BaseWeights
 from grpo.policy import Policy, packed_row
 
 WARM_UP = 512

@@ -27,11 +27,11 @@ from grpo.generation import Request, SamplingSettings
 from grpo.inputs import as_rewards, as_task, reward_table
 from grpo.keywords import SECTIONS, Tables, merged, tables_of, with_lengths
 from grpo.log import RunLog, quiet_libraries
+from grpo.model.vocabulary import check_tokens
 from grpo.result import TrainResult
 from grpo.target import resolve_target
 from grpo.text import Prompts, as_batch, pieces, token_ids
 from grpo.torchrun import refuse_several
-from grpo.vocabulary import check_tokens
 
 if TYPE_CHECKING:
     from peft import PeftModel

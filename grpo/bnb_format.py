@@ -15,7 +15,7 @@ from torch import Tensor
 
 from grpo.kernels import nf4
 from grpo.kernels.nf4_lookup import CODE
-from grpo.source import NF4_STATE
+from grpo.model.safetensors_source import NF4_STATE
 
 SCALES_PER_BLOCK = 256
 """Scales of 64 weights each that share one scale of their own."""

@@ -33,8 +33,8 @@ from grpo.config.messages import shown
 from grpo.config.schema import Config, Model, config_toml, read_config
 from grpo.config.toml import NONE, write_value
 from grpo.errors import UserError
-from grpo.locate import local_path
-from grpo.records import BASE_SAMPLE, COMPLETIONS, EVALUATIONS, REPORT
+from grpo.model.locate import BASE_SAMPLE, local_path
+from grpo.records import COMPLETIONS, EVALUATIONS, REPORT
 
 MANIFEST = "manifest.json"
 CONFIG = "config.toml"
@@ -243,8 +243,8 @@ def check_base_of_run(run: Path, saved: Model, now: Model) -> None:
         except UserError as error:
             raise UserError(f"{run}: the base of this run has moved ({error}); say where it is with --base") from None
         return
-    from grpo import fingerprint
-    from grpo.source import open_source
+    from grpo.model import fingerprint
+    from grpo.model.source import open_source
 
     steps = [run / "checkpoints" / f"step-{step}" / "adapter" for step in reversed(step_numbers(run))]
     known = next((found for folder in (run, *steps) if (found := fingerprint.read(folder)) is not None), None)

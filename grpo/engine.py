@@ -32,12 +32,12 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from grpo.base import BaseWeights
 from grpo.engine_model import SERVED, SHARED, write_model_folder
 from grpo.engine_steps import Collected, OnePassSampler, rollout_scheduler
 from grpo.errors import UserError
 from grpo.generation import Completion, EngineSettings, Request, SamplingSettings
 from grpo.kernels.nf4_gemm import prepare
+from grpo.model.base_weights import BaseWeights
 from grpo.plan import CPU_BLOCK, GPU_BLOCK, VLLM_BUFFERS, kv_cache_bytes
 from grpo.policy import Policy
 from grpo.served_adapter import ServedAdapter

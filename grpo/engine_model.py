@@ -20,14 +20,14 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
-from grpo.base import BaseWeights, FusedLinear, Segment
 from grpo.errors import UserError
 from grpo.kernels.lora_factors import LowRank
 from grpo.kernels.lora_shrink import lora_shrink
 from grpo.kernels.lora_sum import dense_linear
 from grpo.kernels.nf4_gemm import nf4_linear
-from grpo.model_keys import served_values
-from grpo.rope import share_positions
+from grpo.model.base_weights import BaseWeights, FusedLinear, Segment
+from grpo.model.config_keys import served_values
+from grpo.model.rope import share_positions
 from grpo.served_adapter import ServedAdapter
 
 SHARED = "grpo_shared"

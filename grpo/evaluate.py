@@ -34,13 +34,13 @@ from grpo.data import Prompt, load_data
 from grpo.errors import UserError, fail
 from grpo.log import Sample as LoggedSample
 from grpo.log import SampleGroup, quiet_libraries
+from grpo.model.vocabulary import check_tokens
 from grpo.records import EVALUATIONS, METRICS, REPORT, json_line
 from grpo.report import write_report
 from grpo.rewards.extract import extracted_answer
 from grpo.rewards.resolve import described
 from grpo.target import ADAPTER_CONFIG, folder_of_adapter
 from grpo.tasks.common import Task, Verifier
-from grpo.vocabulary import check_tokens
 
 if TYPE_CHECKING:
     from grpo.ranks import Ranks

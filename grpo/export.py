@@ -27,14 +27,14 @@ from typing import TYPE_CHECKING, Any
 from grpo.checkpoint import CONFIG, step_numbers
 from grpo.config.schema import Model
 from grpo.errors import INTERRUPTED, UserError, fail
-from grpo.locate import lasting_name, local_path
-from grpo.records import BASE_SAMPLE, TRAINING, completions_files, read_entries
+from grpo.model.locate import BASE_SAMPLE, lasting_name, local_path
+from grpo.records import TRAINING, completions_files, read_entries
 from grpo.target import ADAPTER_CONFIG, Target, resolve_target
 
 if TYPE_CHECKING:
     from grpo.merge import MergedSource
+    from grpo.model.weight_source import Source
     from grpo.ollama import Chat
-    from grpo.source import Source
 
 FORMS = ("adapter", "merged-16bit", "merged-4bit", "gguf")
 GGUF_TYPES = ("f16", "bf16", "q8_0", "q4_k_m")
@@ -158,10 +158,10 @@ def base_model(target: Target) -> Model:
 
 def open_merged(target: Target, notice: Callable[[str], None]) -> MergedSource:
     """The base with the adapter folded in; says which weights it is made of."""
-    from grpo.architectures import check_supported
-    from grpo.fingerprint import UNQUANTISED, Fingerprint, check_base
     from grpo.merge import Adapter, MergedSource
-    from grpo.source import open_source
+    from grpo.model.architectures import check_supported
+    from grpo.model.fingerprint import UNQUANTISED, Fingerprint, check_base
+    from grpo.model.source import open_source
 
     model = base_model(target)
     assert target.adapter is not None
@@ -182,7 +182,7 @@ def open_merged(target: Target, notice: Callable[[str], None]) -> MergedSource:
 
 def chat_template(target: Target) -> str | None:
     """The template that the run replaced its model's by."""
-    from grpo.session import read_template
+    from grpo.model.source import read_template
 
     path = base_model(target).chat_template
     return None if path is None else read_template(path)
@@ -212,14 +212,14 @@ def made_whole(place: Path) -> Iterator[Path]:
 
 def write_adapter(target: Target, folder: Path, notice: Callable[[str], None]) -> None:
     """The adapter in peft's format, with its base named so that it is found from anywhere."""
-    from grpo.fingerprint import Fingerprint, check_base
     from grpo.merge import ADAPTER_WEIGHTS, Adapter, check_fits
+    from grpo.model.fingerprint import Fingerprint, check_base
 
     assert target.adapter is not None
     adapter = Adapter(target.adapter)
     model = base_model(target)
     if local_path(model.name) is not None:
-        from grpo.source import open_source
+        from grpo.model.source import open_source
 
         base = open_source(model)
         check_fits(adapter, base, base.names)
@@ -249,7 +249,7 @@ def write_folder(target: Target, merged: MergedSource, folder: Path, to: str, no
 
 def chosen_16bit(target: Target) -> list[str]:
     """What `keep_16bit = "auto"` came to in the run. Raises UserError where it was not asked."""
-    from grpo.fingerprint import read
+    from grpo.model.fingerprint import read
 
     assert target.adapter is not None
     found = read(target.adapter)
@@ -315,7 +315,8 @@ def compare(merged: MergedSource, folder: Path, form: str, notice: Callable[[str
 
 def open_written(merged: MergedSource, folder: Path) -> Source:
     """What was written into `folder`, opened as a base would be."""
-    from grpo.source import GGUFSource, open_source
+    from grpo.model.gguf_source import GGUFSource
+    from grpo.model.source import open_source
 
     gguf = next(folder.glob("*.gguf"), None)
     if gguf is not None:

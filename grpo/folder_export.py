@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo.architectures import ARCHITECTURES, fused_linears
-from grpo.base import is_named
 from grpo.bnb_format import packed_entries, quantization_config, unpacked
 from grpo.errors import UserError
 from grpo.kernels import nf4
 from grpo.merge import MergedSource
+from grpo.model.architectures import ARCHITECTURES, fused_linears
+from grpo.model.base_weights import is_named
 
 SHARD_BYTES = 2 << 30
 COPIED = (

@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from grpo.architectures import ARCHITECTURES
 from grpo.errors import UserError
 from grpo.gguf_metadata import ARCHITECTURE, add_from_config, add_from_gguf, add_tokenizer
 from grpo.merge import MergedSource
+from grpo.model.architectures import ARCHITECTURES
+from grpo.model.gguf_source import GGUFSource
 from grpo.ollama import Chat, modelfile
-from grpo.source import GGUFSource
 
 FILE_TYPES = {"f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
 Q8_BLOCK = 32

@@ -21,8 +21,6 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from grpo.architectures import ALREADY_FUSED, FUSED_PARTS
-from grpo.base import BaseWeights, FusedLinear
 from grpo.errors import UserError
 from grpo.kernels.attention import Packing, packed_attention
 from grpo.kernels.glu import glu
@@ -33,6 +31,8 @@ from grpo.kernels.lora_linear import LinearGroup, lora_linear
 from grpo.kernels.lora_mlp import GatedMlp, lora_mlp
 from grpo.kernels.rms_norm import Norm, rms_norm
 from grpo.kernels.rope import rope
+from grpo.model.architectures import ALREADY_FUSED, FUSED_PARTS
+from grpo.model.base_weights import BaseWeights, FusedLinear
 
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 """transformers' names of the activations that kernels/glu.py has."""

@@ -12,7 +12,7 @@ order. How the errors of two layers add up is left out: products of estimates th
 
 The loaded NF4 base is walked forward once and backward layer by layer, and every weight is read once more, alone: of
 the 16-bit model there is never more than one weight, and of activations every layer's input and one layer's inside. Not
-here: how kept layers are held (`base.py`), and the file that records them (`fingerprint.py`).
+here: how kept layers are held (`base_weights.py`), and the file that records them (`fingerprint.py`).
 """
 
 from __future__ import annotations
@@ -26,18 +26,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from grpo import fingerprint
-from grpo.base import BaseWeights
 from grpo.calibration import TEXTS
 from grpo.config.schema import Model
 from grpo.errors import UserError
 from grpo.kernels.attention import Packing
 from grpo.kernels.host_matmul import mm_transposed
 from grpo.kernels.logprob import selected_logprobs
-from grpo.memory import linear_shapes
-from grpo.plan import AUTO_SHARE, nf4_bytes
+from grpo.model import fingerprint
+from grpo.model.base_weights import BaseWeights
+from grpo.model.sizes import AUTO_SHARE, linear_shapes, nf4_bytes
+from grpo.model.weight_source import NF4Tensor, Source
 from grpo.policy import BaseLinear, PackedRow, build_graph
-from grpo.source import NF4Tensor, Source
 
 LABELS = 8
 """Draws of every text's labels. Each is a backward pass."""

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from grpo.architectures import adapter_targets, expected_shapes, fused_linears
 from grpo.config.schema import Config
+from grpo.model.architectures import adapter_targets
+from grpo.model.sizes import linear_shapes
 
 FORMS = ("none", "mlp", "layer", "offload")
 """Forms of gradient checkpointing, from the fastest to the one that needs least memory on the device. "mlp", which
@@ -43,14 +44,6 @@ HOST_SHARE = 0.8
 """Of the host's available memory that offloaded inputs may take."""
 CPU_SHARE = 0.5
 """Of the available memory that activations on a CPU may take: other processes want some too."""
-
-
-def linear_shapes(shape: Any) -> dict[str, tuple[int, int]]:
-    """Module name -> (out, in) of every linear layer of the decoder's blocks."""
-    found: dict[str, tuple[int, int]] = {}
-    for name, parts in fused_linears(shape).items():
-        found |= expected_shapes(shape, name, parts)
-    return found
 
 
 def moment_bytes(optim: str, *, on_gpu: bool) -> int:

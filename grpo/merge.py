@@ -18,7 +18,8 @@ from torch import Tensor
 from grpo.adapter_files import check_plain_lora
 from grpo.errors import UserError
 from grpo.kernels import nf4
-from grpo.source import NF4Tensor, Source, damage_named
+from grpo.model.safetensors_source import damage_named
+from grpo.model.weight_source import NF4Tensor, Source
 from grpo.target import ADAPTER_CONFIG, read_adapter_config
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"

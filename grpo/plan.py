@@ -9,18 +9,18 @@ figures. GB is 10^9 bytes. Nothing here allocates.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from grpo.architectures import ARCHITECTURES, EMBEDDING, HEAD, adapter_targets, fused_linears
-from grpo.config.schema import Config, Model
+from grpo.config.schema import Config
 from grpo.errors import UserError
-from grpo.gguf_header import read_header
-from grpo.locate import local_path
-from grpo.memory import TrainingMemory, linear_shapes, moment_bytes
+from grpo.memory import TrainingMemory, moment_bytes
+from grpo.model.architectures import ARCHITECTURES, EMBEDDING, HEAD, adapter_targets, fused_linears
+from grpo.model.gguf_header import read_header
+from grpo.model.locate import local_path
+from grpo.model.sizes import AUTO_SHARE, embedding_bytes, linear_shapes, nf4_bytes, pinned_bytes, weights_on_host
 
 CPU_BLOCK, GPU_BLOCK = 32, 16
 """Tokens in a block of the KV cache. vLLM's default of 128 on a CPU shares no prefix of a short prompt."""
@@ -33,10 +33,6 @@ BATCHED_TOKENS = 8192
 SAMPLER_BYTES = 28
 """Per logit of every sequence decoded at once, when vLLM tries its own sampler at its start: the logit in 16 bit and in
 float32, sorted with its int64 place, its probability, the running sum, a mask."""
-AUTO_SHARE = 0.05
-"""What `keep_16bit = "auto"` may take, of the memory that all linear layers in 16 bit would take beyond NF4."""
-VOCABULARY_PADDING = 64
-"""vLLM rounds the vocabulary up to a multiple of this."""
 SERVED_RANKS = 16
 """The ranks of a fused layer's adapter are rounded up to a multiple of this for sampling."""
 MARGIN = 0.03
@@ -231,16 +227,6 @@ def weight_bytes(config: Config, shape: Any, itemsize: int, *, on_gpu: bool) -> 
     return int(size) + plain - host_weight_bytes(config, shape, itemsize, on_gpu=on_gpu)
 
 
-def nf4_bytes(rows: int, columns: int, itemsize: int) -> int:
-    """A weight as kernels/nf4.py stores it: rows of whole pairs of blocks, each block with its scale."""
-    return rows * math.ceil(columns / 128) * (64 + 2 * itemsize)
-
-
-def embedding_bytes(shape: Any, itemsize: int) -> int:
-    """The token embedding, or an output head, with vLLM's padding."""
-    return -(-shape.vocab_size // VOCABULARY_PADDING) * VOCABULARY_PADDING * shape.hidden_size * itemsize
-
-
 def host_weight_bytes(config: Config, shape: Any, itemsize: int, *, on_gpu: bool) -> int:
     """What of the one copy is in host memory while the rest is on a GPU."""
     return len(hosted(config, shape, on_gpu=on_gpu)) * embedding_bytes(shape, itemsize)
@@ -250,24 +236,6 @@ def hosted(config: Config, shape: Any, *, on_gpu: bool) -> dict[str, str]:
     """What `weights_on_host` gives where there is a GPU; nothing elsewhere, all memory being the host's."""
     wanted = weights_on_host(config.model, shape)
     return wanted if on_gpu else {}
-
-
-def weights_on_host(model: Model, shape: Any) -> dict[str, str]:
-    """Parameters that `model` wants in host memory, each with the key that says so. Of a model whose embedding is its
-    output head that one tensor, for `offload_head`. Raises UserError for `offload_embedding` there."""
-    tied = shape.tie_word_embeddings
-    if model.offload_embedding and tied:
-        raise UserError(
-            f"model.offload_embedding: the token embedding of {model.name} is its output head too, all of which the "
-            "GPU needs for every token; leave it out, or set model.offload_head = true, which moves both and is slow"
-        )
-    found = {EMBEDDING: "model.offload_embedding"} if model.offload_embedding else {}
-    return found | ({EMBEDDING if tied else HEAD: "model.offload_head"} if model.offload_head else {})
-
-
-def pinned_bytes(size: int) -> int:
-    """What pinning `size` bytes takes: torch rounds up to a power of two."""
-    return 1 << (size - 1).bit_length() if size else 0
 
 
 def adapter_bytes(config: Config, shape: Any, itemsize: int, *, on_gpu: bool) -> int:

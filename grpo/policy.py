@@ -25,11 +25,8 @@ from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface, AutoModelForCausalLM
 
 from grpo.adapter_files import read_adapter
-from grpo.architectures import adapter_targets
-from grpo.base import BaseWeights, Segment
 from grpo.config.schema import Lora
 from grpo.errors import UserError
-from grpo.fingerprint import check_base
 from grpo.forward import accept_batches
 from grpo.graph_kernels import install, wants_kernels
 from grpo.kernels import nf4
@@ -37,8 +34,11 @@ from grpo.kernels.attention import Packing, Span, packed_attention
 from grpo.kernels.logprob import selected_logprobs
 from grpo.kernels.lora_factors import LowRank
 from grpo.kernels.lora_sum import dense_linear
+from grpo.model.architectures import adapter_targets
+from grpo.model.base_weights import BaseWeights, Segment
+from grpo.model.fingerprint import check_base
+from grpo.model.rope import Rotary
 from grpo.recompute import recompute_layers
-from grpo.rope import Rotary
 
 ADAPTER = "default"
 ATTENTION = "grpo_packed"

@@ -5,7 +5,7 @@
     completions/step-N.jsonl  completions sampled in training at step N, a group a line
     completions/eval-N.jsonl  completions of held-out questions after step N, a group a line
     summary.json, report.html
-    base_sample.json          beside an adapter too: by which it knows its base (`grpo.fingerprint`)
+    base_sample.json          beside an adapter too: by which it knows its base (`grpo.model.fingerprint`)
 
 What is in them is the run log's; checkpoints are `grpo.checkpoint`'s. Reading passes over what a crash cut short.
 """
@@ -23,7 +23,6 @@ from grpo.printable import UNPRINTABLE
 
 METRICS, EVALUATIONS, SUMMARY, REPORT = "metrics.jsonl", "eval.jsonl", "summary.json", "report.html"
 COMPLETIONS = "completions"
-BASE_SAMPLE = "base_sample.json"
 TRAINING, HELD_OUT = "step", "eval"  # kinds of files in COMPLETIONS
 
 SECRET = re.compile(r"(^|[_-])(api_?key|key|token|secret|password|passwd|credentials?|authorization)$", re.IGNORECASE)

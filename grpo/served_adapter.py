@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from grpo.base import BaseWeights, FusedLinear
 from grpo.kernels.lora_shrink import RANK_MULTIPLE
+from grpo.model.base_weights import BaseWeights, FusedLinear
 from grpo.policy import ADAPTER, Policy
 
 

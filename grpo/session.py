@@ -17,20 +17,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from grpo.architectures import adapter_targets, check_supported
 from grpo.config.schema import Config
 from grpo.errors import UserError
 from grpo.generation import EngineSettings, SamplingSettings
-from grpo.host_memory import give_back_pinned
 from grpo.keep_16bit import load_base
-from grpo.locate import lasting_name
 from grpo.machine import check_machine, resolve_device
-from grpo.model_files import check_head_size, check_shapes, end_tokens
-from grpo.model_keys import check_keys, settle
+from grpo.model.architectures import adapter_targets, check_supported
+from grpo.model.checks import check_head_size, check_shapes, end_tokens
+from grpo.model.config_keys import check_keys, settle
+from grpo.model.host_memory import give_back_pinned
+from grpo.model.locate import lasting_name
+from grpo.model.source import open_source, read_template
+from grpo.model.vocabulary import no_row
+from grpo.model.weight_source import Source
 from grpo.plan import MemoryPlan, check_memory, lighter_weights, plan_memory, sequence_limits, weight_bytes
 from grpo.policy import Policy
-from grpo.source import Source, open_source
-from grpo.vocabulary import no_row
 
 if TYPE_CHECKING:
     from grpo.engine import Engine
@@ -246,15 +247,6 @@ def resolve_dtype(wanted: str, device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
-
-
-def read_template(path: Path) -> str:
-    """The chat template in `path`."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"model.chat_template = {str(path)!r}: cannot be read ({reason}); pass a Jinja file") from None
 
 
 def stop_token_ids(source: Any, tokenizer: Any) -> tuple[int, ...]:

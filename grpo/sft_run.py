@@ -19,11 +19,11 @@ from grpo.errors import UserError
 from grpo.interrupt import Interrupts
 from grpo.keep_16bit import remember_base
 from grpo.log import RunLog
+from grpo.model.vocabulary import check_tokens
 from grpo.session import open_session, read_model
 from grpo.sft_config import SftConfig, sft_config_toml
 from grpo.sft_data import Example, load_data
 from grpo.sft_eval import held_out_loss
-from grpo.vocabulary import check_tokens
 
 if TYPE_CHECKING:
     from grpo.session import Session

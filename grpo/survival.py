@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from grpo.architectures import EMBEDDING, HEAD
+from grpo.model.architectures import EMBEDDING, HEAD
+from grpo.model.rope import Rotary
 from grpo.policy import (
     ADAPTER,
     ATTENTION,
@@ -32,7 +33,6 @@ from grpo.policy import (
     set_module,
     set_parameter,
 )
-from grpo.rope import Rotary
 
 COMPLETIONS, TOKENS = 4, 256
 """How many completions are measured, and how many tokens of each, at most."""

@@ -15,7 +15,7 @@ from typing import Any
 from grpo.checkpoint import CONFIG, latest
 from grpo.config.toml import read_toml
 from grpo.errors import UserError
-from grpo.locate import local_path
+from grpo.model.locate import local_path
 
 ADAPTER_CONFIG = "adapter_config.json"
 LORA_KEYS = ("r", "lora_alpha", "target_modules", "lora_dropout", "use_rslora", "use_dora", "bias")
@@ -66,7 +66,7 @@ def of_run(run: Path, adapter: Path, base: str | Path | None) -> Target:
 
 def of_adapter(folder: Path, base: str | Path | None) -> Target:
     """An adapter that stands alone; its base is held as the defaults say, but for what "auto" once kept in 16 bit."""
-    from grpo import fingerprint
+    from grpo.model import fingerprint
 
     saved = read_adapter_config(folder)
     model: dict[str, Any] = {"name": found_base(saved.get("base_model_name_or_path"), folder, base)}

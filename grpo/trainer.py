@@ -41,6 +41,7 @@ from grpo.learner import UNMEASURED, Learner
 from grpo.log import RunLog
 from grpo.loss import resolve_loss
 from grpo.machine import resolve_device
+from grpo.model.vocabulary import check_tokens
 from grpo.plan import sequence_limits
 from grpo.printable import printable
 from grpo.ranks import Ranks, connect
@@ -56,7 +57,6 @@ from grpo.silent_log import SilentLog
 from grpo.state import load_tensors, save_tensors
 from grpo.survival import adapter_survival
 from grpo.torchrun import Launch
-from grpo.vocabulary import check_tokens
 
 STATE = "trainer.safetensors"
 PASS_RATES = "pass_rates.json"

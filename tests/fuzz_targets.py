@@ -69,7 +69,7 @@ def override(data: bytes, folder: Path) -> None:
 
 @target
 def gguf_header(data: bytes, folder: Path) -> None:
-    from grpo.gguf_header import read_header
+    from grpo.model.gguf_header import read_header
 
     read_header(written(folder, "model.gguf", data))
 
@@ -81,7 +81,7 @@ def gguf_after_the_magic(data: bytes, folder: Path) -> None:
 
 @target
 def weights(data: bytes, folder: Path) -> None:
-    from grpo.source import SafetensorsSource
+    from grpo.model.safetensors_source import SafetensorsSource
 
     SafetensorsSource._handle_names(written(folder, "model.safetensors", data))
 
@@ -93,14 +93,14 @@ def weights_header(data: bytes, folder: Path) -> None:
 
 @target
 def shard_index(data: bytes, folder: Path) -> None:
-    from grpo.source import read_index
+    from grpo.model.safetensors_source import read_index
 
     read_index(written(folder, "model.safetensors.index.json", data))
 
 
 @target
 def model_configuration(data: bytes, folder: Path) -> None:
-    from grpo.model_files import check_quantization, check_sizes, read_object
+    from grpo.model.checks import check_quantization, check_sizes, read_object
 
     file = written(folder, "config.json", data)
     values = read_object(file)
@@ -110,7 +110,7 @@ def model_configuration(data: bytes, folder: Path) -> None:
 
 @target
 def generation_configuration(data: bytes, folder: Path) -> None:
-    from grpo.model_files import end_tokens
+    from grpo.model.checks import end_tokens
 
     end_tokens(written(folder, "generation_config.json", data), 100)
 

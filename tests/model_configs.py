@@ -140,7 +140,7 @@ def configurations(draw: Any) -> tuple[str, dict[str, Any]]:
     """(family, what config.json says): a tiny model with a few keys changed."""
     from transformers import AutoConfig
 
-    from grpo.model_keys import own_keys
+    from grpo.model.config_keys import own_keys
 
     family = draw(st.sampled_from(sorted(FAMILIES)))
     own = own_keys(AutoConfig.for_model(family))

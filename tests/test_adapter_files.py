@@ -8,11 +8,11 @@ import pytest
 import torch
 from tiny import save_tiny
 
-from grpo.base import BaseWeights
 from grpo.config.schema import Lora, Model
 from grpo.errors import UserError
+from grpo.model.base_weights import BaseWeights
+from grpo.model.source import open_source
 from grpo.policy import Policy
-from grpo.source import open_source
 
 
 @pytest.fixture

@@ -6,12 +6,12 @@ import pytest
 import torch
 from tiny import FAMILIES, save_tiny, tiny_model
 
-from grpo.architectures import ARCHITECTURES
-from grpo.base import BaseWeights
 from grpo.config.schema import Lora, Model
 from grpo.errors import UserError
+from grpo.model.architectures import ARCHITECTURES
+from grpo.model.base_weights import BaseWeights
+from grpo.model.source import open_source
 from grpo.policy import Policy
-from grpo.source import open_source
 
 PROMPTS = [[5, 9, 33, 7, 21, 64, 90, 11, 2, 3], [12, 140, 77]]
 CPU = torch.device("cpu")

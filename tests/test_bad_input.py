@@ -25,7 +25,7 @@ from test_config import FIELDS, OF_EACH_TYPE, limits, toml_types
 from tiny_run import run_tables, save_rewards, write_config
 
 from grpo.config.toml import write_toml
-from grpo.model_files import HEAD_SIZES_ON_CPU
+from grpo.model.checks import HEAD_SIZES_ON_CPU
 from grpo.train import main
 
 

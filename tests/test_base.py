@@ -10,11 +10,11 @@ import torch
 from tiny import VOCABULARY, save_tiny
 from torch import Tensor
 
-from grpo.base import BaseWeights
 from grpo.config.schema import Lora, Model
 from grpo.errors import UserError
+from grpo.model.base_weights import BaseWeights
+from grpo.model.source import open_source
 from grpo.policy import Policy
-from grpo.source import open_source
 
 CPU = torch.device("cpu")
 QKV = "model.layers.0.self_attn.qkv_proj"

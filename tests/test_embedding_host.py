@@ -16,14 +16,15 @@ import torch
 from tiny import VOCABULARY, save_tiny
 from torch import Tensor
 
-from grpo import host_memory, memory, plan
-from grpo.architectures import EMBEDDING, HEAD
-from grpo.base import BaseWeights
+from grpo import memory, plan
 from grpo.config.schema import Config, Lora, Model, parse_config
 from grpo.errors import UserError
 from grpo.kernels import host_matmul
+from grpo.model import host_memory
+from grpo.model.architectures import EMBEDDING, HEAD
+from grpo.model.base_weights import BaseWeights
+from grpo.model.source import open_source
 from grpo.policy import Policy
-from grpo.source import open_source
 
 LLAMA_8B = plan.Shape("llama", 4096, 14336, 32, 32, 8, 128, 128256, False)
 LLAMA_3B = plan.Shape("llama", 3072, 8192, 28, 24, 8, 128, 128256, True)

@@ -15,7 +15,6 @@ from tiny import VOCABULARY, save_tiny
 from torch import Tensor
 from vllms_own import crowded, vllms_own
 
-from grpo.base import BaseWeights
 from grpo.config.schema import Lora, Model
 from grpo.engine import (
     Completion,
@@ -26,9 +25,10 @@ from grpo.engine import (
     check_version,
 )
 from grpo.errors import UserError
+from grpo.model.base_weights import BaseWeights
+from grpo.model.source import open_source
 from grpo.plan import kv_bytes_per_token
 from grpo.policy import Policy
-from grpo.source import open_source
 
 pytestmark = pytest.mark.vllm
 

@@ -20,11 +20,11 @@ class OnGpu:
     """A tiny Qwen2 with biases, as NF4 in bfloat16, whose KV cache may be released."""
 
     def __init__(self, folder: Any):
-        from grpo.base import BaseWeights
         from grpo.config.schema import Lora, Model
         from grpo.engine import Engine, EngineSettings
+        from grpo.model.base_weights import BaseWeights
+        from grpo.model.source import open_source
         from grpo.policy import Policy
-        from grpo.source import open_source
 
         save_tiny(folder, "qwen2", tie_word_embeddings=False, num_attention_heads=2, num_key_value_heads=1)
         section = Model(name=str(folder), load_in_4bit=True)

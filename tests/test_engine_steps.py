@@ -17,7 +17,7 @@ import torch
 from tiny import save_tiny
 
 from grpo.config.schema import Model
-from grpo.source import open_source
+from grpo.model.source import open_source
 
 pytestmark = pytest.mark.vllm
 
@@ -52,8 +52,8 @@ def random_requests(seed: int) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def vllm_config(tmp_path_factory: pytest.TempPathFactory) -> Any:
     import grpo.engine  # noqa: F401 - the environment that vLLM needs here
-    from grpo.base import BaseWeights
     from grpo.engine_model import write_model_folder
+    from grpo.model.base_weights import BaseWeights
 
     folder = tmp_path_factory.mktemp("model")
     save_tiny(folder)

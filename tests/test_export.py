@@ -25,9 +25,9 @@ from grpo.bnb_format import packed_entries
 from grpo.config.schema import Model
 from grpo.errors import UserError
 from grpo.export import export, main
-from grpo.fingerprint import Fingerprint
 from grpo.merge import Adapter, MergedSource
-from grpo.source import open_source
+from grpo.model.fingerprint import Fingerprint
+from grpo.model.source import open_source
 from grpo.streamed import Distance, streamed_logits
 from grpo.target import resolve_target
 

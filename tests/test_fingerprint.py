@@ -10,14 +10,14 @@ from checkpoints import quantize_folder, write_gguf
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny, tiny_model
 
-from grpo.base import BaseWeights
 from grpo.config.schema import Lora, Model
 from grpo.errors import UserError
 from grpo.export import main
-from grpo.fingerprint import Fingerprint, check_base
+from grpo.model.base_weights import BaseWeights
+from grpo.model.fingerprint import Fingerprint, check_base
+from grpo.model.locate import BASE_SAMPLE
+from grpo.model.source import open_source
 from grpo.policy import Policy
-from grpo.records import BASE_SAMPLE
-from grpo.source import open_source
 
 
 def fingerprint(path: Path) -> Fingerprint:

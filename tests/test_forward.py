@@ -8,13 +8,13 @@ import pytest
 import torch
 from tiny import FAMILIES, save_tiny
 
-from grpo.base import BaseWeights
 from grpo.config.schema import Lora, Model
 from grpo.errors import UserError
 from grpo.forward import Rows
 from grpo.graph_kernels import install
+from grpo.model.base_weights import BaseWeights
+from grpo.model.source import open_source
 from grpo.policy import Policy
-from grpo.source import open_source
 
 torch.manual_seed(0)
 IDS = torch.randint(5, 150, (3, 24))

@@ -22,7 +22,7 @@ from safetensors.torch import save
 from small_chat import save_small_chat_model
 
 from grpo.errors import UserError
-from grpo.gguf_header import read_header
+from grpo.model.gguf_header import read_header
 
 MINIMAL = Path(__file__).parent / "data" / "minimal.toml"
 EXAMPLES = {

@@ -199,7 +199,8 @@ def test_generated_questions_fit_the_prompt_length(path: Path) -> None:
     from transformers import AutoTokenizer
 
     from grpo.config.schema import Model
-    from grpo.source import locate, metadata_folder
+    from grpo.model.gguf_source import metadata_folder
+    from grpo.model.source import locate
 
     config = read_config(path)
     if config.task[0].name == "reasoning_gym":

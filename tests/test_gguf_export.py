@@ -27,8 +27,8 @@ from grpo.errors import UserError
 from grpo.export import export
 from grpo.gguf_export import find_quantizer
 from grpo.gguf_vocab import SPLITS, read_vocabulary
+from grpo.model.source import open_source
 from grpo.ollama import CONVERSATION, KNOWN, QUESTION, Chat, modelfile
-from grpo.source import open_source
 from grpo.streamed import streamed_logits
 
 LLAMA3, QWEN2, TEKKEN, GPT4O = SPLITS
@@ -388,8 +388,8 @@ def test_families_are_told_apart() -> None:
 
 def test_the_config_of_a_family_is_the_one_that_transformers_builds() -> None:
     """The families exported here are those that can be trained."""
-    from grpo.architectures import ARCHITECTURES
     from grpo.gguf_metadata import ARCHITECTURE
+    from grpo.model.architectures import ARCHITECTURES
 
     assert set(ARCHITECTURE) == set(ARCHITECTURES)
     assert all(AutoConfig.for_model(family).model_type == family for family in ARCHITECTURE)

@@ -11,13 +11,13 @@ import pytest
 import torch
 from tiny import FAMILIES, save_tiny
 
-from grpo.base import BaseWeights
 from grpo.config.schema import Lora, Model
 from grpo.errors import UserError
 from grpo.graph_kernels import FusedLayer, install, wants_kernels
 from grpo.kernels.launch import interpreted
+from grpo.model.base_weights import BaseWeights
+from grpo.model.source import open_source
 from grpo.policy import Policy
-from grpo.source import open_source
 
 PROMPTS = [[5, 9, 33], [5, 9, 33], [12, 140]]
 COMPLETIONS = [[8, 15, 99], [3, 4], [9, 8, 7, 6]]

@@ -17,16 +17,16 @@ from tiny_run import run_tables
 from torch import Tensor
 
 from grpo.advantages import Advantages, compute_advantages
-from grpo.base import BaseWeights
 from grpo.config.schema import Config, parse_config
 from grpo.data import Prompt
 from grpo.errors import UserError
 from grpo.guard import FEWEST, KEPT_DUMPS, Guard, UnusableUpdate, write_dump
 from grpo.learner import Learner
+from grpo.model.base_weights import BaseWeights
+from grpo.model.source import open_source
 from grpo.policy import Policy
 from grpo.replay import main, replay
 from grpo.sampler import Group, Sample
-from grpo.source import open_source
 
 NAN, INF = math.nan, math.inf
 REWARDS = [[1.0, 0.0, 0.5, 0.2], [0.0, 2.0, 1.0, 0.1]]

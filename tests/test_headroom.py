@@ -13,15 +13,15 @@ from test_learner import advantages, config_for, groups
 from tiny import save_tiny
 
 from grpo import headroom
-from grpo.base import BaseWeights
 from grpo.batch import pack
 from grpo.config.schema import Config
 from grpo.errors import UserError
 from grpo.headroom import largest_batch
 from grpo.learner import Learner
+from grpo.model.base_weights import BaseWeights
+from grpo.model.source import open_source
 from grpo.optim import LossScaler, moments_like
 from grpo.policy import Policy
-from grpo.source import open_source
 
 BUDGET = 60
 

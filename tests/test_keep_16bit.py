@@ -16,22 +16,23 @@ from tiny_run import run_tables, save_rewards, save_tiny_chat_model
 from torch import Tensor
 from transformers import AutoConfig
 
-from grpo import fingerprint, keep_16bit
-from grpo.base import BaseWeights
+from grpo import keep_16bit
 from grpo.config.schema import Lora, Model, parse_config
 from grpo.data import load_data
 from grpo.errors import UserError
 from grpo.keep_16bit import choose, load_base, rounding_costs
 from grpo.kernels import nf4
 from grpo.log import RunLog
-from grpo.memory import linear_shapes
-from grpo.plan import AUTO_SHARE, nf4_bytes, weight_bytes
+from grpo.model import fingerprint
+from grpo.model.base_weights import BaseWeights
+from grpo.model.sizes import AUTO_SHARE, linear_shapes, nf4_bytes
+from grpo.model.source import open_source
+from grpo.plan import weight_bytes
 from grpo.policy import Policy
 from grpo.rewards.pool import RewardPool
 from grpo.session import open_session
 from grpo.sft_config import parse_sft_config
 from grpo.sft_run import run_sft
-from grpo.source import open_source
 from grpo.target import resolve_target
 from grpo.trainer import Trainer, train_session
 

@@ -13,13 +13,13 @@ from tiny import VOCABULARY, save_tiny
 from torch import Tensor
 
 from grpo.advantages import Advantages, compute_advantages
-from grpo.base import BaseWeights
 from grpo.config.schema import Config, parse_config
 from grpo.data import Prompt
 from grpo.learner import Learner
+from grpo.model.base_weights import BaseWeights
+from grpo.model.source import open_source
 from grpo.policy import Policy
 from grpo.sampler import Group, Sample
-from grpo.source import open_source
 
 GENERATIONS = 3
 REWARDS = [[1.0, 0.0, 0.5], [0.0, 0.0, 0.0], [0.0, 2.0, 1.0], [1.0, 1.0, 0.0]]  # the second group is all alike

@@ -1,4 +1,5 @@
-"""grpo/model_keys.py and rope.py: of any configuration, vLLM and the training graph compute the same, or a sentence."""
+"""grpo/model/config_keys.py and rope.py: of any configuration, vLLM and the training graph compute the same, or a
+sentence."""
 
 from __future__ import annotations
 
@@ -15,13 +16,13 @@ from tiny import COMMON, FAMILIES, VOCABULARY
 from tiny_run import run_tables, save_rewards
 from transformers import AutoConfig
 
-from grpo.base import BaseWeights
 from grpo.config.schema import Lora, Model, parse_config
 from grpo.errors import UserError
-from grpo.model_files import check_head_size
-from grpo.model_keys import own_keys, served_values, settle
+from grpo.model.base_weights import BaseWeights
+from grpo.model.checks import check_head_size
+from grpo.model.config_keys import own_keys, served_values, settle
+from grpo.model.source import open_source
 from grpo.policy import Policy
-from grpo.source import open_source
 
 PROMPTS = [[5, 9, 33, 7, 21, 64, 90, 11, 2, 3], [12, 140, 77]]
 CPU = torch.device("cpu")
@@ -77,7 +78,7 @@ def check_equal(folder: Path, reference: object) -> None:
 
 
 def needs_longer(base: BaseWeights, length: int) -> bool:
-    from grpo.rope import rotary_parameters
+    from grpo.model.rope import rotary_parameters
 
     return any(
         length <= values.get("original_max_position_embeddings", LONGEST) < LONGEST

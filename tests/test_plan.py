@@ -13,14 +13,14 @@ import torch
 from tiny import FAMILIES, save_tiny
 
 from grpo import plan
-from grpo.base import BaseWeights
 from grpo.config.schema import Config, Lora, parse_config
 from grpo.errors import UserError
-from grpo.gguf_header import read_header
 from grpo.memory import FORMS, TrainingMemory
+from grpo.model.base_weights import BaseWeights
+from grpo.model.gguf_header import read_header
+from grpo.model.source import open_source
 from grpo.policy import Policy
 from grpo.served_adapter import ServedAdapter
-from grpo.source import open_source
 
 LLAMA_8B = plan.Shape("llama", 4096, 14336, 32, 32, 8, 128, 128256, False)
 LLAMA_3B = plan.Shape("llama", 3072, 8192, 28, 24, 8, 128, 128256, True)

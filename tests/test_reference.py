@@ -6,12 +6,12 @@ import pytest
 import torch
 from tiny import save_tiny
 
-from grpo.base import BaseWeights
 from grpo.config.schema import Lora, Loss, Model
 from grpo.graph_kernels import install
+from grpo.model.base_weights import BaseWeights
+from grpo.model.source import open_source
 from grpo.policy import Policy
 from grpo.reference import set_reference
-from grpo.source import open_source
 
 START, BASE = Loss(beta=0.1), Loss(beta=0.1, reference="base")
 PROMPTS, COMPLETIONS = [[5, 9, 33], [12, 140]], [[8, 15, 99], [9, 8, 7, 6]]

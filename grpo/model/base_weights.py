@@ -15,17 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo import host_memory
-from grpo.architectures import EMBEDDING, HEAD, check_supported, expected_shapes, fused_linears
 from grpo.config.schema import Model
 from grpo.errors import UserError
-from grpo.fingerprint import Fingerprint
 from grpo.kernels import nf4
 from grpo.kernels.launch import sum_in_float32
-from grpo.model_files import check_shapes
-from grpo.model_keys import check_keys, settle
-from grpo.plan import VOCABULARY_PADDING, embedding_bytes, pinned_bytes, weights_on_host
-from grpo.source import NF4Tensor, Source
+from grpo.model import host_memory
+from grpo.model.architectures import EMBEDDING, HEAD, check_supported, expected_shapes, fused_linears
+from grpo.model.checks import check_shapes
+from grpo.model.config_keys import check_keys, settle
+from grpo.model.fingerprint import Fingerprint
+from grpo.model.sizes import VOCABULARY_PADDING, embedding_bytes, pinned_bytes, weights_on_host
+from grpo.model.weight_source import NF4Tensor, Source
 
 BLOCK = 64
 """Weights that share one NF4 scale."""

@@ -5,7 +5,7 @@ never heard of changes the policy in silence. So every key is one that both obey
 a few values that both compute, one that has no part in the computation, or one that transformers' class does not have,
 which is named in a notice and reaches neither. Anything else is refused in a sentence that names it.
 
-Sizes are `model_files.py`'s, and how rotary frequencies reach both graphs is `rope.py`'s.
+Sizes are `checks.py`'s, and how rotary frequencies reach both graphs is `rope.py`'s.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from grpo.architectures import ARCHITECTURES
 from grpo.errors import UserError
-from grpo.model_files import one_line
-from grpo.rope import by_layer_type, frequencies, plain_parameters, rotary_parameters, rotated, unread_parameters
+from grpo.model.architectures import ARCHITECTURES
+from grpo.model.checks import one_line
+from grpo.model.rope import by_layer_type, frequencies, plain_parameters, rotary_parameters, rotated, unread_parameters
 
 ACTIVATIONS = {
     "gemma": ("hidden_act", ("gelu_pytorch_tanh",)),

@@ -3,7 +3,7 @@ the GPU has no room for.
 
 Pinned memory has the same address for the host and for every GPU, so a tensor "on the GPU" can begin there. Kernels
 and CUDA graphs take it as any other, and only the rows that they read cross the bus. Nothing here copies to a GPU or
-decides what is worth keeping on the host: `base.py` does.
+decides what is worth keeping on the host: `base_weights.py` does.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from grpo.errors import UserError
-from grpo.plan import pinned_bytes
+from grpo.model.sizes import pinned_bytes
 
 
 def has_own_memory(device: torch.device) -> bool:

@@ -7,6 +7,9 @@ from pathlib import Path
 
 from grpo.errors import UserError
 
+BASE_SAMPLE = "base_sample.json"
+"""The file beside an adapter, and in a run folder, by which it knows its base (`fingerprint.py`)."""
+
 
 def local_path(name: str) -> Path | None:
     """The file or folder called `name`; None for a hub id. Raises UserError for a path that does not exist."""
