@@ -86,8 +86,8 @@ def rollout(row: Row, base: BaseWeights, options: argparse.Namespace) -> Row:
 
     from benchmarks import shared_model
     from benchmarks import training_step as steps
-    from grpo import plan
     from grpo.engine import Engine, EngineSettings
+    from grpo.memory import plan
     from grpo.policy import Policy
 
     sequences, length, device = row["sequences"], row["length"], base.device

@@ -44,7 +44,7 @@ class Row:
     system: str
     """"ours" or "peer"."""
     form: str
-    """What the backward pass finds: one of `grpo.memory.FORMS`; the peer has "none" and "layer"."""
+    """What the backward pass finds: one of `grpo.memory.activations.FORMS`; the peer has "none" and "layer"."""
     size: int
     """Sequences of a micro-batch; for DPO pairs, of two sequences each."""
 

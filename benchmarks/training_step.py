@@ -21,7 +21,7 @@ from grpo.config.schema import Config, Model, parse_config
 from grpo.headroom import free_cached
 from grpo.learner import Learner
 from grpo.loss import BatchTotals, batch_totals
-from grpo.memory import TrainingMemory, moment_bytes
+from grpo.memory.activations import TrainingMemory, moment_bytes
 from grpo.model.base_weights import BaseWeights
 from grpo.policy import Policy, packed_row
 

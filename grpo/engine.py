@@ -37,8 +37,8 @@ from grpo.engine_steps import Collected, OnePassSampler, rollout_scheduler
 from grpo.errors import UserError
 from grpo.generation import Completion, EngineSettings, Request, SamplingSettings
 from grpo.kernels.nf4_gemm import prepare
+from grpo.memory.plan import CPU_BLOCK, GPU_BLOCK, VLLM_BUFFERS, kv_cache_bytes
 from grpo.model.base_weights import BaseWeights
-from grpo.plan import CPU_BLOCK, GPU_BLOCK, VLLM_BUFFERS, kv_cache_bytes
 from grpo.policy import Policy
 from grpo.served_adapter import ServedAdapter
 

@@ -17,7 +17,7 @@ import torch
 from grpo.batch import TrainingSequence, pack
 from grpo.config.schema import Config
 from grpo.errors import UserError
-from grpo.memory import TrainingMemory, moment_bytes
+from grpo.memory.activations import TrainingMemory, moment_bytes
 from grpo.policy import Policy
 from grpo.random_state import RandomState
 

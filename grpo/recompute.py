@@ -3,8 +3,8 @@
 "none" keeps what autograd saves, "mlp" all but what the kernels' MLP computes again by itself, "layer" only the input
 of each layer, and "offload" moves those inputs to host memory (pinned, on a stream of its own, overlapping the
 computation) and fetches each while the layer after it is still in its backward. All give the same bits. Which form a
-run takes is decided in `memory.py`; the layers know of this through transformers' checkpointing hook, and trainers that
-switch checkpointing on and off as transformers has it get the same.
+run takes is decided in `activations.py`; the layers know of this through transformers' checkpointing hook, and trainers
+that switch checkpointing on and off as transformers has it get the same.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge
 
 from grpo.graph_kernels import for_backward_alone
-from grpo.memory import FORMS
+from grpo.memory.activations import FORMS
 from grpo.random_state import RandomState
 
 HOST_BLOCK = 64 << 20

@@ -22,6 +22,7 @@ from grpo.errors import UserError
 from grpo.generation import EngineSettings, SamplingSettings
 from grpo.keep_16bit import load_base
 from grpo.machine import check_machine, resolve_device
+from grpo.memory.plan import MemoryPlan, check_memory, lighter_weights, plan_memory, sequence_limits, weight_bytes
 from grpo.model.architectures import adapter_targets, check_supported
 from grpo.model.checks import check_head_size, check_shapes, end_tokens
 from grpo.model.config_keys import check_keys, settle
@@ -30,7 +31,6 @@ from grpo.model.locate import lasting_name
 from grpo.model.source import open_source, read_template
 from grpo.model.vocabulary import no_row
 from grpo.model.weight_source import Source
-from grpo.plan import MemoryPlan, check_memory, lighter_weights, plan_memory, sequence_limits, weight_bytes
 from grpo.policy import Policy
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ from grpo.config.toml import write_value
 from grpo.errors import BAD_INPUT, UserError, disk_refusal, fail
 from grpo.interrupt import leaving_at_once
 from grpo.machine import check_machine
-from grpo.plan import memory_plan
+from grpo.memory.summary import memory_plan
 from grpo.torchrun import Launch, RankLost, check_share, take_launch
 
 LOST = 1

@@ -41,8 +41,8 @@ from grpo.learner import UNMEASURED, Learner
 from grpo.log import RunLog
 from grpo.loss import resolve_loss
 from grpo.machine import resolve_device
+from grpo.memory.plan import sequence_limits
 from grpo.model.vocabulary import check_tokens
-from grpo.plan import sequence_limits
 from grpo.printable import printable
 from grpo.ranks import Ranks, connect
 from grpo.records import EVALUATIONS, read_entries

@@ -16,10 +16,11 @@ import torch
 from tiny import VOCABULARY, save_tiny
 from torch import Tensor
 
-from grpo import memory, plan
 from grpo.config.schema import Config, Lora, Model, parse_config
 from grpo.errors import UserError
 from grpo.kernels import host_matmul
+from grpo.memory import activations as memory
+from grpo.memory import plan, summary
 from grpo.model import host_memory
 from grpo.model.architectures import EMBEDDING, HEAD
 from grpo.model.base_weights import BaseWeights
@@ -113,7 +114,7 @@ def test_an_embedding_that_is_the_output_head_too_is_refused(tmp_path: Path) -> 
         with pytest.raises(UserError, match=TIED):
             load(tmp_path, **keys)
         with pytest.raises(UserError, match=TIED):
-            plan.memory_plan(config(tmp_path, model=keys))
+            summary.memory_plan(config(tmp_path, model=keys))
 
 
 def test_a_host_without_room_is_told_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,14 +236,14 @@ def test_what_cannot_be_moved_or_is_moved_already_is_not_advised(
 def test_a_dry_run_says_what_the_host_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = {name: getattr(LLAMA_8B, name) for name in LLAMA_8B.__dataclass_fields__}
     (tmp_path / "config.json").write_text(json.dumps(sizes))
-    monkeypatch.setattr(plan, "has_gpu", lambda: True)
-    moved = plan.memory_plan(config(tmp_path, model={"offload_embedding": True}))
+    monkeypatch.setattr(summary, "has_gpu", lambda: True)
+    moved = summary.memory_plan(config(tmp_path, model={"offload_embedding": True}))
     assert moved[-1] == "     1.07  of host memory, pinned, for the token embedding"
-    moved = plan.memory_plan(config(tmp_path, model=BOTH))
+    moved = summary.memory_plan(config(tmp_path, model=BOTH))
     assert moved[-1] == "     2.15  of host memory, pinned, for the token embedding and the output head"
-    assert not any("host" in line for line in plan.memory_plan(config(tmp_path)))
+    assert not any("host" in line for line in summary.memory_plan(config(tmp_path)))
     (tmp_path / "config.json").write_text(json.dumps(sizes | {"tie_word_embeddings": True}))
-    moved = plan.memory_plan(config(tmp_path, model={"offload_head": True}))
+    moved = summary.memory_plan(config(tmp_path, model={"offload_head": True}))
     assert moved[-1].endswith("1.07  of host memory, pinned, for the token embedding, which is the output head too")
 
 

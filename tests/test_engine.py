@@ -25,9 +25,9 @@ from grpo.engine import (
     check_version,
 )
 from grpo.errors import UserError
+from grpo.memory.plan import kv_bytes_per_token
 from grpo.model.base_weights import BaseWeights
 from grpo.model.source import open_source
-from grpo.plan import kv_bytes_per_token
 from grpo.policy import Policy
 
 pytestmark = pytest.mark.vllm

@@ -19,7 +19,8 @@ import pytest
 
 from grpo.config.schema import Config, read_config
 from grpo.data import load_data
-from grpo.plan import Shape, check_memory, model_shape, plan_memory, sequence_limits
+from grpo.memory.plan import Shape, check_memory, plan_memory, sequence_limits
+from grpo.memory.summary import model_shape
 from grpo.rewards.resolve import resolve
 from grpo.sft import main as train_on_examples
 from grpo.sft_config import read_sft_config

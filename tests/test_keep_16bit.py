@@ -23,11 +23,11 @@ from grpo.errors import UserError
 from grpo.keep_16bit import choose, load_base, rounding_costs
 from grpo.kernels import nf4
 from grpo.log import RunLog
+from grpo.memory.plan import weight_bytes
 from grpo.model import fingerprint
 from grpo.model.base_weights import BaseWeights
 from grpo.model.sizes import AUTO_SHARE, linear_shapes, nf4_bytes
 from grpo.model.source import open_source
-from grpo.plan import weight_bytes
 from grpo.policy import Policy
 from grpo.rewards.pool import RewardPool
 from grpo.session import open_session

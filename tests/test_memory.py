@@ -24,7 +24,7 @@ from grpo import policy as policy_module
 from grpo.config.schema import Config, parse_config
 from grpo.kernels import lora_attention, lora_linear, lora_mlp
 from grpo.kernels.rms_norm import Norm
-from grpo.memory import FORMS, TrainingMemory, moment_bytes
+from grpo.memory.activations import FORMS, TrainingMemory, moment_bytes
 from grpo.model.base_weights import BaseWeights
 from grpo.model.source import open_source
 from grpo.policy import Policy

@@ -12,10 +12,10 @@ import pytest
 import torch
 from tiny import FAMILIES, save_tiny
 
-from grpo import plan
 from grpo.config.schema import Config, Lora, parse_config
 from grpo.errors import UserError
-from grpo.memory import FORMS, TrainingMemory
+from grpo.memory import plan, summary
+from grpo.memory.activations import FORMS, TrainingMemory
 from grpo.model.base_weights import BaseWeights
 from grpo.model.gguf_header import read_header
 from grpo.model.source import open_source
@@ -35,7 +35,7 @@ def config(name: str | Path = "m", **sections: Any) -> Config:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_weights_and_adapter_are_planned_as_they_are_stored(family: str, tmp_path: Path) -> None:
     save_tiny(tmp_path, family)
-    shape = plan.model_shape(config(tmp_path))
+    shape = summary.model_shape(config(tmp_path))
     assert shape is not None
     for lora in (Lora(), Lora(r=4, target_modules=["q_proj", "o_proj", "down_proj"])):
         section = {"r": lora.r, "target_modules": lora.target_modules}
@@ -78,8 +78,8 @@ def test_the_kv_cache_holds_every_sequence_in_whole_blocks() -> None:
 
 def test_a_dry_run_shows_every_part_and_their_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **sizes(LLAMA_8B)}))
-    monkeypatch.setattr(plan, "has_gpu", lambda: True)
-    text = "\n".join(plan.memory_plan(config(tmp_path, rollout={"max_num_seqs": 64})))
+    monkeypatch.setattr(summary, "has_gpu", lambda: True)
+    text = "\n".join(summary.memory_plan(config(tmp_path, rollout={"max_num_seqs": 64})))
     linears = 32 * (2 * 4096 * 4096 + 2 * 1024 * 4096 + 3 * 4096 * 14336)
     assert f"{(linears * 0.53125 + 2 * 2 * 128256 * 4096 + 65 * 4096 * 2) / 1e9:.2f}  weights, NF4" in text
     assert (
@@ -98,16 +98,16 @@ def sizes(shape: plan.Shape) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", ["nobody/has-this-model", "m"])
 def test_a_model_that_is_not_here_is_said_in_one_line(name: str) -> None:
-    assert plan.memory_plan(config(name)) == [
+    assert summary.memory_plan(config(name)) == [
         f"Memory: {name} is not on this machine, or of an unknown kind, so nothing is planned."
     ]
 
 
 def test_an_unknown_architecture_is_not_planned(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "mamba", "hidden_size": 8}')
-    assert "nothing is planned" in plan.memory_plan(config(tmp_path))[0]
+    assert "nothing is planned" in summary.memory_plan(config(tmp_path))[0]
     (tmp_path / "config.json").write_text("[]")
-    assert "nothing is planned" in plan.memory_plan(config(tmp_path))[0]
+    assert "nothing is planned" in summary.memory_plan(config(tmp_path))[0]
 
 
 # GGUF
@@ -149,9 +149,9 @@ METADATA = {
 def test_a_gguf_file_states_its_sizes(tmp_path: Path) -> None:
     file = tmp_path / "m.gguf"
     file.write_bytes(gguf_bytes(METADATA, ["token_embd.weight", "blk.0.attn_q.weight"]))
-    assert plan.model_shape(config(file)) == plan.Shape("llama", 576, 1536, 30, 9, 3, 64, 3, True)
+    assert summary.model_shape(config(file)) == plan.Shape("llama", 576, 1536, 30, 9, 3, 64, 3, True)
     file.write_bytes(gguf_bytes(METADATA, ["token_embd.weight", "output.weight"]))
-    assert plan.model_shape(config(file)) == plan.Shape("llama", 576, 1536, 30, 9, 3, 64, 3, False)
+    assert summary.model_shape(config(file)) == plan.Shape("llama", 576, 1536, 30, 9, 3, 64, 3, False)
     assert read_header(file)[1] == {"token_embd.weight", "output.weight"}
 
 
@@ -160,7 +160,7 @@ def test_a_damaged_gguf_file_is_one_sentence(tmp_path: Path, cut: int) -> None:
     file = tmp_path / "m.gguf"
     file.write_bytes(gguf_bytes(METADATA, ["token_embd.weight"])[:cut])
     with pytest.raises(UserError, match="m.gguf: not a (readable )?GGUF file"):
-        plan.memory_plan(config(file))
+        summary.memory_plan(config(file))
 
 
 # Refusing
