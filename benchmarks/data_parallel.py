@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.processes import wait_or_end, write_result  # noqa: E402
 from benchmarks.whole_step import GENERATIONS, RANK, make_work  # noqa: E402
 from grpo.config.toml import write_toml  # noqa: E402
-from grpo.records import read_entries  # noqa: E402
+from grpo.run.records import read_entries  # noqa: E402
 
 FIGURES = (
     "tokens", "step_seconds", "rollout_seconds", "idle_seconds", "reward_seconds", "train_seconds", "sync_seconds",

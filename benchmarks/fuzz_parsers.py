@@ -46,7 +46,7 @@ def main() -> int:
         fuzz(parsed.run[0], parsed.run[1:])
     from fuzz_targets import TARGETS
 
-    from grpo.environment import hardware, versions
+    from grpo.run.versions import hardware, versions
 
     names = [parsed.only] if parsed.only else list(TARGETS)
     seconds = parsed.minutes * 60 / len(names)

@@ -36,9 +36,9 @@ from same_run import differences  # noqa: E402
 from small_chat import save_small_chat_model  # noqa: E402
 from tiny_run import run_tables, save_rewards, write_config  # noqa: E402
 
-from grpo.checkpoint import latest  # noqa: E402
-from grpo.environment import hardware, versions  # noqa: E402
-from grpo.records import METRICS, read_entries  # noqa: E402
+from grpo.run.checkpoint import latest  # noqa: E402
+from grpo.run.records import METRICS, read_entries  # noqa: E402
+from grpo.run.versions import hardware, versions  # noqa: E402
 
 STEPS, SAVE_STEPS = 8, 3
 AGAIN = 1 / 3

@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.plot_run import mean_and_error, smoothed
 from benchmarks.processes import wait_or_end
 from grpo.config.schema import Config, read_config
-from grpo.records import read_entries
+from grpo.run.records import read_entries
 
 ROOT = Path(__file__).resolve().parent.parent
 LAST = 10
@@ -237,7 +237,7 @@ def keep(options: argparse.Namespace, result: dict[str, Any]) -> None:
     """Write one run's result, so far, with what it ran on."""
     import torch
 
-    from grpo.environment import hardware, versions
+    from grpo.run.versions import hardware, versions
 
     if torch.cuda.is_available():
         torch.cuda.init()  # so that the GPU is named

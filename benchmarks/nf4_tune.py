@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 from triton.runtime.errors import TritonError
 
-from grpo.environment import versions
 from grpo.kernels import nf4_gemm
 from grpo.kernels.nf4_gemm import Tile
 from grpo.kernels.nf4_lookup import byte_tables
+from grpo.run.versions import versions
 
 CHECKS = 5
 """How often a kernel must be right before it is timed: a race may be won at first."""

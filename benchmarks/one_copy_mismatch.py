@@ -31,12 +31,12 @@ import torch
 from benchmarks import shared_model
 from grpo.config.schema import Config, Model, parse_config
 from grpo.data import load_data, tokenize
-from grpo.environment import hardware, versions
 from grpo.kernels import nf4
 from grpo.log import RunLog
 from grpo.model.architectures import fused_linears
 from grpo.model.source import open_source
 from grpo.model.weight_source import NF4Tensor
+from grpo.run.versions import hardware, versions
 from grpo.session import open_session
 
 SUBJECTS = (
@@ -83,7 +83,7 @@ def questions(tokenizer: Any) -> list[list[int]]:
 
 def ours(options: argparse.Namespace) -> dict[str, Any]:
     """Train, then compare the engine that was trained against with the graph that was trained."""
-    from grpo.checkpoint import open_run
+    from grpo.run.checkpoint import open_run
     from grpo.trainer import train_session
 
     scratch = Path(tempfile.mkdtemp(prefix="grpo-mismatch-"))

@@ -120,7 +120,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     timed_imports(clock)
     base, policy, engine, facts = load(options, clock)
     from benchmarks import shared_model as shared
-    from grpo.environment import hardware, versions
+    from grpo.run.versions import hardware, versions
 
     result: dict[str, Any] = {"shape": options.shape, "route": options.route, **facts}
     with_adapter = options.route != "none"

@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 
-from grpo.environment import hardware, versions
+from grpo.run.versions import hardware, versions
 
 TIME_UP = "stopped: the time was up"
 

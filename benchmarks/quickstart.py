@@ -19,7 +19,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from grpo.environment import hardware, versions  # noqa: E402  (the checkout's, not an installed one)
+from grpo.run.versions import hardware, versions  # noqa: E402  (the checkout's, not an installed one)
 
 CONFIG = ROOT / "configs" / "quickstart.toml"
 HIGHEST_REWARD = 2.0

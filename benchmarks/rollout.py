@@ -127,7 +127,7 @@ def one_system(options: argparse.Namespace) -> dict[str, Any]:
     started = time.time()
     sample = our_rollout(options) if options.system == "ours" else vllm_rollout(options)
     from benchmarks.random_model import shape_config
-    from grpo.environment import hardware, versions
+    from grpo.run.versions import hardware, versions
 
     vocabulary = shape_config(options.shape).vocab_size
     found: dict[str, Any] = {"system": options.system, "started_in_s": round(time.time() - started, 1), "rollouts": []}

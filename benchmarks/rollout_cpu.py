@@ -33,7 +33,7 @@ def main() -> int:
     options = parse()
     if options.worker:
         return work(options)
-    from grpo.environment import hardware, versions
+    from grpo.run.versions import hardware, versions
 
     sizes = [int(size) for size in options.sequences.split(",")]
     started = time.monotonic()

@@ -231,12 +231,12 @@ def measure(options: argparse.Namespace) -> int:
         import torch
 
         torch.set_num_threads(1)
-    from grpo.log import quiet_libraries
+    from grpo.run.library_logs import quiet_libraries
 
     quiet_libraries(verbose=False)
     from benchmarks import sft_systems
     from benchmarks.timing import tried
-    from grpo.environment import hardware, versions
+    from grpo.run.versions import hardware, versions
 
     rows = [sft_systems.Row(*row) for row in json.loads(sys.stdin.readline() or "[]")]
     if not rows:

@@ -36,8 +36,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from grpo.config.toml import write_toml  # noqa: E402
 from grpo.curves import draw  # noqa: E402
-from grpo.environment import hardware, versions  # noqa: E402
 from grpo.result import TrainResult  # noqa: E402
+from grpo.run.versions import hardware, versions  # noqa: E402
 from grpo.tasks.common import read_splits  # noqa: E402
 from grpo.tasks.gsm8k import SYSTEM_PROMPT, gold_answer  # noqa: E402
 

@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.processes import write_result  # noqa: E402
-from grpo.records import METRICS, read_entries  # noqa: E402
+from grpo.run.records import METRICS, read_entries  # noqa: E402
 
 LIMITS = {"resident_mib": 20.0, "open_files": 1.0, "threads": 1.0, "children": 0.5}
 """How much each may grow in a hundred steps before the soak has failed. A peak, as of a GPU's memory, only ever grows,

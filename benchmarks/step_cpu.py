@@ -35,7 +35,7 @@ def main() -> int:
         run = run_grpo if options.worker == "grpo" else run_trl
         serve(lambda command: run(options, Path(command["folder"])))
         return 0
-    from grpo.environment import hardware, versions
+    from grpo.run.versions import hardware, versions
 
     started = time.monotonic()
     names = options.systems.split(",")
@@ -97,8 +97,9 @@ def run_grpo(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """This project's steps, as `grpo.train` takes them, with completions that no token ends."""
     from grpo.config.schema import parse_config
     from grpo.data import load_data
-    from grpo.log import RunLog, quiet_libraries
+    from grpo.log import RunLog
     from grpo.rewards.pool import RewardPool
+    from grpo.run.library_logs import quiet_libraries
     from grpo.session import open_session
     from grpo.trainer import Run
 

@@ -112,7 +112,7 @@ def train_ours(config: Path, run: Path) -> None:
 
 
 def ours_steps(run: Path) -> list[dict[str, Any]]:
-    from grpo.records import read_entries
+    from grpo.run.records import read_entries
 
     names = (*PHASES[:-1], "reward_seconds", "tokens", "peak_memory_gib", "mismatch_kl")
     return [{name: entry.get(name) for name in names} for entry in read_entries(run / "metrics.jsonl")]

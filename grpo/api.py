@@ -19,17 +19,18 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from grpo.checkpoint import CONFIG, open_run
 from grpo.config.schema import Config, Lora, config_toml, parse_config
 from grpo.data import load_data
 from grpo.errors import UserError
 from grpo.generation import Request, SamplingSettings
 from grpo.inputs import as_rewards, as_task, reward_table
 from grpo.keywords import SECTIONS, Tables, merged, tables_of, with_lengths
-from grpo.log import RunLog, quiet_libraries
+from grpo.log import RunLog
 from grpo.model.vocabulary import check_tokens
 from grpo.result import TrainResult
-from grpo.target import resolve_target
+from grpo.run.checkpoint import CONFIG, open_run
+from grpo.run.library_logs import quiet_libraries
+from grpo.run.model_reference import resolve_target
 from grpo.text import Prompts, as_batch, pieces, token_ids
 from grpo.torchrun import refuse_several
 

@@ -27,19 +27,20 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from grpo.checkpoint import CONFIG, write_atomically
 from grpo.config.schema import Config, Eval, parse_config
 from grpo.config.toml import apply_override, read_toml
 from grpo.data import Prompt, load_data
 from grpo.errors import UserError, fail
-from grpo.log import Sample as LoggedSample
-from grpo.log import SampleGroup, quiet_libraries
 from grpo.model.vocabulary import check_tokens
-from grpo.records import EVALUATIONS, METRICS, REPORT, json_line
 from grpo.report import write_report
 from grpo.rewards.extract import extracted_answer
 from grpo.rewards.resolve import described
-from grpo.target import ADAPTER_CONFIG, folder_of_adapter
+from grpo.run.checkpoint import CONFIG, write_atomically
+from grpo.run.library_logs import quiet_libraries
+from grpo.run.model_reference import ADAPTER, ADAPTER_CONFIG, BASE, folder_of_adapter
+from grpo.run.records import EVALUATIONS, METRICS, REPORT, json_line
+from grpo.run.samples import Sample as LoggedSample
+from grpo.run.samples import SampleGroup
 from grpo.tasks.common import Task, Verifier
 
 if TYPE_CHECKING:
@@ -333,9 +334,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     show({label: result.metrics for label, result in results.items()})
     print(json_line(entries[0]), end="")
     return 0
-
-
-ADAPTER, BASE = "with adapter", "model alone"
 
 
 def parser() -> argparse.ArgumentParser:

@@ -24,12 +24,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grpo.checkpoint import CONFIG, step_numbers
 from grpo.config.schema import Model
 from grpo.errors import INTERRUPTED, UserError, fail
 from grpo.model.locate import BASE_SAMPLE, lasting_name, local_path
-from grpo.records import TRAINING, completions_files, read_entries
-from grpo.target import ADAPTER_CONFIG, Target, resolve_target
+from grpo.run.checkpoint import CONFIG, step_numbers
+from grpo.run.model_reference import ADAPTER_CONFIG, Target, resolve_target
+from grpo.run.records import TRAINING, completions_files, read_entries
 
 if TYPE_CHECKING:
     from grpo.merge import MergedSource
@@ -338,7 +338,7 @@ def tokenizer_of(merged: MergedSource) -> Any:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line `arguments` (those of the process by default) and return its exit code."""
     parsed = parser().parse_args(arguments)
-    from grpo.log import quiet_libraries
+    from grpo.run.library_logs import quiet_libraries
 
     quiet_libraries(parsed.verbose)
     try:

@@ -24,8 +24,8 @@ from rich.text import Text
 
 from grpo.config.toml import apply_override
 from grpo.errors import INTERRUPTED, UserError, fail
-from grpo.evaluate import ADAPTER, BASE
 from grpo.printable import printable
+from grpo.run.model_reference import ADAPTER, BASE
 
 if TYPE_CHECKING:
     from grpo.api import LoadedPolicy
@@ -88,7 +88,7 @@ def check_options(parsed: argparse.Namespace) -> None:
 def opened(parsed: argparse.Namespace) -> LoadedPolicy:
     """The model that the command line names, with a sentence at a time on standard error. Raises UserError."""
     from grpo.api import open_policy
-    from grpo.target import resolve_target
+    from grpo.run.model_reference import resolve_target
 
     if parsed.compare_base and resolve_target(parsed.target, parsed.base).adapter is None:
         raise UserError(f"--compare-base: {parsed.target} has no adapter, so there is nothing to compare")

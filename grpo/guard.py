@@ -22,13 +22,13 @@ import torch
 
 from grpo.advantages import Advantages
 from grpo.batch import TrainingGroup, TrainingSequence, training_group
-from grpo.checkpoint import replace_folder
 from grpo.config.schema import Config, Train, config_toml
-from grpo.environment import hardware, versions
 from grpo.random_state import current_states
 from grpo.ranks import Ranks
+from grpo.run.checkpoint import replace_folder
+from grpo.run.tensor_state import save_tensors
+from grpo.run.versions import hardware, versions
 from grpo.sampler import Group
-from grpo.state import save_tensors
 
 WINDOW = 50
 """Gradient norms whose median a spike is measured against."""

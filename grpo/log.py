@@ -9,14 +9,10 @@ made by `grpo.report`, which is told of each step.
 from __future__ import annotations
 
 import json
-import logging
 import math
-import os
-import sys
 import time
-import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -28,12 +24,12 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from grpo.checkpoint import write_atomically
 from grpo.config.schema import Config
-from grpo.environment import hardware, versions
 from grpo.notebook import NotebookDisplay, Progress
 from grpo.printable import printable
-from grpo.records import (
+from grpo.report import LiveReport
+from grpo.run.checkpoint import write_atomically
+from grpo.run.records import (
     EVALUATIONS,
     HELD_OUT,
     METRICS,
@@ -46,23 +42,12 @@ from grpo.records import (
     plain,
     read_entries,
 )
-from grpo.report import LiveReport
+from grpo.run.samples import SampleGroup
+from grpo.run.versions import hardware, versions
 from grpo.trackers import Trackers
 
 ENDS = 5  # steps that "first" and "last" are means over
 SHOWN_CHARACTERS = 700
-LIBRARIES = (
-    "vllm",
-    "transformers",
-    "datasets",
-    "huggingface_hub",
-    "peft",
-    "accelerate",
-    "bitsandbytes",
-    "torch",
-    "gguf",
-    "tqdm",
-)
 
 # Rows of the live table after rewards and evaluation: key in the metrics, label, format.
 ROWS = (
@@ -79,35 +64,6 @@ ROWS = (
     ("train_seconds", "training", "{:.1f} s"),
     ("peak_memory_gib", "peak memory", "{:.1f} GiB"),
 )
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One completion with its scores. `extracted` is the answer that was read from it, where a reward says."""
-
-    text: str
-    reward: float | None
-    rewards: Mapping[str, float | None]
-    extracted: str | None = None
-    tokens: int | None = None
-    finish_reason: str | None = None
-
-
-@dataclass(frozen=True)
-class SampleGroup:
-    """A prompt (text or chat messages), its gold answer where there is one, and the completions sampled for it."""
-
-    prompt: str | Sequence[Mapping[str, Any]]
-    answer: Any
-    samples: Sequence[Sample]
-    task: str | None = None
-
-    @property
-    def question(self) -> str:
-        """The prompt, or the last message of a chat."""
-        if isinstance(self.prompt, str):
-            return self.prompt
-        return str(self.prompt[-1].get("content", "")) if self.prompt else ""
 
 
 class RunLog:
@@ -421,29 +377,3 @@ def _mean(values: Sequence[float]) -> float:
 def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
-
-
-def quiet_libraries(verbose: bool) -> None:
-    """Silence what vLLM, transformers and their kin write, errors excepted; with `verbose`, change nothing.
-
-    Call it before they are imported: most read these variables then. A variable that the user has set stays.
-    """
-    if verbose:
-        return
-    quiet = {
-        "VLLM_LOGGING_LEVEL": "ERROR",
-        "TRANSFORMERS_VERBOSITY": "error",
-        "DATASETS_VERBOSITY": "error",
-        "HF_HUB_VERBOSITY": "error",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "TQDM_DISABLE": "1",
-        "TORCH_CPP_LOG_LEVEL": "ERROR",
-    }
-    for name, value in quiet.items():
-        os.environ.setdefault(name, value)
-    for name in LIBRARIES:
-        logging.getLogger(name).setLevel(logging.ERROR)
-        if not sys.warnoptions:
-            warnings.filterwarnings("ignore", module=rf"{name}(\.|$)")

@@ -20,7 +20,7 @@ from grpo.errors import UserError
 from grpo.kernels import nf4
 from grpo.model.safetensors_source import damage_named
 from grpo.model.weight_source import NF4Tensor, Source
-from grpo.target import ADAPTER_CONFIG, read_adapter_config
+from grpo.run.model_reference import ADAPTER_CONFIG, read_adapter_config
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."

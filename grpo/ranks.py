@@ -5,7 +5,7 @@ step the ranks meet: after the rollout, where each tells the others the rewards 
 after the backward pass, where gradients are summed. Completions themselves stay where they were sampled.
 
 torch's default process group is vLLM's, which is alone in each process; so the groups here are not registered with
-torch at all. Messages are JSON and safetensors (grpo/state.py), never pickle. Not here: who is started where
+torch at all. Messages are JSON and safetensors (grpo/run/tensor_state.py), never pickle. Not here: who is started where
 (grpo/torchrun.py), and what a step is (grpo/trainer.py).
 """
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
 
 from grpo.errors import UserError
-from grpo.state import packed, unpacked
+from grpo.run.tensor_state import packed, unpacked
 from grpo.torchrun import Launch, RankLost
 
 MEETING = timedelta(minutes=10)

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from grpo.checkpoint import REFERENCE, replace_folder
 from grpo.config.schema import Loss
 from grpo.policy import Policy
 from grpo.ranks import Ranks
+from grpo.run.checkpoint import REFERENCE, replace_folder
 
 
 def set_reference(policy: Policy, settings: Loss, run: Path, *, resume: bool, ranks: Ranks | None = None) -> None:

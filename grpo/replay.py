@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from grpo.config.schema import read_config
 from grpo.errors import UserError, fail
 from grpo.printable import printable
-from grpo.state import load_tensors
+from grpo.run.tensor_state import load_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -207,7 +207,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line `arguments` (those of the process by default) and return its exit code."""
     parsed = parser().parse_args(arguments)
-    from grpo.log import quiet_libraries
+    from grpo.run.library_logs import quiet_libraries
 
     quiet_libraries(False)
     try:

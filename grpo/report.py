@@ -27,13 +27,13 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from grpo.checkpoint import write_atomically
 from grpo.errors import UserError, fail
 from grpo.printable import printable
-from grpo.records import REPORT, json_line
 from grpo.report_charts import sections, time_shares
 from grpo.report_data import RunData, flattened, improvements, mean, read_run
 from grpo.report_findings import findings
+from grpo.run.checkpoint import write_atomically
+from grpo.run.records import REPORT, json_line
 from grpo.version import __version__
 
 TEMPLATES = Path(__file__).parent / "templates"

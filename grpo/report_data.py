@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from grpo.checkpoint import CONFIG
 from grpo.errors import UserError
 from grpo.printable import printable
-from grpo.records import (
+from grpo.run.checkpoint import CONFIG
+from grpo.run.records import (
     EVALUATIONS,
     HELD_OUT,
     METRICS,

@@ -16,7 +16,7 @@ from typing import Any
 
 from grpo.curves import Curve, Plot, draw, shown_metrics, title_of
 from grpo.errors import UserError
-from grpo.records import EVALUATIONS, METRICS, SUMMARY, read_entries
+from grpo.run.records import EVALUATIONS, METRICS, SUMMARY, read_entries
 
 ENDS = 5
 """Steps that the first and the last figure are means over."""

@@ -9,11 +9,11 @@ from dataclasses import asdict
 import torch
 
 from grpo.advantages import Advantages, reward_metrics
-from grpo.log import Sample as LoggedSample
-from grpo.log import SampleGroup
 from grpo.ranks import Ranks
 from grpo.rewards.contract import merge_results
 from grpo.rewards.extract import extracted_answer
+from grpo.run.samples import Sample as LoggedSample
+from grpo.run.samples import SampleGroup
 from grpo.sampler import Group, Rollout, Sample
 
 

@@ -21,7 +21,6 @@ from grpo.config.schema import Config
 from grpo.errors import UserError
 from grpo.generation import EngineSettings, SamplingSettings
 from grpo.keep_16bit import load_base
-from grpo.machine import check_machine, resolve_device
 from grpo.memory.plan import MemoryPlan, check_memory, lighter_weights, plan_memory, sequence_limits, weight_bytes
 from grpo.model.architectures import adapter_targets, check_supported
 from grpo.model.checks import check_head_size, check_shapes, end_tokens
@@ -32,6 +31,7 @@ from grpo.model.source import open_source, read_template
 from grpo.model.vocabulary import no_row
 from grpo.model.weight_source import Source
 from grpo.policy import Policy
+from grpo.run.machine import check_machine, resolve_device
 
 if TYPE_CHECKING:
     from grpo.engine import Engine

@@ -11,10 +11,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from grpo.checkpoint import CONFIG, check_base_of_run, moved_base
 from grpo.config.toml import write_value
 from grpo.errors import UserError, disk_refusal, fail
-from grpo.interrupt import leaving_at_once
+from grpo.run.checkpoint import CONFIG, check_base_of_run, moved_base
+from grpo.run.signals import leaving_at_once
 from grpo.sft_config import SftConfig, read_sft_config, sft_config_toml
 from grpo.torchrun import refuse_several
 
@@ -103,7 +103,7 @@ def check_resumable(saved: SftConfig, new: SftConfig) -> None:
 
 def train(config: SftConfig, *, resume: bool, verbose: bool) -> None:
     """Train; imports torch and TRL only now."""
-    from grpo.log import quiet_libraries
+    from grpo.run.library_logs import quiet_libraries
 
     quiet_libraries(verbose)
     from grpo.sft_run import run_sft

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TrainerCallback
 
-from grpo.checkpoint import CONFIG, create_run_folder, replace_folder, write_atomically
 from grpo.errors import UserError
-from grpo.interrupt import Interrupts
 from grpo.keep_16bit import remember_base
 from grpo.log import RunLog
 from grpo.model.vocabulary import check_tokens
+from grpo.run.checkpoint import CONFIG, create_run_folder, replace_folder, write_atomically
+from grpo.run.signals import Interrupts
 from grpo.session import open_session, read_model
 from grpo.sft_config import SftConfig, sft_config_toml
 from grpo.sft_data import Example, load_data

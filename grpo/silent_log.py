@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from grpo.config.schema import Config
-from grpo.log import RunLog, SampleGroup
+from grpo.log import RunLog
 from grpo.printable import printable
+from grpo.run.samples import SampleGroup
 
 
 class SilentLog(RunLog):

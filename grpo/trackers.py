@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from grpo.config.schema import Config
 from grpo.errors import UserError
-from grpo.records import without_secrets
+from grpo.run.records import without_secrets
 
 PROJECT = "grpo"
 

@@ -20,13 +20,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from grpo.checkpoint import check_run, moved_base, saved_config, step_numbers
 from grpo.config.schema import Config, config_toml, read_config
 from grpo.config.toml import write_value
 from grpo.errors import BAD_INPUT, UserError, disk_refusal, fail
-from grpo.interrupt import leaving_at_once
-from grpo.machine import check_machine
 from grpo.memory.summary import memory_plan
+from grpo.run.checkpoint import check_run, moved_base, saved_config, step_numbers
+from grpo.run.machine import check_machine
+from grpo.run.signals import leaving_at_once
 from grpo.torchrun import Launch, RankLost, check_share, take_launch
 
 LOST = 1
@@ -123,7 +123,7 @@ def configuration(parsed: argparse.Namespace) -> Config:
 
 def train(config: Config, launch: Launch, *, resume: bool, verbose: bool) -> None:
     """Train; imports torch and vLLM once the run folder is known to be free, or to fit."""
-    from grpo.log import quiet_libraries
+    from grpo.run.library_logs import quiet_libraries
 
     quiet_libraries(verbose)
     if launch.first and launch.restarts == 0:

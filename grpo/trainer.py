@@ -20,41 +20,33 @@ from typing import Any
 import torch
 
 from grpo.advantages import Advantages, compute_advantages
-from grpo.checkpoint import (
-    latest,
-    open_run,
-    replace_folder,
-    run_is_begun,
-    save,
-    step_numbers,
-    write_atomically,
-)
 from grpo.config.schema import Config, config_toml
 from grpo.data import Data, Prompt, PromptStream, keep_by_pass_rate, load_data
-from grpo.environment import versions
 from grpo.errors import UserError
 from grpo.evaluate import evaluate, measure_pass_rates
 from grpo.guard import UnusableUpdate, dump_folder, whole, write_dump
-from grpo.interrupt import Interrupts
 from grpo.keep_16bit import remember_base
 from grpo.learner import UNMEASURED, Learner
 from grpo.log import RunLog
 from grpo.loss import resolve_loss
-from grpo.machine import resolve_device
 from grpo.memory.plan import sequence_limits
 from grpo.model.vocabulary import check_tokens
 from grpo.printable import printable
 from grpo.ranks import Ranks, connect
-from grpo.records import EVALUATIONS, read_entries
 from grpo.reference import set_reference
 from grpo.rewards.pool import RewardPool
 from grpo.rewards.resolve import described
+from grpo.run.checkpoint import latest, open_run, replace_folder, run_is_begun, save, step_numbers, write_atomically
+from grpo.run.machine import resolve_device
+from grpo.run.records import EVALUATIONS, read_entries
+from grpo.run.signals import Interrupts
+from grpo.run.tensor_state import load_tensors, save_tensors
+from grpo.run.versions import versions
 from grpo.sampler import Group, Rollout, Sampler, sample_seed
 from grpo.scored import logged, reward_table, sampling_metrics
 from grpo.selftest import check_rollout_follows_adapter
 from grpo.session import Session, open_session, read_model
 from grpo.silent_log import SilentLog
-from grpo.state import load_tensors, save_tensors
 from grpo.survival import adapter_survival
 from grpo.torchrun import Launch
 

@@ -384,7 +384,7 @@ def serve(config: Path, home: Path) -> None:
     (home / "unpickled.txt").touch()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
-    from grpo.log import quiet_libraries
+    from grpo.run.library_logs import quiet_libraries
 
     quiet_libraries(False)
     import grpo.trainer

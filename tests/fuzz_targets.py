@@ -128,7 +128,7 @@ def adapter_configuration(data: bytes, folder: Path) -> None:
 
 @target
 def saved_state(data: bytes, folder: Path) -> None:
-    from grpo.state import load_tensors
+    from grpo.run.tensor_state import load_tensors
 
     load_tensors(written(folder, "trainer.safetensors", data))
 
@@ -141,7 +141,7 @@ def state_structure(data: bytes, folder: Path) -> None:
 
 @target
 def manifest(data: bytes, folder: Path) -> None:
-    from grpo.checkpoint import latest
+    from grpo.run.checkpoint import latest
 
     checkpoint = folder / "checkpoints" / "step-1"
     checkpoint.mkdir(parents=True)
@@ -165,7 +165,7 @@ def csv_rows(data: bytes, folder: Path) -> None:
 
 @target
 def recorded_metrics(data: bytes, folder: Path) -> None:
-    from grpo.records import read_entries
+    from grpo.run.records import read_entries
 
     list(read_entries(written(folder, "metrics.jsonl", data)))
 
@@ -173,8 +173,8 @@ def recorded_metrics(data: bytes, folder: Path) -> None:
 @target
 def completion(data: bytes, folder: Path) -> None:
     from grpo.printable import printable
-    from grpo.records import json_line
     from grpo.rewards.extract import extracted_answer
+    from grpo.run.records import json_line
 
     text = data.decode(errors="surrogateescape")
     extracted_answer(text)
@@ -184,7 +184,7 @@ def completion(data: bytes, folder: Path) -> None:
 @target
 def dump_report(data: bytes, folder: Path) -> None:
     from grpo.replay import read_dump
-    from grpo.state import save_tensors
+    from grpo.run.tensor_state import save_tensors
 
     written(folder, "report.json", data)
     save_tensors(folder / "batch.safetensors", {"prompts": [], "idle": [], "rng": {}})

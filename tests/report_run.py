@@ -9,9 +9,10 @@ from typing import Any
 
 from rich.console import Console
 
-from grpo.checkpoint import CONFIG
 from grpo.config.schema import Config, config_toml, parse_config
-from grpo.log import RunLog, Sample, SampleGroup
+from grpo.log import RunLog
+from grpo.run.checkpoint import CONFIG
+from grpo.run.samples import Sample, SampleGroup
 
 HOSTILE = (
     "</script><script>window.pwned=1</script><img src=x onerror=window.pwned=2>"

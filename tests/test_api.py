@@ -27,7 +27,7 @@ import grpo
 from grpo.api import LoadedPolicy
 from grpo.errors import UserError
 from grpo.result import TrainResult
-from grpo.target import resolve_target
+from grpo.run.model_reference import resolve_target
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY: dict[str, Any] = {"load_in_4bit": False, "dtype": "float32", "device": "cpu", "max_seq_length": 192}

@@ -17,8 +17,10 @@ from typing import Any
 import pytest
 import torch
 
-from grpo import checkpoint
-from grpo.checkpoint import (
+from grpo.config.schema import Config, parse_config
+from grpo.errors import UserError
+from grpo.run import checkpoint
+from grpo.run.checkpoint import (
     check_resumable,
     create_run_folder,
     latest,
@@ -28,9 +30,7 @@ from grpo.checkpoint import (
     step_numbers,
     write_atomically,
 )
-from grpo.config.schema import Config, parse_config
-from grpo.errors import UserError
-from grpo.state import load_tensors, packed, save_tensors, unpacked
+from grpo.run.tensor_state import load_tensors, packed, save_tensors, unpacked
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -96,7 +96,7 @@ def test_a_run_killed_before_its_first_step_does_not_block_the_next(tmp_path: Pa
     path = tmp_path / "a"
     killed = f"""
 import os, pathlib, signal
-from grpo.checkpoint import create_run_folder
+from grpo.run.checkpoint import create_run_folder
 run = create_run_folder(pathlib.Path({str(path)!r}), resume=False)
 (run.path / "eval.jsonl").write_text("old")
 os.kill(os.getpid(), signal.SIGKILL)
@@ -129,7 +129,7 @@ def test_a_second_process_is_refused_until_the_first_has_ended(tmp_path: Path) -
     config = config_for(path)
     holding = f"""
 import pathlib, sys
-from grpo.checkpoint import create_run_folder
+from grpo.run.checkpoint import create_run_folder
 run = create_run_folder(pathlib.Path({str(path)!r}), resume=False)
 (run.path / "metrics.jsonl").write_text("")
 (run.path / "config.toml").write_text({checkpoint.config_toml(config)!r})
@@ -271,7 +271,7 @@ def test_a_failed_write_leaves_the_checkpoints_before_it(tmp_path: Path) -> None
 def test_a_process_killed_while_saving_loses_at_most_the_checkpoint_in_the_making(tmp_path: Path) -> None:
     saving = f"""
 import pathlib
-from grpo.checkpoint import save
+from grpo.run.checkpoint import save
 def write(folder):
     for name in "abcdef":
         (folder / name).write_text(str(step) * 20000)

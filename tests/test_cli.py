@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from grpo import train
-from grpo.checkpoint import open_run, save
 from grpo.config.schema import Config, read_config
 from grpo.errors import UserError
-from grpo.interrupt import Interrupted
+from grpo.run.checkpoint import open_run, save
+from grpo.run.signals import Interrupted
 from grpo.torchrun import Launch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,7 +50,7 @@ def install_trainer(monkeypatch: pytest.MonkeyPatch, trainer: type) -> None:
     module = types.ModuleType("grpo.trainer")
     module.Trainer = trainer  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "grpo.trainer", module)
-    monkeypatch.setattr("grpo.log.quiet_libraries", lambda verbose: None)
+    monkeypatch.setattr("grpo.run.library_logs.quiet_libraries", lambda verbose: None)
 
 
 def failing_trainer(error: BaseException) -> type:

@@ -21,7 +21,7 @@ from grpo.config.schema import Config, Eval, parse_config
 from grpo.data import Prompt
 from grpo.errors import UserError
 from grpo.evaluate import EvalResult, Sample, evaluate, measure_pass_rates, pass_at_k, summarise, wilson_interval
-from grpo.target import folder_of_adapter
+from grpo.run.model_reference import folder_of_adapter
 from grpo.tasks.common import Task
 
 # Statistics

@@ -28,8 +28,8 @@ from grpo.export import export, main
 from grpo.merge import Adapter, MergedSource
 from grpo.model.fingerprint import Fingerprint
 from grpo.model.source import open_source
+from grpo.run.model_reference import resolve_target
 from grpo.streamed import Distance, streamed_logits
-from grpo.target import resolve_target
 
 NAME = "model.layers.1.self_attn.q_proj.weight"
 

@@ -22,8 +22,8 @@ from same_run import differences, last_checkpoint
 from small_chat import save_small_chat_model
 from tiny_run import read_metrics, run_tables, save_rewards, write_config
 
-from grpo.checkpoint import latest, save
-from grpo.state import load_tensors, save_tensors
+from grpo.run.checkpoint import latest, save
+from grpo.run.tensor_state import load_tensors, save_tensors
 
 pytestmark = pytest.mark.vllm
 

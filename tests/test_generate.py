@@ -264,7 +264,7 @@ def test_a_model_without_chat_template_asks_for_raw(home: Path, capsys: pytest.C
 
 
 def test_an_adapter_that_this_project_cannot_serve_is_refused_by_its_key(tmp_path: Path) -> None:
-    from grpo.target import resolve_target
+    from grpo.run.model_reference import resolve_target
 
     adapter = {"peft_type": "LORA", "r": 4, "target_modules": ["q_proj"], "use_dora": True}
     (tmp_path / "adapter_config.json").write_text(json.dumps(adapter))

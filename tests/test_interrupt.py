@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from grpo.interrupt import SIGNALS, Interrupted, Interrupts, leaving_at_once
+from grpo.run.signals import SIGNALS, Interrupted, Interrupts, leaving_at_once
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -76,7 +76,7 @@ def test_another_thread_is_left_alone() -> None:
 
 STUCK = """
 import ctypes, sys
-from grpo.interrupt import Interrupts, leaving_at_once
+from grpo.run.signals import Interrupts, leaving_at_once
 with leaving_at_once(float(sys.argv[1])), Interrupts() as interrupts, interrupts.deferred():
     print("ready", flush=True)
     while True:

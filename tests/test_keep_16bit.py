@@ -30,10 +30,10 @@ from grpo.model.sizes import AUTO_SHARE, linear_shapes, nf4_bytes
 from grpo.model.source import open_source
 from grpo.policy import Policy
 from grpo.rewards.pool import RewardPool
+from grpo.run.model_reference import resolve_target
 from grpo.session import open_session
 from grpo.sft_config import parse_sft_config
 from grpo.sft_run import run_sft
-from grpo.target import resolve_target
 from grpo.trainer import Trainer, train_session
 
 CPU = torch.device("cpu")

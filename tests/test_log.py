@@ -23,7 +23,9 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from grpo.config.schema import parse_config
-from grpo.log import RunLog, Sample, SampleGroup, json_line, printable, quiet_libraries
+from grpo.log import RunLog, json_line, printable
+from grpo.run.library_logs import quiet_libraries
+from grpo.run.samples import Sample, SampleGroup
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = parse_config({"model": {"name": "m"}, "task": {"name": "t"}, "log": {"samples_every": 4}})
@@ -288,7 +290,7 @@ def test_samples_are_wanted_on_the_first_the_last_and_every_nth_step(log: RunLog
 def test_libraries_are_quiet_unless_verbose() -> None:
     script = """
 import logging, os, sys, warnings
-from grpo.log import quiet_libraries
+from grpo.run.library_logs import quiet_libraries
 quiet_libraries(verbose="--verbose" in sys.argv)
 import transformers
 transformers.logging.get_logger("transformers.x").warning("CHATTER")

@@ -1,4 +1,5 @@
-"""grpo/machine.py: a machine that is not ready is told in a sentence, before anything is loaded; "cpu" leaves CUDA."""
+"""grpo/run/machine.py: a machine that is not ready is told in a sentence, before anything is loaded; "cpu" leaves
+CUDA."""
 
 from __future__ import annotations
 
@@ -12,8 +13,8 @@ import pytest
 import torch
 from tiny_run import run_tables, save_rewards, save_tiny_chat_model, write_config
 
-from grpo import machine
 from grpo.errors import UserError
+from grpo.run import machine
 
 NO_CUDA = {"cuda": None, "available": False}
 

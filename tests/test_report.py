@@ -22,11 +22,11 @@ from rich.console import Console
 
 from grpo import report
 from grpo.log import RunLog
-from grpo.records import json_line
 from grpo.report import LiveReport, main, write_report
 from grpo.report_charts import POINTS, curve, sections, smoothed, time_shares
 from grpo.report_data import CHARACTERS, RunData, cut, improvements, read_run, sampled_groups, spread_evenly
 from grpo.report_findings import findings
+from grpo.run.records import json_line
 
 ROOT = Path(__file__).resolve().parent.parent
 

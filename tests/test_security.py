@@ -12,8 +12,8 @@ from bad_cases import Trap
 from small_chat import save_small_chat_model
 from tiny_run import run_tables
 
-from grpo.checkpoint import latest, save
 from grpo.config.schema import parse_config
+from grpo.run.checkpoint import latest, save
 from grpo.session import open_session
 
 ROOT = Path(__file__).resolve().parent.parent

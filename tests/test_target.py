@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from grpo.errors import UserError
-from grpo.target import resolve_target
+from grpo.run.model_reference import resolve_target
 
 
 def test_a_base_that_has_moved_is_named_anew(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from report_run import metrics, run_config, write_run
 
 from grpo.config.schema import Config
 from grpo.errors import UserError
-from grpo.records import without_secrets
+from grpo.run.records import without_secrets
 from grpo.trackers import Trackers
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -34,7 +34,7 @@ from grpo.config.schema import Config, Model, config_toml, read_config
 from grpo.config.toml import NONE, write_value
 from grpo.errors import UserError
 from grpo.model.locate import BASE_SAMPLE, local_path
-from grpo.records import COMPLETIONS, EVALUATIONS, REPORT
+from grpo.run.records import COMPLETIONS, EVALUATIONS, REPORT
 
 MANIFEST = "manifest.json"
 CONFIG = "config.toml"

@@ -12,12 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from grpo.checkpoint import CONFIG, latest
 from grpo.config.toml import read_toml
 from grpo.errors import UserError
 from grpo.model.locate import local_path
+from grpo.run.checkpoint import CONFIG, latest
 
 ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER, BASE = "with adapter", "model alone"
+"""What answers are said to be by, where both can be asked."""
 LORA_KEYS = ("r", "lora_alpha", "target_modules", "lora_dropout", "use_rslora", "use_dora", "bias")
 
 
