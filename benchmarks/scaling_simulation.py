@@ -29,7 +29,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from grpo.ranks import owners  # noqa: E402
+from grpo.distributed.ranks import owners  # noqa: E402
 from grpo.run.records import TRAINING, completions_files, read_entries  # noqa: E402
 
 Groups = Sequence[Sequence[int]]

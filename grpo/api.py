@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from grpo.config.schema import Config, Lora, config_toml, parse_config
 from grpo.data import load_data
+from grpo.distributed.launch import refuse_several
 from grpo.errors import UserError
 from grpo.generation import Request, SamplingSettings
 from grpo.inputs import as_rewards, as_task, reward_table
@@ -32,7 +33,6 @@ from grpo.run.checkpoint import CONFIG, open_run
 from grpo.run.library_logs import quiet_libraries
 from grpo.run.model_reference import resolve_target
 from grpo.text import Prompts, as_batch, pieces, token_ids
-from grpo.torchrun import refuse_several
 
 if TYPE_CHECKING:
     from peft import PeftModel

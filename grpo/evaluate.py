@@ -44,7 +44,7 @@ from grpo.run.samples import SampleGroup
 from grpo.tasks.common import Task, Verifier
 
 if TYPE_CHECKING:
-    from grpo.ranks import Ranks
+    from grpo.distributed.ranks import Ranks
     from grpo.session import Session
 
 Z95 = 1.959963984540054

@@ -25,6 +25,7 @@ from grpo.batch import (
     training_group,
 )
 from grpo.config.schema import Config
+from grpo.distributed.ranks import Ranks, runs
 from grpo.guard import Batch, Guard
 from grpo.headroom import Headroom, largest_batch
 from grpo.loss import BatchTotals, LossInputs, batch_totals, resolve_loss
@@ -32,7 +33,6 @@ from grpo.loss_metrics import Metrics, as_message, from_message, joined, merge_m
 from grpo.optim import LossScaler, build_optimizer, learning_rate, moments_like
 from grpo.policy import Policy, Scored
 from grpo.random_state import RandomState, current_states
-from grpo.ranks import Ranks, runs
 from grpo.sampler import Group
 from grpo.snapshot import Snapshot
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from grpo.config.schema import Loss
+from grpo.distributed.ranks import Ranks
 from grpo.policy import Policy
-from grpo.ranks import Ranks
 from grpo.run.checkpoint import REFERENCE, replace_folder
 
 

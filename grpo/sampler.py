@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from grpo.data import Prompt
+from grpo.distributed.ranks import Ranks, owners
 from grpo.engine import Completion, Engine, Request, SamplingSettings
-from grpo.ranks import Ranks, owners
 from grpo.rewards.contract import RewardBatch, RewardResult
 from grpo.rewards.pool import RewardPool
 

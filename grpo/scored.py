@@ -9,7 +9,7 @@ from dataclasses import asdict
 import torch
 
 from grpo.advantages import Advantages, reward_metrics
-from grpo.ranks import Ranks
+from grpo.distributed.ranks import Ranks
 from grpo.rewards.contract import merge_results
 from grpo.rewards.extract import extracted_answer
 from grpo.run.samples import Sample as LoggedSample

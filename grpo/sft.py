@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from grpo.config.toml import write_value
+from grpo.distributed.launch import refuse_several
 from grpo.errors import UserError, disk_refusal, fail
 from grpo.run.checkpoint import CONFIG, check_base_of_run, moved_base
 from grpo.run.signals import leaving_at_once
 from grpo.sft_config import SftConfig, read_sft_config, sft_config_toml
-from grpo.torchrun import refuse_several
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

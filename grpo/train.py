@@ -22,12 +22,12 @@ from pathlib import Path
 
 from grpo.config.schema import Config, config_toml, read_config
 from grpo.config.toml import write_value
+from grpo.distributed.launch import Launch, RankLost, check_share, take_launch
 from grpo.errors import BAD_INPUT, UserError, disk_refusal, fail
 from grpo.memory.summary import memory_plan
 from grpo.run.checkpoint import check_run, moved_base, saved_config, step_numbers
 from grpo.run.machine import check_machine
 from grpo.run.signals import leaving_at_once
-from grpo.torchrun import Launch, RankLost, check_share, take_launch
 
 LOST = 1
 """Exit code of a rank that ends because another one did."""

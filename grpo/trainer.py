@@ -22,6 +22,8 @@ import torch
 from grpo.advantages import Advantages, compute_advantages
 from grpo.config.schema import Config, config_toml
 from grpo.data import Data, Prompt, PromptStream, keep_by_pass_rate, load_data
+from grpo.distributed.launch import Launch
+from grpo.distributed.ranks import Ranks, connect
 from grpo.errors import UserError
 from grpo.evaluate import evaluate, measure_pass_rates
 from grpo.guard import UnusableUpdate, dump_folder, whole, write_dump
@@ -32,7 +34,6 @@ from grpo.loss import resolve_loss
 from grpo.memory.plan import sequence_limits
 from grpo.model.vocabulary import check_tokens
 from grpo.printable import printable
-from grpo.ranks import Ranks, connect
 from grpo.reference import set_reference
 from grpo.rewards.pool import RewardPool
 from grpo.rewards.resolve import described
@@ -48,7 +49,6 @@ from grpo.selftest import check_rollout_follows_adapter
 from grpo.session import Session, open_session, read_model
 from grpo.silent_log import SilentLog
 from grpo.survival import adapter_survival
-from grpo.torchrun import Launch
 
 STATE = "trainer.safetensors"
 PASS_RATES = "pass_rates.json"

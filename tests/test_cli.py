@@ -14,10 +14,10 @@ import pytest
 
 from grpo import train
 from grpo.config.schema import Config, read_config
+from grpo.distributed.launch import Launch
 from grpo.errors import UserError
 from grpo.run.checkpoint import open_run, save
 from grpo.run.signals import Interrupted
-from grpo.torchrun import Launch
 
 ROOT = Path(__file__).resolve().parent.parent
 MINIMAL = ROOT / "tests" / "data" / "minimal.toml"

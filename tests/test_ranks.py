@@ -28,14 +28,14 @@ from tiny_run import read_metrics, run_tables, save_rewards, write_config
 
 import grpo
 from grpo.config.schema import Config, parse_config
+from grpo.distributed.launch import Launch, check_share, refuse_several, take_launch
+from grpo.distributed.ranks import Ranks, connect, owners
 from grpo.errors import UserError
 from grpo.loss_metrics import EffectiveSampleSize, Maximum, Mean, Total, as_message, from_message
 from grpo.model.base_weights import BaseWeights
 from grpo.model.source import open_source
 from grpo.policy import Policy
-from grpo.ranks import Ranks, connect, owners
 from grpo.sampler import Group, Outline
-from grpo.torchrun import Launch, check_share, refuse_several, take_launch
 from grpo.trainer import uneven_share
 
 T = TypeVar("T")

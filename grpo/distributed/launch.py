@@ -1,8 +1,8 @@
 """What torchrun tells a process of its place among the others, read once and then taken out of the environment.
 
 vLLM and the libraries below it would act on the same variables: here each process has a vLLM of its own, alone in its
-world. So each also sees one GPU only, its own, as the first. Nothing is connected here (grpo/ranks.py does), and torch
-is not imported: the GPU must be chosen before CUDA looks.
+world. So each also sees one GPU only, its own, as the first. Nothing is connected here (grpo/distributed/ranks.py
+does), and torch is not imported: the GPU must be chosen before CUDA looks.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ after the backward pass, where gradients are summed. Completions themselves stay
 
 torch's default process group is vLLM's, which is alone in each process; so the groups here are not registered with
 torch at all. Messages are JSON and safetensors (grpo/run/tensor_state.py), never pickle. Not here: who is started where
-(grpo/torchrun.py), and what a step is (grpo/trainer.py).
+(grpo/distributed/launch.py), and what a step is (grpo/trainer.py).
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
 
+from grpo.distributed.launch import Launch, RankLost
 from grpo.errors import UserError
 from grpo.run.tensor_state import packed, unpacked
-from grpo.torchrun import Launch, RankLost
 
 MEETING = timedelta(minutes=10)
 """How long the ranks wait for each other to start."""
