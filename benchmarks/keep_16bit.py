@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 
 from grpo.config.schema import Lora, Model
-from grpo.keep_16bit import load_base
 from grpo.model.sizes import linear_shapes
 from grpo.model.source import open_source
-from grpo.policy import Policy
+from grpo.policy.keep_16bit import load_base
+from grpo.policy.policy import Policy
 from grpo.run.machine import resolve_device
 from grpo.run.versions import hardware, versions
 from grpo.session import resolve_dtype

@@ -122,7 +122,7 @@ def engine_and_learner(
     """Both over `base`, and each has run once."""
     from benchmarks import training_step as steps
     from grpo.engine import Engine, EngineSettings
-    from grpo.policy import Policy
+    from grpo.policy.policy import Policy
 
     length = options.prompt + options.completion
     config = steps.step_config(

@@ -17,7 +17,7 @@ from vllm.lora.request import LoRARequest
 
 from grpo.engine import Engine, EngineSettings
 from grpo.model.base_weights import BaseWeights
-from grpo.policy import Policy
+from grpo.policy.policy import Policy
 
 ADAPTER = LoRARequest("policy", 1, "/none")
 

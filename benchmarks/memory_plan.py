@@ -88,7 +88,7 @@ def rollout(row: Row, base: BaseWeights, options: argparse.Namespace) -> Row:
     from benchmarks import training_step as steps
     from grpo.engine import Engine, EngineSettings
     from grpo.memory import plan
-    from grpo.policy import Policy
+    from grpo.policy.policy import Policy
 
     sequences, length, device = row["sequences"], row["length"], base.device
     config = steps.step_config(rank=options.rank, tokens=1024, prompt=length // 2, completion=length - length // 2)

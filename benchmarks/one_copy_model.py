@@ -83,7 +83,7 @@ def load(options: argparse.Namespace, clock: Clock) -> tuple[Any, Any, Any, dict
     from grpo.config.schema import Lora, Model
     from grpo.engine import Engine, EngineSettings
     from grpo.model.base_weights import BaseWeights
-    from grpo.policy import Policy
+    from grpo.policy.policy import Policy
 
     device = torch.device(options.device)
     on_gpu = device.type == "cuda"

@@ -59,7 +59,7 @@ def our_rollout(options: argparse.Namespace) -> Callable[[list[list[int]], int, 
     from grpo.config.schema import Lora, Model
     from grpo.engine import Engine, EngineSettings, Request, SamplingSettings
     from grpo.model.base_weights import BaseWeights
-    from grpo.policy import Policy
+    from grpo.policy.policy import Policy
 
     device = torch.device(options.device)
     model = Model(name="random", load_in_4bit=True)

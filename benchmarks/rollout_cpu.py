@@ -137,7 +137,7 @@ def shared_system(options: argparse.Namespace) -> Any:
     from grpo.engine import Engine, EngineSettings, Request, SamplingSettings
     from grpo.model.base_weights import BaseWeights
     from grpo.model.source import open_source
-    from grpo.policy import Policy
+    from grpo.policy.policy import Policy
 
     model = Model(name=MODEL, load_in_4bit=False)
     source = open_source(model)

@@ -33,7 +33,7 @@ def base_and_policy(options: argparse.Namespace, four_bit: bool) -> tuple[Any, A
     from benchmarks.random_model import RandomSource
     from grpo.config.schema import Lora, Model
     from grpo.model.base_weights import BaseWeights
-    from grpo.policy import Policy
+    from grpo.policy.policy import Policy
 
     device = torch.device(options.device)
     source = RandomSource(options.shape, device)

@@ -28,9 +28,9 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from benchmarks.random_model import RandomSource, shape_config
 from benchmarks.timing import free_memory
 from grpo.config.schema import SEVEN_PROJECTIONS, Lora, Model
-from grpo.graph_kernels import install
 from grpo.model.base_weights import BaseWeights
-from grpo.policy import Policy
+from grpo.policy.fused_layers import install
+from grpo.policy.policy import Policy
 
 SPECIAL = ["<pad>", "<eos>", "<bos>"]
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from grpo.engine import Engine, Request, SamplingSettings
 from grpo.kernels.nf4_gemm import workspace
-from grpo.policy import BaseLinear, Policy
+from grpo.policy.lora_linear import BaseLinear
+from grpo.policy.policy import Policy
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:

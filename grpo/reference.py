@@ -10,7 +10,7 @@ from pathlib import Path
 
 from grpo.config.schema import Loss
 from grpo.distributed.ranks import Ranks
-from grpo.policy import Policy
+from grpo.policy.policy import Policy
 from grpo.run.checkpoint import REFERENCE, replace_folder
 
 

@@ -50,7 +50,7 @@ def replay(dump: Path, overrides: Sequence[str] = ()) -> Replay:
     problem, recorded, batch = read_dump(dump)
     config = read_config(dump / "config.toml", overrides)
     from grpo.learner import Learner
-    from grpo.random_state import RandomState
+    from grpo.policy.rng import RandomState
     from grpo.session import open_session
 
     with open_session(config, adapter=dump / "adapter", start_engine=False) as session:

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from grpo.engine import Request, SamplingSettings
 from grpo.errors import UserError
-from grpo.policy import ADAPTER, Policy
+from grpo.policy.lora_linear import ADAPTER
+from grpo.policy.policy import Policy
 from grpo.session import Session
 
 PROMPT = 16

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from grpo.kernels.lora_shrink import RANK_MULTIPLE
 from grpo.model.base_weights import BaseWeights, FusedLinear
-from grpo.policy import ADAPTER, Policy
+from grpo.policy.lora_linear import ADAPTER
+from grpo.policy.policy import Policy
 
 
 @dataclass

@@ -20,7 +20,6 @@ import torch
 from grpo.config.schema import Config
 from grpo.errors import UserError
 from grpo.generation import EngineSettings, SamplingSettings
-from grpo.keep_16bit import load_base
 from grpo.memory.plan import MemoryPlan, check_memory, lighter_weights, plan_memory, sequence_limits, weight_bytes
 from grpo.model.architectures import adapter_targets, check_supported
 from grpo.model.checks import check_head_size, check_shapes, end_tokens
@@ -30,7 +29,8 @@ from grpo.model.locate import lasting_name
 from grpo.model.source import open_source, read_template
 from grpo.model.vocabulary import no_row
 from grpo.model.weight_source import Source
-from grpo.policy import Policy
+from grpo.policy.keep_16bit import load_base
+from grpo.policy.policy import Policy
 from grpo.run.machine import check_machine, resolve_device
 
 if TYPE_CHECKING:

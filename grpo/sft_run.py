@@ -15,9 +15,9 @@ import torch
 from transformers import TrainerCallback
 
 from grpo.errors import UserError
-from grpo.keep_16bit import remember_base
 from grpo.log import RunLog
 from grpo.model.vocabulary import check_tokens
+from grpo.policy.keep_16bit import remember_base
 from grpo.run.checkpoint import CONFIG, create_run_folder, replace_folder, write_atomically
 from grpo.run.signals import Interrupts
 from grpo.session import open_session, read_model

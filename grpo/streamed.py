@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from grpo.errors import UserError
 from grpo.kernels import nf4
 from grpo.model.weight_source import NF4Tensor, Source
-from grpo.policy import rebuild_buffers
+from grpo.policy.graph import rebuild_buffers
 
 TEXTS = (
     "The capital of France is Paris, and the capital of Italy is Rome. The capital of Spain is",

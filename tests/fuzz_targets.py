@@ -119,7 +119,7 @@ def generation_configuration(data: bytes, folder: Path) -> None:
 def adapter_configuration(data: bytes, folder: Path) -> None:
     from types import SimpleNamespace
 
-    from grpo.adapter_files import check_adapter
+    from grpo.policy.adapter_files import check_adapter
 
     written(folder, "adapter_config.json", data)
     written(folder, "adapter_model.safetensors", b"")

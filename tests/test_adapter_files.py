@@ -1,4 +1,4 @@
-"""grpo/adapter_files.py: what peft's configuration holds beyond plain LoRA is refused by name, never ignored."""
+"""grpo/policy/adapter_files.py: what peft's configuration holds beyond plain LoRA is refused by name, never ignored."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from grpo.config.schema import Lora, Model
 from grpo.errors import UserError
 from grpo.model.base_weights import BaseWeights
 from grpo.model.source import open_source
-from grpo.policy import Policy
+from grpo.policy.policy import Policy
 
 
 @pytest.fixture

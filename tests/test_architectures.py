@@ -11,7 +11,7 @@ from grpo.errors import UserError
 from grpo.model.architectures import ARCHITECTURES
 from grpo.model.base_weights import BaseWeights
 from grpo.model.source import open_source
-from grpo.policy import Policy
+from grpo.policy.policy import Policy
 
 PROMPTS = [[5, 9, 33, 7, 21, 64, 90, 11, 2, 3], [12, 140, 77]]
 CPU = torch.device("cpu")

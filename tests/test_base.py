@@ -14,7 +14,7 @@ from grpo.config.schema import Lora, Model
 from grpo.errors import UserError
 from grpo.model.base_weights import BaseWeights
 from grpo.model.source import open_source
-from grpo.policy import Policy
+from grpo.policy.policy import Policy
 
 CPU = torch.device("cpu")
 QKV = "model.layers.0.self_attn.qkv_proj"

@@ -25,7 +25,7 @@ from grpo.model import host_memory
 from grpo.model.architectures import EMBEDDING, HEAD
 from grpo.model.base_weights import BaseWeights
 from grpo.model.source import open_source
-from grpo.policy import Policy
+from grpo.policy.policy import Policy
 
 LLAMA_8B = plan.Shape("llama", 4096, 14336, 32, 32, 8, 128, 128256, False)
 LLAMA_3B = plan.Shape("llama", 3072, 8192, 28, 24, 8, 128, 128256, True)

@@ -28,7 +28,7 @@ from grpo.errors import UserError
 from grpo.memory.plan import kv_bytes_per_token
 from grpo.model.base_weights import BaseWeights
 from grpo.model.source import open_source
-from grpo.policy import Policy
+from grpo.policy.policy import Policy
 
 pytestmark = pytest.mark.vllm
 

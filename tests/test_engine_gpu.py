@@ -24,7 +24,7 @@ class OnGpu:
         from grpo.engine import Engine, EngineSettings
         from grpo.model.base_weights import BaseWeights
         from grpo.model.source import open_source
-        from grpo.policy import Policy
+        from grpo.policy.policy import Policy
 
         save_tiny(folder, "qwen2", tie_word_embeddings=False, num_attention_heads=2, num_key_value_heads=1)
         section = Model(name=str(folder), load_in_4bit=True)

@@ -17,7 +17,7 @@ from grpo.model.base_weights import BaseWeights
 from grpo.model.fingerprint import Fingerprint, check_base
 from grpo.model.locate import BASE_SAMPLE
 from grpo.model.source import open_source
-from grpo.policy import Policy
+from grpo.policy.policy import Policy
 
 
 def fingerprint(path: Path) -> Fingerprint:

@@ -1,4 +1,4 @@
-"""grpo/forward.py: the training graph, called with batches, gives what transformers' own model gives."""
+"""grpo/policy/hf_forward.py: the training graph, called with batches, gives what transformers' own model gives."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from tiny import FAMILIES, save_tiny
 
 from grpo.config.schema import Lora, Model
 from grpo.errors import UserError
-from grpo.forward import Rows
-from grpo.graph_kernels import install
 from grpo.model.base_weights import BaseWeights
 from grpo.model.source import open_source
-from grpo.policy import Policy
+from grpo.policy.fused_layers import install
+from grpo.policy.hf_forward import Rows
+from grpo.policy.policy import Policy
 
 torch.manual_seed(0)
 IDS = torch.randint(5, 150, (3, 24))

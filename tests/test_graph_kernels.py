@@ -1,4 +1,5 @@
-"""grpo/graph_kernels.py: with kernels or without, the training graph gives the same loss and the same gradients."""
+"""grpo/policy/fused_layers.py: with kernels or without, the training graph gives the same loss and the same
+gradients."""
 
 from __future__ import annotations
 
@@ -13,11 +14,11 @@ from tiny import FAMILIES, save_tiny
 
 from grpo.config.schema import Lora, Model
 from grpo.errors import UserError
-from grpo.graph_kernels import FusedLayer, install, wants_kernels
 from grpo.kernels.launch import interpreted
 from grpo.model.base_weights import BaseWeights
 from grpo.model.source import open_source
-from grpo.policy import Policy
+from grpo.policy.fused_layers import FusedLayer, install, wants_kernels
+from grpo.policy.policy import Policy
 
 PROMPTS = [[5, 9, 33], [5, 9, 33], [12, 140]]
 COMPLETIONS = [[8, 15, 99], [3, 4], [9, 8, 7, 6]]

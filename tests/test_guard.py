@@ -24,7 +24,7 @@ from grpo.guard import FEWEST, KEPT_DUMPS, Guard, UnusableUpdate, write_dump
 from grpo.learner import Learner
 from grpo.model.base_weights import BaseWeights
 from grpo.model.source import open_source
-from grpo.policy import Policy
+from grpo.policy.policy import Policy
 from grpo.replay import main, replay
 from grpo.sampler import Group, Sample
 

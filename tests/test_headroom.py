@@ -21,7 +21,7 @@ from grpo.learner import Learner
 from grpo.model.base_weights import BaseWeights
 from grpo.model.source import open_source
 from grpo.optim import LossScaler, moments_like
-from grpo.policy import Policy
+from grpo.policy.policy import Policy
 
 BUDGET = 60
 

@@ -16,11 +16,9 @@ from tiny_run import run_tables, save_rewards, save_tiny_chat_model
 from torch import Tensor
 from transformers import AutoConfig
 
-from grpo import keep_16bit
 from grpo.config.schema import Lora, Model, parse_config
 from grpo.data import load_data
 from grpo.errors import UserError
-from grpo.keep_16bit import choose, load_base, rounding_costs
 from grpo.kernels import nf4
 from grpo.log import RunLog
 from grpo.memory.plan import weight_bytes
@@ -28,7 +26,9 @@ from grpo.model import fingerprint
 from grpo.model.base_weights import BaseWeights
 from grpo.model.sizes import AUTO_SHARE, linear_shapes, nf4_bytes
 from grpo.model.source import open_source
-from grpo.policy import Policy
+from grpo.policy import keep_16bit
+from grpo.policy.keep_16bit import choose, load_base, rounding_costs
+from grpo.policy.policy import Policy
 from grpo.rewards.pool import RewardPool
 from grpo.run.model_reference import resolve_target
 from grpo.session import open_session

@@ -18,7 +18,7 @@ from grpo.data import Prompt
 from grpo.learner import Learner
 from grpo.model.base_weights import BaseWeights
 from grpo.model.source import open_source
-from grpo.policy import Policy
+from grpo.policy.policy import Policy
 from grpo.sampler import Group, Sample
 
 GENERATIONS = 3

@@ -19,15 +19,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from grpo import graph_kernels
-from grpo import policy as policy_module
 from grpo.config.schema import Config, parse_config
 from grpo.kernels import lora_attention, lora_linear, lora_mlp
 from grpo.kernels.rms_norm import Norm
 from grpo.memory.activations import FORMS, TrainingMemory, moment_bytes
 from grpo.model.base_weights import BaseWeights
 from grpo.model.source import open_source
-from grpo.policy import Policy
+from grpo.policy import fused_layers as graph_kernels
+from grpo.policy import policy as policy_module
+from grpo.policy.policy import Policy
 
 TOKENS, PREDICTED = 400, 21
 SHAPE: dict[str, Any] = {

@@ -22,7 +22,7 @@ from grpo.model.base_weights import BaseWeights
 from grpo.model.checks import check_head_size
 from grpo.model.config_keys import own_keys, served_values, settle
 from grpo.model.source import open_source
-from grpo.policy import Policy
+from grpo.policy.policy import Policy
 
 PROMPTS = [[5, 9, 33, 7, 21, 64, 90, 11, 2, 3], [12, 140, 77]]
 CPU = torch.device("cpu")

@@ -19,7 +19,7 @@ from grpo.memory.activations import FORMS, TrainingMemory
 from grpo.model.base_weights import BaseWeights
 from grpo.model.gguf_header import read_header
 from grpo.model.source import open_source
-from grpo.policy import Policy
+from grpo.policy.policy import Policy
 from grpo.served_adapter import ServedAdapter
 
 LLAMA_8B = plan.Shape("llama", 4096, 14336, 32, 32, 8, 128, 128256, False)

@@ -34,7 +34,7 @@ from grpo.errors import UserError
 from grpo.loss_metrics import EffectiveSampleSize, Maximum, Mean, Total, as_message, from_message
 from grpo.model.base_weights import BaseWeights
 from grpo.model.source import open_source
-from grpo.policy import Policy
+from grpo.policy.policy import Policy
 from grpo.sampler import Group, Outline
 from grpo.trainer import uneven_share
 

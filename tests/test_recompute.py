@@ -10,11 +10,11 @@ from tiny import FAMILIES, VOCABULARY, save_tiny
 from torch import Tensor
 
 from grpo.config.schema import Lora, parse_config
-from grpo.graph_kernels import install
 from grpo.model.base_weights import BaseWeights
 from grpo.model.source import open_source
-from grpo.policy import Policy
-from grpo.recompute import recomputed
+from grpo.policy.activation_checkpointing import recomputed
+from grpo.policy.fused_layers import install
+from grpo.policy.policy import Policy
 
 PROMPTS = [[3, 5, 9, 11], [3, 5, 9, 11], [8, 4, 7]]
 COMPLETIONS = [[10, 20, 30], [40, 50], [60, 70, 80, 90, 100]]

@@ -7,10 +7,10 @@ import torch
 from tiny import save_tiny
 
 from grpo.config.schema import Lora, Loss, Model
-from grpo.graph_kernels import install
 from grpo.model.base_weights import BaseWeights
 from grpo.model.source import open_source
-from grpo.policy import Policy
+from grpo.policy.fused_layers import install
+from grpo.policy.policy import Policy
 from grpo.reference import set_reference
 
 START, BASE = Loss(beta=0.1), Loss(beta=0.1, reference="base")

@@ -16,7 +16,7 @@ from grpo.batch import TrainingSequence, pack
 from grpo.data import Prompt
 from grpo.engine import Completion, Request, SamplingSettings
 from grpo.errors import UserError
-from grpo.policy import packed_row
+from grpo.policy.packing import packed_row
 from grpo.rewards.contract import RewardBatch, RewardResult
 from grpo.sampler import Sampler, sample_seed
 

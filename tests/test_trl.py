@@ -16,8 +16,8 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 import grpo
 from grpo.config.schema import SEVEN_PROJECTIONS
-from grpo.graph_kernels import install
-from grpo.policy import BaseLinear
+from grpo.policy.fused_layers import install
+from grpo.policy.lora_linear import BaseLinear
 
 STEPS = 10
 SHAPE = {"r": 4, "lora_alpha": 8}

@@ -1,6 +1,6 @@
 """Bytes that a training step takes beside what is always there: what layers keep, and the peak of each phase.
 
-The formulas count what autograd really saves, tensor by tensor, for the layers of `graph_kernels.py` ("triton") and
+The formulas count what autograd really saves, tensor by tensor, for the layers of `fused_layers.py` ("triton") and
 for transformers' own ("torch"); tests compare them with the saved tensors of tiny models. Nothing here imports torch
 or allocates. Counted in tokens of one micro-batch; weights, adapter, KV cache and what vLLM needs are in `plan.py`.
 """

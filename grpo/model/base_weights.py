@@ -113,7 +113,7 @@ class BaseWeights:
             return []
         parts = [part for group in fused_linears(self.config).values() for part in group]
         if model.keep_16bit == "auto":
-            raise ValueError('keep_16bit = "auto" is resolved by grpo.keep_16bit.load_base')
+            raise ValueError('keep_16bit = "auto" is resolved by grpo.policy.keep_16bit.load_base')
         for kept in model.keep_16bit:
             if not any(is_named(part, kept) for part in parts):
                 raise UserError(

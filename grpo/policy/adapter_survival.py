@@ -22,17 +22,10 @@ from transformers import AutoModelForCausalLM
 
 from grpo.model.architectures import EMBEDDING, HEAD
 from grpo.model.rope import Rotary
-from grpo.policy import (
-    ADAPTER,
-    ATTENTION,
-    BaseLinear,
-    LoraLinear,
-    Policy,
-    predictors,
-    rebuild_buffers,
-    set_module,
-    set_parameter,
-)
+from grpo.policy.graph import ATTENTION, rebuild_buffers, set_module, set_parameter
+from grpo.policy.lora_linear import ADAPTER, BaseLinear, LoraLinear
+from grpo.policy.packing import predictors
+from grpo.policy.policy import Policy
 
 COMPLETIONS, TOKENS = 4, 256
 """How many completions are measured, and how many tokens of each, at most."""

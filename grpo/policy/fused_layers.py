@@ -6,7 +6,7 @@ transformers' layer computes for the families in `architectures.py`: norm, q/k/v
 attention; output projection with the residual; the gated MLP with its norm and residual. Between these only what the
 next one needs is kept. A layer that does anything else (another activation, dropout on the residual) stays as it is.
 
-Not here: which layers are recomputed (`recompute.py`) and the kernels themselves.
+Not here: which layers are recomputed (`activation_checkpointing.py`) and the kernels themselves.
 """
 
 from __future__ import annotations

@@ -21,8 +21,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from grpo.errors import UserError
 from grpo.kernels.attention import Packing
 from grpo.kernels.logprob import selected_logprobs
-from grpo.pairs import pairs_of
-from grpo.recompute import answer_trainers
+from grpo.policy.activation_checkpointing import answer_trainers
+from grpo.policy.shared_prefix import pairs_of
 
 IGNORED = -100
 """The label of a token that has no part in the loss, as everywhere in transformers."""

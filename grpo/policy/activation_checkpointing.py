@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge
 
-from grpo.graph_kernels import for_backward_alone
 from grpo.memory.activations import FORMS
-from grpo.random_state import RandomState
+from grpo.policy.fused_layers import for_backward_alone
+from grpo.policy.rng import RandomState
 
 HOST_BLOCK = 64 << 20
 """Bytes of a pinned block. torch rounds pinned allocations up to a power of two, which would double large ones."""

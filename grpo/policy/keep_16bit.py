@@ -26,7 +26,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from grpo.calibration import TEXTS
 from grpo.config.schema import Model
 from grpo.errors import UserError
 from grpo.kernels.attention import Packing
@@ -36,7 +35,10 @@ from grpo.model import fingerprint
 from grpo.model.base_weights import BaseWeights
 from grpo.model.sizes import AUTO_SHARE, linear_shapes, nf4_bytes
 from grpo.model.weight_source import NF4Tensor, Source
-from grpo.policy import BaseLinear, PackedRow, build_graph
+from grpo.policy.calibration_texts import TEXTS
+from grpo.policy.graph import build_graph
+from grpo.policy.lora_linear import BaseLinear
+from grpo.policy.packing import PackedRow
 
 LABELS = 8
 """Draws of every text's labels. Each is a backward pass."""
