@@ -33,9 +33,9 @@ if TYPE_CHECKING:
     import torch
 
     from grpo.batch import TrainingSequence
-    from grpo.engine import Engine
     from grpo.learner import Learner
     from grpo.model.base_weights import BaseWeights
+    from grpo.rollout.engine import Engine
 
 ROWS = {"bf16": ("auto", False), "fp8": ("fp8", False), "bf16-released": ("auto", True), "fp8-released": ("fp8", True)}
 """Name -> (kv_cache_dtype, release_kv_cache)."""
@@ -121,8 +121,8 @@ def engine_and_learner(
 ) -> tuple[Engine, Learner]:
     """Both over `base`, and each has run once."""
     from benchmarks import training_step as steps
-    from grpo.engine import Engine, EngineSettings
     from grpo.policy.policy import Policy
+    from grpo.rollout.engine import Engine, EngineSettings
 
     length = options.prompt + options.completion
     config = steps.step_config(
@@ -147,7 +147,7 @@ def rollout(engine: Engine, base: BaseWeights, options: argparse.Namespace, comp
     import torch
 
     from grpo.batch import TrainingSequence
-    from grpo.generation import Request, SamplingSettings
+    from grpo.rollout.types import Request, SamplingSettings
 
     generator = torch.Generator().manual_seed(completion)
 

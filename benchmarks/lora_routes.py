@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from vllm.lora.request import LoRARequest
 
-from grpo.engine import Engine, EngineSettings
 from grpo.model.base_weights import BaseWeights
 from grpo.policy.policy import Policy
+from grpo.rollout.engine import Engine, EngineSettings
 
 ADAPTER = LoRARequest("policy", 1, "/none")
 

@@ -86,9 +86,9 @@ def rollout(row: Row, base: BaseWeights, options: argparse.Namespace) -> Row:
 
     from benchmarks import shared_model
     from benchmarks import training_step as steps
-    from grpo.engine import Engine, EngineSettings
     from grpo.memory import plan
     from grpo.policy.policy import Policy
+    from grpo.rollout.engine import Engine, EngineSettings
 
     sequences, length, device = row["sequences"], row["length"], base.device
     config = steps.step_config(rank=options.rank, tokens=1024, prompt=length // 2, completion=length - length // 2)

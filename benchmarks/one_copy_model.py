@@ -49,7 +49,7 @@ def timed_imports(clock: Clock) -> None:
     import transformers  # noqa: F401
 
     clock.lap("import_transformers_peft")
-    import grpo.engine  # noqa: F401
+    import grpo.rollout.engine  # noqa: F401
 
     clock.lap("import_vllm_grpo")
     if torch.cuda.is_available():
@@ -81,9 +81,9 @@ def load(options: argparse.Namespace, clock: Clock) -> tuple[Any, Any, Any, dict
     from benchmarks.lora_routes import VllmLoraEngine
     from benchmarks.random_model import expected_bytes
     from grpo.config.schema import Lora, Model
-    from grpo.engine import Engine, EngineSettings
     from grpo.model.base_weights import BaseWeights
     from grpo.policy.policy import Policy
+    from grpo.rollout.engine import Engine, EngineSettings
 
     device = torch.device(options.device)
     on_gpu = device.type == "cuda"

@@ -57,9 +57,9 @@ def our_rollout(options: argparse.Namespace) -> Callable[[list[list[int]], int, 
     from benchmarks import shared_model as shared
     from benchmarks.random_model import RandomSource
     from grpo.config.schema import Lora, Model
-    from grpo.engine import Engine, EngineSettings, Request, SamplingSettings
     from grpo.model.base_weights import BaseWeights
     from grpo.policy.policy import Policy
+    from grpo.rollout.engine import Engine, EngineSettings, Request, SamplingSettings
 
     device = torch.device(options.device)
     model = Model(name="random", load_in_4bit=True)
@@ -86,7 +86,7 @@ def vllm_rollout(options: argparse.Namespace) -> Callable[[list[list[int]], int,
     from vllm.lora.request import LoRARequest
     from vllm.sampling_params import RequestOutputKind
 
-    import grpo.engine  # noqa: F401 - the environment that vLLM needs here
+    import grpo.rollout.engine  # noqa: F401 - the environment that vLLM needs here
 
     quantised, lora = options.system == "bnb-lora", options.system != "bf16"
     folder = prepare_folder(options)

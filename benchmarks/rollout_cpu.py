@@ -134,10 +134,10 @@ def shared_system(options: argparse.Namespace) -> Any:
     import torch
 
     from grpo.config.schema import Lora, Model
-    from grpo.engine import Engine, EngineSettings, Request, SamplingSettings
     from grpo.model.base_weights import BaseWeights
     from grpo.model.source import open_source
     from grpo.policy.policy import Policy
+    from grpo.rollout.engine import Engine, EngineSettings, Request, SamplingSettings
 
     model = Model(name=MODEL, load_in_4bit=False)
     source = open_source(model)

@@ -29,9 +29,9 @@ import torch
 from benchmarks import shared_model as shared
 from benchmarks.random_model import RandomSource
 from grpo.config.schema import Lora, Model
-from grpo.engine import Engine, EngineSettings, Request, SamplingSettings
 from grpo.model.base_weights import BaseWeights
 from grpo.policy.policy import Policy
+from grpo.rollout.engine import Engine, EngineSettings, Request, SamplingSettings
 
 STEPS = slice(40, 72)
 """Decoding steps that are profiled: the prompts are through, no sequence has finished."""

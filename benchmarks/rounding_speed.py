@@ -47,7 +47,7 @@ def base_and_policy(options: argparse.Namespace, four_bit: bool) -> tuple[Any, A
 def rollout(options: argparse.Namespace, four_bit: bool) -> dict[str, Any]:
     """Tokens a second by number of sequences: prompts of 128 tokens in groups of 8, `new_tokens` sampled."""
     from benchmarks.rollout import grouped_prompts
-    from grpo.engine import Engine, EngineSettings, Request, SamplingSettings
+    from grpo.rollout.engine import Engine, EngineSettings, Request, SamplingSettings
 
     base, policy = base_and_policy(options, four_bit)
     new_tokens = options.new_tokens

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grpo.engine import Engine, Request, SamplingSettings
 from grpo.kernels.nf4_gemm import workspace
 from grpo.policy.lora_linear import BaseLinear
 from grpo.policy.policy import Policy
+from grpo.rollout.engine import Engine, Request, SamplingSettings
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:

@@ -15,11 +15,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import Tensor
 
-from grpo import engine_model
 from grpo.kernels import lora_linear, lora_sum, nf4_gemm
 from grpo.kernels.lora_factors import LowRank
 from grpo.kernels.lora_linear import Product
 from grpo.policy import lora_linear as policy_linear
+from grpo.rollout import vllm_model as engine_model
 
 
 def two_roundings() -> None:

@@ -23,12 +23,12 @@ from grpo.config.schema import Config, Lora, config_toml, parse_config
 from grpo.data import load_data
 from grpo.distributed.launch import refuse_several
 from grpo.errors import UserError
-from grpo.generation import Request, SamplingSettings
 from grpo.inputs import as_rewards, as_task, reward_table
 from grpo.keywords import SECTIONS, Tables, merged, tables_of, with_lengths
 from grpo.log import RunLog
 from grpo.model.vocabulary import check_tokens
 from grpo.result import TrainResult
+from grpo.rollout.types import Request, SamplingSettings
 from grpo.run.checkpoint import CONFIG, open_run
 from grpo.run.library_logs import quiet_libraries
 from grpo.run.model_reference import resolve_target
@@ -197,7 +197,7 @@ class LoadedPolicy:
         Returns the text; a list of `n` texts for `n` above 1; for a list of prompts a list of these, in its order.
         Raises UserError for settings out of range and for what does not fit `max_seq_length`.
         """
-        from grpo.sampler import sample_seed
+        from grpo.rollout.sampler import sample_seed
 
         batch, single = as_batch(prompts)
         if stream and (len(batch) > 1 or n > 1):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from grpo.sampler import Group
+from grpo.rollout.sampler import Group
 
 
 @dataclass

@@ -208,8 +208,8 @@ def sample_and_check(
 ) -> list[Sample]:
     """`settings.num_generations` checked completions of each prompt."""
     # vLLM takes seconds to import; the statistics above and --help do without.
-    from grpo.engine import Request
-    from grpo.sampler import sample_seed
+    from grpo.rollout.engine import Request
+    from grpo.rollout.sampler import sample_seed
 
     count = settings.num_generations
     length = settings.max_completion_length or session.config.rollout.max_completion_length

@@ -25,10 +25,10 @@ from grpo.batch import TrainingGroup, TrainingSequence, training_group
 from grpo.config.schema import Config, Train, config_toml
 from grpo.distributed.ranks import Ranks
 from grpo.policy.rng import current_states
+from grpo.rollout.sampler import Group
 from grpo.run.checkpoint import replace_folder
 from grpo.run.tensor_state import save_tensors
 from grpo.run.versions import hardware, versions
-from grpo.sampler import Group
 
 WINDOW = 50
 """Gradient norms whose median a spike is measured against."""

@@ -33,7 +33,7 @@ from grpo.loss_metrics import Metrics, as_message, from_message, joined, merge_m
 from grpo.optim import LossScaler, build_optimizer, learning_rate, moments_like
 from grpo.policy.policy import Policy, Scored
 from grpo.policy.rng import RandomState, current_states
-from grpo.sampler import Group
+from grpo.rollout.sampler import Group
 from grpo.snapshot import Snapshot
 
 

@@ -15,10 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from grpo.engine import Request, SamplingSettings
 from grpo.errors import UserError
 from grpo.policy.lora_linear import ADAPTER
 from grpo.policy.policy import Policy
+from grpo.rollout.engine import Request, SamplingSettings
 from grpo.session import Session
 
 PROMPT = 16

@@ -19,7 +19,6 @@ import torch
 
 from grpo.config.schema import Config
 from grpo.errors import UserError
-from grpo.generation import EngineSettings, SamplingSettings
 from grpo.memory.plan import MemoryPlan, check_memory, lighter_weights, plan_memory, sequence_limits, weight_bytes
 from grpo.model.architectures import adapter_targets, check_supported
 from grpo.model.checks import check_head_size, check_shapes, end_tokens
@@ -31,10 +30,11 @@ from grpo.model.vocabulary import no_row
 from grpo.model.weight_source import Source
 from grpo.policy.keep_16bit import load_base
 from grpo.policy.policy import Policy
+from grpo.rollout.types import EngineSettings, SamplingSettings
 from grpo.run.machine import check_machine, resolve_device
 
 if TYPE_CHECKING:
-    from grpo.engine import Engine
+    from grpo.rollout.engine import Engine
 
     EngineNeeds = tuple[EngineSettings, MemoryPlan | None]
 
@@ -157,7 +157,7 @@ class Session:
     def _start_engine(self, kv_bytes: int | None) -> None:
         check_machine(self.config.model.device)
         self.status("starting vLLM")
-        from grpo.engine import Engine
+        from grpo.rollout.engine import Engine
 
         self._engine = Engine(self.base, self.policy, engine_settings(self.config, kv_bytes), self.tokenizer)
         self._engine_needs = self._needs(self.config)

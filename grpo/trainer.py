@@ -38,13 +38,13 @@ from grpo.printable import printable
 from grpo.reference import set_reference
 from grpo.rewards.pool import RewardPool
 from grpo.rewards.resolve import described
+from grpo.rollout.sampler import Group, Rollout, Sampler, sample_seed
 from grpo.run.checkpoint import latest, open_run, replace_folder, run_is_begun, save, step_numbers, write_atomically
 from grpo.run.machine import resolve_device
 from grpo.run.records import EVALUATIONS, read_entries
 from grpo.run.signals import Interrupts
 from grpo.run.tensor_state import load_tensors, save_tensors
 from grpo.run.versions import versions
-from grpo.sampler import Group, Rollout, Sampler, sample_seed
 from grpo.scored import logged, reward_table, sampling_metrics
 from grpo.selftest import check_rollout_follows_adapter
 from grpo.session import Session, open_session, read_model

@@ -117,7 +117,7 @@ def test_importing_grpo_is_cheap_and_its_names_are_no_modules() -> None:
 def test_loading_gives_a_peft_model_without_vllm(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import peft
 
-    for module in [name for name in sys.modules if name.partition(".")[0] == "vllm"] + ["vllm", "grpo.engine"]:
+    for module in [name for name in sys.modules if name.partition(".")[0] == "vllm"] + ["vllm", "grpo.rollout.engine"]:
         monkeypatch.setitem(sys.modules, module, None)  # importing it fails
     with opened(home) as policy:
         assert isinstance(policy.model, peft.PeftModel) and policy.tokenizer.eos_token_id == 2
@@ -319,7 +319,7 @@ def test_rows_without_rewards_are_told_what_is_missing(policy: LoadedPolicy) -> 
     ],
 )
 def test_a_running_vllm_serves_whatever_asks_for_no_more(wanted: dict[str, Any], serves: bool) -> None:
-    from grpo.engine import EngineSettings
+    from grpo.rollout.engine import EngineSettings
     from grpo.session import covers
 
     running = {"max_seq_length": 128, "max_num_seqs": 16}

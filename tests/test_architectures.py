@@ -51,7 +51,7 @@ def test_training_graph_equals_transformers_with_the_adapter_off(family, tmp_pat
 @pytest.mark.vllm
 @pytest.mark.parametrize("family", FAMILIES)
 def test_vllm_and_trainer_agree_with_a_non_zero_adapter(family, tmp_path):
-    from grpo.engine import Engine, EngineSettings, Request, SamplingSettings
+    from grpo.rollout.engine import Engine, EngineSettings, Request, SamplingSettings
 
     save_tiny(tmp_path, family)
     base, policy = load(tmp_path)

@@ -49,7 +49,7 @@ def home(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     def started(*arguments: Any, **named: Any) -> None:
         raise AssertionError("vLLM would have been started")
 
-    monkeypatch.setattr("grpo.engine.Engine.__init__", started)
+    monkeypatch.setattr("grpo.rollout.engine.Engine.__init__", started)
     return folder
 
 

@@ -417,7 +417,7 @@ def rollout(folder: Path) -> Iterator[Rollout]:
 
 
 def greedy_tokens(engine: Any) -> dict[int, list[int]]:
-    from grpo.engine import Request, SamplingSettings
+    from grpo.rollout.engine import Request, SamplingSettings
 
     requests = [Request(number, PROMPT[number:], 1) for number in range(8)]
     done = engine.generate(requests, SamplingSettings(temperature=0.0, max_tokens=40))
@@ -425,7 +425,7 @@ def greedy_tokens(engine: Any) -> dict[int, list[int]]:
 
 
 def start(folder: Path, **keys: bool) -> tuple[BaseWeights, Policy, Any]:
-    from grpo.engine import Engine, EngineSettings
+    from grpo.rollout.engine import Engine, EngineSettings
 
     base = load(folder, "cuda", torch.bfloat16, **keys)
     policy = Policy(base, Lora(r=4, lora_alpha=8), seed=1)
@@ -450,7 +450,7 @@ def test_vllm_and_the_training_graph_read_one_embedding_and_one_head(rollout: Ro
 @pytest.mark.gpu
 @pytest.mark.vllm
 def test_decoding_in_cuda_graphs_agrees_with_the_trainer(rollout: Rollout) -> None:
-    from grpo.engine import Request, SamplingSettings
+    from grpo.rollout.engine import Request, SamplingSettings
 
     base, policy, engine = rollout.base, rollout.policy, rollout.engine
     requests = [Request(number, PROMPT[number:], 1) for number in range(8)]

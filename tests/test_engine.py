@@ -16,19 +16,12 @@ from torch import Tensor
 from vllms_own import crowded, vllms_own
 
 from grpo.config.schema import Lora, Model
-from grpo.engine import (
-    Completion,
-    Engine,
-    EngineSettings,
-    Request,
-    SamplingSettings,
-    check_version,
-)
 from grpo.errors import UserError
 from grpo.memory.plan import kv_bytes_per_token
 from grpo.model.base_weights import BaseWeights
 from grpo.model.source import open_source
 from grpo.policy.policy import Policy
+from grpo.rollout.engine import Completion, Engine, EngineSettings, Request, SamplingSettings, check_version
 
 pytestmark = pytest.mark.vllm
 

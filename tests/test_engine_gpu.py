@@ -21,10 +21,10 @@ class OnGpu:
 
     def __init__(self, folder: Any):
         from grpo.config.schema import Lora, Model
-        from grpo.engine import Engine, EngineSettings
         from grpo.model.base_weights import BaseWeights
         from grpo.model.source import open_source
         from grpo.policy.policy import Policy
+        from grpo.rollout.engine import Engine, EngineSettings
 
         save_tiny(folder, "qwen2", tie_word_embeddings=False, num_attention_heads=2, num_key_value_heads=1)
         section = Model(name=str(folder), load_in_4bit=True)
@@ -41,7 +41,7 @@ class OnGpu:
         self.engine = Engine(self.base, self.policy, settings)
 
     def sample(self, seed: int, adapter: bool = True, **sampling: Any) -> list[Any]:
-        from grpo.engine import Request, SamplingSettings
+        from grpo.rollout.engine import Request, SamplingSettings
 
         self.engine.sync_adapter()  # cached prompts would be rounded otherwise than computed ones
         requests = [Request(number, PROMPT[number:], seed) for number in range(8)]
@@ -89,7 +89,7 @@ def test_the_seed_of_a_call_decides_its_tokens(on_gpu: OnGpu) -> None:
 @pytest.mark.parametrize("blocks", [1000, 24], ids=["roomy", "preempting"])
 def test_logprobs_are_those_that_vllm_gives_itself(on_gpu: OnGpu, blocks: int, temperature: float) -> None:
     """With asynchronous scheduling and CUDA graphs: ends at many lengths, requests that wait or are preempted."""
-    from grpo.engine import Request, SamplingSettings
+    from grpo.rollout.engine import Request, SamplingSettings
 
     sampling = SamplingSettings(temperature, 60, stop_token_ids=(4, 15))
     requests = [Request(number, PROMPT[number % 5 :], 7) for number in range(20)]

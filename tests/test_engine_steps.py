@@ -51,9 +51,9 @@ def random_requests(seed: int) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def vllm_config(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    import grpo.engine  # noqa: F401 - the environment that vLLM needs here
-    from grpo.engine_model import write_model_folder
+    import grpo.rollout.engine  # noqa: F401 - the environment that vLLM needs here
     from grpo.model.base_weights import BaseWeights
+    from grpo.rollout.vllm_model import write_model_folder
 
     folder = tmp_path_factory.mktemp("model")
     save_tiny(folder)
@@ -176,7 +176,7 @@ def drive(config: Any, ahead: int, blocks: int, requests: list[dict[str, Any]], 
     from vllm.v1.core.sched.async_scheduler import AsyncScheduler
     from vllm.v1.core.sched.scheduler import Scheduler
 
-    from grpo.engine_steps import Collected, rollout_scheduler
+    from grpo.rollout.vllm_scheduler import Collected, rollout_scheduler
 
     kind = AsyncScheduler if ahead else Scheduler
     config.scheduler_config.async_scheduling = bool(ahead)
@@ -226,7 +226,7 @@ def test_every_token_has_the_logprob_that_it_was_sampled_with(vllm_config: Any, 
 def test_a_token_that_vllm_drops_takes_its_logprob_with_it() -> None:
     from types import SimpleNamespace
 
-    from grpo.engine_steps import collect_logprobs
+    from grpo.rollout.vllm_scheduler import collect_logprobs
 
     request = SimpleNamespace(num_output_tokens=1)
     logprobs = {"a": [-0.5]}

@@ -26,7 +26,7 @@ from grpo.model.base_weights import BaseWeights
 from grpo.model.source import open_source
 from grpo.policy.policy import Policy
 from grpo.replay import main, replay
-from grpo.sampler import Group, Sample
+from grpo.rollout.sampler import Group, Sample
 
 NAN, INF = math.nan, math.inf
 REWARDS = [[1.0, 0.0, 0.5, 0.2], [0.0, 2.0, 1.0, 0.1]]

@@ -19,7 +19,7 @@ from grpo.learner import Learner
 from grpo.model.base_weights import BaseWeights
 from grpo.model.source import open_source
 from grpo.policy.policy import Policy
-from grpo.sampler import Group, Sample
+from grpo.rollout.sampler import Group, Sample
 
 GENERATIONS = 3
 REWARDS = [[1.0, 0.0, 0.5], [0.0, 0.0, 0.0], [0.0, 2.0, 1.0], [1.0, 1.0, 0.0]]  # the second group is all alike

@@ -13,13 +13,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from grpo.engine_model import SharedLinearMethod
 from grpo.kernels import lora_sum, nf4
 from grpo.kernels.lora_factors import Adapter, LowRank
 from grpo.kernels.lora_linear import LinearGroup, lora_linear
 from grpo.kernels.lora_sum import dense_linear, round_sum
 from grpo.model.base_weights import FusedLinear, Segment
-from grpo.served_adapter import AdapterBuffers
+from grpo.rollout.lora_buffers import AdapterBuffers
+from grpo.rollout.vllm_model import SharedLinearMethod
 from tests.rounding import half_units, share_rounded_more_than_once
 
 HALVES = [torch.bfloat16, torch.float16]

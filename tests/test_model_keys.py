@@ -49,7 +49,7 @@ def scored(policy: Policy, prompts: list[list[int]], completions: list[list[int]
 
 def check_equal(folder: Path, reference: object) -> None:
     """vLLM's and the training graph's logprobs are the same, whoever shares a row, and the base's transformers'."""
-    from grpo.engine import Engine, EngineSettings, Request, SamplingSettings
+    from grpo.rollout.engine import Engine, EngineSettings, Request, SamplingSettings
 
     base, policy = load(folder)
     engine = Engine(base, policy, EngineSettings(max_seq_length=LONGEST, max_num_seqs=4))
@@ -163,7 +163,7 @@ def test_the_rotation_is_transformers_for_a_sequence_that_is_as_long_as_the_run_
 @pytest.mark.vllm
 @pytest.mark.parametrize("longest", [24, LONGEST])
 def test_vllm_rotates_as_the_training_graph_on_both_sides_of_the_original_length(longest, tmp_path):
-    from grpo.engine import Engine, EngineSettings, Request, SamplingSettings
+    from grpo.rollout.engine import Engine, EngineSettings, Request, SamplingSettings
 
     save_longrope(tmp_path, attention_factor=1.3)
     base, policy = load(tmp_path)

@@ -20,7 +20,7 @@ from grpo.model.base_weights import BaseWeights
 from grpo.model.gguf_header import read_header
 from grpo.model.source import open_source
 from grpo.policy.policy import Policy
-from grpo.served_adapter import ServedAdapter
+from grpo.rollout.lora_buffers import ServedAdapter
 
 LLAMA_8B = plan.Shape("llama", 4096, 14336, 32, 32, 8, 128, 128256, False)
 LLAMA_3B = plan.Shape("llama", 3072, 8192, 28, 24, 8, 128, 128256, True)

@@ -35,7 +35,7 @@ from grpo.loss_metrics import EffectiveSampleSize, Maximum, Mean, Total, as_mess
 from grpo.model.base_weights import BaseWeights
 from grpo.model.source import open_source
 from grpo.policy.policy import Policy
-from grpo.sampler import Group, Outline
+from grpo.rollout.sampler import Group, Outline
 from grpo.trainer import uneven_share
 
 T = TypeVar("T")

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 
 from grpo.batch import TrainingSequence, pack
 from grpo.data import Prompt
-from grpo.engine import Completion, Request, SamplingSettings
 from grpo.errors import UserError
 from grpo.policy.packing import packed_row
 from grpo.rewards.contract import RewardBatch, RewardResult
-from grpo.sampler import Sampler, sample_seed
+from grpo.rollout.engine import Completion, Request, SamplingSettings
+from grpo.rollout.sampler import Sampler, sample_seed
 
 
 class Engine:

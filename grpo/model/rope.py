@@ -138,27 +138,3 @@ def plain_parameters(config: Any) -> dict[str, Any]:
         for kind, parameters in rotary_parameters(config)
     }
     return plain.get(EVERYWHERE, plain)
-
-
-def share_positions(model: nn.Module, config: Any, longest: int) -> None:
-    """Replace the rotary caches of `model`, vLLM's, by ones with the training graph's frequencies.
-
-    Every layer gets its module anew: vLLM shares them with other engines of the process.
-    """
-    rotary = Rotary(config, longest)
-    layer_types = getattr(config, "layer_types", None)
-    made: dict[tuple[str, int], nn.Module] = {}
-    for name, attention in list(model.named_modules()):
-        theirs = getattr(attention, "rotary_emb", None)
-        if not isinstance(theirs, nn.Module):
-            continue
-        layer = int(name.split(".layers.")[1].split(".")[0])
-        kind = layer_types[layer] if layer_types and layer_types[layer] in rotary.scalings else EVERYWHERE
-        if (kind, id(theirs)) not in made:
-            ours = copy.deepcopy(theirs)
-            held = ours.cos_sin_cache
-            table = rotary.table(held.shape[0], kind or None)
-            assert table.shape == held.shape, (name, table.shape, held.shape)
-            ours.cos_sin_cache = table.to(held)
-            made[kind, id(theirs)] = ours
-        attention.rotary_emb = made[kind, id(theirs)]

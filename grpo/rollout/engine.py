@@ -1,7 +1,7 @@
 """Generation: vLLM serving from `BaseWeights`, with the adapter inside our own linear layers.
 
 This file starts vLLM, asks it for completions, refreshes the adapter and lends its KV cache's memory. What vLLM gets
-from us is in two more: `engine_model.py` (its layers' storage and products) and `engine_steps.py` (its scheduler and
+from us is in two more: `vllm_model.py` (its layers' storage and products) and `vllm_scheduler.py` (its scheduler and
 sampler). Only these three know vLLM's insides. Token ids go in and come out; text is none of their business.
 """
 
@@ -32,15 +32,15 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from grpo.engine_model import SERVED, SHARED, write_model_folder
-from grpo.engine_steps import Collected, OnePassSampler, rollout_scheduler
 from grpo.errors import UserError
-from grpo.generation import Completion, EngineSettings, Request, SamplingSettings
 from grpo.kernels.nf4_gemm import prepare
 from grpo.memory.plan import CPU_BLOCK, GPU_BLOCK, VLLM_BUFFERS, kv_cache_bytes
 from grpo.model.base_weights import BaseWeights
 from grpo.policy.policy import Policy
-from grpo.served_adapter import ServedAdapter
+from grpo.rollout.lora_buffers import ServedAdapter
+from grpo.rollout.types import Completion, EngineSettings, Request, SamplingSettings
+from grpo.rollout.vllm_model import SERVED, SHARED, write_model_folder
+from grpo.rollout.vllm_scheduler import Collected, OnePassSampler, rollout_scheduler
 
 VLLM_TESTED = ((0, 26), (0, 33))
 """First and last minor version that these files were written for."""

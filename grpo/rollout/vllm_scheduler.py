@@ -16,8 +16,8 @@ from vllm.v1.outputs import LogprobsTensors, SamplerOutput
 from vllm.v1.request import RequestStatus
 from vllm.v1.sample.sampler import Sampler
 
-from grpo.generation import SamplingSettings
 from grpo.kernels.sample import sample_tokens
+from grpo.rollout.types import SamplingSettings
 
 
 class PatientBlocks:

@@ -7,6 +7,7 @@ would need per-token adapter look-ups for a batch that always shares one adapter
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,9 @@ from grpo.kernels.lora_sum import dense_linear
 from grpo.kernels.nf4_gemm import nf4_linear
 from grpo.model.base_weights import BaseWeights, FusedLinear, Segment
 from grpo.model.config_keys import served_values
-from grpo.model.rope import share_positions
-from grpo.served_adapter import ServedAdapter
+from grpo.model.rope import EVERYWHERE, Rotary
+from grpo.rollout.lora_buffers import ServedAdapter
+from grpo.rollout.vllm_model import share_positions
 
 SHARED = "grpo_shared"
 """Name of our quantisation method and load format in vLLM."""
@@ -142,3 +144,27 @@ def write_model_folder(folder: Path, base: BaseWeights, tokenizer: Any) -> None:
     (folder / "config.json").write_text(json.dumps(values, default=str))
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+
+
+def share_positions(model: nn.Module, config: Any, longest: int) -> None:
+    """Replace the rotary caches of `model`, vLLM's, by ones with the training graph's frequencies.
+
+    Every layer gets its module anew: vLLM shares them with other engines of the process.
+    """
+    rotary = Rotary(config, longest)
+    layer_types = getattr(config, "layer_types", None)
+    made: dict[tuple[str, int], nn.Module] = {}
+    for name, attention in list(model.named_modules()):
+        theirs = getattr(attention, "rotary_emb", None)
+        if not isinstance(theirs, nn.Module):
+            continue
+        layer = int(name.split(".layers.")[1].split(".")[0])
+        kind = layer_types[layer] if layer_types and layer_types[layer] in rotary.scalings else EVERYWHERE
+        if (kind, id(theirs)) not in made:
+            ours = copy.deepcopy(theirs)
+            held = ours.cos_sin_cache
+            table = rotary.table(held.shape[0], kind or None)
+            assert table.shape == held.shape, (name, table.shape, held.shape)
+            ours.cos_sin_cache = table.to(held)
+            made[kind, id(theirs)] = ours
+        attention.rotary_emb = made[kind, id(theirs)]
