@@ -32,7 +32,7 @@ from grpo.config.toml import apply_override, read_toml
 from grpo.data import Prompt, load_data
 from grpo.errors import UserError, fail
 from grpo.model.vocabulary import check_tokens
-from grpo.report import write_report
+from grpo.report.page import write_report
 from grpo.rewards.extract import extracted_answer
 from grpo.rewards.resolve import described
 from grpo.run.checkpoint import CONFIG, write_atomically

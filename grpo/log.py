@@ -27,7 +27,7 @@ from rich.text import Text
 from grpo.config.schema import Config
 from grpo.notebook import NotebookDisplay, Progress
 from grpo.printable import printable
-from grpo.report import LiveReport
+from grpo.report.page import LiveReport
 from grpo.run.checkpoint import write_atomically
 from grpo.run.records import (
     EVALUATIONS,

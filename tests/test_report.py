@@ -20,12 +20,13 @@ import pytest
 from report_run import HOSTILE, groups, held_out, metrics, run_config, write_run
 from rich.console import Console
 
-from grpo import report
 from grpo.log import RunLog
-from grpo.report import LiveReport, main, write_report
-from grpo.report_charts import POINTS, curve, sections, smoothed, time_shares
-from grpo.report_data import CHARACTERS, RunData, cut, improvements, read_run, sampled_groups, spread_evenly
-from grpo.report_findings import findings
+from grpo.report import page as report
+from grpo.report.__main__ import main
+from grpo.report.charts import POINTS, curve, sections, smoothed, time_shares
+from grpo.report.data import CHARACTERS, RunData, cut, improvements, read_run, sampled_groups, spread_evenly
+from grpo.report.findings import findings
+from grpo.report.page import LiveReport, write_report
 from grpo.run.records import json_line
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -462,7 +463,7 @@ def test_bad_input_is_one_sentence(
 def test_a_report_needs_neither_torch_nor_vllm(run: Path, tmp_path: Path) -> None:
     script = f"""
 import sys
-from grpo.report import main
+from grpo.report.__main__ import main
 main([{str(run)!r}, "--out", {str(tmp_path / "out.html")!r}])
 print([name for name in ("torch", "vllm", "transformers", "numpy") if name in sys.modules])
 """

@@ -16,7 +16,7 @@ import pytest
 from browser import Browser, installed, started
 from report_run import HOSTILE, run_config, write_run
 
-from grpo.report import write_report
+from grpo.report.page import write_report
 
 PROGRAM = installed()
 pytestmark = pytest.mark.skipif(

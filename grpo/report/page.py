@@ -5,20 +5,18 @@
 
 A report is a function of the run folder alone. What a model wrote is data in it, never markup: it is JSON that cannot
 end its script element, read by a script that makes text nodes, under a policy that allows nothing but this file's own
-style and scripts. Reading is `grpo.report_data`'s, the choice of charts `grpo.report_charts`'.
+style and scripts. Reading is `grpo.report.data`'s, the choice of charts `grpo.report.charts`'.
 
 Exit codes: 0, done; 2, bad input, told in one sentence.
 """
 
 from __future__ import annotations
 
-import argparse
 import base64
 import datetime
 import functools
 import hashlib
 import json
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -27,11 +25,10 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from grpo.errors import UserError, fail
 from grpo.printable import printable
-from grpo.report_charts import sections, time_shares
-from grpo.report_data import RunData, flattened, improvements, mean, read_run
-from grpo.report_findings import findings
+from grpo.report.charts import sections, time_shares
+from grpo.report.data import RunData, flattened, improvements, mean, read_run
+from grpo.report.findings import findings
 from grpo.run.checkpoint import write_atomically
 from grpo.run.records import REPORT, json_line
 from grpo.version import __version__
@@ -355,38 +352,3 @@ def settings(run: RunData) -> list[tuple[str, str]]:
     tables = {name: run.summary[name] for name in ("versions", "hardware") if isinstance(run.summary.get(name), dict)}
     values = dict(flattened({**run.config, **tables}))
     return [(printable(key), setting(values, key)) for key in values]
-
-
-# The command line
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line `arguments` (those of the process by default) and return its exit code."""
-    parsed = parser().parse_args(arguments)
-    out = parsed.out or (parsed.runs[0] / REPORT if len(parsed.runs) == 1 else COMPARISON)
-    try:
-        write_report(parsed.runs, out)
-    except UserError as error:
-        return fail("grpo.report", error)
-    except OSError as error:
-        return fail("grpo.report", f"{out}: cannot be written ({error.strerror}); choose another --out")
-    print(out)
-    return 0
-
-
-def parser() -> argparse.ArgumentParser:
-    """The options of `python -m grpo.report`."""
-    result = argparse.ArgumentParser(
-        prog="python -m grpo.report",
-        description="Write the report of a run as one HTML file, or a comparison of several.",
-        allow_abbrev=False,
-    )
-    result.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder; several are compared")
-    result.add_argument(
-        "--out", type=Path, metavar="FILE", help=f"the file (one run: its {REPORT}; several: {COMPARISON} here)"
-    )
-    return result
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,7 +1,7 @@
 """A run folder as the report needs it: figures of each step, evaluations, a bounded choice of completions.
 
 Reading is forgiving (a crash cuts lines short, a running process adds some) and sizes are bounded, so that the report
-of a run of a hundred thousand steps is no heavier than that of a thousand. Charts are `grpo.report_charts`'.
+of a run of a hundred thousand steps is no heavier than that of a thousand. Charts are `grpo.report.charts`'.
 """
 
 from __future__ import annotations

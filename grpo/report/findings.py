@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from grpo.report_charts import LEAST_SURVIVAL, MISMATCH_LIMIT, SURVIVAL_FROM
-from grpo.report_data import RunData
+from grpo.report.charts import LEAST_SURVIVAL, MISMATCH_LIMIT, SURVIVAL_FROM
+from grpo.report.data import RunData
 
 FEWEST_STEPS = 15
 """With fewer steps nothing is said about a trend."""

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from grpo.report_data import RunData, mean, rounded
+from grpo.report.data import RunData, mean, rounded
 
 POINTS = 300
 """At most so many points in a curve."""
