@@ -32,10 +32,10 @@ from benchmarks import shared_model
 from grpo.config.schema import Config, Model, parse_config
 from grpo.data import load_data, tokenize
 from grpo.kernels import nf4
-from grpo.log import RunLog
 from grpo.model.architectures import fused_linears
 from grpo.model.source import open_source
 from grpo.model.weight_source import NF4Tensor
+from grpo.monitor.run_log import RunLog
 from grpo.run.versions import hardware, versions
 from grpo.session import open_session
 

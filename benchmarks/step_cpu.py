@@ -97,7 +97,7 @@ def run_grpo(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """This project's steps, as `grpo.train` takes them, with completions that no token ends."""
     from grpo.config.schema import parse_config
     from grpo.data import load_data
-    from grpo.log import RunLog
+    from grpo.monitor.run_log import RunLog
     from grpo.rewards.pool import RewardPool
     from grpo.run.library_logs import quiet_libraries
     from grpo.session import open_session

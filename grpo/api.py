@@ -25,8 +25,8 @@ from grpo.distributed.launch import refuse_several
 from grpo.errors import UserError
 from grpo.inputs import as_rewards, as_task, reward_table
 from grpo.keywords import SECTIONS, Tables, merged, tables_of, with_lengths
-from grpo.log import RunLog
 from grpo.model.vocabulary import check_tokens
+from grpo.monitor.run_log import RunLog
 from grpo.result import TrainResult
 from grpo.rollout.types import Request, SamplingSettings
 from grpo.run.checkpoint import CONFIG, open_run

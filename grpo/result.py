@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from grpo.curves import Curve, Plot, draw, shown_metrics, title_of
 from grpo.errors import UserError
+from grpo.monitor.curves import Curve, Plot, draw, shown_metrics, title_of
 from grpo.run.records import EVALUATIONS, METRICS, SUMMARY, read_entries
 
 ENDS = 5

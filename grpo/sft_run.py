@@ -15,8 +15,8 @@ import torch
 from transformers import TrainerCallback
 
 from grpo.errors import UserError
-from grpo.log import RunLog
 from grpo.model.vocabulary import check_tokens
+from grpo.monitor.run_log import RunLog
 from grpo.policy.keep_16bit import remember_base
 from grpo.run.checkpoint import CONFIG, create_run_folder, replace_folder, write_atomically
 from grpo.run.signals import Interrupts

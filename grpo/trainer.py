@@ -28,10 +28,11 @@ from grpo.errors import UserError
 from grpo.evaluate import evaluate, measure_pass_rates
 from grpo.guard import UnusableUpdate, dump_folder, whole, write_dump
 from grpo.learner import UNMEASURED, Learner
-from grpo.log import RunLog
 from grpo.loss import resolve_loss
 from grpo.memory.plan import sequence_limits
 from grpo.model.vocabulary import check_tokens
+from grpo.monitor.run_log import RunLog
+from grpo.monitor.silent_log import SilentLog
 from grpo.policy.adapter_survival import adapter_survival
 from grpo.policy.keep_16bit import remember_base
 from grpo.printable import printable
@@ -48,7 +49,6 @@ from grpo.run.versions import versions
 from grpo.scored import logged, reward_table, sampling_metrics
 from grpo.selftest import check_rollout_follows_adapter
 from grpo.session import Session, open_session, read_model
-from grpo.silent_log import SilentLog
 
 STATE = "trainer.safetensors"
 PASS_RATES = "pass_rates.json"

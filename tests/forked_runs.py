@@ -201,7 +201,7 @@ PHASES: dict[str, Callable[[Any, Callable[[], None]], None]] = {
     "rollout": in_rollout,
     "backward": in_backward,
     "checkpoint": lambda session, count: on_events(("grpo.trainer", "save"), count),
-    "samples": lambda session, count: on_events(("grpo.log:RunLog", "samples"), count),
+    "samples": lambda session, count: on_events(("grpo.monitor.run_log:RunLog", "samples"), count),
     "evaluation": lambda session, count: on_events(("grpo.trainer:Run", "evaluate"), count),
     "report": lambda session, count: on_events(("grpo.report", "write_report"), count),
     "finish": lambda session, count: on_events(("grpo.trainer:Run", "finish"), count),

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from grpo.config.schema import Config, config_toml, parse_config
-from grpo.log import RunLog
+from grpo.monitor.run_log import RunLog
 from grpo.run.checkpoint import CONFIG
 from grpo.run.samples import Sample, SampleGroup
 

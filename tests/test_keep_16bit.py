@@ -20,12 +20,12 @@ from grpo.config.schema import Lora, Model, parse_config
 from grpo.data import load_data
 from grpo.errors import UserError
 from grpo.kernels import nf4
-from grpo.log import RunLog
 from grpo.memory.plan import weight_bytes
 from grpo.model import fingerprint
 from grpo.model.base_weights import BaseWeights
 from grpo.model.sizes import AUTO_SHARE, linear_shapes, nf4_bytes
 from grpo.model.source import open_source
+from grpo.monitor.run_log import RunLog
 from grpo.policy import keep_16bit
 from grpo.policy.keep_16bit import choose, load_base, rounding_costs
 from grpo.policy.policy import Policy

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from grpo.config.schema import parse_config
-from grpo.log import RunLog, json_line, printable
+from grpo.monitor.run_log import RunLog, json_line, printable
 from grpo.run.library_logs import quiet_libraries
 from grpo.run.samples import Sample, SampleGroup
 

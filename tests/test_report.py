@@ -20,7 +20,7 @@ import pytest
 from report_run import HOSTILE, groups, held_out, metrics, run_config, write_run
 from rich.console import Console
 
-from grpo.log import RunLog
+from grpo.monitor.run_log import RunLog
 from grpo.report import page as report
 from grpo.report.__main__ import main
 from grpo.report.charts import POINTS, curve, sections, smoothed, time_shares

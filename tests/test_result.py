@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from grpo.curves import shown_metrics
 from grpo.errors import UserError
-from grpo.notebook import NotebookDisplay, Progress
+from grpo.monitor.curves import shown_metrics
+from grpo.monitor.notebook import NotebookDisplay, Progress
 from grpo.result import TrainResult
 
 
@@ -65,7 +65,7 @@ def test_a_cell_shows_a_line_and_a_plot_and_redraws_both_in_place(monkeypatch: p
         return handles[-1]
 
     monkeypatch.setattr("IPython.display.display", display)
-    monkeypatch.setattr("grpo.notebook.SECONDS_BETWEEN_PLOTS", 0.0)
+    monkeypatch.setattr("grpo.monitor.notebook.SECONDS_BETWEEN_PLOTS", 0.0)
     series: dict[str, list[float]] = {}
     line = "starting vLLM"
     shown = NotebookDisplay(lambda: Progress(line, series))

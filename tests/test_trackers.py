@@ -20,8 +20,8 @@ from report_run import metrics, run_config, write_run
 
 from grpo.config.schema import Config
 from grpo.errors import UserError
+from grpo.monitor.trackers import Trackers
 from grpo.run.records import without_secrets
-from grpo.trackers import Trackers
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT_SECRET = "s3cret-of-the-environment"
@@ -140,7 +140,7 @@ import sys
 sys.path.insert(0, {str(ROOT / "tests")!r})
 from test_trackers import logging_to
 from grpo.errors import UserError
-from grpo.trackers import Trackers
+from grpo.monitor.trackers import Trackers
 try:
     Trackers(logging_to(Path("run"), "wandb"), Path("run"))
 except UserError as error:
@@ -180,7 +180,7 @@ def test_trackio_gets_the_numbers_and_sees_nothing_else(tmp_path: Path) -> None:
 def test_no_tracker_is_imported_unless_it_is_asked_for(tmp_path: Path) -> None:
     script = """
 import sys
-from grpo.log import RunLog
+from grpo.monitor.run_log import RunLog
 print([name for name in ("wandb", "trackio", "tensorboard", "torch") if name in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)

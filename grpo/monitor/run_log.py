@@ -25,7 +25,8 @@ from rich.table import Table
 from rich.text import Text
 
 from grpo.config.schema import Config
-from grpo.notebook import NotebookDisplay, Progress
+from grpo.monitor.notebook import NotebookDisplay, Progress
+from grpo.monitor.trackers import Trackers
 from grpo.printable import printable
 from grpo.report.page import LiveReport
 from grpo.run.checkpoint import write_atomically
@@ -44,7 +45,6 @@ from grpo.run.records import (
 )
 from grpo.run.samples import SampleGroup
 from grpo.run.versions import hardware, versions
-from grpo.trackers import Trackers
 
 ENDS = 5  # steps that "first" and "last" are means over
 SHOWN_CHARACTERS = 700

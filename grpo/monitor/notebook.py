@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from grpo.curves import Curve, draw, shown_metrics, title_of
 from grpo.errors import UserError
+from grpo.monitor.curves import Curve, draw, shown_metrics, title_of
 
 SECONDS_BETWEEN_PLOTS = 1.0
 

@@ -1,6 +1,7 @@
 """The log of every rank but the first: what one rank writes for all is not written again.
 
-Only notices are passed on, since memory may run out on one rank alone. The record and the display are grpo/log.py's.
+Only notices are passed on, since memory may run out on one rank alone. The record and the display are
+grpo/monitor/run_log.py's.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from grpo.config.schema import Config
-from grpo.log import RunLog
+from grpo.monitor.run_log import RunLog
 from grpo.printable import printable
 from grpo.run.samples import SampleGroup
 
