@@ -32,10 +32,10 @@ from benchmarks.rows import Row
 if TYPE_CHECKING:
     import torch
 
-    from grpo.batch import TrainingSequence
-    from grpo.learner import Learner
     from grpo.model.base_weights import BaseWeights
     from grpo.rollout.engine import Engine
+    from grpo.training.batch import TrainingSequence
+    from grpo.training.learner import Learner
 
 ROWS = {"bf16": ("auto", False), "fp8": ("fp8", False), "bf16-released": ("auto", True), "fp8-released": ("fp8", True)}
 """Name -> (kv_cache_dtype, release_kv_cache)."""
@@ -146,8 +146,8 @@ def rollout(engine: Engine, base: BaseWeights, options: argparse.Namespace, comp
     """Completions of `completion` tokens, of which the last are sampled; as sequences to train on."""
     import torch
 
-    from grpo.batch import TrainingSequence
     from grpo.rollout.types import Request, SamplingSettings
+    from grpo.training.batch import TrainingSequence
 
     generator = torch.Generator().manual_seed(completion)
 

@@ -34,7 +34,7 @@ from benchmarks.rows import Job, Row
 if TYPE_CHECKING:
     import torch
 
-    from grpo.learner import Learner
+    from grpo.training.learner import Learner
 
 UNSLOTH = {8: 2_972, 12: 21_848, 16: 40_724, 24: 78_475, 40: 153_977, 48: 191_728, 80: 342_733}
 """Unsloth's published table for this model, rank and batch: GB -> tokens. Not measured here."""

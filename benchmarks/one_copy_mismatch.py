@@ -6,11 +6,11 @@ stock transformers on the same model.
     python benchmarks/one_copy_mismatch.py ours --model /tmp/m16 --dtype bfloat16 --four-bit
     python benchmarks/one_copy_mismatch.py stock --model /tmp/m16 --dtype bfloat16
 
-`ours` trains an adapter for some steps on two-digit sums through `grpo.trainer`, then samples long answers to general
-questions from the same engine. `stock` samples the same questions with vLLM as installed (its own weights, 16 bit, no
-adapter; CUDA graphs, no Inductor, as in ours) and scores them with transformers, one sequence at a time, no padding.
-How far two ways of rounding come apart depends on the weights, so ours on an NF4 base is compared with stock on the
-values of that base, which `export --four-bit` writes in 16 bit.
+`ours` trains an adapter for some steps on two-digit sums through `grpo.training.trainer`, then samples long answers to
+general questions from the same engine. `stock` samples the same questions with vLLM as installed (its own weights, 16
+bit, no adapter; CUDA graphs, no Inductor, as in ours) and scores them with transformers, one sequence at a time, no
+padding. How far two ways of rounding come apart depends on the weights, so ours on an NF4 base is compared with stock
+on the values of that base, which `export --four-bit` writes in 16 bit.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def questions(tokenizer: Any) -> list[list[int]]:
 def ours(options: argparse.Namespace) -> dict[str, Any]:
     """Train, then compare the engine that was trained against with the graph that was trained."""
     from grpo.run.checkpoint import open_run
-    from grpo.trainer import train_session
+    from grpo.training.trainer import train_session
 
     scratch = Path(tempfile.mkdtemp(prefix="grpo-mismatch-"))
     config = training_config(options, scratch / "run")

@@ -101,7 +101,7 @@ def run_grpo(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from grpo.rewards.pool import RewardPool
     from grpo.run.library_logs import quiet_libraries
     from grpo.session import open_session
-    from grpo.trainer import Run
+    from grpo.training.trainer import Run
 
     quiet_libraries(False)
     config = parse_config(

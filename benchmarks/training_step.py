@@ -16,15 +16,15 @@ import torch
 
 from benchmarks.processes import nvml_handles
 from benchmarks.random_model import RandomSource
-from grpo.batch import TrainingSequence
 from grpo.config.schema import Config, Model, parse_config
-from grpo.headroom import free_cached
-from grpo.learner import Learner
-from grpo.loss import BatchTotals, batch_totals
 from grpo.memory.activations import TrainingMemory, moment_bytes
 from grpo.model.base_weights import BaseWeights
 from grpo.policy.packing import packed_row
 from grpo.policy.policy import Policy
+from grpo.training.batch import TrainingSequence
+from grpo.training.learner import Learner
+from grpo.training.loss import BatchTotals, batch_totals
+from grpo.training.micro_batch import free_cached
 
 WARM_UP = 512
 """Tokens of a step that compiles kernels and allocates the optimiser's moments."""

@@ -103,7 +103,7 @@ def ours_command(options: argparse.Namespace, folder: Path, run: Path) -> list[s
 def train_ours(config: Path, run: Path) -> None:
     """What `python -m grpo.train` does, from a configuration as JSON."""
     from grpo.config.schema import parse_config
-    from grpo.trainer import Trainer
+    from grpo.training.trainer import Trainer
 
     sections = json.loads(config.read_text())
     values = sections.pop("") | sections

@@ -279,7 +279,7 @@ class LoadedPolicy:
             told, session.status = session.status, log.status
             try:
                 with log:
-                    from grpo.trainer import train_session
+                    from grpo.training.trainer import train_session
 
                     session.configure(config)
                     if session.engine_started:

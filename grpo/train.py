@@ -1,7 +1,8 @@
 """The command line of training: `python -m grpo.train configs/gsm8k.toml`.
 
-It reads the configuration and hands it to `grpo.trainer`; nothing else happens here. torch and vLLM are imported only
-once the configuration is known to be right, so that `--help`, `--dry-run` and a misspelt key answer at once.
+It reads the configuration and hands it to `grpo.training.trainer`; nothing else happens here. torch and vLLM are
+imported only once the configuration is known to be right, so that `--help`, `--dry-run` and a misspelt key answer at
+once.
 
 Exit codes: 0, done; 2, stopped, told in one sentence; 130, interrupted by Ctrl-C (SIGINT); 143, by SIGTERM. An
 interrupted run leaves a checkpoint of its last whole step within 30 seconds; a second signal ends it at once.
@@ -129,7 +130,7 @@ def train(config: Config, launch: Launch, *, resume: bool, verbose: bool) -> Non
     if launch.first and launch.restarts == 0:
         check_run(config, resume=resume)
     check_machine(config.model.device)
-    from grpo.trainer import Trainer
+    from grpo.training.trainer import Trainer
 
     with leaving_at_once():
         Trainer(config, resume=resume, verbose=verbose, launch=launch).run()

@@ -200,11 +200,11 @@ def in_backward(session: Any, count: Callable[[], None]) -> None:
 PHASES: dict[str, Callable[[Any, Callable[[], None]], None]] = {
     "rollout": in_rollout,
     "backward": in_backward,
-    "checkpoint": lambda session, count: on_events(("grpo.trainer", "save"), count),
+    "checkpoint": lambda session, count: on_events(("grpo.training.trainer", "save"), count),
     "samples": lambda session, count: on_events(("grpo.monitor.run_log:RunLog", "samples"), count),
-    "evaluation": lambda session, count: on_events(("grpo.trainer:Run", "evaluate"), count),
+    "evaluation": lambda session, count: on_events(("grpo.training.trainer:Run", "evaluate"), count),
     "report": lambda session, count: on_events(("grpo.report", "write_report"), count),
-    "finish": lambda session, count: on_events(("grpo.trainer:Run", "finish"), count),
+    "finish": lambda session, count: on_events(("grpo.training.trainer:Run", "finish"), count),
 }
 """Where a run can be hit, each with what counts the moments of that kind."""
 
@@ -298,7 +298,7 @@ def poison_updates(session: Any, what: str, *steps: str) -> None:
     """In these steps make `what` unusable: the loss is NaN, or vLLM's logprobs are."""
     bad = {int(step) for step in steps}
     if what == "rollout":
-        replace(("grpo.trainer:Run", "sample"), lambda sample: rewriting(sample, bad))
+        replace(("grpo.training.trainer:Run", "sample"), lambda sample: rewriting(sample, bad))
         return
     now = 0
 
@@ -317,8 +317,8 @@ def poison_updates(session: Any, what: str, *steps: str) -> None:
 
         return computed
 
-    replace(("grpo.learner:Learner", "update"), noting)
-    replace(("grpo.learner:Learner", "micro_batch"), poisoned)
+    replace(("grpo.training.learner:Learner", "update"), noting)
+    replace(("grpo.training.learner:Learner", "micro_batch"), poisoned)
 
 
 def rewriting(sample: Callable[..., Any], steps: set[int]) -> Callable[..., Any]:
@@ -387,7 +387,7 @@ def serve(config: Path, home: Path) -> None:
     from grpo.run.library_logs import quiet_libraries
 
     quiet_libraries(False)
-    import grpo.trainer
+    import grpo.training.trainer
     from grpo.config.schema import read_config
     from grpo.session import open_session
 
@@ -399,7 +399,7 @@ def serve(config: Path, home: Path) -> None:
         session.config = config
         yield session
 
-    grpo.trainer.open_session = opened  # type: ignore[assignment]
+    grpo.training.trainer.open_session = opened  # type: ignore[assignment]
     answer(answers, ready=True)
     for line in sys.stdin:
         request = json.loads(line)

@@ -5,7 +5,7 @@ from dataclasses import fields, replace
 import torch
 
 from grpo.config.schema import Loss
-from grpo.loss import BatchTotals, LossInputs, batch_totals
+from grpo.training.loss import BatchTotals, LossInputs, batch_totals
 
 LENGTHS = [5, 1, 9, 3, 7, 4]
 MAX_COMPLETION_LENGTH = 12

@@ -9,8 +9,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from grpo.advantages import compute_advantages, may_skip_equal_groups, reward_metrics
 from grpo.config.schema import Loss
+from grpo.training.advantages import compute_advantages, may_skip_equal_groups, reward_metrics
 
 NAN = float("nan")
 VARIANTS = [

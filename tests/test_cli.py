@@ -47,9 +47,9 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Config, dict[str, Any
 
 
 def install_trainer(monkeypatch: pytest.MonkeyPatch, trainer: type) -> None:
-    module = types.ModuleType("grpo.trainer")
+    module = types.ModuleType("grpo.training.trainer")
     module.Trainer = trainer  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "grpo.trainer", module)
+    monkeypatch.setitem(sys.modules, "grpo.training.trainer", module)
     monkeypatch.setattr("grpo.run.library_logs.quiet_libraries", lambda verbose: None)
 
 

@@ -20,9 +20,17 @@ from grpo import evaluate as module
 from grpo.config.schema import Config, Eval, parse_config
 from grpo.data import Prompt
 from grpo.errors import UserError
-from grpo.evaluate import EvalResult, Sample, evaluate, measure_pass_rates, pass_at_k, summarise, wilson_interval
 from grpo.run.model_reference import folder_of_adapter
 from grpo.tasks.common import Task
+from grpo.training.evaluation import (
+    EvalResult,
+    Sample,
+    evaluate,
+    measure_pass_rates,
+    pass_at_k,
+    summarise,
+    wilson_interval,
+)
 
 # Statistics
 

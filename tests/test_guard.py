@@ -16,17 +16,18 @@ from small_chat import save_small_chat_model
 from tiny_run import run_tables
 from torch import Tensor
 
-from grpo.advantages import Advantages, compute_advantages
 from grpo.config.schema import Config, parse_config
 from grpo.data import Prompt
 from grpo.errors import UserError
-from grpo.guard import FEWEST, KEPT_DUMPS, Guard, UnusableUpdate, write_dump
-from grpo.learner import Learner
 from grpo.model.base_weights import BaseWeights
 from grpo.model.source import open_source
 from grpo.policy.policy import Policy
 from grpo.replay import main, replay
 from grpo.rollout.sampler import Group, Sample
+from grpo.training.advantages import Advantages, compute_advantages
+from grpo.training.dump import KEPT_DUMPS, write_dump
+from grpo.training.learner import Learner
+from grpo.training.update_check import FEWEST, Guard, UnusableUpdate
 
 NAN, INF = math.nan, math.inf
 REWARDS = [[1.0, 0.0, 0.5, 0.2], [0.0, 2.0, 1.0, 0.1]]

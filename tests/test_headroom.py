@@ -12,16 +12,16 @@ import torch
 from test_learner import advantages, config_for, groups
 from tiny import save_tiny
 
-from grpo import headroom
-from grpo.batch import pack
 from grpo.config.schema import Config
 from grpo.errors import UserError
-from grpo.headroom import largest_batch
-from grpo.learner import Learner
 from grpo.model.base_weights import BaseWeights
 from grpo.model.source import open_source
-from grpo.optim import LossScaler, moments_like
 from grpo.policy.policy import Policy
+from grpo.training import micro_batch as headroom
+from grpo.training.batch import pack
+from grpo.training.learner import Learner
+from grpo.training.micro_batch import largest_batch
+from grpo.training.optim import LossScaler, moments_like
 
 BUDGET = 60
 

@@ -34,7 +34,7 @@ from grpo.run.model_reference import resolve_target
 from grpo.session import open_session
 from grpo.sft_config import parse_sft_config
 from grpo.sft_run import run_sft
-from grpo.trainer import Trainer, train_session
+from grpo.training.trainer import Trainer, train_session
 
 CPU = torch.device("cpu")
 
@@ -312,7 +312,7 @@ def test_an_adapter_a_further_training_and_a_resumed_run_find_the_choice_that_wa
     auto = {"load_in_4bit": True, "keep_16bit": "auto"}
     config = parse_config(run_tables(tmp_path, model=auto))
     (tmp_path / "run").mkdir()
-    monkeypatch.setattr("grpo.trainer.check_rollout_follows_adapter", lambda session: refuse("far enough"))
+    monkeypatch.setattr("grpo.training.trainer.check_rollout_follows_adapter", lambda session: refuse("far enough"))
     with open_session(config, start_engine=False) as session:
         chosen = session.base.kept_16bit
         session.policy.save_adapter(tmp_path / "adapter")
@@ -347,9 +347,9 @@ def test_a_resumed_run_has_its_base_held_as_it_was(tmp_path: Path, monkeypatch: 
         asked.append((keys["resumed"], keys["agree"](3)))
         raise UserError("far enough")
 
-    monkeypatch.setattr("grpo.trainer.open_session", opened)
+    monkeypatch.setattr("grpo.training.trainer.open_session", opened)
     for name in ("open_run", "start_rewards"):
-        monkeypatch.setattr(f"grpo.trainer.{name}", lambda *arguments, **keys: contextlib.nullcontext())
+        monkeypatch.setattr(f"grpo.training.trainer.{name}", lambda *arguments, **keys: contextlib.nullcontext())
     config = parse_config(run_tables(tmp_path, model={"load_in_4bit": True, "keep_16bit": "auto"}))
     (tmp_path / "run").mkdir()
     for resume in (False, True):

@@ -12,14 +12,14 @@ import torch
 from tiny import VOCABULARY, save_tiny
 from torch import Tensor
 
-from grpo.advantages import Advantages, compute_advantages
 from grpo.config.schema import Config, parse_config
 from grpo.data import Prompt
-from grpo.learner import Learner
 from grpo.model.base_weights import BaseWeights
 from grpo.model.source import open_source
 from grpo.policy.policy import Policy
 from grpo.rollout.sampler import Group, Sample
+from grpo.training.advantages import Advantages, compute_advantages
+from grpo.training.learner import Learner
 
 GENERATIONS = 3
 REWARDS = [[1.0, 0.0, 0.5], [0.0, 0.0, 0.0], [0.0, 2.0, 1.0], [1.0, 1.0, 0.0]]  # the second group is all alike
@@ -151,7 +151,7 @@ def test_skipping_groups_of_equal_rewards_leaves_the_gradient(
     monkeypatch.setattr(Policy, "score", lambda self, p, *a, **k: (seen.append(len(p)), score(self, p, *a, **k))[1])
     skipped, _ = gradients(base, loss={"loss_type": loss_type})
     assert sum(seen) == 9, "the idle group was computed"
-    monkeypatch.setattr("grpo.learner.may_skip_equal_groups", lambda settings: False)
+    monkeypatch.setattr("grpo.training.learner.may_skip_equal_groups", lambda settings: False)
     full, _ = gradients(base, loss={"loss_type": loss_type})
     assert sum(seen) == 9 + 12
     assert_same(skipped, full)

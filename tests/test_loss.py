@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from loss_batches import MAX_COMPLETION_LENGTH, gradients, lengths_of, random_inputs, select, totals_of
 
-from grpo.advantages import may_skip_equal_groups
 from grpo.config.schema import Loss
-from grpo.corrections import entropy_quantile, kl_estimate, rollout_weights
 from grpo.errors import UserError
-from grpo.loss import OBJECTIVES, BatchTotals, batch_totals, compute_loss, resolve_loss
-from grpo.loss_metrics import EffectiveSampleSize, Maximum, Mean, Total, merge_metrics
+from grpo.training.advantages import may_skip_equal_groups
+from grpo.training.loss import OBJECTIVES, BatchTotals, batch_totals, compute_loss, resolve_loss
+from grpo.training.loss_metrics import EffectiveSampleSize, Maximum, Mean, Total, merge_metrics
+from grpo.training.loss_terms import entropy_quantile, kl_estimate, rollout_weights
 
 CORRECTIONS = ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 ALL_PARTS = {

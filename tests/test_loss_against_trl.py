@@ -15,8 +15,8 @@ from loss_batches import MAX_COMPLETION_LENGTH, gradients, lengths_of, random_in
 from trl import GRPOTrainer
 
 from grpo.config.schema import Loss
-from grpo.loss import OBJECTIVES, compute_loss
-from grpo.loss_metrics import merge_metrics
+from grpo.training.loss import OBJECTIVES, compute_loss
+from grpo.training.loss_metrics import merge_metrics
 
 VARIANTS = {
     "plain": {},

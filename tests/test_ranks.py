@@ -31,12 +31,12 @@ from grpo.config.schema import Config, parse_config
 from grpo.distributed.launch import Launch, check_share, refuse_several, take_launch
 from grpo.distributed.ranks import Ranks, connect, owners
 from grpo.errors import UserError
-from grpo.loss_metrics import EffectiveSampleSize, Maximum, Mean, Total, as_message, from_message
 from grpo.model.base_weights import BaseWeights
 from grpo.model.source import open_source
 from grpo.policy.policy import Policy
 from grpo.rollout.sampler import Group, Outline
-from grpo.trainer import uneven_share
+from grpo.training.loss_metrics import EffectiveSampleSize, Maximum, Mean, Total, as_message, from_message
+from grpo.training.trainer import uneven_share
 
 T = TypeVar("T")
 

@@ -1,4 +1,5 @@
-"""grpo/reference.py: the KL reference is the adapter that the run began with, or the base, also after a resume."""
+"""grpo/training/reference_policy.py: the KL reference is the adapter that the run began with, or the base, also after a
+resume."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from grpo.model.base_weights import BaseWeights
 from grpo.model.source import open_source
 from grpo.policy.fused_layers import install
 from grpo.policy.policy import Policy
-from grpo.reference import set_reference
+from grpo.training.reference_policy import set_reference
 
 START, BASE = Loss(beta=0.1), Loss(beta=0.1, reference="base")
 PROMPTS, COMPLETIONS = [[5, 9, 33], [12, 140]], [[8, 15, 99], [9, 8, 7, 6]]

@@ -12,13 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grpo.batch import TrainingSequence, pack
 from grpo.data import Prompt
 from grpo.errors import UserError
 from grpo.policy.packing import packed_row
 from grpo.rewards.contract import RewardBatch, RewardResult
 from grpo.rollout.engine import Completion, Request, SamplingSettings
 from grpo.rollout.sampler import Sampler, sample_seed
+from grpo.training.batch import TrainingSequence, pack
 
 
 class Engine:

@@ -1,4 +1,5 @@
-"""grpo/selftest.py: a run begins only when vLLM serves the adapter that is trained, whatever modules that is on."""
+"""grpo/training/self_check.py: a run begins only when vLLM serves the adapter that is trained, whatever modules that is
+on."""
 
 from __future__ import annotations
 
@@ -10,8 +11,8 @@ from tiny_run import SMOLLM2
 
 from grpo.config.schema import parse_config
 from grpo.errors import UserError
-from grpo.selftest import check_rollout_follows_adapter
 from grpo.session import open_session
+from grpo.training.self_check import check_rollout_follows_adapter
 
 TARGETS = [["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"], ["o_proj"]]
 

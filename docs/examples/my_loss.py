@@ -7,7 +7,7 @@ dividing by a constant of the optimiser step (`totals`) makes their gradients ad
 """
 
 from grpo.config.schema import Loss
-from grpo.loss import BatchTotals, LossInputs
+from grpo.training.loss import BatchTotals, LossInputs
 
 
 def capped_reinforce(inputs: LossInputs, totals: BatchTotals, settings: Loss):

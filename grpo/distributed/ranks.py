@@ -6,7 +6,7 @@ after the backward pass, where gradients are summed. Completions themselves stay
 
 torch's default process group is vLLM's, which is alone in each process; so the groups here are not registered with
 torch at all. Messages are JSON and safetensors (grpo/run/tensor_state.py), never pickle. Not here: who is started where
-(grpo/distributed/launch.py), and what a step is (grpo/trainer.py).
+(grpo/distributed/launch.py), and what a step is (grpo/training/trainer.py).
 """
 
 from __future__ import annotations

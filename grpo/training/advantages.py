@@ -1,7 +1,7 @@
 """From rewards to advantages: how much better a completion did than the others of its group.
 
 Pure functions on [P, G, F] rewards: P prompts, G completions each, F reward functions. Rewards are few, so all of it
-is float64 on the CPU. Not here: scoring (rewards/), what the advantages multiply (grpo/loss.py).
+is float64 on the CPU. Not here: scoring (rewards/), what the advantages multiply (grpo/training/loss.py).
 """
 
 from __future__ import annotations

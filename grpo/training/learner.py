@@ -14,8 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo.advantages import Advantages, may_skip_equal_groups
-from grpo.batch import (
+from grpo.config.schema import Config
+from grpo.distributed.ranks import Ranks, runs
+from grpo.policy.policy import Policy, Scored
+from grpo.policy.rng import RandomState, current_states
+from grpo.rollout.sampler import Group
+from grpo.training.advantages import Advantages, may_skip_equal_groups
+from grpo.training.batch import (
     PackedTokens,
     TrainingGroup,
     TrainingSequence,
@@ -24,17 +29,11 @@ from grpo.batch import (
     packed_tokens,
     training_group,
 )
-from grpo.config.schema import Config
-from grpo.distributed.ranks import Ranks, runs
-from grpo.guard import Batch, Guard
-from grpo.headroom import Headroom, largest_batch
-from grpo.loss import BatchTotals, LossInputs, batch_totals, resolve_loss
-from grpo.loss_metrics import Metrics, as_message, from_message, joined, merge_metrics
-from grpo.optim import LossScaler, build_optimizer, learning_rate, moments_like
-from grpo.policy.policy import Policy, Scored
-from grpo.policy.rng import RandomState, current_states
-from grpo.rollout.sampler import Group
-from grpo.snapshot import Snapshot
+from grpo.training.loss import BatchTotals, LossInputs, batch_totals, resolve_loss
+from grpo.training.loss_metrics import Metrics, as_message, from_message, joined, merge_metrics
+from grpo.training.micro_batch import Headroom, largest_batch
+from grpo.training.optim import LossScaler, Snapshot, build_optimizer, learning_rate, moments_like
+from grpo.training.update_check import Batch, Guard
 
 
 class Learner:

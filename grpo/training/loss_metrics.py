@@ -1,8 +1,8 @@
 """Metrics of one micro-batch, in a form that merges exactly over the micro-batches of a step.
 
 Each is a small record of sums, counts or maxima; `merge_metrics` adds the records up and only then divides, so a
-step's figures do not depend on how its tokens were packed. Not here: what is measured (grpo/loss.py) and rewards
-(grpo/advantages.py).
+step's figures do not depend on how its tokens were packed. Not here: what is measured (grpo/training/loss.py) and
+rewards (grpo/training/advantages.py).
 """
 
 from __future__ import annotations

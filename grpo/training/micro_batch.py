@@ -14,12 +14,12 @@ from typing import Any, TypeVar
 import psutil  # type: ignore[import-untyped]
 import torch
 
-from grpo.batch import TrainingSequence, pack
 from grpo.config.schema import Config
 from grpo.errors import UserError
 from grpo.memory.activations import TrainingMemory, moment_bytes
 from grpo.policy.policy import Policy
 from grpo.policy.rng import RandomState
+from grpo.training.batch import TrainingSequence, pack
 
 T = TypeVar("T")
 

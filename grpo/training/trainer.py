@@ -19,16 +19,11 @@ from typing import Any
 
 import torch
 
-from grpo.advantages import Advantages, compute_advantages
 from grpo.config.schema import Config, config_toml
 from grpo.data import Data, Prompt, PromptStream, keep_by_pass_rate, load_data
 from grpo.distributed.launch import Launch
 from grpo.distributed.ranks import Ranks, connect
 from grpo.errors import UserError
-from grpo.evaluate import evaluate, measure_pass_rates
-from grpo.guard import UnusableUpdate, dump_folder, whole, write_dump
-from grpo.learner import UNMEASURED, Learner
-from grpo.loss import resolve_loss
 from grpo.memory.plan import sequence_limits
 from grpo.model.vocabulary import check_tokens
 from grpo.monitor.run_log import RunLog
@@ -36,7 +31,6 @@ from grpo.monitor.silent_log import SilentLog
 from grpo.policy.adapter_survival import adapter_survival
 from grpo.policy.keep_16bit import remember_base
 from grpo.printable import printable
-from grpo.reference import set_reference
 from grpo.rewards.pool import RewardPool
 from grpo.rewards.resolve import described
 from grpo.rollout.sampler import Group, Rollout, Sampler, sample_seed
@@ -46,9 +40,16 @@ from grpo.run.records import EVALUATIONS, read_entries
 from grpo.run.signals import Interrupts
 from grpo.run.tensor_state import load_tensors, save_tensors
 from grpo.run.versions import versions
-from grpo.scored import logged, reward_table, sampling_metrics
-from grpo.selftest import check_rollout_follows_adapter
 from grpo.session import Session, open_session, read_model
+from grpo.training.advantages import Advantages, compute_advantages
+from grpo.training.dump import dump_folder, whole, write_dump
+from grpo.training.evaluation import evaluate, measure_pass_rates
+from grpo.training.learner import UNMEASURED, Learner
+from grpo.training.loss import resolve_loss
+from grpo.training.reference_policy import set_reference
+from grpo.training.self_check import check_rollout_follows_adapter
+from grpo.training.step_metrics import logged, reward_table, sampling_metrics
+from grpo.training.update_check import UnusableUpdate
 
 STATE = "trainer.safetensors"
 PASS_RATES = "pass_rates.json"

@@ -8,13 +8,13 @@ from dataclasses import asdict
 
 import torch
 
-from grpo.advantages import Advantages, reward_metrics
 from grpo.distributed.ranks import Ranks
 from grpo.rewards.contract import merge_results
 from grpo.rewards.extract import extracted_answer
 from grpo.rollout.sampler import Group, Rollout, Sample
 from grpo.run.samples import Sample as LoggedSample
 from grpo.run.samples import SampleGroup
+from grpo.training.advantages import Advantages, reward_metrics
 
 
 def reward_table(groups: Sequence[Group], names: Sequence[str]) -> torch.Tensor:

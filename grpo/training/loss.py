@@ -2,8 +2,8 @@
 
 A micro-batch holds whole sequences one after the other, without padding. Every objective is a sum over tokens
 divided by constants of the optimiser step (`BatchTotals`), so that the losses of micro-batches simply add up and no
-split of the batch changes the gradient. KL estimators, rollout weights and masks are in grpo/corrections.py. Not
-here: where log-probabilities come from, how advantages are made, the optimiser.
+split of the batch changes the gradient. KL estimators, rollout weights and masks are in grpo/training/loss_terms.py.
+Not here: where log-probabilities come from, how advantages are made, the optimiser.
 
 Notation: i a sequence of length |o_i|, t a token; N sequences and L = sum |o_i| tokens in an optimiser step; A_i
 advantage; r_it = pi(o_it) / pi_old(o_it), or with `importance_sampling_level = "sequence"` the same for all tokens
@@ -21,7 +21,10 @@ import torch
 from torch import Tensor
 
 from grpo.config.schema import Loss
-from grpo.corrections import (
+from grpo.errors import UserError
+from grpo.rewards.resolve import resolve
+from grpo.training.loss_metrics import EffectiveSampleSize, Maximum, Mean, Metric, Metrics, Total
+from grpo.training.loss_terms import (
     capped_exp,
     entropy_quantile,
     keeps_on_policy,
@@ -30,9 +33,6 @@ from grpo.corrections import (
     rollout_weights,
     sequence_sum,
 )
-from grpo.errors import UserError
-from grpo.loss_metrics import EffectiveSampleSize, Maximum, Mean, Metric, Metrics, Total
-from grpo.rewards.resolve import resolve
 
 CISPO_CAP = 5.0
 """CISPO's cap on the ratio where `epsilon_high` is not set; ScaleRL's value (arXiv:2510.13786)."""
@@ -387,8 +387,8 @@ def resolve_loss(settings: Loss) -> LossFunction:
     A user's function is called as function(inputs, totals, settings) for every micro-batch, with truncated sequences
     already masked where asked. It returns that micro-batch's share of the step's loss, a scalar made from
     `inputs.logprobs`, alone or with a dict of metrics: numbers (averaged over tokens) or the records of
-    grpo/loss_metrics.py. What else `settings` say is its own to use: clip, corrections, KL and entropy terms are not
-    added to it.
+    grpo/training/loss_metrics.py. What else `settings` say is its own to use: clip, corrections, KL and entropy terms
+    are not added to it.
 
     Raises UserError naming the reference where it cannot be loaded, is no function or returns something else.
     """
