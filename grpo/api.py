@@ -315,9 +315,9 @@ class LoadedPolicy:
     ) -> Path:
         """Write base and adapter as one model to the new folder `folder`, and return it.
 
-        `to`, `base` (the 16-bit original of a 4-bit base, say) and `options` are those of `grpo.export.export`.
+        `to`, `base` (the 16-bit original of a 4-bit base, say) and `options` are those of `grpo.export.build.export`.
         """
-        from grpo.export import export
+        from grpo.export.build import export
 
         with tempfile.TemporaryDirectory(prefix="grpo-merged-") as scratch:
             run = Path(scratch) / Path(folder).name

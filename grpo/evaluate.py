@@ -34,9 +34,6 @@ from grpo.run.model_reference import ADAPTER, ADAPTER_CONFIG, BASE, folder_of_ad
 from grpo.run.records import EVALUATIONS, METRICS, REPORT, json_line
 from grpo.training.evaluation import EvalResult, evaluate
 
-# Evaluating
-
-
 # The command line
 
 

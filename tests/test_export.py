@@ -20,16 +20,17 @@ from safetensors.torch import load_file, save_file
 from tiny import save_tiny
 from transformers import AutoModelForCausalLM
 
-from grpo import folder_export
-from grpo.bnb_format import packed_entries
 from grpo.config.schema import Model
 from grpo.errors import UserError
-from grpo.export import export, main
-from grpo.merge import Adapter, MergedSource
+from grpo.export import hf_folder as folder_export
+from grpo.export.__main__ import main
+from grpo.export.bnb_format import packed_entries
+from grpo.export.build import export
+from grpo.export.compare import Distance, streamed_logits
+from grpo.export.merge import Adapter, MergedSource
 from grpo.model.fingerprint import Fingerprint
 from grpo.model.source import open_source
 from grpo.run.model_reference import resolve_target
-from grpo.streamed import Distance, streamed_logits
 
 NAME = "model.layers.1.self_attn.q_proj.weight"
 

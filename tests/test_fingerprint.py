@@ -12,7 +12,7 @@ from tiny import save_tiny, tiny_model
 
 from grpo.config.schema import Lora, Model
 from grpo.errors import UserError
-from grpo.export import main
+from grpo.export.__main__ import main
 from grpo.model.base_weights import BaseWeights
 from grpo.model.fingerprint import Fingerprint, check_base
 from grpo.model.locate import BASE_SAMPLE

@@ -24,12 +24,12 @@ from vocabularies import CHAT, SIZE, TEXTS, byte_level, save_tokenizer, sentence
 
 from grpo.config.schema import Model
 from grpo.errors import UserError
-from grpo.export import export
-from grpo.gguf_export import find_quantizer
-from grpo.gguf_vocab import SPLITS, read_vocabulary
+from grpo.export.build import export
+from grpo.export.compare import streamed_logits
+from grpo.export.gguf import find_quantizer
+from grpo.export.gguf_vocab import SPLITS, read_vocabulary
+from grpo.export.modelfile import CONVERSATION, KNOWN, QUESTION, Chat, modelfile
 from grpo.model.source import open_source
-from grpo.ollama import CONVERSATION, KNOWN, QUESTION, Chat, modelfile
-from grpo.streamed import streamed_logits
 
 LLAMA3, QWEN2, TEKKEN, GPT4O = SPLITS
 GEMMA: dict[str, Any] = {"head_dim": 256, "query_pre_attn_scalar": 256}
@@ -388,7 +388,7 @@ def test_families_are_told_apart() -> None:
 
 def test_the_config_of_a_family_is_the_one_that_transformers_builds() -> None:
     """The families exported here are those that can be trained."""
-    from grpo.gguf_metadata import ARCHITECTURE
+    from grpo.export.gguf_metadata import ARCHITECTURE
     from grpo.model.architectures import ARCHITECTURES
 
     assert set(ARCHITECTURE) == set(ARCHITECTURES)

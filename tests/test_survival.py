@@ -10,13 +10,13 @@ import torch
 from tiny import save_tiny
 
 from grpo.config.schema import Lora, Model
+from grpo.export.compare import adapter_share
 from grpo.model.base_weights import BaseWeights
 from grpo.model.source import open_source
 from grpo.policy import adapter_survival as survival
 from grpo.policy.adapter_survival import adapter_survival, float32_graph, float32_logprobs
 from grpo.policy.lora_linear import ADAPTER
 from grpo.policy.policy import Policy
-from grpo.streamed import adapter_share
 
 PROMPTS = [[5, 9, 33, 2], [5, 9, 33, 2], [12, 40, 7]]
 COMPLETIONS = [[8, 15, 99], [71, 3], [9, 8, 7, 6, 5, 4]]

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from grpo.errors import UserError
-from grpo.gguf_metadata import ARCHITECTURE, add_from_config, add_from_gguf, add_tokenizer
-from grpo.merge import MergedSource
+from grpo.export.gguf_metadata import ARCHITECTURE, add_from_config, add_from_gguf, add_tokenizer
+from grpo.export.merge import MergedSource
+from grpo.export.modelfile import Chat, modelfile
 from grpo.model.architectures import ARCHITECTURES
 from grpo.model.gguf_source import GGUFSource
-from grpo.ollama import Chat, modelfile
 
 FILE_TYPES = {"f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
 Q8_BLOCK = 32

@@ -2,7 +2,7 @@
 
 Weights are read, rounded and written one shard at a time, so the peak is one shard and one weight, whatever the size
 of the model. Tokenizer, chat template and generation settings are the base's files, copied as they are. Where the
-folder is put, and whether it computes what it should, is decided in `export.py`.
+folder is put, and whether it computes what it should, is decided in `build.py`.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo.bnb_format import packed_entries, quantization_config, unpacked
 from grpo.errors import UserError
+from grpo.export.bnb_format import packed_entries, quantization_config, unpacked
+from grpo.export.merge import MergedSource
 from grpo.kernels import nf4
-from grpo.merge import MergedSource
 from grpo.model.architectures import ARCHITECTURES, fused_linears
 from grpo.model.base_weights import is_named
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from grpo.errors import UserError
-from grpo.gguf_vocab import read_vocabulary
+from grpo.export.gguf_vocab import read_vocabulary
 from grpo.model.gguf_config import attention_scale, frequency_divisors, value
 from grpo.model.gguf_source import GGUFSource
 from grpo.model.weight_source import Source

@@ -5,19 +5,17 @@
     python -m grpo.export my_adapter --base models/Qwen2.5-3B-Instruct --to merged-4bit --out served
 
 This file finds adapter and base, gives the export a folder that appears only when it is whole, and compares what was
-written with base + adapter. The forms themselves are written by `folder_export.py` and `gguf_export.py`.
+written with base + adapter. The forms themselves are written by `hf_folder.py` and `gguf.py`.
 
 Exit codes: 0, done; 2, bad input, told in one sentence, and nothing written; 130, interrupted from the keyboard.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import re
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,16 +23,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grpo.config.schema import Model
-from grpo.errors import INTERRUPTED, UserError, fail
+from grpo.errors import UserError
 from grpo.model.locate import BASE_SAMPLE, lasting_name, local_path
 from grpo.run.checkpoint import CONFIG, step_numbers
 from grpo.run.model_reference import ADAPTER_CONFIG, Target, resolve_target
 from grpo.run.records import TRAINING, completions_files, read_entries
 
 if TYPE_CHECKING:
-    from grpo.merge import MergedSource
+    from grpo.export.merge import MergedSource
+    from grpo.export.modelfile import Chat
     from grpo.model.weight_source import Source
-    from grpo.ollama import Chat
 
 FORMS = ("adapter", "merged-16bit", "merged-4bit", "gguf")
 GGUF_TYPES = ("f16", "bf16", "q8_0", "q4_k_m")
@@ -84,7 +82,7 @@ def export(
         else:
             merged = open_merged(target, notice)
             if to == "gguf":
-                from grpo.gguf_export import find_quantizer, write_gguf
+                from grpo.export.gguf import find_quantizer, write_gguf
 
                 quantizer = find_quantizer(llama_quantize) if gguf_type == "q4_k_m" else None
                 write_gguf(merged, folder, gguf_type, chat_of(target, merged), quantizer, notice)
@@ -158,7 +156,7 @@ def base_model(target: Target) -> Model:
 
 def open_merged(target: Target, notice: Callable[[str], None]) -> MergedSource:
     """The base with the adapter folded in; says which weights it is made of."""
-    from grpo.merge import Adapter, MergedSource
+    from grpo.export.merge import Adapter, MergedSource
     from grpo.model.architectures import check_supported
     from grpo.model.fingerprint import UNQUANTISED, Fingerprint, check_base
     from grpo.model.source import open_source
@@ -212,7 +210,7 @@ def made_whole(place: Path) -> Iterator[Path]:
 
 def write_adapter(target: Target, folder: Path, notice: Callable[[str], None]) -> None:
     """The adapter in peft's format, with its base named so that it is found from anywhere."""
-    from grpo.merge import ADAPTER_WEIGHTS, Adapter, check_fits
+    from grpo.export.merge import ADAPTER_WEIGHTS, Adapter, check_fits
     from grpo.model.fingerprint import Fingerprint, check_base
 
     assert target.adapter is not None
@@ -235,7 +233,7 @@ def write_adapter(target: Target, folder: Path, notice: Callable[[str], None]) -
 
 def write_folder(target: Target, merged: MergedSource, folder: Path, to: str, notice: Callable[[str], None]) -> None:
     """A merged model in Hugging Face format."""
-    from grpo.folder_export import write_4bit, write_16bit
+    from grpo.export.hf_folder import write_4bit, write_16bit
 
     if to == "merged-16bit":
         write_16bit(merged, folder, chat_template(target))
@@ -263,8 +261,8 @@ def chosen_16bit(target: Target) -> list[str]:
 
 def chat_of(target: Target, merged: MergedSource) -> Chat:
     """What a chat with the exported model needs: the base's tokenizer and template, the run's system prompt."""
-    from grpo.gguf_metadata import starts_with_bos
-    from grpo.ollama import Chat
+    from grpo.export.gguf_metadata import starts_with_bos
+    from grpo.export.modelfile import Chat
 
     tokenizer = tokenizer_of(merged)
     template = chat_template(target) or getattr(tokenizer, "chat_template", None)
@@ -290,7 +288,7 @@ def compare(merged: MergedSource, folder: Path, form: str, notice: Callable[[str
 
     Raises UserError where it is not the same model.
     """
-    from grpo.streamed import Distance, adapter_share, sample_tokens, streamed_logits
+    from grpo.export.compare import Distance, adapter_share, sample_tokens, streamed_logits
 
     written = open_written(merged, folder)
     config = merged.config.get_text_config()
@@ -330,56 +328,3 @@ def tokenizer_of(merged: MergedSource) -> Any:
         return merged.tokenizer()
     except UserError:
         return None
-
-
-# The command line
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line `arguments` (those of the process by default) and return its exit code."""
-    parsed = parser().parse_args(arguments)
-    from grpo.run.library_logs import quiet_libraries
-
-    quiet_libraries(parsed.verbose)
-    try:
-        export(
-            parsed.source,
-            parsed.to,
-            parsed.out,
-            parsed.base,
-            checkpoint=parsed.checkpoint,
-            gguf_type=parsed.gguf_type,
-            llama_quantize=parsed.llama_quantize,
-            check=parsed.check,
-        )
-    except UserError as error:
-        return fail("grpo.export", error)
-    except KeyboardInterrupt:
-        return fail("grpo.export", "interrupted; nothing was exported", INTERRUPTED)
-    return 0
-
-
-def parser() -> argparse.ArgumentParser:
-    """The options of `python -m grpo.export`."""
-    result = argparse.ArgumentParser(
-        prog="python -m grpo.export",
-        description="Write a trained adapter alone, merged into its base, or as GGUF.",
-        epilog="What loads each form, and how it was checked: docs/export.md.",
-        allow_abbrev=False,
-    )
-    result.add_argument("source", metavar="RUN|ADAPTER", help="a run folder, or the folder of a peft adapter")
-    result.add_argument("--to", choices=FORMS, required=True, help="the form to write")
-    result.add_argument(
-        "--out", type=Path, metavar="FOLDER", help="the folder to make (default: exports/FORM in the run)"
-    )
-    result.add_argument("--base", metavar="PATH", help="the base, where it has moved, or its 16-bit original")
-    result.add_argument("--checkpoint", metavar="step-N|best", help="this adapter of the run, instead of its final one")
-    result.add_argument("--gguf-type", choices=GGUF_TYPES, default="f16", help="what a GGUF file's weights are kept in")
-    result.add_argument("--llama-quantize", type=Path, metavar="FILE", help="llama.cpp's quantiser, for q4_k_m")
-    result.add_argument("--no-check", dest="check", action="store_false", help="do not compare with base + adapter")
-    result.add_argument("--verbose", action="store_true", help="let transformers write its logs")
-    return result
-
-
-if __name__ == "__main__":
-    sys.exit(main())
