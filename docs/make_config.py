@@ -1,4 +1,4 @@
-"""Write `docs/config.md` from the docstrings of `grpo.config` and `grpo.sft_config`: `make docs`.
+"""Write `docs/config.md` from the docstrings of `grpo.config` and `grpo.sft.config`: `make docs`.
 
 Needs the project installed.
 """
@@ -14,10 +14,10 @@ from pydantic.fields import FieldInfo
 from grpo.config.messages import accepts, section_of
 from grpo.config.schema import Config
 from grpo.config.toml import write_value
-from grpo.sft_config import KEYS, SftConfig
+from grpo.sft.config import KEYS, SftConfig
 
 INTRODUCTION = """\
-<!-- Made by docs/make_config.py from the docstrings in grpo/config/schema.py and grpo/sft_config.py; edit them,
+<!-- Made by docs/make_config.py from the docstrings in grpo/config/schema.py and grpo/sft/config.py; edit them,
 then run `make docs`. -->
 # Configuration
 

@@ -19,7 +19,7 @@ from grpo.config.messages import admits_none_as_text, section_of
 from grpo.config.schema import Config, config_toml, parse_config, read_config
 from grpo.config.toml import line_of, split_override, write_toml
 from grpo.errors import UserError
-from grpo.sft_config import read_sft_config
+from grpo.sft.config import read_sft_config
 
 ROOT = Path(__file__).resolve().parent.parent
 MINIMAL = '[model]\nname = "m"\n[task]\nname = "t"\n'

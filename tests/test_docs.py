@@ -27,7 +27,7 @@ from grpo.result import TrainResult
 from grpo.rewards.builtin import BUILTIN
 from grpo.rewards.contract import RewardBatch
 from grpo.rewards.forms import RewardFunction
-from grpo.sft_config import SftConfig
+from grpo.sft.config import SftConfig
 from grpo.tasks.common import BUILT_IN, load_task
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -104,7 +104,7 @@ def test_python_blocks_compile(path: Path):
 
 @page
 def test_toml_blocks_are_configurations(path: Path):
-    """Alone, or with a model and a task added, each is what `grpo.config` takes, or `grpo.sft_config`."""
+    """Alone, or with a model and a task added, each is what `grpo.config` takes, or `grpo.sft.config`."""
     for block in blocks(path, "toml"):
         values = {"model": {"name": "m"}} | tomllib.loads(block.text)
         if "sft" in values:

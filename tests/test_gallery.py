@@ -22,8 +22,8 @@ from grpo.data import load_data
 from grpo.memory.plan import Shape, check_memory, plan_memory, sequence_limits
 from grpo.memory.summary import model_shape
 from grpo.rewards.resolve import resolve
-from grpo.sft import main as train_on_examples
-from grpo.sft_config import read_sft_config
+from grpo.sft.__main__ import main as train_on_examples
+from grpo.sft.config import read_sft_config
 from grpo.tasks.common import BUILT_IN, checked_options, load_task
 from grpo.train import main
 

@@ -32,8 +32,8 @@ from grpo.policy.policy import Policy
 from grpo.rewards.pool import RewardPool
 from grpo.run.model_reference import resolve_target
 from grpo.session import open_session
-from grpo.sft_config import parse_sft_config
-from grpo.sft_run import run_sft
+from grpo.sft.config import parse_sft_config
+from grpo.sft.trainer import run_sft
 from grpo.training.trainer import Trainer, train_session
 
 CPU = torch.device("cpu")

@@ -1,4 +1,4 @@
-"""grpo/sft.py and its parts: which tokens are trained on, what is refused, and a whole run with its folder."""
+"""grpo/sft/__main__.py and its parts: which tokens are trained on, what is refused, and a whole run with its folder."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from grpo.rewards.correctness import correctness
 from grpo.rewards.format import soft_format, strict_format
 from grpo.rewards.integer import integer
 from grpo.rewards.xml_count import xml_count
-from grpo.sft import main
-from grpo.sft_config import Sft, parse_sft_config, read_sft_config, sft_config_toml
-from grpo.sft_data import conversation, load_data, load_examples, read_rows
+from grpo.sft.__main__ import main
+from grpo.sft.config import Sft, parse_sft_config, read_sft_config, sft_config_toml
+from grpo.sft.data import conversation, load_data, load_examples, read_rows
 
 ENDED = TEMPLATE.replace("+ '\n'", "+ (eos_token if m['role'] == 'assistant' else '') + '\n'")
 EOS = 1
@@ -254,7 +254,7 @@ def test_several_processes_and_a_full_disk_are_a_sentence(tmp_path, monkeypatch,
     def full(*arguments, **keywords):
         raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "run"))
 
-    monkeypatch.setattr("grpo.sft.train", full)
+    monkeypatch.setattr("grpo.sft.__main__.train", full)
     assert main([config]) == 2
     assert "No space left on device; make room and continue with --resume" in capsys.readouterr().err
 

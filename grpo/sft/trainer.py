@@ -21,9 +21,9 @@ from grpo.policy.keep_16bit import remember_base
 from grpo.run.checkpoint import CONFIG, create_run_folder, replace_folder, write_atomically
 from grpo.run.signals import Interrupts
 from grpo.session import open_session, read_model
-from grpo.sft_config import SftConfig, sft_config_toml
-from grpo.sft_data import Example, load_data
-from grpo.sft_eval import held_out_loss
+from grpo.sft.config import SftConfig, sft_config_toml
+from grpo.sft.data import Example, load_data
+from grpo.sft.evaluation import held_out_loss
 
 if TYPE_CHECKING:
     from grpo.session import Session

@@ -17,7 +17,7 @@ from typing import Any
 
 from grpo.errors import UserError
 from grpo.rewards.resolve import described
-from grpo.sft_config import Sft, SftConfig
+from grpo.sft.config import Sft, SftConfig
 from grpo.tasks.common import Row, read_hub, read_splits
 
 IGNORED = -100

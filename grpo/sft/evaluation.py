@@ -10,7 +10,7 @@ import torch
 from grpo.kernels.attention import Packing
 from grpo.kernels.logprob import selected_logprobs
 from grpo.policy.policy import Policy
-from grpo.sft_data import IGNORED, Example
+from grpo.sft.data import IGNORED, Example
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """The command line of supervised training: `python -m grpo.sft sft.toml`.
 
-It reads the configuration and hands it to `grpo.sft_run`. Exit codes are those of `grpo.train`.
+It reads the configuration and hands it to `grpo.sft.trainer`. Exit codes are those of `grpo.train`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from grpo.distributed.launch import refuse_several
 from grpo.errors import UserError, disk_refusal, fail
 from grpo.run.checkpoint import CONFIG, check_base_of_run, moved_base
 from grpo.run.signals import leaving_at_once
-from grpo.sft_config import SftConfig, read_sft_config, sft_config_toml
+from grpo.sft.config import SftConfig, read_sft_config, sft_config_toml
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -106,7 +106,7 @@ def train(config: SftConfig, *, resume: bool, verbose: bool) -> None:
     from grpo.run.library_logs import quiet_libraries
 
     quiet_libraries(verbose)
-    from grpo.sft_run import run_sft
+    from grpo.sft.trainer import run_sft
 
     with leaving_at_once():
         run_sft(config, resume=resume, verbose=verbose)
