@@ -34,9 +34,9 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+from grpo.api.result import TrainResult  # noqa: E402
 from grpo.config.toml import write_toml  # noqa: E402
 from grpo.monitor.curves import draw  # noqa: E402
-from grpo.result import TrainResult  # noqa: E402
 from grpo.run.versions import hardware, versions  # noqa: E402
 from grpo.tasks.common import read_splits  # noqa: E402
 from grpo.tasks.gsm8k import SYSTEM_PROMPT, gold_answer  # noqa: E402

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from grpo.version import __version__
 
 if TYPE_CHECKING:
-    from grpo.api import LoadedPolicy, load
+    from grpo.api.loaded_policy import LoadedPolicy, load
     from grpo.errors import UserError
     from grpo.tasks.common import Task
 

@@ -24,9 +24,9 @@ from safetensors.torch import load_file
 from tiny_run import save_tiny_chat_model
 
 import grpo
-from grpo.api import LoadedPolicy
+from grpo.api.loaded_policy import LoadedPolicy
+from grpo.api.result import TrainResult
 from grpo.errors import UserError
-from grpo.result import TrainResult
 from grpo.run.model_reference import resolve_target
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -18,12 +18,12 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from grpo.api import LoadedPolicy
+from grpo.api.keywords import SECTIONS as SECTIONS_AS_KEYWORDS
+from grpo.api.keywords import tables_of
+from grpo.api.loaded_policy import LoadedPolicy
+from grpo.api.result import TrainResult
 from grpo.config.messages import section_of
 from grpo.config.schema import Config
-from grpo.keywords import SECTIONS as SECTIONS_AS_KEYWORDS
-from grpo.keywords import tables_of
-from grpo.result import TrainResult
 from grpo.rewards.builtin import BUILTIN
 from grpo.rewards.contract import RewardBatch
 from grpo.rewards.forms import RewardFunction

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from grpo.api import unused_folder
+from grpo.api.inputs import as_rewards, as_task, reward_table
+from grpo.api.loaded_policy import unused_folder
 from grpo.errors import UserError
-from grpo.inputs import as_rewards, as_task, reward_table
 
 
 def letters(completions: list, **kwargs: Any) -> list[float]:

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from grpo.api.keywords import SECTIONS, tables_of, with_lengths
 from grpo.errors import UserError
-from grpo.keywords import SECTIONS, tables_of, with_lengths
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
+from grpo.api.result import TrainResult
 from grpo.errors import UserError
 from grpo.monitor.curves import shown_metrics
 from grpo.monitor.notebook import NotebookDisplay, Progress
-from grpo.result import TrainResult
 
 
 def test_runs_are_drawn_beside_one_another_with_gaps_left_out(tmp_path: Path) -> None:

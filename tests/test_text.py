@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from tiny_run import SMOLLM2
 
+from grpo.api.prompts import as_batch, pieces
 from grpo.config.schema import Model
 from grpo.errors import UserError
-from grpo.text import as_batch, pieces
 
 CHAT = [{"role": "user", "content": "What is 1 + 1?"}]
 

@@ -19,20 +19,20 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from grpo.api.inputs import as_rewards, as_task, reward_table
+from grpo.api.keywords import SECTIONS, Tables, merged, tables_of, with_lengths
+from grpo.api.prompts import Prompts, as_batch, pieces, token_ids
+from grpo.api.result import TrainResult
 from grpo.config.schema import Config, Lora, config_toml, parse_config
 from grpo.data import load_data
 from grpo.distributed.launch import refuse_several
 from grpo.errors import UserError
-from grpo.inputs import as_rewards, as_task, reward_table
-from grpo.keywords import SECTIONS, Tables, merged, tables_of, with_lengths
 from grpo.model.vocabulary import check_tokens
 from grpo.monitor.run_log import RunLog
-from grpo.result import TrainResult
 from grpo.rollout.types import Request, SamplingSettings
 from grpo.run.checkpoint import CONFIG, open_run
 from grpo.run.library_logs import quiet_libraries
 from grpo.run.model_reference import resolve_target
-from grpo.text import Prompts, as_batch, pieces, token_ids
 
 if TYPE_CHECKING:
     from peft import PeftModel
