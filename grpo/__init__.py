@@ -22,7 +22,12 @@ if (_checkout / "pyproject.toml").is_file() and (_checkout / "kernels").is_dir()
     __path__.append(str(_checkout))
 
 # Imported at their first use, so that `import grpo` stays cheap. No name here is that of a module.
-_homes = {"load": "grpo.api", "LoadedPolicy": "grpo.api", "Task": "grpo.tasks.common", "UserError": "grpo.errors"}
+_homes = {
+    "load": "grpo.api.loaded_policy",
+    "LoadedPolicy": "grpo.api.loaded_policy",
+    "Task": "grpo.tasks.common",
+    "UserError": "grpo.errors",
+}
 
 
 def __getattr__(name: str) -> Any:

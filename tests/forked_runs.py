@@ -203,7 +203,7 @@ PHASES: dict[str, Callable[[Any, Callable[[], None]], None]] = {
     "checkpoint": lambda session, count: on_events(("grpo.training.trainer", "save"), count),
     "samples": lambda session, count: on_events(("grpo.monitor.run_log:RunLog", "samples"), count),
     "evaluation": lambda session, count: on_events(("grpo.training.trainer:Run", "evaluate"), count),
-    "report": lambda session, count: on_events(("grpo.report", "write_report"), count),
+    "report": lambda session, count: on_events(("grpo.report.page", "write_report"), count),
     "finish": lambda session, count: on_events(("grpo.training.trainer:Run", "finish"), count),
 }
 """Where a run can be hit, each with what counts the moments of that kind."""

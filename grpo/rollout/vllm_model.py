@@ -30,7 +30,6 @@ from grpo.model.base_weights import BaseWeights, FusedLinear, Segment
 from grpo.model.config_keys import served_values
 from grpo.model.rope import EVERYWHERE, Rotary
 from grpo.rollout.lora_buffers import ServedAdapter
-from grpo.rollout.vllm_model import share_positions
 
 SHARED = "grpo_shared"
 """Name of our quantisation method and load format in vLLM."""
