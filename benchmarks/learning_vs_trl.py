@@ -135,8 +135,8 @@ def trl_arguments(config: Config, options: argparse.Namespace, gpu: bool) -> dic
 
 def trl_rewards(specs: Sequence[Any]) -> list[Callable[..., list[float | None]]]:
     """The configuration's rewards as functions that TRL calls."""
+    from grpo.references import resolve
     from grpo.rewards.builtin import ALIASES, BUILTIN
-    from grpo.rewards.resolve import resolve
 
     functions = []
     for spec in specs:

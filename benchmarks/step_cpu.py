@@ -98,7 +98,7 @@ def run_grpo(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from grpo.config.schema import parse_config
     from grpo.data import load_data
     from grpo.monitor.run_log import RunLog
-    from grpo.rewards.pool import RewardPool
+    from grpo.rewards.runtime.pool import RewardPool
     from grpo.run.library_logs import quiet_libraries
     from grpo.session import open_session
     from grpo.training.trainer import Run

@@ -15,8 +15,8 @@ from typing import Any
 
 from grpo.config import schema as sections
 from grpo.errors import UserError
-from grpo.rewards.contract import RewardSpec
-from grpo.rewards.resolve import described
+from grpo.references import described
+from grpo.rewards.runtime.contract import RewardSpec
 from grpo.tasks.common import Row, Task, load_task
 
 Messages = list[dict[str, Any]]

@@ -24,7 +24,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
 
 from grpo.errors import UserError
-from grpo.rewards.resolve import described, location, resolve
+from grpo.references import described, location, resolve
 
 Row = dict[str, Any]
 """One question: "prompt" (a string, or a list of chat messages) and further columns, which rewards receive."""

@@ -14,8 +14,8 @@ import psutil
 import pytest
 
 from grpo.errors import UserError
-from grpo.rewards.contract import RewardBatch
-from grpo.rewards.pool import RewardPool
+from grpo.rewards.runtime.contract import RewardBatch
+from grpo.rewards.runtime.pool import RewardPool
 
 ROOT = Path(__file__).resolve().parent.parent
 

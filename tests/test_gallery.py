@@ -21,7 +21,8 @@ from grpo.config.schema import Config, read_config
 from grpo.data import load_data
 from grpo.memory.plan import Shape, check_memory, plan_memory, sequence_limits
 from grpo.memory.summary import model_shape
-from grpo.rewards.resolve import resolve
+from grpo.references import resolve
+from grpo.rewards.builtin import resolve_reward
 from grpo.sft.__main__ import main as train_on_examples
 from grpo.sft.config import read_sft_config
 from grpo.tasks.common import BUILT_IN, checked_options, load_task
@@ -178,7 +179,7 @@ def test_task_options_and_rewards_are_what_the_code_takes(path: Path) -> None:
         checked_options(task.name, function, dict(task.options))
     for reward in config.rewards:
         pytest.importorskip("math_verify") if reward.function == "math_verify" else None
-        assert callable(resolve(reward.function))
+        assert callable(resolve_reward(reward.function))
 
 
 def test_the_supervised_run_passes_a_dry_run_and_is_short(capsys: pytest.CaptureFixture[str]) -> None:

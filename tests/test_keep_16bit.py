@@ -29,7 +29,7 @@ from grpo.monitor.run_log import RunLog
 from grpo.policy import keep_16bit
 from grpo.policy.keep_16bit import choose, load_base, rounding_costs
 from grpo.policy.policy import Policy
-from grpo.rewards.pool import RewardPool
+from grpo.rewards.runtime.pool import RewardPool
 from grpo.run.model_reference import resolve_target
 from grpo.session import open_session
 from grpo.sft.config import parse_sft_config

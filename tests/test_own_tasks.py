@@ -12,7 +12,7 @@ import pytest
 from pyarrow import parquet
 from task_files import refusal, write_lines
 
-from grpo.rewards.resolve import resolve
+from grpo.rewards.builtin import resolve_reward
 from grpo.tasks import common, table
 from grpo.tasks.common import Task, load_task
 
@@ -109,7 +109,7 @@ def test_a_users_task_is_one_file(own_task: Path) -> None:
     for reference in (f"{own_task}:load", "my_task:load"):
         task = load_task(reference, {"word": "hey", "count": 3})
         assert isinstance(task, Task) and len(task.train) == 3 and task.strict("hey you", task.train[0])
-        assert resolve(task.rewards[0]["function"])(completions=["hey"], answer=["hey"]) == [1.0]
+        assert resolve_reward(task.rewards[0]["function"])(completions=["hey"], answer=["hey"]) == [1.0]
 
 
 def test_wrong_references_and_options_are_explained(own_task: Path) -> None:

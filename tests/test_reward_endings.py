@@ -13,9 +13,9 @@ import pytest
 from reward_pools import ROOT, batch, children, counting, wait_until
 
 from grpo.errors import UserError
-from grpo.rewards.contract import RewardSpec
-from grpo.rewards.pool import RewardPool
-from grpo.rewards.runner import how_it_ended, machine_memory
+from grpo.rewards.runtime.contract import RewardSpec
+from grpo.rewards.runtime.pool import RewardPool
+from grpo.rewards.runtime.runner import how_it_ended, machine_memory
 
 
 def test_two_hundred_calls_and_ten_deaths_leave_no_process_thread_or_handle():
@@ -74,8 +74,8 @@ def test_a_callback_may_close_the_pool():
 
 SCRIPT = """
 import sys, time, os
-from grpo.rewards.contract import RewardBatch
-from grpo.rewards.pool import RewardPool
+from grpo.rewards.runtime.contract import RewardBatch
+from grpo.rewards.runtime.pool import RewardPool
 
 def stuck(completions):
     import os, re

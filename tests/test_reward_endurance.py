@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 import psutil
 import pytest
 
-from grpo.rewards.contract import RewardBatch, RewardSpec
-from grpo.rewards.pool import RewardPool
+from grpo.rewards.runtime.contract import RewardBatch, RewardSpec
+from grpo.rewards.runtime.pool import RewardPool
 
 GROUPS, SIZE = 2, 4
 

@@ -16,7 +16,7 @@ import pytest
 from reward_pools import Pools, batch, error_of, wait_until
 
 from grpo.errors import UserError
-from grpo.rewards.contract import RewardSpec
+from grpo.rewards.runtime.contract import RewardSpec
 
 
 @pytest.fixture

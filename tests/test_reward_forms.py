@@ -16,15 +16,8 @@ import pytest
 import torch
 
 from grpo.errors import UserError
-from grpo.rewards.contract import (
-    BadReturn,
-    RewardBatch,
-    RewardResult,
-    RewardSpec,
-    check_scores,
-    merge_results,
-)
-from grpo.rewards.forms import RewardFunction
+from grpo.rewards.runtime.contract import BadReturn, RewardBatch, RewardResult, RewardSpec, check_scores, merge_results
+from grpo.rewards.runtime.forms import RewardFunction
 
 QUESTIONS = ["2+2?", "3+3?"]
 TEXTS = ["<answer>4</answer>", "six: <answer>7</answer>"]

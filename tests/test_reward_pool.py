@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 from reward_pools import ROOT, Pools, batch, children, counting
 
 from grpo.errors import UserError
-from grpo.rewards.contract import RewardSpec
-from grpo.rewards.pool import RewardPool
+from grpo.rewards.runtime.contract import RewardSpec
+from grpo.rewards.runtime.pool import RewardPool
 
 
 @pytest.fixture

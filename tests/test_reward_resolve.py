@@ -7,8 +7,9 @@ import sys
 import pytest
 
 from grpo.errors import UserError
+from grpo.references import described, location, resolve
+from grpo.rewards.builtin import resolve_reward
 from grpo.rewards.correctness import correctness
-from grpo.rewards.resolve import described, location, resolve
 
 GOOD = """
 from helper_beside_it import HALF
@@ -44,16 +45,16 @@ def folder(tmp_path, monkeypatch):
 
 
 def test_built_in_names_and_aliases(folder):
-    assert resolve("correctness") is correctness
-    assert resolve("correctness_reward_func") is correctness
+    assert resolve_reward("correctness") is correctness
+    assert resolve_reward("correctness_reward_func") is correctness
 
 
 def test_files_modules_and_attributes(folder):
-    assert resolve("mine.py:half")([1]) == [0.5]
-    assert resolve(f"{folder}/mine.py:half")([1]) == [0.5]
-    assert resolve("mine.py:Rewards.full")([1]) == [1.0]
-    assert resolve("some_pkg.mod:third")([1]) == [1 / 3]
-    assert resolve("some_pkg.mod.third")([1]) == [1 / 3]
+    assert resolve_reward("mine.py:half")([1]) == [0.5]
+    assert resolve_reward(f"{folder}/mine.py:half")([1]) == [0.5]
+    assert resolve_reward("mine.py:Rewards.full")([1]) == [1.0]
+    assert resolve_reward("some_pkg.mod:third")([1]) == [1 / 3]
+    assert resolve_reward("some_pkg.mod.third")([1]) == [1 / 3]
 
 
 @pytest.mark.parametrize(
@@ -79,7 +80,7 @@ def test_files_modules_and_attributes(folder):
 )
 def test_a_reference_that_leads_nowhere_is_explained_in_one_line(folder, reference, sentence):
     with pytest.raises(UserError, match=sentence) as error:
-        resolve(reference)
+        resolve_reward(reference)
     assert "\n" not in str(error.value)
 
 
@@ -92,7 +93,7 @@ def test_other_kinds_have_their_own_built_ins(folder):
 def test_an_error_is_located_in_the_users_file(folder):
     (folder / "calls_json.py").write_text("import json\ndef parse(text):\n    return json.loads(text)\n")
     try:
-        resolve("calls_json.py:parse")("{")
+        resolve_reward("calls_json.py:parse")("{")
     except ValueError as error:
         assert location(error, str(folder / "calls_json.py")).endswith("calls_json.py:3")
         assert "decoder.py" in location(error)

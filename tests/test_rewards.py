@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grpo.errors import UserError
-from grpo.rewards.builtin import ALIASES, BUILTIN
+from grpo.rewards.builtin import ALIASES, BUILTIN, resolve_reward
 from grpo.rewards.correctness import correctness
 from grpo.rewards.format import soft_format, strict_format
 from grpo.rewards.integer import integer
@@ -17,7 +17,6 @@ from grpo.rewards.length_penalty import LengthPenalty
 from grpo.rewards.numeric_answer import numeric_answer
 from grpo.rewards.regular_expression import RegularExpression
 from grpo.rewards.repetition_penalty import RepetitionPenalty
-from grpo.rewards.resolve import resolve
 from grpo.rewards.tag_count import tag_count
 from grpo.rewards.xml_count import xml_count
 
@@ -199,7 +198,7 @@ def test_numeric_answer_has_an_absolute_and_a_relative_tolerance():
 
 def test_math_verify_sees_through_notation():
     pytest.importorskip("math_verify", reason="an optional install")
-    math_verify = resolve("math_verify")
+    math_verify = resolve_reward("math_verify")
     cases = [
         ("<answer>1/2</answer>", r"\frac{1}{2}", 1.0),
         (r"so it is \boxed{0.5}", "1/2", 1.0),
@@ -263,6 +262,6 @@ def test_options_out_of_range_are_refused(make):
 def test_every_built_in_name_and_alias_leads_to_a_reward():
     for name in [*BUILTIN, *ALIASES]:
         try:
-            assert callable(resolve(name))
+            assert callable(resolve_reward(name))
         except UserError as error:
             assert name == "math_verify" and "pip install math-verify" in str(error)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from grpo.data import Prompt
 from grpo.errors import UserError
 from grpo.policy.packing import packed_row
-from grpo.rewards.contract import RewardBatch, RewardResult
+from grpo.rewards.runtime.contract import RewardBatch, RewardResult
 from grpo.rollout.engine import Completion, Request, SamplingSettings
 from grpo.rollout.sampler import Sampler, sample_seed
 from grpo.training.batch import TrainingSequence, pack

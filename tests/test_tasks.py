@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from task_files import refusal, write_lines
 
-from grpo.rewards.contract import RewardBatch, RewardSpec
-from grpo.rewards.forms import RewardFunction
-from grpo.rewards.resolve import resolve
+from grpo.rewards.builtin import resolve_reward
+from grpo.rewards.runtime.contract import RewardBatch, RewardSpec
+from grpo.rewards.runtime.forms import RewardFunction
 from grpo.tasks import arithmetic, countdown, expression, gsm8k
 from grpo.tasks.common import load_task
 
@@ -82,7 +82,7 @@ def test_every_suggested_reward_scores_the_tasks_rows(gsm8k_folder: Path) -> Non
         batch = RewardBatch([task.train[0]["prompt"]], ["<answer>1</answer>"], [[1]], columns)
         for table_ in task.rewards:
             spec = RewardSpec.of(table_)
-            function = RewardFunction(resolve(spec.function), spec.column, spec.options)
+            function = RewardFunction(resolve_reward(spec.function), spec.column, spec.options)
             assert len(function.score(batch).values) == 1
 
 
@@ -279,7 +279,7 @@ def test_reasoning_gym_rows_and_scores_are_the_packages_own() -> None:
     assert task.flexible(f"I add.\n{row['answer']}", row) and not task.strict(row["answer"], row)
     assert not task.flexible("", row) and not task.strict("<answer>x</answer>", row)
     function, arguments = task.rewards[0]["function"], task.rewards[0]["options"]
-    assert resolve(function) is reasoning_gym.score
+    assert resolve_reward(function) is reasoning_gym.score
     scores = reasoning_gym.score([right, "none", right], entry=[row["entry"], row["entry"], None], **arguments)
     assert scores == [1.0, 0.0, None]
 

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from grpo.config.toml import write_value
 from grpo.errors import UserError
-from grpo.rewards.contract import RewardSpec
+from grpo.rewards.runtime.contract import RewardSpec
 from grpo.tasks.common import Row, Task, load_task
 
 ROWS = "rows"

@@ -18,8 +18,8 @@ from typing import Any
 
 from grpo.data import Prompt
 from grpo.distributed.ranks import Ranks, owners
-from grpo.rewards.contract import RewardBatch, RewardResult
-from grpo.rewards.pool import RewardPool
+from grpo.rewards.runtime.contract import RewardBatch, RewardResult
+from grpo.rewards.runtime.pool import RewardPool
 from grpo.rollout.engine import Completion, Engine, Request, SamplingSettings
 
 CHECK_SECONDS = 0.2

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from grpo.errors import UserError
-from grpo.rewards.resolve import described
+from grpo.references import described
 from grpo.sft.config import Sft, SftConfig
 from grpo.tasks.common import Row, read_hub, read_splits
 

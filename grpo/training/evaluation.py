@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from grpo.config.schema import Eval
 from grpo.data import Prompt
 from grpo.errors import UserError
+from grpo.references import described
 from grpo.rewards.extract import extracted_answer
-from grpo.rewards.resolve import described
 from grpo.run.samples import Sample as LoggedSample
 from grpo.run.samples import SampleGroup
 from grpo.tasks.common import Task, Verifier

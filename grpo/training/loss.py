@@ -22,7 +22,7 @@ from torch import Tensor
 
 from grpo.config.schema import Loss
 from grpo.errors import UserError
-from grpo.rewards.resolve import resolve
+from grpo.references import resolve
 from grpo.training.loss_metrics import EffectiveSampleSize, Maximum, Mean, Metric, Metrics, Total
 from grpo.training.loss_terms import (
     capped_exp,

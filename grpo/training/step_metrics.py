@@ -9,8 +9,8 @@ from dataclasses import asdict
 import torch
 
 from grpo.distributed.ranks import Ranks
-from grpo.rewards.contract import merge_results
 from grpo.rewards.extract import extracted_answer
+from grpo.rewards.runtime.contract import merge_results
 from grpo.rollout.sampler import Group, Rollout, Sample
 from grpo.run.samples import Sample as LoggedSample
 from grpo.run.samples import SampleGroup

@@ -31,8 +31,8 @@ from grpo.monitor.silent_log import SilentLog
 from grpo.policy.adapter_survival import adapter_survival
 from grpo.policy.keep_16bit import remember_base
 from grpo.printable import printable
-from grpo.rewards.pool import RewardPool
-from grpo.rewards.resolve import described
+from grpo.references import described
+from grpo.rewards.runtime.pool import RewardPool
 from grpo.rollout.sampler import Group, Rollout, Sampler, sample_seed
 from grpo.run.checkpoint import latest, open_run, replace_folder, run_is_begun, save, step_numbers, write_atomically
 from grpo.run.machine import resolve_device

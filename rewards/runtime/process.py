@@ -20,10 +20,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from grpo.rewards.worker import HEADER, Setup
+from grpo.rewards.runtime.protocol import HEADER, Setup
 
 BOOT = (
-    "import json, socket, sys; sys.path[:] = json.loads(sys.argv[2]); from grpo.rewards.worker import main; "
+    "import json, socket, sys; sys.path[:] = json.loads(sys.argv[2]); from grpo.rewards.runtime.worker import main; "
     "main(socket.socket(fileno=int(sys.argv[1])))"
 )
 CLOSE_SECONDS = 1.0

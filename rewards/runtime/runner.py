@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from grpo.errors import UserError
-from grpo.rewards.contract import Scores
-from grpo.rewards.process import WorkerProcess
-from grpo.rewards.resolve import described
-from grpo.rewards.worker import HEADER, MEND, Setup
+from grpo.references import described
+from grpo.rewards.runtime.contract import Scores
+from grpo.rewards.runtime.process import WorkerProcess
+from grpo.rewards.runtime.protocol import HEADER, MEND, Setup
 
 LOAD_SECONDS = 300.0
 """How long loading a function's module may take: a reward may bring a model of its own."""

@@ -28,8 +28,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from grpo.errors import UserError
-from grpo.rewards.contract import BadReturn, Prompt, RewardBatch, Scores, as_metric, check_scores, plain
 from grpo.rewards.extract import completion_text, xml_answer
+from grpo.rewards.runtime.contract import BadReturn, Prompt, RewardBatch, Scores, as_metric, check_scores, plain
 
 Arguments = dict[str, Any]
 

@@ -14,14 +14,13 @@ import sys
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import Any
 
 from grpo.errors import UserError
-from grpo.rewards.builtin import ALIASES, BUILTIN
 
 
-def resolve(reference: str, kind: str = "reward", builtin: Mapping[str, str] = BUILTIN | ALIASES) -> Any:
+def resolve(reference: str, kind: str, builtin: Mapping[str, str]) -> Any:
     """The object that `reference` names.
 
     Args:
@@ -51,19 +50,23 @@ def resolve(reference: str, kind: str = "reward", builtin: Mapping[str, str] = B
 
 
 def location(error: BaseException, prefer: str | None = None) -> str:
-    """Where `error` was raised, as "file.py:12": its last frame in the file `prefer`, or else outside `rewards/`."""
+    """Where `error` was raised, as "file.py:12": its last frame in the file `prefer`, or else outside this project."""
     if isinstance(error, SyntaxError) and error.filename:
         return f"{error.filename}:{error.lineno}"
-    frames = traceback.extract_tb(error.__traceback__)
-    own = str(Path(__file__).parent)
+    frames = [(frame.f_code.co_filename, line, frame) for frame, line in traceback.walk_tb(error.__traceback__)]
     for wanted in (
-        [frame for frame in frames if frame.filename == prefer],
-        [frame for frame in frames if not frame.filename.startswith((own, "<frozen"))],
+        [entry for entry in frames if entry[0] == prefer],
+        [entry for entry in frames if not entry[0].startswith("<frozen") and not is_ours(entry[2])],
         frames,
     ):
         if wanted:
-            return f"{wanted[-1].filename}:{wanted[-1].lineno}"
+            return f"{wanted[-1][0]}:{wanted[-1][1]}"
     return "an unknown place"
+
+
+def is_ours(frame: FrameType) -> bool:
+    """Whether a frame runs code of this project."""
+    return str(frame.f_globals.get("__name__", "")).partition(".")[0] == "grpo"
 
 
 def described(error: BaseException) -> str:

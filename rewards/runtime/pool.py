@@ -25,10 +25,10 @@ from typing import Any
 import cloudpickle  # type: ignore[import-untyped]
 
 from grpo.errors import UserError
-from grpo.rewards.carried import dumps
-from grpo.rewards.contract import RewardBatch, RewardResult, RewardSpec, mean
-from grpo.rewards.resolve import described
-from grpo.rewards.runner import Outcome, Runner
+from grpo.references import described
+from grpo.rewards.runtime.carried import dumps
+from grpo.rewards.runtime.contract import RewardBatch, RewardResult, RewardSpec, mean
+from grpo.rewards.runtime.runner import Outcome, Runner
 
 
 class RewardPool:

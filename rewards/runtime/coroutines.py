@@ -7,8 +7,8 @@ import socket
 import time
 from dataclasses import asdict
 
-from grpo.rewards.forms import RewardFunction
-from grpo.rewards.worker import Setup, encode, failure, receive, reply, unpack
+from grpo.rewards.runtime.forms import RewardFunction
+from grpo.rewards.runtime.protocol import Setup, encode, failure, receive, reply, unpack
 
 
 def run(link: socket.socket, function: RewardFunction, setup: Setup) -> None:
