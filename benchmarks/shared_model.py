@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grpo.kernels.nf4_gemm import workspace
+from grpo.kernels.split_k import workspace
 from grpo.policy.lora_linear import BaseLinear
 from grpo.policy.policy import Policy
 from grpo.rollout.engine import Engine, Request, SamplingSettings
