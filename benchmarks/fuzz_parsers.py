@@ -6,7 +6,7 @@ Of the inputs that reach something new the smallest are kept there. Time and mem
 header which makes a reader allocate or loop is found as well as one that makes it raise.
 
     pip install atheris
-    python benchmarks/fuzz_parsers.py --minutes 20 --out benchmarks/results/fuzz_parsers.json
+    python -m benchmarks.fuzz_parsers --minutes 20 --out benchmarks/results/fuzz_parsers.json
 
 Exit code 1 if a reader raised anything but a UserError; the input that did it is then in NAME.crash.
 """
@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 CORPUS = ROOT / "benchmarks" / "corpus"
 LONGEST = 4096
 """Bytes of an input."""
@@ -115,7 +114,7 @@ def reason(log: str) -> str:
 
 def child(name: str, *arguments: str) -> str:
     """The log of atheris on the reader `name`."""
-    command = [sys.executable, __file__, "--run", name, *arguments]
+    command = [sys.executable, "-m", "benchmarks.fuzz_parsers", "--run", name, *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, errors="replace")
     return done.stdout + done.stderr
 

@@ -5,7 +5,7 @@ divergence of the next-token distributions), and its evaluation loss on real tex
 NF4, NF4 with `keep_16bit = "auto"` (5 % of the layers' weights, chosen on other text by what the output loses), and NF4
 with the layers that --keep names. Of every form it says how much of NF4's loss it gives back.
 
-    python benchmarks/keep_16bit.py --model MODEL --data test.jsonl --keep down_proj --out keep_16bit.json
+    python -m benchmarks.keep_16bit --model MODEL --data test.jsonl --keep down_proj --out keep_16bit.json
 
 --data: JSON lines with "question" and "answer" (GSM8K) or "text".
 """
@@ -18,8 +18,6 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from torch import Tensor

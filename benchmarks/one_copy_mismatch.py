@@ -1,10 +1,10 @@
 """How far vLLM's logprobs are from the training graph's after real optimiser steps, and how far stock vLLM is from
 stock transformers on the same model.
 
-    python benchmarks/one_copy_mismatch.py export --model MODEL.gguf --folder /tmp/m16     # 16-bit safetensors
-    python benchmarks/one_copy_mismatch.py export --model MODEL.gguf --folder /tmp/m4 --four-bit   # rounded to NF4
-    python benchmarks/one_copy_mismatch.py ours --model /tmp/m16 --dtype bfloat16 --four-bit
-    python benchmarks/one_copy_mismatch.py stock --model /tmp/m16 --dtype bfloat16
+    python -m benchmarks.one_copy_mismatch export --model MODEL.gguf --folder /tmp/m16     # 16-bit safetensors
+    python -m benchmarks.one_copy_mismatch export --model MODEL.gguf --folder /tmp/m4 --four-bit   # rounded to NF4
+    python -m benchmarks.one_copy_mismatch ours --model /tmp/m16 --dtype bfloat16 --four-bit
+    python -m benchmarks.one_copy_mismatch stock --model /tmp/m16 --dtype bfloat16
 
 `ours` trains an adapter for some steps on two-digit sums through `grpo.training.trainer`, then samples long answers to
 general questions from the same engine. `stock` samples the same questions with vLLM as installed (its own weights, 16
@@ -24,11 +24,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import torch
 
-from benchmarks import shared_model
+from benchmarks.common import shared_model
 from grpo.config.schema import Config, Model, parse_config
 from grpo.data import load_data, tokenize
 from grpo.kernels import nf4

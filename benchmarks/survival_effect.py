@@ -9,7 +9,7 @@ Variants: bf16 and fp16; one rounding (ours) and two (peft's way); and each with
 16-bit logprobs have noise of their own, which an effect near it does not stand out from: `noise` is that of the idle
 adapter's logprobs against float32, per token.
 
-    python benchmarks/survival_effect.py --rates 3e-4,1e-5 --steps 1,2,4,10 --out effect.json
+    python -m benchmarks.survival_effect --rates 3e-4,1e-5 --steps 1,2,4,10 --out effect.json
 """
 
 from __future__ import annotations
@@ -21,8 +21,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from torch import Tensor

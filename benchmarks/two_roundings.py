@@ -2,15 +2,12 @@
 
 `two_roundings()` makes both graphs of this process do so from then on. Nothing of the project can be set to it.
 
-    python benchmarks/two_roundings.py CONFIG ...      # python -m grpo.train CONFIG ... that way
+    python -m benchmarks.two_roundings CONFIG ...      # python -m grpo.train CONFIG ... that way
 """
 
 from __future__ import annotations
 
 import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from torch import Tensor

@@ -1,7 +1,7 @@
 """y = x W^T + b for W in the stored form of nf4.py: one call, which multiplies packed weights where that is faster.
 
 `nf4_linear` chooses between a fused Triton kernel and dequantise + cuBLAS by nf4_table.json, measured per GPU model by
-benchmarks/nf4_gemm.py --tune. docs/nf4-kernel.md explains the kernel.
+python -m benchmarks.nf4_gemm --tune. docs/nf4-kernel.md explains the kernel.
 
 The fused kernel's result for a row of x has the same bits whatever other rows there are: K is split by the shape of W
 alone, each split is summed in the order of K, and the splits are added in their order by whichever program finishes
@@ -284,7 +284,7 @@ def _store(total, out, bias, m, n, rows, features, out_stride, HAS_BIAS: tl.cons
 
 @lru_cache
 def load_table() -> dict[str, dict[tuple[int, int], Plan]]:
-    """GPU name -> (N, K) -> Plan, from the file that benchmarks/nf4_gemm.py --tune writes."""
+    """GPU name -> (N, K) -> Plan, from the file that python -m benchmarks.nf4_gemm --tune writes."""
     gpus = json.loads(TABLE.read_text())
     return {
         gpu: {_read_shape(shape): _read_plan(entry) for shape, entry in content["shapes"].items()}
@@ -328,6 +328,6 @@ def find_plan(device: torch.device, features: int, columns: int) -> Plan | None:
 @lru_cache
 def _warn_unmeasured(name: str) -> None:
     log.warning(
-        "%s is not in %s: NF4 products are dequantised first; run benchmarks/nf4_gemm.py --tune to measure it",
+        "%s is not in %s: NF4 products are dequantised first; run python -m benchmarks.nf4_gemm --tune to measure it",
         name, TABLE.name,
     )  # fmt: skip

@@ -25,8 +25,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerC
 from transformers.trainer_callback import PrinterCallback
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from benchmarks.random_model import RandomSource, shape_config
-from benchmarks.timing import free_memory
+from benchmarks.common.random_model import RandomSource, shape_config
+from benchmarks.common.timing import free_memory
 from grpo.config.schema import SEVEN_PROJECTIONS, Lora, Model
 from grpo.model.base_weights import BaseWeights
 from grpo.policy.fused_layers import install

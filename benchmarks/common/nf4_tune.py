@@ -103,7 +103,7 @@ def compile_all(wanted: list[tuple[Tile, int]], deadline: float) -> set[tuple[Ti
 
 def tune(shapes: list[tuple[int, int]], path: Path, deadline: float) -> None:
     """Time tiles for `shapes` of W until `deadline` (time.monotonic) at most, and write the plans to `path`."""
-    from benchmarks import nf4_gemm as benchmark
+    from benchmarks.common import nf4_weights
 
     wanted = {
         (tile, split)
@@ -122,7 +122,7 @@ def tune(shapes: list[tuple[int, int]], path: Path, deadline: float) -> None:
     for index, shape in enumerate(shapes):
         explore = index < EXPLORED_SHAPES
         tiles = {rows: candidates(rows) if explore else best_tiles(score, rows) for rows in ROWS}
-        weight = benchmark.packed_weight(benchmark.random_weight(*shape))
+        weight = nf4_weights.packed_weight(nf4_weights.random_weight(*shape))
         times = time_shape(weight, shape, tiles, ready, deadline)
         for rows in ROWS:
             mine = {key: value for key, value in times.items() if key[0] == rows}
@@ -141,7 +141,7 @@ def best_tiles(score: dict[tuple[int, Tile], list[float]], rows: int) -> list[Ti
 
 
 def time_shape(weight, shape, tiles: dict[int, list[Tile]], ready: set[tuple[Tile, int]], deadline: float) -> Times:
-    from benchmarks import nf4_gemm as benchmark
+    from benchmarks.common import nf4_weights
 
     times: Times = {}
     for rows, choices in tiles.items():
@@ -158,7 +158,7 @@ def time_shape(weight, shape, tiles: dict[int, list[Tile]], ready: set[tuple[Til
                     if not all(close(called(call, weight.copies[0], out), expected) for _ in range(CHECKS)):
                         print(f"tune: {shape} {rows} {tile} split {split}: wrong, left out", flush=True)
                         continue
-                    times[rows, split, tile] = benchmark.microseconds(weight.copies, call, milliseconds=4.0)
+                    times[rows, split, tile] = nf4_weights.microseconds(weight.copies, call, milliseconds=4.0)
                 except (RuntimeError, TritonError) as error:
                     print(f"tune: {shape} {rows} {tile} split {split}: {str(error).splitlines()[0][:120]}", flush=True)
     return times
@@ -186,13 +186,13 @@ def launch_dense(x: Tensor, out: Tensor, copy: tuple[Tensor, Tensor]) -> None:
 
 def dense_times(weight, shape: tuple[int, int]) -> dict[int, float]:
     """Dequantise + cuBLAS, where it may win."""
-    from benchmarks import nf4_gemm as benchmark
+    from benchmarks.common import nf4_weights
 
     times = {}
     for rows in ROWS:
         x = torch.randn(rows, shape[1], dtype=torch.bfloat16, device="cuda")
         out = torch.empty(rows, shape[0], dtype=torch.bfloat16, device="cuda")
-        times[rows] = benchmark.microseconds(weight.copies, partial(launch_dense, x, out), milliseconds=4.0)
+        times[rows] = nf4_weights.microseconds(weight.copies, partial(launch_dense, x, out), milliseconds=4.0)
     return times
 
 

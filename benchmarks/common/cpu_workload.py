@@ -21,10 +21,10 @@ ANSWER = "@@ "
 
 
 class Worker:
-    """A process that runs `script --worker NAME ...` and answers commands. A context manager."""
+    """A process that runs `python -m module --worker NAME ...` and answers commands. A context manager."""
 
-    def __init__(self, script: str, name: str, *arguments: object):
-        command = [sys.executable, script, "--worker", name, *map(str, arguments)]
+    def __init__(self, module: str, name: str, *arguments: object):
+        command = [sys.executable, "-m", module, "--worker", name, *map(str, arguments)]
         self.name = name
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 

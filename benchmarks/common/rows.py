@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.processes import TIME_UP, end, write_result
+from benchmarks.common.processes import TIME_UP, end, write_result
 
 Row = dict[str, Any]
 Job = list[Row]

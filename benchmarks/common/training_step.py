@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.processes import nvml_handles
-from benchmarks.random_model import RandomSource
+from benchmarks.common.processes import nvml_handles
+from benchmarks.common.random_model import RandomSource
 from grpo.config.schema import Config, Model, parse_config
 from grpo.memory.activations import TrainingMemory, moment_bytes
 from grpo.model.base_weights import BaseWeights
