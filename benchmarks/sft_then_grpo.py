@@ -234,7 +234,7 @@ def supervised(result: TrainResult) -> dict[str, Any]:
 
 def make_tiny(options: argparse.Namespace) -> None:
     """A model that knows nothing, and a few rows like GSM8K's."""
-    from tiny_run import save_tiny_chat_model
+    from tests.helpers.tiny_run import save_tiny_chat_model
 
     options.data = options.work / "data"
     if not options.data.exists():

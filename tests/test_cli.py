@@ -18,8 +18,8 @@ from grpo.distributed.launch import Launch
 from grpo.errors import UserError
 from grpo.run.checkpoint import open_run, save
 from grpo.run.signals import Interrupted
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 MINIMAL = ROOT / "tests" / "data" / "minimal.toml"
 
 

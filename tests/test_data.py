@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from grpo.config.schema import Config, Task, parse_config
 from grpo.data import Prompt, PromptStream, keep_by_pass_rate, load_data
 from grpo.errors import UserError
+from tests.helpers.paths import ROOT
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}> {{ m.content }} </{{ m.role }}> {% endfor %}"
@@ -158,7 +159,7 @@ def test_real_gsm8k_layout_trains_on_the_configuration_file(tmp_path: Path) -> N
         (tmp_path / f"{split}.jsonl").write_text(json.dumps(row))
     from grpo.config.schema import read_config
 
-    path = Path(__file__).parent.parent / "configs" / "gsm8k.toml"
+    path = ROOT / "configs" / "gsm8k.toml"
     config = read_config(path, [f"task.options.path={str(tmp_path)!r}"])
     data = load_data(config, tokenizer())
     assert [reward.column for reward in data.rewards] == [

@@ -29,8 +29,8 @@ from grpo.rewards.runtime.contract import RewardBatch
 from grpo.rewards.runtime.forms import RewardFunction
 from grpo.sft.config import SftConfig
 from grpo.tasks.common import BUILT_IN, load_task
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SECTIONS = {name: model for name, field in Config.model_fields.items() if (model := section_of(field))}
 BLOCK = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
@@ -228,7 +228,7 @@ def test_overrides_name_keys(path: Path):
 
 @page
 def test_tests_that_are_named_exist(path: Path):
-    for file, name in re.findall(r"`(tests/\w+\.py)::(\w+)`", path.read_text()):
+    for file, name in re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", path.read_text()):
         assert f"\ndef {name}(" in (ROOT / file).read_text(), f"{file}::{name}"
 
 

@@ -27,8 +27,8 @@ from grpo.sft.__main__ import main as train_on_examples
 from grpo.sft.config import read_sft_config
 from grpo.tasks.common import BUILT_IN, checked_options, load_task
 from grpo.train import main
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 SUPERVISED = ROOT / "configs" / "sft.toml"
 CONFIGS = sorted(set((ROOT / "configs").glob("*.toml")) - {SUPERVISED})
 CARD = re.compile(r"# (\d+) GB: ")

@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from tiny_run import run_tables, save_tiny_chat_model, write_config
 
 from grpo.config.schema import Lora, parse_config
 from grpo.errors import UserError
 from grpo.generate import Talk, main, opened, parser, typed
+from tests.helpers.tiny_run import run_tables, save_tiny_chat_model, write_config
 
 MAX_TOKENS = ("--max-tokens", "6")
 

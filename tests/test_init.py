@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_run import read_metrics, save_tiny_chat_model
 
 from grpo import train
 from grpo.config.schema import read_config
@@ -18,6 +17,7 @@ from grpo.rewards.builtin import resolve_reward
 from grpo.rewards.runtime.contract import RewardBatch
 from grpo.rewards.runtime.forms import RewardFunction
 from grpo.tasks.common import load_task
+from tests.helpers.tiny_run import read_metrics, save_tiny_chat_model
 
 
 @pytest.fixture

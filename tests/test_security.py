@@ -8,15 +8,15 @@ import pickle
 from pathlib import Path
 
 import pytest
-from bad_cases import Trap
-from small_chat import save_small_chat_model
-from tiny_run import run_tables
 
 from grpo.config.schema import parse_config
 from grpo.run.checkpoint import latest, save
 from grpo.session import open_session
+from tests.helpers.bad_cases import Trap
+from tests.helpers.paths import ROOT
+from tests.helpers.small_chat import save_small_chat_model
+from tests.helpers.tiny_run import run_tables
 
-ROOT = Path(__file__).resolve().parent.parent
 SOURCES = [file for folder in ("grpo", "kernels", "rewards", "tasks") for file in sorted((ROOT / folder).glob("*.py"))]
 UNPICKLERS = {
     ("pickle", "load"), ("pickle", "loads"), ("pickle", "Unpickler"), ("cloudpickle", "load"), ("cloudpickle", "loads"),
