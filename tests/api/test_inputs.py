@@ -37,7 +37,7 @@ def test_a_task_is_made_of_names_tables_rows_and_data_sets() -> None:
 def test_rewards_are_functions_names_and_tables() -> None:
     specs = as_rewards([letters, "correctness", {"function": letters, "name": "again"}, lambda **k: 0, lambda **k: 1])
     assert [spec.column for spec in specs] == ["letters", "correctness", "again", "lambda", "lambda_2"]
-    assert reward_table(specs[0])["function"] == "test_inputs:letters"
+    assert reward_table(specs[0])["function"] == f"{__name__}:letters"
     assert as_rewards(letters)[0].function is letters
     with pytest.raises(UserError, match="a reward cannot be made of 3"):
         as_rewards([3])

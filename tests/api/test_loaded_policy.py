@@ -27,9 +27,9 @@ from grpo.api.loaded_policy import LoadedPolicy
 from grpo.api.result import TrainResult
 from grpo.errors import UserError
 from grpo.run.model_reference import resolve_target
+from tests.helpers.paths import ROOT
 from tests.helpers.tiny_run import save_tiny_chat_model
 
-ROOT = Path(__file__).resolve().parent.parent
 TINY: dict[str, Any] = {"load_in_4bit": False, "dtype": "float32", "device": "cpu", "max_seq_length": 192}
 LORA = {"r": 4, "lora_alpha": 8}
 SMALL_STEPS: dict[str, Any] = {
@@ -274,7 +274,7 @@ def test_closures_and_lambdas_score_rows_with_their_columns(policy: LoadedPolicy
     assert step["rewards/near"] == pytest.approx(1 + 7 - step["completion_length"])
     assert step["rewards/lambda"] == 0.5
     assert step["reward"] == pytest.approx(step["rewards/near"] + 0.5), "a weight of 0 does not count"
-    assert 'function = "test_api:test_closures' in (home / "closures/config.toml").read_text()
+    assert f'function = "{__name__}:test_closures' in (home / "closures/config.toml").read_text()
 
 
 @vllm

@@ -20,8 +20,8 @@ from grpo.config.schema import Config, config_toml, parse_config, read_config
 from grpo.config.toml import line_of, split_override, write_toml
 from grpo.errors import UserError
 from grpo.sft.config import read_sft_config
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 MINIMAL = '[model]\nname = "m"\n[task]\nname = "t"\n'
 
 OF_EACH_TYPE = {

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -16,8 +15,6 @@ import pytest
 from grpo.errors import UserError
 from grpo.rewards.runtime.contract import RewardBatch
 from grpo.rewards.runtime.pool import RewardPool
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def batch(size: int = 3, **columns: Any) -> RewardBatch:

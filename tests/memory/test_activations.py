@@ -25,7 +25,7 @@ from grpo.memory.activations import FORMS, TrainingMemory, moment_bytes
 from grpo.model.base_weights import BaseWeights
 from grpo.model.source import open_source
 from grpo.policy import fused_layers as graph_kernels
-from grpo.policy import policy as policy_module
+from grpo.policy import graph
 from grpo.policy.policy import Policy
 from tests.helpers.tiny import save_tiny
 
@@ -66,7 +66,7 @@ def place(x: Tensor, out: Tensor | None) -> Tensor:
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (policy_module, graph_kernels):
+    for module in (graph, graph_kernels):
         monkeypatch.setattr(module, "packed_attention", lambda q, k, v, packing, **rest: FlashLike.apply(q, k, v))
     monkeypatch.setattr(Norm, "forward", lambda self, x, out=None: place(x, out))
     monkeypatch.setattr(Norm, "backward", lambda self, grad, x, plus=None, out=None: place(x, out))

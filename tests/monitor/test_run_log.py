@@ -26,8 +26,8 @@ from grpo.config.schema import parse_config
 from grpo.monitor.run_log import RunLog, json_line, printable
 from grpo.run.library_logs import quiet_libraries
 from grpo.run.samples import Sample, SampleGroup
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 CONFIG = parse_config({"model": {"name": "m"}, "task": {"name": "t"}, "log": {"samples_every": 4}})
 ESCAPES = "\x1b[2J\x1b]0;title\x07\x9b31m\u202e\u2066\r\x00\x7f"
 

@@ -21,9 +21,9 @@ from grpo.config.schema import Config
 from grpo.errors import UserError
 from grpo.monitor.trackers import Trackers
 from grpo.run.records import without_secrets
+from tests.helpers.paths import ROOT
 from tests.helpers.report_run import metrics, run_config, write_run
 
-ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT_SECRET = "s3cret-of-the-environment"
 
 

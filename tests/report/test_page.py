@@ -27,9 +27,8 @@ from grpo.report.data import CHARACTERS, RunData, cut, improvements, read_run, s
 from grpo.report.findings import findings
 from grpo.report.page import LiveReport, write_report
 from grpo.run.records import json_line
+from tests.helpers.paths import ROOT
 from tests.helpers.report_run import HOSTILE, groups, held_out, metrics, run_config, write_run
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 class Page(html.parser.HTMLParser):

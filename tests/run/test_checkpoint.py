@@ -31,8 +31,7 @@ from grpo.run.checkpoint import (
     write_atomically,
 )
 from grpo.run.tensor_state import load_tensors, packed, save_tensors, unpacked
-
-ROOT = Path(__file__).resolve().parent.parent
+from tests.helpers.paths import ROOT
 
 
 def config_for(folder: Path, **sections: dict[str, Any]) -> Config:

@@ -22,11 +22,11 @@ from safetensors.torch import load_file, save_file
 
 from grpo.config.schema import parse_config, read_config
 from grpo.train import main
+from tests.helpers.paths import ROOT
 from tests.helpers.tiny_run import read_metrics, run_tables, save_rewards, save_tiny_chat_model, write_config
 
 pytestmark = pytest.mark.vllm
 
-ROOT = Path(__file__).resolve().parent.parent
 PROMISED = {
     "step", "reward", "reward_std", "rewards/score", "rewards/length", "loss", "grad_norm", "kl", "entropy",
     "mismatch_kl", "completion_length", "clipped_ratio", "frac_reward_zero_std", "tokens_per_second",
