@@ -17,7 +17,7 @@ from tests.helpers.paths import ROOT
 
 SCRIPT = """
 import os, sys, time
-from benchmarks import rows
+from benchmarks.common import rows
 
 def measurer(options):
     print("loaded")

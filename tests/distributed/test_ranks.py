@@ -30,7 +30,8 @@ from grpo.policy.policy import Policy
 from grpo.rollout.sampler import Group, Outline
 from grpo.training.loss_metrics import EffectiveSampleSize, Maximum, Mean, Total, as_message, from_message
 from grpo.training.trainer import uneven_share
-from tests.helpers.forked_runs import ROOT, Finished, ForkedRuns
+from tests.helpers.forked_runs import Finished, ForkedRuns
+from tests.helpers.paths import ROOT
 from tests.helpers.same_run import completions
 from tests.helpers.small_chat import save_small_chat_model
 from tests.helpers.tiny import save_tiny

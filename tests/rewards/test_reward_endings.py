@@ -15,7 +15,8 @@ from grpo.errors import UserError
 from grpo.rewards.runtime.contract import RewardSpec
 from grpo.rewards.runtime.pool import RewardPool
 from grpo.rewards.runtime.runner import how_it_ended, machine_memory
-from tests.helpers.reward_pools import ROOT, batch, children, counting, wait_until
+from tests.helpers.paths import ROOT
+from tests.helpers.reward_pools import batch, children, counting, wait_until
 
 
 def test_two_hundred_calls_and_ten_deaths_leave_no_process_thread_or_handle():

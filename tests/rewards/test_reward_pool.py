@@ -23,7 +23,8 @@ from hypothesis import strategies as st
 from grpo.errors import UserError
 from grpo.rewards.runtime.contract import RewardSpec
 from grpo.rewards.runtime.pool import RewardPool
-from tests.helpers.reward_pools import ROOT, Pools, batch, children, counting
+from tests.helpers.paths import ROOT
+from tests.helpers.reward_pools import Pools, batch, children, counting
 
 
 @pytest.fixture

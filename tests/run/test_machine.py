@@ -150,7 +150,7 @@ def test_the_command_says_so_before_it_imports_vllm(tmp_path):
     config = write_config(tmp_path / "config.toml", run_tables(tmp_path, model={"device": "auto"}))
     code = (
         "import sys, torch; torch.version.cuda = '13.0'; torch.cuda.is_available = lambda: False\n"
-        "from grpo import machine; machine.cuda_of_driver = lambda: (12, 2)\n"
+        "from grpo.run import machine; machine.cuda_of_driver = lambda: (12, 2)\n"
         "from grpo.train import main\n"
         f"code = main([{str(config)!r}])\n"
         "assert 'vllm' not in sys.modules and 'transformers' not in sys.modules\n"
