@@ -18,6 +18,7 @@ from typing import Any
 from grpo.errors import UserError
 from grpo.rewards.resolve import described
 from grpo.sft_config import Sft, SftConfig
+from grpo.tasks.cells import filled, reach
 from grpo.tasks.common import Row, read_hub, read_splits
 
 IGNORED = -100
@@ -169,15 +170,18 @@ def fill(template: str, row: Row, where: str) -> str:
     """`template` with the row's columns; a part in [[ ]] only where none of its columns is empty."""
 
     def optional(part: re.Match[str]) -> str:
-        names = re.findall(r"\{(\w+)\}", part[1])
-        return part[1] if all(row.get(name) not in (None, "") for name in names) else ""
+        return part[1] if all(is_there(row, name) for name in re.findall(r"\{([\w.]+)\}", part[1])) else ""
 
+    return filled(re.sub(r"\[\[(.*?)\]\]", optional, template, flags=re.DOTALL), row, where, "the template")
+
+
+def is_there(row: Row, name: str) -> bool:
+    """Whether the row has something in the column `name`: not null, NaN or empty text."""
     try:
-        return re.sub(r"\[\[(.*?)\]\]", optional, template, flags=re.DOTALL).format_map(row)
-    except KeyError as error:
-        raise UserError(f"{where}: the template asks for {error}; the columns are {', '.join(map(str, row))}") from None
-    except (ValueError, IndexError, AttributeError) as error:
-        raise UserError(f"{where}: {template!r} cannot be filled ({error}); write a literal {{ as {{{{") from None
+        value = reach(row, name)
+    except KeyError:
+        return False
+    return value != "" and not (value is None or value != value)
 
 
 def joined(chats: Sequence[Messages], turns: int, seed: int) -> list[Messages]:

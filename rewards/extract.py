@@ -6,6 +6,7 @@ is None. Deciding whether an answer is right is left to the rewards, algebra to 
 
 from __future__ import annotations
 
+import numbers
 import re
 from collections.abc import Sequence
 from fractions import Fraction
@@ -40,6 +41,13 @@ _NUMBER = re.compile(
 def completion_text(completion: str | Sequence[dict[str, Any]]) -> str:
     """The text of a completion: itself, or the content of the last message of a conversation."""
     return completion if isinstance(completion, str) else str(completion[-1]["content"])
+
+
+def is_no_answer(gold: Any) -> bool:
+    """Whether a gold answer is missing: None, NaN or text without a visible character."""
+    if isinstance(gold, str):
+        return not gold.strip()
+    return gold is None or (isinstance(gold, numbers.Real) and gold != gold)
 
 
 def xml_answer(text: str) -> str:

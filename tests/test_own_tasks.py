@@ -75,8 +75,8 @@ def test_table_names_row_and_column(tmp_path: Path) -> None:
         write_lines(tmp_path / "data.jsonl", [{"question": "?", "answer": "1"}, {"question": "?", "answer": "x"}])
     )
     sentence = refusal(lambda: load_task("table", {"path": file, "prompt": "{qestion}"}))
-    assert "row 1" in sentence and "qestion" in sentence and "question, answer" in sentence
-    assert "row 2" in refusal(lambda: load_task("table", {"path": file, "answer_in": "number"}))
+    assert "data.jsonl:1" in sentence and "qestion" in sentence and "question, answer" in sentence
+    assert "data.jsonl:2" in refusal(lambda: load_task("table", {"path": file, "answer_in": "number"}))
     assert "reply" in refusal(lambda: load_task("table", {"path": file, "examples": [{"question": "?"}]}))
     assert "{{" in refusal(lambda: load_task("table", {"path": file, "prompt": "{question} \\boxed{}"}))
     assert "`path`" in refusal(lambda: load_task("table", {}))
