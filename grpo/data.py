@@ -18,6 +18,7 @@ from grpo.errors import UserError
 from grpo.rewards.contract import RewardSpec
 from grpo.rewards.extract import is_no_answer
 from grpo.rewards.resolve import described
+from grpo.special_tokens import encode_texts, tell_of_rendered_chats
 from grpo.tasks.cells import GIVE_OR_LEAVE_OUT, check_question, checked_prompt
 from grpo.tasks.common import Row, Task, load_task
 
@@ -191,6 +192,7 @@ def tokenize(
 ) -> list[list[int]]:
     """Token ids of each prompt: text with the tokenizer's special tokens, messages through the chat template.
 
+    A text that begins with those tokens already does not get them twice.
     Messages that end with an assistant's are continued; others get the template's opening of an answer. Raises
     UserError naming `whose` prompts a chat template lacks or refuses.
     """
@@ -209,17 +211,19 @@ def tokenize(
         if not batch:
             continue
         if kind == "text":
-            encoded = tokenizer(batch)
+            encoded = encode_texts(batch, tokenizer, whose)
         else:
+            tell_of_rendered_chats(batch, tokenizer, whose)
             ending = {"continue_final_message" if kind == "continue" else "add_generation_prompt": True}
             try:
-                encoded = tokenizer.apply_chat_template(batch, return_dict=True, **ending, **chat_template_kwargs)
+                rendered = tokenizer.apply_chat_template(batch, return_dict=True, **ending, **chat_template_kwargs)
+                encoded = rendered["input_ids"]
             except Exception as error:  # a template is a program, and not ours
                 raise UserError(
                     f"{whose}: the chat template refuses its prompts ({described(error)}); change system_prompt, "
                     "rollout.chat_template_kwargs or model.chat_template"
                 ) from None
-        ids.update(zip(numbers, map(list, encoded["input_ids"]), strict=True))
+        ids.update(zip(numbers, map(list, encoded), strict=True))
     return [ids[number] for number in range(len(prompts))]
 
 

@@ -30,6 +30,7 @@ from grpo.model_keys import check_keys, settle
 from grpo.plan import MemoryPlan, check_memory, lighter_weights, plan_memory, sequence_limits, weight_bytes
 from grpo.policy import Policy
 from grpo.source import Source, open_source
+from grpo.special_tokens import completion_text
 from grpo.vocabulary import no_row
 
 if TYPE_CHECKING:
@@ -193,11 +194,13 @@ class Session:
             top_p=top_p,
             stop_token_ids=self.stop_token_ids,
             stop=tuple(self.config.rollout.stop),
+            skip_special_tokens=self.config.rollout.skip_special_tokens,
         )
 
     def decode(self, token_ids: list[int]) -> str:
-        """Text of a completion, without special tokens."""
-        return self.tokenizer.decode(token_ids, skip_special_tokens=True)
+        """Text of a completion as rewards see it."""
+        skip = self.config.rollout.skip_special_tokens
+        return completion_text(token_ids, self.tokenizer, self.stop_token_ids, skip)
 
     def close(self) -> None:
         """Stop vLLM and let go of the weights: they are freed unless somebody else holds them. May be called twice."""
