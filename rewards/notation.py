@@ -25,14 +25,14 @@ LETTERS = {ord(sign): "-" for sign in MINUS_SIGNS} | {
 
 SETS_TYPE = re.compile(
     r"\\(?:text|textbf|textit|textrm|textnormal|textsf|emph|underline|mbox|hbox|boxed|fbox|bf|rm"
-    r"|math(?:rm|bf|it|sf|tt|cal|ord)|operatorname|bm|boldsymbol|displaystyle)\s*\{([^{}]*)\}"
+    r"|math(?:rm|bf|it|sf|tt|cal|ord)|operatorname|bm|boldsymbol|displaystyle)\s*\{((?:[^{}]|\{[^{}]*\})*)\}"
 )
 NOTHING = re.compile(
     r"\\(?:left|right|big|Big|bigg|Bigg|displaystyle|textstyle|scriptstyle|limits|nolimits|bf|rm|it)(?![A-Za-z])"
     r"|\\!|\\[()\[\]]"
 )
 SPACE = re.compile(r"\\(?:quad|qquad|thinspace|enspace|space|hspace\s*\{[^{}]*\})(?![A-Za-z])|\\[;: ]|(?<!\\)~")
-DEGREES = re.compile(r"\^?\s*\{?\s*\\(?:circ|degree)(?![A-Za-z])\s*\}?|\^\s*\{?\s*o\s*\}(?![A-Za-z])")
+DEGREES = re.compile(r"\^\s*\{\s*(?:\\(?:circ|degree)|o)\s*\}|\^?\s*\\(?:circ|degree)(?![A-Za-z])")
 ARGUMENT = r"\s*(?:\{((?:[^{}]|\{[^{}]*\})*)\}|([0-9]))"
 FRACTION = re.compile(rf"\\[dtc]?frac(?![A-Za-z]){ARGUMENT}{ARGUMENT}")
 OVER = re.compile(r"\{([^{}]*)\\over(?![A-Za-z])([^{}]*)\}")
@@ -105,7 +105,8 @@ def fraction(match: re.Match[str]) -> str:
     numbers = [DECIMAL.fullmatch(part) for part in parts]
     if len(parts) == 2 and all(numbers):
         top, bottom = (number[1] + number[2] for number in numbers if number)
-        return f" {top}{FRACTION_SLASH}{bottom} "
+        behind = " " if match.string[match.end() : match.end() + 1].isdecimal() else ""
+        return f" {top}{FRACTION_SLASH}{bottom}{behind}"
     if len(parts) == 2 and all(UNIT_WORD.fullmatch(part) for part in parts):
         return f" {parts[0].strip()}/{parts[1].strip()} "
     return match[0]

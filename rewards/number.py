@@ -79,7 +79,7 @@ OPERATION = re.compile(r"[\^+*/]|\S\s*-|[0-9]\s*[A-Za-z]|\\(?:frac|sqrt|times|cd
 SEPARATE = re.compile(r"[,;\n]|\b(?:or|and)\b|\\(?:quad|text)")
 CUE = re.compile(
     r"(?:\b(?:is|are|was|were|be|equals?|gives?|got|get|gets|has|have|totals?|costs?|makes?|so|therefore|thus|hence|"
-    r"answer|result|approximately|about|roughly|around|exactly|only)\b|:(?=\s)|[→⇒]"
+    r"answer|result|approximately|about|roughly|around|exactly|only)\b|(?<=[^\W\d_)]):(?=\s)|[→⇒]"
     r"|\\(?:Rightarrow|implies|therefore)(?![A-Za-z])),?\s*",
     re.IGNORECASE,
 )
