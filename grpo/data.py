@@ -207,7 +207,7 @@ def tokenize(
         kind = "text" if isinstance(prompt, str) else "continue" if prompt[-1]["role"] == "assistant" else "ask"
         kinds[kind].append(number)
     for kind, numbers in kinds.items():
-        batch = [prompts[number] for number in numbers]
+        batch: list[Any] = [prompts[number] for number in numbers]
         if not batch:
             continue
         if kind == "text":
