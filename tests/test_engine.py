@@ -13,6 +13,7 @@ import pytest
 import torch
 from tiny import VOCABULARY, save_tiny
 from torch import Tensor
+from vllm.sampling_params import RequestOutputKind
 from vllms_own import crowded, vllms_own
 
 from grpo.base import BaseWeights
@@ -329,6 +330,9 @@ def test_stop_strings_end_a_completion(tmp_path: Path) -> None:
         assert ended.finish_reason == "stop"
         assert ended.token_ids == free.token_ids[: len(ended.token_ids)] and len(ended.token_ids) <= 5
         assert stop in tokenizer.decode(ended.token_ids)
+        for skip in (False, True):  # a stop string may be a special token, which vLLM would leave out by itself
+            sampling = SamplingSettings(1.0, 12, stop=(stop,), skip_special_tokens=skip)
+            assert engine._params(sampling, 0, RequestOutputKind.FINAL_ONLY).skip_special_tokens is skip
     finally:
         engine.close()
 
