@@ -21,10 +21,11 @@ _SCIENTIFIC = re.compile(
     r"(?:\{\s*([-+]?)\s*([0-9]{1,3})\s*\}|([-+]?)([0-9]{1,3})(?![0-9]))"
 )
 _SCALED = re.compile(
-    r"(?<![0-9A-Za-z_./])([0-9]+(?:\.[0-9]+)?|\.[0-9]+)\s?(thousand|lakh|million|crore|billion|trillion)s?\b",
+    r"(?<![0-9A-Za-z_./])([0-9]+(?:\.[0-9]+)?|\.[0-9]+)\s{0,3}(thousand|lakh|million|crore|billion|trillion)s?\b",
     re.IGNORECASE,
 )
 _EXPONENT_OF_WORD = re.compile(r"(?<=[A-Za-z)}])\s*\^\s*(?:\{\s*-?[0-9]+\s*\}|-?[0-9])")
+_SUBSCRIPT = re.compile(r"_\s*\{[0-9A-Za-z]{1,20}\}")
 _IN_EXPRESSION = re.compile(r"(?:\^\s*\{?|[0-9A-Za-z)}]\s?\*\*|\\sqrt\s*\{?|√|\bsqrt\(?)\s*[-+]?\s*$")
 _BRACES = re.compile(
     r"(?P<box>\\(?:boxed|fbox)\s*)(?:(?P<open>\{)|(?P<bare>[^\s{}\\]+))|\\.|(?P<lone>\{)|(?P<close>\})", re.DOTALL
@@ -94,7 +95,7 @@ def last_number(text: str) -> Fraction | None:
     """
     text = _MIXED.sub(_plain_fraction, plain(text))
     text = _SCALED.sub(_scaled, _SCIENTIFIC.sub(_scientific, text))
-    text = _EXPONENT_OF_WORD.sub("", text)
+    text = _EXPONENT_OF_WORD.sub("", _SUBSCRIPT.sub("", text))
     matches = list(_NUMBER.finditer(text))
     if not matches or _IN_EXPRESSION.search(text[max(matches[-1].start() - 20, 0) : matches[-1].start()]):
         return None

@@ -29,10 +29,11 @@ SETS_TYPE = re.compile(
 )
 NOTHING = re.compile(
     r"\\(?:left|right|big|Big|bigg|Bigg|displaystyle|textstyle|scriptstyle|limits|nolimits|bf|rm|it)(?![A-Za-z])"
-    r"|\\!|\\[()\[\]]"
+    r"|\\!\s*|\\[()\[\]]"
 )
 SPACE = re.compile(r"\\(?:quad|qquad|thinspace|enspace|space|hspace\s*\{[^{}]*\})(?![A-Za-z])|\\[;: ]|(?<!\\)~")
 DEGREES = re.compile(r"\^\s*\{\s*(?:\\(?:circ|degree)|o)\s*\}|\^?\s*\\(?:circ|degree)(?![A-Za-z])")
+ORDINAL = re.compile(r"(?<=[0-9])\s*\^\s*(?:\{\s*(?:st|nd|rd|th)\s*\}|(?:st|nd|rd|th)(?![A-Za-z]))")
 ARGUMENT = r"\s*(?:\{((?:[^{}]|\{[^{}]*\})*)\}|([0-9]))"
 FRACTION = re.compile(rf"\\[dtc]?frac(?![A-Za-z]){ARGUMENT}{ARGUMENT}")
 OVER = re.compile(r"\{([^{}]*)\\over(?![A-Za-z])([^{}]*)\}")
@@ -40,7 +41,7 @@ DECIMAL = re.compile(r"\s*(-?)\s*([0-9]+(?:\.[0-9]+)?|\.[0-9]+)\s*")
 UNIT_WORD = re.compile(r"\s*[^\W\d_]+(?:\s*\^\s*\{?-?[0-9]\}?)?\s*")
 
 GAP = r"(?:\{,\}|,?\\,|[\u00a0\u2009\u202f\u2007'_])"
-GROUPS = re.compile(rf"(?<![0-9A-Za-z_])([0-9]{{1,3}}(?:{GAP}[0-9]{{3}})+)(?![0-9])")
+GROUPS = re.compile(rf"(?<![0-9A-Za-z_])([0-9]{{1,3}}(?:{GAP}[0-9]{{3}})+)(?![0-9])(?:,([0-9]{{1,2}})(?![0-9,]))?")
 GAP_OF_DECIMALS = re.compile(r"(?<=[0-9]{3})(?:\\,|[\u00a0\u2009\u202f])(?=[0-9]{3}(?![0-9]))")
 COMMAS = re.compile(r"(?<![0-9A-Za-z_.,])([1-9][0-9]{0,2}(?:,[0-9]{3})+)(?![0-9]|,[0-9])")
 INDIAN = re.compile(r"(?<![0-9A-Za-z_.,])([1-9][0-9]?(?:,[0-9]{2})+,[0-9]{3})(?![0-9]|,[0-9])")
@@ -71,14 +72,22 @@ def plain(text: str) -> str:
         text, count = SETS_TYPE.subn(r" \1 ", text)
         if not count:
             break
-    text = GAP_OF_DECIMALS.sub("", GROUPS.sub(lambda match: re.sub(GAP, "", match[1]), text))
+    text = GAP_OF_DECIMALS.sub("", GROUPS.sub(ungrouped, text))
     for pattern in (COMMAS, INDIAN):
         text = pattern.sub(lambda match: match[1].replace(",", ""), text)
     for pattern in (DOTS, DOTS_AND_COMMA):
         text = pattern.sub(lambda match: match[1].replace(".", "") + (f".{match[2]}" if match[2] else ""), text)
-    text = SPACE.sub(" ", text.replace("\\,", " "))
+    text = ORDINAL.sub("", SPACE.sub(" ", text.replace("\\,", " ")))
     text = REPEATING.sub(repeating, text)
     return OVER.sub(fraction, FRACTION.sub(fraction, text))
+
+
+def ungrouped(match: re.Match[str]) -> str:
+    """A number without what separates its thousands; a comma behind it parts decimals, where none parts thousands."""
+    whole, decimals = re.sub(GAP, "", match[1]), match[2]
+    if decimals is None:
+        return whole
+    return f"{whole},{decimals}" if "," in match[1] else f"{whole}.{decimals}"
 
 
 def ascii_digits(text: str) -> str:
@@ -106,7 +115,8 @@ def fraction(match: re.Match[str]) -> str:
     if len(parts) == 2 and all(numbers):
         top, bottom = (number[1] + number[2] for number in numbers if number)
         behind = " " if match.string[match.end() : match.end() + 1].isdecimal() else ""
-        return f" {top}{FRACTION_SLASH}{bottom}{behind}"
+        before = " " if match.string[max(match.start() - 1, 0) : match.start()].isalnum() else ""
+        return f"{before}{top}{FRACTION_SLASH}{bottom}{behind}"
     if len(parts) == 2 and all(UNIT_WORD.fullmatch(part) for part in parts):
         return f" {parts[0].strip()}/{parts[1].strip()} "
     return match[0]

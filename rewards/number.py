@@ -38,7 +38,7 @@ NUMBER = re.compile(
         10 {EXPONENT.replace("{0}", "power")}
       | (?:(?P<whole>[0-9]+)\s*(?:and\s+)?)?? (?P<top>-?{DECIMAL})\s*{FRACTION_SLASH}\s*(?P<bottom>-?{DECIMAL})
       | (?:(?P<whole_2>[0-9]+)\s+(?:and\s+)?)? (?P<top_2>{DECIMAL})\s*/\s*(?P<bottom_2>{DECIMAL})
-      | (?P<spaced>[1-9][0-9]{{0,2}}(?:\ [0-9]{{3}})+(?![0-9])(?:\.[0-9]+)?)
+      | (?P<spaced>[1-9][0-9]{{0,2}}(?:\ [0-9]{{3}})+(?![0-9])(?:\.[0-9]+|,[0-9]{{1,2}}(?![0-9]))?)
       | (?P<decimal>{DECIMAL})
         (?: [eE](?P<e>[-+]?[0-9]+) | \s*(?:\\times|\\cdot|[×·⋅*xX])\s*10 {EXPONENT.replace("{0}", "times")} )?
     )
@@ -158,7 +158,7 @@ def _value(match: re.Match[str]) -> Fraction | None:
             return None
         value = Fraction(match["whole"] or match["whole_2"] or 0) + Fraction(top) / Fraction(bottom)
     else:
-        value = Fraction((match["spaced"] or match["decimal"]).replace(" ", ""))
+        value = Fraction((match["spaced"] or match["decimal"]).replace(" ", "").replace(",", "."))
     value *= Fraction(10) ** int(exponent) * SCALES.get((match["scale"] or "").lower(), 1)
     negative = (match["sign"].strip().lower() in ("-", "negative", "minus")) != (match["inner"] == "-")
     return -value if negative else value

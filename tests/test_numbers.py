@@ -235,3 +235,11 @@ def test_hostile_texts_take_no_quadratic_time() -> None:
         for read in (stated_number, last_number, final_number):
             read(piece * 20_000)
             read(f"<answer>{piece * 20_000}</answer>")
+
+
+@given(numbers(), st.sampled_from(["", "-", "−"]), st.sampled_from(["", "The answer is ", "x = ", "So $", "("]))
+def test_the_last_number_of_a_sentence_is_read_as_a_stated_one(
+    number: tuple[str, Fraction], sign: str, before: str
+) -> None:
+    text, value = number
+    assert last_number(f"{before}{sign}{text}") == (-value if sign else value)
