@@ -18,7 +18,7 @@ from typing import Any
 from grpo.errors import UserError
 from grpo.rewards.resolve import described
 from grpo.sft_config import Sft, SftConfig
-from grpo.special_tokens import begins_with, put_in_front
+from grpo.special_tokens import begin_with, put_in_front
 from grpo.tasks.cells import filled, reach
 from grpo.tasks.common import Row, read_hub, read_splits
 
@@ -223,7 +223,7 @@ class Encoder:
     def encode(self, messages: Messages, where: str) -> Example:
         """One sequence. Every answer in it is trained on up to its end token."""
         text, answers = self.rendered(messages, where) if self.settings.chat else plain(messages)
-        add = not self.settings.chat and not begins_with(text, self.front, self.tokenizer)
+        add = not self.settings.chat and not begin_with([text], self.front, self.tokenizer)[0]
         encoded = self.tokenizer(text, add_special_tokens=add, return_offsets_mapping=True, verbose=False)
         ids = list(encoded["input_ids"])
         chosen = [False] * len(ids)

@@ -23,18 +23,19 @@ def put_in_front(tokenizer: Any) -> list[int]:
     return whole[: next(places, 0)]
 
 
-def begins_with(text: str, front: Sequence[int], tokenizer: Any) -> bool:
-    """Whether `text` says the tokens `front` itself, before anything but white space."""
+def begin_with(texts: Sequence[str], front: Sequence[int], tokenizer: Any) -> list[bool]:
+    """Whether each text says the tokens `front` itself, before anything but white space."""
     if not front:
-        return False
-    start = text.lstrip()[: 8 + sum(len(token) for token in tokenizer.convert_ids_to_tokens(list(front)))]
-    return tokenizer(start, add_special_tokens=False)["input_ids"][: len(front)] == list(front)
+        return [False] * len(texts)
+    characters = 8 + sum(len(token) for token in tokenizer.convert_ids_to_tokens(list(front)))
+    starts = tokenizer([text.lstrip()[:characters] for text in texts], add_special_tokens=False)["input_ids"]
+    return [ids[: len(front)] == list(front) for ids in starts]
 
 
 def encode_texts(texts: Sequence[str], tokenizer: Any, whose: str) -> list[list[int]]:
     """Token ids of each text, with the tokens that the tokenizer puts in front of it, once. `whose` is for a notice."""
     front = put_in_front(tokenizer)
-    have = [begins_with(text, front, tokenizer) for text in texts]
+    have = begin_with(texts, front, tokenizer)
     if any(have):
         logger.warning(
             "%s: %d of %d text prompts begin with %s already, so none is put in front of them",

@@ -21,7 +21,7 @@ _SCIENTIFIC = re.compile(
     r"(?:\{\s*([-+]?)\s*([0-9]{1,3})\s*\}|([-+]?)([0-9]{1,3})(?![0-9]))"
 )
 _SCALED = re.compile(
-    r"(?<![0-9A-Za-z_./])([0-9]+(?:\.[0-9]+)?|\.[0-9]+)\s{0,3}(thousand|lakh|million|crore|billion|trillion)s?\b",
+    rf"(?<![0-9A-Za-z_./])([0-9]+(?:\.[0-9]+)?|\.[0-9]+)\s{{0,3}}({'|'.join(SCALES)})s?\b",
     re.IGNORECASE,
 )
 _EXPONENT_OF_WORD = re.compile(r"(?<=[A-Za-z)}])\s*\^\s*(?:\{\s*-?[0-9]+\s*\}|-?[0-9])")

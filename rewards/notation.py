@@ -20,7 +20,7 @@ RAISED_DIGITS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+
 LETTERS = {ord(sign): "-" for sign in MINUS_SIGNS} | {
     ord("，"): ",", ord("．"): ".", ord("％"): "%", ord("٪"): "%", ord("＄"): "$", ord("￥"): "¥", ord("￡"): "£",
     ord("٫"): ".", ord("٬"): "\u202f", ord("’"): "'", ord("＋"): "+", ord("＝"): "=", ord("：") : ":", ord("／"): "/",
-    ord("∕"): "/", ord("º"): "°", ord("˚"): "°", ord("ｅ"): "e", ord("−"): "-",
+    ord("∕"): "/", ord("º"): "°", ord("˚"): "°", ord("ｅ"): "e",
 }  # fmt: skip
 
 SETS_TYPE = re.compile(

@@ -31,6 +31,9 @@ EXPONENT = (
     r"\s*(?:\^|\*\*)\s*"
     r"(?:\{\s*(?P<{0}>[-+]?\s*[0-9]+)\s*\}|\(\s*(?P<{0}_round>[-+]?[0-9]+)\s*\)|(?P<{0}_bare>[-+]?[0-9]+))"
 )
+SCALES = {
+    "thousand": 10**3, "lakh": 10**5, "million": 10**6, "crore": 10**7, "billion": 10**9, "trillion": 10**12,
+}  # fmt: skip
 NUMBER = re.compile(
     rf"""
     (?P<sign>(?:[-+]|negative\s|minus\s)?)\s*(?:{CURRENCY}\s*)*(?P<inner>[-+]?)\s*
@@ -42,13 +45,10 @@ NUMBER = re.compile(
       | (?P<decimal>{DECIMAL})
         (?: [eE](?P<e>[-+]?[0-9]+) | \s*(?:\\times|\\cdot|[×·⋅*xX])\s*10 {EXPONENT.replace("{0}", "times")} )?
     )
-    (?:\s*(?P<scale>thousand|million|billion|trillion|lakh|crore)s?(?![A-Za-z]))?
+    (?:\s*(?P<scale>{"|".join(SCALES)})s?(?![A-Za-z]))?
     """,
     re.VERBOSE | re.IGNORECASE,
 )
-SCALES = {
-    "thousand": 10**3, "lakh": 10**5, "million": 10**6, "crore": 10**7, "billion": 10**9, "trillion": 10**12,
-}  # fmt: skip
 
 ATTACHED = frozenset(
     "st nd rd th mm cm dm km nm in ft yd mi mg kg gm lb lbs oz ml mL cl dl kl ms ns hr hrs min mins sec secs mph kph "
@@ -211,10 +211,7 @@ def _is_equation(side: str) -> bool:
     """Whether the left side of an equation is to be solved for a letter, and is no name ("AB", "f(2)", "the sum")."""
     side = re.sub(r"\([^()]*\)|_(?:\{\w*\}|\w)", "", side)
     letter = re.search(r"(?<![A-Za-z\\])[A-Za-z](?![A-Za-z])", side)
-    return (
-        letter is not None
-        and re.search(r"[\^+*/]|\S\s*-|[0-9]\s*[A-Za-z]|\\(?:frac|sqrt|times|cdot)", side) is not None
-    )
+    return letter is not None and OPERATION.search(side) is not None
 
 
 def _in_words(text: str) -> Fraction | None:
