@@ -76,7 +76,7 @@ def rewritten(solution: str, number: int) -> str:
     """A solution of GSM8K in the format of the task's system prompt: one line of reasoning, one of answer."""
     steps = CALCULATION.sub("", solution.partition("####")[0]).split("\n")
     reasoning = " ".join(step.strip() for step in steps if step.strip())
-    return f"<reasoning>\n{reasoning}\n</reasoning>\n<answer>\n{gold_answer(solution, number)}\n</answer>\n"
+    return f"<reasoning>\n{reasoning}\n</reasoning>\n<answer>\n{gold_answer(solution, f'row {number}')}\n</answer>\n"
 
 
 def write_examples(data: Path, file: Path) -> None:

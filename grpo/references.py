@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.util
+import os
 import sys
 import traceback
 from collections.abc import Mapping
@@ -80,8 +81,8 @@ def _load_file(path: Path, kind: str, reference: str) -> ModuleType:
     path = path.expanduser().absolute()
     if not path.is_file():
         raise UserError(f"{kind} {reference!r}: there is no file {path}; the path is relative to the working folder")
-    name = f"{kind}_file_{path.stem}"
     _on_path(str(path.parent), first=True)
+    name = _importable_name(path) or f"{kind}_file_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None, "a .py file always has a loader"
     module = importlib.util.module_from_spec(spec)
@@ -93,6 +94,38 @@ def _load_file(path: Path, kind: str, reference: str) -> ModuleType:
     except (Exception, SystemExit) as error:
         raise _load_error(error, kind, reference, str(path)) from error
     return module
+
+
+def _importable_name(path: Path) -> str | None:
+    """A name by which `import` finds the file `path`, also in processes that the file's functions start.
+
+    Such a process gets this one's `sys.path`, and imports the module of a function that it is sent. The file's own name
+    will do unless another module is called so; else the name of its folder, which becomes a package, is put before it.
+    """
+    importlib.invalidate_caches()
+    if _finds(path.stem, path):
+        return path.stem
+    outer, name = str(path.parent.parent), f"{path.parent.name}.{path.stem}"
+    added = outer not in sys.path
+    _on_path(outer, first=False)
+    if _finds(name, path):
+        return name
+    if added:
+        sys.path.remove(outer)
+    return None
+
+
+def _finds(name: str, path: Path) -> bool:
+    """Whether `import name` would load the file `path`, and nothing else than a folder above it."""
+    above, _, last = name.rpartition(".")
+    try:
+        if above and getattr(importlib.util.find_spec(above), "origin", "") is not None:
+            return False
+        spec = importlib.util.find_spec(name)
+    except (ImportError, ValueError):
+        return False
+    origin = spec.origin if spec else None
+    return last == path.stem and origin is not None and os.path.exists(origin) and os.path.samefile(origin, path)
 
 
 def _load_module(name: str, kind: str, reference: str) -> ModuleType:

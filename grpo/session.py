@@ -32,6 +32,7 @@ from grpo.policy.keep_16bit import load_base
 from grpo.policy.policy import Policy
 from grpo.rollout.types import EngineSettings, SamplingSettings
 from grpo.run.machine import check_machine, resolve_device
+from grpo.special_tokens import completion_text
 
 if TYPE_CHECKING:
     from grpo.rollout.engine import Engine
@@ -194,11 +195,13 @@ class Session:
             top_p=top_p,
             stop_token_ids=self.stop_token_ids,
             stop=tuple(self.config.rollout.stop),
+            skip_special_tokens=self.config.rollout.skip_special_tokens,
         )
 
     def decode(self, token_ids: list[int]) -> str:
-        """Text of a completion, without special tokens."""
-        return self.tokenizer.decode(token_ids, skip_special_tokens=True)
+        """Text of a completion as rewards see it."""
+        skip = self.config.rollout.skip_special_tokens
+        return completion_text(token_ids, self.tokenizer, self.stop_token_ids, skip)
 
     def close(self) -> None:
         """Stop vLLM and let go of the weights: they are freed unless somebody else holds them. May be called twice."""

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from grpo.data import Messages, checked_prompt, tokenize
+from grpo.data import Messages, tokenize
 from grpo.errors import UserError
+from grpo.tasks.cells import checked_prompt
 
 Prompts = str | Messages | Sequence[str | Messages]
 """A text, a chat (a list of messages), or a list of these."""
@@ -25,7 +26,7 @@ def as_batch(prompts: Any) -> tuple[list[str | Messages], bool]:
     if not isinstance(batch, Sequence) or not batch:
         raise UserError("nothing to generate from; pass a text, a list of messages, or a list of these")
     places = ["the prompt"] if single else [f"prompt {number}" for number in range(1, len(batch) + 1)]
-    return [checked_prompt({"prompt": one}, place) for one, place in zip(batch, places, strict=True)], single
+    return [checked_prompt(one, place) for one, place in zip(batch, places, strict=True)], single
 
 
 def token_ids(prompts: Sequence[str | Messages], tokenizer: Any, chat_template_kwargs: Mapping[str, Any]) -> list[Any]:

@@ -179,6 +179,9 @@ class Rollout(Section):
     """Drop tokens below this share of the likeliest one. Refused above 0, as `top_p`."""
     stop: list[str] = []
     """Strings that end a completion (kept in it), besides the model's end-of-turn tokens."""
+    skip_special_tokens: bool = False
+    """Take every special token out of completions before rewards see them, as TRL does. Off: only those that end a
+    completion, fill up a batch or begin a sequence."""
     chat_template_kwargs: dict[str, Any] = {}
     """Passed to the chat template, for example `{ enable_thinking = false }`."""
     max_num_seqs: PositiveInt | None = None

@@ -220,6 +220,7 @@ class Engine:
             include_stop_str_in_output=True,
             logprobs=0,  # the sampled token's; our scheduler takes them before vLLM makes lists of them
             detokenize=bool(sampling.stop),
+            skip_special_tokens=sampling.skip_special_tokens,
             output_kind=kind,
         )
 

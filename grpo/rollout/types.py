@@ -17,6 +17,8 @@ class SamplingSettings:
     min_p: float = 0.0
     stop_token_ids: tuple[int, ...] = ()
     stop: tuple[str, ...] = ()
+    skip_special_tokens: bool = False
+    """Look for the strings of `stop` in a text without special tokens."""
 
 
 @dataclass(frozen=True)

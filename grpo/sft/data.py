@@ -18,6 +18,8 @@ from typing import Any
 from grpo.errors import UserError
 from grpo.references import described
 from grpo.sft.config import Sft, SftConfig
+from grpo.special_tokens import begin_with, put_in_front
+from grpo.tasks.cells import filled, reach
 from grpo.tasks.common import Row, read_hub, read_splits
 
 IGNORED = -100
@@ -169,15 +171,18 @@ def fill(template: str, row: Row, where: str) -> str:
     """`template` with the row's columns; a part in [[ ]] only where none of its columns is empty."""
 
     def optional(part: re.Match[str]) -> str:
-        names = re.findall(r"\{(\w+)\}", part[1])
-        return part[1] if all(row.get(name) not in (None, "") for name in names) else ""
+        return part[1] if all(is_there(row, name) for name in re.findall(r"\{([\w.]+)\}", part[1])) else ""
 
+    return filled(re.sub(r"\[\[(.*?)\]\]", optional, template, flags=re.DOTALL), row, where, "the template")
+
+
+def is_there(row: Row, name: str) -> bool:
+    """Whether the row has something in the column `name`: not null, NaN or empty text."""
     try:
-        return re.sub(r"\[\[(.*?)\]\]", optional, template, flags=re.DOTALL).format_map(row)
-    except KeyError as error:
-        raise UserError(f"{where}: the template asks for {error}; the columns are {', '.join(map(str, row))}") from None
-    except (ValueError, IndexError, AttributeError) as error:
-        raise UserError(f"{where}: {template!r} cannot be filled ({error}); write a literal {{ as {{{{") from None
+        value = reach(row, name)
+    except KeyError:
+        return False
+    return value != "" and not (value is None or value != value)
 
 
 def joined(chats: Sequence[Messages], turns: int, seed: int) -> list[Messages]:
@@ -212,14 +217,14 @@ class Encoder:
         self.tokenizer, self.settings, self.stops = tokenizer, settings, stop_token_ids
         eos = tokenizer.eos_token_id
         self.eos: int = eos if eos in stop_token_ids else stop_token_ids[0]
+        self.front = put_in_front(tokenizer)
         self.unended = self.unended_inside = 0
 
     def encode(self, messages: Messages, where: str) -> Example:
         """One sequence. Every answer in it is trained on up to its end token."""
         text, answers = self.rendered(messages, where) if self.settings.chat else plain(messages)
-        encoded = self.tokenizer(
-            text, add_special_tokens=not self.settings.chat, return_offsets_mapping=True, verbose=False
-        )
+        add = not self.settings.chat and not begin_with([text], self.front, self.tokenizer)[0]
+        encoded = self.tokenizer(text, add_special_tokens=add, return_offsets_mapping=True, verbose=False)
         ids = list(encoded["input_ids"])
         chosen = [False] * len(ids)
         ended = True

@@ -70,7 +70,8 @@ class RewardBatch:
 
     Attributes:
         prompts: strings, or chat messages; completions are handed to functions in the same shape.
-        completions: the generated text, special tokens removed.
+        completions: the generated text, without the tokens that end it and, if the run asks for that, without other
+            special ones.
         completion_ids: its token ids, without padding.
         columns: the data set's other columns.
         step: `trainer_state.global_step`.

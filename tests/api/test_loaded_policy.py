@@ -127,6 +127,17 @@ def test_loading_gives_a_peft_model_without_vllm(home: Path, monkeypatch: pytest
         assert repr(policy) == f"<{home / 'model'} in float32 on cpu, LoRA of rank 4>"
 
 
+def test_a_completion_keeps_its_special_tokens_unless_they_are_to_be_skipped(home: Path) -> None:
+    with opened(home) as policy:
+        policy.tokenizer.add_special_tokens({"extra_special_tokens": ["<answer>"]})
+        written = policy.tokenizer("<answer>2", add_special_tokens=False)["input_ids"]
+        ids = [*written, *policy.session.stop_token_ids]
+        assert policy.session.decode(ids) == "<answer>2"
+        policy.session.config.rollout.skip_special_tokens = True
+        assert policy.session.decode(ids) == "2"
+        assert policy.session.sampling(1.0, 5).skip_special_tokens
+
+
 # What is declined
 
 

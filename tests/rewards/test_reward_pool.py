@@ -33,7 +33,30 @@ def pools() -> Iterator[Pools]:
         yield made
 
 
+SPAWNING = """
+import multiprocessing
+from pathlib import Path
+
+HALF = 0.5
+
+def half(text):
+    return HALF * len(text) * (Path(__file__).suffix == ".py")
+
+def halves(completions):
+    with multiprocessing.get_context("{method}").Pool(1) as pool:
+        return pool.map(half, completions)
+"""
+
 # Scoring
+
+
+@pytest.mark.parametrize(("name", "method"), [("rw", "spawn"), ("my-rewards", "forkserver"), ("json", "spawn")])
+def test_a_file_that_starts_processes_is_importable_in_them(pools, tmp_path, name, method):
+    folder = tmp_path / "with space"
+    folder.mkdir()
+    (folder / f"{name}.py").write_text(SPAWNING.format(method=method))
+    result = pools(RewardSpec(f"{folder / name}.py:halves", timeout=20)).submit(batch()).result(timeout=30)
+    assert result.scores == {"halves": [0.5 * len("<answer>0</answer>")] * 3}
 
 
 def test_functions_of_all_kinds_score_one_batch(pools, tmp_path):

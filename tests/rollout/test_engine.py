@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from vllm.sampling_params import RequestOutputKind
 
 from grpo.config.schema import Lora, Model
 from grpo.errors import UserError
@@ -322,6 +323,9 @@ def test_stop_strings_end_a_completion(tmp_path: Path) -> None:
         assert ended.finish_reason == "stop"
         assert ended.token_ids == free.token_ids[: len(ended.token_ids)] and len(ended.token_ids) <= 5
         assert stop in tokenizer.decode(ended.token_ids)
+        for skip in (False, True):  # a stop string may be a special token, which vLLM would leave out by itself
+            sampling = SamplingSettings(1.0, 12, stop=(stop,), skip_special_tokens=skip)
+            assert engine._params(sampling, 0, RequestOutputKind.FINAL_ONLY).skip_special_tokens is skip
     finally:
         engine.close()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow
@@ -75,8 +74,8 @@ def test_table_names_row_and_column(tmp_path: Path) -> None:
         write_lines(tmp_path / "data.jsonl", [{"question": "?", "answer": "1"}, {"question": "?", "answer": "x"}])
     )
     sentence = refusal(lambda: load_task("table", {"path": file, "prompt": "{qestion}"}))
-    assert "row 1" in sentence and "qestion" in sentence and "question, answer" in sentence
-    assert "row 2" in refusal(lambda: load_task("table", {"path": file, "answer_in": "number"}))
+    assert "data.jsonl:1" in sentence and "qestion" in sentence and "question, answer" in sentence
+    assert "data.jsonl:2" in refusal(lambda: load_task("table", {"path": file, "answer_in": "number"}))
     assert "reply" in refusal(lambda: load_task("table", {"path": file, "examples": [{"question": "?"}]}))
     assert "{{" in refusal(lambda: load_task("table", {"path": file, "prompt": "{question} \\boxed{}"}))
     assert "`path`" in refusal(lambda: load_task("table", {}))
@@ -87,7 +86,7 @@ def test_table_names_row_and_column(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def own_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def own_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     file = tmp_path / "my_task.py"
     file.write_text(
         "from grpo.tasks.common import Task\n"
@@ -101,8 +100,9 @@ def own_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         "    return [float(a in c) for c, a in zip(completions, answer)]\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    yield file
-    sys.modules.pop("my_task", None)
+    monkeypatch.setitem(sys.modules, "my_task", None)  # restored at the end, whatever a former test left there
+    del sys.modules["my_task"]
+    return file
 
 
 def test_a_users_task_is_one_file(own_task: Path) -> None:

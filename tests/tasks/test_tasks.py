@@ -67,7 +67,7 @@ def test_gsm8k_strict_compares_text_and_flexible_compares_numbers() -> None:
 
 def test_gsm8k_without_a_marked_answer_names_the_row(tmp_path: Path) -> None:
     write_lines(tmp_path / "train.jsonl", [PENS, {"question": "How many?", "answer": "seven"}])
-    assert "row 2" in refusal(lambda: load_task("gsm8k", {"path": str(tmp_path)}))
+    assert "train.jsonl:2: " in refusal(lambda: load_task("gsm8k", {"path": str(tmp_path)}))
 
 
 def test_every_suggested_reward_scores_the_tasks_rows(gsm8k_folder: Path) -> None:
