@@ -1,5 +1,0 @@
-"""Phi 3 and 4, mini too: q, k and v are one module in transformers as well."""
-
-from grpo.families import Family
-
-FAMILIES = {"phi3": Family(activation=("hidden_act", ("silu",)), fused_layers=True)}

@@ -1,5 +1,0 @@
-"""SmolLM3: some layers know no positions. Only vLLM's Transformers backend has it."""
-
-from grpo.families import Family
-
-FAMILIES = {"smollm3": Family()}

@@ -1,0 +1,75 @@
+"""Which models can be trained: decoders of text that both vLLM and transformers build, and what adapters act on.
+
+Whether the two agree is not written here: the start-up gate compares them (`selftest.py`). What is refused here, before
+anything is read, is what cannot work whatever the gate would say.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from grpo.errors import UserError
+from grpo.model.families.table import family_of
+from grpo.model.layout import fused_linears
+
+MIXTURE = ("num_experts", "num_local_experts", "n_routed_experts", "num_experts_per_tok")
+"""Entries of configurations that give away a mixture of experts."""
+FUSED_NAMES = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+"""Modules that some families have in place of several, which people name all the same."""
+
+
+def causal_class(model_type: str) -> str | None:
+    """transformers' name of the family's causal LM; None where it has none."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES
+
+    return CLASSES.get(family_of(model_type).text_as or model_type)
+
+
+def vllm_class(model_type: str) -> str:
+    """vLLM's name of the class that serves the family."""
+    return family_of(model_type).vllm_class or causal_class(model_type) or model_type
+
+
+def check_supported(config: Any, where: str) -> None:
+    """Raise UserError unless `config`, transformers' of a text model, is of a decoder that both graphs can build."""
+    reason = unsuited(config)
+    if reason:
+        raise UserError(f"{where}: architecture {config.model_type!r} is not supported: {reason}")
+
+
+def unsuited(config: Any) -> str | None:
+    """Why models of this configuration cannot be trained, and what to do; None for what the gate decides."""
+    other = "use a decoder of text"
+    if getattr(config, "is_encoder_decoder", False):
+        return f"it has an encoder beside its decoder; {other}"
+    if causal_class(config.model_type) is None:
+        return f"transformers has no causal language model of it, so it predicts no next token; {other}"
+    if getattr(config, "kv_lora_rank", None):
+        return f"its attention keeps keys and values in latent form (MLA); {other} with plain attention"
+    if any((getattr(config, key, None) or 0) > 1 for key in MIXTURE):
+        return "it is a mixture of experts, of which each token uses a few; use a dense model"
+    return None
+
+
+def adapter_targets(config: Any, target_modules: list[str]) -> list[str]:
+    """`target_modules` in the family's own names: where q, k, v (gate, up) are one module, naming any names it.
+
+    config: a plan's Shape or transformers'. Raises UserError for one that names no linear layer of the model.
+    """
+    parts = [part for group in fused_linears(config).values() for part in group]
+    leaves = dict.fromkeys(part.rpartition(".")[2] for part in parts)
+    own = [own_name(name, list(leaves)) for name in target_modules]
+    for name, meant in zip(own, target_modules, strict=True):
+        if not any(part == name or part.endswith(f".{name}") for part in parts):
+            raise UserError(
+                f"lora.target_modules names {meant!r}, which is no linear layer of this model; name some of "
+                f"{', '.join(leaves)}"
+            )
+    return list(dict.fromkeys(own))
+
+
+def own_name(name: str, leaves: list[str]) -> str:
+    """What `name` is called in a model whose linear layers have the names `leaves`."""
+    if name in leaves:
+        return name
+    return next((fused for fused, parts in FUSED_NAMES.items() if name in parts and fused in leaves), name)
