@@ -222,19 +222,19 @@ class Engine:
 
     def _switch_adapter(self, enabled: bool) -> None:
         if self.adapter.switch(enabled):
-            self._forget_prefixes()
+            self.forget_prefixes()
 
     @torch.no_grad()
     def sync_adapter(self) -> float:
         """Copy the trained adapter into the buffers and forget cached prefixes; returns seconds."""
         start = time.perf_counter()
         self.adapter.copy_trained()
-        self._forget_prefixes()
+        self.forget_prefixes()
         if self.base.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - start
 
-    def _forget_prefixes(self) -> None:
+    def forget_prefixes(self) -> None:
         """Cached keys and values belong to the adapter that computed them."""
         if hasattr(self, "llm") and not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM kept its prefix cache because requests are in flight; completions would be stale")
@@ -250,7 +250,7 @@ class Engine:
         core = self.llm.llm_engine.engine_core.engine_core
         while core.batch_queue:  # asynchronous scheduling may have launched one step too many
             core.step_fn()
-        self._forget_prefixes()
+        self.forget_prefixes()
         torch.cuda.synchronize()
         for allocation in kv_cache_allocations():
             cumem.unmap_and_release(allocation.handle)
