@@ -26,7 +26,7 @@ from grpo.config.schema import Model
 from grpo.errors import UserError
 from grpo.model.locate import BASE_SAMPLE, lasting_name, local_path
 from grpo.run.checkpoint import CONFIG, step_numbers
-from grpo.run.model_reference import ADAPTER_CONFIG, Target, resolve_target
+from grpo.run.model_reference import ADAPTER_CONFIG, ModelReference, resolve_model
 from grpo.run.records import TRAINING, completions_files, read_entries
 
 if TYPE_CHECKING:
@@ -72,22 +72,22 @@ def export(
     """
     check_choice("to", to, FORMS)
     check_choice("gguf_type", gguf_type, GGUF_TYPES)
-    target = find_adapter(Path(source).expanduser(), checkpoint, base)
+    reference = find_adapter(Path(source).expanduser(), checkpoint, base)
     form = f"gguf-{gguf_type}" if to == "gguf" else to
-    place = Path(out).expanduser() if out is not None else default_place(target, form, checkpoint)
+    place = Path(out).expanduser() if out is not None else default_place(reference, form, checkpoint)
     started = time.monotonic()
     with made_whole(place) as folder:
         if to == "adapter":
-            write_adapter(target, folder, notice)
+            write_adapter(reference, folder, notice)
         else:
-            merged = open_merged(target, notice)
+            merged = open_merged(reference, notice)
             if to == "gguf":
                 from grpo.export.gguf import find_quantizer, write_gguf
 
                 quantizer = find_quantizer(llama_quantize) if gguf_type == "q4_k_m" else None
-                write_gguf(merged, folder, gguf_type, chat_of(target, merged), quantizer, notice)
+                write_gguf(merged, folder, gguf_type, chat_of(reference, merged), quantizer, notice)
             else:
-                write_folder(target, merged, folder, to, notice)
+                write_folder(reference, merged, folder, to, notice)
             if check:
                 compare(merged, folder, form, notice)
         size = sum(file.stat().st_size for file in folder.iterdir())
@@ -104,7 +104,7 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
 # What is exported
 
 
-def find_adapter(source: Path, checkpoint: str | None, base: str | Path | None) -> Target:
+def find_adapter(source: Path, checkpoint: str | None, base: str | Path | None) -> ModelReference:
     """The adapter that is meant, and the tables that name its base. Raises UserError where there is none."""
     if checkpoint is not None:
         source = adapter_of_checkpoint(source, checkpoint)
@@ -112,7 +112,7 @@ def find_adapter(source: Path, checkpoint: str | None, base: str | Path | None) 
         raise UserError(
             f"{source}: neither a run nor the folder of an adapter (no {CONFIG}, no {ADAPTER_CONFIG}); pass one of them"
         )
-    return resolve_target(source, base)
+    return resolve_model(source, base)
 
 
 def adapter_of_checkpoint(run: Path, checkpoint: str) -> Path:
@@ -125,64 +125,64 @@ def adapter_of_checkpoint(run: Path, checkpoint: str) -> Path:
     return folder
 
 
-def run_of(target: Target) -> Path | None:
+def run_of(reference: ModelReference) -> Path | None:
     """The run that the adapter belongs to."""
-    return Path(target.source).parent if Path(target.source).name == CONFIG else None
+    return Path(reference.source).parent if Path(reference.source).name == CONFIG else None
 
 
-def default_place(target: Target, form: str, checkpoint: str | None) -> Path:
+def default_place(reference: ModelReference, form: str, checkpoint: str | None) -> Path:
     """Where the export goes unless it is said."""
-    run, suffix = run_of(target), f"-{checkpoint}" if checkpoint else ""
-    assert target.adapter is not None
+    run, suffix = run_of(reference), f"-{checkpoint}" if checkpoint else ""
+    assert reference.adapter is not None
     if run is not None:
         return run / "exports" / f"{form}{suffix}"
-    adapter = target.adapter.resolve()
+    adapter = reference.adapter.resolve()
     return adapter.with_name(f"{adapter.name}-{form}")
 
 
-def title(target: Target) -> str:
+def title(reference: ModelReference) -> str:
     """What to call the model, and its file: the run's name, else the adapter's."""
-    assert target.adapter is not None
-    return re.sub(r"[^\w.-]+", "-", (run_of(target) or target.adapter).resolve().name)
+    assert reference.adapter is not None
+    return re.sub(r"[^\w.-]+", "-", (run_of(reference) or reference.adapter).resolve().name)
 
 
-def base_model(target: Target) -> Model:
+def base_model(reference: ModelReference) -> Model:
     """The [model] table of the base, without what only training needs."""
-    table = target.tables["model"]
+    table = reference.tables["model"]
     kept = ("name", "revision", "trust_remote_code", "chat_template")
     values = {key: table[key] for key in kept if table.get(key) is not None and table[key] != "none"}
     return Model.model_validate(values)
 
 
-def open_merged(target: Target, notice: Callable[[str], None]) -> MergedSource:
+def open_merged(reference: ModelReference, notice: Callable[[str], None]) -> MergedSource:
     """The base with the adapter folded in; says which weights it is made of."""
     from grpo.export.merge import Adapter, MergedSource
     from grpo.model.architectures import check_supported
     from grpo.model.fingerprint import UNQUANTISED, Fingerprint, check_base
     from grpo.model.source import open_source
 
-    model = base_model(target)
-    assert target.adapter is not None
-    adapter = Adapter(target.adapter)
+    model = base_model(reference)
+    assert reference.adapter is not None
+    adapter = Adapter(reference.adapter)
     base = open_source(model)
     check_supported(base.config, str(base.path))
     merged = MergedSource(base, adapter)
-    check_base(target.adapter, Fingerprint.of(base), model.name)
+    check_base(reference.adapter, Fingerprint.of(base), model.name)
     if base.stored_as in UNQUANTISED:
-        notice(f"merging {target.adapter} into the {base.stored_as} weights of {model.name}")
+        notice(f"merging {reference.adapter} into the {base.stored_as} weights of {model.name}")
     else:
         notice(
-            f"merging {target.adapter} into the dequantised {base.stored_as} weights of {model.name}; where you have "
-            "its 16-bit original, name it with --base"
+            f"merging {reference.adapter} into the dequantised {base.stored_as} weights of {model.name}; where you "
+            "have its 16-bit original, name it with --base"
         )
     return merged
 
 
-def chat_template(target: Target) -> str | None:
+def chat_template(reference: ModelReference) -> str | None:
     """The template that the run replaced its model's by."""
     from grpo.model.source import read_template
 
-    path = base_model(target).chat_template
+    path = base_model(reference).chat_template
     return None if path is None else read_template(path)
 
 
@@ -208,68 +208,70 @@ def made_whole(place: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def write_adapter(target: Target, folder: Path, notice: Callable[[str], None]) -> None:
+def write_adapter(reference: ModelReference, folder: Path, notice: Callable[[str], None]) -> None:
     """The adapter in peft's format, with its base named so that it is found from anywhere."""
     from grpo.export.merge import ADAPTER_WEIGHTS, Adapter, check_fits
     from grpo.model.fingerprint import Fingerprint, check_base
 
-    assert target.adapter is not None
-    adapter = Adapter(target.adapter)
-    model = base_model(target)
+    assert reference.adapter is not None
+    adapter = Adapter(reference.adapter)
+    model = base_model(reference)
     if local_path(model.name) is not None:
         from grpo.model.source import open_source
 
         base = open_source(model)
         check_fits(adapter, base, base.names)
-        check_base(target.adapter, Fingerprint.of(base), model.name)
+        check_base(reference.adapter, Fingerprint.of(base), model.name)
     config = {**adapter.config, "base_model_name_or_path": lasting_name(model.name), "inference_mode": True}
     config["revision"] = model.revision
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     for name in (ADAPTER_WEIGHTS, BASE_SAMPLE):
-        if (target.adapter / name).is_file():
-            shutil.copyfile(target.adapter / name, folder / name)
-    notice(f"{len(adapter.modules)} layers of {target.adapter}, for {config['base_model_name_or_path']}")
+        if (reference.adapter / name).is_file():
+            shutil.copyfile(reference.adapter / name, folder / name)
+    notice(f"{len(adapter.modules)} layers of {reference.adapter}, for {config['base_model_name_or_path']}")
 
 
-def write_folder(target: Target, merged: MergedSource, folder: Path, to: str, notice: Callable[[str], None]) -> None:
+def write_folder(
+    reference: ModelReference, merged: MergedSource, folder: Path, to: str, notice: Callable[[str], None]
+) -> None:
     """A merged model in Hugging Face format."""
     from grpo.export.hf_folder import write_4bit, write_16bit
 
     if to == "merged-16bit":
-        write_16bit(merged, folder, chat_template(target))
+        write_16bit(merged, folder, chat_template(reference))
         return
-    kept = target.tables["model"].get("keep_16bit", [])
+    kept = reference.tables["model"].get("keep_16bit", [])
     if kept == "auto":
-        kept = chosen_16bit(target)
-    lost = write_4bit(merged, folder, chat_template(target), kept)
+        kept = chosen_16bit(reference)
+    lost = write_4bit(merged, folder, chat_template(reference), kept)
     notice(f"quantising to NF4 changed the weights by {lost:.1%} of their norm")
 
 
-def chosen_16bit(target: Target) -> list[str]:
+def chosen_16bit(reference: ModelReference) -> list[str]:
     """What `keep_16bit = "auto"` came to in the run. Raises UserError where it was not asked."""
     from grpo.model.fingerprint import read
 
-    assert target.adapter is not None
-    found = read(target.adapter)
+    assert reference.adapter is not None
+    found = read(reference.adapter)
     if found is None or found.kept_16bit is None:
         raise UserError(
-            f'{target.source}: keep_16bit = "auto" is decided when a 4-bit base is loaded, and {target.adapter} '
+            f'{reference.source}: keep_16bit = "auto" is decided when a 4-bit base is loaded, and {reference.adapter} '
             "records no decision; name the layers in its place"
         )
     return found.kept_16bit
 
 
-def chat_of(target: Target, merged: MergedSource) -> Chat:
+def chat_of(reference: ModelReference, merged: MergedSource) -> Chat:
     """What a chat with the exported model needs: the base's tokenizer and template, the run's system prompt."""
     from grpo.export.gguf_metadata import starts_with_bos
     from grpo.export.modelfile import Chat
 
     tokenizer = tokenizer_of(merged)
-    template = chat_template(target) or getattr(tokenizer, "chat_template", None)
-    run = run_of(target)
+    template = chat_template(reference) or getattr(tokenizer, "chat_template", None)
+    run = run_of(reference)
     system = None if run is None else trained_system_prompt(run)
     template = template if isinstance(template, str) else None
-    return Chat(title(target), tokenizer, template, system, starts_with_bos(merged.base, tokenizer))
+    return Chat(title(reference), tokenizer, template, system, starts_with_bos(merged.base, tokenizer))
 
 
 def trained_system_prompt(run: Path) -> str | None:

@@ -2,7 +2,8 @@
 
 Which tokens are sampled depends on the seeds alone: every completion has its own, made from the run's seed, the step,
 the prompt and its place in the group. What is submitted never depends on when a reward returns. Several ranks sample a
-share of the prompts each; a group is never divided, and of the others' completions a rank learns an outline.
+share of the prompts each; a group is never divided, and of the others' completions a rank learns the length, the
+rewards and whether they were cut.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class Sample:
 
 
 @dataclass
-class Outline:
+class RemoteSample:
     """What is known here of a completion that another rank has."""
 
     length: int
@@ -60,10 +61,10 @@ class Outline:
 
 @dataclass
 class Group:
-    """A prompt and its completions, in the order of their seeds. Those of another rank are outlines."""
+    """A prompt and its completions, in the order of their seeds. Those of another rank are without tokens."""
 
     prompt: Prompt
-    samples: Sequence[Sample | Outline]
+    samples: Sequence[Sample | RemoteSample]
 
     @property
     def own(self) -> list[Sample]:
@@ -163,12 +164,12 @@ class Sampler:
         waited: float,
     ) -> Rollout:
         """The whole rollout from this rank's part: here the ranks wait for the slowest."""
-        outlines = {place: outlined(group, results[place]) for place, group in groups.items()}
-        told = self.ranks.gather({"groups": outlines, "seconds": seconds, "waited": waited})
+        remote = {place: as_remote(group, results[place]) for place, group in groups.items()}
+        told = self.ranks.gather({"groups": remote, "seconds": seconds, "waited": waited})
         others = {place: entry for part in told for place, entry in part["groups"].items()}
         for place, entry in others.items():
             if place not in groups:
-                samples = [Outline(**sample) for sample in entry["samples"]]
+                samples = [RemoteSample(**sample) for sample in entry["samples"]]
                 scores = {name: [sample.rewards[name] for sample in samples] for name in entry["seconds"]}
                 groups[place] = Group(prompts[place], samples)
                 results[place] = RewardResult(scores, entry["metrics"], {}, entry["seconds"])
@@ -222,8 +223,8 @@ class Sampler:
         )
 
 
-def outlined(group: Group, result: RewardResult) -> dict[str, Any]:
-    """What other ranks are told of a scored group, as `Outline` and `RewardResult` take it."""
+def as_remote(group: Group, result: RewardResult) -> dict[str, Any]:
+    """What other ranks are told of a scored group, as `RemoteSample` and `RewardResult` take it."""
     samples = [
         {"length": one.length, "truncated": one.truncated, "finite": one.finite, "rewards": one.rewards}
         for one in group.samples

@@ -18,7 +18,7 @@ from grpo.run.checkpoint import replace_folder
 from grpo.run.tensor_state import save_tensors
 from grpo.run.versions import hardware, versions
 from grpo.training.batch import TrainingGroup, TrainingSequence
-from grpo.training.update_check import Batch, UnusableUpdate
+from grpo.training.update_check import Batch, SkippedUpdate
 
 KEPT_DUMPS = 3
 
@@ -31,7 +31,7 @@ def dump_folder(run: Path, step: int) -> Path:
     return run / "nonfinite" / f"step-{step}"
 
 
-def write_dump(run: Path, step: int, config: Config, policy: Any, unusable: UnusableUpdate) -> Path:
+def write_dump(run: Path, step: int, config: Config, policy: Any, skipped: SkippedUpdate) -> Path:
     """Write what it takes to compute the update again to its `dump_folder`, and return that.
 
     Holds the batch and the adapter as safetensors, the configuration, and `report.json`. Only the newest
@@ -42,9 +42,9 @@ def write_dump(run: Path, step: int, config: Config, policy: Any, unusable: Unus
     def write(partial: Path) -> None:
         policy.save_adapter(partial / "adapter")
         (partial / "config.toml").write_text(config_toml(config))
-        save_tensors(partial / BATCH, encoded(unusable.batch))
-        figures = {name: value if value is None else repr(value) for name, value in unusable.figures.items()}
-        report = {"step": step, "problem": unusable.problem, "figures": figures}
+        save_tensors(partial / BATCH, encoded(skipped.batch))
+        figures = {name: value if value is None else repr(value) for name, value in skipped.figures.items()}
+        report = {"step": step, "problem": skipped.problem, "figures": figures}
         report |= {"versions": versions(), "hardware": hardware()}
         (partial / REPORT).write_text(json.dumps(report, indent=1))
 

@@ -24,7 +24,7 @@ from grpo.training.batch import TrainingSequence, pack
 T = TypeVar("T")
 
 
-class Headroom:
+class MicroBatchBudget:
     """The budget of a micro-batch of `policy`, and the one time that it may shrink."""
 
     def __init__(self, policy: Policy, config: Config, notice: Callable[[str], None]):
@@ -33,14 +33,14 @@ class Headroom:
         base = policy.base
         training = TrainingMemory.of(config, base.config, base.dtype.itemsize, on_gpu=base.device.type == "cuda")
         self.forms = training.forms
-        self.use(checkpointing_form(training, policy, config))
+        self.set_checkpointing(checkpointing_form(training, policy, config))
 
-    def use(self, form: str) -> None:
+    def set_checkpointing(self, form: str) -> None:
         """Let layers keep what `form` of memory.FORMS says."""
         self.form = form
         self.policy.recompute_layers(form)
 
-    def within(self, work: Callable[[], T], discard: Callable[[], None]) -> T:
+    def retry_on_oom(self, work: Callable[[], T], discard: Callable[[], None]) -> T:
         """`work()`; where memory runs out for the first time, `discard()` and `work()` with half the tokens.
 
         The generators are as they were, so that the second attempt is what it would have been with that budget from
@@ -78,7 +78,7 @@ class Headroom:
             f"(rollout.kv_cache_memory_bytes){offload}"
         )
 
-    def settle(self, work: Callable[[], object], discard: Callable[[], None]) -> None:
+    def fit_checkpointing(self, work: Callable[[], object], discard: Callable[[], None]) -> None:
         """Find what `work` fits into: of the forms, where the configuration leaves them open, the first that does."""
         while self.config.train.gradient_checkpointing == "auto" and self.form != self.forms[-1]:
             try:
@@ -88,9 +88,9 @@ class Headroom:
                 pass
             discard()
             free_cached(self.policy.base.device)
-            self.use(self.forms[self.forms.index(self.form) + 1])
+            self.set_checkpointing(self.forms[self.forms.index(self.form) + 1])
             self.notice(f'the largest micro-batch did not fit; train.gradient_checkpointing = "{self.form}" is used')
-        self.within(work, discard)
+        self.retry_on_oom(work, discard)
 
     def state_dict(self) -> dict[str, Any]:
         return {"tokens": self.tokens}

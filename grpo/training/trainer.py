@@ -49,7 +49,7 @@ from grpo.training.loss import resolve_loss
 from grpo.training.reference_policy import set_reference
 from grpo.training.self_check import check_rollout_follows_adapter
 from grpo.training.step_metrics import logged, reward_table, sampling_metrics
-from grpo.training.update_check import UnusableUpdate
+from grpo.training.update_check import SkippedUpdate
 
 STATE = "trainer.safetensors"
 PASS_RATES = "pass_rates.json"
@@ -339,27 +339,27 @@ class Run:
 
         Raises UserError when the configuration says that the run is to stop for it.
         """
-        guard = self.learner.guard
+        update_check = self.learner.update_check
         try:
-            guard.check_sampled(groups, advantages)
+            update_check.check_sampled(groups, advantages)
             return {**self.learner.update(groups, advantages, step), "update_skipped": 0.0}
-        except UnusableUpdate as unusable:
-            dump = self.dump(step, unusable)
-            told = f"step {step}: {unusable.problem}; python -m grpo.replay {dump} says where that begins"
-            if guard.gives_up():
+        except SkippedUpdate as skipped:
+            dump = self.dump(step, skipped)
+            told = f"step {step}: {skipped.problem}; python -m grpo.replay {dump} says where that begins"
+            if update_check.ends_run():
                 raise UserError(
-                    f"{told}; {guard.skipped} such steps in a row end the run: lower train.learning_rate, or mend what "
-                    "it shows, and continue with --resume"
+                    f"{told}; {update_check.skipped} such steps in a row end the run: lower train.learning_rate, or "
+                    "mend what it shows, and continue with --resume"
                 ) from None
             self.log.notice(f"{told}; the update was left out")
-            return {**UNMEASURED, **unusable.figures, "update_skipped": 1.0}
+            return {**UNMEASURED, **skipped.figures, "update_skipped": 1.0}
 
-    def dump(self, step: int, unusable: UnusableUpdate) -> Path:
+    def dump(self, step: int, skipped: SkippedUpdate) -> Path:
         """Keep what it takes to compute the update again; returns where."""
-        unusable.batch = whole(unusable.batch, self.ranks)
+        skipped.batch = whole(skipped.batch, self.ranks)
         if not self.ranks.first:
             return dump_folder(self.folder, step)
-        return write_dump(self.folder, step, self.config, self.session.policy, unusable)
+        return write_dump(self.folder, step, self.config, self.session.policy, skipped)
 
     def sample(self, step: int) -> list[Rollout]:
         """One rollout or, with dynamic sampling, as many as it takes to fill the batch with unequal rewards."""

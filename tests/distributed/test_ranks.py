@@ -27,7 +27,7 @@ from grpo.errors import UserError
 from grpo.model.base_weights import BaseWeights
 from grpo.model.source import open_source
 from grpo.policy.policy import Policy
-from grpo.rollout.sampler import Group, Outline
+from grpo.rollout.sampler import Group, RemoteSample
 from grpo.training.loss_metrics import EffectiveSampleSize, Maximum, Mean, Total, as_message, from_message
 from grpo.training.trainer import uneven_share
 from tests.helpers.forked_runs import Finished, ForkedRuns
@@ -204,7 +204,8 @@ def shared_out(rank: int, size: int, parts: int) -> list[Group]:
         group
         if owner == rank
         else Group(
-            group.prompt, [Outline(sample.length, sample.truncated, True, sample.rewards) for sample in group.samples]
+            group.prompt,
+            [RemoteSample(sample.length, sample.truncated, True, sample.rewards) for sample in group.samples],
         )
         for group, owner in zip(everything, owners(len(everything), parts, size), strict=True)
     ]
