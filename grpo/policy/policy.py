@@ -80,9 +80,9 @@ class Policy:
         """Rotate positions as for sequences of at most `tokens`, whichever share a row. Whether that is a change."""
         return self.decoder.model.rotary_emb.set_longest(tokens)
 
-    def recompute_layers(self, form: str) -> None:
-        """What training keeps of each layer for the backward pass: one of `memory.FORMS`."""
-        recompute_layers(self.decoder.model.layers, form)
+    def recompute_layers(self, mode: str) -> None:
+        """What training keeps of each layer for the backward pass: one of `activations.CHECKPOINTING_MODES`."""
+        recompute_layers(self.decoder.model.layers, mode)
 
     def adapter_is_idle(self) -> bool:
         """Whether the adapter changes nothing, as a fresh one."""

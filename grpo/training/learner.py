@@ -140,7 +140,7 @@ class Learner:
         """Try the largest micro-batch that the configuration allows, and discard what it gives.
 
         Run before the first step, beside the gradients and moments of later ones, so that memory runs out here or
-        never. Where the configuration leaves the form of checkpointing open, one that does not fit gives way to the
+        never. Where the configuration leaves the mode of checkpointing open, one that does not fit gives way to the
         next. Raises UserError where the last does not fit with half the tokens either.
         """
         random = RandomState(self.policy.base.device)

@@ -25,7 +25,7 @@ COMPLETIONS = [[8, 15, 99], [3, 4], [9, 8, 7, 6]]
 MANY = [[(7 * i * i + 13 * i * j + 5 * j) % 150 + 5 for i in range(20)] for j in range(1, 6)]
 """Completions enough for rounding errors to average out."""
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-FORMS = ["none", "layer"]
+CHECKPOINTING_MODES = ["none", "layer"]
 
 
 def build(folder, *, kernels, dtype=torch.float32, device="cpu", four_bit=True, **lora):
@@ -42,10 +42,10 @@ def build(folder, *, kernels, dtype=torch.float32, device="cpu", four_bit=True, 
     return policy
 
 
-def loss_and_gradients(policy, form="none", prompts=PROMPTS, completions=COMPLETIONS):
+def loss_and_gradients(policy, mode="none", prompts=PROMPTS, completions=COMPLETIONS):
     """A loss with a different weight for every token; gradients as one vector, in the order of the names."""
     policy.model.train()
-    policy.recompute_layers(form)
+    policy.recompute_layers(mode)
     torch.manual_seed(3)
     logprobs = policy.score(prompts, completions, temperature=0.7).logprobs
     loss = (logprobs * torch.linspace(0.5, 1.5, len(logprobs), device=logprobs.device)).sum()
@@ -68,8 +68,8 @@ def test_kernels_and_torch_agree_in_float32(family, device, tmp_path):
     save_tiny(tmp_path, family, **changes)
     loss, gradient = loss_and_gradients(build(tmp_path, kernels=False, device=device))
     policy = build(tmp_path, kernels=True, device=device)
-    for form in FORMS[-1:] if interpreted() else FORMS:
-        result, result_gradient = loss_and_gradients(policy, form)
+    for mode in CHECKPOINTING_MODES[-1:] if interpreted() else CHECKPOINTING_MODES:
+        result, result_gradient = loss_and_gradients(policy, mode)
         assert abs(result / loss - 1) < 1e-5
         assert distance(result_gradient, gradient) < 2e-5
 
@@ -105,8 +105,8 @@ def settle(policy, dtype):
 def test_dropout_is_that_of_the_plain_graph(family, tmp_path):
     save_tiny(tmp_path, family)
     plain, fused = (
-        loss_and_gradients(build(tmp_path, kernels=kernels, lora_dropout=0.3), form)
-        for kernels, form in ((False, "none"), (True, "layer"))
+        loss_and_gradients(build(tmp_path, kernels=kernels, lora_dropout=0.3), mode)
+        for kernels, mode in ((False, "none"), (True, "layer"))
     )
     without = loss_and_gradients(build(tmp_path, kernels=True))
     assert distance(fused[1], plain[1]) < 2e-5 and distance(fused[1], without[1]) > 0.05

@@ -189,10 +189,10 @@ def test_a_form_that_does_not_fit_gives_way_before_the_first_step(
 ) -> None:
     notices: list[str] = []
     learner = learner_of(base, notices.append)
-    assert learner.budget.form == "none"
+    assert learner.budget.mode == "none"
     fail(learner, monkeypatch, 1)
     learner.probe_memory()
-    assert learner.budget.form == "layer" and learner.budget.tokens == BUDGET
+    assert learner.budget.mode == "layer" and learner.budget.tokens == BUDGET
     assert notices == ['the largest micro-batch did not fit; train.gradient_checkpointing = "layer" is used']
 
 
@@ -202,12 +202,12 @@ def test_a_form_that_is_set_stays_and_the_micro_batch_gives_way(
     learner = learner_of(base, gradient_checkpointing="none")
     fail(learner, monkeypatch, 1)
     learner.probe_memory()
-    assert learner.budget.form == "none" and learner.budget.tokens == BUDGET // 2
+    assert learner.budget.mode == "none" and learner.budget.tokens == BUDGET // 2
     other = learner_of(base)
     fail(other, monkeypatch, 1, 2, 3, 4)
     with pytest.raises(UserError, match="ran out again"):
         other.probe_memory()
-    assert other.budget.form == "offload"
+    assert other.budget.mode == "offload"
 
 
 def test_what_is_planned_decides_the_form(base: BaseWeights, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,13 +215,13 @@ def test_what_is_planned_decides_the_form(base: BaseWeights, monkeypatch: pytest
         available = 10**12
 
     monkeypatch.setattr(micro_batches.psutil, "virtual_memory", lambda: Memory)
-    assert learner_of(base).budget.form == "none"
+    assert learner_of(base).budget.mode == "none"
     with pytest.raises(UserError, match="needs the Triton kernels"):
         learner_of(base, gradient_checkpointing="mlp")
     planned = micro_batches.TrainingMemory.of(learner_of(base).config, base.config, 4, on_gpu=False)
     Memory.available = 2 * planned.peak("none") - 1
-    assert learner_of(base).budget.form == "layer"
-    assert learner_of(base, gradient_checkpointing="offload").budget.form == "offload"
+    assert learner_of(base).budget.mode == "layer"
+    assert learner_of(base, gradient_checkpointing="offload").budget.mode == "offload"
 
 
 def test_moments_are_those_of_the_optimiser(base: BaseWeights) -> None:
