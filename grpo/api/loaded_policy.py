@@ -344,8 +344,8 @@ class LoadedPolicy:
         if self._session is None:
             return "<closed policy>"
         base, lora = self._session.base, self.config.lora
-        form = "NF4" if base.load_in_4bit else str(base.dtype).removeprefix("torch.")
-        return f"<{self.config.model.name} in {form} on {base.device.type}, LoRA of rank {lora.r}>"
+        storage = "NF4" if base.load_in_4bit else str(base.dtype).removeprefix("torch.")
+        return f"<{self.config.model.name} in {storage} on {base.device.type}, LoRA of rank {lora.r}>"
 
 
 def check_sampling(temperature: float, max_tokens: int, top_p: float, n: int) -> None:

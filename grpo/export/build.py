@@ -5,7 +5,7 @@
     python -m grpo.export my_adapter --base models/Qwen2.5-3B-Instruct --to merged-4bit --out served
 
 This file finds adapter and base, gives the export a folder that appears only when it is whole, and compares what was
-written with base + adapter. The forms themselves are written by `hf_folder.py` and `gguf.py`.
+written with base + adapter. The formats themselves are written by `hf_folder.py` and `gguf.py`.
 
 Exit codes: 0, done; 2, bad input, told in one sentence, and nothing written; 130, interrupted from the keyboard.
 """
@@ -34,12 +34,12 @@ if TYPE_CHECKING:
     from grpo.export.modelfile import Chat
     from grpo.model.weight_source import Source
 
-FORMS = ("adapter", "merged-16bit", "merged-4bit", "gguf")
+EXPORT_FORMATS = ("adapter", "merged-16bit", "merged-4bit", "gguf")
 GGUF_TYPES = ("f16", "bf16", "q8_0", "q4_k_m")
 FAITHFUL_SHARE = 0.9
 """Of an adapter's effect, below which an export says what would keep more."""
 FAITHFUL_KL = 0.05
-"""Nats by which a form that is not quantised to 4 bit may differ from base + adapter; rounding costs a hundredth."""
+"""Nats by which a format that is not quantised to 4 bit may differ from base + adapter; rounding costs a hundredth."""
 
 
 def export(
@@ -54,11 +54,11 @@ def export(
     check: bool = True,
     notice: Callable[[str], None] = print,
 ) -> Path:
-    """Write the adapter of `source` in the form `to` and return the folder.
+    """Write the adapter of `source` in the format `to` and return the folder.
 
     Args:
         source: a run folder (its final adapter, or that of its newest checkpoint), or the folder of a peft adapter.
-        to: one of `FORMS`.
+        to: one of `EXPORT_FORMATS`.
         out: the folder to make. Default: `exports/FORM` in the run, or a folder beside the adapter.
         base: the base's folder, file or hub id, where it is not the recorded one: it has moved, or the recorded one
             is 4-bit and this is its 16-bit original.
@@ -70,11 +70,11 @@ def export(
 
     Raises UserError, with nothing written, for whatever cannot be exported as asked.
     """
-    check_choice("to", to, FORMS)
+    check_choice("to", to, EXPORT_FORMATS)
     check_choice("gguf_type", gguf_type, GGUF_TYPES)
     reference = find_adapter(Path(source).expanduser(), checkpoint, base)
-    form = f"gguf-{gguf_type}" if to == "gguf" else to
-    place = Path(out).expanduser() if out is not None else default_place(reference, form, checkpoint)
+    export_format = f"gguf-{gguf_type}" if to == "gguf" else to
+    place = Path(out).expanduser() if out is not None else default_place(reference, export_format, checkpoint)
     started = time.monotonic()
     with made_whole(place) as folder:
         if to == "adapter":
@@ -89,7 +89,7 @@ def export(
             else:
                 write_folder(reference, merged, folder, to, notice)
             if check:
-                compare(merged, folder, form, notice)
+                compare(merged, folder, export_format, notice)
         size = sum(file.stat().st_size for file in folder.iterdir())
     notice(f"wrote {place}: {size / 1e9:.2f} GB in {time.monotonic() - started:.0f} s")
     return place
@@ -98,7 +98,7 @@ def export(
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     """Raise UserError unless `value` is one of `choices`."""
     if value not in choices:
-        raise UserError(f"{name} = {value!r} is no form of export; take one of {', '.join(choices)}")
+        raise UserError(f"{name} = {value!r} is no export format; take one of {', '.join(choices)}")
 
 
 # What is exported
@@ -130,14 +130,14 @@ def run_of(reference: ModelReference) -> Path | None:
     return Path(reference.source).parent if Path(reference.source).name == CONFIG else None
 
 
-def default_place(reference: ModelReference, form: str, checkpoint: str | None) -> Path:
+def default_place(reference: ModelReference, export_format: str, checkpoint: str | None) -> Path:
     """Where the export goes unless it is said."""
     run, suffix = run_of(reference), f"-{checkpoint}" if checkpoint else ""
     assert reference.adapter is not None
     if run is not None:
-        return run / "exports" / f"{form}{suffix}"
+        return run / "exports" / f"{export_format}{suffix}"
     adapter = reference.adapter.resolve()
-    return adapter.with_name(f"{adapter.name}-{form}")
+    return adapter.with_name(f"{adapter.name}-{export_format}")
 
 
 def title(reference: ModelReference) -> str:
@@ -285,7 +285,7 @@ def trained_system_prompt(run: Path) -> str | None:
     return found.pop() if len(found) == 1 else None
 
 
-def compare(merged: MergedSource, folder: Path, form: str, notice: Callable[[str], None]) -> None:
+def compare(merged: MergedSource, folder: Path, export_format: str, notice: Callable[[str], None]) -> None:
     """Say how far what was written is from base + adapter in float32, and how much of the adapter it shows.
 
     Raises UserError where it is not the same model.
@@ -299,7 +299,7 @@ def compare(merged: MergedSource, folder: Path, form: str, notice: Callable[[str
     found = streamed_logits(written, tokens, config)
     distance = Distance.between(expected, found)
     notice(f"read back and compared with base + adapter on {len(tokens)} texts: {distance}")
-    if form in ("merged-4bit", "gguf-q4_k_m"):
+    if export_format in ("merged-4bit", "gguf-q4_k_m"):
         moved = Distance.between(expected, base)
         notice(f"for comparison, base without adapter: {moved}")
         if distance.kl > moved.kl:

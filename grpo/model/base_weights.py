@@ -3,7 +3,7 @@
 `BaseWeights` reads a `Source` tensor by tensor, quantises where asked, and owns the result. q, k, v (and gate, up)
 are rows of one tensor, because vLLM multiplies them at once and NF4 blocks never cross a row. Nothing here computes a
 layer: `policy.py` and `engine.py` borrow the storage. On a CPU a 4-bit base is kept dequantised, since nothing there
-multiplies packed weights fast; the values are those of the packed form.
+multiplies packed weights fast; the values are those of the packed weights.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ BLOCK = 64
 
 @dataclass
 class Segment:
-    """Consecutive rows of a fused linear layer, held in one form.
+    """Consecutive rows of a fused linear layer, stored in one way.
 
     Dense: `weight` [rows, in] in the compute dtype, `absmax` None. NF4: `weight` packed uint8 [rows, in / 2] and
     `absmax` [rows, in / 64] in the compute dtype.
@@ -172,12 +172,12 @@ class BaseWeights:
         for part in parts:
             linear.parts[part] = (linear.out_features, shapes[part][0])
             linear.out_features += shapes[part][0]
-        for segment_parts in self._same_form(source, parts):
+        for segment_parts in self._same_storage(source, parts):
             linear.segments.append(self._load_segment(source, linear, segment_parts))
         linear.bias = self._load_bias(source, linear)
         return linear
 
-    def _same_form(self, source: Source, parts: list[str]) -> Iterator[list[str]]:
+    def _same_storage(self, source: Source, parts: list[str]) -> Iterator[list[str]]:
         """Runs of neighbouring parts that are all quantised or all kept."""
         run: list[str] = []
         for part in parts:
