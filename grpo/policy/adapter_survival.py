@@ -39,17 +39,17 @@ def adapter_survival(
 ) -> float | None:
     """The share of the adapter's effect that shows in 16 bit, on the first COMPLETIONS of `completions`.
 
-    None where there is nothing to measure: a float32 policy, an idle adapter, no completion, or no memory for it.
+    None where there is nothing to measure: a float32 policy, an adapter of zeros, no completion, or no memory for it.
     """
     chosen = [(list(p), list(c[:TOKENS])) for p, c in zip(prompts, completions, strict=True) if c][:COMPLETIONS]
-    if policy.base.dtype == torch.float32 or not chosen or policy.adapter_is_idle():
+    if policy.base.dtype == torch.float32 or not chosen or policy.adapter_is_zero():
         return None
     heads, tails = [prompt for prompt, _ in chosen], [completion for _, completion in chosen]
     try:
         truth = float32_effect(policy, heads, tails)
         with policy.model.disable_adapter():
-            idle = policy.score(heads, tails, temperature=1.0).logprobs
-        effect = policy.score(heads, tails, temperature=1.0).logprobs.float() - idle.float()
+            without = policy.score(heads, tails, temperature=1.0).logprobs
+        effect = policy.score(heads, tails, temperature=1.0).logprobs.float() - without.float()
     except torch.OutOfMemoryError:
         return None
     size = float(truth @ truth)

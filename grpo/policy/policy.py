@@ -84,7 +84,7 @@ class Policy:
         """What training keeps of each layer for the backward pass: one of `activations.CHECKPOINTING_MODES`."""
         recompute_layers(self.decoder.model.layers, mode)
 
-    def adapter_is_idle(self) -> bool:
+    def adapter_is_zero(self) -> bool:
         """Whether the adapter changes nothing, as a fresh one."""
         return not any(bool(layer.lora_B[ADAPTER].weight.any()) for layer in self.adapter_layers().values())
 

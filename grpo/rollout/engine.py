@@ -172,7 +172,7 @@ class Engine:
         if on_gpu and requests:
             torch.cuda.manual_seed(requests[0].seed)
             self.sampler.begin(sampling, requests[0].seed)
-        self.collected.begin(whole=kind == RequestOutputKind.FINAL_ONLY and not sampling.stop)
+        self.collected.begin(deliver_on_finish=kind == RequestOutputKind.FINAL_ONLY and not sampling.stop)
         for request in requests:
             name = core.add_request(
                 str(request.id),

@@ -67,7 +67,7 @@ class Group:
     samples: Sequence[Sample | RemoteSample]
 
     @property
-    def own(self) -> list[Sample]:
+    def local(self) -> list[Sample]:
         """The completions, if they were sampled here; else none."""
         return [sample for sample in self.samples if isinstance(sample, Sample)]
 
@@ -81,9 +81,9 @@ class Rollout:
     """Of each group; another rank's without extras."""
     seconds: float
     """Until the last completion was generated."""
-    waited: float
+    reward_wait_seconds: float
     """Seconds spent waiting for rewards after that."""
-    idle: float = 0.0
+    wait_seconds: float = 0.0
     """Seconds, on average, that ranks waited for the slowest."""
 
     @property
@@ -123,13 +123,15 @@ class Sampler:
         started = time.perf_counter()
         owning = owners(len(prompts), self.parts, self.ranks.size)
         places = [place for place, rank in enumerate(owning) if rank == self.ranks.rank]
-        groups, results, generated = self._sample_own(prompts, set(places), step, round)
-        seconds, waited = generated - started, time.perf_counter() - generated
+        groups, results, generated = self._sample_local(prompts, set(places), step, round)
+        seconds, reward_wait_seconds = generated - started, time.perf_counter() - generated
         if self.ranks.size > 1:
-            return self._exchange(prompts, groups, results, seconds, waited)
-        return Rollout([groups[place] for place in places], [results[place] for place in places], seconds, waited)
+            return self._exchange(prompts, groups, results, seconds, reward_wait_seconds)
+        return Rollout(
+            [groups[place] for place in places], [results[place] for place in places], seconds, reward_wait_seconds
+        )
 
-    def _sample_own(
+    def _sample_local(
         self, prompts: Sequence[Prompt], places: set[int], step: int, round: int
     ) -> tuple[dict[int, Group], dict[int, RewardResult], float]:
         """The groups at `places` and their scores, and when the last completion was generated."""
@@ -161,11 +163,11 @@ class Sampler:
         groups: dict[int, Group],
         results: dict[int, RewardResult],
         seconds: float,
-        waited: float,
+        reward_wait_seconds: float,
     ) -> Rollout:
         """The whole rollout from this rank's part: here the ranks wait for the slowest."""
         remote = {place: as_remote(group, results[place]) for place, group in groups.items()}
-        told = self.ranks.gather({"groups": remote, "seconds": seconds, "waited": waited})
+        told = self.ranks.gather({"groups": remote, "seconds": seconds, "waited": reward_wait_seconds})
         others = {place: entry for part in told for place, entry in part["groups"].items()}
         for place, entry in others.items():
             if place not in groups:
@@ -178,8 +180,8 @@ class Sampler:
             groups=[groups[place] for place in range(len(prompts))],
             results=[results[place] for place in range(len(prompts))],
             seconds=max(part["seconds"] for part in told),
-            waited=max(part["waited"] for part in told),
-            idle=max(taken) - sum(taken) / len(taken),
+            reward_wait_seconds=max(part["waited"] for part in told),
+            wait_seconds=max(taken) - sum(taken) / len(taken),
         )
 
     def _result(self, future: Future[RewardResult]) -> RewardResult:
@@ -211,7 +213,7 @@ class Sampler:
         return Group(prompt, samples)
 
     def _batch(self, group: Group, step: int) -> RewardBatch:
-        samples = group.own
+        samples = group.local
         count = len(samples)
         return RewardBatch(
             prompts=[group.prompt.prompt] * count,

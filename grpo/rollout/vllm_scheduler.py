@@ -47,16 +47,16 @@ class PatientBlocks:
 class Collected:
     """What the scheduler gathers for the engine in one call of `generate`, and how it is to hand tokens on.
 
-    `whole`: a request's tokens are handed on when it has finished, all at once. `logprobs`: those of the sampled
-    tokens, by vLLM's own name of a request.
+    `deliver_on_finish`: a request's tokens are handed on when it has finished, all at once. `logprobs`: those of the
+    sampled tokens, by vLLM's own name of a request.
     """
 
     def __init__(self) -> None:
-        self.begin(whole=False)
+        self.begin(deliver_on_finish=False)
 
-    def begin(self, *, whole: bool) -> None:
+    def begin(self, *, deliver_on_finish: bool) -> None:
         """Forget every request."""
-        self.whole = whole
+        self.deliver_on_finish = deliver_on_finish
         self.logprobs: dict[str, list[float]] = {}
         self._names: dict[str, str] = {}
 
@@ -84,7 +84,7 @@ def rollout_scheduler(kind: type, collected: Collected) -> type:
         def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> dict[int, Any]:
             requests = self.requests.copy()  # vLLM forgets those that finish
             collect_logprobs(model_runner_output, requests, collected.logprobs)
-            if not collected.whole:
+            if not collected.deliver_on_finish:
                 return super().update_from_output(scheduler_output, model_runner_output)
             if self._blocks_end_together:
                 rest = self._append_tokens(scheduler_output.num_scheduled_tokens, model_runner_output)

@@ -60,7 +60,7 @@ def encoded(batch: Batch) -> dict[str, Any]:
     """`batch` as `save_tensors` takes it."""
     return {
         "prompts": [[sequence_state(sequence) for sequence in group.sequences] for group in batch.groups],
-        "idle": [group.idle for group in batch.groups],
+        "idle": [group.zero_advantage for group in batch.groups],
         "rng": batch.rng,
     }
 
@@ -69,16 +69,19 @@ def decoded(state: Mapping[str, Any]) -> Batch:
     """The batch that `encoded` made `state` of."""
     prompts = [[restored_sequence(sequence) for sequence in prompt] for prompt in state["prompts"]]
     pairs = zip(prompts, state["idle"], strict=True)
-    return Batch([TrainingGroup.of(sequences, idle=idle) for sequences, idle in pairs], state["rng"])
+    return Batch(
+        [TrainingGroup.of(sequences, zero_advantage=zero_advantage) for sequences, zero_advantage in pairs],
+        state["rng"],
+    )
 
 
-def whole(batch: Batch, ranks: Ranks) -> Batch:
+def gather_batch(batch: Batch, ranks: Ranks) -> Batch:
     """`batch` with the sequences that other ranks computed. Every rank calls it; what differs is only the rng."""
     if ranks.size == 1:
         return batch
     here = {place: group for place, group in enumerate(batch.groups) if group.sequences}
-    own = {place: [sequence_state(sequence) for sequence in group.sequences] for place, group in here.items()}
-    prompts = ranks.merged(own, len(batch.groups))
+    local = {place: [sequence_state(sequence) for sequence in group.sequences] for place, group in here.items()}
+    prompts = ranks.gather_indexed(local, len(batch.groups))
     groups = [
         replace(group, sequences=[restored_sequence(sequence) for sequence in prompt])
         for group, prompt in zip(batch.groups, prompts, strict=True)

@@ -70,7 +70,7 @@ class Learner:
             group["lr"] = rate
         may_skip = may_skip_equal_groups(self.config.loss)
         prompts = [
-            training_group(group, values, idle=may_skip and bool(equal))
+            training_group(group, values, zero_advantage=may_skip and bool(equal))
             for group, values, equal in zip(groups, advantages.values, advantages.zero_std, strict=True)
         ]
         updates = train.num_iterations * train.optimizer_steps_per_rollout
@@ -207,7 +207,7 @@ class Learner:
         sequences = [sequence for group in here.values() for sequence in group.sequences]
         found = self.budget.retry_on_oom(lambda: self.entropy(sequences), self.clear_gradients)
         parts = found.split([sum(group.lengths) for group in here.values()])
-        everywhere = self.ranks.merged(dict(zip(here, parts, strict=True)), len(groups))
+        everywhere = self.ranks.gather_indexed(dict(zip(here, parts, strict=True)), len(groups))
         return torch.cat([part.to(found.device) for part in everywhere])
 
     @torch.no_grad()

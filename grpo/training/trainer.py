@@ -42,7 +42,7 @@ from grpo.run.tensor_state import load_tensors, save_tensors
 from grpo.run.versions import versions
 from grpo.session import Session, open_session, read_model
 from grpo.training.advantages import Advantages, compute_advantages
-from grpo.training.dump import dump_folder, whole, write_dump
+from grpo.training.dump import dump_folder, gather_batch, write_dump
 from grpo.training.evaluation import evaluate, measure_pass_rates
 from grpo.training.learner import UNMEASURED, Learner
 from grpo.training.loss import resolve_loss
@@ -82,12 +82,14 @@ class Trainer:
             ranks = connect(self.launch, resolve_device(config.model.device))
             ranks.check = interrupts.check
             ranks.require_same(facts(config))
-            own = own_share(config, ranks.size)
+            of_rank = config_of_rank(config, ranks.size)
             folder = config.checkpoint.output_dir
             resumed = folder if self.resume else None
             with (
                 start_rewards(data, log) as pool,
-                open_session(own, files=files, status=log.status, resumed=resumed, agree=ranks.of_first) as session,
+                open_session(
+                    of_rank, files=files, status=log.status, resumed=resumed, agree=ranks.broadcast
+                ) as session,
             ):
                 return train_session(session, data, folder, log, self.resume, pool, ranks)
 
@@ -115,7 +117,7 @@ def uneven_share(config: Config, ranks: int) -> str | None:
     )
 
 
-def own_share(config: Config, ranks: int) -> Config:
+def config_of_rank(config: Config, ranks: int) -> Config:
     """`config` with vLLM sized for what one of `ranks` samples at once, unless it says how many that are."""
     rollout = config.rollout
     if ranks == 1 or rollout.max_num_seqs is not None:
@@ -178,7 +180,7 @@ class Run:
     """The live parts of a run. `step` is the last whole one; they count from 1.
 
     A step happens or does not: what raises within one leaves the adapter, the optimiser and the place in the data as
-    they were before it, until the adapter has moved; from then on `whole` is false until the step is recorded.
+    they were before it, until the adapter has moved; from then on `step_complete` is false until the step is recorded.
     """
 
     def __init__(
@@ -220,7 +222,7 @@ class Run:
             parts=config.train.optimizer_steps_per_rollout,
         )
         self.step = self.saved = 0
-        self.whole = True
+        self.step_complete = True
         self.accuracies: dict[int, float] = {}
 
     def chosen_prompts(self) -> list[Prompt]:
@@ -233,7 +235,7 @@ class Run:
             return self.data.train
         file = self.folder / PASS_RATES
         measured = [prompt for prompt in self.data.train if prompt.task in windows]
-        found = self.ranks.of_first(json.loads(file.read_text()) if self.ranks.first and file.exists() else None)
+        found = self.ranks.broadcast(json.loads(file.read_text()) if self.ranks.first and file.exists() else None)
         if found is None:
             self.log.status("measuring pass rates")
             samples = max(self.data.settings[name].pass_rate_samples for name in windows)
@@ -262,7 +264,7 @@ class Run:
             self.evaluate()
             while self.step < self.max_steps:
                 self.log.step(self.one_step(self.step + 1))
-                self.step, self.whole = self.step + 1, True
+                self.step, self.step_complete = self.step + 1, True
                 last = self.step == self.max_steps
                 if last or self.step % self.config.checkpoint.save_steps == 0:
                     self.save()
@@ -276,7 +278,7 @@ class Run:
         """Sample, score, weigh, update, sync. Returns the step's metrics."""
         started = time.perf_counter()
         self.ranks.bytes_sent = 0
-        torch.manual_seed(sample_seed(self.config.train.seed, step, *self.own_rank()))
+        torch.manual_seed(sample_seed(self.config.train.seed, step, *self.seed_suffix()))
         taken = self.stream.taken.copy()
         try:
             rollouts = self.sample(step)
@@ -288,7 +290,7 @@ class Run:
         except BaseException:
             self.stream.taken = taken
             raise
-        self.whole = False
+        self.step_complete = False
         sync_seconds = self.session.engine.sync_adapter()
         now = time.perf_counter()
         survival = self.adapter_survival(groups, step)
@@ -306,7 +308,7 @@ class Run:
             "tokens": tokens,
             "tokens_per_second": tokens / rollout_seconds,
             "rollout_seconds": rollout_seconds,
-            "reward_seconds": sum(rollout.waited for rollout in rollouts),
+            "reward_seconds": sum(rollout.reward_wait_seconds for rollout in rollouts),
             "train_seconds": now - sampled - sync_seconds,
             "sync_seconds": sync_seconds,
             "step_seconds": now - started,
@@ -319,11 +321,11 @@ class Run:
         every = self.config.log.adapter_survival_every
         if not self.ranks.first or every is None or (step > 1 and step % every):
             return {}
-        firsts = [(group.prompt.token_ids, sample.token_ids) for group in groups for sample in group.own[:1]]
+        firsts = [(group.prompt.token_ids, sample.token_ids) for group in groups for sample in group.local[:1]]
         share = adapter_survival(self.session.policy, [p for p, _ in firsts], [c for _, c in firsts])
         return {} if share is None else {"adapter_survival": share}
 
-    def own_rank(self) -> tuple[int, ...]:
+    def seed_suffix(self) -> tuple[int, ...]:
         """What tells this rank's random numbers from those of the first, which are a lone process's."""
         return () if self.ranks.first else (self.ranks.rank,)
 
@@ -331,8 +333,8 @@ class Run:
         """Of several ranks: what one sent in this step, and how long they waited for the slowest on average."""
         if self.ranks.size == 1:
             return {}
-        idle = sum(rollout.idle for rollout in rollouts)
-        return {"ranks": self.ranks.size, "sent_bytes": self.ranks.bytes_sent, "idle_seconds": idle}
+        wait_seconds = sum(rollout.wait_seconds for rollout in rollouts)
+        return {"ranks": self.ranks.size, "sent_bytes": self.ranks.bytes_sent, "idle_seconds": wait_seconds}
 
     def update(self, groups: list[Group], advantages: Advantages, step: int) -> dict[str, float | None]:
         """Train on `groups`; returns the training metrics, also of an update that had to be left out.
@@ -356,7 +358,7 @@ class Run:
 
     def dump(self, step: int, skipped: SkippedUpdate) -> Path:
         """Keep what it takes to compute the update again; returns where."""
-        skipped.batch = whole(skipped.batch, self.ranks)
+        skipped.batch = gather_batch(skipped.batch, self.ranks)
         if not self.ranks.first:
             return dump_folder(self.folder, step)
         return write_dump(self.folder, step, self.config, self.session.policy, skipped)
@@ -421,7 +423,7 @@ class Run:
 
     def save_what_is_not(self) -> None:
         """Write a checkpoint of the last step if it is whole and has none; where that fails, say so and no more."""
-        if not self.whole or self.step == self.saved:
+        if not self.step_complete or self.step == self.saved:
             return
         self.log.status("saving a checkpoint")
         try:
@@ -431,12 +433,12 @@ class Run:
 
     def restore(self) -> None:
         """Continue from the newest good checkpoint, or from the beginning if the run ended before its first."""
-        where, state = self.ranks.of_first(self.last_checkpoint() if self.ranks.first else None)
+        where, state = self.ranks.broadcast(self.last_checkpoint() if self.ranks.first else None)
         if state is not None:
             self.load(where, state)
         self.log.resume(self.step)
         entries = read_entries(self.folder / EVALUATIONS) if self.ranks.first else []
-        self.accuracies = self.ranks.of_first({entry["step"]: entry["eval/strict_accuracy"] for entry in entries})
+        self.accuracies = self.ranks.broadcast({entry["step"]: entry["eval/strict_accuracy"] for entry in entries})
 
     def last_checkpoint(self) -> tuple[str, Any]:
         """Where the newest good checkpoint is and its state, without the adapter, which is loaded; or "" and None."""

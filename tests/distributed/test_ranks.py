@@ -149,7 +149,11 @@ def test_more_ranks_than_prompts_are_refused_and_uneven_shares_are_said() -> Non
 def test_every_rank_gets_what_every_rank_says() -> None:
     def say(ranks: Ranks) -> Any:
         mine = {"rank": ranks.rank, "text": "x" * 10 * ranks.rank, "tensor": torch.arange(ranks.rank)}
-        return ranks.gather(mine), ranks.of_first(f"from {ranks.rank}"), ranks.merged({2 - ranks.rank: ranks.rank}, 3)
+        return (
+            ranks.gather(mine),
+            ranks.broadcast(f"from {ranks.rank}"),
+            ranks.gather_indexed({2 - ranks.rank: ranks.rank}, 3),
+        )
 
     for told, first, merged in together(3, say):  # type: ignore[misc]
         assert [entry["rank"] for entry in told] == [0, 1, 2]

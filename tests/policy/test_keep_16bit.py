@@ -295,11 +295,11 @@ def test_the_first_process_decides_for_all(tmp_path: Path) -> None:
     theirs = ["model.layers.1.self_attn.k_proj"]
     asked: list[Any] = []
 
-    def of_first(value: Any) -> Any:
+    def broadcast(value: Any) -> Any:
         asked.append(value)
         return None if len(asked) == 1 else theirs
 
-    base = auto_base(tmp_path, agree=of_first)
+    base = auto_base(tmp_path, agree=broadcast)
     assert asked[0] is None and asked[1] and base.kept_16bit == theirs == base.fingerprint.kept_16bit
     assert auto_base(tmp_path, agree=lambda value: theirs).kept_16bit == theirs, "a record that only the first has"
 
