@@ -43,7 +43,7 @@ def recompute_layers(layers: Sequence[nn.Module], mode: str) -> None:
         layer._gradient_checkpointing_func = partial(recomputed, layer, store, index == 0)
 
 
-def answer_trainers(graph: nn.Module) -> None:
+def patch_checkpointing_switch(graph: nn.Module) -> None:
     """Let `graph.gradient_checkpointing_enable()` and `_disable()`, as trainers call them, switch this recomputation.
 
     Enabling takes the mode that was chosen last if it recomputes layers, else "layer". DPO in TRL disables it for the

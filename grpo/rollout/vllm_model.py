@@ -29,12 +29,12 @@ from grpo.kernels.nf4_gemm import nf4_linear
 from grpo.model.base_weights import BaseWeights, FusedLinear, Segment
 from grpo.model.config_keys import served_values
 from grpo.model.rope import EVERYWHERE, Rotary
-from grpo.rollout.lora_buffers import ServedAdapter
+from grpo.rollout.lora_buffers import RolloutAdapter
 
 SHARED = "grpo_shared"
 """Name of our quantisation method and load format in vLLM."""
 
-SERVED: dict[str, ServedAdapter] = {}
+SERVED: dict[str, RolloutAdapter] = {}
 """What an engine serves, by the handle that reaches our loader through vLLM's configuration."""
 
 
@@ -127,7 +127,7 @@ class SharedLoader(BaseModelLoader):
         share_positions(model, base.config, model_config.max_model_len)
 
 
-def attach(module: nn.Module, linear: FusedLinear, adapter: ServedAdapter) -> None:
+def attach(module: nn.Module, linear: FusedLinear, adapter: RolloutAdapter) -> None:
     """Hand `linear`'s storage, and the adapter's buffers if it has any, to vLLM's layer `module`."""
     module.shared = linear
     module.weight = nn.Parameter(linear.segments[0].weight, requires_grad=False)

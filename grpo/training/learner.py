@@ -16,7 +16,7 @@ from torch import Tensor
 
 from grpo.config.schema import Config
 from grpo.distributed.ranks import Ranks, runs
-from grpo.policy.policy import Policy, Scored
+from grpo.policy.policy import Policy, TokenLogprobs
 from grpo.policy.rng import RandomState, current_states
 from grpo.rollout.sampler import Group
 from grpo.training.advantages import Advantages, may_skip_equal_groups
@@ -166,7 +166,7 @@ class Learner:
         scored = self.score(batch, entropy_gradient=self.config.loss.entropy_coef != 0)
         return self.loss(self.loss_inputs(batch, tokens, scored), totals, self.config.loss)
 
-    def loss_inputs(self, batch: list[TrainingSequence], tokens: PackedTokens, scored: Scored) -> LossInputs:
+    def loss_inputs(self, batch: list[TrainingSequence], tokens: PackedTokens, scored: TokenLogprobs) -> LossInputs:
         reference = None
         if self.config.loss.beta > 0:
             with self.policy.reference():
@@ -225,7 +225,7 @@ class Learner:
             for sequence, logprobs in zip(batch, self.score(batch).logprobs.split(lengths), strict=True):
                 sequence.old_logprobs = logprobs
 
-    def score(self, batch: Sequence[TrainingSequence], *, entropy_gradient: bool = False) -> Scored:
+    def score(self, batch: Sequence[TrainingSequence], *, entropy_gradient: bool = False) -> TokenLogprobs:
         return self.policy.score(
             [sequence.prompt_ids for sequence in batch],
             [sequence.completion_ids for sequence in batch],

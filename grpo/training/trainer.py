@@ -82,7 +82,7 @@ class Trainer:
             ranks = connect(self.launch, resolve_device(config.model.device))
             ranks.check = interrupts.check
             ranks.require_same(facts(config))
-            of_rank = config_of_rank(config, ranks.size)
+            share = config_of_rank(config, ranks.size)
             folder = config.checkpoint.output_dir
             resumed = folder if self.resume else None
             with (

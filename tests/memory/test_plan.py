@@ -19,7 +19,7 @@ from grpo.model.base_weights import BaseWeights
 from grpo.model.gguf_header import read_header
 from grpo.model.source import open_source
 from grpo.policy.policy import Policy
-from grpo.rollout.lora_buffers import ServedAdapter
+from grpo.rollout.lora_buffers import RolloutAdapter
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny import FAMILIES, save_tiny
 
@@ -46,7 +46,7 @@ def test_weights_and_adapter_are_planned_as_they_are_stored(family: str, tmp_pat
         planned = plan.weight_bytes(settings, shape, 4, on_gpu=False)
         assert planned == pytest.approx(base.nbytes(), rel=0.01)
         trained = sum(parameter.numel() for parameter in Policy(base, lora).parameters())
-        served = ServedAdapter(base, Policy(base, lora)).buffers.values()
+        served = RolloutAdapter(base, Policy(base, lora)).buffers.values()
         copies = sum(buffers.a.nbytes + buffers.b.nbytes for buffers in served)
         assert plan.adapter_bytes(settings, shape, 4, on_gpu=False) == 16 * trained + copies
 

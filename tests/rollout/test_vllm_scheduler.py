@@ -178,17 +178,17 @@ def drive(
     from vllm.v1.core.sched.async_scheduler import AsyncScheduler
     from vllm.v1.core.sched.scheduler import Scheduler
 
-    from grpo.rollout.vllm_scheduler import Collected, rollout_scheduler
+    from grpo.rollout.vllm_scheduler import LogprobCollector, rollout_scheduler
 
     kind = AsyncScheduler if ahead else Scheduler
     config.scheduler_config.async_scheduling = bool(ahead)
-    collected = Collected()
-    collected.begin(deliver_on_finish=deliver_on_finish)
+    collector = LogprobCollector()
+    collector.begin(deliver_on_finish=deliver_on_finish)
     for request in requests:
-        collected.enter(request["name"].split("-")[0], request["name"])
+        collector.enter(request["name"].split("-")[0], request["name"])
     vllms = Driven(kind, config, blocks, requests, ahead)
-    ours = Driven(rollout_scheduler(kind, collected), config, blocks, requests, ahead)
-    return vllms, ours, collected
+    ours = Driven(rollout_scheduler(kind, collector), config, blocks, requests, ahead)
+    return vllms, ours, collector
 
 
 @pytest.mark.parametrize("deliver_on_finish", [True, False], ids=["on finish", "token by token"])
@@ -216,13 +216,13 @@ def test_every_step_is_the_one_that_vllms_scheduler_makes(
 def test_every_token_has_the_logprob_that_it_was_sampled_with(vllm_config: Any, blocks: int, ahead: int) -> None:
     for seed in range(6):
         requests = random_requests(seed)
-        _, ours, collected = drive(vllm_config, ahead, blocks, requests, True)
+        _, ours, collector = drive(vllm_config, ahead, blocks, requests, True)
         for request in requests:
             name, start = request["name"], len(request["prompt"])
             count = len(ours.tokens[name])
             expected = [sampled(name, position) for position in range(start, start + count)]
             assert ours.tokens[name] == [token for token, _ in expected]
-            assert collected.take(name.split("-")[0])[:count] == [logprob for _, logprob in expected]
+            assert collector.take(name.split("-")[0])[:count] == [logprob for _, logprob in expected]
 
 
 def test_a_token_that_vllm_drops_takes_its_logprob_with_it() -> None:
