@@ -188,7 +188,7 @@ class Engine:
                 yield from core.step()
         finally:
             if collects:
-                gc.set_enabled()
+                gc.enable()
             if core.has_unfinished_requests():
                 core.abort_request([str(request.id) for request in requests])
                 while core.has_unfinished_requests():

@@ -87,9 +87,7 @@ class Trainer:
             resumed = folder if self.resume else None
             with (
                 start_rewards(data, log) as pool,
-                open_session(
-                    of_rank, files=files, status=log.status, resumed=resumed, agree=ranks.broadcast
-                ) as session,
+                open_session(share, files=files, status=log.status, resumed=resumed, agree=ranks.broadcast) as session,
             ):
                 return train_session(session, data, folder, log, self.resume, pool, ranks)
 
