@@ -18,7 +18,7 @@ from torch import Tensor
 from grpo.config.schema import Model
 from grpo.errors import UserError
 from grpo.kernels import nf4
-from grpo.kernels.launch import sum_in_float32
+from grpo.kernels.launch import disable_reduced_precision
 from grpo.model import host_memory
 from grpo.model.architectures import EMBEDDING, HEAD, check_supported, expected_shapes, fused_linears
 from grpo.model.checks import check_shapes
@@ -91,7 +91,7 @@ class BaseWeights:
         self.fingerprint = Fingerprint.of(source)
         self.device, self.dtype = device, dtype
         if device.type == "cuda":
-            sum_in_float32()
+            disable_reduced_precision()
         self.load_in_4bit = model.load_in_4bit
         self.packed = model.load_in_4bit and device.type == "cuda"
         wanted = weights_on_host(model, self.config)

@@ -56,11 +56,11 @@ class SharedLinearMethod(LinearMethodBase):
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
         adapter = layer.adapter
-        shrunk = None if adapter is None else lora_shrink(flat, adapter.a, layer.adapter_on)
+        x_lora_a = None if adapter is None else lora_shrink(flat, adapter.a, layer.adapter_on)
         y = torch.empty(flat.shape[0], layer.shared.out_features, dtype=x.dtype, device=x.device)
         for segment in layer.shared.segments:
             rows = slice(segment.first_row, segment.first_row + segment.rows)
-            low_rank = None if adapter is None else LowRank(shrunk, adapter.b[rows])
+            low_rank = None if adapter is None else LowRank(x_lora_a, adapter.b[rows])
             segment_linear(flat, segment, None if bias is None else bias[rows], y[:, rows], low_rank)
         return y.reshape(*x.shape[:-1], -1)
 

@@ -69,7 +69,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (graph, graph_kernels):
         monkeypatch.setattr(module, "packed_attention", lambda q, k, v, packing, **rest: FlashLike.apply(q, k, v))
     monkeypatch.setattr(Norm, "forward", lambda self, x, out=None: place(x, out))
-    monkeypatch.setattr(Norm, "backward", lambda self, grad, x, plus=None, out=None: place(x, out))
+    monkeypatch.setattr(Norm, "backward", lambda self, grad, x, residual_grad=None, out=None: place(x, out))
     monkeypatch.setattr(lora_attention, "rotate", lambda x, cos, sin, out=None, inverse=False: place(x, out))
     monkeypatch.setattr(lora_mlp, "glu_forward", lambda gate_up, kind, out=None: place(gate_up.chunk(2, 1)[0], out))
     monkeypatch.setattr(lora_mlp, "glu_backward", lambda grad, gate_up, kind, product, out: None)

@@ -12,7 +12,7 @@ import torch
 
 from grpo.config.schema import Lora, Model
 from grpo.errors import UserError
-from grpo.kernels.launch import interpreted
+from grpo.kernels.launch import interpreter_enabled
 from grpo.model.base_weights import BaseWeights
 from grpo.model.source import open_source
 from grpo.policy.fused_layers import FusedLayer, install, wants_kernels
@@ -64,11 +64,11 @@ def distance(result, expected):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_kernels_and_torch_agree_in_float32(family, device, tmp_path):
-    changes = {"num_hidden_layers": 1} if interpreted() else {}
+    changes = {"num_hidden_layers": 1} if interpreter_enabled() else {}
     save_tiny(tmp_path, family, **changes)
     loss, gradient = loss_and_gradients(build(tmp_path, kernels=False, device=device))
     policy = build(tmp_path, kernels=True, device=device)
-    for mode in CHECKPOINTING_MODES[-1:] if interpreted() else CHECKPOINTING_MODES:
+    for mode in CHECKPOINTING_MODES[-1:] if interpreter_enabled() else CHECKPOINTING_MODES:
         result, result_gradient = loss_and_gradients(policy, mode)
         assert abs(result / loss - 1) < 1e-5
         assert distance(result_gradient, gradient) < 2e-5
@@ -79,9 +79,9 @@ def test_kernels_and_torch_agree_in_float32(family, device, tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_kernels_are_as_near_to_float32_as_torch_is(family, dtype, device, tmp_path):
     """The reference is float32 arithmetic over the same weights."""
-    completions = MANY[::3] if interpreted() else MANY
+    completions = MANY[::3] if interpreter_enabled() else MANY
     many = {"prompts": [[5, 9]] * len(completions), "completions": completions}
-    if interpreted() and dtype == torch.float16:
+    if interpreter_enabled() and dtype == torch.float16:
         return
     save_tiny(tmp_path, family, num_hidden_layers=1)
     reference = build(tmp_path, kernels=False, four_bit=False)
@@ -178,7 +178,7 @@ def test_a_layer_that_the_kernels_do_not_know_stays(tmp_path):
 def test_the_switch():
     assert not wants_kernels("auto", torch.device("cpu")) and wants_kernels("auto", torch.device("cuda"))
     assert not wants_kernels("torch", torch.device("cuda")) and wants_kernels("triton", torch.device("cuda"))
-    if not interpreted():
+    if not interpreter_enabled():
         with pytest.raises(UserError, match="needs a GPU"):
             wants_kernels("triton", torch.device("cpu"))
 
