@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.helpers.paths import ROOT
+
 MAKEFILE = (ROOT / "Makefile").read_text()
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 
