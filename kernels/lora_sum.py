@@ -4,7 +4,7 @@ In 16 bit a step of training moves y by less than half a unit in its last place,
 nearly everywhere. Added to a rounded y such a step is lost; added to the sum before it is rounded, it shows wherever
 it carries the sum across a boundary, which over many outputs is on average its whole size (docs/algorithms.md).
 
-Three ways, the same to rounding. With W, U and x, s beside each other one product does all, at the price of a copy of W:
+Three ways, the same to rounding. With W, U and x, s beside each other one product does all, for a copy of W:
 
     y = [x | s | 1] [W | U | b]^T
 
