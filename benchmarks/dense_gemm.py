@@ -1,9 +1,9 @@
 """A 16-bit linear with its adapter at a decoding step's rows: four ways, microseconds from cold memory on this GPU.
 
-    cublas      x W^T alone, without an adapter
-    twice       x W^T rounded, then the adapter added to it and rounded again, as peft and vLLM's LoRA do
-    two launch  x W^T left in float32, then a kernel that adds the adapter and rounds (kernels/lora_sum.py)
-    fused       one kernel (kernels/dense_gemm.py)
+    cublas        x W^T alone, without an adapter
+    twice         x W^T rounded, then the adapter added to it and rounded again, as peft and vLLM's LoRA do
+    two launches  x W^T left in float32, then a kernel that adds the adapter and rounds (kernels/lora_sum.py)
+    fused         one kernel (kernels/dense_gemm.py)
 
 The linears of three models' layers, fused as vLLM fuses them, adapters of rank 16 (so 48 columns for q, k, v).
 
@@ -31,6 +31,7 @@ SHAPES = {
     "8B": {"qkv": (6144, 4096, 48), "o": (4096, 4096, 16), "gate_up": (28672, 4096, 32), "down": (4096, 14336, 16)},
 }
 ROWS = (1, 8, 16, 32, 64)
+WAYS = ("cublas", "twice", "two launches", "fused")
 
 
 def measure(features: int, columns: int, ranks: int, rows: int) -> dict[str, float]:
@@ -40,13 +41,13 @@ def measure(features: int, columns: int, ranks: int, rows: int) -> dict[str, flo
     b = torch.randn(features, ranks, dtype=torch.bfloat16, device="cuda") * 0.01
     low_rank = LowRank(torch.randn(rows, ranks, dtype=torch.bfloat16, device="cuda"), b)
     out = x.new_empty(rows, features)
-    ways = {
-        "cublas": lambda w: torch.mm(x, w.t(), out=out),
-        "twice": lambda w: torch.mm(x, w.t(), out=out).addmm_(low_rank.shrunk, b.t()),
-        "two launches": lambda w: round_sum(torch.mm(x, w.t(), out_dtype=torch.float32), None, low_rank, out),
-        "fused": lambda w: dense_gemm(x, w, None, low_rank, out),
-    }
-    times = {name: round(microseconds(weights, way, 4.0), 2) for name, way in ways.items()}
+    calls = (
+        lambda w: torch.mm(x, w.t(), out=out),
+        lambda w: torch.mm(x, w.t(), out=out).addmm_(low_rank.shrunk, b.t()),
+        lambda w: round_sum(torch.mm(x, w.t(), out_dtype=torch.float32), None, low_rank, out),
+        lambda w: dense_gemm(x, w, None, low_rank, out),
+    )
+    times = {name: round(microseconds(weights, call, 4.0), 2) for name, call in zip(WAYS, calls, strict=True)}
     dense_gemm(x, weights[0], None, low_rank, out)
     exact = x.double() @ weights[0].double().t() + low_rank.shrunk.double() @ b.double().t()
     error = (out.double() - exact).abs() / exact.abs().clamp(min=exact.abs().mean())
