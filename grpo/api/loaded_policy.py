@@ -32,7 +32,7 @@ from grpo.monitor.run_log import RunLog
 from grpo.rollout.types import Request, SamplingSettings
 from grpo.run.checkpoint import CONFIG, open_run
 from grpo.run.library_logs import quiet_libraries
-from grpo.run.model_reference import resolve_target
+from grpo.run.model_reference import resolve_model
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -100,11 +100,11 @@ def open_policy(
     `at_most`: let sequences be so long, or as long as the model takes them. `source` and `overrides` are where
     `tables` came from, for errors.
     """
-    target = resolve_target(model, base)
-    if "lora" in tables and target.adapter is not None:
+    reference = resolve_model(model, base)
+    if "lora" in tables and reference.adapter is not None:
         raise UserError(f"{model}: the adapter brings its own shape; leave lora out")
     kept = ("model", "lora", "rollout")
-    tables = merged({name: table for name, table in target.tables.items() if name in kept}, tables)
+    tables = merged({name: table for name, table in reference.tables.items() if name in kept}, tables)
     first = merged({"rollout": {"max_num_seqs": GENERATED_AT_ONCE}}, tables, NO_TASK)
     config = parse_config(with_lengths(first), source, overrides=overrides)
     quiet_libraries(verbose)
@@ -115,7 +115,7 @@ def open_policy(
         longest = getattr(files.source.config.get_text_config(), "max_position_embeddings", at_most)
         longest = max(min(longest, at_most), config.max_seq_length)
         config = parse_config(with_lengths(merged(first, {"model": {"max_seq_length": longest}})), source)
-    session = open_session(config, adapter=target.adapter, status=status, start_engine=False, files=files)
+    session = open_session(config, adapter=reference.adapter, status=status, start_engine=False, files=files)
     return LoadedPolicy(session, tables)
 
 
@@ -344,8 +344,8 @@ class LoadedPolicy:
         if self._session is None:
             return "<closed policy>"
         base, lora = self._session.base, self.config.lora
-        form = "NF4" if base.load_in_4bit else str(base.dtype).removeprefix("torch.")
-        return f"<{self.config.model.name} in {form} on {base.device.type}, LoRA of rank {lora.r}>"
+        storage = "NF4" if base.load_in_4bit else str(base.dtype).removeprefix("torch.")
+        return f"<{self.config.model.name} in {storage} on {base.device.type}, LoRA of rank {lora.r}>"
 
 
 def check_sampling(temperature: float, max_tokens: int, top_p: float, n: int) -> None:

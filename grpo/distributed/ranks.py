@@ -64,7 +64,7 @@ class Ranks:
         pairs = zip(received, sizes, strict=True)
         return [unpacked(data[: int(length)].numpy().tobytes()) for data, length in pairs]
 
-    def of_first(self, value: Any = None) -> Any:
+    def broadcast(self, value: Any = None) -> Any:
         """Rank 0's `value`."""
         if self.size == 1:
             return value
@@ -80,9 +80,9 @@ class Ranks:
             return value
         return unpacked(data.numpy().tobytes())
 
-    def merged(self, own: dict[int, Any], count: int) -> list[Any]:
-        """The `count` values of all ranks in order, of which this one has `own`, by place."""
-        places = {place: value for values in self.gather(own) for place, value in values.items()}
+    def gather_indexed(self, local: dict[int, Any], count: int) -> list[Any]:
+        """The `count` values of all ranks in order, of which this one has `local`, by place."""
+        places = {place: value for values in self.gather(local) for place, value in values.items()}
         return [places[place] for place in range(count)]
 
     @torch.no_grad()
@@ -90,7 +90,7 @@ class Ranks:
         """Give `parameters` the values that rank 0 has."""
         if self.size == 1:
             return
-        values = self.of_first([parameter.detach() for parameter in parameters])
+        values = self.broadcast([parameter.detach() for parameter in parameters])
         for parameter, value in zip(parameters, values, strict=True):
             parameter.copy_(value)
 

@@ -1,4 +1,4 @@
-"""Logits of a checkpoint of any form, with one weight in memory at a time, and how far two sets of them are apart.
+"""Logits of a checkpoint of any format, with one weight in memory at a time, and how far two sets of them are apart.
 
 The model is transformers' own, built without weights; each module reads its weights as it runs and drops them again.
 Slow and small: it is for comparing what was exported with what was trained, on any machine, not for generating.

@@ -137,7 +137,7 @@ def rounded(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     """`tensor` in `dtype`. Raises UserError for a value beyond its range."""
     result = tensor.to(dtype)
     if dtype == torch.float16 and not result.isfinite().all():
-        raise UserError(f"{name} has values that float16 cannot hold; export another form, bfloat16 holds them")
+        raise UserError(f"{name} has values that float16 cannot hold; export another format, bfloat16 holds them")
     return result
 
 
@@ -168,7 +168,7 @@ def write_companions(source: MergedSource, folder: Path, config: dict[str, Any],
 
 
 def companions(folder: Path) -> Iterator[Path]:
-    """The files of a model folder that go with any form of its weights."""
+    """The files of a model folder that go with any format of its weights."""
     yield from sorted({file for pattern in COPIED for file in folder.glob(pattern) if file.is_file()})
 
 

@@ -82,7 +82,7 @@ class MemoryPlan:
     sampling: int
     """What a step of vLLM takes on top, and gives back."""
     peaks: dict[str, int]
-    """What training takes on top for its largest micro-batch, and gives back, by form of gradient checkpointing."""
+    """What training takes on top for its largest micro-batch, and gives back, by mode of gradient checkpointing."""
     logits: int
     """The part of every peak that is logits, where the head is that peak."""
     gradient_checkpointing: str
@@ -91,15 +91,15 @@ class MemoryPlan:
     """Pinned host memory for what the GPU reads in place; in none of the other figures."""
 
     @property
-    def form(self) -> str:
-        """The form of checkpointing that is set, or the least demanding one where it is chosen."""
+    def mode(self) -> str:
+        """The mode of checkpointing that is set, or the least demanding one where it is chosen."""
         chosen = self.gradient_checkpointing
         return min(self.peaks, key=self.peaks.__getitem__) if chosen == "auto" else chosen
 
     @property
     def training(self) -> int:
         """What a training step takes, at the least."""
-        return self.peaks.get(self.form, self.peaks["none"])
+        return self.peaks.get(self.mode, self.peaks["none"])
 
     @property
     def always(self) -> int:
@@ -138,7 +138,7 @@ def plan_memory(config: Config, shape: Any, itemsize: int, *, on_gpu: bool) -> M
         kv_one_sequence=kv(1),
         vllm=VLLM_KEEPS if on_gpu else 0,
         sampling=sampling_bytes(shape, itemsize, length, sequences),
-        peaks={form: training.peak(form) for form in training.forms},
+        peaks={mode: training.peak(mode) for mode in training.modes},
         logits=training.logits(),
         gradient_checkpointing=str(config.train.gradient_checkpointing),
         release_kv_cache=config.rollout.release_kv_cache and on_gpu,

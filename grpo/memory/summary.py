@@ -69,13 +69,13 @@ def memory_plan(config: Config) -> list[str]:
         return [f"Memory: {config.model.name} is not on this machine, or of an unknown kind, so nothing is planned."]
     on_gpu = config.model.device == "cuda" or (config.model.device == "auto" and has_gpu())
     plan = plan_memory(config, shape, compute_itemsize(config, on_gpu), on_gpu=on_gpu)
-    form = "NF4" if config.model.load_in_4bit else "unquantised"
+    storage = "NF4" if config.model.load_in_4bit else "unquantised"
     if config.model.load_in_4bit and not on_gpu:
-        form = "NF4 values, dequantised"
+        storage = "NF4 values, dequantised"
     tokens = max(config.train.tokens_per_micro_batch, config.max_seq_length)
     lines = [
         f"Memory on the {'GPU' if on_gpu else 'CPU'}, planned, in GB of 10^9 bytes:",
-        f"  {gb(plan.weights)}  weights, {form}, one copy for sampling and training",
+        f"  {gb(plan.weights)}  weights, {storage}, one copy for sampling and training",
         f"  {kv_line(config, plan, on_gpu)}",
         f"  {gb(plan.adapter)}  adapter of rank {config.lora.r}: values, gradients, moments, the copy that vLLM reads",
         f"  {gb(plan.sampling)}  at most, while sampling",
@@ -103,8 +103,8 @@ def kv_line(config: Config, plan: MemoryPlan, on_gpu: bool) -> str:
 
 
 def training_line(plan: MemoryPlan) -> str:
-    """The peak of every form that training may take."""
-    peaks = ", ".join(f"{form} {peak / 1e9:.2f}" for form, peak in plan.peaks.items())
+    """The peak of every mode that training may take."""
+    peaks = ", ".join(f"{mode} {peak / 1e9:.2f}" for mode, peak in plan.peaks.items())
     return f'gradient_checkpointing = "{plan.gradient_checkpointing}": {peaks}'
 
 

@@ -2,7 +2,7 @@
 
 Sizes alone do not tell a model from its instruction-tuned sister, and an adapter on the wrong one loads and only
 answers worse. A hash would not do: the base of a 4-bit run is often exported, or served, in 16 bit. So values are kept,
-and compared as closely as the forms allow.
+and compared as closely as their storage allows.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from grpo.model.weight_source import NF4Tensor, Source
 SAMPLED = 64
 """Values of each weight."""
 UNQUANTISED = ("float32", "bfloat16", "float16")
-SAME_FORM, OTHER_FORM = 0.003, 0.35
+SAME_STORAGE, OTHER_STORAGE = 0.003, 0.35
 """Largest distance, relative to the norm: rounding to bfloat16 makes 0.001, quantising to 4 bit some 0.1."""
 SAME_WEIGHTS = 1e-6
-"""As `SAME_FORM`, for equal values that were written and read."""
+"""As `SAME_STORAGE`, for equal values that were written and read."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,9 @@ class Fingerprint:
         return float((ours - theirs).norm() / ours.norm())
 
     def admits(self, other: Fingerprint) -> bool:
-        """Whether `other` can be the same model, in the same or another form."""
+        """Whether `other` can be the same model, stored in the same or another way."""
         plain = self.stored_as in UNQUANTISED and other.stored_as in UNQUANTISED
-        return self.distance(other) < (SAME_FORM if plain or self.stored_as == other.stored_as else OTHER_FORM)
+        return self.distance(other) < (SAME_STORAGE if plain or self.stored_as == other.stored_as else OTHER_STORAGE)
 
 
 def sampled(source: Source, name: str) -> list[float]:

@@ -24,7 +24,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from grpo.errors import UserError
 from grpo.kernels.attention import Packing, packed_attention
 from grpo.kernels.glu import glu
-from grpo.kernels.launch import interpreted
+from grpo.kernels.launch import interpreter_enabled
 from grpo.kernels.lora_attention import QkvProjection, lora_qkv
 from grpo.kernels.lora_factors import Adapter
 from grpo.kernels.lora_linear import LinearGroup, lora_linear
@@ -52,7 +52,7 @@ def for_backward_alone() -> Iterator[None]:
 
 def wants_kernels(kernels: str, device: torch.device) -> bool:
     """Whether `train.kernels` asks for them on `device`. Raises UserError where they cannot run."""
-    if kernels == "triton" and device.type != "cuda" and not interpreted():
+    if kernels == "triton" and device.type != "cuda" and not interpreter_enabled():
         raise UserError('train.kernels = "triton" needs a GPU; set "auto" or "torch"')
     return kernels == "triton" or (kernels == "auto" and device.type == "cuda")
 

@@ -21,7 +21,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from grpo.errors import UserError
 from grpo.kernels.attention import Packing
 from grpo.kernels.logprob import selected_logprobs
-from grpo.policy.activation_checkpointing import answer_trainers
+from grpo.policy.activation_checkpointing import patch_checkpointing_switch
 from grpo.policy.shared_prefix import pairs_of
 
 IGNORED = -100
@@ -30,11 +30,11 @@ DERIVED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "se
 """What TRL's collator adds for other attention kernels; position ids say the same."""
 
 
-def accept_batches(graph: nn.Module) -> None:
+def patch_hf_forward(graph: nn.Module) -> None:
     """Let `graph`, a causal LM over packed rows, be called like transformers' own of its class."""
     for module, forward in ((graph.model, backbone_forward), (graph, causal_lm_forward)):
         module.forward = types.MethodType(method(forward, type(module).forward), module)
-    answer_trainers(graph)
+    patch_checkpointing_switch(graph)
     graph.config.use_cache = graph.generation_config.use_cache = False
 
 

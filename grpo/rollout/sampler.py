@@ -2,7 +2,8 @@
 
 Which tokens are sampled depends on the seeds alone: every completion has its own, made from the run's seed, the step,
 the prompt and its place in the group. What is submitted never depends on when a reward returns. Several ranks sample a
-share of the prompts each; a group is never divided, and of the others' completions a rank learns an outline.
+share of the prompts each; a group is never divided, and of the others' completions a rank learns the length, the
+rewards and whether they were cut.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class Sample:
 
 
 @dataclass
-class Outline:
+class RemoteSample:
     """What is known here of a completion that another rank has."""
 
     length: int
@@ -60,13 +61,13 @@ class Outline:
 
 @dataclass
 class Group:
-    """A prompt and its completions, in the order of their seeds. Those of another rank are outlines."""
+    """A prompt and its completions, in the order of their seeds. Those of another rank are without tokens."""
 
     prompt: Prompt
-    samples: Sequence[Sample | Outline]
+    samples: Sequence[Sample | RemoteSample]
 
     @property
-    def own(self) -> list[Sample]:
+    def local(self) -> list[Sample]:
         """The completions, if they were sampled here; else none."""
         return [sample for sample in self.samples if isinstance(sample, Sample)]
 
@@ -80,9 +81,9 @@ class Rollout:
     """Of each group; another rank's without extras."""
     seconds: float
     """Until the last completion was generated."""
-    waited: float
+    reward_wait_seconds: float
     """Seconds spent waiting for rewards after that."""
-    idle: float = 0.0
+    wait_seconds: float = 0.0
     """Seconds, on average, that ranks waited for the slowest."""
 
     @property
@@ -122,13 +123,15 @@ class Sampler:
         started = time.perf_counter()
         owning = owners(len(prompts), self.parts, self.ranks.size)
         places = [place for place, rank in enumerate(owning) if rank == self.ranks.rank]
-        groups, results, generated = self._sample_own(prompts, set(places), step, round)
-        seconds, waited = generated - started, time.perf_counter() - generated
+        groups, results, generated = self._sample_local(prompts, set(places), step, round)
+        seconds, reward_wait_seconds = generated - started, time.perf_counter() - generated
         if self.ranks.size > 1:
-            return self._exchange(prompts, groups, results, seconds, waited)
-        return Rollout([groups[place] for place in places], [results[place] for place in places], seconds, waited)
+            return self._exchange(prompts, groups, results, seconds, reward_wait_seconds)
+        return Rollout(
+            [groups[place] for place in places], [results[place] for place in places], seconds, reward_wait_seconds
+        )
 
-    def _sample_own(
+    def _sample_local(
         self, prompts: Sequence[Prompt], places: set[int], step: int, round: int
     ) -> tuple[dict[int, Group], dict[int, RewardResult], float]:
         """The groups at `places` and their scores, and when the last completion was generated."""
@@ -160,15 +163,15 @@ class Sampler:
         groups: dict[int, Group],
         results: dict[int, RewardResult],
         seconds: float,
-        waited: float,
+        reward_wait_seconds: float,
     ) -> Rollout:
         """The whole rollout from this rank's part: here the ranks wait for the slowest."""
-        outlines = {place: outlined(group, results[place]) for place, group in groups.items()}
-        told = self.ranks.gather({"groups": outlines, "seconds": seconds, "waited": waited})
+        remote = {place: as_remote(group, results[place]) for place, group in groups.items()}
+        told = self.ranks.gather({"groups": remote, "seconds": seconds, "waited": reward_wait_seconds})
         others = {place: entry for part in told for place, entry in part["groups"].items()}
         for place, entry in others.items():
             if place not in groups:
-                samples = [Outline(**sample) for sample in entry["samples"]]
+                samples = [RemoteSample(**sample) for sample in entry["samples"]]
                 scores = {name: [sample.rewards[name] for sample in samples] for name in entry["seconds"]}
                 groups[place] = Group(prompts[place], samples)
                 results[place] = RewardResult(scores, entry["metrics"], {}, entry["seconds"])
@@ -177,8 +180,8 @@ class Sampler:
             groups=[groups[place] for place in range(len(prompts))],
             results=[results[place] for place in range(len(prompts))],
             seconds=max(part["seconds"] for part in told),
-            waited=max(part["waited"] for part in told),
-            idle=max(taken) - sum(taken) / len(taken),
+            reward_wait_seconds=max(part["waited"] for part in told),
+            wait_seconds=max(taken) - sum(taken) / len(taken),
         )
 
     def _result(self, future: Future[RewardResult]) -> RewardResult:
@@ -210,7 +213,7 @@ class Sampler:
         return Group(prompt, samples)
 
     def _batch(self, group: Group, step: int) -> RewardBatch:
-        samples = group.own
+        samples = group.local
         count = len(samples)
         return RewardBatch(
             prompts=[group.prompt.prompt] * count,
@@ -222,8 +225,8 @@ class Sampler:
         )
 
 
-def outlined(group: Group, result: RewardResult) -> dict[str, Any]:
-    """What other ranks are told of a scored group, as `Outline` and `RewardResult` take it."""
+def as_remote(group: Group, result: RewardResult) -> dict[str, Any]:
+    """What other ranks are told of a scored group, as `RemoteSample` and `RewardResult` take it."""
     samples = [
         {"length": one.length, "truncated": one.truncated, "finite": one.finite, "rewards": one.rewards}
         for one in group.samples

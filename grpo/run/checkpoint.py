@@ -258,7 +258,7 @@ def check_base_of_run(run: Path, saved: Model, now: Model) -> None:
         return
     told = f"weights sampled from both are {known.distance(found):.1%} apart"
     if known.admits(found):
-        told = f"it is the same model in another form, {found.stored_as} and not {known.stored_as}: {told}"
+        told = f"it is the same model stored otherwise, {found.stored_as} and not {known.stored_as}: {told}"
     raise UserError(
         f"--resume: {now.name} is not the base of the run in {run} ({told}); name what {saved.name} was, or start a "
         "new run with another --output"

@@ -275,7 +275,7 @@ def without_truncated(inputs: LossInputs, settings: Loss) -> LossInputs:
 
 def _terms(inputs: LossInputs, totals: BatchTotals, settings: Loss) -> tuple[Terms, Metrics]:
     """Ratios, corrections and penalty of a micro-batch, and the metrics that come with them."""
-    logprobs, old, rollout_gap = _neutral(inputs)
+    logprobs, old, rollout_log_ratio = _neutral(inputs)
     sequence, count = inputs.sequence, inputs.num_sequences
     mask = inputs.mask.to(logprobs.dtype)
     lengths = sequence_sum(mask, sequence, count).clamp(min=1)
@@ -293,7 +293,7 @@ def _terms(inputs: LossInputs, totals: BatchTotals, settings: Loss) -> tuple[Ter
 
     weight = mask
     if settings.off_policy_mask_threshold is not None:
-        drift = old - rollout_gap - logprobs.detach()
+        drift = old - rollout_log_ratio - logprobs.detach()
         kept = keeps_on_policy(advantages, drift, lengths, sequence, settings.off_policy_mask_threshold)
         weight = weight * per_token(kept, sequence)
         metrics["off_policy_masked"] = Mean.of((~kept).double(), torch.ones_like(advantages))
@@ -302,7 +302,7 @@ def _terms(inputs: LossInputs, totals: BatchTotals, settings: Loss) -> tuple[Ter
     if settings.importance_sampling_correction != "none":
         bounds = settings.importance_sampling_clip_min, settings.importance_sampling_clip_max
         weights, outside = rollout_weights(
-            rollout_gap, sequence, count, settings.importance_sampling_correction, *bounds
+            rollout_log_ratio, sequence, count, settings.importance_sampling_correction, *bounds
         )
         weight = weight * weights
         metrics["correction_weight_mean"] = Mean.of(weights, mask)
@@ -326,8 +326,8 @@ def _neutral(inputs: LossInputs) -> tuple[Tensor, Tensor, Tensor]:
     old = logprobs if inputs.old_logprobs is None else torch.where(inputs.mask, inputs.old_logprobs, zero)
     old = old.detach().to(logprobs.dtype)
     known = inputs.mask & ~inputs.rollout_logprobs.isnan()
-    gap = torch.where(known, old - inputs.rollout_logprobs.detach(), zero)
-    return logprobs, old, gap.to(logprobs.dtype)
+    log_ratio = torch.where(known, old - inputs.rollout_logprobs.detach(), zero)
+    return logprobs, old, log_ratio.to(logprobs.dtype)
 
 
 def _is_uncertain(inputs: LossInputs, totals: BatchTotals) -> Tensor:
@@ -364,13 +364,13 @@ def diagnostics(inputs: LossInputs) -> Metrics:
     """What is measured under every loss: mean entropy, and how far the rollout's log-probabilities are from the
     trainer's, with w = exp(log pi_old - log pi_rollout) of each token: mean and largest |log w|, the k3 estimate of
     KL(rollout || trainer), mean of w - log w - 1, and the effective sample size of w."""
-    _, _, gap = _neutral(inputs)
+    _, _, log_ratio = _neutral(inputs)
     known = inputs.mask & ~inputs.rollout_logprobs.isnan()
-    weights = capped_exp(gap)
+    weights = capped_exp(log_ratio)
     metrics: Metrics = {
-        "mismatch_logp_mean": Mean.of(gap.abs(), known),
-        "mismatch_logp_max": Maximum.of(gap.abs(), known),
-        "mismatch_kl": Mean.of(weights - gap - 1, known),
+        "mismatch_logp_mean": Mean.of(log_ratio.abs(), known),
+        "mismatch_logp_max": Maximum.of(log_ratio.abs(), known),
+        "mismatch_kl": Mean.of(weights - log_ratio - 1, known),
         "mismatch_ess": EffectiveSampleSize.of(weights, known),
     }
     if inputs.entropy is not None:

@@ -112,7 +112,7 @@ class LossScaler:
         self.scale, self.good_steps = state["scale"], state["good_steps"]
 
 
-class Snapshot:
+class OptimizerBackup:
     """A copy of `parameters` and of `optimizer`'s state, made when it is created."""
 
     def __init__(self, parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer):

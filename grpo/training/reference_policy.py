@@ -29,7 +29,7 @@ def set_reference(policy: Policy, settings: Loss, run: Path, *, resume: bool, ra
         policy.load_adapter(kept)
     if resume:
         ranks.copy_first(policy.parameters())
-    if policy.adapter_is_idle():
+    if policy.adapter_is_zero():
         return
     policy.remember_reference()
     if not resume and ranks.first:

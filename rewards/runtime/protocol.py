@@ -16,7 +16,7 @@ from typing import Any
 from grpo.errors import UserError
 from grpo.references import described, location
 from grpo.rewards.runtime.contract import BadReturn, RewardBatch
-from grpo.rewards.runtime.forms import RewardFunction
+from grpo.rewards.runtime.conventions import RewardFunction
 
 HEADER = 8
 MEND = 'mend the function, or set on_error = "skip" to score such batches as missing'

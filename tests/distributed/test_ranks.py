@@ -27,7 +27,7 @@ from grpo.errors import UserError
 from grpo.model.base_weights import BaseWeights
 from grpo.model.source import open_source
 from grpo.policy.policy import Policy
-from grpo.rollout.sampler import Group, Outline
+from grpo.rollout.sampler import Group, RemoteSample
 from grpo.training.loss_metrics import EffectiveSampleSize, Maximum, Mean, Total, as_message, from_message
 from grpo.training.trainer import uneven_share
 from tests.helpers.forked_runs import Finished, ForkedRuns
@@ -149,7 +149,11 @@ def test_more_ranks_than_prompts_are_refused_and_uneven_shares_are_said() -> Non
 def test_every_rank_gets_what_every_rank_says() -> None:
     def say(ranks: Ranks) -> Any:
         mine = {"rank": ranks.rank, "text": "x" * 10 * ranks.rank, "tensor": torch.arange(ranks.rank)}
-        return ranks.gather(mine), ranks.of_first(f"from {ranks.rank}"), ranks.merged({2 - ranks.rank: ranks.rank}, 3)
+        return (
+            ranks.gather(mine),
+            ranks.broadcast(f"from {ranks.rank}"),
+            ranks.gather_indexed({2 - ranks.rank: ranks.rank}, 3),
+        )
 
     for told, first, merged in together(3, say):  # type: ignore[misc]
         assert [entry["rank"] for entry in told] == [0, 1, 2]
@@ -204,7 +208,8 @@ def shared_out(rank: int, size: int, parts: int) -> list[Group]:
         group
         if owner == rank
         else Group(
-            group.prompt, [Outline(sample.length, sample.truncated, True, sample.rewards) for sample in group.samples]
+            group.prompt,
+            [RemoteSample(sample.length, sample.truncated, True, sample.rewards) for sample in group.samples],
         )
         for group, owner in zip(everything, owners(len(everything), parts, size), strict=True)
     ]

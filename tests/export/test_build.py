@@ -27,7 +27,7 @@ from grpo.export.compare import Distance, streamed_logits
 from grpo.export.merge import Adapter, MergedSource
 from grpo.model.fingerprint import Fingerprint
 from grpo.model.source import open_source
-from grpo.run.model_reference import resolve_target
+from grpo.run.model_reference import resolve_model
 from tests.helpers.adapters import TOKENS, logits, train_nothing
 from tests.helpers.checkpoints import edit_tensors, quantize_folder
 from tests.helpers.tiny import save_tiny
@@ -324,7 +324,7 @@ def test_a_revision_belongs_to_the_recorded_name(made: Made, tmp_path: Path) -> 
     )
     revisions = [json.loads((folder / "adapter_config.json").read_text())["revision"] for folder in (kept, moved)]
     assert revisions == ["v2", None]
-    assert resolve_target(kept).tables["model"] == {"name": str(made.base), "revision": "v2"}
+    assert resolve_model(kept).tables["model"] == {"name": str(made.base), "revision": "v2"}
 
 
 @pytest.mark.parametrize("to", ["adapter", "merged-16bit"])

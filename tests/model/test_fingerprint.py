@@ -1,4 +1,4 @@
-"""An adapter knows its base again in any form, and tells it from another of the same shape."""
+"""An adapter knows its base again however it is stored, and tells it from another of the same shape."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_every_form_of_the_base_is_known_again(tmp_path: Path, monkeypatch: pyte
 def test_another_model_is_told_as_far_as_the_forms_allow(
     share: float, quantised: bool, known: bool, tmp_path: Path
 ) -> None:
-    """Two per cent is what fine-tuning changes: seen between equal forms, hidden by quantisation otherwise."""
+    """Two per cent is what fine-tuning changes: seen between equal storages, hidden by quantisation otherwise."""
     save_tiny(tmp_path / "base")
     other = altered(tmp_path / "other", share)
     if quantised:
