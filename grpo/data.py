@@ -1,8 +1,8 @@
 """From `[task]` sections to tokenised prompts, and the stream that training takes them from.
 
 Nothing here generates or scores. The order of the stream is a function of the seed and of how many prompts were
-taken, so that its state is a few integers and resuming is exact. Measuring how often a question is solved, for
-`pass_rate`, is `grpo/evaluate.py`'s; choosing by that rate is here.
+taken, so that its state is a few integers and resuming is exact. For measuring how often a question is
+solved, for `pass_rate`, see `grpo/training/evaluation.py`; choosing by that rate is here.
 """
 
 from __future__ import annotations

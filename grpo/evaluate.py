@@ -4,9 +4,9 @@
     python -m grpo.evaluate Qwen/Qwen2.5-0.5B-Instruct --task gsm8k --set eval.limit=none
 
 Every completion is checked twice: strictly (right, in the format asked for) and flexibly (right, wherever the answer
-stands), so that learning the format and learning to answer are told apart. Rewards play no part here.
+stands), so that learning the format and learning to answer can be distinguished. Rewards play no part here.
 
-Exit codes: 0, done; 2, bad input, told in one sentence.
+Exit codes: 0, done; 2, bad input, refused in one sentence.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def append_lines(path: Path, entries: Sequence[Mapping[str, Any]]) -> None:
 
 
 def refresh_report(run: Path) -> None:
-    """Write the report of `run` anew, if it has one. A failure is told and takes nothing from the evaluation."""
+    """Write the report of `run` anew, if it has one. A failure is printed and takes nothing from the evaluation."""
     if not (run / REPORT).is_file():
         return
     try:

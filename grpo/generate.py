@@ -6,7 +6,7 @@
 
 Completions are text by an untrusted model: characters that a terminal would act upon are shown as escapes.
 
-Exit codes: 0, done; 2, bad input, told in one sentence; 130, interrupted from the keyboard.
+Exit codes: 0, done; 2, bad input, refused in one sentence; 130, interrupted from the keyboard.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ class Talk:
                 self.turn(line)
 
     def turn(self, line: str) -> None:
-        """One line of a chat. What goes wrong is told and Ctrl-C ends the answer; both are forgotten then."""
+        """One line of a chat. What goes wrong is printed and Ctrl-C ends the answer; both are forgotten then."""
         if line.strip() == START_OVER:
             self.said.clear()
             return

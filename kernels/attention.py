@@ -194,7 +194,7 @@ def flash_supports(query: Tensor) -> bool:
 
 def _flash(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: float, window: int | None) -> Tensor:
     arguments: dict = {"scale": scale, "window_size": (-1 if window is None else window - 1, 0)}
-    if "enable_gqa" in VARLEN_ARGUMENTS:  # torch 2.11 takes fewer heads of keys without being told
+    if "enable_gqa" in VARLEN_ARGUMENTS:  # torch 2.11 takes fewer heads of keys without this argument
         arguments["enable_gqa"] = key.shape[0] != query.shape[0]
     query, key, value = (part.transpose(0, 1) for part in (query, key, value))
     if packing.shares_prefixes:

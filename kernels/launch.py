@@ -1,7 +1,7 @@
 """Where a Triton kernel can run, and what differs there.
 
 A kernel's host function asks `triton_supports` and takes its torch form otherwise. Triton's interpreter runs the same
-kernels on CPU tensors for tests; it rounds otherwise than the compiler does, so kernels are told (`is_interpreted`).
+kernels on CPU tensors for tests; it rounds otherwise than the compiler does, which kernels get as INTERPRETED.
 """
 
 from __future__ import annotations

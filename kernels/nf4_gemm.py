@@ -9,8 +9,8 @@ last. Tile sizes, which do depend on the number of rows, do not enter. Two limit
 rows in the table (128 to 512 on an H100) the product is cuBLAS's, with cuBLAS's bits; and another shape, GPU model or
 table may split otherwise.
 
-A LoRA adapter's second half, (x A^T) (s B)^T, is added to the sums before they are rounded, by either way; its first
-half is lora_shrink.py's.
+A LoRA adapter's second half, (x A^T) (s B)^T, is added to the sums before they are rounded, by either way; for its
+first half see lora_shrink.py.
 
 Not here: gradients, products of W with anything on the other side. One stream at a time per device: calls share a
 workspace.

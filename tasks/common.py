@@ -32,7 +32,7 @@ Row = dict[str, Any]
 """One question: "prompt" (a string, or a list of chat messages) and further columns, which rewards receive."""
 
 Make = Callable[[Row, str], Row]
-"""What becomes of a row that was read, told its place as "file:line" or "file, row n"."""
+"""What becomes of a row that was read; it gets the row's place as "file:line" or "file, row n"."""
 
 Verifier = Callable[[str, Row], bool]
 """Is this completion text right for this row?"""

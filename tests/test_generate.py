@@ -218,9 +218,9 @@ def test_a_lone_adapter_with_a_moved_base_is_answered_like_its_run(
         assert main([*arguments, "--base", str(home / "model"), *sets]) == 0
     finally:
         (tmp_path / "lone").rename(home / "run/adapter")
-    told = capsys.readouterr()
-    assert told.out == expected + "\n"
-    assert told.err.splitlines() == [f"reading {home / 'model'}", "starting vLLM"]
+    printed = capsys.readouterr()
+    assert printed.out == expected + "\n"
+    assert printed.err.splitlines() == [f"reading {home / 'model'}", "starting vLLM"]
 
 
 @pytest.mark.parametrize(
@@ -244,9 +244,9 @@ def test_what_cannot_be_done_is_one_sentence_and_exit_code_two(
     (home / "empty").mkdir(exist_ok=True)
     (home / "empty/config.toml").write_text('[model]\nname = "model"\n')
     assert main(arguments) == 2
-    told = capsys.readouterr()
-    assert told.out == "" and expected in told.err
-    assert told.err.splitlines()[-1].startswith("grpo.generate: ")
+    printed = capsys.readouterr()
+    assert printed.out == "" and expected in printed.err
+    assert printed.err.splitlines()[-1].startswith("grpo.generate: ")
 
 
 def test_a_model_without_chat_template_asks_for_raw(home: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,8 +6,8 @@
     policy.save_lora("adapter")
     policy.close()
 
-Loading builds the training graph, an ordinary peft model, and does not start vLLM; the first generation does. What a
-setting means is `grpo.config`'s: every name of the TOML is a keyword here.
+Loading builds the training graph, an ordinary peft model, and does not start vLLM; the first generation does. For what
+a setting means see `grpo.config`: every name of the TOML is a keyword here.
 """
 
 from __future__ import annotations
@@ -276,7 +276,7 @@ class LoadedPolicy:
         self._end_stream()
         with open_run(config) as run:
             log = RunLog(run.path, config, max_steps=config.train.max_steps or 0, verbose=verbose)
-            told, session.status = session.status, log.status
+            previous_status, session.status = session.status, log.status
             try:
                 with log:
                     from grpo.training.trainer import train_session
@@ -286,7 +286,7 @@ class LoadedPolicy:
                         session.engine.sync_adapter()
                     train_session(session, data, run.path, log)
             finally:
-                session.status = told
+                session.status = previous_status
         return TrainResult.read(run.path)
 
     def _training_config(self, task: Tables, rewards: list[Tables], settings: Mapping[str, Any]) -> Config:

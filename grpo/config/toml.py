@@ -129,7 +129,7 @@ def _key(key: str) -> str:
 
 
 def line_of(text: str, location: Location) -> int | None:
-    """The line, from 1, on which the key at `location` stands in TOML `text`; None where it cannot be told.
+    """The line, from 1, on which the key at `location` stands in TOML `text`; None where that is not known.
 
     `location` is a path of keys; a number in it counts the entries of a `[[table]]`. The text is taken by the line,
     so that keys inside a multi-line inline table are not found: the line is a help in a message, no more.

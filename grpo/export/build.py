@@ -7,7 +7,7 @@
 This file finds adapter and base, gives the export a folder that appears only when it is whole, and compares what was
 written with base + adapter. The formats themselves are written by `hf_folder.py` and `gguf.py`.
 
-Exit codes: 0, done; 2, bad input, told in one sentence, and nothing written; 130, interrupted from the keyboard.
+Exit codes: 0, done; 2, bad input, refused in one sentence, and nothing written; 130, interrupted from the keyboard.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def export(
         gguf_type: one of `GGUF_TYPES`.
         llama_quantize: llama.cpp's quantiser, which q4_k_m needs; else LLAMA_QUANTIZE, else the one on the PATH.
         check: compare the logits of what was written with those of base + adapter.
-        notice: is told what is done and found, a sentence at a time.
+        notice: called with what is done and found, a sentence at a time.
 
     Raises UserError, with nothing written, for whatever cannot be exported as asked.
     """

@@ -45,7 +45,7 @@ FAMILIES_WITH_BIAS: dict[str, tuple[str, ...]] = {
     "gemma3_text": ("attention_bias",),
     "phi3": (),
 }
-"""model_type -> the keys that give its linear layers biases; Qwen 2 has some without being told."""
+"""model_type -> the keys that give its linear layers biases; Qwen 2 always has some."""
 
 OTHER_INPUTS = ("vision_config", "audio_config", "audio_encoder_config", "num_mel_bins")
 """Entries of transformers' configurations that give away a vision or speech model."""

@@ -1,6 +1,6 @@
 """Checks of a model's files before anything is allocated by what they say: nobody vouches for a download.
 
-What a file means is `source.py`'s affair, and that a tensor's values are good nobody's.
+For what a file means see `source.py`; whether a tensor's values are good is checked nowhere.
 """
 
 from __future__ import annotations

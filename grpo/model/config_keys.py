@@ -5,7 +5,7 @@ never heard of changes the policy in silence. So every key is one that both obey
 a few values that both compute, one that has no part in the computation, or one that transformers' class does not have,
 which is named in a notice and reaches neither. Anything else is refused in a sentence that names it.
 
-Sizes are `checks.py`'s, and how rotary frequencies reach both graphs is `rope.py`'s.
+For sizes see `checks.py`, for how rotary frequencies reach both graphs `rope.py`.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def check_keys(config: Any, where: str) -> None:
 
 
 def complaints(config: Any) -> Iterator[Complaint]:
-    """What `check_keys` refuses, in the order in which it is best told."""
+    """What `check_keys` refuses, the most telling first."""
     yield from attention_complaints(config)
     yield from activation_complaints(config)
     yield from layer_complaints(config)
@@ -173,7 +173,7 @@ def rotary_complaints(config: Any) -> Iterator[Complaint]:
             yield Complaint(f"{key}.rope_theta", theta, "must be a number above 0; correct it")
     try:
         found = [*frequencies(config, 1).values(), *frequencies(config).values()]
-    except Exception as error:  # whatever transformers' functions make of a stranger's numbers
+    except Exception as error:  # whatever transformers' functions make of untrusted numbers
         reason = f"transformers finds no rotary frequencies in it ({type(error).__name__}: {one_line(error)})"
         yield Complaint("rope_parameters", config.rope_parameters, f"{reason}; correct it")
         return

@@ -1,6 +1,6 @@
 """By which an adapter knows its base again: some weights of it, kept beside the adapter, and how it was held.
 
-Sizes alone do not tell a model from its instruction-tuned sister, and an adapter on the wrong one loads and only
+Sizes alone do not tell a model from its instruction-tuned variant, and an adapter on the wrong one loads and only
 answers worse. A hash would not do: the base of a 4-bit run is often exported, or served, in 16 bit. So values are kept,
 and compared as closely as their storage allows.
 """

@@ -47,7 +47,7 @@ class SafetensorsSource:
             )
         try:
             self.config = AutoConfig.from_pretrained(path, trust_remote_code=brings_code)
-        except Exception as error:  # whatever transformers' checks of a stranger's file raise
+        except Exception as error:  # whatever transformers' checks of an untrusted file raise
             raise UserError(f"{file}: {one_line(error)}; correct it, or download the model again") from None
         self._shard_of = self._index()
         self.names = {logical_name(name) for name in self._shard_of}

@@ -1,6 +1,6 @@
 """Bytes and shapes of a model's weights, by arithmetic from its configuration.
 
-Torch is not imported, for a dry run. What a run takes beside its weights is `grpo.memory`'s.
+Torch is not imported, for a dry run. For what a run takes beside its weights see `grpo.memory`.
 """
 
 from __future__ import annotations

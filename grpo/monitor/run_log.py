@@ -3,7 +3,7 @@
 On a terminal a table of the figures stays below the notices and samples, in a notebook a line and a plot above them;
 elsewhere (a pipe, a file, `--verbose`) each step is one line. Completions are text by an untrusted model: markup in
 them is not interpreted, and control characters are shown as escapes, never sent to the terminal. Curves and HTML are
-made by `grpo.report`, which is told of each step.
+made by `grpo.report`, which is updated at each step.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The training graph: transformers' model over the one copy of the base, with LoRA through peft.
 
 Built on the `meta` device and then given views of `BaseWeights`, so it owns nothing but the adapter. It turns token
-ids into logprobs; sampling is `engine.py`'s, and how other trainers call the graph is `hf_forward.py`'s. Sequences are
+ids into logprobs; for sampling see `engine.py`, for how other trainers call the graph `hf_forward.py`. Sequences are
 packed one after another without padding, and logits exist only for a chunk of tokens at a time.
 """
 

@@ -7,7 +7,7 @@ A report is a function of the run folder alone. What a model wrote is data in it
 end its script element, read by a script that makes text nodes, under a policy that allows nothing but this file's own
 style and scripts. Reading is `grpo.report.data`'s, the choice of charts `grpo.report.charts`'.
 
-Exit codes: 0, done; 2, bad input, told in one sentence.
+Exit codes: 0, done; 2, bad input, refused in one sentence.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class LiveReport:
             self.flush()
 
     def flush(self) -> None:
-        """Write what is not written yet. A failure is told once and never ends the run."""
+        """Write what is not written yet. A failure is printed once and never ends the run."""
         if self._pending is None or self._failed:
             return
         started = self._clock()

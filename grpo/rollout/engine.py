@@ -2,7 +2,7 @@
 
 This file starts vLLM, asks it for completions, refreshes the adapter and lends its KV cache's memory. What vLLM gets
 from us is in two more: `vllm_model.py` (its layers' storage and products) and `vllm_scheduler.py` (its scheduler and
-sampler). Only these three know vLLM's insides. Token ids go in and come out; text is none of their business.
+sampler). Only these three know vLLM's insides. Token ids go in and come out, never text.
 """
 
 from __future__ import annotations

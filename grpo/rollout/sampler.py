@@ -167,20 +167,20 @@ class Sampler:
     ) -> Rollout:
         """The whole rollout from this rank's part: here the ranks wait for the slowest."""
         remote = {place: as_remote(group, results[place]) for place, group in groups.items()}
-        told = self.ranks.gather({"groups": remote, "seconds": seconds, "waited": reward_wait_seconds})
-        others = {place: entry for part in told for place, entry in part["groups"].items()}
+        gathered = self.ranks.gather({"groups": remote, "seconds": seconds, "waited": reward_wait_seconds})
+        others = {place: entry for part in gathered for place, entry in part["groups"].items()}
         for place, entry in others.items():
             if place not in groups:
                 samples = [RemoteSample(**sample) for sample in entry["samples"]]
                 scores = {name: [sample.rewards[name] for sample in samples] for name in entry["seconds"]}
                 groups[place] = Group(prompts[place], samples)
                 results[place] = RewardResult(scores, entry["metrics"], {}, entry["seconds"])
-        taken = [part["seconds"] + part["waited"] for part in told]
+        taken = [part["seconds"] + part["waited"] for part in gathered]
         return Rollout(
             groups=[groups[place] for place in range(len(prompts))],
             results=[results[place] for place in range(len(prompts))],
-            seconds=max(part["seconds"] for part in told),
-            reward_wait_seconds=max(part["waited"] for part in told),
+            seconds=max(part["seconds"] for part in gathered),
+            reward_wait_seconds=max(part["waited"] for part in gathered),
             wait_seconds=max(taken) - sum(taken) / len(taken),
         )
 
@@ -226,7 +226,7 @@ class Sampler:
 
 
 def as_remote(group: Group, result: RewardResult) -> dict[str, Any]:
-    """What other ranks are told of a scored group, as `RemoteSample` and `RewardResult` take it."""
+    """What other ranks get of a scored group, as `RemoteSample` and `RewardResult` take it."""
     samples = [
         {"length": one.length, "truncated": one.truncated, "finite": one.finite, "rewards": one.rewards}
         for one in group.samples

@@ -1,8 +1,8 @@
 """Whether this machine is ready for what `model.device` asks, asked before anything is loaded.
 
 A missing driver, a hidden GPU, a vLLM for other hardware or no C compiler end a run late and with somebody else's
-traceback. Here each becomes a sentence. With `device = "cpu"` CUDA is not touched. How much memory there is, is
-`plan.py`'s question.
+traceback. Here each becomes a sentence. With `device = "cpu"` CUDA is not touched. For how much memory there is see
+`plan.py`.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@
     summary.json, report.html
     base_sample.json          beside an adapter too: by which it knows its base (`grpo.model.fingerprint`)
 
-What is in them is the run log's; checkpoints are `grpo.run.checkpoint`'s. Reading passes over what a crash cut short.
+For what is in them see the run log, for checkpoints `grpo.run.checkpoint`. Reading passes over what a crash cut short.
 """
 
 from __future__ import annotations

@@ -53,18 +53,20 @@ def load_data(config: SftConfig, tokenizer: Any, stop_token_ids: Sequence[int]) 
     settings, seed = config.sft, config.train.seed
     rows = read_rows(settings, settings.split)[: settings.limit]
     held_out: list[Row] = []
-    told = []
+    held_out_notices = []
     if config.eval.every is not None and settings.eval_split is not None:
         held_out = read_rows(settings, settings.eval_split)[: config.eval.limit]
     elif kept := config.rows_held_out:
         if kept >= len(rows):
             raise UserError(f"eval.limit = {kept} would hold out all {len(rows)} rows; lower it, or set sft.eval_split")
         rows, held_out = rows[:-kept], rows[-kept:]
-        told = [f"the last {kept} rows are held out and not trained on; sft.eval_split names a split instead"]
+        held_out_notices = [
+            f"the last {kept} rows are held out and not trained on; sft.eval_split names a split instead"
+        ]
     data = load_examples(settings, rows, tokenizer, stop_token_ids, seed)
     if held_out:
         data.held_out = load_examples(settings, held_out, tokenizer, stop_token_ids, seed, "held-out ").examples
-    data.notices = told + data.notices
+    data.notices = held_out_notices + data.notices
     return data
 
 

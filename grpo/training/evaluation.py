@@ -158,7 +158,7 @@ def evaluate(
 
 
 def of_all_ranks(local: Sequence[Sample], prompts: Sequence[Prompt], count: int, ranks: Ranks) -> list[Sample]:
-    """The samples of all `prompts`, `count` of each, of which this rank has those of every so many-th prompt."""
+    """The samples of all `prompts`, `count` of each, of which this rank has those of prompts rank, rank + size, ..."""
     checked = [[one.text, one.tokens, one.truncated, one.strict, one.flexible] for one in local]
     groups = [checked[start : start + count] for start in range(0, len(checked), count)]
     answers = ranks.gather_indexed(

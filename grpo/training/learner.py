@@ -131,10 +131,10 @@ class Learner:
         """Every rank's metrics; afterwards each gradient is the sum over ranks, if there is any."""
         if self.ranks.size == 1:
             return metrics
-        told = self.ranks.gather({"any": self.has_gradients(), "metrics": as_message(joined(metrics))})
-        if any(entry["any"] for entry in told):
+        gathered = self.ranks.gather({"any": self.has_gradients(), "metrics": as_message(joined(metrics))})
+        if any(entry["any"] for entry in gathered):
             self.ranks.sum_gradients(self.parameters)
-        return [from_message(entry["metrics"]) for entry in told]
+        return [from_message(entry["metrics"]) for entry in gathered]
 
     def probe_memory(self) -> None:
         """Try the largest micro-batch that the configuration allows, and discard what it gives.

@@ -1,7 +1,7 @@
 """The model that the KL penalty holds the policy to: the adapter as the run found it, or the base.
 
 The starting adapter is kept in the run folder, so that a resumed run has the same reference. A fresh adapter changes
-nothing, and then there is nothing to keep. How the reference takes the adapter's place is `Policy.reference`'s.
+nothing, and then there is nothing to keep. For how the reference takes the adapter's place see `Policy.reference`.
 """
 
 from __future__ import annotations

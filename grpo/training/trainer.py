@@ -349,13 +349,13 @@ class Run:
             return {**self.learner.update(groups, advantages, step), "update_skipped": 0.0}
         except SkippedUpdate as skipped:
             dump = self.dump(step, skipped)
-            told = f"step {step}: {skipped.problem}; python -m grpo.replay {dump} says where that begins"
+            message = f"step {step}: {skipped.problem}; python -m grpo.replay {dump} says where that begins"
             if update_check.ends_run():
                 raise UserError(
-                    f"{told}; {update_check.skipped} such steps in a row end the run: lower train.learning_rate, or "
+                    f"{message}; {update_check.skipped} such steps in a row end the run: lower train.learning_rate, or "
                     "mend what it shows, and continue with --resume"
                 ) from None
-            self.log.notice(f"{told}; the update was left out")
+            self.log.notice(f"{message}; the update was left out")
             return {**UNMEASURED, **skipped.figures, "update_skipped": 1.0}
 
     def dump(self, step: int, skipped: SkippedUpdate) -> Path:

@@ -2,7 +2,7 @@
 
 `UpdateCheck` judges the numbers of every optimiser step before anything moves, and keeps count. An update that is left
 out is dumped with all that it takes to compute it again: `python -m grpo.replay DUMP`, which says where the first
-non-finite value appears. The arithmetic is the learner's, and whether a run goes on the trainer's.
+non-finite value appears. For the arithmetic see the learner; whether a run goes on is decided in the trainer.
 """
 
 from __future__ import annotations

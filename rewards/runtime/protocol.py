@@ -1,4 +1,4 @@
-"""What a reward process and its parent say to each other: messages, their lengths, and how an error is told."""
+"""What a reward process and its parent say to each other: messages, their lengths, and how an error is passed on."""
 
 from __future__ import annotations
 

@@ -155,10 +155,10 @@ def test_every_rank_gets_what_every_rank_says() -> None:
             ranks.gather_indexed({2 - ranks.rank: ranks.rank}, 3),
         )
 
-    for told, first, merged in together(3, say):  # type: ignore[misc]
-        assert [entry["rank"] for entry in told] == [0, 1, 2]
-        assert [len(entry["text"]) for entry in told] == [0, 10, 20]
-        assert [entry["tensor"].tolist() for entry in told] == [[], [0], [0, 1]]
+    for gathered, first, merged in together(3, say):  # type: ignore[misc]
+        assert [entry["rank"] for entry in gathered] == [0, 1, 2]
+        assert [len(entry["text"]) for entry in gathered] == [0, 10, 20]
+        assert [entry["tensor"].tolist() for entry in gathered] == [[], [0], [0, 1]]
         assert first == "from 0" and merged == [2, 1, 0]
 
 

@@ -79,8 +79,8 @@ def test_a_saved_adapter_is_refused_by_another_base(tmp_path: Path, capsys: pyte
     arguments = [str(tmp_path / "adapter"), "--to", "adapter", "--base"]
     capsys.readouterr()
     assert main([*arguments, str(tmp_path / "other"), "--out", str(tmp_path / "wrong")]) == 2
-    told = capsys.readouterr().err
-    assert told.count("\n") == 1 and "is not the model that this adapter was trained on" in told
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "is not the model that this adapter was trained on" in message
     assert not (tmp_path / "wrong").exists()
     assert main([*arguments, str(tmp_path / "base"), "--out", str(tmp_path / "right")]) == 0
     assert (tmp_path / "right" / BASE_SAMPLE).read_text() == (tmp_path / "adapter" / BASE_SAMPLE).read_text()

@@ -71,7 +71,7 @@ def vllm_config(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 class Driven:
-    """A scheduler with requests, stepped as vLLM's engine steps it. `trace`: what every step was told to compute."""
+    """A scheduler with requests, stepped as vLLM's engine steps it. `trace`: what every step had to compute."""
 
     def __init__(self, scheduler_class: type, config: Any, blocks: int, requests: list[dict[str, Any]], ahead: int):
         from vllm.sampling_params import SamplingParams
