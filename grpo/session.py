@@ -260,9 +260,9 @@ def stop_token_ids(source: Any, tokenizer: Any) -> tuple[int, ...]:
             f"{source.path}: completions end with the tokenizer's eos_token, and "
             f"{no_row(tokenizer.eos_token_id, tokenizer, text.vocab_size)}, or name another in tokenizer_config.json"
         )
-    found = [tokenizer.eos_token_id, text.eos_token_id]
-    found += end_tokens(source.path / "generation_config.json", text.vocab_size)
-    flat = [token for entry in found if entry is not None for token in (entry if isinstance(entry, list) else [entry])]
+    ends = [tokenizer.eos_token_id, text.eos_token_id]
+    ends += end_tokens(source.path / "generation_config.json", text.vocab_size)
+    flat = [token for entry in ends if entry is not None for token in (entry if isinstance(entry, list) else [entry])]
     if not flat:
         raise UserError(
             f"{source.path}: neither the tokenizer nor the configuration names an end-of-sequence token, so "

@@ -191,11 +191,11 @@ class LoraMatmul:
         """dL/dA_1, dL/dB_1, ... in the order of the factors."""
         if self.a_grad is None or self.b_grad is None:
             return [None] * (2 * len(self.adapters))
-        found: list[Tensor | None] = []
+        result: list[Tensor | None] = []
         for adapter, ranks in zip(self.adapters, self.ranks, strict=True):
             b_grad = self.b_grad[adapter.first : adapter.first + adapter.rows, ranks]
-            found += [self.a_grad[ranks], b_grad * adapter.scale]
-        return found
+            result += [self.a_grad[ranks], b_grad * adapter.scale]
+        return result
 
 
 def add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:

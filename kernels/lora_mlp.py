@@ -87,31 +87,31 @@ class _LoraMlp(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, call: _Call, *factors: Tensor) -> Tensor:
         mlp, tokens = call.mlp, x.shape[0]
         out = torch.empty_like(x)
-        kept = x.new_empty(0)
+        saved = x.new_empty(0)
         if call.keep or call.output:
             matmuls = call.matmuls(factors, tokens)
             if call.keep:
-                kept, _ = matmuls[0].outputs(tokens)
+                saved, _ = matmuls[0].outputs(tokens)
             for rows in row_tiles(tokens, mlp.tile):
-                inner = kept[rows] if call.keep else None
+                inner = saved[rows] if call.keep else None
                 forward_of_rows(call, matmuls, x[rows], inner, out[rows] if call.output else None)
         ctx.call = call
-        ctx.save_for_backward(x, kept, *factors)
+        ctx.save_for_backward(x, saved, *factors)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, kept, *factors = ctx.saved_tensors
+        x, saved, *factors = ctx.saved_tensors
         call: _Call = ctx.call
         matmuls = call.matmuls(factors, x.shape[0])
         x_grad = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         grad = unit_stride(grad)
         for rows in row_tiles(x.shape[0], call.mlp.tile):
             tile_grad = None if x_grad is None else x_grad[rows]
-            backward_of_rows(call, matmuls, x[rows], grad[rows], kept[rows] if call.keep else None, tile_grad)
+            backward_of_rows(call, matmuls, x[rows], grad[rows], saved[rows] if call.keep else None, tile_grad)
         if call.keep:
-            increment_version(kept)  # a second backward through this graph is refused rather than wrong
+            increment_version(saved)  # a second backward through this graph is refused rather than wrong
         gate_up, down = matmuls
         return x_grad, None, *gate_up.gradients(), *down.gradients()
 

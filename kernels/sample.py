@@ -42,15 +42,15 @@ def launch_sample(logits: Tensor, temperature: Tensor, seed: int) -> tuple[Tenso
     assert logits.stride(1) == 1 and temperature.shape == (rows,) and temperature.is_contiguous()
     assert temperature.dtype == torch.float32 and 0 <= seed < 2**63
     pieces = triton.cdiv(vocabulary, PIECE)
-    found = torch.empty(4, rows, pieces, dtype=torch.float32, device=logits.device)
+    partial = torch.empty(4, rows, pieces, dtype=torch.float32, device=logits.device)
     best = torch.empty(rows, pieces, dtype=torch.int32, device=logits.device)
     tokens = torch.empty(rows, dtype=torch.int32, device=logits.device)
     logprobs = torch.empty(rows, dtype=torch.float32, device=logits.device)
     with on_device(logits):
         _piece_kernel[(pieces, rows)](
-            logits, temperature, *found, best, logits.stride(0), vocabulary, pieces, seed, PIECE, BLOCK
+            logits, temperature, *partial, best, logits.stride(0), vocabulary, pieces, seed, PIECE, BLOCK
         )
-        _combine_kernel[(rows,)](*found, best, tokens, logprobs, pieces, triton.next_power_of_2(pieces))
+        _combine_kernel[(rows,)](*partial, best, tokens, logprobs, pieces, triton.next_power_of_2(pieces))
     return tokens, logprobs
 
 

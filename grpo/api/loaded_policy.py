@@ -103,8 +103,8 @@ def open_policy(
     reference = resolve_model(model, base)
     if "lora" in tables and reference.adapter is not None:
         raise UserError(f"{model}: the adapter brings its own shape; leave lora out")
-    kept = ("model", "lora", "rollout")
-    tables = merged({name: table for name, table in reference.tables.items() if name in kept}, tables)
+    sections = ("model", "lora", "rollout")
+    tables = merged({name: table for name, table in reference.tables.items() if name in sections}, tables)
     first = merged({"rollout": {"max_num_seqs": GENERATED_AT_ONCE}}, tables, NO_TASK)
     config = parse_config(with_lengths(first), source, overrides=overrides)
     quiet_libraries(verbose)
@@ -221,8 +221,8 @@ class LoadedPolicy:
         texts = [""] * len(requests)
         for done in session.engine.generate(requests, sampling, adapter=adapter):
             texts[done.request_id] = session.decode(done.token_ids)
-        found = texts if n == 1 else [texts[start : start + n] for start in range(0, len(texts), n)]
-        return found[0] if single else found
+        completions = texts if n == 1 else [texts[start : start + n] for start in range(0, len(texts), n)]
+        return completions[0] if single else completions
 
     def _ready(
         self, longest_prompt: int, temperature: float, max_tokens: int, top_p: float, adapter: bool
@@ -291,12 +291,12 @@ class LoadedPolicy:
 
     def _training_config(self, task: Tables, rewards: list[Tables], settings: Mapping[str, Any]) -> Config:
         """The configuration of one run. Raises UserError for a setting that is unknown or out of range."""
-        own = ("task", "rewards", "verbose")
+        arguments = ("task", "rewards", "verbose")
         sections = tuple(name for name in SECTIONS if name != "model") + ("eval",)
         tables = merged(
             {"checkpoint": {"output_dir": str(unused_folder(task["name"]))}},
             self._tables,
-            tables_of(settings, "policy.train", sections, own),
+            tables_of(settings, "policy.train", sections, arguments),
             {"task": task, "rewards": rewards},
         )
         return parse_config(with_lengths(tables), "policy.train")

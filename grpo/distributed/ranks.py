@@ -82,8 +82,8 @@ class Ranks:
 
     def gather_indexed(self, local: dict[int, Any], count: int) -> list[Any]:
         """The `count` values of all ranks in order, of which this one has `local`, by place."""
-        places = {place: value for values in self.gather(local) for place, value in values.items()}
-        return [places[place] for place in range(count)]
+        indexed = {index: value for values in self.gather(local) for index, value in values.items()}
+        return [indexed[index] for index in range(count)]
 
     @torch.no_grad()
     def copy_first(self, parameters: Sequence[nn.Parameter]) -> None:
@@ -155,14 +155,14 @@ def connect(launch: Launch, device: torch.device) -> Ranks:
     return Ranks(launch.rank, launch.size, control, gradients)
 
 
-def owners(count: int, parts: int, size: int) -> list[int]:
+def owners(count: int, optimizer_steps: int, size: int) -> list[int]:
     """Which of `size` ranks samples each of `count` prompts.
 
-    The prompts are used in `parts` runs, one for each optimiser step; of every run each rank has neighbouring ones,
-    their numbers differing by at most one, so that every optimiser step has work for all ranks.
+    The prompts are used in `optimizer_steps` runs, one for each; of every run each rank has neighbouring ones, their
+    numbers differing by at most one, so that every optimiser step has work for all ranks.
     """
-    lengths = [end - begin for begin, end in runs(count, parts)]
-    return [place * size // length for length in lengths for place in range(length)]
+    lengths = [end - begin for begin, end in runs(count, optimizer_steps)]
+    return [index * size // length for length in lengths for index in range(length)]
 
 
 def runs(count: int, parts: int) -> list[tuple[int, int]]:

@@ -74,9 +74,9 @@ def export(
     check_choice("gguf_type", gguf_type, GGUF_TYPES)
     reference = find_adapter(Path(source).expanduser(), checkpoint, base)
     export_format = f"gguf-{gguf_type}" if to == "gguf" else to
-    place = Path(out).expanduser() if out is not None else default_place(reference, export_format, checkpoint)
+    target = Path(out).expanduser() if out is not None else default_folder(reference, export_format, checkpoint)
     started = time.monotonic()
-    with made_whole(place) as folder:
+    with made_whole(target) as folder:
         if to == "adapter":
             write_adapter(reference, folder, notice)
         else:
@@ -91,8 +91,8 @@ def export(
             if check:
                 compare(merged, folder, export_format, notice)
         size = sum(file.stat().st_size for file in folder.iterdir())
-    notice(f"wrote {place}: {size / 1e9:.2f} GB in {time.monotonic() - started:.0f} s")
-    return place
+    notice(f"wrote {target}: {size / 1e9:.2f} GB in {time.monotonic() - started:.0f} s")
+    return target
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
@@ -130,7 +130,7 @@ def run_of(reference: ModelReference) -> Path | None:
     return Path(reference.source).parent if Path(reference.source).name == CONFIG else None
 
 
-def default_place(reference: ModelReference, export_format: str, checkpoint: str | None) -> Path:
+def default_folder(reference: ModelReference, export_format: str, checkpoint: str | None) -> Path:
     """Where the export goes unless it is said."""
     run, suffix = run_of(reference), f"-{checkpoint}" if checkpoint else ""
     assert reference.adapter is not None
@@ -149,8 +149,8 @@ def title(reference: ModelReference) -> str:
 def base_model(reference: ModelReference) -> Model:
     """The [model] table of the base, without what only training needs."""
     table = reference.tables["model"]
-    kept = ("name", "revision", "trust_remote_code", "chat_template")
-    values = {key: table[key] for key in kept if table.get(key) is not None and table[key] != "none"}
+    keys = ("name", "revision", "trust_remote_code", "chat_template")
+    values = {key: table[key] for key in keys if table.get(key) is not None and table[key] != "none"}
     return Model.model_validate(values)
 
 
@@ -190,20 +190,20 @@ def chat_template(reference: ModelReference) -> str | None:
 
 
 @contextmanager
-def made_whole(place: Path) -> Iterator[Path]:
-    """An empty folder that becomes `place` when the block ends well, and vanishes when it does not."""
-    if place.is_file() or (place.is_dir() and any(place.iterdir())):
-        raise UserError(f"{place} already exists; name another folder with --out, or remove it")
-    partial = place.with_name(f".{place.name}.partial")
+def made_whole(folder: Path) -> Iterator[Path]:
+    """An empty folder that becomes `folder` when the block ends well, and vanishes when it does not."""
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise UserError(f"{folder} already exists; name another folder with --out, or remove it")
+    partial = folder.with_name(f".{folder.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         yield partial
-        if place.is_dir():
-            place.rmdir()
-        partial.rename(place)
+        if folder.is_dir():
+            folder.rmdir()
+        partial.rename(folder)
     except OSError as error:
-        raise UserError(f"{error.filename or place}: {error.strerror or error}; nothing was exported") from None
+        raise UserError(f"{error.filename or folder}: {error.strerror or error}; nothing was exported") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -240,10 +240,10 @@ def write_folder(
     if to == "merged-16bit":
         write_16bit(merged, folder, chat_template(reference))
         return
-    kept = reference.tables["model"].get("keep_16bit", [])
-    if kept == "auto":
-        kept = chosen_16bit(reference)
-    lost = write_4bit(merged, folder, chat_template(reference), kept)
+    in_16bit = reference.tables["model"].get("keep_16bit", [])
+    if in_16bit == "auto":
+        in_16bit = chosen_16bit(reference)
+    lost = write_4bit(merged, folder, chat_template(reference), in_16bit)
     notice(f"quantising to NF4 changed the weights by {lost:.1%} of their norm")
 
 
@@ -252,13 +252,13 @@ def chosen_16bit(reference: ModelReference) -> list[str]:
     from grpo.model.fingerprint import read
 
     assert reference.adapter is not None
-    found = read(reference.adapter)
-    if found is None or found.kept_16bit is None:
+    fingerprint = read(reference.adapter)
+    if fingerprint is None or fingerprint.kept_16bit is None:
         raise UserError(
             f'{reference.source}: keep_16bit = "auto" is decided when a 4-bit base is loaded, and {reference.adapter} '
             "records no decision; name the layers in its place"
         )
-    return found.kept_16bit
+    return fingerprint.kept_16bit
 
 
 def chat_of(reference: ModelReference, merged: MergedSource) -> Chat:
@@ -276,13 +276,13 @@ def chat_of(reference: ModelReference, merged: MergedSource) -> Chat:
 
 def trained_system_prompt(run: Path) -> str | None:
     """The system prompt of the questions that the run kept; None where they had none, or several."""
-    found = set()
+    prompts = set()
     for file in completions_files(run, TRAINING).values():
         for entry in read_entries(file):
             prompt = entry.get("prompt")
             first = prompt[0] if isinstance(prompt, list) and prompt else {}
-            found.add(first.get("content") if first.get("role") == "system" else None)
-    return found.pop() if len(found) == 1 else None
+            prompts.add(first.get("content") if first.get("role") == "system" else None)
+    return prompts.pop() if len(prompts) == 1 else None
 
 
 def compare(merged: MergedSource, folder: Path, export_format: str, notice: Callable[[str], None]) -> None:
@@ -296,8 +296,8 @@ def compare(merged: MergedSource, folder: Path, export_format: str, notice: Call
     config = merged.config.get_text_config()
     tokens = sample_tokens(tokenizer_of(merged), config.vocab_size)
     expected, base = streamed_logits(merged, tokens), streamed_logits(merged.base, tokens)
-    found = streamed_logits(written, tokens, config)
-    distance = Distance.between(expected, found)
+    written_logits = streamed_logits(written, tokens, config)
+    distance = Distance.between(expected, written_logits)
     notice(f"read back and compared with base + adapter on {len(tokens)} texts: {distance}")
     if export_format in ("merged-4bit", "gguf-q4_k_m"):
         moved = Distance.between(expected, base)
@@ -306,7 +306,7 @@ def compare(merged: MergedSource, folder: Path, export_format: str, notice: Call
             notice("quantising moved the model further than training did; prefer more bits, or the adapter on its base")
     elif not distance.kl < FAITHFUL_KL:
         raise UserError(f"{folder.name}: the export does not compute what base + adapter do; nothing was exported")
-    share = adapter_share(base, expected, found)
+    share = adapter_share(base, expected, written_logits)
     if not math.isnan(share):
         notice(f"of what the adapter does to these texts in float32, {share:.0%} is in what was written")
     if share < FAITHFUL_SHARE:

@@ -37,10 +37,10 @@ HOW_TO_GET_IT = (
 def find_quantizer(named: str | Path | None) -> Path:
     """llama.cpp's quantiser: `named`, else LLAMA_QUANTIZE, else llama-quantize on the PATH. Raises UserError."""
     named = named or os.environ.get("LLAMA_QUANTIZE")
-    found = shutil.which(Path(named).expanduser() if named else "llama-quantize")
-    if found is None:
+    program = shutil.which(Path(named).expanduser() if named else "llama-quantize")
+    if program is None:
         raise UserError(f"{named}: no such program; {HOW_TO_GET_IT}" if named else HOW_TO_GET_IT)
-    return Path(found)
+    return Path(program)
 
 
 def write_gguf(

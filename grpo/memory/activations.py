@@ -243,8 +243,8 @@ class TrainingMemory:
     def phases(self, mode: str) -> dict[str, int]:
         """Bytes at the moments that may be the peak: the head, and the backward through the last layer."""
         index = INDEX_BYTES * self.tokens + 2 * self.tokens * self.sizes.head_dim * self.itemsize
-        found = self._head(mode) | (self._fused_backward(mode) if self.kernels else self._plain_backward(mode))
-        return {name: size + index for name, size in found.items()}
+        moments = self._head(mode) | (self._fused_backward(mode) if self.kernels else self._plain_backward(mode))
+        return {name: size + index for name, size in moments.items()}
 
     def logits(self) -> int:
         """One chunk of logits, a second one where the entropy has a gradient, and a CPU's workspace."""
@@ -321,8 +321,8 @@ class TrainingMemory:
     def _plain_backward(self, mode: str) -> dict[str, int]:
         s, one = self.sizes, self.layer_input()
         inner, wide = self.tokens * s.inner * self.itemsize, 4 * self.tokens * s.hidden
-        own = self.kept_by_layer()
-        before = self.kept(mode) + (0 if mode == "none" else own + one)
+        layer_bytes = self.kept_by_layer()
+        before = self.kept(mode) + (0 if mode == "none" else layer_bytes + one)
         return {
             "last norm backward": self.kept(mode) + 6 * wide,
             "mlp backward": before + one + 2 * inner + self._packed_weight(),

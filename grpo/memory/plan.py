@@ -155,15 +155,15 @@ def sequence_limits(config: Config) -> tuple[int, int]:
 
 def weight_bytes(config: Config, shape: Any, itemsize: int, *, on_gpu: bool) -> int:
     """The one copy on the device: NF4 codes with a scale per 64 weights (on a GPU), the rest in `itemsize` bytes."""
-    kept, packed = config.model.keep_16bit, on_gpu and config.model.load_in_4bit
+    in_16bit, packed = config.model.keep_16bit, on_gpu and config.model.load_in_4bit
     size = 0.0
     for name, (rows, columns) in linear_shapes(shape).items():
         dense = rows * columns * itemsize
         nf4 = nf4_bytes(rows, columns, itemsize)
-        if not packed or (kept != "auto" and any(name == end or name.endswith(f".{end}") for end in kept)):
+        if not packed or (in_16bit != "auto" and any(name == end or name.endswith(f".{end}") for end in in_16bit)):
             size += dense
         else:
-            size += AUTO_SHARE * dense + (1 - AUTO_SHARE) * nf4 if kept == "auto" else nf4
+            size += AUTO_SHARE * dense + (1 - AUTO_SHARE) * nf4 if in_16bit == "auto" else nf4
     tables = 1 if shape.tie_word_embeddings else 2
     norms = (2 * shape.num_hidden_layers + 1) * shape.hidden_size
     plain = tables * embedding_bytes(shape, itemsize) + norms * itemsize
@@ -192,8 +192,8 @@ def adapter_bytes(config: Config, shape: Any, itemsize: int, *, on_gpu: bool) ->
         # B of a fused layer has a row for every output and a column for every part's rank.
         ranks = -(-rank * len(adapted) // SERVED_RANKS) * SERVED_RANKS
         engine += ranks * (sizes[parts[0]][1] + sum(sizes[part][0] for part in parts))
-    kept = config.loss.beta > 0 and config.loss.reference == "start" and config.lora.init is not None
-    return trained * (4 + 4 + 4 * kept + moment_bytes(config.train.optim, on_gpu=on_gpu)) + engine * itemsize
+    has_reference = config.loss.beta > 0 and config.loss.reference == "start" and config.lora.init is not None
+    return trained * (4 + 4 + 4 * has_reference + moment_bytes(config.train.optim, on_gpu=on_gpu)) + engine * itemsize
 
 
 def kv_bytes_per_token(shape: Any, itemsize: int, kv_cache_dtype: str) -> int:

@@ -33,26 +33,26 @@ def cached_config(name: str, revision: str | None) -> Path | None:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        found = try_to_load_from_cache(name, "config.json", revision=revision)
+        cached = try_to_load_from_cache(name, "config.json", revision=revision)
     except HFValidationError:
         return None
-    return Path(found) if isinstance(found, str) else None
+    return Path(cached) if isinstance(cached, str) else None
 
 
 def gguf_shape(path: Path) -> Shape | None:
     """The sizes that a GGUF file states."""
     metadata, tensors = read_header(path)
     family = metadata.get("general.architecture", "")
-    own = {key.removeprefix(f"{family}."): value for key, value in metadata.items()}
+    family_keys = {key.removeprefix(f"{family}."): value for key, value in metadata.items()}
     values = {
         "model_type": {"gemma3": "gemma3_text"}.get(family, family),
-        "hidden_size": own.get("embedding_length"),
-        "intermediate_size": own.get("feed_forward_length"),
-        "num_hidden_layers": own.get("block_count"),
-        "num_attention_heads": own.get("attention.head_count"),
-        "num_key_value_heads": own.get("attention.head_count_kv"),
-        "head_dim": own.get("attention.key_length"),
-        "vocab_size": own.get("tokenizer.ggml.tokens") or own.get("vocab_size"),
+        "hidden_size": family_keys.get("embedding_length"),
+        "intermediate_size": family_keys.get("feed_forward_length"),
+        "num_hidden_layers": family_keys.get("block_count"),
+        "num_attention_heads": family_keys.get("attention.head_count"),
+        "num_key_value_heads": family_keys.get("attention.head_count_kv"),
+        "head_dim": family_keys.get("attention.key_length"),
+        "vocab_size": family_keys.get("tokenizer.ggml.tokens") or family_keys.get("vocab_size"),
         "tie_word_embeddings": "output.weight" not in tensors,
     }
     try:
@@ -85,9 +85,9 @@ def memory_plan(config: Config) -> list[str]:
         lines.insert(3, f"  {gb(plan.vllm)}  vLLM's buffers and CUDA graphs")
     if plan.host:
         names = {EMBEDDING: "the token embedding", HEAD: "the output head"}
-        kept = " and ".join(names[name] for name in hosted(config, shape, on_gpu=on_gpu))
+        hosted_names = " and ".join(names[name] for name in hosted(config, shape, on_gpu=on_gpu))
         tied = ", which is the output head too" if shape.tie_word_embeddings else ""
-        lines.append(f"  {gb(plan.host)}  of host memory, pinned, for {kept}{tied}")
+        lines.append(f"  {gb(plan.host)}  of host memory, pinned, for {hosted_names}{tied}")
     return lines
 
 

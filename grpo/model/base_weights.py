@@ -114,10 +114,10 @@ class BaseWeights:
         parts = [part for group in fused_linears(self.config).values() for part in group]
         if model.keep_16bit == "auto":
             raise ValueError('keep_16bit = "auto" is resolved by grpo.policy.keep_16bit.load_base')
-        for kept in model.keep_16bit:
-            if not any(is_named(part, kept) for part in parts):
+        for ending in model.keep_16bit:
+            if not any(is_named(part, ending) for part in parts):
                 raise UserError(
-                    f"model.keep_16bit names {kept!r}, which is no linear layer of this model; name one such "
+                    f"model.keep_16bit names {ending!r}, which is no linear layer of this model; name one such "
                     f"as {parts[0]!r} or its ending"
                 )
         return list(model.keep_16bit)
@@ -188,28 +188,28 @@ class BaseWeights:
         yield run
 
     def _is_kept(self, part: str) -> bool:
-        return not self.load_in_4bit or any(is_named(part, kept) for kept in self._keep_16bit)
+        return not self.load_in_4bit or any(is_named(part, ending) for ending in self._keep_16bit)
 
     def _load_segment(self, source: Source, linear: FusedLinear, parts: list[str]) -> Segment:
         first = linear.parts[parts[0]][0]
         rows = sum(linear.parts[part][1] for part in parts)
         columns = linear.in_features
-        kept = self._is_kept(parts[0])
-        if self.load_in_4bit and kept:
+        in_16bit = self._is_kept(parts[0])
+        if self.load_in_4bit and in_16bit:
             self.kept_16bit += parts
-        if not kept and columns % BLOCK:
+        if not in_16bit and columns % BLOCK:
             raise UserError(
                 f"{source.path}: {parts[0]} has {columns} inputs, not a multiple of {BLOCK}, so NF4 blocks "
                 "would cross rows; set model.load_in_4bit = false"
             )
-        if not kept and self.packed:
+        if not in_16bit and self.packed:
             packed, absmax = nf4.allocate(rows, columns, self.dtype, self.device)
             segment = Segment(first, rows, packed, absmax)
         else:
             segment = Segment(first, rows, torch.empty(rows, columns, dtype=self.dtype, device=self.device))
         for part in parts:
             offset, count = linear.parts[part]
-            self._fill(source, part, segment, offset - first, (count, columns), quantize=not kept)
+            self._fill(source, part, segment, offset - first, (count, columns), quantize=not in_16bit)
         return segment
 
     def _fill(

@@ -67,8 +67,8 @@ def sampled(source: Source, name: str) -> list[float]:
     if isinstance(weight, NF4Tensor):
         weight = nf4.dequantize_bitsandbytes(weight.codes, weight.absmax, weight.shape, torch.float32)
     flat = weight.reshape(-1)
-    places = torch.linspace(0, len(flat) - 1, SAMPLED, dtype=torch.float64).long()
-    return [round(value, 8) for value in flat[places].tolist()]
+    indices = torch.linspace(0, len(flat) - 1, SAMPLED, dtype=torch.float64).long()
+    return [round(value, 8) for value in flat[indices].tolist()]
 
 
 def read(folder: Path) -> Fingerprint | None:
@@ -77,10 +77,12 @@ def read(folder: Path) -> Fingerprint | None:
     if not file.is_file():
         return None
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        values = {name: [float(number) for number in numbers] for name, numbers in found["values"].items()}
-        kept = found.get("kept_16bit")
-        return Fingerprint(str(found["stored_as"]), values, None if kept is None else [str(name) for name in kept])
+        saved = json.loads(file.read_text(encoding="utf-8"))
+        values = {name: [float(number) for number in numbers] for name, numbers in saved["values"].items()}
+        in_16bit = saved.get("kept_16bit")
+        return Fingerprint(
+            str(saved["stored_as"]), values, None if in_16bit is None else [str(name) for name in in_16bit]
+        )
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{file}: damaged ({error}); copy the adapter again, or remove this file") from None
 

@@ -125,9 +125,9 @@ class RunLog:
         self._last, self._series = {"step": step}, {}
         for path in (self.run_folder / METRICS, self.run_folder / EVALUATIONS):
             if path.exists():
-                kept = [entry for entry in read_entries(path) if entry["step"] <= step]
-                write_atomically(path, "".join(map(json_line, kept)).encode())
-                for entry in kept:
+                selected = [entry for entry in read_entries(path) if entry["step"] <= step]
+                write_atomically(path, "".join(map(json_line, selected)).encode())
+                for entry in selected:
                     self._remember(entry)
         for kind in (TRAINING, HELD_OUT):
             for sampled, path in completions_files(self.run_folder, kind).items():

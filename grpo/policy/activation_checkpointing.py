@@ -90,7 +90,7 @@ class _Recomputed(torch.autograd.Function):
         if store is None:
             ctx.save_for_backward(x)
         else:
-            ctx.kept = store.keep(x, first)
+            ctx.offloaded = store.keep(x, first)
         return run(x)
 
     @staticmethod
@@ -99,7 +99,7 @@ class _Recomputed(torch.autograd.Function):
         if ctx.saved_tensors:
             (x,) = ctx.saved_tensors
         else:
-            x, ctx.kept = ctx.kept.load(), None
+            x, ctx.offloaded = ctx.offloaded.load(), None
         x = x.detach().requires_grad_(ctx.needs_input_grad[4])
         with torch.enable_grad(), ctx.random.restored(), for_backward_alone():
             # The edge alone: the layer's output would otherwise live as long as its graph.
@@ -128,19 +128,19 @@ class HostStore:
         before = None if first else self.newest()
         if before is not None:
             before.let_go()
-        kept = Offloaded(self, x, before)
-        self.newest = weakref.ref(kept)
-        return kept
+        offloaded = Offloaded(self, x, before)
+        self.newest = weakref.ref(offloaded)
+        return offloaded
 
     def take(self, size: int, device: torch.device) -> list[Tensor]:
         """Blocks for `size` bytes."""
         pinned = device.type == "cuda"
         block = HOST_BLOCK if pinned else size
         count = -(-size // block)
-        found = [self.free.pop() for _ in range(min(count, len(self.free)))] if pinned else []
-        while len(found) < count:
-            found.append(torch.empty(block, dtype=torch.uint8, pin_memory=pinned))
-        return found
+        result = [self.free.pop() for _ in range(min(count, len(self.free)))] if pinned else []
+        while len(result) < count:
+            result.append(torch.empty(block, dtype=torch.uint8, pin_memory=pinned))
+        return result
 
     def copying(self) -> Any:
         """Inside, copies are queued behind what the current stream has been given so far."""

@@ -323,8 +323,8 @@ def _prune(run: Path, step: int, keep: int | None) -> None:
 def step_numbers(run: Path) -> list[int]:
     """The steps of which `run` has a checkpoint folder, in order; none of them verified."""
     folder = run / "checkpoints"
-    found = (STEP.fullmatch(entry.name) for entry in folder.iterdir()) if folder.is_dir() else ()
-    return sorted(int(match[1]) for match in found if match)
+    matches = (STEP.fullmatch(entry.name) for entry in folder.iterdir()) if folder.is_dir() else ()
+    return sorted(int(match[1]) for match in matches if match)
 
 
 def latest(run: Path, notice: Callable[[str], None] = logger.warning) -> Path | None:

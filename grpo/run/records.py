@@ -87,9 +87,9 @@ def completions_file(run: Path, kind: str, step: int) -> Path:
 
 def completions_files(run: Path, kind: str) -> dict[int, Path]:
     """Step -> file of the completions of one kind, in the order of the steps."""
-    found = {}
+    files = {}
     for path in (run / COMPLETIONS).glob(f"{kind}-*.jsonl"):
         number = path.stem.removeprefix(f"{kind}-")
         if number.isdecimal():
-            found[int(number)] = path
-    return dict(sorted(found.items()))
+            files[int(number)] = path
+    return dict(sorted(files.items()))

@@ -50,8 +50,8 @@ def write_dump(run: Path, step: int, config: Config, policy: Any, skipped: Skipp
 
     folder.parent.mkdir(exist_ok=True)
     replace_folder(folder, write)
-    found = (re.fullmatch(r"step-(\d+)", entry.name) for entry in folder.parent.iterdir())
-    for number in sorted(int(match[1]) for match in found if match)[:-KEPT_DUMPS]:
+    matches = (re.fullmatch(r"step-(\d+)", entry.name) for entry in folder.parent.iterdir())
+    for number in sorted(int(match[1]) for match in matches if match)[:-KEPT_DUMPS]:
         shutil.rmtree(folder.parent / f"step-{number}")
     return folder
 
@@ -79,8 +79,8 @@ def gather_batch(batch: Batch, ranks: Ranks) -> Batch:
     """`batch` with the sequences that other ranks computed. Every rank calls it; what differs is only the rng."""
     if ranks.size == 1:
         return batch
-    here = {place: group for place, group in enumerate(batch.groups) if group.sequences}
-    local = {place: [sequence_state(sequence) for sequence in group.sequences] for place, group in here.items()}
+    here = {index: group for index, group in enumerate(batch.groups) if group.sequences}
+    local = {index: [sequence_state(sequence) for sequence in group.sequences] for index, group in here.items()}
     prompts = ranks.gather_indexed(local, len(batch.groups))
     groups = [
         replace(group, sequences=[restored_sequence(sequence) for sequence in prompt])

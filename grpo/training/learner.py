@@ -203,12 +203,12 @@ class Learner:
         """Entropy at every completion token of `groups`, from all ranks; None where the loss does not need it."""
         if not self.needs_entropies:
             return None
-        here = {place: group for place, group in enumerate(groups) if group.sequences}
+        here = {index: group for index, group in enumerate(groups) if group.sequences}
         sequences = [sequence for group in here.values() for sequence in group.sequences]
-        found = self.budget.retry_on_oom(lambda: self.entropy(sequences), self.clear_gradients)
-        parts = found.split([sum(group.lengths) for group in here.values()])
+        entropy = self.budget.retry_on_oom(lambda: self.entropy(sequences), self.clear_gradients)
+        parts = entropy.split([sum(group.lengths) for group in here.values()])
         everywhere = self.ranks.gather_indexed(dict(zip(here, parts, strict=True)), len(groups))
-        return torch.cat([part.to(found.device) for part in everywhere])
+        return torch.cat([part.to(entropy.device) for part in everywhere])
 
     @torch.no_grad()
     def entropy(self, sequences: Sequence[TrainingSequence]) -> Tensor:

@@ -102,14 +102,14 @@ def batch_totals(
     entropy: of all those tokens in that order, [sum of lengths]; needed for `top_entropy_quantile` < 1.
     """
     sizes = torch.as_tensor(lengths, dtype=torch.int64)
-    kept = torch.ones_like(sizes, dtype=torch.bool)
+    selected = torch.ones_like(sizes, dtype=torch.bool)
     if settings.mask_truncated_completions:
-        kept = ~torch.as_tensor(_needed(truncated, "truncated", "mask_truncated_completions"), dtype=torch.bool)
-    num_tokens = int((sizes * kept).sum())
+        selected = ~torch.as_tensor(_needed(truncated, "truncated", "mask_truncated_completions"), dtype=torch.bool)
+    num_tokens = int((sizes * selected).sum())
     if settings.top_entropy_quantile == 1:
         return BatchTotals(len(lengths), num_tokens, max_completion_length)
     entropy = _needed(entropy, "entropy", "top_entropy_quantile")
-    entropy = entropy[kept.repeat_interleave(sizes).to(entropy.device)]
+    entropy = entropy[selected.repeat_interleave(sizes).to(entropy.device)]
     threshold = entropy_quantile(entropy, settings.top_entropy_quantile)
     count = int((entropy >= threshold).sum())
     return BatchTotals(len(lengths), num_tokens, max_completion_length, threshold, count)
@@ -294,9 +294,9 @@ def _terms(inputs: LossInputs, totals: BatchTotals, settings: Loss) -> tuple[Ter
     weight = mask
     if settings.off_policy_mask_threshold is not None:
         drift = old - rollout_log_ratio - logprobs.detach()
-        kept = keeps_on_policy(advantages, drift, lengths, sequence, settings.off_policy_mask_threshold)
-        weight = weight * per_token(kept, sequence)
-        metrics["off_policy_masked"] = Mean.of((~kept).double(), torch.ones_like(advantages))
+        on_policy = keeps_on_policy(advantages, drift, lengths, sequence, settings.off_policy_mask_threshold)
+        weight = weight * per_token(on_policy, sequence)
+        metrics["off_policy_masked"] = Mean.of((~on_policy).double(), torch.ones_like(advantages))
     if settings.top_entropy_quantile < 1:
         weight = weight * _is_uncertain(inputs, totals)
     if settings.importance_sampling_correction != "none":

@@ -24,13 +24,13 @@ def set_reference(policy: Policy, settings: Loss, run: Path, *, resume: bool, ra
     policy.forget_reference()
     if settings.beta == 0 or settings.reference == "base":
         return
-    kept = run / REFERENCE
-    if resume and ranks.first and kept.exists():
-        policy.load_adapter(kept)
+    folder = run / REFERENCE
+    if resume and ranks.first and folder.exists():
+        policy.load_adapter(folder)
     if resume:
         ranks.copy_first(policy.parameters())
     if policy.adapter_is_zero():
         return
     policy.remember_reference()
     if not resume and ranks.first:
-        replace_folder(kept, policy.save_adapter)
+        replace_folder(folder, policy.save_adapter)

@@ -87,7 +87,7 @@ def nudge_that_stands_out(policy: Policy, prompt: list[int], sampled: Sampled, l
 def moved(policy: Policy, nudge: float) -> Iterator[None]:
     """Inside, every B has noise of standard deviation `nudge` added: the same at each call, in proportion."""
     tensors = [layer.lora_B[ADAPTER].weight for layer in policy.adapter_layers().values()]
-    kept = [tensor.detach().clone() for tensor in tensors]
+    values = [tensor.detach().clone() for tensor in tensors]
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for tensor in tensors:
@@ -96,7 +96,7 @@ def moved(policy: Policy, nudge: float) -> Iterator[None]:
         yield
     finally:
         with torch.no_grad():
-            for tensor, old in zip(tensors, kept, strict=True):
+            for tensor, old in zip(tensors, values, strict=True):
                 tensor.copy_(old)
 
 

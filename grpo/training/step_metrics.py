@@ -48,8 +48,8 @@ def sampling_metrics(
 def logged(groups: Sequence[Group], weights: dict[str, float], ranks: Ranks) -> list[SampleGroup]:
     """`groups`, each sampled on some rank, as the sample log keeps them. `weights`: of each reward."""
     local = {
-        place: [asdict(logged_sample(sample, weights)) for sample in group.local]
-        for place, group in enumerate(groups)
+        index: [asdict(logged_sample(sample, weights)) for sample in group.local]
+        for index, group in enumerate(groups)
         if group.local
     }
     return [

@@ -218,7 +218,7 @@ class Run:
             decode=session.decode,
             check=check,
             ranks=self.ranks,
-            parts=config.train.optimizer_steps_per_rollout,
+            optimizer_steps=config.train.optimizer_steps_per_rollout,
         )
         self.step = self.saved = 0
         self.step_complete = True
@@ -382,8 +382,8 @@ class Run:
         if not self.config.loss.dynamic_sampling:
             return groups, advantages
         unequal = [group for group, equal in zip(groups, advantages.zero_std, strict=True) if not equal]
-        kept = unequal[: self.config.rollout.prompts_per_step] or groups[: self.config.rollout.prompts_per_step]
-        return kept, self.advantages(kept)
+        selected = unequal[: self.config.rollout.prompts_per_step] or groups[: self.config.rollout.prompts_per_step]
+        return selected, self.advantages(selected)
 
     def advantages(self, groups: list[Group]) -> Advantages:
         table = reward_table(groups, self.reward_names)

@@ -96,9 +96,9 @@ def failure(error: BaseException, function: RewardFunction, setup: Setup) -> dic
         what = f"ran out of the {setup.memory_limit / 1e9:.3g} GB of memory that it may use"
         remedy = f"raise its memory_limit_gb, or {MEND}"
     code = code_of(function.function)
-    place = location(error, code[0] if code else None)
+    where = location(error, code[0] if code else None)
     trace = "".join(traceback.format_exception(error))
-    return {"error": f"{subject(function)} {what} at {place}", "remedy": remedy, "traceback": trace}
+    return {"error": f"{subject(function)} {what} at {where}", "remedy": remedy, "traceback": trace}
 
 
 def subject(function: RewardFunction) -> str:

@@ -123,13 +123,13 @@ def test_every_optimiser_step_has_work_for_every_rank(prompts: int, parts: int, 
     assert owners(prompts, parts, 1) == [0] * prompts
 
 
-def config_with(prompts: int, parts: int = 1) -> Any:
+def config_with(prompts: int, optimizer_steps: int = 1) -> Any:
     return parse_config(
         {
             "model": {"name": "m"},
             "task": {"name": "t"},
             "rollout": {"prompts_per_step": prompts},
-            "train": {"optimizer_steps_per_rollout": parts},
+            "train": {"optimizer_steps_per_rollout": optimizer_steps},
         }
     )
 
@@ -137,7 +137,7 @@ def config_with(prompts: int, parts: int = 1) -> Any:
 def test_more_ranks_than_prompts_are_refused_and_uneven_shares_are_said() -> None:
     assert uneven_share(config_with(8), 4) is None and uneven_share(config_with(7), 1) is None
     assert "6 does not divide evenly among 4 ranks:" in str(uneven_share(config_with(6), 4))
-    assert "among 4 ranks in each of 4 optimiser steps" in str(uneven_share(config_with(8, parts=4), 4))
+    assert "among 4 ranks in each of 4 optimiser steps" in str(uneven_share(config_with(8, optimizer_steps=4), 4))
     check_share(4, 4)
     with pytest.raises(UserError, match="prompts_per_step = 3: 4 ranks were started"):
         check_share(3, 4)
