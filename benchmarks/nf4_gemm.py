@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import statistics
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -29,9 +29,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import nf4_tune
 from benchmarks.processes import write_result
-from grpo.kernels import nf4, nf4_gemm
+from grpo.environment import versions
+from grpo.kernels import cards, nf4, nf4_gemm, nf4_plans, nf4_tuner
+from grpo.kernels.nf4_tuner import microseconds
 
 MODELS: dict[str, dict[str, tuple[tuple[int, ...], int]]] = {
     "Llama-3.1-8B": {
@@ -73,38 +74,6 @@ class Weight:
         return microseconds(self.copies, partial(self.multiply, x))
 
 
-def microseconds(copies: list, call: Callable[[Any], Any], milliseconds: float = 8.0) -> float:
-    """Median time of `call(copy)`, over replays of a CUDA graph that calls it with every copy in turn.
-
-    The replays that count take about `milliseconds`; half as many before them raise the clocks.
-    """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.stream(stream):
-        for copy in copies[:2]:
-            call(copy)
-        graph.capture_begin()
-        for copy in copies:
-            call(copy)
-        graph.capture_end()
-        replay_milliseconds(graph, 1)
-        replays = max(5, math.ceil(milliseconds / statistics.median(replay_milliseconds(graph, 3))))
-        times = replay_milliseconds(graph, replays + replays // 2)[replays // 2 :]
-    return statistics.median(times) / len(copies) * 1e3
-
-
-def replay_milliseconds(graph: torch.cuda.CUDAGraph, replays: int) -> list[float]:
-    """Time of each of `replays` replays, queued without waiting in between."""
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 1)]
-    events[0].record()
-    for event in events[1:]:
-        graph.replay()
-        event.record()
-    torch.cuda.current_stream().synchronize()
-    return [start.elapsed_time(end) for start, end in zip(events, events[1:], strict=False)]
-
-
 def copies_for(size: float) -> int:
     return max(2, min(MOST_COPIES, math.ceil(COLD_BYTES / size)))
 
@@ -143,8 +112,8 @@ def check(packed: Weight) -> dict[str, float]:
     copy = packed.copies[0]
     features, columns = copy[0].shape[0], copy[0].shape[1] * 2
     dense = nf4.dequantize(*copy).float()
-    plan = nf4_gemm.find_plan(torch.device("cuda", 0), features, columns)
-    most = plan.tiles[-1][0] if plan else 256
+    plan = nf4_plans.find_plan(torch.device("cuda", 0), features, columns)
+    most = plan.tiles[-1][0] if plan and plan.tiles else 256
     x = torch.randn(max(most, 512), columns, dtype=torch.bfloat16, device="cuda")
     reference = x.float() @ dense.T
     worst, changed = 0.0, 0
@@ -204,6 +173,23 @@ def print_table(records: list[dict], sums: list[dict]) -> None:
         )
 
 
+def tune(shapes: list[tuple[int, int]], path: Path, seconds: float) -> None:
+    """Replace this GPU's entry in the table at `path`, keeping those of others, and use the table."""
+    card = cards.card(torch.device("cuda", 0))
+    found = nf4_tuner.tune(
+        shapes, card, torch.bfloat16, seconds, thorough=True, say=lambda text: print(f"tune: {text}", flush=True)
+    )
+    table = json.loads(path.read_text()) if path.exists() else {}
+    table[card.name] = {
+        "measured_with": {key: value for key, value in versions().items() if key in ("torch", "triton")},
+        "architecture": card.architecture,
+        "shapes": nf4_plans.written_plans({shape: measured.plan for shape, measured in found.items()}),
+    }
+    text = json.dumps(table, indent=1)
+    path.write_text(re.sub(r"\{[^{}]*\}", lambda inner: json.dumps(json.loads(inner[0])), text) + "\n")
+    nf4_plans.use_table(path)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--models", default=",".join(MODELS), help="comma-separated")
@@ -218,8 +204,7 @@ def main() -> int:
     started = time.monotonic()
     if options.tune:
         shapes = [(sum(parts), columns) for model in models for parts, columns in MODELS[model].values()]
-        nf4_tune.tune(shapes, options.tune, started + options.budget)
-        nf4_gemm.use_table(options.tune)
+        tune(shapes, options.tune, options.budget)
     torch.cuda.init()
     records: list[dict] = []
     for model in models:

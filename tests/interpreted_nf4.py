@@ -9,7 +9,7 @@ from grpo.kernels import nf4, nf4_gemm
 from grpo.kernels.lora_factors import LowRank
 from grpo.kernels.lora_shrink import launch_shrink
 from grpo.kernels.lora_sum import round_sum
-from grpo.kernels.nf4_gemm import Tile
+from grpo.kernels.nf4_tiles import Tile
 from tests.rounding import share_rounded_more_than_once
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "pytest tests/test_nf4.py runs this file"
