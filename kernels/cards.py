@@ -22,8 +22,8 @@ SHARED_MEMORY = {
 }  # fmt: skip
 """Architecture -> bytes of shared memory that one block may have."""
 
-MatrixUnit = Literal["none", "mma", "wgmma", "tcgen05"]
-"""Which instruction Triton makes of a product of 16-bit tiles."""
+MatrixUnit = Literal["none", "m16n8k8", "mma", "wgmma", "tcgen05"]
+"""Which instruction multiplies 16-bit tiles: Triton's, or on sm_75, where it uses none, our own (nf4_turing.py)."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,9 @@ class Card:
 
 
 def matrix_unit(architecture: int) -> MatrixUnit:
-    """Of an architecture. Triton has no tensor cores before sm_80; sm_120 has mma.sync again."""
+    """Of an architecture. sm_120 has mma.sync again."""
     if architecture < 80:
-        return "none"
+        return "m16n8k8" if architecture == 75 else "none"
     if 90 <= architecture < 120:
         return "wgmma" if architecture < 100 else "tcgen05"
     return "mma"

@@ -16,12 +16,14 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from queue import Empty, SimpleQueue
 
 import torch
 from triton.runtime.errors import TritonError
 
-from grpo.kernels import cards, nf4_gemm
+import grpo
+from grpo.kernels import cards, nf4_gemm, nf4_turing
 from grpo.kernels.compile_only import compile_to_ptx, compiling_for
 from grpo.kernels.nf4_lookup import byte_tables
 from grpo.kernels.nf4_tiles import Tile
@@ -31,12 +33,19 @@ Job = tuple[Tile, int]
 """A tile and a split."""
 
 
-def warm(tile: Tile, split: int, dtype: torch.dtype, *, fenced: bool) -> None:
+def warm(tile: Tile, split: int, dtype: torch.dtype, unit: cards.MatrixUnit) -> None:
     """Compile the kernel for shapes whose sides are multiples of 16, whole tiles of x, no bias and no adapter."""
+    if unit == "m16n8k8":
+        nf4_turing._turing_kernel.warmup(
+            torch.int32, torch.int32, torch.int32, dtype, dtype, torch.float32, torch.int32, torch.int32, torch.int32,
+            256, 4096, 4096, 32, 4096, 4096, *byte_tables(dtype), tile.warps, tile.n // (16 * tile.warps), tile.m // 8,
+            split, False, False, 0, False, grid=(1,), num_warps=tile.warps,
+        )  # fmt: skip
+        return
     nf4_gemm._gemm_kernel.warmup(
         dtype, torch.int32, torch.int32, dtype, dtype, torch.float32, torch.int32, dtype, dtype,
         256, 4096, 4096, 32, 4096, 4096, *byte_tables(dtype), tile.n, tile.m, split, tile.warps, tile.stages,
-        tile.dots, False, False, False, 0, 16, False, fenced, grid=(1,), num_warps=tile.warps,
+        tile.dots, False, False, False, 0, 16, False, unit == "mma", grid=(1,), num_warps=tile.warps,
     )  # fmt: skip
 
 
@@ -45,12 +54,12 @@ def main(arguments: Sequence[str]) -> int:
     architecture, dtype = int(arguments[0]), getattr(torch, arguments[1])
     if "ptx" in arguments[2:]:
         compile_to_ptx()
-    fenced = cards.matrix_unit(architecture) == "mma"
+    unit = cards.matrix_unit(architecture)
     with compiling_for(architecture):
         for line in sys.stdin:
             fields, split = json.loads(line)
             try:
-                warm(Tile(**fields), split, dtype, fenced=fenced)
+                warm(Tile(**fields), split, dtype, unit)
                 done = True
             except (RuntimeError, TritonError):
                 done = False
@@ -68,10 +77,13 @@ def compile_all(
     ready: set[Job] = set()
     count = max(1, min(MOST_PROCESSES, len(os.sched_getaffinity(0)) - 1, len(jobs)))
     command = [sys.executable, "-m", "grpo.kernels.nf4_compile", str(architecture), str(dtype).removeprefix("torch.")]
+    root = str(Path(grpo.__file__).resolve().parent.parent)
+    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     processes = [
         subprocess.Popen(
             [*command, *(["ptx"] if ptx else [])], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL, text=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+            stderr=subprocess.DEVNULL, text=True, env=environment,
         )
         for _ in range(count)
     ]  # fmt: skip

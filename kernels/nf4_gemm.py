@@ -58,12 +58,12 @@ def nf4_linear(
         out = torch.empty(rows, features, dtype=x.dtype, device=x.device)
     if out.shape != (rows, features) or out.dtype != x.dtype or out.stride(1) != 1:
         raise ValueError(f"out must be {x.dtype} [{rows}, {features}] with a last stride of 1")
-    plan = find_plan(x.device, features, columns) if x.is_cuda and x.dtype != torch.float32 else None
+    plan = find_plan(x.device, features, columns) if x.is_cuda and fused_serves(x.dtype, x.device) else None
     tile = plan.tile(rows) if plan else None
     if rows == 0:
         return out
     if plan and tile:
-        launch_gemm(x, packed, absmax, bias, out, tile, plan.split, low_rank)
+        launch_fused(x, packed, absmax, bias, out, tile, plan.split, low_rank)
         return out
     if x.is_cuda:
         dequantized_linear(x, packed, absmax, bias, out, low_rank)
@@ -100,6 +100,24 @@ def dequantized_linear(
         if low_rank is not None:
             matrix[:, columns:].copy_(low_rank.b[part])
         torch.mm(beside, matrix.t(), out=out[:, part])
+
+
+def fused_serves(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a fused kernel takes `dtype` on `device`, a GPU: sm_75 has no bfloat16."""
+    return dtype == torch.float16 or (dtype == torch.bfloat16 and cards.card(device).unit != "m16n8k8")
+
+
+def launch_fused(
+    x: Tensor, packed: Tensor, absmax: Tensor, bias: Tensor | None, out: Tensor, tile: Tile, split: int,
+    low_rank: LowRank | None = None,
+) -> None:  # fmt: skip
+    """The fused kernel of x's device. Arguments as for `launch_gemm`."""
+    if cards.card(x.device).unit == "m16n8k8":
+        from grpo.kernels.nf4_turing import launch_turing
+
+        launch_turing(x, packed, absmax, bias, out, tile, split, low_rank)
+    else:
+        launch_gemm(x, packed, absmax, bias, out, tile, split, low_rank)
 
 
 def dense_bytes(device: torch.device) -> int:

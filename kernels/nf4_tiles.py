@@ -19,7 +19,7 @@ WORKSPACE_BYTES = 64 * MB
 """Per device: a dequantised piece of a weight, or the partial sums of a split product."""
 COUNTERS = 1 << 14
 """Output tiles of a split product, at most."""
-ROWS = (16, 32, 64, 128, 256, 512)
+ROWS = (8, 16, 32, 64, 128, 256, 512)
 """Numbers of rows of x that are measured; each stands for those down to the one before."""
 SPLITS = (1, 2, 4, 8)
 BUSY = 1.45
@@ -82,7 +82,11 @@ def shared_bytes(tile: Tile, card: Card) -> int:
 
 def serves(tile: Tile, card: Card) -> bool:
     """Whether a program of `tile` has room on `card`, in shared memory, registers and tensor memory."""
-    if card.unit == "none" or tile.n % (16 * tile.warps) or shared_bytes(tile, card) > card.shared_memory:
+    if card.unit == "none" or tile.n % (16 * tile.warps):
+        return False
+    if card.unit == "m16n8k8":
+        return tile.stages == tile.dots == 1 and tile.n * tile.m <= tile.warps * 32 * SUMS_PER_THREAD // 2
+    if shared_bytes(tile, card) > card.shared_memory:
         return False
     if card.unit == "tcgen05" and tile.m * tile.n // 128 + 128 // tile.dots > TENSOR_MEMORY:
         return False
@@ -93,13 +97,17 @@ def serves(tile: Tile, card: Card) -> bool:
 
 def candidates(card: Card, rows: int) -> list[Tile]:
     """Tiles worth timing for up to `rows` rows of x: every one that has room."""
-    heights = {16: (16,), 32: (32,), 64: (64,), 128: (64, 128)}.get(rows, (128, 256))
+    if card.unit == "m16n8k8":
+        own = [Tile(n, m, 4, 1, 1) for n in (64, 128, 256) for m in (8, 16, 32, 64) if min(rows, 64) // 2 <= m <= rows]
+        return [tile for tile in own if serves(tile, card)]
+    heights = {8: (), 16: (16,), 32: (32,), 64: (64,), 128: (64, 128)}.get(rows, (128, 256))
     found = []
     for m in heights:
         for n, warps in ((64, 4), (128, 4), (128, 8), (256, 8)):
             if m < 128 and warps == 8 and card.unit != "mma":
                 continue  # slower on an H100, or faster by less than the spread
-            for stages in (3, 4, 6) if m < 64 else (2, 3, 4):
+            deep = (3, 4) if card.unit == "mma" else (3, 4, 6)
+            for stages in deep if m < 64 else (2, 3) if card.unit == "mma" else (2, 3, 4):
                 found += [Tile(n, m, warps, stages, dots) for dots in (1, 2)]
     return [tile for tile in found if serves(tile, card)]
 
@@ -142,6 +150,12 @@ DEFAULTS: dict[str, tuple[tuple[int, Tile, Tile], ...]] = {
         (32, Tile(64, 32, 4, 4, 2), Tile(128, 32, 4, 4, 2)),
         (64, Tile(64, 64, 4, 3, 2), Tile(128, 64, 4, 3, 2)),
         (128, Tile(64, 64, 4, 3, 2), Tile(128, 128, 8, 3, 2)),
+    ),
+    "m16n8k8": (
+        (8, Tile(64, 8, 4, 1, 1), Tile(128, 8, 4, 1, 1)),
+        (16, Tile(64, 16, 4, 1, 1), Tile(128, 16, 4, 1, 1)),
+        (32, Tile(64, 32, 4, 1, 1), Tile(128, 32, 4, 1, 1)),
+        (64, Tile(64, 32, 4, 1, 1), Tile(128, 64, 4, 1, 1)),
     ),
     "none": (),
 }

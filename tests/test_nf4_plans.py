@@ -13,8 +13,8 @@ from grpo.kernels import nf4_compile, nf4_gemm, nf4_plans, nf4_tiles, nf4_tuner
 from grpo.kernels.cards import KB, MB, SHARED_MEMORY, Card
 from grpo.kernels.nf4_tiles import Plan, Tile
 
-T4 = Card("Tesla T4", 75, 64 * KB, 40, 4 * MB)
 CARDS = (
+    Card("Tesla T4", 75, 64 * KB, 40, 4 * MB),
     Card("NVIDIA A100-SXM4-80GB", 80, 163 * KB, 108, 40 * MB),
     Card("NVIDIA GeForce RTX 3090", 86, 99 * KB, 82, 6 * MB),
     Card("NVIDIA GeForce RTX 4090", 89, 99 * KB, 128, 72 * MB),
@@ -62,19 +62,15 @@ def test_a_shape_that_was_not_measured_takes_the_plan_of_the_nearest():
     assert wider.split == plans[4096, 14336].split and wider.tile(512) is None and wider.tile(128) is not None
 
 
-@given(st.sampled_from(CARDS), SHAPES, st.integers(1, 128))
-def test_any_card_from_ampere_on_has_the_fused_product_at_once(card, shape, rows):
+@given(st.sampled_from(CARDS), SHAPES, st.integers(1, 64))
+def test_any_card_from_turing_on_has_the_fused_product_at_once(card, shape, rows):
     plan = nf4_plans.plan_for(card, shape)
     tile = plan.tile(rows)
-    assert tile is not None and tile.m >= 16
+    assert tile is not None and tile.m >= 8
     for most, tile in plan.tiles:
-        assert nf4_tiles.shared_bytes(tile, card) <= card.shared_memory == SHARED_MEMORY[card.architecture]
+        assert card.shared_memory == SHARED_MEMORY[card.architecture] and nf4_tiles.serves(tile, card)
         assert nf4_tiles.fits(tile, plan.split, most, shape[0])
     assert plan.split == 1 or plan.split * 2 <= shape[1] // 128
-
-
-def test_an_architecture_without_tensor_cores_in_triton_dequantises():
-    assert nf4_plans.plan_for(T4, (4096, 4096)) is None and nf4_tiles.shortlist(T4, (4096, 4096)) == []
 
 
 def test_the_rule_gives_the_splits_that_were_measured():
