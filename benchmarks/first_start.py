@@ -3,7 +3,7 @@
 The table that comes with the project is hidden from the second and third process, and the user's cache is an empty
 folder, so that the GPU is unknown to them; the third measures it as a first start does. Random weights and prompts.
 
-    python benchmarks/first_start.py --out $OUT/first_start.json       # about five minutes
+    python -m benchmarks.first_start --out $OUT/first_start.json       # about five minutes
 """
 
 from __future__ import annotations
@@ -18,9 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from benchmarks.processes import write_result
+from benchmarks.common.processes import write_result
 
 WAYS = ("table", "rule", "measured")
 BAR = 0.95
@@ -29,9 +27,9 @@ BAR = 0.95
 
 def one_way(options: argparse.Namespace) -> dict[str, Any]:
     """Tokens a second of whole rollouts by number of sequences, and what starting took."""
-    import grpo.engine
+    import grpo.rollout.engine
     from benchmarks import rollout
-    from benchmarks.random_model import shape_config
+    from benchmarks.common.random_model import shape_config
     from grpo.kernels import cards, nf4_plans
 
     if options.way != "table":
@@ -39,16 +37,16 @@ def one_way(options: argparse.Namespace) -> dict[str, Any]:
         empty.write_text("{}")
         nf4_plans.use_table(empty)
     if options.way == "rule":
-        grpo.engine.prepare_tiles = lambda *arguments, **keywords: None
+        grpo.rollout.engine.prepare_tiles = lambda *arguments, **keywords: None
     prepared = {"seconds": 0.0}
-    prepare = grpo.engine.prepare_tiles
+    prepare = grpo.rollout.engine.prepare_tiles
 
     def timed(*arguments: Any, **keywords: Any) -> None:
         begun = time.monotonic()
         prepare(*arguments, **keywords)
         prepared["seconds"] = round(time.monotonic() - begun, 1)
 
-    grpo.engine.prepare_tiles = timed
+    grpo.rollout.engine.prepare_tiles = timed
     options.device, options.kv_cache_dtype, options.system = "cuda", "auto", options.way
     sample = rollout.our_rollout(options)
     vocabulary = shape_config(options.shape).vocab_size
@@ -63,7 +61,17 @@ def one_way(options: argparse.Namespace) -> dict[str, Any]:
 def child(options: argparse.Namespace, way: str, folder: Path) -> dict[str, Any]:
     """What a process of its own finds."""
     found = folder / f"{way}.json"
-    command = [sys.executable, __file__, "--way", way, "--out", str(found), "--shape", options.shape]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.first_start",
+        "--way",
+        way,
+        "--out",
+        str(found),
+        "--shape",
+        options.shape,
+    ]
     command += ["--counts", ",".join(map(str, options.counts)), "--new-tokens", str(options.new_tokens)]
     subprocess.run(command, check=True, env=os.environ | {"XDG_CACHE_HOME": str(folder)})
     return json.loads(found.read_text())

@@ -5,7 +5,7 @@ to the instructions of sm_80 and runs there, so the code path of those cards can
 floor of the GPU that runs it, and its tiles searched. What it says of another card is the share of the floor that the
 instructions allow where memory is no slower in proportion; it is no measurement of that card.
 
-    python benchmarks/nf4_as_other_card.py --out $OUT/as_sm80.json               # about five minutes
+    python -m benchmarks.nf4_as_other_card --out $OUT/as_sm80.json               # about five minutes
 
 Two processes: one with the GPU's own tiles, bitsandbytes and 16-bit cuBLAS, one that compiles for the other card.
 """
@@ -24,16 +24,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.common.processes import write_result
 from benchmarks.nf4_gemm import MODELS
-from benchmarks.processes import write_result
-from grpo.environment import versions
 from grpo.kernels import cards, compile_only, nf4, nf4_gemm, nf4_plans, nf4_tiles, nf4_tuner
+from grpo.run.versions import versions
 
 ROWS = (1, 8, 16, 32, 64, 128, 256)
 COPY_BYTES = 1 << 30
@@ -166,7 +164,7 @@ def child(options: argparse.Namespace, part: str) -> dict[str, Any]:
     """What a process of its own finds: each architecture needs Triton's state, and its cache, to itself."""
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder) / "found.json"
-        command = [sys.executable, __file__, "--part", part, "--out", str(found)]
+        command = [sys.executable, "-m", "benchmarks.nf4_as_other_card", "--part", part, "--out", str(found)]
         for name in ("architecture", "shared", "model", "dtype", "seconds"):
             command += [f"--{name}", str(getattr(options, name))]
         environment = dict(os.environ)

@@ -14,12 +14,13 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grpo.config import read_config
+from grpo.config.schema import read_config
 from grpo.errors import UserError, fail
-from grpo.machine import check_machine
+from grpo.run.machine import check_machine
 
 if TYPE_CHECKING:
     from grpo.kernels.cards import Card
@@ -64,9 +65,9 @@ def wanted_shapes(parsed: argparse.Namespace) -> list[Shape]:
         return [read_shape(text) for text in parsed.shapes.split(",")]
     if parsed.config is None:
         return list(USUAL)
-    from grpo.architectures import fused_linears
-    from grpo.memory import linear_shapes
-    from grpo.plan import model_shape
+    from grpo.memory.summary import model_shape
+    from grpo.model.architectures import fused_linears
+    from grpo.model.sizes import linear_shapes
 
     config = read_config(parsed.config, [])
     shape = model_shape(config)
@@ -97,8 +98,8 @@ def run(parsed: argparse.Namespace, shapes: list[Shape]) -> None:
     check_machine("cuda", engine=False)
     import torch
 
-    from grpo import tiles
     from grpo.kernels import cards, nf4_plans, nf4_tuner
+    from grpo.run import tiles
 
     device = torch.device("cuda", torch.cuda.current_device())
     card = cards.card(device)
@@ -139,7 +140,7 @@ def beside_others(measured: dict[Shape, Measured], card: Card, dtype: Any) -> li
             records.append({
                 "shape": f"{shape[0]}x{shape[1]}", "rows": rows, "fused": one.fused(rows),
                 "dequantise": one.dense[rows],
-                "cublas": nf4_tuner.microseconds(copies, lambda copy, x=x: F.linear(x, copy), 4.0),
+                "cublas": nf4_tuner.microseconds(copies, partial(F.linear, x), 4.0),
                 "bitsandbytes": bitsandbytes_time(x, theirs),
             })  # fmt: skip
         del copies, theirs

@@ -16,13 +16,13 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from queue import Empty, SimpleQueue
 
 import torch
 from triton.runtime.errors import TritonError
 
-import grpo
 from grpo.kernels import cards, nf4_gemm, nf4_turing
 from grpo.kernels.compile_only import compile_to_ptx, compiling_for
 from grpo.kernels.nf4_lookup import byte_tables
@@ -77,7 +77,9 @@ def compile_all(
     ready: set[Job] = set()
     count = max(1, min(MOST_PROCESSES, len(os.sched_getaffinity(0)) - 1, len(jobs)))
     command = [sys.executable, "-m", "grpo.kernels.nf4_compile", str(architecture), str(dtype).removeprefix("torch.")]
-    root = str(Path(grpo.__file__).resolve().parent.parent)
+    package = find_spec("grpo")
+    assert package is not None and package.origin is not None, "this file is part of it"
+    root = str(Path(package.origin).resolve().parent.parent)
     path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     processes = [

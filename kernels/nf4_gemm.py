@@ -26,11 +26,12 @@ import triton.language as tl
 from torch import Tensor
 
 from grpo.kernels import cards, nf4
-from grpo.kernels.launch import on_device, sum_in_float32
+from grpo.kernels.launch import on_device, round_to, sum_in_float32
 from grpo.kernels.lora_factors import LowRank, with_bias
-from grpo.kernels.nf4_lookup import byte_tables, fenced, load_rows, lookup_half, round_to, scaled, tile_columns
+from grpo.kernels.nf4_lookup import byte_tables, fenced, load_rows, lookup_half, scaled, tile_columns
 from grpo.kernels.nf4_plans import find_plan, load_table
-from grpo.kernels.nf4_tiles import COUNTERS, LARGEST_PIECE, WORKSPACE_BYTES, Tile, fits, piece_bytes
+from grpo.kernels.nf4_tiles import LARGEST_PIECE, Tile, fits, piece_bytes
+from grpo.kernels.split_k import dot, hand_in, sum_of_parts, workspace
 
 
 def nf4_linear(
@@ -123,20 +124,6 @@ def launch_fused(
 def dense_bytes(device: torch.device) -> int:
     """Size of a dequantised piece of a weight."""
     return piece_bytes(cards.card(device)) if device.type == "cuda" else LARGEST_PIECE
-
-
-_workspaces: dict[torch.device, tuple[Tensor, Tensor]] = {}
-
-
-def workspace(device: torch.device) -> tuple[Tensor, Tensor]:
-    """(uint8 [WORKSPACE_BYTES], int32 zeros [COUNTERS]) of `device`, made by the first call."""
-    if device not in _workspaces:
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError("call nf4_gemm.prepare(device) before a CUDA graph is captured")
-        with torch.inference_mode(False):
-            scratch = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
-            _workspaces[device] = scratch, torch.zeros(COUNTERS, dtype=torch.int32, device=device)
-    return _workspaces[device]
 
 
 def prepare(device: torch.device) -> None:
@@ -242,36 +229,12 @@ def _gemm_kernel(
 
 
 @triton.jit
-def hand_in(part, at, arrived, SPLIT: tl.constexpr):
-    """Store this program's part of a sum; whether all SPLIT parts are there now. Who finds that clears `arrived`."""
-    tl.store(at, part)
-    tl.debug_barrier()  # every thread's part is written before one thread says so
-    return tl.atomic_add(arrived, 1, sem="acq_rel") == SPLIT - 1
-
-
-@triton.jit
-def sum_of_parts(at, SIZE: tl.constexpr, SPLIT: tl.constexpr):
-    """The SPLIT parts at `at`, `at` + SIZE, ..., added in their order."""
-    total = tl.load(at, cache_modifier=".cg")
-    for index in tl.static_range(1, SPLIT):
-        total += tl.load(at + index * SIZE, cache_modifier=".cg")
-    return total
-
-
-@triton.jit
 def _load_x(at, mask, column, columns, RAGGED: tl.constexpr, HALF_TAIL: tl.constexpr):
     if HALF_TAIL:  # times a padded block of zeros, so it has to be finite
         return tl.load(at, mask=mask & (column < columns)[:, None], other=0.0)
     if RAGGED:  # whatever is left in the other rows' place only reaches rows of y that are not stored
         return tl.load(at, mask=mask)
     return tl.load(at)
-
-
-@triton.jit
-def dot(a, b, total, PORTABLE: tl.constexpr):
-    if PORTABLE:  # the interpreter multiplies bf16 as if it were integers
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
-    return tl.dot(a, b, total)
 
 
 @triton.jit

@@ -36,7 +36,7 @@ _added: dict[tuple[str, int], dict[Shape, Plan]] = {}
 
 @lru_cache
 def load_table() -> dict[tuple[str, int], dict[Shape, Plan]]:
-    """(GPU name, architecture) -> (N, K) -> Plan, from the file that benchmarks/nf4_gemm.py --tune writes."""
+    """(GPU name, architecture) -> (N, K) -> Plan, from the file that python -m benchmarks.nf4_gemm --tune writes."""
     gpus = json.loads(TABLE.read_text())
     return {(gpu, content["architecture"]): read_plans(content["shapes"]) for gpu, content in gpus.items()}
 
@@ -116,6 +116,6 @@ def distance(one: Shape, other: Shape) -> float:
 def kernel_version() -> str:
     """Changes whenever the kernel that tiles were measured with does."""
     digest = hashlib.sha256()
-    for name in ("nf4_gemm.py", "nf4_lookup.py", "nf4_turing.py"):
+    for name in ("nf4_gemm.py", "nf4_lookup.py", "nf4_turing.py", "split_k.py"):
         digest.update(Path(__file__).with_name(name).read_bytes())
     return digest.hexdigest()[:12]

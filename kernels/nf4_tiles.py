@@ -14,11 +14,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from grpo.kernels.cards import MB, Card
+from grpo.kernels.split_k import COUNTERS, WORKSPACE_BYTES
 
-WORKSPACE_BYTES = 64 * MB
-"""Per device: a dequantised piece of a weight, or the partial sums of a split product."""
-COUNTERS = 1 << 14
-"""Output tiles of a split product, at most."""
 ROWS = (8, 16, 32, 64, 128, 256, 512)
 """Numbers of rows of x that are measured; each stands for those down to the one before."""
 SPLITS = (1, 2, 4, 8)

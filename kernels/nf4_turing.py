@@ -11,6 +11,9 @@ order of K and the splits of K in their order, as in nf4_gemm.py; a row's bits d
 Not here: bfloat16, which sm_75 has not; the choice of tiles.
 """
 
+# Triton unrolls tuples that grow; a type checker takes the first one's length for good.
+# mypy: disable-error-code="assignment, misc"
+
 from __future__ import annotations
 
 import torch
@@ -21,9 +24,9 @@ from torch import Tensor
 from grpo.kernels import nf4
 from grpo.kernels.launch import on_device
 from grpo.kernels.lora_factors import LowRank
-from grpo.kernels.nf4_gemm import hand_in, sum_of_parts, workspace
 from grpo.kernels.nf4_lookup import _portable_bits, byte_tables
 from grpo.kernels.nf4_tiles import Tile, fits
+from grpo.kernels.split_k import hand_in, sum_of_parts, workspace
 
 DECODE = tl.constexpr(
     """{
