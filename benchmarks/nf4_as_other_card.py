@@ -51,6 +51,12 @@ def shapes_of(model: str) -> dict[str, tuple[tuple[int, ...], int]]:
     return MODELS[model]
 
 
+def least_shared_memory(architecture: int) -> int:
+    """Bytes that a block may have on every card that multiplies by the instruction of `architecture`."""
+    unit = cards.matrix_unit(architecture)
+    return min(size for other, size in cards.SHARED_MEMORY.items() if cards.matrix_unit(other) == unit)
+
+
 def own(options: argparse.Namespace) -> dict[str, Any]:
     """The GPU's own tiles, bitsandbytes and cuBLAS: microseconds by system, linear layer and rows."""
     dtype = getattr(torch, options.dtype)
@@ -195,13 +201,15 @@ def compared(options: argparse.Namespace, ours: dict[str, Any], theirs: dict[str
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--architecture", type=int, default=80, help="to compile for: 75, 80, 86, 89")
-    parser.add_argument("--shared", type=int, default=99, help="KB of shared memory that a block may have")
+    parser.add_argument("--shared", type=int, help="KB of shared memory that a block may have; default: the least of "
+                        "the cards with this instruction")  # fmt: skip
     parser.add_argument("--model", default="Llama-3.1-8B", choices=list(MODELS))
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"])
     parser.add_argument("--seconds", type=float, default=240.0, help="for the search")
     parser.add_argument("--part", choices=["own", "other"], help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help="write the result there too, as JSON")
     options = parser.parse_args()
+    options.shared = options.shared or least_shared_memory(options.architecture) >> 10
     if options.part:
         options.out.write_text(json.dumps(own(options) if options.part == "own" else other(options)))
         return 0

@@ -10,17 +10,21 @@ Not here: the kernel, timing.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from grpo.kernels.cards import MB, Card
 from grpo.kernels.split_k import COUNTERS, WORKSPACE_BYTES
 
+Item = TypeVar("Item")
+
 ROWS = (8, 16, 32, 64, 128, 256, 512)
 """Numbers of rows of x that are measured; each stands for those down to the one before."""
 SPLITS = (1, 2, 4, 8)
-BUSY = 1.45
-"""Programs per multiprocessor that a split aims at: the least with which the measured tables are met."""
+BUSY, BUSY_TURING = 1.45, 2.9
+"""Programs per multiprocessor that a split aims at: the least with which the measured tables are met. nf4_turing.py,
+which loads nothing ahead, wants more of them."""
 WIDE = 3.0
 """Programs of 64 rows per multiprocessor from which tiles of 128 rows are taken."""
 SUMS_PER_THREAD = 128
@@ -126,7 +130,8 @@ def default_split(card: Card, shape: tuple[int, int]) -> int:
     """The least split that gives every multiprocessor something to do, as far as K is long enough."""
     programs = math.ceil(shape[0] / 64)
     possible = [split for split in SPLITS if split == 1 or split * 2 <= shape[1] // 128]
-    return next((split for split in possible if programs * split >= BUSY * card.multiprocessors), possible[-1])
+    busy = BUSY_TURING if card.unit == "m16n8k8" else BUSY
+    return next((split for split in possible if programs * split >= busy * card.multiprocessors), possible[-1])
 
 
 DEFAULTS: dict[str, tuple[tuple[int, Tile, Tile], ...]] = {
@@ -157,13 +162,16 @@ DEFAULTS: dict[str, tuple[tuple[int, Tile, Tile], ...]] = {
     "none": (),
 }
 """Matrix unit -> (largest number of rows, tile, tile for a W with many rows)."""
+RULE_ENDS = {"m16n8k8": 16}
+"""Matrix unit -> rows above which dequantising is faster unless measured otherwise: nf4_as_sm75.json of the results."""
 
 
 def default_plan(card: Card, shape: tuple[int, int]) -> Plan | None:
     """The plan for a W of `shape` on a card that was not measured; None where there is no fused product."""
     split = default_split(card, shape)
     wide = math.ceil(shape[0] / 64) >= WIDE * card.multiprocessors
-    chosen = ((rows, many if wide else few) for rows, few, many in DEFAULTS[card.unit])
+    last = RULE_ENDS.get(card.unit, ROWS[-1])
+    chosen = ((rows, many if wide else few) for rows, few, many in DEFAULTS[card.unit] if rows <= last)
     tiles = tuple((rows, tile) for rows, tile in chosen if serves(tile, card) and fits(tile, split, rows, shape[0]))
     return Plan(split, tiles) if tiles else None
 
@@ -176,10 +184,18 @@ def shortlist(card: Card, shape: tuple[int, int]) -> list[tuple[int, int, Tile]]
     plan = default_plan(card, shape)
     for rows, tile in plan.tiles if plan else ():
         found[rows, split, tile] = None
-    for rows, *tiles in DEFAULTS[card.unit]:
-        for tile in _serving(card, tiles):
-            found |= {(rows, one, tile): None for one in splits(card, shape, rows, tile) if one in near}
-    return list(found)
+    by_rows = [
+        [(rows, one, tile) for tile in _serving(card, tiles) for one in splits(card, shape, rows, tile) if one in near]
+        for rows, *tiles in DEFAULTS[card.unit]
+    ]
+    return list(dict.fromkeys([*found, *in_turns(by_rows)]))
+
+
+def in_turns(lists: Iterable[Sequence[Item]]) -> list[Item]:
+    """The first of every list, then the second of every list, each once: cut short, there is something for all."""
+    lists = list(lists)
+    longest = max(map(len, lists), default=0)
+    return list(dict.fromkeys(one[index] for index in range(longest) for one in lists if index < len(one)))
 
 
 def _serving(card: Card, tiles: Iterable[Tile]) -> list[Tile]:

@@ -27,7 +27,7 @@ from grpo.kernels import nf4, nf4_gemm, nf4_tiles
 from grpo.kernels.cards import MB, Card
 from grpo.kernels.nf4_compile import Job, compile_all
 from grpo.kernels.nf4_plans import Shape
-from grpo.kernels.nf4_tiles import Plan, Tile
+from grpo.kernels.nf4_tiles import Plan, Tile, in_turns
 
 CHECKS = 5
 """How often a kernel must be right before it is timed: a race may be won at first."""
@@ -154,7 +154,9 @@ def tune(
         times, wrong = time_shape(copies, shape, choices, ready, share)
         if times:
             dense = dense_times(copies, shape, {rows for rows, _, _ in times})
-            found[shape] = Measured(choose(times, dense, used), times, dense, wrong)
+            rule = nf4_tiles.default_plan(card, shape)
+            plan = filled(choose(times, dense, used), rule, times, dense, shape[0])
+            found[shape] = Measured(plan, times, dense, wrong)
             say(f"{shape[0]} x {shape[1]}: {described(found[shape])}")
         del copies
     return found
@@ -165,46 +167,48 @@ def search(card: Card, shape: Shape, *, thorough: bool) -> list[tuple[int, int, 
     short = nf4_tiles.shortlist(card, shape)
     if not thorough:
         return short
-    every = [
-        (rows, split, tile)
+    every = (
+        [(rows, split, tile) for tile in nf4_tiles.candidates(card, rows)
+         for split in nf4_tiles.splits(card, shape, rows, tile)]
         for rows in nf4_tiles.ROWS
-        for tile in nf4_tiles.candidates(card, rows)
-        for split in nf4_tiles.splits(card, shape, rows, tile)
-    ]
-    return list(dict.fromkeys([*short, *every]))
-
-
-def in_turns(lists: Iterable[list[Job]]) -> list[Job]:
-    """The first of every list, then the second of every list, each once: cut short, there is something for all."""
-    lists = list(lists)
-    longest = max(map(len, lists), default=0)
-    return list(dict.fromkeys(one[index] for index in range(longest) for one in lists if index < len(one)))
+    )  # fmt: skip
+    return list(dict.fromkeys([*short, *in_turns(every)]))
 
 
 def time_shape(
     copies: list[Copy], shape: Shape, choices: list[tuple[int, int, Tile]], ready: set[Job], deadline: float
 ) -> tuple[Times, list[tuple[int, int, Tile]]]:
-    """Times of the kernels that are `ready` and right, and which were wrong."""
+    """Times of the kernels that are `ready` and right, and which were wrong; numbers of rows take turns."""
     times: Times = {}
     wrong = []
-    for rows in sorted({rows for rows, _, _ in choices}):
-        x = torch.randn(rows, shape[1], dtype=copies[0][1].dtype, device=copies[0][0].device)
-        out = torch.empty(rows, shape[0], dtype=x.dtype, device=x.device)
-        expected = torch.empty_like(out)
-        launch_dense(x, expected, copies[0])
-        for key in choices:
-            _, split, tile = key
-            if key[0] != rows or (tile, split) not in ready or time.monotonic() > deadline:
-                continue
-            call = partial(launch, x, out, tile, split)
-            try:
-                if all(close(called(call, copies[0], out), expected) for _ in range(CHECKS)):
-                    times[key] = microseconds(copies, call, milliseconds=4.0)
-                else:
-                    wrong.append(key)
-            except (RuntimeError, TritonError):
+    operands = {rows: random_operands(copies, shape, rows) for rows, _, _ in choices}
+    by_rows: dict[int, list[tuple[int, int, Tile]]] = defaultdict(list)
+    for key in choices:
+        if (key[2], key[1]) in ready:
+            by_rows[key[0]].append(key)
+    for key in in_turns(by_rows[rows] for rows in sorted(by_rows)):
+        if time.monotonic() > deadline:
+            break
+        rows, split, tile = key
+        x, out, expected = operands[rows]
+        call = partial(launch, x, out, tile, split)
+        try:
+            if all(close(called(call, copies[0], out), expected) for _ in range(CHECKS)):
+                times[key] = microseconds(copies, call, milliseconds=4.0)
+            else:
                 wrong.append(key)
+        except (RuntimeError, TritonError):
+            wrong.append(key)
     return times, wrong
+
+
+def random_operands(copies: list[Copy], shape: Shape, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """x [rows, K], room for y [rows, N], and y by dequantising."""
+    x = torch.randn(rows, shape[1], dtype=copies[0][1].dtype, device=copies[0][0].device)
+    out = torch.empty(rows, shape[0], dtype=x.dtype, device=x.device)
+    expected = torch.empty_like(out)
+    launch_dense(x, expected, copies[0])
+    return x, out, expected
 
 
 def called(call: Callable[[Copy], None], copy: Copy, out: Tensor) -> Tensor:
@@ -267,6 +271,21 @@ def choose(times: Times, dense: dict[int, float], used: Counter[tuple[int, Tile]
         used[split, tile] += 1
         tiles.append((rows, tile))
     return Plan(split, tuple(tiles))
+
+
+def filled(plan: Plan, rule: Plan | None, times: Times, dense: dict[int, float], features: int) -> Plan:
+    """`plan` with the rule's tiles for numbers of rows that its split was not timed at, up to where `dense` wins."""
+    timed = {rows for rows, split, _ in times if split == plan.split}
+    fastest = {rows: min(times[key] for key in times if key[0] == rows) for rows in {key[0] for key in times}}
+    lost = {rows for rows in timed if rows not in dict(plan.tiles)}
+    lost |= {rows for rows, value in fastest.items() if value > dense[rows]}
+    end = min(lost, default=math.inf)
+    added = {
+        rows: tile
+        for rows, tile in (rule.tiles if rule else ())
+        if rows not in timed and rows < end and nf4_tiles.fits(tile, plan.split, rows, features)
+    }
+    return Plan(plan.split, tuple(sorted({**added, **dict(plan.tiles)}.items(), key=lambda item: item[0])))
 
 
 def described(measured: Measured) -> str:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from grpo.kernels import nf4_compile, nf4_gemm, nf4_plans, nf4_tiles, nf4_tuner
 from grpo.kernels.cards import KB, MB, SHARED_MEMORY, Card
 from grpo.kernels.nf4_tiles import Plan, Tile
+from tests.helpers.paths import ROOT
 
 CARDS = (
     Card("Tesla T4", 75, 64 * KB, 40, 4 * MB),
@@ -66,7 +67,7 @@ def test_a_shape_that_was_not_measured_takes_the_plan_of_the_nearest():
 def test_any_card_from_turing_on_has_the_fused_product_at_once(card, shape, rows):
     plan = nf4_plans.plan_for(card, shape)
     tile = plan.tile(rows)
-    assert tile is not None and tile.m >= 8
+    assert (tile is not None and tile.m >= 8) or (rows > 16 and card.unit == "m16n8k8")
     for most, tile in plan.tiles:
         assert card.shared_memory == SHARED_MEMORY[card.architecture] and nf4_tiles.serves(tile, card)
         assert nf4_tiles.fits(tile, plan.split, most, shape[0])
@@ -77,6 +78,21 @@ def test_the_rule_gives_the_splits_that_were_measured():
     plans = nf4_plans.load_table()[MEASURED.name, 90]
     same = [nf4_tiles.default_split(MEASURED, shape) == plan.split for shape, plan in plans.items()]
     assert sum(same) >= len(same) - 2, same
+
+
+def test_the_rule_of_turing_ends_where_dequantising_was_faster():
+    result = json.loads((ROOT / "benchmarks" / "results" / "nf4_as_sm75.json").read_text())
+    card = Card(**result["other"]["card"])
+    rows = {entry["rows"]: entry for entry in result["table"]}
+    dense = rows[16]["other"]  # the plans that were measured end at 8 rows
+    assert all(max(map(int, entry["tiles"])) == 8 for entry in result["other"]["plans"].values())
+    assert rows[16]["rule"] < dense and rows[32]["rule"] > rows[32]["other"]
+    splits = {}
+    for text, entry in result["other"]["plans"].items():
+        shape = tuple(map(int, text.split("x")))
+        assert nf4_tiles.default_plan(card, shape).tiles[-1][0] == 16
+        splits[shape] = entry["split"] == nf4_tiles.default_split(card, shape)
+    assert sum(splits.values()) >= 3, splits
 
 
 @given(st.sampled_from(CARDS), SHAPES)
@@ -112,6 +128,41 @@ def test_the_best_split_is_taken_for_all_rows_and_stops_where_dequantising_wins(
     }  # fmt: skip
     plan = nf4_tuner.choose(times, {16: 100.0, 64: 100.0, 128: 40.0}, Counter())
     assert plan == Plan(2, ((16, fast), (64, large)))
+
+
+SMALL, MIDDLE, LARGE = Tile(64, 16, 4, 4, 2), Tile(64, 32, 4, 4, 2), Tile(64, 64, 4, 3, 2)
+BY_RULE = Plan(4, ((16, Tile(128, 16, 4, 4, 2)), (32, Tile(128, 32, 4, 4, 2)), (64, Tile(128, 64, 4, 3, 2))))
+
+
+def test_rows_that_were_not_timed_keep_the_tile_of_the_rule():
+    times = {(16, 2, SMALL): 10.0, (32, 2, MIDDLE): 12.0}
+    dense = {16: 30.0, 32: 30.0}
+    plan = nf4_tuner.filled(nf4_tuner.choose(times, dense, Counter()), BY_RULE, times, dense, 4096)
+    assert plan == Plan(2, ((16, SMALL), (32, MIDDLE), BY_RULE.tiles[2]))
+    assert nf4_tuner.filled(plan, None, times, dense, 4096) == plan
+
+
+@pytest.mark.parametrize("slow_at", [32, 64])
+def test_rows_at_which_dequantising_was_faster_are_not_filled(slow_at):
+    times = {(16, 2, SMALL): 10.0, (32, 2, MIDDLE): 12.0, (64, 1, LARGE): 50.0}
+    dense = {16: 30.0, 32: 30.0, 64: 60.0} | {slow_at: 11.0}
+    plan = nf4_tuner.filled(nf4_tuner.choose(times, dense, Counter()), BY_RULE, times, dense, 4096)
+    assert plan.tiles == ((16, SMALL),) if slow_at == 32 else ((16, SMALL), (32, MIDDLE))
+
+
+@given(st.sampled_from(CARDS), SHAPES, st.integers(0, 40))
+def test_a_search_that_is_cut_short_has_timed_something_for_every_number_of_rows(card, shape, reached):
+    choices = nf4_tiles.shortlist(card, shape)
+    by_rows = [[one for one in choices if one[0] == rows] for rows in sorted({one[0] for one in choices})]
+    timed = nf4_tiles.in_turns(by_rows)[:reached]
+    assert {one[0] for one in timed} == {rows[0][0] for rows in by_rows[:reached]}
+    times = {one: 10.0 for one in timed}
+    if times:
+        dense = {one[0]: 20.0 for one in timed}
+        rule = nf4_tiles.default_plan(card, shape)
+        plan = nf4_tuner.filled(nf4_tuner.choose(times, dense, Counter()), rule, times, dense, shape[0])
+        most = max(rows for rows, tile in rule.tiles if nf4_tiles.fits(tile, plan.split, rows, shape[0]))
+        assert plan.tile(most) is not None, "what is fused by rule is fused after measuring"
 
 
 def test_wrong_kernels_are_left_out_and_nothing_is_timed_past_the_deadline(monkeypatch):
