@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -38,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line `arguments` (those of the process by default) and return its exit code."""
     parsed = parser().parse_args(arguments)
     try:
+        check_options(parsed)
         run(parsed, wanted_shapes(parsed))
     except UserError as error:
         return fail("grpo.tune", error)
@@ -59,9 +61,17 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
+def check_options(parsed: argparse.Namespace) -> None:
+    """Raises UserError for what would fail after measuring."""
+    if not 0 < parsed.seconds < math.inf:
+        raise UserError(f"--seconds {parsed.seconds:g}: give a number of seconds above 0")
+    if parsed.out and not parsed.out.absolute().parent.is_dir():
+        raise UserError(f"--out {parsed.out}: there is no folder {parsed.out.absolute().parent}")
+
+
 def wanted_shapes(parsed: argparse.Namespace) -> list[Shape]:
     """The shapes of W that the command line names. Raises UserError."""
-    if parsed.shapes:
+    if parsed.shapes is not None:
         return [read_shape(text) for text in parsed.shapes.split(",")]
     if parsed.config is None:
         return list(USUAL)
@@ -98,7 +108,7 @@ def run(parsed: argparse.Namespace, shapes: list[Shape]) -> None:
     check_machine("cuda", engine=False)
     import torch
 
-    from grpo.kernels import cards, nf4_plans, nf4_tuner
+    from grpo.kernels import cards, nf4_gemm, nf4_plans, nf4_tuner
     from grpo.run import tiles
 
     device = torch.device("cuda", torch.cuda.current_device())
@@ -106,11 +116,14 @@ def run(parsed: argparse.Namespace, shapes: list[Shape]) -> None:
     dtype = getattr(torch, parsed.dtype or ("bfloat16" if card.architecture >= 80 else "float16"))
     print(f"{card.name}: sm_{card.architecture}, {card.multiprocessors} multiprocessors, "
           f"{card.shared_memory >> 10} KB of shared memory, {card.l2 / 2**20:.0f} MB of L2 cache")  # fmt: skip
+    if card.unit == "none" or not nf4_gemm.fused_serves(dtype, device):
+        raise UserError(
+            f"{card.name} (sm_{card.architecture}) has no fused 4-bit product in {str(dtype).removeprefix('torch.')}; "
+            "weights are dequantised before they are multiplied, and there is nothing to measure"
+        )
     measured = nf4_tuner.tune(shapes, card, dtype, parsed.seconds, thorough=parsed.thorough, say=print)
     if not measured:
-        raise UserError(
-            f"{card.name} (sm_{card.architecture}) has no fused 4-bit product; weights are dequantised first"
-        )
+        raise UserError(f"no kernel was compiled and right within {parsed.seconds:.0f} s; give a larger --seconds")
     nf4_plans.add_plans(card, {shape: one.plan for shape, one in measured.items()})
     file = tiles.save_measured(card, measured)
     rows = beside_others(measured, card, dtype)

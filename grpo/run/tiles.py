@@ -107,12 +107,12 @@ def prepare_tiles(
     """Have plans for W of `shapes` on `device`, measured if they have not been; `say` is told of it."""
     import torch
 
-    from grpo.kernels import cards, nf4_plans, nf4_tuner
+    from grpo.kernels import cards, nf4_gemm, nf4_plans, nf4_tuner
 
     card = cards.card(device)
     load_measured(card)
     wanted = unmeasured(card, shapes)
-    if not wanted or dtype == torch.float32:
+    if not wanted or not nf4_gemm.fused_serves(dtype, device):
         return
     if torch.cuda.mem_get_info(device)[0] < LEAST_ROOM * 1e9:
         say(f"too little of the {card.name}'s memory is free to measure the 4-bit product; tiles are taken by rule")
