@@ -13,7 +13,7 @@ from grpo.kernels import cards, nf4_plans, nf4_tiles, nf4_tuner
 from grpo.kernels.cards import KB, MB, Card
 from grpo.kernels.nf4_tuner import Measured
 from grpo.run import tiles
-from tests.helpers.tiny_run import run_tables, save_rewards, save_tiny_chat_model, write_config
+from tests.helpers.tiny_run import run_tables, save_tiny_chat_model, write_config
 
 A10 = Card("NVIDIA A10", 86, 99 * KB, 72, 6 * MB)
 T4 = Card("Tesla T4", 75, 64 * KB, 40, 4 * MB)
@@ -28,7 +28,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "4096", "4096x", "x4096", "4095x4096", "4096x4097", "0x64", "8x0", "-8x64", "8x64;", "٨x64"]
+    "text", ["", "4096", "4096x", "x4096", "4095x4096", "4096x4097", "0x64", "8x0", "-8x64", "8x64;"]
 )
 def test_a_shape_that_is_none_is_refused(capsys, text):
     assert f"--shapes {text}: give rows x columns" in refused(capsys, f"--shapes={text}")
@@ -45,7 +45,7 @@ def test_a_result_without_a_folder_is_refused_before_measuring(capsys, tmp_path)
 
 def test_a_configuration_gives_the_shapes_of_its_models_products(tmp_path):
     save_tiny_chat_model(tmp_path / "model")
-    config = write_config(tmp_path / "run.toml", run_tables(tmp_path / "model", save_rewards(tmp_path)))
+    config = write_config(tmp_path / "run.toml", run_tables(tmp_path))
     shapes = tune.wanted_shapes(tune.parser().parse_args(["--config", str(config)]))
     assert len(shapes) == 4 and all(rows % 8 == 0 and columns % 64 == 0 for rows, columns in shapes)
     assert tune.wanted_shapes(tune.parser().parse_args([])) == list(tune.USUAL)
