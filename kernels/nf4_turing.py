@@ -24,9 +24,9 @@ from torch import Tensor
 from grpo.kernels import nf4
 from grpo.kernels.launch import on_device
 from grpo.kernels.lora_factors import LowRank
-from grpo.kernels.nf4_lookup import _portable_bits, byte_tables
+from grpo.kernels.nf4_lookup import _interpreted_bits, byte_tables
 from grpo.kernels.nf4_tiles import Tile, fits
-from grpo.kernels.split_k import hand_in, sum_of_parts, workspace
+from grpo.kernels.split_k import store_part, sum_parts, workspace
 
 DECODE = tl.constexpr(
     """{
@@ -52,33 +52,33 @@ MULTIPLY = tl.constexpr(
 
 def launch_turing(
     x: Tensor, packed: Tensor, absmax: Tensor, bias: Tensor | None, out: Tensor, tile: Tile, split: int,
-    low_rank: LowRank | None = None, *, portable: bool = False,
+    low_rank: LowRank | None = None, *, interpreted: bool = False,
 ) -> None:  # fmt: skip
     """The kernel. Arguments as `nf4_gemm.launch_gemm` takes them, in float16; x and its rows start at multiples of 4
-    bytes. portable: the form for Triton's interpreter."""
+    bytes. interpreted: the form for Triton's interpreter."""
     rows, columns = x.shape
     features = packed.shape[0]
     words, scales = nf4.stored_rows(packed, absmax, 0, features, columns)
     assert words.is_contiguous() and scales.is_contiguous(), "groups of 8 rows lie one after the other"
     assert x.dtype == absmax.dtype == out.dtype == torch.float16 and x.stride(1) == out.stride(1) == 1
     pairs = in_pairs(x)
-    scratch, arrived = workspace(x.device)
+    scratch, counters = workspace(x.device)
     assert fits(tile, split, rows, features), "the workspace holds every partial sum"
-    shrunk, b, ranks = (x, x, 0) if low_rank is None else (low_rank.shrunk, low_rank.b, low_rank.b.shape[1])
+    x_lora_a, b, ranks = (x, x, 0) if low_rank is None else (low_rank.x_lora_a, low_rank.b, low_rank.b.shape[1])
     if low_rank is not None:
-        assert shrunk.shape == (rows, ranks) and b.shape == (features, ranks) and ranks % 16 == 0
-        assert shrunk.is_contiguous() and b.is_contiguous() and shrunk.dtype == b.dtype == x.dtype
-        shrunk, b = shrunk.view(torch.int32), b.view(torch.int32)
+        assert x_lora_a.shape == (rows, ranks) and b.shape == (features, ranks) and ranks % 16 == 0
+        assert x_lora_a.is_contiguous() and b.is_contiguous() and x_lora_a.dtype == b.dtype == x.dtype
+        x_lora_a, b = x_lora_a.view(torch.int32), b.view(torch.int32)
     else:
-        shrunk = b = pairs
+        x_lora_a = b = pairs
     grid = (triton.cdiv(rows, tile.m), triton.cdiv(features, tile.n), split)
     with on_device(x):
         _turing_kernel[grid](
             pairs, words.view(torch.int32), scales.view(torch.int32), out if bias is None else bias, out,
-            scratch.view(torch.float32), arrived, shrunk, b,
+            scratch.view(torch.float32), counters, x_lora_a, b,
             rows, features, columns, words.shape[1], 2 * pairs.stride(0), out.stride(0), *byte_tables(x.dtype),
             tile.warps, tile.n // (16 * tile.warps), tile.m // 8, split, columns % nf4.TILE != 0, bias is not None,
-            ranks, portable, num_warps=tile.warps,
+            ranks, interpreted, num_warps=tile.warps,
         )  # fmt: skip
 
 
@@ -90,9 +90,9 @@ def in_pairs(x: Tensor) -> Tensor:
 
 
 @triton.jit
-def _decoded(word, scale, HALF: tl.constexpr, t0, t1, t2, t3, t4, t5, t6, t7, PORTABLE: tl.constexpr):
+def _decoded(word, scale, HALF: tl.constexpr, t0, t1, t2, t3, t4, t5, t6, t7, INTERPRETED: tl.constexpr):
     """This lane's pair of the first eight columns of 16 of block HALF, and of the next eight."""
-    if PORTABLE:
+    if INTERPRETED:
         pair = (scale & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
         first = _portable_pair(word, pair, HALF * 16 + 4, HALF * 16, t0, t1, t2, t3, t4, t5, t6, t7)
         second = _portable_pair(word, pair, HALF * 16 + 12, HALF * 16 + 8, t0, t1, t2, t3, t4, t5, t6, t7)
@@ -115,16 +115,16 @@ def _twice(pair, HALF: tl.constexpr):
 
 @triton.jit
 def _portable_pair(word, scale, LOW: tl.constexpr, HIGH: tl.constexpr, t0, t1, t2, t3, t4, t5, t6, t7):
-    low = _portable_bits(word, LOW, t0, t1, t2, t3, t4, t5, t6, t7).to(tl.float16, bitcast=True)
-    high = _portable_bits(word, HIGH, t0, t1, t2, t3, t4, t5, t6, t7).to(tl.float16, bitcast=True)
+    low = _interpreted_bits(word, LOW, t0, t1, t2, t3, t4, t5, t6, t7).to(tl.float16, bitcast=True)
+    high = _interpreted_bits(word, HIGH, t0, t1, t2, t3, t4, t5, t6, t7).to(tl.float16, bitcast=True)
     low, high = (low * scale).to(tl.int16, bitcast=True), (high * scale).to(tl.int16, bitcast=True)
     return (high.to(tl.int32) << 16) | (low.to(tl.int32) & 0xFFFF)
 
 
 @triton.jit
-def _multiplied(upper, lower, x, s0, s1, s2, s3, PORTABLE: tl.constexpr):
+def _multiplied(upper, lower, x, s0, s1, s2, s3, INTERPRETED: tl.constexpr):
     """Sums of 16 rows of W times 8 of x after eight more columns; upper, lower: rows 0 to 7 and 8 to 15 of W."""
-    if PORTABLE:
+    if INTERPRETED:
         return _portable_sums(upper, x, s0, s1) + _portable_sums(lower, x, s2, s3)
     return tl.inline_asm_elementwise(
         MULTIPLY, "=f,=f,=f,=f,r,r,r,f,f,f,f", [upper, lower, x, s0, s1, s2, s3],
@@ -149,14 +149,14 @@ def _halves(pair):
 
 
 @triton.jit
-def _rows_multiplied(uppers, lowers, xs, sums, N_TILES: tl.constexpr, M_TILES: tl.constexpr, PORTABLE: tl.constexpr):
+def _rows_multiplied(uppers, lowers, xs, sums, N_TILES: tl.constexpr, M_TILES: tl.constexpr, INTERPRETED: tl.constexpr):
     """Every part of W times every part of x, for eight columns."""
     new = ()
     for n in tl.static_range(N_TILES):
         for m in tl.static_range(M_TILES):
             new += _multiplied(
                 uppers[n], lowers[n], xs[m], sums[4 * (n * M_TILES + m)], sums[4 * (n * M_TILES + m) + 1],
-                sums[4 * (n * M_TILES + m) + 2], sums[4 * (n * M_TILES + m) + 3], PORTABLE,
+                sums[4 * (n * M_TILES + m) + 2], sums[4 * (n * M_TILES + m) + 3], INTERPRETED,
             )  # fmt: skip
     return new
 
@@ -175,12 +175,12 @@ def _pairs_of_x(x_at, m, rows, column, columns, M_TILES: tl.constexpr, TAIL: tl.
 
 @triton.jit(do_not_specialize=["rows", "tiles"])
 def _turing_kernel(
-    x, words, scales, bias, out, partial, arrived, shrunk, b,
+    x, words, scales, bias, out, partial, counters, x_lora_a, b,
     rows, features, columns, tiles, x_stride, out_stride, t0, t1, t2, t3, t4, t5, t6, t7,
     WARPS: tl.constexpr, N_TILES: tl.constexpr, M_TILES: tl.constexpr, SPLIT: tl.constexpr, HALF_TAIL: tl.constexpr,
-    HAS_BIAS: tl.constexpr, RANKS: tl.constexpr, PORTABLE: tl.constexpr,
+    HAS_BIAS: tl.constexpr, RANKS: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """words: [N / 8, tiles, 8, 16]; scales: pairs, [N / 8, tiles, 8]; x and shrunk: pairs, as int32."""
+    """words: [N / 8, tiles, 8, 16]; scales: pairs, [N / 8, tiles, 8]; x and x_lora_a: pairs, as int32."""
     THREADS: tl.constexpr = 32 * WARPS
     SUMS: tl.constexpr = 4 * N_TILES * M_TILES
     thread = tl.arange(0, THREADS)
@@ -210,25 +210,25 @@ def _turing_kernel(
                 near0, near1, far0, far1 = (), (), (), ()
                 for n in tl.static_range(N_TILES):
                     here, there = _decoded(
-                        word[8 * n + w], _twice(pair[2 * n], half), half, t0, t1, t2, t3, t4, t5, t6, t7, PORTABLE
+                        word[8 * n + w], _twice(pair[2 * n], half), half, t0, t1, t2, t3, t4, t5, t6, t7, INTERPRETED
                     )  # fmt: skip
                     near0 += (here,)
                     far0 += (there,)
                     here, there = _decoded(
                         word[8 * n + 4 + w], _twice(pair[2 * n + 1], half), half, t0, t1, t2, t3, t4, t5, t6, t7,
-                        PORTABLE,
+                        INTERPRETED,
                     )  # fmt: skip
                     near1 += (here,)
                     far1 += (there,)
                 column = tile * 128 + half * 64 + w * 16 + 2 * c
                 xs = _pairs_of_x(x_at, m, rows, column, columns, M_TILES, HALF_TAIL and half == 1)
-                sums = _rows_multiplied(near0, near1, xs, sums, N_TILES, M_TILES, PORTABLE)
+                sums = _rows_multiplied(near0, near1, xs, sums, N_TILES, M_TILES, INTERPRETED)
                 xs = _pairs_of_x(x_at, m, rows, column + 8, columns, M_TILES, HALF_TAIL and half == 1)
-                sums = _rows_multiplied(far0, far1, xs, sums, N_TILES, M_TILES, PORTABLE)
+                sums = _rows_multiplied(far0, far1, xs, sums, N_TILES, M_TILES, INTERPRETED)
     if RANKS > 0:
         if tl.program_id(2) == SPLIT - 1:
             sums = _low_rank_added(
-                sums, shrunk, b, n0 + r, m, c, rows, features, RANKS, N_TILES, M_TILES, PORTABLE
+                sums, x_lora_a, b, n0 + r, m, c, rows, features, RANKS, N_TILES, M_TILES, INTERPRETED
             )  # fmt: skip
     if SPLIT == 1:
         _store(sums, out, bias, n0 + r, m - r + 2 * c, rows, features, out_stride, N_TILES, M_TILES, HAS_BIAS)
@@ -238,20 +238,20 @@ def _turing_kernel(
         own_at = part_at + tl.program_id(2) * (SUMS * THREADS)
         for index in tl.static_range(1, SUMS):
             tl.store(own_at + index * THREADS, sums[index])
-        if hand_in(sums[0], own_at, arrived + tile, SPLIT):
+        if store_part(sums[0], own_at, counters + tile, SPLIT):
             total = ()
             for index in tl.static_range(SUMS):
-                total += (sum_of_parts(part_at + index * THREADS, SUMS * THREADS, SPLIT),)
+                total += (sum_parts(part_at + index * THREADS, SUMS * THREADS, SPLIT),)
             _store(total, out, bias, n0 + r, m - r + 2 * c, rows, features, out_stride, N_TILES, M_TILES, HAS_BIAS)
-            tl.store(arrived + tile, 0)
+            tl.store(counters + tile, 0)
 
 
 @triton.jit
 def _low_rank_added(
-    sums, shrunk, b, n, m, c, rows, features, RANKS: tl.constexpr, N_TILES: tl.constexpr, M_TILES: tl.constexpr,
-    PORTABLE: tl.constexpr,
+    sums, x_lora_a, b, n, m, c, rows, features, RANKS: tl.constexpr, N_TILES: tl.constexpr, M_TILES: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """`sums` plus b times the transpose of shrunk; both as pairs of ranks."""
+    """`sums` plus b times the transpose of x_lora_a; both as pairs of ranks."""
     for rank in tl.static_range(0, RANKS // 2, 4):
         uppers, lowers, xs = (), (), ()
         for index in tl.static_range(N_TILES):
@@ -260,8 +260,8 @@ def _low_rank_added(
             lowers += (tl.load(b + (row + 8) * (RANKS // 2) + rank + c, mask=row + 8 < features, other=0),)
         for index in tl.static_range(M_TILES):
             row = m + 8 * index
-            xs += (tl.load(shrunk + row * (RANKS // 2) + rank + c, mask=row < rows, other=0),)
-        sums = _rows_multiplied(uppers, lowers, xs, sums, N_TILES, M_TILES, PORTABLE)
+            xs += (tl.load(x_lora_a + row * (RANKS // 2) + rank + c, mask=row < rows, other=0),)
+        sums = _rows_multiplied(uppers, lowers, xs, sums, N_TILES, M_TILES, INTERPRETED)
     return sums
 
 

@@ -1,6 +1,6 @@
 """Checks of a model's files before anything is allocated by what they say: nobody vouches for a download.
 
-What a file means is `source.py`'s affair, and that a tensor's values are good nobody's.
+For what a file means see `source.py`; whether a tensor's values are good is checked nowhere.
 """
 
 from __future__ import annotations
@@ -82,10 +82,10 @@ def check_shapes(source: Source) -> None:
             for needed in (name, *([f"{part}.bias"] if biased(config, part) else [])):
                 if needed not in source.names:
                     raise UserError(f"{source.path}: tensor {needed} is missing; pass a complete model")
-            found = source.shape(name)
-            if found != expected:
+            stored = source.shape(name)
+            if stored != expected:
                 raise UserError(
-                    f"{source.path}: {name} has shape {found}, config.json says {expected}; pass a model whose files "
+                    f"{source.path}: {name} has shape {stored}, config.json says {expected}; pass a model whose files "
                     "belong together"
                 )
 
@@ -102,11 +102,11 @@ def check_head_size(config: Any, where: Path, on_cpu: bool) -> None:
 
 def end_tokens(file: Path, vocabulary: int) -> list[int]:
     """`eos_token_id` of a generation configuration, which may be missing. Raises UserError for what is no token."""
-    found = read_object(file).get("eos_token_id") if file.is_file() else None
-    tokens = found if isinstance(found, list) else [] if found is None else [found]
+    eos = read_object(file).get("eos_token_id") if file.is_file() else None
+    tokens = eos if isinstance(eos, list) else [] if eos is None else [eos]
     for token in tokens:
         if not isinstance(token, int) or not 0 <= token < vocabulary:
-            raise UserError(f"{file}: eos_token_id = {json.dumps(found)[:60]}: no token of the vocabulary; correct it")
+            raise UserError(f"{file}: eos_token_id = {json.dumps(eos)[:60]}: no token of the vocabulary; correct it")
     return tokens
 
 

@@ -56,12 +56,12 @@ class GGUFSource:
         check_supported(text_config, str(self.path))
         names = get_tensor_name_map(by_name[self._architecture], text_config.num_hidden_layers)
         tensors = {tensor.name: tensor for tensor in self.reader.tensors}
-        found = {}
+        named = {}
         for candidate in candidate_names(text_config):
             stored = names.get_name(candidate, try_suffixes=(".weight", ".bias"))
             if stored in tensors:
-                found[candidate] = tensors[stored]
-        return found
+                named[candidate] = tensors[stored]
+        return named
 
     @property
     def stored_as(self) -> str:

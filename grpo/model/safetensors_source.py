@@ -21,7 +21,7 @@ from grpo.model.checks import check_quantization, check_sizes, one_line, read_ob
 from grpo.model.weight_source import NF4Tensor
 
 NF4_STATE = ".quant_state.bitsandbytes__nf4"
-"""What bitsandbytes appends to a weight's name for the description of its NF4 form."""
+"""What bitsandbytes appends to a weight's name for the description of its NF4 storage."""
 
 
 class SafetensorsSource:
@@ -47,7 +47,7 @@ class SafetensorsSource:
             )
         try:
             self.config = AutoConfig.from_pretrained(path, trust_remote_code=brings_code)
-        except Exception as error:  # whatever transformers' checks of a stranger's file raise
+        except Exception as error:  # whatever transformers' checks of an untrusted file raise
             raise UserError(f"{file}: {one_line(error)}; correct it, or download the model again") from None
         self._shard_of = self._index()
         self.names = {logical_name(name) for name in self._shard_of}
@@ -93,7 +93,7 @@ class SafetensorsSource:
         with damage_named(self._shard_of[name]):
             stored = self._handle(name).get_slice(name)
             if stored.get_dtype() in ("U8", "I8"):
-                raise self._unknown_form(name)
+                raise self._unknown_storage(name)
             return tuple(stored.get_shape())
 
     def read(self, name: str) -> Tensor | NF4Tensor:
@@ -102,10 +102,10 @@ class SafetensorsSource:
             with damage_named(self._shard_of[name]):
                 return self._read_nf4(name, raw)
         if raw.dtype == torch.uint8 or raw.dtype == torch.int8:
-            raise self._unknown_form(name)
+            raise self._unknown_storage(name)
         return raw
 
-    def _unknown_form(self, name: str) -> UserError:
+    def _unknown_storage(self, name: str) -> UserError:
         return UserError(
             f"{self._shard_of[name]}: {name} is quantised in a form other than bitsandbytes NF4; use an NF4 or an "
             "unquantised checkpoint"
