@@ -10,7 +10,8 @@ from grpo.kernels.dense_gemm import dense_gemm, split_of
 from grpo.kernels.lora_factors import LowRank
 from grpo.kernels.lora_shrink import launch_shrink
 from grpo.kernels.lora_sum import round_sum
-from grpo.kernels.nf4_gemm import Tile
+from grpo.kernels.nf4_tiles import Tile
+from grpo.kernels.nf4_turing import launch_turing
 from tests.helpers.rounding import share_rounded_more_than_once
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "pytest tests/kernels/test_nf4.py runs this file"
@@ -143,6 +144,39 @@ def test_sum_kernel_adds_bias_and_adapter_and_rounds_once(rows, features, ranks,
     exact = total.double() + x_lora_a.double() @ b.double().T + (0 if given is None else given.double())
     assert share_rounded_more_than_once(whole[:, :features], exact) <= 0.005
     assert whole[:, features:].isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("rows", "features", "columns", "tile", "split", "with_bias", "ranks"),
+    [
+        (1, 64, 128, Tile(64, 8, 4, 1, 1), 1, False, 0),
+        (9, 136, 320, Tile(64, 8, 4, 1, 1), 2, True, 0),
+        (17, 264, 576, Tile(128, 16, 4, 1, 1), 3, True, 16),
+        (33, 72, 192, Tile(64, 32, 4, 1, 1), 1, False, 48),
+    ],
+)
+def test_the_product_of_sm_75_equals_the_product_of_dequantised_weights(
+    rows, features, columns, tile, split, with_bias, ranks
+):
+    dtype = torch.float16
+    packed, absmax = nf4.allocate(features, columns, dtype, "cpu")
+    nf4.quantize_rows(packed, absmax, 0, random_weight(features, columns))
+    wide = torch.randn(rows, columns + 8).to(dtype)
+    wide[:, columns:] = float("nan")
+    x = wide[:, :columns]
+    bias = torch.randn(features).to(dtype) if with_bias else None
+    low_rank = LowRank(torch.randn(rows, ranks).to(dtype), torch.randn(features, ranks).to(dtype)) if ranks else None
+    guarded = torch.full((rows + 1, features + 3), 7.0, dtype=dtype)
+    out = guarded[:rows, :features]
+    out.fill_(float("nan"))
+    launch_turing(x, packed, absmax, bias, out, tile, split, low_rank, interpreted=True)
+    expected = x.double() @ nf4.dequantize(packed, absmax).double().T + (bias.double() if with_bias else 0.0)
+    if low_rank is not None:
+        expected += low_rank.x_lora_a.double() @ low_rank.b.double().T
+    assert (out.double() - expected).norm() <= TOLERANCE[dtype] * expected.norm()
+    assert share_rounded_more_than_once(out, expected) <= 0.005
+    assert bool((guarded[rows:] == 7).all()) and bool((guarded[:, features:] == 7).all())
+    assert not nf4_gemm.workspace(x.device)[1].any()
 
 
 @pytest.mark.parametrize("dtype", HALVES)
