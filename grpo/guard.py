@@ -25,6 +25,7 @@ from grpo.batch import TrainingGroup, TrainingSequence, training_group
 from grpo.checkpoint import replace_folder
 from grpo.config import Config, Train, config_toml
 from grpo.environment import hardware, versions
+from grpo.generation import Segment
 from grpo.random_state import current_states
 from grpo.ranks import Ranks
 from grpo.sampler import Group
@@ -177,7 +178,16 @@ def sequence_state(sequence: TrainingSequence) -> dict[str, Any]:
         "advantage": sequence.advantage,
         "truncated": sequence.truncated,
         "old_logprobs": sequence.old_logprobs,
+        "sampled": mask_state(sequence.sampled),
+        "rewritten": [
+            [torch.tensor(part.prompt_ids), torch.tensor(part.token_ids), mask_state(part.sampled)]
+            for part in sequence.rewritten
+        ],
     }
+
+
+def mask_state(sampled: Sequence[bool] | None) -> torch.Tensor | None:
+    return None if sampled is None else torch.tensor(sampled, dtype=torch.bool)
 
 
 def restored_sequence(state: Mapping[str, Any]) -> TrainingSequence:
@@ -187,4 +197,13 @@ def restored_sequence(state: Mapping[str, Any]) -> TrainingSequence:
         advantage=state["advantage"],
         truncated=state["truncated"],
         old_logprobs=state["old_logprobs"],
+        sampled=listed(state.get("sampled")),
+        rewritten=[
+            Segment(prompt.tolist(), tokens.tolist(), listed(sampled))
+            for prompt, tokens, sampled in state.get("rewritten", ())
+        ],
     )
+
+
+def listed(tensor: torch.Tensor | None) -> list[Any] | None:
+    return None if tensor is None else tensor.tolist()

@@ -18,6 +18,7 @@ from typing import Any
 
 from grpo.data import Prompt
 from grpo.engine import Completion, Engine, Request, SamplingSettings
+from grpo.generation import Segment
 from grpo.ranks import Ranks, owners
 from grpo.rewards.contract import RewardBatch, RewardResult
 from grpo.rewards.pool import RewardPool
@@ -39,8 +40,12 @@ class Sample:
 
     @property
     def length(self) -> int:
-        """Its tokens."""
+        """Sampled tokens."""
         return len(self.token_ids)
+
+    def segments(self, prompt_ids: Sequence[int]) -> list[Segment]:
+        """What is trained on, where `prompt_ids` are the tokens of its group's prompt."""
+        return [Segment(prompt_ids, self.token_ids)]
 
     @property
     def finite(self) -> bool:
