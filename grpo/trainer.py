@@ -32,6 +32,9 @@ from grpo.checkpoint import (
 from grpo.config import Config, config_toml
 from grpo.data import Data, Prompt, PromptStream, keep_by_pass_rate, load_data
 from grpo.environment import versions
+from grpo.environments.continuation import Continuer
+from grpo.environments.pool import EnvironmentPool
+from grpo.episodes import EpisodePlayer, EpisodeSampler
 from grpo.errors import UserError
 from grpo.evaluate import evaluate, measure_pass_rates
 from grpo.guard import UnusableUpdate, dump_folder, whole, write_dump
@@ -47,10 +50,11 @@ from grpo.records import EVALUATIONS, printable, read_entries
 from grpo.reference import set_reference
 from grpo.rewards.pool import RewardPool
 from grpo.rewards.resolve import described
+from grpo.rewards.runner import machine_memory
 from grpo.sampler import Group, Rollout, Sampler, sample_seed
 from grpo.scored import logged, reward_table, sampling_metrics
 from grpo.selftest import check_rollout_follows_adapter
-from grpo.session import Session, open_session, read_model
+from grpo.session import ModelFiles, Session, open_session, read_model
 from grpo.silent_log import SilentLog
 from grpo.state import load_tensors, save_tensors
 from grpo.survival import adapter_survival
@@ -91,11 +95,13 @@ class Trainer:
             own = own_share(config, ranks.size)
             folder = config.checkpoint.output_dir
             resumed = folder if self.resume else None
+            check_conversation(config, files)
             with (
                 start_rewards(data, log) as pool,
+                start_environment(config, log) as environment,
                 open_session(own, files=files, status=log.status, resumed=resumed, agree=ranks.of_first) as session,
             ):
-                return train_session(session, data, folder, log, self.resume, pool, ranks)
+                return train_session(session, data, folder, log, self.resume, pool, ranks, environment)
 
     def run_folder(self) -> contextlib.AbstractContextManager[Any]:
         """The run folder, held by the first rank."""
@@ -141,8 +147,49 @@ def facts(config: Config) -> dict[str, Any]:
     }
 
 
-def start_rewards(data: Data, log: RunLog) -> RewardPool:
+def check_conversation(config: Config, files: ModelFiles) -> None:
+    """Raise UserError where the model's chat template cannot continue the conversations of `[environment]`."""
+    if config.environment is not None:
+        continuer(config, files.tokenizer, files.stop_token_ids).prove(tools=config.environment.kind != "program")
+
+
+def continuer(config: Config, tokenizer: Any, end_tokens: tuple[int, ...]) -> Continuer:
+    """The tokens between turns, by the model's chat template."""
+    if tokenizer.chat_template is None:
+        raise UserError(
+            "[environment] needs a chat template, and the model's tokenizer has none; set model.chat_template"
+        )
+    return Continuer(tokenizer, end_tokens, config.rollout.chat_template_kwargs)
+
+
+def start_environment(config: Config, log: RunLog) -> contextlib.AbstractContextManager[EnvironmentPool | None]:
+    """The environment of `config`, loaded; None where it has none. Raises UserError where it gives no reward either."""
+    settings = config.environment
+    if settings is None:
+        return contextlib.nullcontext()
+    log.status("starting the environment")
+    gigabytes = settings.memory_limit_gb
+    pool = EnvironmentPool(
+        settings.column,
+        settings.kind,
+        getattr(settings, settings.kind),
+        settings.options,
+        python=settings.python,
+        processes=settings.processes,
+        timeout=settings.timeout,
+        memory_limit=machine_memory() // 2 if gigabytes is None else int(gigabytes * 1e9),
+        on_output=show,
+    )
+    if settings.kind == "factory" and not (pool.facts["rewards"] or config.rewards):
+        pool.close()
+        raise UserError(f"environment {settings.factory!r} has no get_reward; add it, or a [[rewards]] table")
+    return pool
+
+
+def start_rewards(data: Data, log: RunLog) -> contextlib.AbstractContextManager[RewardPool | None]:
     """The reward functions of `data`, loaded. What they print is shown without what a terminal would act upon."""
+    if not data.rewards:  # an environment gives its own
+        return contextlib.nullcontext()
     log.status("starting rewards")
     return RewardPool(data.rewards, example=data.train[0].columns, on_output=lambda name, line: show(line))
 
@@ -155,15 +202,20 @@ def train_session(
     resume: bool = False,
     pool: RewardPool | None = None,
     ranks: Ranks | None = None,
+    environment: EnvironmentPool | None = None,
 ) -> dict[str, Any]:
     """Train an open `session` on `data` as its configuration says, in the run folder `folder`; returns the summary.
 
-    `pool` has the rewards, if they are loaded already; `ranks` the other processes of the run, if there are any.
+    `pool` has the rewards and `environment` the environment, if they are loaded already; `ranks` the other processes of
+    the run, if there are any.
     Raises Interrupted after SIGINT or SIGTERM, once the last whole step is in a checkpoint.
     """
-    if pool is None:
+    if pool is None and data.rewards:
         with start_rewards(data, log) as pool:
-            return train_session(session, data, folder, log, resume, pool, ranks)
+            return train_session(session, data, folder, log, resume, pool, ranks, environment)
+    if environment is None and session.config.environment is not None:
+        with start_environment(session.config, log) as environment:
+            return train_session(session, data, folder, log, resume, pool, ranks, environment)
     if data.dropped:
         log.notice(f"{data.dropped} prompts longer than rollout.max_prompt_length were dropped")
     ranks = ranks or Ranks()
@@ -175,7 +227,8 @@ def train_session(
     with Interrupts() as interrupts, interrupts.deferred():
         session.engine.between_steps = interrupts.check
         try:
-            return Run(session.config, folder, log, session, data, pool, interrupts.check, ranks).train(resume)
+            run = Run(session.config, folder, log, session, data, pool, interrupts.check, ranks, environment)
+            return run.train(resume)
         finally:
             session.engine.between_steps = lambda: None
 
@@ -194,9 +247,10 @@ class Run:
         log: RunLog,
         session: Session,
         data: Data,
-        pool: RewardPool,
+        pool: RewardPool | None,
         check: Callable[[], None] = lambda: None,
         ranks: Ranks | None = None,
+        environment: EnvironmentPool | None = None,
     ):
         """`check` is called often while nothing is half done, and may raise to end the run."""
         self.config, self.folder, self.log = config, folder, log
@@ -211,23 +265,37 @@ class Run:
         self.learner = Learner(
             session.policy, config, max_steps=self.max_steps, notice=log.notice, check=check, ranks=self.ranks
         )
-        self.weights = torch.tensor([reward.weight for reward in data.rewards], dtype=torch.float64)
-        self.reward_names = [reward.column for reward in data.rewards]
-        self.sampler = Sampler(
-            session.engine,
-            pool,
-            session.sampling(config.rollout.temperature, config.rollout.max_completion_length),
-            num_generations=config.rollout.num_generations,
-            seed=config.train.seed,
-            max_steps=self.max_steps,
-            decode=session.decode,
-            check=check,
-            ranks=self.ranks,
-            parts=config.train.optimizer_steps_per_rollout,
-        )
+        own = own_rewards(config, environment)
+        self.weights = torch.tensor([1.0] * len(own) + [one.weight for one in data.rewards], dtype=torch.float64)
+        self.reward_names = own + [reward.column for reward in data.rewards]
+        self.sampler = self.make_sampler(pool, environment, check)
         self.step = self.saved = 0
         self.whole = True
         self.accuracies: dict[int, float] = {}
+
+    def make_sampler(
+        self, pool: RewardPool | None, environment: EnvironmentPool | None, check: Callable[[], None]
+    ) -> Sampler:
+        """What draws groups: of completions or, in an `environment`, of episodes."""
+        config, session = self.config, self.session
+        arguments = (
+            session.engine,
+            pool,
+            session.sampling(config.rollout.temperature, config.rollout.max_completion_length),
+        )
+        named: dict[str, Any] = {
+            "num_generations": config.rollout.num_generations,
+            "seed": config.train.seed,
+            "max_steps": self.max_steps,
+            "decode": session.decode,
+            "check": check,
+            "ranks": self.ranks,
+            "parts": config.train.optimizer_steps_per_rollout,
+        }
+        if environment is None:
+            return Sampler(*arguments, **named)
+        player = make_player(session, environment, check)
+        return EpisodeSampler(*arguments, **named, player=player, notice=self.log.notice)
 
     def chosen_prompts(self) -> list[Prompt]:
         """The training prompts, without those whose pass rate is outside their task's window.
@@ -325,8 +393,11 @@ class Run:
         every = self.config.log.adapter_survival_every
         if not self.ranks.first or every is None or (step > 1 and step % every):
             return {}
-        firsts = [(group.prompt.token_ids, sample.token_ids) for group in groups for sample in group.own[:1]]
-        share = adapter_survival(self.session.policy, [p for p, _ in firsts], [c for _, c in firsts])
+        kept = [(group.prompt.token_ids, sample) for group in groups for sample in group.own[:1] if sample.length]
+        firsts = [sample.segments(prompt_ids)[0] for prompt_ids, sample in kept]
+        share = adapter_survival(
+            self.session.policy, [one.prompt_ids for one in firsts], [one.token_ids for one in firsts]
+        )
         return {} if share is None else {"adapter_survival": share}
 
     def own_rank(self) -> tuple[int, ...]:
@@ -478,6 +549,29 @@ class Run:
         summary = {"adapter": str(adapter), "model": self.config.model.name}
         self.log.finish(summary)
         return summary
+
+
+def own_rewards(config: Config, environment: EnvironmentPool | None) -> list[str]:
+    """The column of the environment's own reward, if it gives one. Raises UserError for a reward of the same name."""
+    if environment is None or config.environment is None or not environment.facts["rewards"]:
+        return []
+    return [config.environment.column]
+
+
+def make_player(session: Session, environment: EnvironmentPool, check: Callable[[], None]) -> EpisodePlayer:
+    """What plays episodes of `environment` with the model of `session`."""
+    config = session.config
+    assert config.environment is not None
+    return EpisodePlayer(
+        session.engine,
+        environment,
+        config.environment,
+        continuer(config, session.tokenizer, session.stop_token_ids),
+        session.decode,
+        episode_tokens=config.rollout.max_completion_length,
+        max_seq_length=config.max_seq_length,
+        check=check,
+    )
 
 
 def show(line: str) -> None:
