@@ -518,8 +518,16 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def pass_rates_are_of_single_answers(self) -> Config:
+        if self.environment is not None and any(task.pass_rate for task in self.task):
+            raise ValueError("task.pass_rate is measured on single answers; leave it out with [environment]")
+        return self
+
+    @model_validator(mode="after")
     def reward_names_differ(self) -> Config:
         names = [reward.name or reward.function.split(":")[-1].split(".")[-1] for reward in self.rewards]
+        if self.environment is not None:
+            names.append(self.environment.column)
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"two rewards are called {twice[0]!r}; give one of them a different `name`")

@@ -72,8 +72,21 @@ class Episode:
     over: str = ""
     """Why no further turn fitted, if so."""
     result: Ended | Lost | None = None
-    worked: float = 0.0
-    """Seconds that the engine waited for this episode alone to be able to go on."""
+    judged: bool = True
+    """Whether its environment gives rewards."""
+
+    @property
+    def text(self) -> str:
+        """What the policy said last."""
+        spoken = [message for message in self.messages if message["role"] == "assistant"]
+        return str(spoken[-1]["content"]) if spoken else ""
+
+    @property
+    def success(self) -> bool | None:
+        """What its environment says of it; None where that gives no rewards."""
+        if isinstance(self.result, Ended):
+            return self.result.success if self.judged else None
+        return False
 
     @property
     def tokens(self) -> int:
@@ -127,7 +140,8 @@ class EpisodePlayer:
         self.engine.begin(sampling, starts[0][2] if starts else 0, adapter=adapter)
         self.steps, self.waited, self.requests = 0, 0.0, 0
         self.due = {number: 0 for number, _, _ in starts}  # whose program is to speak, and when it is taken up
-        self.open = {number: Episode(number, seed) for number, _, seed in starts}
+        judged = bool(self.pool.facts["rewards"])
+        self.open = {number: Episode(number, seed, judged=judged) for number, _, seed in starts}
         self.asking: dict[int, Episode] = {}
         try:
             for number, row, seed in starts:
@@ -143,6 +157,15 @@ class EpisodePlayer:
                             self.take(completion)
         finally:
             self.pool.sweep()
+
+    @staticmethod
+    def row(prompt: Prompt) -> dict[str, Any]:
+        """What a program gets of `prompt`: its columns, and the conversation that it opens."""
+        asked = prompt.prompt
+        return {
+            **prompt.columns,
+            "prompt": [{"role": "user", "content": asked}] if isinstance(asked, str) else asked,
+        }
 
     def ready(self) -> list[int]:
         """The episodes whose word is taken up now, after waiting for it where the schedule says so."""
@@ -235,18 +258,21 @@ class EpisodePlayer:
     def observation(self, episode: Episode, new: list[Message], tools: Any, last_token: int) -> list[int]:
         """The tokens of `new` messages; too long ones are cut, the longest first."""
         most = self.settings.max_observation_tokens
-        for _ in range(64):
+        kept = [len(str(message.get("content") or "")) for message in new]
+        while True:
             try:
-                ids = self.continuer.continuation(episode.messages, new, tools, last_token)
+                ids = self.continuer.continuation(episode.messages, shortened(new, kept), tools, last_token)
             except Unprovable:
                 raise
             except Exception as error:
                 raise Unprovable(f"{type(error).__name__}: {error}") from None
             if len(ids) <= most:
                 return ids
-            new = shortened(new, most / len(ids))
+            longest = max(range(len(kept)), key=lambda place: kept[place])
+            if kept[longest] == 0:
+                raise Unusable(f"says more than environment.max_observation_tokens = {most} tokens in a turn")
+            kept[longest] = int(kept[longest] * 0.9 * most / len(ids))
             episode.cut_observations += 1
-        raise Unusable(f"says more than environment.max_observation_tokens = {most} tokens in a turn")
 
     def take(self, completion: Completion) -> None:
         """A finished turn: keep its tokens and hand it to the program."""
@@ -285,14 +311,13 @@ def same(one: Message, other: Message) -> bool:
     return one["role"] == other["role"] and (one.get("content") or "") == (other.get("content") or "")
 
 
-def shortened(messages: list[Message], share: float) -> list[Message]:
-    """`messages` with the longest text cut to about `share` of its length."""
+def shortened(messages: list[Message], kept: Sequence[int]) -> list[Message]:
+    """`messages` with only the first `kept` characters of each text, and a word on what is missing."""
     texts = [str(message.get("content") or "") for message in messages]
-    place = max(range(len(texts)), key=lambda number: len(texts[number]))
-    text = texts[place]
-    kept = min(int(len(text) * share * 0.9), len(text) - 1)
-    changed = {**messages[place], "content": text[: max(kept, 0)] + CUT.format(len(text) - max(kept, 0))}
-    return [*messages[:place], changed, *messages[place + 1 :]]
+    return [
+        message if count >= len(text) else {**message, "content": text[:count] + CUT.format(len(text) - count)}
+        for message, text, count in zip(messages, texts, kept, strict=True)
+    ]
 
 
 class EpisodeSampler(Sampler):
@@ -309,13 +334,8 @@ class EpisodeSampler(Sampler):
         return self.player.settings.column
 
     def _draw(self, requests: list[Request], prompts: Sequence[Prompt]) -> Iterator[tuple[int, Sample]]:
-        starts = []
-        for request in requests:
-            prompt = prompts[request.id // self.num_generations]
-            messages = prompt.prompt
-            if isinstance(messages, str):
-                messages = [{"role": "user", "content": messages}]
-            starts.append((request.id, {**prompt.columns, "prompt": messages}, request.seed))
+        rows = [self.player.row(prompt) for prompt in prompts]
+        starts = [(one.id, rows[one.id // self.num_generations], one.seed) for one in requests]
         lost: dict[str, int] = {}
         for episode in self.player.play(starts, self.sampling):
             if isinstance(episode.result, Lost):
@@ -342,12 +362,11 @@ class EpisodeSampler(Sampler):
         result = episode.result
         transcripts = episode.transcripts if isinstance(result, Ended) else []
         drawn = [(token, own) for one in transcripts for token, own in zip(one.tokens, one.sampled, strict=True)]
-        spoken = [message for message in episode.messages if message["role"] == "assistant"]
         sample = EpisodeSample(
             token_ids=[token for token, own in drawn if own],
             logprobs=[logprob for one in transcripts for logprob in one.logprobs],
             truncated=episode.truncated,
-            text=str(spoken[-1]["content"]) if spoken else "",
+            text=episode.text,
             transcripts=transcripts,
             messages=episode.messages,
         )

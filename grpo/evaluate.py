@@ -12,13 +12,14 @@ Exit codes: 0, done; 2, bad input, told in one sentence.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import math
 import statistics
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,6 +44,8 @@ from grpo.toml import apply_override, read_toml
 from grpo.vocabulary import check_tokens
 
 if TYPE_CHECKING:
+    from grpo.engine import Request, SamplingSettings
+    from grpo.episodes import EpisodePlayer
     from grpo.ranks import Ranks
     from grpo.session import Session
 
@@ -164,19 +167,21 @@ def evaluate(
     adapter: bool = True,
     stream: int = EVALUATION,
     ranks: Ranks | None = None,
+    player: EpisodePlayer | None = None,
 ) -> EvalResult:
     """Sample `settings.num_generations` completions of each prompt and check them.
 
     `adapter = False` asks the model without its adapter. Seeds are the run's seed, `stream`, the prompt and the
     sample's number: every evaluation of a run draws the same random numbers. Of several `ranks` each takes a share of
-    the prompts, and all know the whole result. Raises UserError when there are no prompts, or when a task's check
+    the prompts, and all know the whole result. With a `player` each is an episode. Raises UserError when there are no
+    prompts, or when a task's check
     fails.
     """
     if not prompts:
         raise UserError("there are no held-out questions to evaluate on; give the task some, or unset eval.every")
     started = time.perf_counter()
     own = prompts if ranks is None else prompts[ranks.rank :: ranks.size]
-    samples = sample_and_check(session, own, tasks, settings, adapter=adapter, stream=stream)
+    samples = sample_and_check(session, own, tasks, settings, adapter=adapter, stream=stream, player=player)
     if ranks is not None:
         samples = of_all_ranks(samples, prompts, settings.num_generations, ranks)
     seconds, tokens = time.perf_counter() - started, sum(sample.tokens for sample in samples)
@@ -204,6 +209,7 @@ def sample_and_check(
     *,
     adapter: bool,
     stream: int,
+    player: EpisodePlayer | None = None,
 ) -> list[Sample]:
     """`settings.num_generations` checked completions of each prompt."""
     # vLLM takes seconds to import; the statistics above and --help do without.
@@ -222,6 +228,8 @@ def sample_and_check(
         for number, prompt in enumerate(prompts)
         for member in range(count)
     ]
+    if player is not None:
+        return play_and_check(player, requests, prompts, tasks, sampling, adapter=adapter)
     samples: list[Sample | None] = [None] * len(requests)
     for completion in session.engine.generate(requests, sampling, adapter=adapter):
         number, member = divmod(completion.request_id, count)
@@ -240,6 +248,39 @@ def sample_and_check(
     if len(done) != len(requests):
         raise RuntimeError(f"the engine returned {len(done)} of {len(requests)} completions")
     return done
+
+
+def play_and_check(
+    player: EpisodePlayer,
+    requests: Sequence[Request],
+    prompts: Sequence[Prompt],
+    tasks: Mapping[str, Task],
+    sampling: SamplingSettings,
+    *,
+    adapter: bool,
+) -> list[Sample]:
+    """An episode for each of `requests`, those of a prompt adjacent.
+
+    An environment that gives rewards says whether an episode is a success; for tools alone the task's checks judge the
+    last answer. A lost episode counts as wrong.
+    """
+    count = len(requests) // len(prompts)
+    starts = [(one.id, player.row(prompts[one.id // count]), one.seed) for one in requests]
+    samples = {}
+    for episode in player.play(starts, sampling, adapter=adapter):
+        prompt, text = prompts[episode.number // count], episode.text
+        task, success = tasks[prompt.task], episode.success
+        alone = success is None
+        samples[episode.number] = Sample(
+            prompt=prompt,
+            member=episode.number % count,
+            text=text,
+            tokens=sum(sum(one.sampled) for one in episode.transcripts),
+            truncated=episode.truncated,
+            strict=verdict(task.strict, text, prompt) if alone else bool(success),
+            flexible=verdict(task.flexible, text, prompt) if alone else bool(success),
+        )
+    return [samples[one.id] for one in requests]
 
 
 def verdict(check: Verifier, text: str, prompt: Prompt) -> bool:
@@ -397,7 +438,25 @@ def evaluate_target(config: Config, adapter: Path | None, *, with_base: bool) ->
         if data.eval_dropped:
             print(f"{data.eval_dropped} questions longer than rollout.max_prompt_length left out", file=sys.stderr)
         kinds = ([ADAPTER] if adapter else []) + ([BASE] if with_base or not adapter else [])
-        return {kind: evaluate(session, data.eval, data.tasks, config.eval, adapter=kind == ADAPTER) for kind in kinds}
+        with held_out_player(session) as player:
+            return {
+                kind: evaluate(session, data.eval, data.tasks, config.eval, adapter=kind == ADAPTER, player=player)
+                for kind in kinds
+            }
+
+
+@contextlib.contextmanager
+def held_out_player(session: Session) -> Iterator[EpisodePlayer | None]:
+    """What plays held-out episodes, where the configuration has an environment."""
+    if session.config.environment is None:
+        yield None
+        return
+    from grpo.play import check_conversation, make_player, start_environment
+
+    check_conversation(session.config, session.tokenizer, session.stop_token_ids)
+    with start_environment(session.config) as pool:
+        assert pool is not None
+        yield make_player(session, pool)
 
 
 def last_step(run: Path) -> int:

@@ -32,9 +32,8 @@ from grpo.checkpoint import (
 from grpo.config import Config, config_toml
 from grpo.data import Data, Prompt, PromptStream, keep_by_pass_rate, load_data
 from grpo.environment import versions
-from grpo.environments.continuation import Continuer
 from grpo.environments.pool import EnvironmentPool
-from grpo.episodes import EpisodePlayer, EpisodeSampler
+from grpo.episodes import EpisodeSampler
 from grpo.errors import UserError
 from grpo.evaluate import evaluate, measure_pass_rates
 from grpo.guard import UnusableUpdate, dump_folder, whole, write_dump
@@ -45,16 +44,16 @@ from grpo.log import RunLog
 from grpo.loss import resolve_loss
 from grpo.machine import resolve_device
 from grpo.plan import sequence_limits
+from grpo.play import check_conversation, make_player, own_rewards, start_environment
 from grpo.ranks import Ranks, connect
 from grpo.records import EVALUATIONS, printable, read_entries
 from grpo.reference import set_reference
 from grpo.rewards.pool import RewardPool
 from grpo.rewards.resolve import described
-from grpo.rewards.runner import machine_memory
 from grpo.sampler import Group, Rollout, Sampler, sample_seed
 from grpo.scored import logged, reward_table, sampling_metrics
 from grpo.selftest import check_rollout_follows_adapter
-from grpo.session import ModelFiles, Session, open_session, read_model
+from grpo.session import Session, open_session, read_model
 from grpo.silent_log import SilentLog
 from grpo.state import load_tensors, save_tensors
 from grpo.survival import adapter_survival
@@ -95,10 +94,11 @@ class Trainer:
             own = own_share(config, ranks.size)
             folder = config.checkpoint.output_dir
             resumed = folder if self.resume else None
-            check_conversation(config, files)
+            check_conversation(config, files.tokenizer, files.stop_token_ids)
+            log.status("starting the environment" if config.environment else "")
             with (
                 start_rewards(data, log) as pool,
-                start_environment(config, log) as environment,
+                start_environment(config, show) as environment,
                 open_session(own, files=files, status=log.status, resumed=resumed, agree=ranks.of_first) as session,
             ):
                 return train_session(session, data, folder, log, self.resume, pool, ranks, environment)
@@ -147,45 +147,6 @@ def facts(config: Config) -> dict[str, Any]:
     }
 
 
-def check_conversation(config: Config, files: ModelFiles) -> None:
-    """Raise UserError where the model's chat template cannot continue the conversations of `[environment]`."""
-    if config.environment is not None:
-        continuer(config, files.tokenizer, files.stop_token_ids).prove(tools=config.environment.kind != "program")
-
-
-def continuer(config: Config, tokenizer: Any, end_tokens: tuple[int, ...]) -> Continuer:
-    """The tokens between turns, by the model's chat template."""
-    if tokenizer.chat_template is None:
-        raise UserError(
-            "[environment] needs a chat template, and the model's tokenizer has none; set model.chat_template"
-        )
-    return Continuer(tokenizer, end_tokens, config.rollout.chat_template_kwargs)
-
-
-def start_environment(config: Config, log: RunLog) -> contextlib.AbstractContextManager[EnvironmentPool | None]:
-    """The environment of `config`, loaded; None where it has none. Raises UserError where it gives no reward either."""
-    settings = config.environment
-    if settings is None:
-        return contextlib.nullcontext()
-    log.status("starting the environment")
-    gigabytes = settings.memory_limit_gb
-    pool = EnvironmentPool(
-        settings.column,
-        settings.kind,
-        getattr(settings, settings.kind),
-        settings.options,
-        python=settings.python,
-        processes=settings.processes,
-        timeout=settings.timeout,
-        memory_limit=machine_memory() // 2 if gigabytes is None else int(gigabytes * 1e9),
-        on_output=show,
-    )
-    if settings.kind == "factory" and not (pool.facts["rewards"] or config.rewards):
-        pool.close()
-        raise UserError(f"environment {settings.factory!r} has no get_reward; add it, or a [[rewards]] table")
-    return pool
-
-
 def start_rewards(data: Data, log: RunLog) -> contextlib.AbstractContextManager[RewardPool | None]:
     """The reward functions of `data`, loaded. What they print is shown without what a terminal would act upon."""
     if not data.rewards:  # an environment gives its own
@@ -214,7 +175,7 @@ def train_session(
         with start_rewards(data, log) as pool:
             return train_session(session, data, folder, log, resume, pool, ranks, environment)
     if environment is None and session.config.environment is not None:
-        with start_environment(session.config, log) as environment:
+        with start_environment(session.config, show) as environment:
             return train_session(session, data, folder, log, resume, pool, ranks, environment)
     if data.dropped:
         log.notice(f"{data.dropped} prompts longer than rollout.max_prompt_length were dropped")
@@ -469,7 +430,8 @@ class Run:
         if not due or not self.data.eval or self.step in self.accuracies:
             return
         self.log.status("evaluating")
-        result = evaluate(self.session, self.data.eval, self.data.tasks, settings, ranks=self.ranks)
+        player = self.sampler.player if isinstance(self.sampler, EpisodeSampler) else None
+        result = evaluate(self.session, self.data.eval, self.data.tasks, settings, ranks=self.ranks, player=player)
         accuracy = result.metrics["eval/strict_accuracy"]
         if self.ranks.first and settings.keep_best and accuracy > max(self.accuracies.values(), default=-1.0):
             # Before it is recorded: a run that dies in between does it again.
@@ -549,29 +511,6 @@ class Run:
         summary = {"adapter": str(adapter), "model": self.config.model.name}
         self.log.finish(summary)
         return summary
-
-
-def own_rewards(config: Config, environment: EnvironmentPool | None) -> list[str]:
-    """The column of the environment's own reward, if it gives one. Raises UserError for a reward of the same name."""
-    if environment is None or config.environment is None or not environment.facts["rewards"]:
-        return []
-    return [config.environment.column]
-
-
-def make_player(session: Session, environment: EnvironmentPool, check: Callable[[], None]) -> EpisodePlayer:
-    """What plays episodes of `environment` with the model of `session`."""
-    config = session.config
-    assert config.environment is not None
-    return EpisodePlayer(
-        session.engine,
-        environment,
-        config.environment,
-        continuer(config, session.tokenizer, session.stop_token_ids),
-        session.decode,
-        episode_tokens=config.rollout.max_completion_length,
-        max_seq_length=config.max_seq_length,
-        check=check,
-    )
 
 
 def show(line: str) -> None:

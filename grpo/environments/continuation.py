@@ -18,7 +18,7 @@ SENTINEL = "\u2063said\u2063"
 REPLIES = ("yes", "Two lines:\n2 + 3 = 5", "<think>\nhm\n</think>\n\nyes")
 """What an assistant may have said, in the proofs."""
 QUESTION, OBSERVED = "What is it, and why?", "Seen 42."
-CALL = {"type": "function", "id": "c12345678", "function": {"name": "look", "arguments": {"at": 1}}}
+CALL: Message = {"type": "function", "id": "c12345678", "function": {"name": "look", "arguments": {"at": 1}}}
 TOOL: Message = {
     "type": "function",
     "function": {
@@ -93,7 +93,7 @@ class Continuer:
 
     def prove(self, *, tools: bool) -> None:
         """Raise UserError unless continuations hold for this template: after users' and, with `tools`, tools' turns."""
-        wanted = [(kind, [{"role": "user", "content": "And now?"}]) for kind in ("user",)]
+        wanted: list[tuple[str, list[Message]]] = [("user", [{"role": "user", "content": "And now?"}])]
         if tools:
             wanted.append(("tool", [{"role": "tool", "name": "look", "tool_call_id": CALL["id"], "content": OBSERVED}]))
         for kind, new in wanted:

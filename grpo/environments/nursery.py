@@ -69,11 +69,12 @@ class Nursery:
         """Until the trainer is gone."""
         try:
             while True:
-                ready, _, _ = select.select([self.control, self.wake], [], [])
+                control = self.control.fileno()
+                ready, _, _ = select.select([control, self.wake], [], [])
                 if self.wake in ready:
                     os.read(self.wake, 1 << 12)
                 self.reap()
-                if self.control in ready and not self.command():
+                if control in ready and not self.command():
                     return
         finally:
             self.end_everything()
