@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from grpo.environments.tool_calls import read_calls
 from grpo.errors import UserError
 from grpo.rewards.resolve import described
 
@@ -124,10 +125,18 @@ class Continuer:
             raise Unprovable("what follows a turn depends on what was said in it")
         if new[0]["content"] not in rest:
             raise Unprovable(f"it does not show a {kind}'s message")
-        if kind == "tool" and TOOL["function"]["name"] not in self.render(history[:1], schemas, opens=True):
-            raise Unprovable("it does not show which tools there are")
+        if kind == "tool":
+            self.prove_calls(history, schemas)
         if self.tokenizer.decode(self.tokens(rest), skip_special_tokens=False) != rest:
             raise Unprovable("its tokens are not its text")
+
+    def prove_calls(self, history: list[Message], schemas: Any) -> None:
+        """Raise Unprovable where the template shows no tools, or calls in a form that is not read."""
+        if CALL["function"]["name"] not in self.render(history[:1], schemas, opens=True):
+            raise Unprovable("it does not show which tools there are")
+        shown = self.render(history, schemas, opens=False).rpartition(QUESTION)[2]
+        if read_calls(shown)[0] != [CALL["function"]]:
+            raise Unprovable("it writes calls in another form than JSON between <tool_call> and </tool_call>")
 
 
 def clean(message: Message) -> Message:
