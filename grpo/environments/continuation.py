@@ -12,7 +12,7 @@ from typing import Any
 
 from grpo.environments.tool_calls import read_calls
 from grpo.errors import UserError
-from grpo.rewards.resolve import described
+from grpo.references import described
 
 Message = dict[str, Any]
 SENTINEL = "\u2063said\u2063"

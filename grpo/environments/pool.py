@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import grpo
+from grpo.environments.fork_server import ORDER
 from grpo.environments.link import Garbage, Inbox, packed
-from grpo.environments.nursery import ORDER
 from grpo.errors import UserError
 
 LOAD_SECONDS = 300.0
@@ -36,7 +36,7 @@ folder = os.path.dirname(sys.argv[2])
 spec = importlib.util.spec_from_file_location("grpo", sys.argv[2], submodule_search_locations=[folder])
 sys.modules["grpo"] = module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
-from grpo.environments.nursery import main
+from grpo.environments.fork_server import main
 main(socket.socket(fileno=int(sys.argv[1])))
 """
 

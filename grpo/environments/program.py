@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from grpo.environments.link import receive, send
-from grpo.rewards.resolve import described, location
+from grpo.references import described, location
 
 Message = dict[str, Any]
 

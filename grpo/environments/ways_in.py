@@ -10,7 +10,7 @@ from typing import Any
 from grpo.environments.program import EpisodeOver, Message, Program, Sampling
 from grpo.environments.schemas import tool_schema
 from grpo.errors import UserError
-from grpo.rewards.resolve import resolve
+from grpo.references import resolve
 
 RESERVED = ("reset", "get_reward")
 """Methods of a TRL environment that are no tools."""
