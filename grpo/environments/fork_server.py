@@ -20,7 +20,8 @@ import sys
 from typing import Any
 
 from grpo.environments.link import receive, send
-from grpo.environments.program import Program, load, play, told
+from grpo.environments.program import Program, play, told
+from grpo.environments.ways_in import load
 
 SUBREAPER, PARENT_DEATH = 36, 1
 ORDER = 64

@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import grpo
 from grpo.environments.fork_server import ORDER
 from grpo.environments.link import Garbage, Inbox, packed
 from grpo.errors import UserError
@@ -123,7 +122,7 @@ class EnvironmentPool:
 
     def _start_nursery(self) -> None:
         self._control, theirs = socket.socketpair()
-        home = Path(grpo.__file__).resolve()
+        home = Path(__file__).resolve().parents[1] / "__init__.py"
         path = [entry or os.getcwd() for entry in sys.path] if self._python is None else None
         command = [self._python or sys.executable, "-P", "-c", BOOT, str(theirs.fileno()), str(home), json.dumps(path)]
         try:

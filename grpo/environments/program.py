@@ -57,13 +57,6 @@ class Program:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
-def load(setup: Mapping[str, Any]) -> Program:
-    """The environment that `setup` names. Raises UserError, or what its file raises."""
-    from grpo.environments.ways_in import WAYS_IN
-
-    return WAYS_IN[setup["kind"]](setup["reference"], dict(setup["options"]))
-
-
 class Sampling:
     """`sample` of one episode."""
 

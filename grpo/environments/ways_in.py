@@ -152,3 +152,8 @@ WAYS_IN: dict[str, Callable[[Any, dict[str, Any]], Program]] = {
     "tools": tools,
     "factory": factory,
 }
+
+
+def load(setup: Mapping[str, Any]) -> Program:
+    """The environment that `setup` names. Raises UserError, or what its file raises."""
+    return WAYS_IN[setup["kind"]](setup["reference"], dict(setup["options"]))

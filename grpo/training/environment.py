@@ -1,4 +1,4 @@
-"""What `[environment]` of a configuration starts: its processes, the proof of the chat template, and the player."""
+"""What a configuration has groups drawn by: the sampler and, for `[environment]`, its processes and the player."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from grpo.config.schema import Config
+from grpo.distributed.ranks import Ranks
 from grpo.environments.continuation import Continuer
 from grpo.environments.pool import EnvironmentPool
 from grpo.errors import UserError
 from grpo.printable import printable
+from grpo.rewards.runtime.pool import RewardPool
 from grpo.rewards.runtime.runner import machine_memory
-from grpo.rollout.episodes import EpisodePlayer
+from grpo.rollout.episodes import EpisodePlayer, EpisodeSampler
+from grpo.rollout.sampler import Sampler
 from grpo.session import Session
 
 
@@ -84,6 +87,34 @@ def make_player(
         max_seq_length=config.max_seq_length,
         check=check,
     )
+
+
+def make_sampler(
+    session: Session,
+    pool: RewardPool | None,
+    environment: EnvironmentPool | None,
+    *,
+    max_steps: int,
+    check: Callable[[], None],
+    ranks: Ranks,
+    notice: Callable[[str], None],
+) -> Sampler:
+    """What draws groups: of completions or, in an `environment`, of episodes."""
+    config = session.config
+    sampling = session.sampling(config.rollout.temperature, config.rollout.max_completion_length)
+    named: dict[str, Any] = {
+        "num_generations": config.rollout.num_generations,
+        "seed": config.train.seed,
+        "max_steps": max_steps,
+        "decode": session.decode,
+        "check": check,
+        "ranks": ranks,
+        "parts": config.train.optimizer_steps_per_rollout,
+    }
+    if environment is None:
+        return Sampler(session.engine, pool, sampling, **named)
+    player = make_player(session, environment, check)
+    return EpisodeSampler(session.engine, pool, sampling, **named, player=player, notice=notice)
 
 
 @contextlib.contextmanager

@@ -35,7 +35,7 @@ from grpo.printable import printable
 from grpo.references import described
 from grpo.rewards.runtime.pool import RewardPool
 from grpo.rollout.episodes import EpisodeSampler
-from grpo.rollout.sampler import Group, Rollout, Sampler, sample_seed
+from grpo.rollout.sampler import Group, Rollout, sample_seed
 from grpo.run.checkpoint import latest, open_run, replace_folder, run_is_begun, save, step_numbers, write_atomically
 from grpo.run.machine import resolve_device
 from grpo.run.records import EVALUATIONS, read_entries
@@ -45,7 +45,7 @@ from grpo.run.versions import versions
 from grpo.session import Session, open_session, read_model
 from grpo.training.advantages import Advantages, compute_advantages
 from grpo.training.dump import dump_folder, whole, write_dump
-from grpo.training.environment import check_conversation, make_player, own_rewards, start_environment
+from grpo.training.environment import check_conversation, make_sampler, own_rewards, start_environment
 from grpo.training.evaluation import evaluate, measure_pass_rates
 from grpo.training.learner import UNMEASURED, Learner
 from grpo.training.loss import resolve_loss
@@ -223,34 +223,12 @@ class Run:
         own = own_rewards(config, environment)
         self.weights = torch.tensor([1.0] * len(own) + [one.weight for one in data.rewards], dtype=torch.float64)
         self.reward_names = own + [reward.column for reward in data.rewards]
-        self.sampler = self.make_sampler(pool, environment, check)
+        self.sampler = make_sampler(
+            session, pool, environment, max_steps=self.max_steps, check=check, ranks=self.ranks, notice=log.notice
+        )
         self.step = self.saved = 0
         self.whole = True
         self.accuracies: dict[int, float] = {}
-
-    def make_sampler(
-        self, pool: RewardPool | None, environment: EnvironmentPool | None, check: Callable[[], None]
-    ) -> Sampler:
-        """What draws groups: of completions or, in an `environment`, of episodes."""
-        config, session = self.config, self.session
-        arguments = (
-            session.engine,
-            pool,
-            session.sampling(config.rollout.temperature, config.rollout.max_completion_length),
-        )
-        named: dict[str, Any] = {
-            "num_generations": config.rollout.num_generations,
-            "seed": config.train.seed,
-            "max_steps": self.max_steps,
-            "decode": session.decode,
-            "check": check,
-            "ranks": self.ranks,
-            "parts": config.train.optimizer_steps_per_rollout,
-        }
-        if environment is None:
-            return Sampler(*arguments, **named)
-        player = make_player(session, environment, check)
-        return EpisodeSampler(*arguments, **named, player=player, notice=self.log.notice)
 
     def chosen_prompts(self) -> list[Prompt]:
         """The training prompts, without those whose pass rate is outside their task's window.
