@@ -456,8 +456,8 @@ class Environment(Section):
             )
         chosen = [name for name in ("program", "tools", "factory") if getattr(self, name)]
         if len(chosen) != 1:
-            have = " and ".join(chosen) or "none of them"
-            raise ValueError(f"{have} set: an environment is exactly one of program, tools and factory")
+            have = " and ".join(chosen) + " are" if chosen else "none of them is"
+            raise ValueError(f"an environment must be exactly one of program, tools and factory; {have} set")
         return self
 
     @property
