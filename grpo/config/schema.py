@@ -447,13 +447,17 @@ class Environment(Section):
     python: str | None = None
     """Another Python interpreter to run the environment with, which has packages of its own."""
 
+    @field_validator("rollout_func")
+    @classmethod
+    def no_rollout_func(cls, value: str | None) -> None:
+        if value is not None:
+            raise ValueError(
+                "it would return token ids of its own making, and is not supported; write the same loop as `program`, "
+                "an async function that asks `sample` for each turn"
+            )
+
     @model_validator(mode="after")
     def exactly_one_way_in(self) -> Environment:
-        if self.rollout_func is not None:
-            raise ValueError(
-                "rollout_func is not supported: it would return token ids of its own making; write the same loop as "
-                "`program`, an async function that asks `sample` for each turn"
-            )
         chosen = [name for name in ("program", "tools", "factory") if getattr(self, name)]
         if len(chosen) != 1:
             have = " and ".join(chosen) + " are" if chosen else "none of them is"

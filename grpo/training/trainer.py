@@ -14,6 +14,7 @@ import math
 import resource
 import time
 from collections.abc import Callable
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -326,8 +327,8 @@ class Run:
         every = self.config.log.adapter_survival_every
         if not self.ranks.first or every is None or (step > 1 and step % every):
             return {}
-        kept = [(group.prompt.token_ids, sample) for group in groups for sample in group.own[:1] if sample.length]
-        firsts = [sample.segments(prompt_ids)[0] for prompt_ids, sample in kept]
+        turns = zip_longest(*([one.segments(group.prompt.token_ids) for one in group.own] for group in groups))
+        firsts = [one[0] for turn in turns for one in turn if one]  # one of each group, then another
         share = adapter_survival(
             self.session.policy, [one.prompt_ids for one in firsts], [one.token_ids for one in firsts]
         )
