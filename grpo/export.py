@@ -160,6 +160,7 @@ def open_merged(target: Target, notice: Callable[[str], None]) -> MergedSource:
     """The base with the adapter folded in; says which weights it is made of."""
     from grpo.architectures import check_supported
     from grpo.fingerprint import UNQUANTISED, Fingerprint, check_base
+    from grpo.inventory import account
     from grpo.merge import Adapter, MergedSource
     from grpo.source import open_source
 
@@ -168,6 +169,8 @@ def open_merged(target: Target, notice: Callable[[str], None]) -> MergedSource:
     adapter = Adapter(target.adapter)
     base = open_source(model)
     check_supported(base.config, str(base.path))
+    for sentence in account(base):
+        notice(sentence)
     merged = MergedSource(base, adapter)
     check_base(target.adapter, Fingerprint.of(base), model.name)
     if base.stored_as in UNQUANTISED:
@@ -219,9 +222,11 @@ def write_adapter(target: Target, folder: Path, notice: Callable[[str], None]) -
     adapter = Adapter(target.adapter)
     model = base_model(target)
     if local_path(model.name) is not None:
+        from grpo.inventory import account
         from grpo.source import open_source
 
         base = open_source(model)
+        account(base)
         check_fits(adapter, base, base.names)
         check_base(target.adapter, Fingerprint.of(base), model.name)
     config = {**adapter.config, "base_model_name_or_path": lasting_name(model.name), "inference_mode": True}

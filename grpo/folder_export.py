@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo.architectures import ARCHITECTURES, fused_linears
+from grpo.architectures import ARCHITECTURES, HEAD, fused_linears
 from grpo.base import is_named
 from grpo.bnb_format import packed_entries, quantization_config, unpacked
 from grpo.errors import UserError
@@ -148,6 +148,7 @@ def model_config(source: MergedSource, dtype: torch.dtype) -> dict[str, Any]:
     for stale in ("quantization_config", "auto_map", "_name_or_path"):
         values.pop(stale, None)
     values["torch_dtype" if "torch_dtype" in values else "dtype"] = str(dtype).removeprefix("torch.")
+    values["tie_word_embeddings"] = HEAD not in source.names
     values["architectures"] = [ARCHITECTURES[source.config.model_type]]
     return values
 

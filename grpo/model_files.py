@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from grpo.architectures import biased, expected_shapes, fused_linears
 from grpo.errors import UserError
+from grpo.weight_files import unique
 
 if TYPE_CHECKING:
     from grpo.source import Source
@@ -35,7 +36,7 @@ HEAD_SIZES_ON_CPU = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 def read_object(file: Path) -> dict[str, Any]:
     """The JSON object in `file`. Raises UserError naming the line of a mistake."""
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=unique)
     except json.JSONDecodeError as error:
         raise UserError(f"{file}:{error.lineno}: not valid JSON ({error.msg}); download it again") from None
     except (OSError, ValueError, RecursionError) as error:

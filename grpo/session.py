@@ -22,10 +22,11 @@ from grpo.config import Config
 from grpo.errors import UserError
 from grpo.generation import EngineSettings, SamplingSettings
 from grpo.host_memory import give_back_pinned
+from grpo.inventory import account
 from grpo.keep_16bit import load_base
 from grpo.locate import lasting_name
 from grpo.machine import check_machine, resolve_device
-from grpo.model_files import check_head_size, check_shapes, end_tokens
+from grpo.model_files import check_head_size, end_tokens
 from grpo.model_keys import check_keys, settle
 from grpo.plan import MemoryPlan, check_memory, lighter_weights, plan_memory, sequence_limits, weight_bytes
 from grpo.policy import Policy
@@ -79,7 +80,7 @@ def read_model(
 ) -> ModelFiles:
     """Find the model of `config` and read everything but its weights: enough to tokenise the data.
 
-    `notice` is told, a sentence each, what of the model's configuration is not obeyed.
+    `notice` is told, a sentence each, what of the model's configuration is not obeyed and what of its files not used.
     """
     status(f"reading {config.model.name}")
     source = open_source(config.model)
@@ -90,7 +91,8 @@ def read_model(
         notice(sentence)
     check_head_size(text, source.path, on_cpu=resolve_device(config.model.device).type == "cpu")
     adapter_targets(text, config.lora.target_modules)
-    check_shapes(source)
+    for sentence in account(source):
+        notice(sentence)
     tokenizer = source.tokenizer()
     if config.model.chat_template is not None:
         tokenizer.chat_template = read_template(config.model.chat_template)
