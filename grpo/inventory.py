@@ -97,7 +97,7 @@ def extras(source: Source, config: Any, surplus: set[str]) -> Iterator[str]:
         found.setdefault(kind, []).append(name)
     for kind, names in found.items():
         rest = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        yield f"{source.path}: {names[0]}{rest} is not used: {kind}"
+        yield f"{source.path}: not used: {names[0]}{rest}, {kind}"
 
 
 def predicts_more(config: Any, name: str) -> bool:

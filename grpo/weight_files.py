@@ -60,9 +60,8 @@ def unread_files(folder: Path, read: Iterable[Path]) -> list[str]:
     if not others:
         return []
     more = f" and {len(others) - 1} more" if len(others) > 1 else ""
-    return [
-        f"{folder}: the weights are those of {read[0].name}, as for transformers; {others[0].name}{more} is not read"
-    ]
+    also = f"not read: {others[0].name}{more}"
+    return [f"{folder}: the weights are those of {read[0].name}, as for transformers; {also}"]
 
 
 def stored_names(file: Path) -> list[str]:
