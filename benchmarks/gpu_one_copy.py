@@ -3,8 +3,8 @@
 Starts one process for each part (a model has the GPU to itself, and start-up is measured from nothing), gathers what
 they print, checks it against the project's bars, and writes one JSON file.
 
-    python benchmarks/gpu_one_copy.py --model SmolLM2-135M-Instruct.Q4_1.gguf --out benchmarks/results/gpu_one_copy.json
-    python benchmarks/gpu_one_copy.py --parts start-3b,routes-3b --budget 200
+    python -m benchmarks.gpu_one_copy --model SmolLM2-135M-Instruct.Q4_1.gguf --out benchmarks/results/gpu_one_copy.json
+    python -m benchmarks.gpu_one_copy --parts start-3b,routes-3b --budget 200
 
 Parts: `load-8b` and `start-3b` (random weights of the Llama shapes), `routes-3b` (the adapter in our linear layers,
 in vLLM's LoRA layers, and absent), `mismatch` (SmolLM2 after 20 optimiser steps, on a 16-bit and on an NF4 base,
@@ -25,29 +25,26 @@ from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.common.processes import wait_or_end, write_result
 
-from benchmarks.processes import wait_or_end, write_result
-
-HERE = Path(__file__).resolve().parent
 Keep = Callable[[dict[str, Any]], None]
 PARTS = ("start-3b", "load-8b", "routes-3b", "mismatch")
 GIB = 2**30
 
 
 class Runner:
-    """Runs the scripts of the parts, each with what is left of the time."""
+    """Runs the benchmarks of the parts, each with what is left of the time."""
 
     def __init__(self, budget: float):
         self.ends = time.monotonic() + budget
 
-    def __call__(self, script: str, *arguments: str) -> dict[str, Any]:
-        """The JSON on the script's last line, or {"error": ...}."""
+    def __call__(self, benchmark: str, *arguments: str) -> dict[str, Any]:
+        """The JSON on the benchmark's last line, or {"error": ...}."""
         left = self.ends - time.monotonic()
         if left < 15:
             return {"error": "skipped: no time left"}
-        command = [sys.executable, str(HERE / script), *arguments]
-        print("$", script, *arguments, flush=True)
+        command = [sys.executable, "-m", f"benchmarks.{benchmark}", *arguments]
+        print("$", benchmark, *arguments, flush=True)
         started = time.monotonic()
         with (
             tempfile.TemporaryFile("w+", errors="replace") as out,
@@ -72,7 +69,7 @@ def model_part(run: Runner, options: argparse.Namespace, shape: str, *arguments:
             "tiny",
             [*sizes, "--sequences=2,4", "--prompt-tokens=16", "--new-tokens=8", "--max-seq-length=64"],
         )
-    return run("one_copy_model.py", "--shape", shape, *arguments, *sizes)
+    return run("one_copy_model", "--shape", shape, *arguments, *sizes)
 
 
 def start_3b(run: Runner, options: argparse.Namespace, keep: Keep) -> None:
@@ -112,7 +109,7 @@ def mismatch(run: Runner, options: argparse.Namespace, keep: Keep) -> None:
             }
             for name, mode in modes.items():
                 where = ["--dtype", dtype, *common]
-                futures[pool.submit(run, "one_copy_mismatch.py", *mode, *where)] = f"{dtype}/{name}"
+                futures[pool.submit(run, "one_copy_mismatch", *mode, *where)] = f"{dtype}/{name}"
         for future in as_completed(futures):
             keep({futures[future]: future.result()})
 
@@ -122,7 +119,7 @@ def export(run: Runner, options: argparse.Namespace, dtype: str, folder: Path, *
     if (folder / "config.json").exists():
         return None
     where = ["--model", options.model, "--folder", str(folder), "--dtype", dtype]
-    made = run("one_copy_mismatch.py", "export", *where, *form)
+    made = run("one_copy_mismatch", "export", *where, *form)
     return made if "error" in made else None
 
 

@@ -4,8 +4,8 @@ Starts `python -m grpo.train` on configs/gsm8k-smollm2.toml, stops it at the giv
 --kill as a power cut does), continues with --resume, and notes in RUN/processes.jsonl what each process did. Call it
 again to go on after the time budget ended; `plot_run.py` draws the result.
 
-    python benchmarks/gsm8k_gpu.py --data GSM8K_FOLDER --model MODEL.gguf --run /tmp/gsm8k --stop-at 40,80 --budget 560
-    python benchmarks/plot_run.py /tmp/gsm8k --out benchmarks/results/gsm8k_smollm2
+    python -m benchmarks.gsm8k_gpu --data GSM8K_FOLDER --model MODEL.gguf --run /tmp/gsm8k --stop-at 40,80 --budget 560
+    python -m benchmarks.plot_run /tmp/gsm8k --out benchmarks/results/gsm8k_smollm2
 """
 
 from __future__ import annotations

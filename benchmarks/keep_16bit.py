@@ -5,7 +5,7 @@ divergence of the next-token distributions), and its evaluation loss on real tex
 NF4, NF4 with `keep_16bit = "auto"` (5 % of the layers' weights, chosen on other text by what the output loses), and NF4
 with the layers that --keep names. Of every form it says how much of NF4's loss it gives back.
 
-    python benchmarks/keep_16bit.py --model MODEL --data test.jsonl --keep down_proj --out keep_16bit.json
+    python -m benchmarks.keep_16bit --model MODEL --data test.jsonl --keep down_proj --out keep_16bit.json
 
 --data: JSON lines with "question" and "answer" (GSM8K) or "text".
 """
@@ -19,19 +19,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import torch
 from torch import Tensor
 
-from grpo.config import Lora, Model
-from grpo.environment import hardware, versions
-from grpo.keep_16bit import load_base
-from grpo.machine import resolve_device
-from grpo.memory import linear_shapes
-from grpo.policy import Policy
+from grpo.config.schema import Lora, Model
+from grpo.model.sizes import linear_shapes
+from grpo.model.source import open_source
+from grpo.policy.keep_16bit import load_base
+from grpo.policy.policy import Policy
+from grpo.run.machine import resolve_device
+from grpo.run.versions import hardware, versions
 from grpo.session import resolve_dtype
-from grpo.source import open_source
 
 
 def texts(file: Path, count: int) -> list[str]:

@@ -6,10 +6,11 @@ are drawn evenly within a phase (every step of vLLM in a rollout, every gradient
 operation while a checkpoint, samples, an evaluation, the report or the final adapter is written), or evenly in time.
 What must be the same bit for bit: adapter, best adapter, optimiser state, metrics, held-out figures, completions.
 
-    python benchmarks/kill_resume.py --kills 50 --out benchmarks/results/kill_resume.json
+    python -m benchmarks.kill_resume --kills 50 --out benchmarks/results/kill_resume.json
 
-The model is tiny and random and the processes are forked from one in which vLLM has started (tests/forked_runs.py), so
-that a kill takes seconds. Exit code 1 if any run is not the same, or lost more than the steps since its checkpoint.
+The model is tiny and random and the processes are forked from one in which vLLM has started
+(tests/helpers/forked_runs.py), so that a kill takes seconds. Exit code 1 if any run is not the same, or lost more than
+the steps since its checkpoint.
 """
 
 from __future__ import annotations
@@ -28,17 +29,13 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
-from forked_runs import PHASES, ForkedRuns  # noqa: E402
-from same_run import differences  # noqa: E402
-from small_chat import save_small_chat_model  # noqa: E402
-from tiny_run import run_tables, save_rewards, write_config  # noqa: E402
-
-from grpo.checkpoint import latest  # noqa: E402
-from grpo.environment import hardware, versions  # noqa: E402
-from grpo.records import METRICS, read_entries  # noqa: E402
+from grpo.run.checkpoint import latest
+from grpo.run.records import METRICS, read_entries
+from grpo.run.versions import hardware, versions
+from tests.helpers.forked_runs import PHASES, ForkedRuns
+from tests.helpers.same_run import differences
+from tests.helpers.small_chat import save_small_chat_model
+from tests.helpers.tiny_run import run_tables, save_rewards, write_config
 
 STEPS, SAVE_STEPS = 8, 3
 AGAIN = 1 / 3

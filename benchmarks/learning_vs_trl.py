@@ -1,10 +1,10 @@
 """Learning against TRL's GRPOTrainer: the same model, data, rewards, seed and settings, from one configuration.
 
-    python benchmarks/learning_vs_trl.py all --config configs/quickstart.toml --model MODEL --out results/NAME
-    python benchmarks/learning_vs_trl.py all --at-once ...                   # every run at the same time, on one GPU
-    python benchmarks/learning_vs_trl.py ours --config C.toml --model MODEL --seed 1 --runs /tmp/runs
-    python benchmarks/learning_vs_trl.py trl --config C.toml --model MODEL --seed 0 --runs /tmp/runs
-    python benchmarks/learning_vs_trl.py plot --runs /tmp/runs --out results/NAME
+    python -m benchmarks.learning_vs_trl all --config configs/quickstart.toml --model MODEL --out results/NAME
+    python -m benchmarks.learning_vs_trl all --at-once ...                   # every run at the same time, on one GPU
+    python -m benchmarks.learning_vs_trl ours --config C.toml --model MODEL --seed 1 --runs /tmp/runs
+    python -m benchmarks.learning_vs_trl trl --config C.toml --model MODEL --seed 0 --runs /tmp/runs
+    python -m benchmarks.learning_vs_trl plot --runs /tmp/runs --out results/NAME
 
 `all` starts each run in a process of its own: three seeds of ours, one of TRL's unless told otherwise. What is measured
 is kept step by step: a run that the budget ends counts with the steps that it made. Times of runs that share a GPU are
@@ -28,12 +28,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
+from benchmarks.common.processes import wait_or_end
 from benchmarks.plot_run import mean_and_error, smoothed
-from benchmarks.processes import wait_or_end
-from grpo.config import Config, read_config
-from grpo.records import read_entries
+from grpo.config.schema import Config, read_config
+from grpo.run.records import read_entries
 
 ROOT = Path(__file__).resolve().parent.parent
 LAST = 10
@@ -135,8 +133,8 @@ def trl_arguments(config: Config, options: argparse.Namespace, gpu: bool) -> dic
 
 def trl_rewards(specs: Sequence[Any]) -> list[Callable[..., list[float | None]]]:
     """The configuration's rewards as functions that TRL calls."""
+    from grpo.references import resolve
     from grpo.rewards.builtin import ALIASES, BUILTIN
-    from grpo.rewards.resolve import resolve
 
     functions = []
     for spec in specs:
@@ -237,7 +235,7 @@ def keep(options: argparse.Namespace, result: dict[str, Any]) -> None:
     """Write one run's result, so far, with what it ran on."""
     import torch
 
-    from grpo.environment import hardware, versions
+    from grpo.run.versions import hardware, versions
 
     if torch.cuda.is_available():
         torch.cuda.init()  # so that the GPU is named
@@ -278,7 +276,8 @@ def finished(file: Path) -> bool:
 
 
 def begin(options: argparse.Namespace, mode: str, system: str, seed: int) -> subprocess.Popen[bytes]:
-    command = [sys.executable, __file__, mode, "--config", str(options.config), "--model", options.model]
+    command = [sys.executable, "-m", "benchmarks.learning_vs_trl", mode, "--config", str(options.config)]
+    command += ["--model", options.model]
     command += ["--seed", str(seed), "--runs", str(options.runs), "--micro-batch", str(options.micro_batch)]
     command += ["--trl-kv-gib", str(options.trl_kv_gib)]
     command += [word for pair in options.set for word in ("--set", pair)]

@@ -9,7 +9,7 @@ Rows: the KV cache in bf16 or FP8, kept through training or released (`rollout.r
 `max_memory_allocated` of either phase; a released cache, which torch goes on counting, is taken off that of training.
 Beside it: the most that the driver counted as the process's, sampled, with CUDA's own and torch's unused memory.
 
-    python benchmarks/long_completions.py --out benchmarks/results/long_completions.json
+    python -m benchmarks.long_completions --out benchmarks/results/long_completions.json
 
 Every row has a process of its own. Prints a table; the last line is one JSON object.
 """
@@ -21,21 +21,18 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from benchmarks import rows
-from benchmarks.rows import Row
+from benchmarks.common import rows
+from benchmarks.common.rows import Row
 
 if TYPE_CHECKING:
     import torch
 
-    from grpo.base import BaseWeights
-    from grpo.batch import TrainingSequence
-    from grpo.engine import Engine
-    from grpo.learner import Learner
+    from grpo.model.base_weights import BaseWeights
+    from grpo.rollout.engine import Engine
+    from grpo.training.batch import TrainingSequence
+    from grpo.training.learner import Learner
 
 ROWS = {"bf16": ("auto", False), "fp8": ("fp8", False), "bf16-released": ("auto", True), "fp8-released": ("fp8", True)}
 """Name -> (kv_cache_dtype, release_kv_cache)."""
@@ -55,7 +52,7 @@ class DeviceWatch(threading.Thread):
             self.start()
 
     def run(self) -> None:
-        from benchmarks.training_step import device_used
+        from benchmarks.common.training_step import device_used
 
         while True:
             self.peak = max(self.peak, device_used(self.device))
@@ -70,7 +67,7 @@ class DeviceWatch(threading.Thread):
 def measurer(options: argparse.Namespace) -> Callable[[Row], Row]:
     import torch
 
-    from benchmarks import training_step as steps
+    from benchmarks.common import training_step as steps
 
     started, device = time.perf_counter(), torch.device(options.device)
     length = options.prompt + options.completion
@@ -80,7 +77,7 @@ def measurer(options: argparse.Namespace) -> Callable[[Row], Row]:
 
 def measure(kv_cache_dtype: str, released: bool, base: BaseWeights, options: argparse.Namespace, started: float) -> Row:
     """A rollout, a training step on it and the beginning of another rollout; told as far as they have come."""
-    from benchmarks import training_step as steps
+    from benchmarks.common import training_step as steps
 
     device = base.device
     engine, learner = engine_and_learner(base, options, kv_cache_dtype, released)
@@ -120,9 +117,9 @@ def engine_and_learner(
     base: BaseWeights, options: argparse.Namespace, kv_cache_dtype: str, released: bool
 ) -> tuple[Engine, Learner]:
     """Both over `base`, and each has run once."""
-    from benchmarks import training_step as steps
-    from grpo.engine import Engine, EngineSettings
-    from grpo.policy import Policy
+    from benchmarks.common import training_step as steps
+    from grpo.policy.policy import Policy
+    from grpo.rollout.engine import Engine, EngineSettings
 
     length = options.prompt + options.completion
     config = steps.step_config(
@@ -146,8 +143,8 @@ def rollout(engine: Engine, base: BaseWeights, options: argparse.Namespace, comp
     """Completions of `completion` tokens, of which the last are sampled; as sequences to train on."""
     import torch
 
-    from grpo.batch import TrainingSequence
-    from grpo.generation import Request, SamplingSettings
+    from grpo.rollout.types import Request, SamplingSettings
+    from grpo.training.batch import TrainingSequence
 
     generator = torch.Generator().manual_seed(completion)
 
@@ -171,7 +168,7 @@ def rollout(engine: Engine, base: BaseWeights, options: argparse.Namespace, comp
 
 
 def memory(device: torch.device, watch: DeviceWatch) -> Row:
-    from benchmarks import training_step as steps
+    from benchmarks.common import training_step as steps
 
     return {**steps.memory_now(device), "device_peak": watch.taken() or None}
 

@@ -8,8 +8,8 @@ left. A row's `fits` says whether the length was reached: true when the step ran
 torch had no memory left under the cap. Where the process ended instead, out of host memory or time, there is no `fits`,
 and `failed` says how.
 
-    python benchmarks/longest_context.py --caps 8:4458,12:32772,16:61086,24:117713 --out results.json
-    python benchmarks/longest_context.py --caps 24:117713,24:156950,34:191728+200000,whole:342733
+    python -m benchmarks.longest_context --caps 8:4458,12:32772,16:61086,24:117713 --out results.json
+    python -m benchmarks.longest_context --caps 24:117713,24:156950,34:191728+200000,whole:342733
 
 Prints a table; the last line is one JSON object.
 """
@@ -22,19 +22,16 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from benchmarks import rows
-from benchmarks.rows import Job, Row
+from benchmarks.common import rows
+from benchmarks.common.rows import Job, Row
 
 if TYPE_CHECKING:
     import torch
 
-    from grpo.learner import Learner
+    from grpo.training.learner import Learner
 
 UNSLOTH = {8: 2_972, 12: 21_848, 16: 40_724, 24: 78_475, 40: 153_977, 48: 191_728, 80: 342_733}
 """Unsloth's published table for this model, rank and batch: GB -> tokens. Not measured here."""
@@ -66,7 +63,7 @@ def job_of(options: argparse.Namespace) -> Job:
 def measurer(options: argparse.Namespace) -> Callable[[Row], Row]:
     import torch
 
-    from benchmarks import training_step as steps
+    from benchmarks.common import training_step as steps
 
     started = time.perf_counter()
     longest = max([length for _, lengths in options.caps for length in lengths], default=LONGEST)
@@ -106,7 +103,7 @@ def limit(cap: float, device: torch.device) -> None:
 
 def step(learner: Learner, length: int, form: str) -> Row:
     """One step on a sequence of `length` tokens, whether it has the memory or not."""
-    from benchmarks import training_step as steps
+    from benchmarks.common import training_step as steps
 
     sequence = steps.sequence_of(learner.policy.base, PROMPT, length)
     planned = {"tokens": length, "predicted": steps.predicted_peak(learner, [sequence], form)}
@@ -116,7 +113,7 @@ def step(learner: Learner, length: int, form: str) -> Row:
 
 def planned_length(learner: Learner, cap: float, form: str) -> int:
     """The longest sequence whose predicted peak is within the cap, to 64 tokens."""
-    from benchmarks import training_step as steps
+    from benchmarks.common import training_step as steps
 
     low, high = 0, LONGEST
     while high - low > 64:

@@ -5,7 +5,7 @@ of tokens in a micro-batch, sequences of `--length` tokens of which half are com
 for every sequence at its full length, all of them decoded at once. Compared is torch's `max_memory_allocated`; what
 the driver counts beyond torch (CUDA context, libraries, cuBLAS kernels, graphs) is reported apart, as `outside`.
 
-    python benchmarks/memory_plan.py --shapes 3b,8b --tokens 4096,16384 --rollouts 128x1024,8x8192 --out results.json
+    python -m benchmarks.memory_plan --shapes 3b,8b --tokens 4096,16384 --rollouts 128x1024,8x8192 --out results.json
 
 Prints predicted and measured; the last line is one JSON object.
 """
@@ -17,16 +17,13 @@ import functools
 import itertools
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from benchmarks import rows
-from benchmarks.rows import Job, Row
+from benchmarks.common import rows
+from benchmarks.common.rows import Job, Row
 
 if TYPE_CHECKING:
-    from grpo.base import BaseWeights
+    from grpo.model.base_weights import BaseWeights
 
 BAR = 0.05
 """Relative error that the plan may have."""
@@ -52,7 +49,7 @@ def jobs_of(options: argparse.Namespace) -> list[Job]:
 def measurer(options: argparse.Namespace) -> Callable[[Row], Row]:
     import torch
 
-    from benchmarks import training_step as steps
+    from benchmarks.common import training_step as steps
 
     load = functools.cache(steps.load)
     device = torch.device(options.device)
@@ -66,7 +63,7 @@ def measurer(options: argparse.Namespace) -> Callable[[Row], Row]:
 
 def training(row: Row, base: BaseWeights, options: argparse.Namespace) -> Row:
     """The peak of a training step."""
-    from benchmarks import training_step as steps
+    from benchmarks.common import training_step as steps
 
     half, form = options.length // 2, row["form"]
     config = steps.step_config(
@@ -84,11 +81,11 @@ def rollout(row: Row, base: BaseWeights, options: argparse.Namespace) -> Row:
     """The peak of one rollout: vLLM's start first, then sampling to the full length."""
     import torch
 
-    from benchmarks import shared_model
-    from benchmarks import training_step as steps
-    from grpo import plan
-    from grpo.engine import Engine, EngineSettings
-    from grpo.policy import Policy
+    from benchmarks.common import shared_model
+    from benchmarks.common import training_step as steps
+    from grpo.memory import plan
+    from grpo.policy.policy import Policy
+    from grpo.rollout.engine import Engine, EngineSettings
 
     sequences, length, device = row["sequences"], row["length"], base.device
     config = steps.step_config(rank=options.rank, tokens=1024, prompt=length // 2, completion=length - length // 2)

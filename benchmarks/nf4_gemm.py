@@ -6,8 +6,8 @@ and gate, up one after the other, as vLLM's integration of it does, here without
 Before timing, every product is compared with float32 on the same dequantised weights, and its rows with those of
 smaller batches, bit for bit.
 
-    python benchmarks/nf4_gemm.py                                   # a table, then one line of JSON
-    python benchmarks/nf4_gemm.py --tune kernels/nf4_table.json     # search tiles first, and measure with them
+    python -m benchmarks.nf4_gemm                                   # a table, then one line of JSON
+    python -m benchmarks.nf4_gemm --tune kernels/nf4_table.json     # search tiles first, and measure with them
 """
 
 from __future__ import annotations
@@ -15,22 +15,18 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import nf4_tune
-from benchmarks.processes import write_result
+from benchmarks.common import nf4_tune
+from benchmarks.common.nf4_weights import Weight, copies_for, packed_weight, random_weight
+from benchmarks.common.processes import write_result
 from grpo.kernels import nf4, nf4_gemm
 
 MODELS: dict[str, dict[str, tuple[tuple[int, ...], int]]] = {
@@ -56,70 +52,8 @@ MODELS: dict[str, dict[str, tuple[tuple[int, ...], int]]] = {
 """Model -> linear layer -> (rows of each part, columns)."""
 
 ROWS = (1, 8, 16, 32, 64, 128, 256, 512, 2048)
-COLD_BYTES = 160e6
-"""What the copies that one graph reads add up to, at least: three times the L2 cache of an H100."""
-MOST_COPIES = 96
 MEMORY_BANDWIDTH = 3.0e12
 """Bytes per second of a device-to-device copy on an H100 80GB HBM3, for the column `floor`."""
-
-
-class Weight:
-    """Copies of one random weight in one form, for cold reads, and the product that reads one of them."""
-
-    def __init__(self, copies: list, multiply: Callable[[Tensor, Any], Any]):
-        self.copies, self.multiply = copies, multiply
-
-    def microseconds(self, x: Tensor) -> float:
-        return microseconds(self.copies, partial(self.multiply, x))
-
-
-def microseconds(copies: list, call: Callable[[Any], Any], milliseconds: float = 8.0) -> float:
-    """Median time of `call(copy)`, over replays of a CUDA graph that calls it with every copy in turn.
-
-    The replays that count take about `milliseconds`; half as many before them raise the clocks.
-    """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.stream(stream):
-        for copy in copies[:2]:
-            call(copy)
-        graph.capture_begin()
-        for copy in copies:
-            call(copy)
-        graph.capture_end()
-        replay_milliseconds(graph, 1)
-        replays = max(5, math.ceil(milliseconds / statistics.median(replay_milliseconds(graph, 3))))
-        times = replay_milliseconds(graph, replays + replays // 2)[replays // 2 :]
-    return statistics.median(times) / len(copies) * 1e3
-
-
-def replay_milliseconds(graph: torch.cuda.CUDAGraph, replays: int) -> list[float]:
-    """Time of each of `replays` replays, queued without waiting in between."""
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 1)]
-    events[0].record()
-    for event in events[1:]:
-        graph.replay()
-        event.record()
-    torch.cuda.current_stream().synchronize()
-    return [start.elapsed_time(end) for start, end in zip(events, events[1:], strict=False)]
-
-
-def copies_for(size: float) -> int:
-    return max(2, min(MOST_COPIES, math.ceil(COLD_BYTES / size)))
-
-
-def random_weight(features: int, columns: int) -> Tensor:
-    return torch.randn(features, columns, dtype=torch.bfloat16, device="cuda") * 0.02
-
-
-def packed_weight(dense: Tensor) -> Weight:
-    features, columns = dense.shape
-    copies = []
-    for _ in range(copies_for(dense.numel() * 0.53125)):
-        copies.append(nf4.allocate(features, columns, torch.bfloat16, "cuda"))
-        nf4.quantize_rows(*copies[-1], 0, dense)
-    return Weight(copies, lambda x, copy: nf4_gemm.nf4_linear(x, *copy))
 
 
 def dense_weight(dense: Tensor) -> Weight:

@@ -1,16 +1,16 @@
 """How far vLLM's logprobs are from the training graph's after real optimiser steps, and how far stock vLLM is from
 stock transformers on the same model.
 
-    python benchmarks/one_copy_mismatch.py export --model MODEL.gguf --folder /tmp/m16     # 16-bit safetensors
-    python benchmarks/one_copy_mismatch.py export --model MODEL.gguf --folder /tmp/m4 --four-bit   # rounded to NF4
-    python benchmarks/one_copy_mismatch.py ours --model /tmp/m16 --dtype bfloat16 --four-bit
-    python benchmarks/one_copy_mismatch.py stock --model /tmp/m16 --dtype bfloat16
+    python -m benchmarks.one_copy_mismatch export --model MODEL.gguf --folder /tmp/m16     # 16-bit safetensors
+    python -m benchmarks.one_copy_mismatch export --model MODEL.gguf --folder /tmp/m4 --four-bit   # rounded to NF4
+    python -m benchmarks.one_copy_mismatch ours --model /tmp/m16 --dtype bfloat16 --four-bit
+    python -m benchmarks.one_copy_mismatch stock --model /tmp/m16 --dtype bfloat16
 
-`ours` trains an adapter for some steps on two-digit sums through `grpo.trainer`, then samples long answers to general
-questions from the same engine. `stock` samples the same questions with vLLM as installed (its own weights, 16 bit, no
-adapter; CUDA graphs, no Inductor, as in ours) and scores them with transformers, one sequence at a time, no padding.
-How far two ways of rounding come apart depends on the weights, so ours on an NF4 base is compared with stock on the
-values of that base, which `export --four-bit` writes in 16 bit.
+`ours` trains an adapter for some steps on two-digit sums through `grpo.training.trainer`, then samples long answers to
+general questions from the same engine. `stock` samples the same questions with vLLM as installed (its own weights, 16
+bit, no adapter; CUDA graphs, no Inductor, as in ours) and scores them with transformers, one sequence at a time, no
+padding. How far two ways of rounding come apart depends on the weights, so ours on an NF4 base is compared with stock
+on the values of that base, which `export --four-bit` writes in 16 bit.
 """
 
 from __future__ import annotations
@@ -24,19 +24,18 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import torch
 
-from benchmarks import shared_model
-from grpo.architectures import fused_linears
-from grpo.config import Config, Model, parse_config
+from benchmarks.common import shared_model
+from grpo.config.schema import Config, Model, parse_config
 from grpo.data import load_data, tokenize
-from grpo.environment import hardware, versions
 from grpo.kernels import nf4
-from grpo.log import RunLog
+from grpo.model.architectures import fused_linears
+from grpo.model.source import open_source
+from grpo.model.weight_source import NF4Tensor
+from grpo.monitor.run_log import RunLog
+from grpo.run.versions import hardware, versions
 from grpo.session import open_session
-from grpo.source import NF4Tensor, open_source
 
 SUBJECTS = (
     "how bread is baked", "the water cycle", "a day in the life of a lighthouse keeper", "why the sky is blue",
@@ -82,8 +81,8 @@ def questions(tokenizer: Any) -> list[list[int]]:
 
 def ours(options: argparse.Namespace) -> dict[str, Any]:
     """Train, then compare the engine that was trained against with the graph that was trained."""
-    from grpo.checkpoint import open_run
-    from grpo.trainer import train_session
+    from grpo.run.checkpoint import open_run
+    from grpo.training.trainer import train_session
 
     scratch = Path(tempfile.mkdtemp(prefix="grpo-mismatch-"))
     config = training_config(options, scratch / "run")

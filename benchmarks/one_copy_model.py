@@ -3,8 +3,8 @@
 One process, one model, one way of serving the adapter; `gpu_one_copy.py` starts several and compares. Start-up counts
 from the process's creation, so the imports are timed too: that is why they are inside functions here.
 
-    python benchmarks/one_copy_model.py --shape 3b --measure startup,memory,sync,throughput
-    python benchmarks/one_copy_model.py --shape 3b --route vllm --measure sync,throughput
+    python -m benchmarks.one_copy_model --shape 3b --measure startup,memory,sync,throughput
+    python -m benchmarks.one_copy_model --shape 3b --route vllm --measure sync,throughput
 """
 
 from __future__ import annotations
@@ -18,8 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 MEASURES = ("startup", "memory", "sync", "throughput", "agreement")
 
@@ -49,7 +47,7 @@ def timed_imports(clock: Clock) -> None:
     import transformers  # noqa: F401
 
     clock.lap("import_transformers_peft")
-    import grpo.engine  # noqa: F401
+    import grpo.rollout.engine  # noqa: F401
 
     clock.lap("import_vllm_grpo")
     if torch.cuda.is_available():
@@ -60,9 +58,9 @@ def timed_imports(clock: Clock) -> None:
 
 def make_source(options: argparse.Namespace, device: Any) -> tuple[Any, dict[str, Any]]:
     """The checkpoint to load, and what is to be known of it."""
-    from benchmarks.random_model import RandomSource, write_checkpoint
-    from grpo.config import Model
-    from grpo.source import SafetensorsSource
+    from benchmarks.common.random_model import RandomSource, write_checkpoint
+    from grpo.config.schema import Model
+    from grpo.model.safetensors_source import SafetensorsSource
 
     source = RandomSource(options.shape, device)
     if options.checkpoint == "memory":
@@ -78,12 +76,12 @@ def load(options: argparse.Namespace, clock: Clock) -> tuple[Any, Any, Any, dict
     """Base, policy, engine, and what loading showed."""
     import torch
 
-    from benchmarks.lora_routes import VllmLoraEngine
-    from benchmarks.random_model import expected_bytes
-    from grpo.base import BaseWeights
-    from grpo.config import Lora, Model
-    from grpo.engine import Engine, EngineSettings
-    from grpo.policy import Policy
+    from benchmarks.common.lora_routes import VllmLoraEngine
+    from benchmarks.common.random_model import expected_bytes
+    from grpo.config.schema import Lora, Model
+    from grpo.model.base_weights import BaseWeights
+    from grpo.policy.policy import Policy
+    from grpo.rollout.engine import Engine, EngineSettings
 
     device = torch.device(options.device)
     on_gpu = device.type == "cuda"
@@ -119,8 +117,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     clock.lap("interpreter")
     timed_imports(clock)
     base, policy, engine, facts = load(options, clock)
-    from benchmarks import shared_model as shared
-    from grpo.environment import hardware, versions
+    from benchmarks.common import shared_model as shared
+    from grpo.run.versions import hardware, versions
 
     result: dict[str, Any] = {"shape": options.shape, "route": options.route, **facts}
     with_adapter = options.route != "none"

@@ -1,6 +1,6 @@
 """Draws the reward curves of run folders, and sums them up: did the reward rise beyond noise, and where did time go.
 
-    python benchmarks/plot_run.py runs/gsm8k-smollm2 --out benchmarks/results/gsm8k_smollm2
+    python -m benchmarks.plot_run runs/gsm8k-smollm2 --out benchmarks/results/gsm8k_smollm2
 
 writes OUT.png and OUT.json. Several folders of the same experiment (seeds) are drawn together. Steps at which another
 process took over are taken from processes.jsonl, where the run folder has one.

@@ -1,6 +1,6 @@
 """Does the quickstart learn? Runs it for several seeds, compares the ends of each, draws the curves.
 
-    python benchmarks/quickstart.py --seeds 0,1,2 --runs runs/seeds --out benchmarks/results/quickstart
+    python -m benchmarks.quickstart --seeds 0,1,2 --runs runs/seeds --out benchmarks/results/quickstart
 
 Seeds whose run folder is already complete are not run again. Writes OUT.json and OUT.png; the last line of standard
 output is the verdict as one JSON object.
@@ -16,10 +16,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from grpo.run.versions import hardware, versions
 
-from grpo.environment import hardware, versions  # noqa: E402  (the checkout's, not an installed one)
+ROOT = Path(__file__).resolve().parent.parent
 
 CONFIG = ROOT / "configs" / "quickstart.toml"
 HIGHEST_REWARD = 2.0

@@ -10,9 +10,9 @@ tokens' logprobs on and nothing detokenised:
 vLLM's are compiled as it does by default. What is measured is written after every rollout size, each system's beside
 OUT, so that systems can be run apart, on several GPUs, and joined.
 
-    python benchmarks/rollout.py --shape 3b --out benchmarks/results/rollout_3b.json
-    python benchmarks/rollout.py --shape 3b --systems ours --counts 128 --new-tokens 512
-    python benchmarks/rollout.py --shape 3b --join a.json b.json --out benchmarks/results/rollout_3b.json
+    python -m benchmarks.rollout --shape 3b --out benchmarks/results/rollout_3b.json
+    python -m benchmarks.rollout --shape 3b --systems ours --counts 128 --new-tokens 512
+    python -m benchmarks.rollout --shape 3b --join a.json b.json --out benchmarks/results/rollout_3b.json
 """
 
 from __future__ import annotations
@@ -28,9 +28,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from benchmarks.processes import wait_or_end
+from benchmarks.common.processes import wait_or_end
 
 SYSTEMS = ("ours", "bnb-lora", "bf16-lora", "bf16")
 BARS = {32: {"bnb-lora": 2.0, "bf16-lora": 1.0}, 256: {"bnb-lora": 1.4}}
@@ -54,12 +52,12 @@ def our_rollout(options: argparse.Namespace) -> Callable[[list[list[int]], int, 
     """A function of (prompts, new tokens, seed) that samples and returns how many tokens came."""
     import torch
 
-    from benchmarks import shared_model as shared
-    from benchmarks.random_model import RandomSource
-    from grpo.base import BaseWeights
-    from grpo.config import Lora, Model
-    from grpo.engine import Engine, EngineSettings, Request, SamplingSettings
-    from grpo.policy import Policy
+    from benchmarks.common import shared_model as shared
+    from benchmarks.common.random_model import RandomSource
+    from grpo.config.schema import Lora, Model
+    from grpo.model.base_weights import BaseWeights
+    from grpo.policy.policy import Policy
+    from grpo.rollout.engine import Engine, EngineSettings, Request, SamplingSettings
 
     device = torch.device(options.device)
     model = Model(name="random", load_in_4bit=True)
@@ -86,7 +84,7 @@ def vllm_rollout(options: argparse.Namespace) -> Callable[[list[list[int]], int,
     from vllm.lora.request import LoRARequest
     from vllm.sampling_params import RequestOutputKind
 
-    import grpo.engine  # noqa: F401 - the environment that vLLM needs here
+    import grpo.rollout.engine  # noqa: F401 - the environment that vLLM needs here
 
     quantised, lora = options.system == "bnb-lora", options.system != "bf16"
     folder = prepare_folder(options)
@@ -126,8 +124,8 @@ def one_system(options: argparse.Namespace) -> dict[str, Any]:
     """Every count of `options.counts`: seconds and tokens a second of whole rollouts, the median of `repeats`."""
     started = time.time()
     sample = our_rollout(options) if options.system == "ours" else vllm_rollout(options)
-    from benchmarks.random_model import shape_config
-    from grpo.environment import hardware, versions
+    from benchmarks.common.random_model import shape_config
+    from grpo.run.versions import hardware, versions
 
     vocabulary = shape_config(options.shape).vocab_size
     found: dict[str, Any] = {"system": options.system, "started_in_s": round(time.time() - started, 1), "rollouts": []}
@@ -144,7 +142,7 @@ def one_system(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def one_count(options: argparse.Namespace, sample: Any, vocabulary: int, count: int) -> dict[str, Any]:
-    from benchmarks.shared_model import synchronize
+    from benchmarks.common.shared_model import synchronize
 
     sample(grouped_prompts(vocabulary, count, options.prompt_tokens, 1), 16, 1)
     seconds = []
@@ -176,7 +174,7 @@ def prepare_folder(options: argparse.Namespace) -> Path:
     import torch
     from safetensors.torch import save_file
 
-    from benchmarks.random_model import checkpoint_folder, linear_shapes, shape_config
+    from benchmarks.common.random_model import checkpoint_folder, linear_shapes, shape_config
 
     config = shape_config(options.shape)
     if options.system == "bnb-lora":
@@ -206,7 +204,7 @@ def run_system(options: argparse.Namespace, system: str, ends: float) -> dict[st
     place = (options.out or options.scratch / "rollout.json").with_suffix(f".{system}.json")
     place.parent.mkdir(parents=True, exist_ok=True)
     place.unlink(missing_ok=True)
-    command = [sys.executable, __file__, "--system", system, *options.passed, "--out", str(place)]
+    command = [sys.executable, "-m", "benchmarks.rollout", "--system", system, *options.passed, "--out", str(place)]
     begun = time.monotonic()
     with open(place.with_suffix(".log"), "w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)

@@ -5,8 +5,8 @@ the same KV cache. The adapter has rank 16 on all seven projections and random v
 weights from a folder. It is timed twice: with the sampling that training needs (a seed for every request, the sampled
 tokens' logprobs), which the ratio refers to, and without either. Repeats of the systems alternate.
 
-    python benchmarks/rollout_cpu.py                                     # about five minutes
-    python benchmarks/rollout_cpu.py --sequences 8 --tokens 4 --repeats 1
+    python -m benchmarks.rollout_cpu                                     # about five minutes
+    python -m benchmarks.rollout_cpu --sequences 8 --tokens 4 --repeats 1
 """
 
 from __future__ import annotations
@@ -20,9 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from benchmarks.cpu_workload import MODEL, Worker, chat_prompts, export_model, peak_rss_gib, serve
+from benchmarks.common.cpu_workload import MODEL, Worker, chat_prompts, export_model, peak_rss_gib, serve
 
 SYSTEMS = {"shared": "shared weights, adapter", "plain": "plain vLLM", "bare": "plain vLLM, no seeds or logprobs"}
 GENERATIONS = 8
@@ -33,14 +31,17 @@ def main() -> int:
     options = parse()
     if options.worker:
         return work(options)
-    from grpo.environment import hardware, versions
+    from grpo.run.versions import hardware, versions
 
     sizes = [int(size) for size in options.sequences.split(",")]
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="rollout-cpu-") as folder:
         export_model(Path(folder))
         shape = ("--sequences", max(sizes), "--tokens", options.tokens, "--folder", folder)
-        with Worker(__file__, "shared", *shape) as shared, Worker(__file__, "plain", *shape) as plain:
+        with (
+            Worker("benchmarks.rollout_cpu", "shared", *shape) as shared,
+            Worker("benchmarks.rollout_cpu", "plain", *shape) as plain,
+        ):
             workers = {"shared": shared, "plain": plain, "bare": plain}
             seconds = measure(workers, sizes, options.repeats)
             memory = {name: worker.ask()["peak_rss_gib"] for name, worker in workers.items() if name != "bare"}
@@ -133,11 +134,11 @@ def shared_system(options: argparse.Namespace) -> Any:
     """This project's engine: the one copy, an adapter that does something, prefixes forgotten before every rollout."""
     import torch
 
-    from grpo.base import BaseWeights
-    from grpo.config import Lora, Model
-    from grpo.engine import Engine, EngineSettings, Request, SamplingSettings
-    from grpo.policy import Policy
-    from grpo.source import open_source
+    from grpo.config.schema import Lora, Model
+    from grpo.model.base_weights import BaseWeights
+    from grpo.model.source import open_source
+    from grpo.policy.policy import Policy
+    from grpo.rollout.engine import Engine, EngineSettings, Request, SamplingSettings
 
     model = Model(name=MODEL, load_in_4bit=False)
     source = open_source(model)

@@ -3,9 +3,9 @@
 Random weights of a Llama shape, NF4, the adapter on. Three rollouts: one plainly timed, one under torch.profiler
 (kernel times, CUDA graphs included), one under cProfile (host functions, inflated by the profiling itself).
 
-    python benchmarks/rollout_profile.py --shape 3b --sequences 128,32 --out profile.json
-    python benchmarks/rollout_profile.py --variants '[{}, {"block_size": 64}]'   # vLLM's arguments, one engine each
-    python benchmarks/rollout_profile.py --own-scheduler   # also by vLLM's own scheduler, in the same engine
+    python -m benchmarks.rollout_profile --shape 3b --sequences 128,32 --out profile.json
+    python -m benchmarks.rollout_profile --variants '[{}, {"block_size": 64}]'   # vLLM's arguments, one engine each
+    python -m benchmarks.rollout_profile --own-scheduler   # also by vLLM's own scheduler, in the same engine
 """
 
 from __future__ import annotations
@@ -22,16 +22,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import torch
 
-from benchmarks import shared_model as shared
-from benchmarks.random_model import RandomSource
-from grpo.base import BaseWeights
-from grpo.config import Lora, Model
-from grpo.engine import Engine, EngineSettings, Request, SamplingSettings
-from grpo.policy import Policy
+from benchmarks.common import shared_model as shared
+from benchmarks.common.random_model import RandomSource
+from grpo.config.schema import Lora, Model
+from grpo.model.base_weights import BaseWeights
+from grpo.policy.policy import Policy
+from grpo.rollout.engine import Engine, EngineSettings, Request, SamplingSettings
 
 STEPS = slice(40, 72)
 """Decoding steps that are profiled: the prompts are through, no sequence has finished."""

@@ -4,8 +4,8 @@ The second checkout is one from before, or the same with `--two-roundings`, whic
 (two_roundings.py). Random weights of a 3B shape, an adapter of rank 16 on all linears, NF4 and 16 bit. A part is a
 process of its own; the order of the two checkouts alternates from part to part.
 
-    python benchmarks/rounding_speed.py --against /tmp/before --out benchmarks/results/rounding_speed.json
-    python benchmarks/rounding_speed.py --parts rollout-nf4 --counts 1,32 --against /tmp/before
+    python -m benchmarks.rounding_speed --against /tmp/before --out benchmarks/results/rounding_speed.json
+    python -m benchmarks.rounding_speed --parts rollout-nf4 --counts 1,32 --against /tmp/before
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ ROOT = Path(__file__).resolve().parent.parent
 def base_and_policy(options: argparse.Namespace, four_bit: bool) -> tuple[Any, Any]:
     import torch
 
-    from benchmarks import shared_model
-    from benchmarks.random_model import RandomSource
-    from grpo.base import BaseWeights
-    from grpo.config import Lora, Model
-    from grpo.policy import Policy
+    from benchmarks.common import shared_model
+    from benchmarks.common.random_model import RandomSource
+    from grpo.config.schema import Lora, Model
+    from grpo.model.base_weights import BaseWeights
+    from grpo.policy.policy import Policy
 
     device = torch.device(options.device)
     source = RandomSource(options.shape, device)
@@ -47,7 +47,7 @@ def base_and_policy(options: argparse.Namespace, four_bit: bool) -> tuple[Any, A
 def rollout(options: argparse.Namespace, four_bit: bool) -> dict[str, Any]:
     """Tokens a second by number of sequences: prompts of 128 tokens in groups of 8, `new_tokens` sampled."""
     from benchmarks.rollout import grouped_prompts
-    from grpo.engine import Engine, EngineSettings, Request, SamplingSettings
+    from grpo.rollout.engine import Engine, EngineSettings, Request, SamplingSettings
 
     base, policy = base_and_policy(options, four_bit)
     new_tokens = options.new_tokens
@@ -70,7 +70,7 @@ def train(options: argparse.Namespace, four_bit: bool) -> dict[str, Any]:
     """Tokens a second of forward, backward and AdamW by tokens of a micro-batch, gate and up computed again."""
     import torch
 
-    from benchmarks.timing import milliseconds
+    from benchmarks.common.timing import milliseconds
     from benchmarks.train_step import our_policy, our_step
 
     base, _ = base_and_policy(options, four_bit)
@@ -95,13 +95,13 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def run(options: argparse.Namespace, part: str, tree: Path, *extra: str) -> dict[str, Any]:
-    """What `part` gives in a process that imports `tree`."""
-    words = [sys.executable, str(Path(__file__).resolve()), "--part", part, "--tree", str(tree), *extra]
+    """What `part` gives in a process that imports the checkout `tree`."""
+    words = [sys.executable, "-m", "benchmarks.rounding_speed", "--part", part, *extra]
     for name in ("shape", "new_tokens", "repeats", "device"):
         words += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
     for name in ("counts", "tokens"):
         words += [f"--{name}", ",".join(map(str, getattr(options, name)))]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=options.budget)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=options.budget, cwd=tree)
     lines = done.stdout.strip().splitlines()
     if done.returncode or not lines:
         return {"error": done.stderr[-600:]}
@@ -144,10 +144,8 @@ def main() -> int:
     parser.add_argument("--budget", type=float, default=240, help="seconds for a part of one checkout")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--part", choices=PARTS, help="measure this one, in this process")
-    parser.add_argument("--tree", type=Path, default=ROOT)
     parser.add_argument("--two-roundings", action="store_true")
     options = parser.parse_args()
-    sys.path.insert(0, str(options.tree.resolve()))
     if not options.part:
         print(json.dumps(compare(options)))
         return 0

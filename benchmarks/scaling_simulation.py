@@ -1,15 +1,15 @@
 """Where the time of a step goes at many ranks: a simulation fed with measured lengths and measured speeds.
 
-A step is what grpo/trainer.py does: every rank samples its prompts' groups to the end, all wait for the slowest, every
-rank trains on its own completions, all wait for the slowest, gradients are summed. Prompts are drawn with replacement
-from those whose completions were measured; a decoding step takes what it was measured to take for so many running
-sequences, training so long per token. Three ways to hand out prompts: `neighbours` (what the trainer does), `longest
-first` (each group to the rank with least to do, as if lengths were known before they are sampled: no rule that must
-guess does better), and `neighbours, training moved` (completions sent to where there is least to train).
+A step is what grpo/training/trainer.py does: every rank samples its prompts' groups to the end, all wait for the
+slowest, every rank trains on its own completions, all wait for the slowest, gradients are summed. Prompts are drawn
+with replacement from those whose completions were measured; a decoding step takes what it was measured to take for so
+many running sequences, training so long per token. Three ways to hand out prompts: `neighbours` (what the trainer
+does), `longest first` (each group to the rank with least to do, as if lengths were known before they are sampled: no
+rule that must guess does better), and `neighbours, training moved` (completions sent to where there is least to train).
 
-    python benchmarks/scaling_simulation.py --lengths benchmarks/results/completion_lengths.json \
+    python -m benchmarks.scaling_simulation --lengths benchmarks/results/completion_lengths.json \
         --rollout benchmarks/results/rollout_3b.json --out benchmarks/results/scaling_simulation.json
-    python benchmarks/scaling_simulation.py --run runs/gsm8k --write-lengths lengths.json
+    python -m benchmarks.scaling_simulation --run runs/gsm8k --write-lengths lengths.json
 
 Prints a table; the last line is one JSON object. Nothing is measured here.
 """
@@ -26,11 +26,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from grpo.ranks import owners  # noqa: E402
-from grpo.records import TRAINING, completions_files, read_entries  # noqa: E402
+from grpo.distributed.ranks import owners
+from grpo.run.records import TRAINING, completions_files, read_entries
 
 Groups = Sequence[Sequence[int]]
 """Tokens of each completion of each prompt."""

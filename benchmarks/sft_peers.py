@@ -6,8 +6,8 @@ half of them the prompt. Both systems run TRL's own step on the same rows, TRL's
 of its own, one after the other on the same GPU, at the same tokens per micro-batch. The peer checkpoints its layers,
 as TRL does by default; one row without tells what that costs it.
 
-    python benchmarks/sft_peers.py --budget 240 --out benchmarks/results/sft_peers.json
-    python benchmarks/sft_peers.py --tiny                  # small, on a CPU: tries the script, its figures mean nothing
+    python -m benchmarks.sft_peers --budget 240 --out benchmarks/results/sft_peers.json
+    python -m benchmarks.sft_peers --tiny                  # small, on a CPU: tries the script, its figures mean nothing
 
 Memory is told twice: the peak that torch's allocator handed out in a step, and what NVML counts as used on the device
 after the last one, torch's cache and the CUDA context included; nothing else should run there. A row that fails is
@@ -29,8 +29,6 @@ from threading import Thread
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
 BARS = {"sft": {"speed": 1.8, "memory": 0.6}, "dpo": {"speed": 1.5, "memory": 0.6}}
 """Ours over the peer's: tokens a second at least, peak memory at most."""
 FOUND = "row "
@@ -54,7 +52,7 @@ class Process:
     """One system in a process of its own, which imports at once and touches the GPU when it is given rows."""
 
     def __init__(self, options: argparse.Namespace):
-        command = [sys.executable, __file__, "--measure", *options.passed]
+        command = [sys.executable, "-m", "benchmarks.sft_peers", "--measure", *options.passed]
         self.child = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1, cwd=ROOT
         )
@@ -231,12 +229,12 @@ def measure(options: argparse.Namespace) -> int:
         import torch
 
         torch.set_num_threads(1)
-    from grpo.log import quiet_libraries
+    from grpo.run.library_logs import quiet_libraries
 
     quiet_libraries(verbose=False)
-    from benchmarks import sft_systems
-    from benchmarks.timing import tried
-    from grpo.environment import hardware, versions
+    from benchmarks.common import sft_systems
+    from benchmarks.common.timing import tried
+    from grpo.run.versions import hardware, versions
 
     rows = [sft_systems.Row(*row) for row in json.loads(sys.stdin.readline() or "[]")]
     if not rows:

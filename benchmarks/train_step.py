@@ -9,9 +9,9 @@
 
 Peak memory is that of torch's allocator over one step, weights included.
 
-    python benchmarks/train_step.py --shape 8b --parts step,shared
-    python benchmarks/train_step.py --parts logprob
-    python benchmarks/train_step.py --tiny                    # everything, small, on a CPU: tries the script
+    python -m benchmarks.train_step --shape 8b --parts step,shared
+    python -m benchmarks.train_step --parts logprob
+    python -m benchmarks.train_step --tiny                    # everything, small, on a CPU: tries the script
 """
 
 from __future__ import annotations
@@ -27,25 +27,16 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import torch
 
-from benchmarks.processes import write_result
-from benchmarks.random_model import SHAPES, RandomSource, shape_config
-from benchmarks.timing import free_memory, measure, milliseconds, tried
-from benchmarks.train_peers import (
-    Step,
-    liger_logprob_step,
-    peft_model,
-    peft_step,
-    policy_loss,
-    trl_logprob_step,
-)
-from grpo.base import BaseWeights
-from grpo.config import Lora, Model
+from benchmarks.common.processes import write_result
+from benchmarks.common.random_model import SHAPES, RandomSource, shape_config
+from benchmarks.common.timing import free_memory, measure, milliseconds, tried
+from benchmarks.common.train_peers import Step, liger_logprob_step, peft_model, peft_step, policy_loss, trl_logprob_step
+from grpo.config.schema import Lora, Model
 from grpo.kernels.logprob import selected_logprobs
-from grpo.policy import Policy
+from grpo.model.base_weights import BaseWeights
+from grpo.policy.policy import Policy
 
 PARTS = ("step", "shared", "logprob")
 OURS = ("triton/none", "triton/mlp", "triton/layer", "torch/none", "torch/layer")
@@ -89,7 +80,7 @@ def our_policy(base: BaseWeights, setting: str, rank: int) -> Policy:
         kernels = "torch"  # without a GPU both are the plain graph, or the kernels' torch forms below
     policy = Policy(base, Lora(r=rank, lora_alpha=2 * rank), kernels=kernels)
     if base.device.type == "cpu" and setting.startswith("triton"):
-        from grpo.graph_kernels import install
+        from grpo.policy.fused_layers import install
 
         install(policy.decoder, base)
     policy.model.train()

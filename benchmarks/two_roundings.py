@@ -2,28 +2,26 @@
 
 `two_roundings()` makes both graphs of this process do so from then on. Nothing of the project can be set to it.
 
-    python benchmarks/two_roundings.py CONFIG ...      # python -m grpo.train CONFIG ... that way
+    python -m benchmarks.two_roundings CONFIG ...      # python -m grpo.train CONFIG ... that way
 """
 
 from __future__ import annotations
 
 import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from torch import Tensor
 
-from grpo import engine_model, policy
 from grpo.kernels import lora_linear, lora_sum, nf4_gemm
 from grpo.kernels.lora_factors import LowRank
 from grpo.kernels.lora_linear import Product
+from grpo.policy import lora_linear as policy_linear
+from grpo.rollout import vllm_model as engine_model
 
 
 def two_roundings() -> None:
     """Add adapters to rounded outputs from now on, in the training graph and in the rollout."""
-    for module in (policy, engine_model, lora_linear):
+    for module in (policy_linear, engine_model, lora_linear):
         module.dense_linear = rounded_dense_linear
     engine_model.nf4_linear = rounded_nf4_linear
     Product.forward = rounded_forward

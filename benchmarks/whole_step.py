@@ -7,8 +7,8 @@ a 4-bit base without losing adapters to rounding), completions made to go on pas
 steps with its correction of the mismatch, which is its default and costs a forward pass, the second half without. Ours
 corrects by its default, from the training pass itself.
 
-    python benchmarks/whole_step.py --out benchmarks/results/whole_step.json
-    python benchmarks/whole_step.py --systems trl --trl-micro-batches 8,32
+    python -m benchmarks.whole_step --out benchmarks/results/whole_step.json
+    python -m benchmarks.whole_step --systems trl --trl-micro-batches 8,32
 
 A system has a process of its own, one after another on the same GPU; its first step compiles and does not count. What
 is measured is written step by step. Prints a table; the last line is one JSON object.
@@ -28,9 +28,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from benchmarks.processes import wait_or_end, write_result
+from benchmarks.common.processes import wait_or_end, write_result
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPTS, GENERATIONS, PROMPT, COMPLETION = 16, 8, 128, 512
@@ -52,7 +50,7 @@ def spread(completion_ids: list[list[int]], **_: Any) -> list[float]:
 def make_work(options: argparse.Namespace) -> Path:
     """The checkpoint with its tokenizer, and prompts.jsonl in it."""
 
-    from benchmarks.random_model import checkpoint_folder, shape_config
+    from benchmarks.common.random_model import checkpoint_folder, shape_config
 
     folder = checkpoint_folder(options.shape, options.scratch)
     size = shape_config(options.shape).vocab_size
@@ -97,13 +95,13 @@ def ours_command(options: argparse.Namespace, folder: Path, run: Path) -> list[s
         sections.setdefault(section, {})[key] = value
     config = options.scratch / "whole_step.json"
     config.write_text(json.dumps(sections))
-    return [sys.executable, __file__, "--train", str(config), "--run", str(run)]
+    return [sys.executable, "-m", "benchmarks.whole_step", "--train", str(config), "--run", str(run)]
 
 
 def train_ours(config: Path, run: Path) -> None:
     """What `python -m grpo.train` does, from a configuration as JSON."""
-    from grpo.config import parse_config
-    from grpo.trainer import Trainer
+    from grpo.config.schema import parse_config
+    from grpo.training.trainer import Trainer
 
     sections = json.loads(config.read_text())
     values = sections.pop("") | sections
@@ -112,7 +110,7 @@ def train_ours(config: Path, run: Path) -> None:
 
 
 def ours_steps(run: Path) -> list[dict[str, Any]]:
-    from grpo.records import read_entries
+    from grpo.run.records import read_entries
 
     names = (*PHASES[:-1], "reward_seconds", "tokens", "peak_memory_gib", "mismatch_kl")
     return [{name: entry.get(name) for name in names} for entry in read_entries(run / "metrics.jsonl")]
@@ -128,7 +126,7 @@ def train_trl(options: argparse.Namespace) -> None:
     from peft import LoraConfig
     from trl import GRPOConfig, GRPOTrainer
 
-    from grpo.config import SEVEN_PROJECTIONS
+    from grpo.config.schema import SEVEN_PROJECTIONS
 
     gpu, folder = torch.cuda.is_available(), options.train_trl
     rows = [json.loads(line) for line in (folder / "prompts.jsonl").read_text().splitlines()]
@@ -221,7 +219,7 @@ def run_ours(options: argparse.Namespace, folder: Path, left: float) -> dict[str
 
 
 def run_trl(options: argparse.Namespace, folder: Path, micro_batch: int, left: float) -> dict[str, Any]:
-    command = [sys.executable, __file__, *sys.argv[1:], "--train-trl", str(folder)]
+    command = [sys.executable, "-m", "benchmarks.whole_step", *sys.argv[1:], "--train-trl", str(folder)]
     command += ["--trl-micro-batches", str(micro_batch)]
     found = run_logged(command, options, f"trl-{micro_batch}", left)
     lines = log_file(options, f"trl-{micro_batch}").read_text(errors="replace").splitlines()

@@ -1,4 +1,4 @@
-"""Write `docs/config.md` from the docstrings of `grpo.config` and `grpo.sft_config`: `make docs`.
+"""Write `docs/config.md` from the docstrings of `grpo.config` and `grpo.sft.config`: `make docs`.
 
 Needs the project installed.
 """
@@ -11,14 +11,14 @@ from pathlib import Path
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from grpo.config import Config
-from grpo.explain import accepts, section_of
-from grpo.sft_config import KEYS, SftConfig
-from grpo.toml import write_value
+from grpo.config.messages import accepts, section_of
+from grpo.config.schema import Config
+from grpo.config.toml import write_value
+from grpo.sft.config import KEYS, SftConfig
 
 INTRODUCTION = """\
-<!-- Made by docs/make_config.py from the docstrings in grpo/config.py and grpo/sft_config.py; edit them, then run
-`make docs`. -->
+<!-- Made by docs/make_config.py from the docstrings in grpo/config/schema.py and grpo/sft/config.py; edit them,
+then run `make docs`. -->
 # Configuration
 
 An experiment is one TOML file. Every key has a default but `name` in `[model]` and `[task]` and `function` in

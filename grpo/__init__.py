@@ -8,20 +8,26 @@ importable. They have no `__init__.py`, so that `import kernels` still finds Hug
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from grpo.version import __version__
+
 if TYPE_CHECKING:
-    from grpo.api import LoadedPolicy, load
+    from grpo.api.loaded_policy import LoadedPolicy, load
     from grpo.errors import UserError
     from grpo.tasks.common import Task
 
-__version__ = "0.1.0"
-__all__ = ["LoadedPolicy", "Task", "UserError", "load"]
+__all__ = ["LoadedPolicy", "Task", "UserError", "__version__", "load"]
 
 _checkout = Path(__file__).resolve().parent.parent
 if (_checkout / "pyproject.toml").is_file() and (_checkout / "kernels").is_dir():
     __path__.append(str(_checkout))
 
 # Imported at their first use, so that `import grpo` stays cheap. No name here is that of a module.
-_homes = {"load": "grpo.api", "LoadedPolicy": "grpo.api", "Task": "grpo.tasks.common", "UserError": "grpo.errors"}
+_homes = {
+    "load": "grpo.api.loaded_policy",
+    "LoadedPolicy": "grpo.api.loaded_policy",
+    "Task": "grpo.tasks.common",
+    "UserError": "grpo.errors",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -13,13 +13,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from grpo import config as sections
+from grpo.config import schema as sections
 from grpo.errors import UserError
-from grpo.rewards.contract import RewardSpec
-from grpo.rewards.resolve import described
+from grpo.references import described
+from grpo.rewards.extract import is_no_answer
+from grpo.rewards.runtime.contract import RewardSpec
+from grpo.special_tokens import encode_texts, tell_of_rendered_chats
+from grpo.tasks.cells import GIVE_OR_LEAVE_OUT, check_question, checked_prompt
 from grpo.tasks.common import Row, Task, load_task
 
 Messages = list[dict[str, Any]]
+
+GOLD_COLUMNS = ("answer", "ground_truth")
+"""The columns that rewards, the built-in ones and verl's, read as the gold answer."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +138,7 @@ def make_prompts(
         if not task_rows and split == "training":
             raise UserError(f"task {task!r} has no training rows; check its options")
         where = [f"task {task!r}, {split} row {number}" for number in range(1, len(task_rows) + 1)]
-        texts = [checked_prompt(row, place) for row, place in zip(task_rows, where, strict=True)]
+        texts = [checked_row(row, place) for row, place in zip(task_rows, where, strict=True)]
         if (system := settings[task].system_prompt) is not None:
             texts = [with_system_prompt(text, system, place) for text, place in zip(texts, where, strict=True)]
         ids = tokenize(texts, tokenizer, config.rollout.chat_template_kwargs, f"task {task!r}")
@@ -157,20 +163,20 @@ def make_prompts(
     return prompts, dropped
 
 
-def checked_prompt(row: Row, where: str) -> str | Messages:
-    """The row's prompt. Raises UserError unless it is text or chat messages with a role and text each."""
-    prompt = row.get("prompt") if isinstance(row, dict) else None
-    if isinstance(prompt, str) and prompt:
-        return prompt
-    if isinstance(prompt, list) and prompt:
-        if all(
-            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in prompt
-        ):
-            return prompt
-    raise UserError(
-        f'{where}: "prompt" must be text or a list of messages such as {{"role": "user", "content": "..."}}; '
-        f"it is {str(prompt)[:60]!r}"
-    )
+def checked_row(row: Any, where: str) -> str | Messages:
+    """The row's prompt. Raises UserError where it is none or asks nothing, for a column without a name, and for an
+    empty gold answer, which an empty answer would equal; null stands for a row to which no gold answer applies."""
+    prompt = checked_prompt(row.get("prompt") if isinstance(row, dict) else None, where)
+    check_question(prompt, where)
+    if unnamed := [name for name in row if not isinstance(name, str)]:
+        raise UserError(
+            f"{where}: a column is called {unnamed[0]!r}; columns reach rewards by name, so name it with text"
+        )
+    for column in GOLD_COLUMNS:
+        if row.get(column) is not None and is_no_answer(row[column]):
+            state = "is empty" if isinstance(row[column], str) else "is NaN"
+            raise UserError(f"{where}: column {column!r} {state}; {GIVE_OR_LEAVE_OUT}")
+    return prompt
 
 
 def with_system_prompt(prompt: str | Messages, system: str, where: str) -> Messages:
@@ -186,6 +192,7 @@ def tokenize(
 ) -> list[list[int]]:
     """Token ids of each prompt: text with the tokenizer's special tokens, messages through the chat template.
 
+    A text that begins with those tokens already does not get them twice.
     Messages that end with an assistant's are continued; others get the template's opening of an answer. Raises
     UserError naming `whose` prompts a chat template lacks or refuses.
     """
@@ -200,21 +207,23 @@ def tokenize(
         kind = "text" if isinstance(prompt, str) else "continue" if prompt[-1]["role"] == "assistant" else "ask"
         kinds[kind].append(number)
     for kind, numbers in kinds.items():
-        batch = [prompts[number] for number in numbers]
+        batch: list[Any] = [prompts[number] for number in numbers]
         if not batch:
             continue
         if kind == "text":
-            encoded = tokenizer(batch)
+            encoded = encode_texts(batch, tokenizer, whose)
         else:
+            tell_of_rendered_chats(batch, tokenizer, whose)
             ending = {"continue_final_message" if kind == "continue" else "add_generation_prompt": True}
             try:
-                encoded = tokenizer.apply_chat_template(batch, return_dict=True, **ending, **chat_template_kwargs)
+                rendered = tokenizer.apply_chat_template(batch, return_dict=True, **ending, **chat_template_kwargs)
+                encoded = rendered["input_ids"]
             except Exception as error:  # a template is a program, and not ours
                 raise UserError(
                     f"{whose}: the chat template refuses its prompts ({described(error)}); change system_prompt, "
                     "rollout.chat_template_kwargs or model.chat_template"
                 ) from None
-        ids.update(zip(numbers, map(list, encoded["input_ids"]), strict=True))
+        ids.update(zip(numbers, map(list, encoded), strict=True))
     return [ids[number] for number in range(len(prompts))]
 
 

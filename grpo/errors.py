@@ -3,7 +3,7 @@
 import errno
 import sys
 
-from grpo.records import printable
+from grpo.printable import printable
 
 BAD_INPUT, INTERRUPTED = 2, 130
 """Exit codes of every command; a run that SIGTERM ends has 143."""

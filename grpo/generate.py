@@ -22,13 +22,13 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from grpo.config.toml import apply_override
 from grpo.errors import INTERRUPTED, UserError, fail
-from grpo.evaluate import ADAPTER, BASE
-from grpo.records import printable
-from grpo.toml import apply_override
+from grpo.printable import printable
+from grpo.run.model_reference import ADAPTER, BASE
 
 if TYPE_CHECKING:
-    from grpo.api import LoadedPolicy
+    from grpo.api.loaded_policy import LoadedPolicy
     from grpo.data import Messages
 
 LONGEST = 8192
@@ -78,7 +78,7 @@ def parser() -> argparse.ArgumentParser:
 
 def check_options(parsed: argparse.Namespace) -> None:
     """Raise UserError for options that exclude one another or are out of range, before anything is loaded."""
-    from grpo.api import check_sampling
+    from grpo.api.loaded_policy import check_sampling
 
     if parsed.raw and parsed.system is not None:
         raise UserError("--system and --raw: a raw prompt has no system prompt; keep one of them")
@@ -87,8 +87,8 @@ def check_options(parsed: argparse.Namespace) -> None:
 
 def opened(parsed: argparse.Namespace) -> LoadedPolicy:
     """The model that the command line names, with a sentence at a time on standard error. Raises UserError."""
-    from grpo.api import open_policy
-    from grpo.target import resolve_target
+    from grpo.api.loaded_policy import open_policy
+    from grpo.run.model_reference import resolve_target
 
     if parsed.compare_base and resolve_target(parsed.target, parsed.base).adapter is None:
         raise UserError(f"--compare-base: {parsed.target} has no adapter, so there is nothing to compare")

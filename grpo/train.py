@@ -1,7 +1,8 @@
 """The command line of training: `python -m grpo.train configs/gsm8k.toml`.
 
-It reads the configuration and hands it to `grpo.trainer`; nothing else happens here. torch and vLLM are imported only
-once the configuration is known to be right, so that `--help`, `--dry-run` and a misspelt key answer at once.
+It reads the configuration and hands it to `grpo.training.trainer`; nothing else happens here. torch and vLLM are
+imported only once the configuration is known to be right, so that `--help`, `--dry-run` and a misspelt key answer at
+once.
 
 Exit codes: 0, done; 2, stopped, told in one sentence; 130, interrupted by Ctrl-C (SIGINT); 143, by SIGTERM. An
 interrupted run leaves a checkpoint of its last whole step within 30 seconds; a second signal ends it at once.
@@ -20,14 +21,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from grpo.checkpoint import check_run, moved_base, saved_config, step_numbers
-from grpo.config import Config, config_toml, read_config
+from grpo.config.schema import Config, config_toml, read_config
+from grpo.config.toml import write_value
+from grpo.distributed.launch import Launch, RankLost, check_share, take_launch
 from grpo.errors import BAD_INPUT, UserError, disk_refusal, fail
-from grpo.interrupt import leaving_at_once
-from grpo.machine import check_machine
-from grpo.plan import memory_plan
-from grpo.toml import write_value
-from grpo.torchrun import Launch, RankLost, check_share, take_launch
+from grpo.memory.summary import memory_plan
+from grpo.run.checkpoint import check_run, moved_base, saved_config, step_numbers
+from grpo.run.machine import check_machine
+from grpo.run.signals import leaving_at_once
 
 LOST = 1
 """Exit code of a rank that ends because another one did."""
@@ -123,13 +124,13 @@ def configuration(parsed: argparse.Namespace) -> Config:
 
 def train(config: Config, launch: Launch, *, resume: bool, verbose: bool) -> None:
     """Train; imports torch and vLLM once the run folder is known to be free, or to fit."""
-    from grpo.log import quiet_libraries
+    from grpo.run.library_logs import quiet_libraries
 
     quiet_libraries(verbose)
     if launch.first and launch.restarts == 0:
         check_run(config, resume=resume)
     check_machine(config.model.device)
-    from grpo.trainer import Trainer
+    from grpo.training.trainer import Trainer
 
     with leaving_at_once():
         Trainer(config, resume=resume, verbose=verbose, launch=launch).run()

@@ -17,8 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from grpo.kernels.launch import dense_rows, on_device, portable, triton_serves, wide
-from grpo.kernels.nf4_lookup import round_to
+from grpo.kernels.launch import dense_rows, on_device, portable, round_to, triton_serves, wide
 
 ACTIVATIONS = ("silu", "gelu_tanh")
 ELEMENTS = 2048

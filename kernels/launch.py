@@ -10,6 +10,7 @@ from functools import lru_cache
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 NARROW = (torch.bfloat16, torch.float16, torch.float32)
@@ -27,7 +28,7 @@ def triton_serves(tensor: Tensor) -> bool:
 
 
 def portable(tensor: Tensor) -> bool:
-    """Whether kernels have to round by themselves (`nf4_lookup.round_to`): the interpreter truncates to bfloat16."""
+    """Whether kernels have to round by themselves (`round_to`): the interpreter truncates to bfloat16."""
     return not tensor.is_cuda
 
 
@@ -62,3 +63,13 @@ def sum_in_float32() -> None:
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     torch.backends.cuda.matmul.allow_tf32 = False
     triton.knobs.language.fp32_default = "ieee"
+
+
+@triton.jit
+def round_to(value, DTYPE: tl.constexpr, PORTABLE: tl.constexpr):
+    """float32 -> DTYPE, to nearest even. Triton's interpreter truncates to bf16, so the portable form rounds itself."""
+    if PORTABLE and DTYPE == tl.bfloat16:
+        bits = value.to(tl.uint32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    return value.to(DTYPE)

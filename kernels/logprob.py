@@ -18,8 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from grpo.kernels.host_matmul import mm, mm_transposed
-from grpo.kernels.launch import on_device, portable, triton_serves
-from grpo.kernels.nf4_lookup import round_to
+from grpo.kernels.launch import on_device, portable, round_to, triton_serves
 
 CPU_CHUNK_BYTES = 24 << 20
 """Logits at once on a CPU, whatever the caller allows: more leaves the caches, and malloc gives it fresh pages each

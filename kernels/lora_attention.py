@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from grpo.kernels.launch import dense_rows
 from grpo.kernels.lora_factors import Adapter
-from grpo.kernels.lora_linear import LinearGroup, Product, row_tiles
+from grpo.kernels.lora_linear import LinearGroup, Product, normalised, row_tiles, through_norm
 from grpo.kernels.rms_norm import Norm
 from grpo.kernels.rope import rotate
 
@@ -132,23 +132,3 @@ def backward_of_rows(
     product.adapter_gradient(grad, unit, shrunk_grad)
     if x_grad is not None:
         through_norm(projection.norm, unit_grad, x, x_grad)
-
-
-def normalised(product: Product, norm: Norm | None, x: Tensor) -> Tensor:
-    """`norm` of x, or x, in a buffer for `product`."""
-    buffer, part = product.inputs(x.shape[0])
-    if norm is None:
-        part.copy_(x)
-    else:
-        norm.forward(x, out=part)
-    return buffer
-
-
-def through_norm(norm: Norm | None, unit_grad: Tensor, x: Tensor, out: Tensor, plus: Tensor | None = None) -> None:
-    """dL/dx into `out`, from the gradient of what `normalised` gave, plus the tensor `plus`."""
-    if norm is not None:
-        norm.backward(unit_grad, x, plus=plus, out=out)
-    elif plus is not None:
-        torch.add(unit_grad, plus, out=out)
-    else:
-        out.copy_(unit_grad)

@@ -21,8 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from grpo.kernels.launch import on_device, portable, triton_serves
-from grpo.kernels.nf4_lookup import round_to
+from grpo.kernels.launch import on_device, portable, round_to, triton_serves
 
 TILE = 64
 """Rows and columns of a program's tile."""

@@ -36,6 +36,7 @@ from grpo.kernels import nf4
 from grpo.kernels.launch import sum_in_float32, wide
 from grpo.kernels.lora_factors import Adapter, LowRank, lay_out
 from grpo.kernels.lora_sum import dense_linear, round_sum, sums_in_float32
+from grpo.kernels.rms_norm import Norm
 
 WIDTH = 64
 """Columns for adapters beside a matrix are a multiple of this: rows stay aligned to 128 bytes."""
@@ -241,3 +242,23 @@ class _LoraLinear(torch.autograd.Function):
         x_grad, shrunk_grad = product.input_gradient(filled)
         product.adapter_gradient(filled, x, shrunk_grad)
         return x_grad, None, None, *product.gradients()
+
+
+def normalised(product: Product, norm: Norm | None, x: Tensor) -> Tensor:
+    """`norm` of x, or x, in a buffer for `product`."""
+    buffer, part = product.inputs(x.shape[0])
+    if norm is None:
+        part.copy_(x)
+    else:
+        norm.forward(x, out=part)
+    return buffer
+
+
+def through_norm(norm: Norm | None, unit_grad: Tensor, x: Tensor, out: Tensor, plus: Tensor | None = None) -> None:
+    """dL/dx into `out`, from the gradient of what `normalised` gave, plus the tensor `plus`."""
+    if norm is not None:
+        norm.backward(unit_grad, x, plus=plus, out=out)
+    elif plus is not None:
+        torch.add(unit_grad, plus, out=out)
+    else:
+        out.copy_(unit_grad)

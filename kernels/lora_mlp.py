@@ -19,9 +19,8 @@ from torch.autograd.graph import increment_version
 
 from grpo.kernels.glu import glu_backward, glu_forward
 from grpo.kernels.launch import dense_rows
-from grpo.kernels.lora_attention import normalised, through_norm
 from grpo.kernels.lora_factors import Adapter
-from grpo.kernels.lora_linear import LinearGroup, Product, row_tiles
+from grpo.kernels.lora_linear import LinearGroup, Product, normalised, row_tiles, through_norm
 from grpo.kernels.rms_norm import Norm
 
 

@@ -16,9 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from grpo.kernels.launch import on_device
-from grpo.kernels.nf4_gemm import COUNTERS, WORKSPACE_BYTES, dot, hand_in, sum_of_parts, workspace
-from grpo.kernels.nf4_lookup import round_to
+from grpo.kernels.launch import on_device, round_to
+from grpo.kernels.split_k import COUNTERS, WORKSPACE_BYTES, dot, hand_in, sum_of_parts, workspace
 
 MOST_ROWS = 512
 """Rows of x up to which our kernel is used: a decoding batch, not a prompt."""

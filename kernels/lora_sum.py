@@ -21,10 +21,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from grpo.kernels.launch import on_device, portable, sum_in_float32
+from grpo.kernels.launch import on_device, portable, round_to, sum_in_float32
 from grpo.kernels.lora_factors import LowRank, with_bias
-from grpo.kernels.nf4_gemm import dot
-from grpo.kernels.nf4_lookup import round_to
+from grpo.kernels.split_k import dot
 
 FLOAT32_BYTES = 64 << 20
 """Largest float32 sum that is written out and read again: beyond, copying W is faster, and takes less memory."""

@@ -22,8 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from grpo.kernels.launch import on_device
-from grpo.kernels.nf4_lookup import BOUNDS, CODE, byte_tables, lookup_half, round_to, scaled, tile_columns
+from grpo.kernels.launch import on_device, round_to
+from grpo.kernels.nf4_lookup import BOUNDS, CODE, byte_tables, lookup_half, scaled, tile_columns
 
 BLOCK = 64
 """Weights per absmax."""

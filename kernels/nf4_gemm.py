@@ -1,7 +1,7 @@
 """y = x W^T + b for W in the stored form of nf4.py: one call, which multiplies packed weights where that is faster.
 
 `nf4_linear` chooses between a fused Triton kernel and dequantise + cuBLAS by nf4_table.json, measured per GPU model by
-benchmarks/nf4_gemm.py --tune. docs/nf4-kernel.md explains the kernel.
+python -m benchmarks.nf4_gemm --tune. docs/nf4-kernel.md explains the kernel.
 
 The fused kernel's result for a row of x has the same bits whatever other rows there are: K is split by the shape of W
 alone, each split is summed in the order of K, and the splits are added in their order by whichever program finishes
@@ -31,17 +31,14 @@ import triton.language as tl
 from torch import Tensor
 
 from grpo.kernels import nf4
-from grpo.kernels.launch import on_device, sum_in_float32
+from grpo.kernels.launch import on_device, round_to, sum_in_float32
 from grpo.kernels.lora_factors import LowRank, with_bias
-from grpo.kernels.nf4_lookup import byte_tables, load_rows, lookup_half, round_to, scaled, tile_columns
+from grpo.kernels.nf4_lookup import byte_tables, load_rows, lookup_half, scaled, tile_columns
+from grpo.kernels.split_k import COUNTERS, WORKSPACE_BYTES, dot, hand_in, sum_of_parts, workspace
 
 TABLE = Path(__file__).with_name("nf4_table.json")
-WORKSPACE_BYTES = 64 << 20
-"""Per device: a dequantised piece of a weight, or the partial sums of a split product."""
 DENSE_BYTES = 32 << 20
 """Size of a dequantised piece: the product then reads it from an L2 cache of 50 MB."""
-COUNTERS = 1 << 14
-"""Output tiles of a split product, at most."""
 
 log = logging.getLogger(__name__)
 
@@ -142,20 +139,6 @@ def dequantized_linear(
         if low_rank is not None:
             matrix[:, columns:].copy_(low_rank.b[part])
         torch.mm(beside, matrix.t(), out=out[:, part])
-
-
-_workspaces: dict[torch.device, tuple[Tensor, Tensor]] = {}
-
-
-def workspace(device: torch.device) -> tuple[Tensor, Tensor]:
-    """(uint8 [WORKSPACE_BYTES], int32 zeros [COUNTERS]) of `device`, made by the first call."""
-    if device not in _workspaces:
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError("call nf4_gemm.prepare(device) before a CUDA graph is captured")
-        with torch.inference_mode(False):
-            scratch = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
-            _workspaces[device] = scratch, torch.zeros(COUNTERS, dtype=torch.int32, device=device)
-    return _workspaces[device]
 
 
 def prepare(device: torch.device) -> None:
@@ -267,36 +250,12 @@ def _gemm_kernel(
 
 
 @triton.jit
-def hand_in(part, at, arrived, SPLIT: tl.constexpr):
-    """Store this program's part of a sum; whether all SPLIT parts are there now. Who finds that clears `arrived`."""
-    tl.store(at, part)
-    tl.debug_barrier()  # every thread's part is written before one thread says so
-    return tl.atomic_add(arrived, 1, sem="acq_rel") == SPLIT - 1
-
-
-@triton.jit
-def sum_of_parts(at, SIZE: tl.constexpr, SPLIT: tl.constexpr):
-    """The SPLIT parts at `at`, `at` + SIZE, ..., added in their order."""
-    total = tl.load(at, cache_modifier=".cg")
-    for index in tl.static_range(1, SPLIT):
-        total += tl.load(at + index * SIZE, cache_modifier=".cg")
-    return total
-
-
-@triton.jit
 def _load_x(at, mask, column, columns, RAGGED: tl.constexpr, HALF_TAIL: tl.constexpr):
     if HALF_TAIL:  # times a padded block of zeros, so it has to be finite
         return tl.load(at, mask=mask & (column < columns)[:, None], other=0.0)
     if RAGGED:  # whatever is left in the other rows' place only reaches rows of y that are not stored
         return tl.load(at, mask=mask)
     return tl.load(at)
-
-
-@triton.jit
-def dot(a, b, total, PORTABLE: tl.constexpr):
-    if PORTABLE:  # the interpreter multiplies bf16 as if it were integers
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
-    return tl.dot(a, b, total)
 
 
 @triton.jit
@@ -325,7 +284,7 @@ def _store(total, out, bias, m, n, rows, features, out_stride, HAS_BIAS: tl.cons
 
 @lru_cache
 def load_table() -> dict[str, dict[tuple[int, int], Plan]]:
-    """GPU name -> (N, K) -> Plan, from the file that benchmarks/nf4_gemm.py --tune writes."""
+    """GPU name -> (N, K) -> Plan, from the file that python -m benchmarks.nf4_gemm --tune writes."""
     gpus = json.loads(TABLE.read_text())
     return {
         gpu: {_read_shape(shape): _read_plan(entry) for shape, entry in content["shapes"].items()}
@@ -369,6 +328,6 @@ def find_plan(device: torch.device, features: int, columns: int) -> Plan | None:
 @lru_cache
 def _warn_unmeasured(name: str) -> None:
     log.warning(
-        "%s is not in %s: NF4 products are dequantised first; run benchmarks/nf4_gemm.py --tune to measure it",
+        "%s is not in %s: NF4 products are dequantised first; run python -m benchmarks.nf4_gemm --tune to measure it",
         name, TABLE.name,
     )  # fmt: skip

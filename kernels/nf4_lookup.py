@@ -16,6 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
+from grpo.kernels.launch import round_to
+
 CODE = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
@@ -89,16 +91,6 @@ def _portable_bits(word, SHIFT: tl.constexpr, t0, t1, t2, t3, t4, t5, t6, t7):
     lower = tl.where(code < 8, tl.where(code < 4, t4, t5), tl.where(code < 12, t6, t7))
     shift = (code & 3) * 8
     return (((upper >> shift) & 255) << 8 | (lower >> shift) & 255).to(tl.int16)
-
-
-@triton.jit
-def round_to(value, DTYPE: tl.constexpr, PORTABLE: tl.constexpr):
-    """float32 -> DTYPE, to nearest even. Triton's interpreter truncates to bf16, so the portable form rounds itself."""
-    if PORTABLE and DTYPE == tl.bfloat16:
-        bits = value.to(tl.uint32, bitcast=True)
-        bits += 0x7FFF + ((bits >> 16) & 1)
-        return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
-    return value.to(DTYPE)
 
 
 @triton.jit

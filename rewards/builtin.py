@@ -1,6 +1,10 @@
-"""The rewards that a configuration names by a bare word, and where each is. Imported only when named."""
+"""The rewards that a configuration names by a bare word, and where each is. None is imported before it is asked for."""
 
 from __future__ import annotations
+
+from typing import Any
+
+from grpo.references import resolve
 
 BUILTIN = {
     "correctness": "grpo.rewards.correctness:correctness",
@@ -24,3 +28,8 @@ ALIASES = {
     "xmlcount_reward_func": "xml_count",
 }
 """The names these functions have in the GSM8K notebooks."""
+
+
+def resolve_reward(reference: str) -> Any:
+    """The reward that `reference` names: one of these, or the user's own. Raises UserError as `resolve` does."""
+    return resolve(reference, "reward", BUILTIN | ALIASES)

@@ -6,19 +6,27 @@ is None. Deciding whether an answer is right is left to the rewards, algebra to 
 
 from __future__ import annotations
 
+import numbers
 import re
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
-LONGEST_NUMBER = 300
-"""Characters of a number that is still read; a longer run of digits is noise, and costly to compute with."""
-LONGEST_EXPONENT = 3
-"""Digits of an exponent that is still read."""
+from grpo.rewards.notation import FRACTION_SLASH, plain
+from grpo.rewards.number import LONGEST_EXPONENT, LONGEST_NUMBER, SCALES, stated_number
 
-_MINUS_SIGNS = dict.fromkeys(map(ord, "\u2212\u2010\u2011\u2012\u2013\ufe63\uff0d"), "-")
-_GROUP_GAP = re.compile(r"(?<=[0-9])(?:\{,\}|\\[,!;: ]|[\u00a0\u2009\u202f])(?=[0-9]{3}(?![0-9]))")
-_LATEX_FRACTION = re.compile(r"(?:(?<![0-9A-Za-z.,])([0-9]{1,9})\s*)?\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
+_MIXED = re.compile(rf"(?:(?<![0-9A-Za-z.,])([0-9]{{1,9}})\s*)?(?<![0-9.])(-?[0-9.]+){FRACTION_SLASH}(-?[0-9.]+)")
+_SCIENTIFIC = re.compile(
+    r"(?<![0-9A-Za-z_./^])(?:([0-9]+(?:\.[0-9]+)?|\.[0-9]+)\s*(?:\\times|\\cdot|[×·⋅*xX])\s*)?10\s*(?:\^|\*\*)\s*"
+    r"(?:\{\s*([-+]?)\s*([0-9]{1,3})\s*\}|([-+]?)([0-9]{1,3})(?![0-9]))"
+)
+_SCALED = re.compile(
+    rf"(?<![0-9A-Za-z_./])([0-9]+(?:\.[0-9]+)?|\.[0-9]+)\s{{0,3}}({'|'.join(SCALES)})s?\b",
+    re.IGNORECASE,
+)
+_EXPONENT_OF_WORD = re.compile(r"(?<=[A-Za-z)}])\s*\^\s*(?:\{\s*-?[0-9]+\s*\}|-?[0-9])")
+_SUBSCRIPT = re.compile(r"_\s*\{[0-9A-Za-z]{1,20}\}")
+_IN_EXPRESSION = re.compile(r"(?:\^\s*\{?|[0-9A-Za-z)}]\s?\*\*|\\sqrt\s*\{?|√|\bsqrt\(?)\s*[-+]?\s*$")
 _BRACES = re.compile(
     r"(?P<box>\\(?:boxed|fbox)\s*)(?:(?P<open>\{)|(?P<bare>[^\s{}\\]+))|\\.|(?P<lone>\{)|(?P<close>\})", re.DOTALL
 )
@@ -40,6 +48,13 @@ _NUMBER = re.compile(
 def completion_text(completion: str | Sequence[dict[str, Any]]) -> str:
     """The text of a completion: itself, or the content of the last message of a conversation."""
     return completion if isinstance(completion, str) else str(completion[-1]["content"])
+
+
+def is_no_answer(gold: Any) -> bool:
+    """Whether a gold answer is missing: None, NaN or text without a visible character."""
+    if isinstance(gold, str):
+        return not gold.strip()
+    return gold is None or (isinstance(gold, numbers.Real) and gold != gold)
 
 
 def xml_answer(text: str) -> str:
@@ -70,18 +85,19 @@ def boxed_answer(text: str) -> str | None:
 
 
 def last_number(text: str) -> Fraction | None:
-    r"""The last number written in `text`, exactly; None when there is none, or it is a division by zero.
+    r"""The last number written in `text`, exactly; None when there is none, it is a division by zero, or it stands in
+    an exponent or a root.
 
-    Read are signs (Unicode minus too), thousands separated by commas or LaTeX and no-break spaces, decimals,
-    exponents such as `1.5e-3`, `3/4`, `\frac{3}{4}` and `2\frac{1}{2}`. Currency, percent signs and units are passed
-    over: "50%" is 50. A comma that does not part thousands parts numbers, so "3,14" ends in 14. Roots, letters and
-    numbers beyond LONGEST_NUMBER and LONGEST_EXPONENT are not read.
+    Read are signs (Unicode minus too), thousands however they are separated, decimals, exponents such as `1.5e-3` and
+    `1.5 \times 10^{-3}`, "2 million", `3/4`, `\frac{3}{4}`, `2\frac{1}{2}` and digits of any script. Currency, percent
+    signs and units are passed over: "50%" is 50. A comma that does not part thousands parts numbers, so "3,14" ends in
+    14. Letters and numbers beyond LONGEST_NUMBER and LONGEST_EXPONENT are not read.
     """
-    text = text.translate(_MINUS_SIGNS).replace("\\$", "$")
-    text = _GROUP_GAP.sub("", text)
-    text = _LATEX_FRACTION.sub(_plain_fraction, text)
+    text = _MIXED.sub(_plain_fraction, plain(text))
+    text = _SCALED.sub(_scaled, _SCIENTIFIC.sub(_scientific, text))
+    text = _EXPONENT_OF_WORD.sub("", _SUBSCRIPT.sub("", text))
     matches = list(_NUMBER.finditer(text))
-    if not matches:
+    if not matches or _IN_EXPRESSION.search(text[max(matches[-1].start() - 20, 0) : matches[-1].start()]):
         return None
     number = _value(matches[-1])
     if len(matches) > 1 and number is not None and _is_denominator(text, matches):
@@ -91,18 +107,27 @@ def last_number(text: str) -> Fraction | None:
 
 
 def final_number(text: str) -> Fraction | None:
-    r"""The number a completion answers with: the last one of its last `<answer>`, else of its last `\boxed`, else of
-    the line after its last `####`, else of the whole text.
+    r"""The number a completion answers with: what its last `<answer>` states, else its last `\boxed`, else the line
+    after its last `####`; without such a marker the last number of the text.
 
     The first marker that is there decides: an `<answer>` without a number has no number, whatever else was written.
+    What it states is `number.stated_number`'s: an expression or a list is no number.
     """
+    marked = marked_answer(text)
+    return last_number(text) if marked is None else stated_number(marked)
+
+
+def marked_answer(text: str) -> str | None:
+    r"""The text at the first of the places `<answer>`, `\boxed` and `####` that there is; a box in it counts."""
     if "<answer>" in text:
-        return last_number(xml_answer(text))
+        answer = xml_answer(text)
+        boxed = boxed_answer(answer)
+        return answer if boxed is None else boxed
     boxed = boxed_answer(text)
     if boxed is not None:
-        return last_number(boxed)
+        return boxed
     marked = hash_answer(text)
-    return last_number(text if marked is None else marked.partition("\n")[0])
+    return None if marked is None else marked.partition("\n")[0]
 
 
 def same_number(
@@ -121,13 +146,23 @@ def same_number(
 
 
 def _plain_fraction(match: re.Match[str]) -> str:
-    """`a/b` for a LaTeX fraction; a whole number written before it is added to it."""
+    """`a/b` for a fraction; a whole number written before it is added to it."""
     whole, top, bottom = match.groups()
     if whole is None:
         return f"{top}/{bottom}"
     if re.fullmatch("[0-9]{1,9}", top) and re.fullmatch("[0-9]{1,9}", bottom):
         return f"{int(whole) * int(bottom) + int(top)}/{bottom}"
     return f"{whole} {top}/{bottom}"
+
+
+def _scientific(match: re.Match[str]) -> str:
+    r"""`1.5e-3` for `1.5 \times 10^{-3}`."""
+    return f"{match[1] or 1}e{match[2] or match[4] or ''}{match[3] or match[5]}"
+
+
+def _scaled(match: re.Match[str]) -> str:
+    """`2e6` for "2 million"."""
+    return f"{match[1]}e{len(str(SCALES[match[2].lower()])) - 1}"
 
 
 def _value(match: re.Match[str]) -> Fraction | None:

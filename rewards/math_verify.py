@@ -11,6 +11,7 @@ from typing import Any
 
 from grpo.errors import UserError
 from grpo.rewards.extract import completion_text, xml_answer
+from grpo.rewards.notation import without_emphasis
 
 try:
     from math_verify import parse, verify
@@ -43,5 +44,7 @@ def math_verify(
 
 
 def as_math(text: str) -> str:
-    """`text` between dollar signs if it is a bare formula: math-verify reads only numbers outside of them."""
+    """`text` without Markdown's emphasis, between dollar signs if it is a bare formula: math-verify reads only numbers
+    outside of them."""
+    text = without_emphasis(text)
     return text if PROSE_OR_MARKED.search(text) else f"${text}$"

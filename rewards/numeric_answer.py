@@ -1,14 +1,15 @@
 r"""`numeric_answer`: 1.0 for the right number, however it is written ("$1,234.50" is "1234.5").
 
-What counts as the answer is `extract.final_number`: the last number of the last `<answer>`, `\boxed`, or `####` line,
-else of the text. Expressions with letters, roots or units are for `math_verify`.
+What counts as the answer is `extract.final_number`: the number that the last `<answer>`, `\boxed` or `####` line
+states, else the last one of the text. Expressions, lists and numerals in other bases are for `math_verify`.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from grpo.rewards.extract import completion_text, final_number, last_number, same_number
+from grpo.rewards.extract import completion_text, final_number, marked_answer, same_number
+from grpo.rewards.number import gold_number
 
 
 def numeric_answer(
@@ -20,11 +21,12 @@ def numeric_answer(
         tolerance: largest difference, in the answer's units.
         relative_tolerance: largest difference as a share of the gold number; the wider of the two counts.
 
-    None where the gold answer holds no number.
+    None where the gold answer is not a number, as an expression or a list is not.
     """
     scores: list[float | None] = []
     for completion, gold_text in zip(completions, answer, strict=True):
-        gold = last_number(str(gold_text))
+        marked = marked_answer(str(gold_text))
+        gold = gold_number(str(gold_text) if marked is None else marked)
         if gold is None:
             scores.append(None)
             continue

@@ -15,6 +15,7 @@ import csv
 import difflib
 import inspect
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,10 +25,14 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
 
 from grpo.errors import UserError
-from grpo.rewards.resolve import described, location, resolve
+from grpo.references import described, location, resolve
+from grpo.tasks.cells import require_columns
 
 Row = dict[str, Any]
 """One question: "prompt" (a string, or a list of chat messages) and further columns, which rewards receive."""
+
+Make = Callable[[Row, str], Row]
+"""What becomes of a row that was read, told its place as "file:line" or "file, row n"."""
 
 Verifier = Callable[[str, Row], bool]
 """Is this completion text right for this row?"""
@@ -102,24 +107,33 @@ def checked_options(reference: str, function: Callable[..., Task], options: dict
     return options
 
 
+def as_read(row: Row, where: str) -> Row:
+    """The row itself."""
+    return row
+
+
 def read_splits(
-    path: str | Path, columns: Sequence[str], train: str = "train", held_out: str | None = "test"
+    path: str | Path,
+    columns: Sequence[str],
+    train: str = "train",
+    held_out: str | None = "test",
+    make: Make = as_read,
 ) -> tuple[list[Row], list[Row]]:
-    """Training and held-out rows of a local data set; each row must have `columns`.
+    """Training and held-out rows of a local data set, as `make` returns them; each row must have `columns`.
 
     `path` is a folder with a file `train` and perhaps one `test` (other names: `train`, `held_out`) as .jsonl, .json,
     .parquet (also in shards, as hub data sets are stored) or .csv; or one such file, all of it for training.
     """
     path = Path(path).expanduser()
     if path.is_file():
-        return read_files([path], columns), []
+        return read_files([path], columns, make), []
     if not path.is_dir():
         raise UserError(f"data set {path} does not exist; give a folder with train.jsonl, or one file")
     train_files = split_files(path, train)
     if not train_files:
         raise UserError(f"{path}: no {train}.jsonl, .json, .parquet or .csv in this folder; name the training file so")
     test_files = split_files(path, held_out) if held_out else []
-    return read_files(train_files, columns), read_files(test_files, columns) if test_files else []
+    return read_files(train_files, columns, make), read_files(test_files, columns, make) if test_files else []
 
 
 def split_files(folder: Path, split: str) -> list[Path]:
@@ -133,13 +147,16 @@ def split_files(folder: Path, split: str) -> list[Path]:
     return []
 
 
-def read_files(files: Sequence[Path], columns: Sequence[str]) -> list[Row]:
-    """All rows of `files`, in order. Raises UserError naming file and line of the first row that lacks a column."""
+def read_files(files: Sequence[Path], columns: Sequence[str], make: Make = as_read) -> list[Row]:
+    """All rows of `files`, in order, as `make` returns them.
+
+    Raises UserError naming file and line of the first row that lacks a column.
+    """
     rows = []
     for file in files:
         for where, row in located_rows(file):
             require_columns(row, columns, where)
-            rows.append(row)
+            rows.append(make(row, where))
     if not rows:
         raise UserError(f"{files[0]}: no rows in it; a task needs at least one")
     return rows
@@ -154,13 +171,58 @@ def located_rows(file: Path) -> Iterator[tuple[str, Row]]:
         if suffix == ".parquet":
             yield from parquet_rows(file)
         elif suffix == ".csv":
-            with file.open(encoding="utf-8-sig", newline="") as lines:
-                reader = csv.DictReader(lines)
-                yield from ((f"{file}:{reader.line_num}", row) for row in reader)
+            yield from csv_rows(file)
         else:
             yield from json_rows(file)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{file}: cannot be read ({error}); is it really {suffix}?") from None
+
+
+def csv_rows(file: Path) -> Iterator[tuple[str, Row]]:
+    """Rows of a CSV file whose first line names the columns; a cell `nan` is NaN.
+
+    Raises UserError for a row with more or fewer fields than the header, which would be shifted columns.
+    """
+    with file.open(encoding="utf-8-sig", newline="") as lines:
+        reader = csv.reader(lines, strict=True)
+        header: list[str] = []
+        start = 1
+        try:
+            for fields in reader:
+                where, start = f"{file}:{start}", reader.line_num + 1
+                if not fields:  # a blank line
+                    continue
+                if not header:
+                    header = fields
+                    check_names(header, where)
+                    continue
+                if len(fields) > len(header):
+                    raise UserError(f"{where}: more fields than the header; quote the comma")
+                if len(fields) < len(header):
+                    missing = header[len(fields)]
+                    raise UserError(
+                        f"{where}: fewer fields than the header, {missing!r} is missing; write empty ones too"
+                    )
+                cells = (math.nan if cell in ("nan", "NaN") else cell for cell in fields)
+                yield where, dict(zip(header, cells, strict=True))
+        except csv.Error as error:
+            raise UserError(f"{file}:{start}: not valid CSV ({error}); quote fields with quotes or commas") from None
+
+
+def check_names(names: Sequence[str], where: str) -> None:
+    """Raise UserError when two columns have one name, as only one of them would be read."""
+    twice = next((name for place, name in enumerate(names) if name in names[:place]), None)
+    if twice is not None:
+        raise UserError(f"{where}: two columns are called {twice!r}; rename one")
+
+
+def json_object(entries: list[tuple[str, Any]]) -> Row:
+    """A JSON object as a dict. Raises ValueError where a name occurs twice."""
+    row = dict(entries)
+    if len(row) < len(entries):
+        names = [name for name, _ in entries]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} occurs twice in one object")
+    return row
 
 
 def json_rows(file: Path) -> Iterator[tuple[str, Row]]:
@@ -168,9 +230,9 @@ def json_rows(file: Path) -> Iterator[tuple[str, Row]]:
     text = file.read_text(encoding="utf-8-sig")
     if text.lstrip().startswith("["):
         try:
-            values = [(f"{file}, row {number}", value) for number, value in enumerate(json.loads(text), 1)]
-        except (json.JSONDecodeError, RecursionError) as error:
-            line, reason = getattr(error, "lineno", 1), getattr(error, "msg", "nested too deeply")
+            values = [(f"{file}, row {number}", value) for number, value in enumerate(loaded(text), 1)]
+        except (ValueError, RecursionError) as error:
+            line, reason = getattr(error, "lineno", 1), json_reason(error)
             raise UserError(f"{file}:{line}: not valid JSON ({reason}); correct it") from None
     else:
         values = []
@@ -178,14 +240,25 @@ def json_rows(file: Path) -> Iterator[tuple[str, Row]]:
             if not line.strip():
                 continue
             try:
-                values.append((f"{file}:{number}", json.loads(line)))
-            except (json.JSONDecodeError, RecursionError) as error:
-                reason = getattr(error, "msg", "nested too deeply")
-                raise UserError(f"{file}:{number}: not valid JSON ({reason}); write one object a line") from None
+                values.append((f"{file}:{number}", loaded(line)))
+            except (ValueError, RecursionError) as error:
+                raise UserError(
+                    f"{file}:{number}: not valid JSON ({json_reason(error)}); write one object a line"
+                ) from None
     for where, value in values:
         if not isinstance(value, dict):
             raise UserError(f"{where}: a {type(value).__name__} where a row should be; write one JSON object a row")
         yield where, value
+
+
+def loaded(text: str) -> Any:
+    """`text` as JSON."""
+    return json.loads(text, object_pairs_hook=json_object)
+
+
+def json_reason(error: Exception) -> str:
+    """Why text is no JSON."""
+    return "nested too deeply" if isinstance(error, RecursionError) else getattr(error, "msg", str(error))
 
 
 def parquet_rows(file: Path) -> Iterator[tuple[str, Row]]:
@@ -197,21 +270,20 @@ def parquet_rows(file: Path) -> Iterator[tuple[str, Row]]:
         table = parquet.read_table(file)
     except pyarrow.ArrowException as error:
         raise UserError(f"{file}: not a Parquet file ({error}); is it complete?") from None
+    check_names(table.column_names, str(file))
     yield from ((f"{file}, row {number}", row) for number, row in enumerate(table.to_pylist(), 1))
 
 
-def require_columns(row: Row, columns: Sequence[str], where: str) -> None:
-    """Raise UserError when `row` lacks one of `columns`, or holds null there."""
-    for column in columns:
-        if row.get(column) is None:
-            state = "is null" if column in row else "is missing"
-            raise UserError(f"{where}: column {column!r} {state}; the columns are {', '.join(map(str, row))}")
-
-
 def read_hub(
-    name: str, subset: str | None, columns: Sequence[str], train: str = "train", held_out: str | None = "test"
+    name: str,
+    subset: str | None,
+    columns: Sequence[str],
+    train: str = "train",
+    held_out: str | None = "test",
+    make: Make = as_read,
 ) -> tuple[list[Row], list[Row]]:
-    """Training and held-out rows of a hub data set, through `datasets`; `held_out = None`: no held-out rows."""
+    """Training and held-out rows of a hub data set, through `datasets`, as `make` returns them; `held_out = None`: no
+    held-out rows."""
     import datasets
 
     try:
@@ -226,9 +298,11 @@ def read_hub(
     for split in filter(None, (train, held_out)):
         if split not in splits:
             raise UserError(f"data set {name!r} has no split {split!r}; its splits are {', '.join(splits)}")
-        rows = splits[split].to_list()
-        for number, row in enumerate(rows, 1):
-            require_columns(row, columns, f"{name} {split}, row {number}")
+        rows: list[Row] = []
+        for number, row in enumerate(splits[split].to_list(), 1):
+            where = f"{name} {split}, row {number}"
+            require_columns(row, columns, where)
+            rows.append(make(row, where))
         if not rows:
             raise UserError(f"data set {name!r}: split {split!r} has no rows; choose another one")
         found.append(rows)

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from grpo.errors import UserError
 from grpo.rewards.extract import final_number, hash_answer, last_number, xml_answer
+from grpo.tasks.cells import GIVE_OR_LEAVE_OUT, filled, gold_text
 from grpo.tasks.common import Row, Task, read_hub, read_splits
 
 SYSTEM_PROMPT = """
@@ -46,31 +47,28 @@ def load(path: str | None = None, hub: str = "openai/gsm8k", subset: str | None 
     `path`: a folder with train.jsonl and test.jsonl (or .parquet), instead of the hub's data set `hub`, `subset`.
     """
     columns = ("question", "answer")
-    train, test = read_splits(path, columns) if path else read_hub(hub, subset, columns)
-    return Task("gsm8k", rows(train), rows(test), rewards=REWARDS, strict=strict, flexible=flexible)
+    train, test = read_splits(path, columns, make=made) if path else read_hub(hub, subset, columns, make=made)
+    return Task("gsm8k", train, test, rewards=REWARDS, strict=strict, flexible=flexible)
 
 
-def rows(raw: list[Row]) -> list[Row]:
-    """GSM8K's rows as task rows."""
-    return [
-        {
-            "prompt": [
-                {"role": "system", "content": SYSTEM_PROMPT},
-                {"role": "user", "content": row["question"]},
-            ],
-            "answer": gold_answer(row["answer"], number),
-        }
-        for number, row in enumerate(raw, 1)
-    ]
+def made(row: Row, where: str) -> Row:
+    """A row of the data set, which is at `where`, as a task row."""
+    return {
+        "prompt": [
+            {"role": "system", "content": SYSTEM_PROMPT},
+            {"role": "user", "content": filled("{question}", row, where)},
+        ],
+        "answer": gold_answer(gold_text(row, "answer", where), where),
+    }
 
 
-def gold_answer(solution: str, number: int) -> str:
-    """The text after "####"; `number` is the row's, for the error."""
+def gold_answer(solution: str, where: str) -> str:
+    """The text after "####" in the solution of the row at `where`."""
     answer = hash_answer(solution)
     if answer is None:
-        raise UserError(
-            f"gsm8k, row {number}: the answer has no '####' before the result; use the task 'table' instead"
-        )
+        raise UserError(f"{where}: the answer has no '####' before the result; use the task 'table' instead")
+    if not answer:
+        raise UserError(f"{where}: the answer has nothing after '####'; {GIVE_OR_LEAVE_OUT}")
     return answer
 
 

@@ -24,13 +24,15 @@ Rows that need more than a template are a task in Python: a function that return
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from grpo.errors import UserError
-from grpo.rewards.extract import boxed_answer, completion_text, hash_answer, last_number, xml_answer
+from grpo.rewards.extract import boxed_answer, completion_text, hash_answer, is_no_answer, last_number, xml_answer
+from grpo.tasks.cells import check_question, checked_prompt, filled, gold_text, is_blank, reach
 from grpo.tasks.common import Row, Task, read_hub, read_splits
 
 Place = Literal["text", "xml", "boxed", "hash", "number"]
@@ -63,15 +65,28 @@ def load(
 ) -> Task:
     """The rows of `path` (a folder with train.* and test.*, or one file) or of the data set `hub`, `subset`.
 
-    `prompt` is filled with the row's columns; "{column}" alone may be a column of chat messages. `examples` are rows
+    `prompt` is filled with the row's columns; "{column}" alone may be a column of chat messages. Dots lead into nested
+    columns, in `prompt` and in `answer`: "reward_model.ground_truth". A question or gold answer that is missing, empty,
+    NaN, or no text or number is refused with its place. `examples` are rows
     whose `reply` is shown before the question. `chat = false` makes plain-text prompts, for base models. Without an
     evaluation split (`eval_split = ""`), `held_out` rows are taken from the end of the training rows. `name` tells
     several tables apart.
     """
+    shown = [{"role": "system", "content": system_prompt}] if system_prompt else []
+    for number, example in enumerate(examples or [], 1):
+        where = f"task {name}, example {number}"
+        shown += fill(prompt, example, where)
+        shown.append({"role": "assistant", "content": filled("{reply}", example, where)})
+
+    def make(row: Row, where: str) -> Row:
+        messages = shown + fill(prompt, row, where)
+        gold = gold_answer(row, answer, answer_in, where)
+        return row | {"prompt": messages if chat else plain_text(messages), "answer": gold}
+
     if path is not None and hub is None:
-        train, test = read_splits(path, [answer], train_split, eval_split)
+        train, test = read_splits(path, [answer], train_split, eval_split, make)
     elif hub is not None and path is None:
-        train, test = read_hub(hub, subset, [answer], train_split, eval_split)
+        train, test = read_hub(hub, subset, [answer], train_split, eval_split, make)
     else:
         raise UserError(f"task {name}: set one of the options `path` (a file or folder) and `hub` (a data set id)")
     if not test and held_out > 0:
@@ -80,46 +95,35 @@ def load(
                 f"task {name}: held_out = {held_out} leaves none of {len(train)} rows to train on; lower it"
             )
         train, test = train[:-held_out], train[-held_out:]
-    shown = [{"role": "system", "content": system_prompt}] if system_prompt else []
-    for number, example in enumerate(examples or [], 1):
-        where = f"task {name}, example {number}"
-        shown += fill(prompt, example, where)
-        shown.append({"role": "assistant", "content": fill("{reply}", example, where)[0]["content"]})
-
-    def rows(raw: Sequence[Row], split: str) -> list[Row]:
-        made = []
-        for number, row in enumerate(raw, 1):
-            where = f"task {name}, {split} row {number}"
-            messages = shown + fill(prompt, row, where)
-            gold = EXTRACT[answer_in](str(row[answer]))
-            if gold is None:
-                raise UserError(f"{where}: no {answer_in} answer in the column {answer!r}; correct it or `answer_in`")
-            made.append(row | {"prompt": messages if chat else plain_text(messages), "answer": gold})
-        return made
-
     return Task(
         name,
-        rows(train, "training"),
-        rows(test, "held-out"),
+        train,
+        test,
         rewards=[{"function": "grpo.tasks.table:matches", "options": {"place": completion_answer_in}}],
         strict=functools.partial(strict, place=completion_answer_in),
         flexible=flexible,
     )
 
 
+def gold_answer(row: Row, column: str, place: Place, where: str) -> str:
+    """The gold answer at `place` of the text in `column`. Raises UserError where there is none."""
+    gold = EXTRACT[place](gold_text(row, column, where))
+    if gold is None or is_blank(gold):
+        state = "no" if gold is None else "an empty"
+        raise UserError(f"{where}: {state} {place} answer in the column {column!r}; correct it or `answer_in`")
+    return gold
+
+
 def fill(template: str, row: Row, where: str) -> list[dict[str, Any]]:
     """The template with the row's columns in it, as a user's turn; or the messages that a column holds."""
-    only = re.fullmatch(r"\{(\w+)\}", template)
-    if only and isinstance(messages := row.get(only[1]), list):
-        return messages
-    try:
-        return [{"role": "user", "content": template.format_map(row)}]
-    except KeyError as error:
-        raise UserError(f"{where}: the prompt asks for {error}; the columns are {', '.join(map(str, row))}") from None
-    except (ValueError, IndexError, AttributeError) as error:
-        raise UserError(
-            f"{where}: prompt {template!r} cannot be filled ({error}); write a literal {{ as {{{{"
-        ) from None
+    only = re.fullmatch(r"\{([\w.]+)\}", template)
+    if only:
+        with contextlib.suppress(KeyError):
+            messages = reach(row, only[1])
+            if isinstance(messages, list) and messages and isinstance(messages[0], dict):
+                check_question(checked_prompt(messages, where), where)
+                return messages
+    return [{"role": "user", "content": filled(template, row, where)}]
 
 
 def plain_text(messages: Sequence[dict[str, Any]]) -> str:
@@ -133,8 +137,10 @@ def plain_text(messages: Sequence[dict[str, Any]]) -> str:
 
 def same(answer: str | None, gold: str) -> bool:
     """`answer` is the gold text or, where both are bare numbers, the gold number."""
-    if answer is None or answer == gold:
-        return answer is not None
+    if answer is None or is_blank(gold):
+        return False
+    if answer == gold:
+        return True
     bare = re.compile(r"\$?[-+−]?[\d,]*\.?\d+(/\d+)?\s?%?", re.ASCII)
     return bool(bare.fullmatch(answer) and bare.fullmatch(gold)) and last_number(answer) == last_number(gold)
 
@@ -149,9 +155,9 @@ def flexible(text: str, row: Row) -> bool:
     return any(same(extract(text), row["answer"]) for extract in EXTRACT.values())
 
 
-def matches(completions: list, answer: list, place: Place = "xml", **_: Any) -> list[float]:
-    """1 where the gold answer stands at `place` of the completion, else 0."""
+def matches(completions: list, answer: list, place: Place = "xml", **_: Any) -> list[float | None]:
+    """1 where the gold answer stands at `place` of the completion, else 0; None where there is no gold answer."""
     return [
-        float(same(EXTRACT[place](completion_text(completion)), gold))
+        None if is_no_answer(gold) else float(same(EXTRACT[place](completion_text(completion)), gold))
         for completion, gold in zip(completions, answer, strict=True)
     ]

@@ -14,19 +14,21 @@ from pathlib import Path
 from typing import Any
 
 import annotated_types
-import bad_adapters  # noqa: F401 - adds to the table
-import bad_configs  # noqa: F401
-import bad_data  # noqa: F401
-import bad_models  # noqa: F401
 import pytest
-from bad_cases import CASES, Case, Tables
-from small_chat import save_small_chat_model
-from test_config import FIELDS, OF_EACH_TYPE, limits, toml_types
-from tiny_run import run_tables, save_rewards, write_config
 
-from grpo.model_files import HEAD_SIZES_ON_CPU
-from grpo.toml import write_toml
+from grpo.config.toml import write_toml
+from grpo.model.checks import HEAD_SIZES_ON_CPU
 from grpo.train import main
+from tests.config.test_config import FIELDS, OF_EACH_TYPE, limits, toml_types
+from tests.helpers import (
+    bad_adapters,  # noqa: F401 - adds to the table
+    bad_configs,  # noqa: F401
+    bad_data,  # noqa: F401
+    bad_models,  # noqa: F401
+)
+from tests.helpers.bad_cases import CASES, Case, Tables
+from tests.helpers.small_chat import save_small_chat_model
+from tests.helpers.tiny_run import run_tables, save_rewards, write_config
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +51,7 @@ def home(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     def started(*arguments: Any, **named: Any) -> None:
         raise AssertionError("vLLM would have been started")
 
-    monkeypatch.setattr("grpo.engine.Engine.__init__", started)
+    monkeypatch.setattr("grpo.rollout.engine.Engine.__init__", started)
     return folder
 
 

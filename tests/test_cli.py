@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 
 from grpo import train
-from grpo.checkpoint import open_run, save
-from grpo.config import Config, read_config
+from grpo.config.schema import Config, read_config
+from grpo.distributed.launch import Launch
 from grpo.errors import UserError
-from grpo.interrupt import Interrupted
-from grpo.torchrun import Launch
+from grpo.run.checkpoint import open_run, save
+from grpo.run.signals import Interrupted
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 MINIMAL = ROOT / "tests" / "data" / "minimal.toml"
 
 
@@ -47,10 +47,10 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Config, dict[str, Any
 
 
 def install_trainer(monkeypatch: pytest.MonkeyPatch, trainer: type) -> None:
-    module = types.ModuleType("grpo.trainer")
+    module = types.ModuleType("grpo.training.trainer")
     module.Trainer = trainer  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "grpo.trainer", module)
-    monkeypatch.setattr("grpo.log.quiet_libraries", lambda verbose: None)
+    monkeypatch.setitem(sys.modules, "grpo.training.trainer", module)
+    monkeypatch.setattr("grpo.run.library_logs.quiet_libraries", lambda verbose: None)
 
 
 def failing_trainer(error: BaseException) -> type:

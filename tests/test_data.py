@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from grpo.config import Config, Task, parse_config
+from grpo.config.schema import Config, Task, parse_config
 from grpo.data import Prompt, PromptStream, keep_by_pass_rate, load_data
 from grpo.errors import UserError
+from tests.helpers.paths import ROOT
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}> {{ m.content }} </{{ m.role }}> {% endfor %}"
@@ -156,9 +157,9 @@ def test_real_gsm8k_layout_trains_on_the_configuration_file(tmp_path: Path) -> N
     row = {"question": "one two", "answer": "#### 3"}
     for split in ("train", "test"):
         (tmp_path / f"{split}.jsonl").write_text(json.dumps(row))
-    from grpo.config import read_config
+    from grpo.config.schema import read_config
 
-    path = Path(__file__).parent.parent / "configs" / "gsm8k.toml"
+    path = ROOT / "configs" / "gsm8k.toml"
     config = read_config(path, [f"task.options.path={str(tmp_path)!r}"])
     data = load_data(config, tokenizer())
     assert [reward.column for reward in data.rewards] == [

@@ -18,19 +18,19 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from grpo.api import LoadedPolicy
-from grpo.config import Config
-from grpo.explain import section_of
-from grpo.keywords import SECTIONS as SECTIONS_AS_KEYWORDS
-from grpo.keywords import tables_of
-from grpo.result import TrainResult
+from grpo.api.keywords import SECTIONS as SECTIONS_AS_KEYWORDS
+from grpo.api.keywords import tables_of
+from grpo.api.loaded_policy import LoadedPolicy
+from grpo.api.result import TrainResult
+from grpo.config.messages import section_of
+from grpo.config.schema import Config
 from grpo.rewards.builtin import BUILTIN
-from grpo.rewards.contract import RewardBatch
-from grpo.rewards.forms import RewardFunction
-from grpo.sft_config import SftConfig
+from grpo.rewards.runtime.contract import RewardBatch
+from grpo.rewards.runtime.forms import RewardFunction
+from grpo.sft.config import SftConfig
 from grpo.tasks.common import BUILT_IN, load_task
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SECTIONS = {name: model for name, field in Config.model_fields.items() if (model := section_of(field))}
 BLOCK = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
@@ -104,7 +104,7 @@ def test_python_blocks_compile(path: Path):
 
 @page
 def test_toml_blocks_are_configurations(path: Path):
-    """Alone, or with a model and a task added, each is what `grpo.config` takes, or `grpo.sft_config`."""
+    """Alone, or with a model and a task added, each is what `grpo.config` takes, or `grpo.sft.config`."""
     for block in blocks(path, "toml"):
         values = {"model": {"name": "m"}} | tomllib.loads(block.text)
         if "sft" in values:
@@ -189,17 +189,24 @@ def commands(path: Path) -> Iterator[list[str]]:
                 yield words
 
 
+def command_file(name: str) -> Path:
+    """The file that `python -m` runs for `name`."""
+    place = ROOT / name.replace(".", "/")
+    return place / "__main__.py" if place.is_dir() else place.with_suffix(".py")
+
+
 @page
 def test_modules_run_with_python_m_exist(path: Path):
     for name in re.findall(r"python3? -m (grpo\.\w+)", path.read_text()):
-        assert (ROOT / f"{name.replace('.', '/')}.py").is_file(), name
+        assert command_file(name).is_file(), name
 
 
 @page
 def test_command_lines_are_accepted(path: Path):
     for words in commands(path):
         if "-m" in words and words[words.index("-m") + 1].startswith("grpo."):
-            module: Any = importlib.import_module(words[words.index("-m") + 1])
+            name = words[words.index("-m") + 1]
+            module: Any = importlib.import_module(f"{name}.__main__" if command_file(name).stem == "__main__" else name)
             parsed = module.parser().parse_args(words[words.index("-m") + 2 :])
             config = getattr(parsed, "config", None)
             assert config is None or config.parent != Path("configs") or (ROOT / config).is_file(), config
@@ -221,7 +228,7 @@ def test_overrides_name_keys(path: Path):
 
 @page
 def test_tests_that_are_named_exist(path: Path):
-    for file, name in re.findall(r"`(tests/\w+\.py)::(\w+)`", path.read_text()):
+    for file, name in re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", path.read_text()):
         assert f"\ndef {name}(" in (ROOT / file).read_text(), f"{file}::{name}"
 
 
@@ -263,7 +270,7 @@ def literals() -> list[str]:
     """All text in the sources: constants and the fixed parts of f-strings."""
     found = [(ROOT / "Makefile").read_text()]
     for folder in ("grpo", "kernels", "rewards", "tasks"):
-        for file in (ROOT / folder).glob("*.py"):
+        for file in (ROOT / folder).rglob("*.py"):
             tree = ast.parse(file.read_text())
             found += [n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
     return found

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from forked_runs import ForkedRuns
-from same_run import differences, last_checkpoint
-from small_chat import save_small_chat_model
-from tiny_run import read_metrics, run_tables, save_rewards, write_config
 
-from grpo.checkpoint import latest, save
-from grpo.state import load_tensors, save_tensors
+from grpo.run.checkpoint import latest, save
+from grpo.run.tensor_state import load_tensors, save_tensors
+from tests.helpers.forked_runs import ForkedRuns
+from tests.helpers.same_run import differences, last_checkpoint
+from tests.helpers.small_chat import save_small_chat_model
+from tests.helpers.tiny_run import read_metrics, run_tables, save_rewards, write_config
 
 pytestmark = pytest.mark.vllm
 

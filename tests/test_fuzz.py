@@ -15,14 +15,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from fuzz_targets import TARGETS, feed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
-from small_chat import save_small_chat_model
 
 from grpo.errors import UserError
-from grpo.gguf_header import read_header
+from grpo.model.gguf_header import read_header
+from tests.helpers.fuzz_targets import TARGETS, feed
+from tests.helpers.small_chat import save_small_chat_model
 
 MINIMAL = Path(__file__).parent / "data" / "minimal.toml"
 EXAMPLES = {
@@ -133,10 +133,9 @@ def test_what_a_gguf_header_claims_is_not_allocated(claim: str, tmp_path: Path) 
 )
 def test_what_a_model_configuration_claims_is_not_allocated(key: str, value: int, tmp_path: Path) -> None:
     """The largest sizes that are believed: a tensor of them would take gigabytes."""
-    from tiny_run import run_tables
-
-    from grpo.config import parse_config
+    from grpo.config.schema import parse_config
     from grpo.session import open_session
+    from tests.helpers.tiny_run import run_tables
 
     save_small_chat_model(tmp_path / "model")
     file = tmp_path / "model" / "config.json"

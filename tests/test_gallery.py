@@ -17,16 +17,18 @@ from typing import Any
 
 import pytest
 
-from grpo.config import Config, read_config
+from grpo.config.schema import Config, read_config
 from grpo.data import load_data
-from grpo.plan import Shape, check_memory, model_shape, plan_memory, sequence_limits
-from grpo.rewards.resolve import resolve
-from grpo.sft import main as train_on_examples
-from grpo.sft_config import read_sft_config
+from grpo.memory.plan import Shape, check_memory, plan_memory, sequence_limits
+from grpo.memory.summary import model_shape
+from grpo.references import resolve
+from grpo.rewards.builtin import resolve_reward
+from grpo.sft.__main__ import main as train_on_examples
+from grpo.sft.config import read_sft_config
 from grpo.tasks.common import BUILT_IN, checked_options, load_task
 from grpo.train import main
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 SUPERVISED = ROOT / "configs" / "sft.toml"
 CONFIGS = sorted(set((ROOT / "configs").glob("*.toml")) - {SUPERVISED})
 CARD = re.compile(r"# (\d+) GB: ")
@@ -177,7 +179,7 @@ def test_task_options_and_rewards_are_what_the_code_takes(path: Path) -> None:
         checked_options(task.name, function, dict(task.options))
     for reward in config.rewards:
         pytest.importorskip("math_verify") if reward.function == "math_verify" else None
-        assert callable(resolve(reward.function))
+        assert callable(resolve_reward(reward.function))
 
 
 def test_the_supervised_run_passes_a_dry_run_and_is_short(capsys: pytest.CaptureFixture[str]) -> None:
@@ -198,8 +200,9 @@ def test_generated_questions_fit_the_prompt_length(path: Path) -> None:
     """With a tokenizer that has a chat template; that of the configuration's model is not here."""
     from transformers import AutoTokenizer
 
-    from grpo.config import Model
-    from grpo.source import locate, metadata_folder
+    from grpo.config.schema import Model
+    from grpo.model.gguf_source import metadata_folder
+    from grpo.model.source import locate
 
     config = read_config(path)
     if config.task[0].name == "reasoning_gym":

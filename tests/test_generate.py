@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from tiny_run import run_tables, save_tiny_chat_model, write_config
 
-from grpo.config import Lora, parse_config
+from grpo.config.schema import Lora, parse_config
 from grpo.errors import UserError
 from grpo.generate import Talk, main, opened, parser, typed
+from tests.helpers.tiny_run import run_tables, save_tiny_chat_model, write_config
 
 MAX_TOKENS = ("--max-tokens", "6")
 
@@ -264,7 +264,7 @@ def test_a_model_without_chat_template_asks_for_raw(home: Path, capsys: pytest.C
 
 
 def test_an_adapter_that_this_project_cannot_serve_is_refused_by_its_key(tmp_path: Path) -> None:
-    from grpo.target import resolve_target
+    from grpo.run.model_reference import resolve_target
 
     adapter = {"peft_type": "LORA", "r": 4, "target_modules": ["q_proj"], "use_dora": True}
     (tmp_path / "adapter_config.json").write_text(json.dumps(adapter))

@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_run import read_metrics, save_tiny_chat_model
 
 from grpo import train
-from grpo.config import read_config
+from grpo.config.schema import read_config
 from grpo.init import FILES, HUB_MODEL, PACKAGED_MODEL, STARTER, default_model, main
-from grpo.rewards.contract import RewardBatch
-from grpo.rewards.forms import RewardFunction
-from grpo.rewards.resolve import resolve
+from grpo.rewards.builtin import resolve_reward
+from grpo.rewards.runtime.contract import RewardBatch
+from grpo.rewards.runtime.forms import RewardFunction
 from grpo.tasks.common import load_task
+from tests.helpers.tiny_run import read_metrics, save_tiny_chat_model
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def test_the_rewards_have_a_slope_over_the_task_s_own_answers(home: Path) -> Non
     batch = RewardBatch([row["prompt"]] * 3, [gold, wrong, "none"], [[1]] * 3, {"number": [row["number"]] * 3})
     scores = {}
     for table in config.rewards:
-        function = RewardFunction(resolve(table.function), table.function, table.options)
+        function = RewardFunction(resolve_reward(table.function), table.function, table.options)
         scores[table.function.split(":")[1]] = function.score(batch).values
     assert scores["right_digits"] == [1.0, pytest.approx(2 / 3), 0.0]
     assert scores["only_digits"] == [1.0, 1.0, 0.0]

@@ -13,9 +13,10 @@ from typing import Any
 import nbformat
 import pytest
 from nbclient import NotebookClient
-from tiny_run import save_tiny_chat_model
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.helpers.paths import ROOT
+from tests.helpers.tiny_run import save_tiny_chat_model
+
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS])

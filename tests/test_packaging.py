@@ -22,7 +22,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.helpers.paths import ROOT
+
 FOLDERS = {"grpo": "grpo", "kernels": "grpo/kernels", "rewards": "grpo/rewards", "tasks": "grpo/tasks"}
 KINDS = ("checkout", "editable", "wheel")
 

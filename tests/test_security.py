@@ -8,16 +8,16 @@ import pickle
 from pathlib import Path
 
 import pytest
-from bad_cases import Trap
-from small_chat import save_small_chat_model
-from tiny_run import run_tables
 
-from grpo.checkpoint import latest, save
-from grpo.config import parse_config
+from grpo.config.schema import parse_config
+from grpo.run.checkpoint import latest, save
 from grpo.session import open_session
+from tests.helpers.bad_cases import Trap
+from tests.helpers.paths import ROOT
+from tests.helpers.small_chat import save_small_chat_model
+from tests.helpers.tiny_run import run_tables
 
-ROOT = Path(__file__).resolve().parent.parent
-SOURCES = [file for folder in ("grpo", "kernels", "rewards", "tasks") for file in sorted((ROOT / folder).glob("*.py"))]
+SOURCES = [file for folder in ("grpo", "kernels", "rewards", "tasks") for file in sorted((ROOT / folder).rglob("*.py"))]
 UNPICKLERS = {
     ("pickle", "load"), ("pickle", "loads"), ("pickle", "Unpickler"), ("cloudpickle", "load"), ("cloudpickle", "loads"),
     ("torch", "load"), ("joblib", "load"), ("marshal", "load"), ("marshal", "loads"), ("shelve", "open"),
@@ -45,7 +45,8 @@ def calls(file: Path) -> list[tuple[str, str]]:
 def test_no_source_unpickles_or_runs_text(file: Path) -> None:
     """A reward's process unpickles what the trainer has sent down its own socket; nothing else does."""
     used = set(calls(file))
-    allowed = {("pickle", "loads")} if file == ROOT / "rewards" / "worker.py" else set()
+    runtime = ROOT / "rewards" / "runtime"
+    allowed = {("pickle", "loads")} if file in (runtime / "worker.py", runtime / "protocol.py") else set()
     assert not (used & UNPICKLERS) - allowed
     assert not {name for module, name in used if module == ""} & RUNS_TEXT
 

@@ -6,8 +6,8 @@ Use it with `function = "docs/examples/my_loss.py:capped_reinforce"` in `[loss]`
 dividing by a constant of the optimiser step (`totals`) makes their gradients add up to that of the whole step.
 """
 
-from grpo.config import Loss
-from grpo.loss import BatchTotals, LossInputs
+from grpo.config.schema import Loss
+from grpo.training.loss import BatchTotals, LossInputs
 
 
 def capped_reinforce(inputs: LossInputs, totals: BatchTotals, settings: Loss):

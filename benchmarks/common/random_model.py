@@ -1,0 +1,206 @@
+"""Checkpoints of the shapes that benchmarks speak of, with random weights: what a load costs does not depend on values.
+
+A `RandomSource` hands out tensors by name as `grpo.model.weight_source.Source` does, as views of one block of random
+numbers, so that no disk is measured; `write_checkpoint` puts the same tensors into safetensors shards where a disk
+should be. Nothing here loads a model.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig
+
+from grpo.model.architectures import expected_shapes, fused_linears
+from grpo.model.base_weights import BLOCK
+from grpo.model.sizes import VOCABULARY_PADDING
+
+LLAMA3: dict[str, Any] = {
+    "vocab_size": 128256,
+    "max_position_embeddings": 8192,
+    "rope_theta": 500000.0,
+    "bos_token_id": 128000,
+    "eos_token_id": 128001,
+    "head_dim": 128,
+    "num_key_value_heads": 8,
+    "dtype": "bfloat16",
+}
+TINY: dict[str, Any] = {
+    **LLAMA3,
+    "vocab_size": 1000,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": {**TINY, "tie_word_embeddings": True},
+    "tiny_untied": {**TINY, "tie_word_embeddings": False},
+    "3b": {
+        **LLAMA3,
+        "hidden_size": 3072,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 24,
+        "tie_word_embeddings": True,
+    },
+    "8b": {
+        **LLAMA3,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "tie_word_embeddings": False,
+    },
+    "14b": {
+        **LLAMA3,
+        "vocab_size": 151936,
+        "hidden_size": 5120,
+        "intermediate_size": 17408,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 40,
+        "tie_word_embeddings": False,
+    },
+    "32b": {
+        **LLAMA3,
+        "vocab_size": 151936,
+        "hidden_size": 5120,
+        "intermediate_size": 25600,
+        "num_hidden_layers": 64,
+        "num_attention_heads": 64,
+        "tie_word_embeddings": False,
+    },
+    "70b": {
+        **LLAMA3,
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "tie_word_embeddings": False,
+    },
+}
+"""Llama-3.2-3B, Llama-3.1-8B and Llama-3.1-70B, but for the positions; 14b and 32b have the sizes of Qwen3 without its
+norms of q and k. `tiny` and `tiny_untied` are for trying a benchmark on a CPU."""
+
+OFFSETS = 1 << 20
+"""Tensors start at one of so many places in the block, so that no two are alike."""
+
+
+def shape_config(shape: str) -> LlamaConfig:
+    """transformers' configuration of one of SHAPES."""
+    config = LlamaConfig(**SHAPES[shape])
+    config.architectures = ["LlamaForCausalLM"]
+    return config
+
+
+def linear_shapes(config: Any) -> dict[str, tuple[int, int]]:
+    """Module name -> (out, in) of every linear layer of a decoder block."""
+    shapes: dict[str, tuple[int, int]] = {}
+    for name, parts in fused_linears(config).items():
+        shapes |= expected_shapes(config, name, parts)
+    return shapes
+
+
+def tensor_shapes(config: Any) -> dict[str, tuple[int, ...]]:
+    """Tensor name -> shape, in the order of a checkpoint."""
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, config.hidden_size)}
+    shapes |= {f"{name}.weight": shape for name, shape in linear_shapes(config).items()}
+    for layer in range(config.num_hidden_layers):
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            shapes[f"model.layers.{layer}.{norm}.weight"] = (config.hidden_size,)
+    shapes["model.norm.weight"] = (config.hidden_size,)
+    if not config.tie_word_embeddings:
+        shapes["lm_head.weight"] = (config.vocab_size, config.hidden_size)
+    return shapes
+
+
+def expected_bytes(config: Any) -> dict[str, int]:
+    """What NF4 weights take by arithmetic: packed codes, 16-bit absmax, and everything that stays in 16 bit."""
+    quantised = sum(rows * columns for rows, columns in linear_shapes(config).values())
+    padded = -(-config.vocab_size // VOCABULARY_PADDING) * VOCABULARY_PADDING
+    tables = 1 if config.tie_word_embeddings else 2
+    norms = (2 * config.num_hidden_layers + 1) * config.hidden_size
+    sizes = {
+        "packed": quantised // 2,
+        "absmax": quantised // BLOCK * 2,
+        "sixteen_bit": 2 * (tables * padded * config.hidden_size + norms),
+    }
+    return {**sizes, "total": sum(sizes.values())}
+
+
+class RandomSource:
+    """A bfloat16 checkpoint that exists only as its names: weights ~ N(0, 0.02), norms 1. Tensors are on the CPU."""
+
+    def __init__(self, shape: str, device: torch.device):
+        """`device` draws the numbers; it holds none of them afterwards."""
+        self.path = Path(f"random-{shape}")
+        self.stored_as = "bfloat16"
+        self.config = shape_config(shape)
+        self._shapes = tensor_shapes(self.config)
+        self.names, self.notices = set(self._shapes), list[str]()
+        largest = max(torch.Size(size).numel() for size in self._shapes.values())
+        torch.manual_seed(0)
+        drawn = torch.randn(min(largest, 1 << 27), dtype=torch.bfloat16, device=device).mul_(0.02).cpu()
+        self._block = drawn.repeat(-(-(largest + OFFSETS) // drawn.numel()))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._shapes[name]
+
+    def read(self, name: str) -> Tensor:
+        size = self._shapes[name]
+        if name.endswith("norm.weight"):
+            return torch.ones(size, dtype=torch.bfloat16)
+        start = zlib.crc32(name.encode()) % OFFSETS
+        return self._block[start : start + torch.Size(size).numel()].view(size)
+
+    def tokenizer(self) -> Any:
+        raise NotImplementedError("random weights have no tokenizer")
+
+
+def write_checkpoint(source: RandomSource, folder: Path, shard_bytes: float = 2e9) -> int:
+    """`source` as safetensors shards of about `shard_bytes` in `folder`; returns the bytes written."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    source.config.save_pretrained(folder)
+    shards: list[list[str]] = [[]]
+    size = total = 0
+    for name, shape in tensor_shapes(source.config).items():
+        nbytes = 2 * torch.Size(shape).numel()
+        if size + nbytes > shard_bytes and shards[-1]:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += nbytes
+        total += nbytes
+    places = {}
+    for number, names in enumerate(shards, 1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        # A copy each: views of one storage are refused by safetensors.
+        save_file({name: source.read(name).clone() for name in names}, folder / file, metadata={"format": "pt"})
+        places |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": total}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return total
+
+
+def checkpoint_folder(shape: str, scratch: Path) -> Path:
+    """`scratch`/random-checkpoint-`shape`, written if it is not there; processes that ask at once get one copy."""
+    folder = scratch / f"random-checkpoint-{shape}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "complete").exists():
+            write_checkpoint(RandomSource(shape, torch.device("cpu")), folder)
+            (folder / "complete").touch()
+    return folder

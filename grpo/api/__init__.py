@@ -1,0 +1,1 @@
+"""`grpo.load` and what it gives: the Python interface."""

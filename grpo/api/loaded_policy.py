@@ -1,0 +1,373 @@
+"""The Python API, for notebooks and scripts: load a model once; ask it, train it and save it as often as you like.
+
+    policy = grpo.load("Qwen/Qwen2.5-3B-Instruct", max_seq_length=1024)
+    policy.generate([{"role": "user", "content": "What is 21 + 14?"}])
+    result = policy.train("arithmetic", rewards=[my_function], max_steps=30)
+    policy.save_lora("adapter")
+    policy.close()
+
+Loading builds the training graph, an ordinary peft model, and does not start vLLM; the first generation does. What a
+setting means is `grpo.config`'s: every name of the TOML is a keyword here.
+"""
+
+from __future__ import annotations
+
+import datetime
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from grpo.api.inputs import as_rewards, as_task, reward_table
+from grpo.api.keywords import SECTIONS, Tables, merged, tables_of, with_lengths
+from grpo.api.prompts import Prompts, as_batch, pieces, token_ids
+from grpo.api.result import TrainResult
+from grpo.config.schema import Config, Lora, config_toml, parse_config
+from grpo.data import load_data
+from grpo.distributed.launch import refuse_several
+from grpo.errors import UserError
+from grpo.model.vocabulary import check_tokens
+from grpo.monitor.run_log import RunLog
+from grpo.rollout.types import Request, SamplingSettings
+from grpo.run.checkpoint import CONFIG, open_run
+from grpo.run.library_logs import quiet_libraries
+from grpo.run.model_reference import resolve_target
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+    from grpo.session import Session
+
+LOAD_ARGUMENTS = ("load_in_4bit", "max_seq_length", "lora", "base", "verbose")
+GENERATED_AT_ONCE = 64
+"""Sequences that vLLM decodes at once unless training needs more: the KV cache has room for all at full length."""
+NO_TASK = {"task": {"name": "none"}}
+"""Stands where a configuration names a task, while there is none."""
+GENERATION = -3
+"""In place of the step in the seeds of completions, as `grpo.evaluate` has its own numbers there."""
+
+
+def load(
+    model: str | Path,
+    *,
+    load_in_4bit: bool | None = None,
+    max_seq_length: int | None = None,
+    lora: Lora | Mapping[str, Any] | None = None,
+    base: str | Path | None = None,
+    verbose: bool = False,
+    **settings: Any,
+) -> LoadedPolicy:
+    """Load a base model with a LoRA adapter, ready to generate and to train.
+
+    Args:
+        model: whatever `model.name` may be: a folder, a hub id, a `.gguf` file, "package:NAME/FILE". Or the folder of
+            a run or of an adapter, whose base is then loaded with the adapter's values.
+        load_in_4bit: hold the base as NF4; a run's own choice, else True.
+        max_seq_length: longest prompt plus completion in tokens. Default: that of training, 1,024.
+        lora: the adapter's shape, as `grpo.config.schema.Lora` or a dict of `[lora]` keys; not for an adapter or a run.
+        base: where the base of the adapter or run is now, if it has moved.
+        verbose: let vLLM and transformers write their logs.
+        settings: further names of `[model]`, `[rollout]`, `[train]` and so on. They hold for this policy's
+            generation and are the defaults of its training.
+
+    Raises UserError for a model, an adapter or a setting that cannot be used.
+    """
+    refuse_several("grpo.load")
+    decline(settings)
+    chosen = {"load_in_4bit": load_in_4bit, "max_seq_length": max_seq_length}
+    tables = merged(
+        {} if lora is None else {"lora": lora.model_dump() if isinstance(lora, Lora) else dict(lora)},
+        tables_of(settings, "grpo.load", SECTIONS, LOAD_ARGUMENTS),
+        {"model": {key: value for key, value in chosen.items() if value is not None}},
+    )
+    return open_policy(model, tables, base=base, verbose=verbose, status=print)
+
+
+def open_policy(
+    model: str | Path,
+    tables: Tables,
+    *,
+    base: str | Path | None = None,
+    verbose: bool = False,
+    status: Callable[[str], None],
+    at_most: int | None = None,
+    source: str = "grpo.load",
+    overrides: Sequence[str] = (),
+) -> LoadedPolicy:
+    """`load`, with settings as tables of a configuration, and telling `status` what is being done.
+
+    `at_most`: let sequences be so long, or as long as the model takes them. `source` and `overrides` are where
+    `tables` came from, for errors.
+    """
+    target = resolve_target(model, base)
+    if "lora" in tables and target.adapter is not None:
+        raise UserError(f"{model}: the adapter brings its own shape; leave lora out")
+    kept = ("model", "lora", "rollout")
+    tables = merged({name: table for name, table in target.tables.items() if name in kept}, tables)
+    first = merged({"rollout": {"max_num_seqs": GENERATED_AT_ONCE}}, tables, NO_TASK)
+    config = parse_config(with_lengths(first), source, overrides=overrides)
+    quiet_libraries(verbose)
+    from grpo.session import open_session, read_model
+
+    files = read_model(config, status)
+    if at_most is not None:
+        longest = getattr(files.source.config.get_text_config(), "max_position_embeddings", at_most)
+        longest = max(min(longest, at_most), config.max_seq_length)
+        config = parse_config(with_lengths(merged(first, {"model": {"max_seq_length": longest}})), source)
+    session = open_session(config, adapter=target.adapter, status=status, start_engine=False, files=files)
+    return LoadedPolicy(session, tables)
+
+
+def decline(settings: Mapping[str, Any]) -> None:
+    """Raise UserError for what other libraries' loaders do and this one cannot."""
+    if settings.get("load_in_8bit"):
+        raise UserError(
+            "load_in_8bit is not supported: sampling and training share one copy of the base, whose kernels read NF4 "
+            "or 16 bit; use load_in_4bit=True, or False for a 16-bit base"
+        )
+    if settings.get("full_finetuning"):
+        raise UserError(
+            "full_finetuning is not supported: the base is shared with vLLM and frozen, only a LoRA adapter is "
+            "trained; leave it out and raise r in lora, or use TRL's trainers on a transformers model"
+        )
+
+
+class LoadedPolicy:
+    """A model with its adapter, made by `grpo.load`. A context manager: leaving it frees the memory."""
+
+    def __init__(self, session: Session, tables: Tables):
+        """`tables`: the sections that every later configuration of this policy has in common."""
+        self._session: Session | None = session
+        self._tables = tables
+        self._first_config = session.config
+        self._calls = 0
+        self._stream: Iterator[list[int]] | None = None
+
+    @property
+    def session(self) -> Session:
+        """The parts that hold the model. Raises UserError after `close`."""
+        if self._session is None:
+            raise UserError("this policy is closed; load it again with grpo.load")
+        return self._session
+
+    @property
+    def config(self) -> Config:
+        """The configuration in force."""
+        return self.session.config
+
+    @property
+    def model(self) -> PeftModel:
+        """The training graph as a peft model. Its base is shared with vLLM and frozen."""
+        return self.session.policy.model
+
+    @property
+    def tokenizer(self) -> Any:
+        """transformers' tokenizer."""
+        return self.session.tokenizer
+
+    def start(self) -> None:
+        """Start vLLM now rather than at the first generation."""
+        _ = self.session.engine
+
+    def generate(
+        self,
+        prompts: Prompts,
+        *,
+        temperature: float = 0.0,
+        max_tokens: int = 256,
+        top_p: float = 1.0,
+        n: int = 1,
+        seed: int | None = None,
+        adapter: bool = True,
+        stream: bool = False,
+    ) -> Any:
+        """Sample completions with vLLM, which the first call starts.
+
+        Args:
+            prompts: a text, which is continued as it stands; a chat, a list of messages with "role" and "content",
+                which goes through the chat template; or a list of these.
+            temperature: 0 takes the likeliest token each time; at most 2.
+            max_tokens: where a completion is cut.
+            n: completions of each prompt.
+            seed: the same seed gives the same completions. Default: another one every call.
+            adapter: False asks the base.
+            stream: return an iterator over the text in pieces, for one prompt. Another call ends it.
+
+        Returns the text; a list of `n` texts for `n` above 1; for a list of prompts a list of these, in its order.
+        Raises UserError for settings out of range and for what does not fit `max_seq_length`.
+        """
+        from grpo.rollout.sampler import sample_seed
+
+        batch, single = as_batch(prompts)
+        if stream and (len(batch) > 1 or n > 1):
+            raise UserError("stream=True takes one prompt and n=1; leave stream out, or call once for each prompt")
+        check_sampling(temperature, max_tokens, top_p, n)
+        session = self.session
+        ids = token_ids(batch, session.tokenizer, session.config.rollout.chat_template_kwargs)
+        numbered = ((f"prompt {number}", prompt) for number, prompt in enumerate(ids, 1))
+        check_tokens(numbered, session.tokenizer, session.base.config)
+        sampling = self._ready(max(map(len, ids)), temperature, max_tokens, top_p, adapter)
+        self._calls += 1
+        parts = (self._calls,) if seed is None else (0, seed)
+        requests = [
+            Request(index * n + member, prompt, sample_seed(GENERATION, *parts, index, member))
+            for index, prompt in enumerate(ids)
+            for member in range(n)
+        ]
+        if stream:
+            self._stream = session.engine.stream(requests[0], sampling, adapter=adapter)
+            return pieces(self._stream, session.decode)
+        texts = [""] * len(requests)
+        for done in session.engine.generate(requests, sampling, adapter=adapter):
+            texts[done.request_id] = session.decode(done.token_ids)
+        found = texts if n == 1 else [texts[start : start + n] for start in range(0, len(texts), n)]
+        return found[0] if single else found
+
+    def _ready(
+        self, longest_prompt: int, temperature: float, max_tokens: int, top_p: float, adapter: bool
+    ) -> SamplingSettings:
+        """Make vLLM ready for such a call: started, large enough, idle, and with the adapter as it is now."""
+        session, needed = self.session, longest_prompt + max_tokens
+        limit = max(self._first_config.max_seq_length, session.config.max_seq_length)
+        if needed > limit:
+            raise UserError(
+                f"the longest prompt has {longest_prompt} tokens, which with max_tokens = {max_tokens} exceeds "
+                f"max_seq_length = {limit}; lower max_tokens, or load with a larger max_seq_length"
+            )
+        self._end_stream()
+        now = session.engine.settings.max_seq_length if session.engine_started else session.config.max_seq_length
+        if now < needed:
+            session.configure(self._first_config)
+        if adapter and session.engine_started:
+            session.engine.sync_adapter()
+        return session.sampling(temperature, max_tokens, top_p)
+
+    def _end_stream(self) -> None:
+        """Abort a completion that was not read to its end."""
+        if self._stream is not None:
+            self._stream.close()  # type: ignore[attr-defined]
+            self._stream = None
+
+    def train(self, task: Any, rewards: Any = None, *, verbose: bool = False, **settings: Any) -> TrainResult:
+        """Train the adapter from where it is, with GRPO; the optimiser starts afresh at every call.
+
+        Args:
+            task: the name of a task, a `grpo.Task`, a `[task]` table, a list of rows (dicts with a "prompt" and the
+                columns that the rewards take), or a `datasets.Dataset` of such rows.
+            rewards: functions, names of functions, or `[[rewards]]` tables, in which "function" may be a function.
+                Default: the task's own. Each runs in a process of its own; closures and lambdas are sent there.
+            verbose: print a line a step instead of a live display.
+            settings: names of `[rollout]`, `[loss]`, `[train]`, `[log]`, `[checkpoint]` such as `max_steps=30`,
+                `learning_rate=1e-4` or `output_dir="runs/mine"`, and whole sections: `eval={"every": 10}`.
+
+        The record is in the run folder, by default a new one below `runs/`, as on the command line. Raises UserError
+        for a setting, task or reward that cannot be used.
+        """
+        session = self.session
+        loaded, task_table = as_task(task)
+        specs = as_rewards(rewards) if rewards is not None else []
+        config = self._training_config(task_table, [reward_table(spec) for spec in specs], settings)
+        if not specs and not loaded.rewards:
+            raise UserError(f"task {loaded.name!r} suggests no rewards; pass rewards=[...] with at least one function")
+        data = load_data(config, session.tokenizer, tasks=[loaded])
+        check_tokens(data.texts(), session.tokenizer, session.base.config)
+        data.rewards = specs or data.rewards
+        self._end_stream()
+        with open_run(config) as run:
+            log = RunLog(run.path, config, max_steps=config.train.max_steps or 0, verbose=verbose)
+            told, session.status = session.status, log.status
+            try:
+                with log:
+                    from grpo.training.trainer import train_session
+
+                    session.configure(config)
+                    if session.engine_started:
+                        session.engine.sync_adapter()
+                    train_session(session, data, run.path, log)
+            finally:
+                session.status = told
+        return TrainResult.read(run.path)
+
+    def _training_config(self, task: Tables, rewards: list[Tables], settings: Mapping[str, Any]) -> Config:
+        """The configuration of one run. Raises UserError for a setting that is unknown or out of range."""
+        own = ("task", "rewards", "verbose")
+        sections = tuple(name for name in SECTIONS if name != "model") + ("eval",)
+        tables = merged(
+            {"checkpoint": {"output_dir": str(unused_folder(task["name"]))}},
+            self._tables,
+            tables_of(settings, "policy.train", sections, own),
+            {"task": task, "rewards": rewards},
+        )
+        return parse_config(with_lengths(tables), "policy.train")
+
+    def save_lora(self, folder: str | Path) -> Path:
+        """Write the adapter to `folder` in peft's format and return the folder."""
+        self.session.policy.save_adapter(Path(folder))
+        return Path(folder)
+
+    def load_lora(self, folder: str | Path) -> None:
+        """Replace the adapter's values by those in `folder`. Raises UserError unless its shape is the same."""
+        self.session.policy.load_adapter(Path(folder))
+
+    def save_merged(
+        self, folder: str | Path, to: str = "merged-16bit", *, base: str | Path | None = None, **options: Any
+    ) -> Path:
+        """Write base and adapter as one model to the new folder `folder`, and return it.
+
+        `to`, `base` (the 16-bit original of a 4-bit base, say) and `options` are those of `grpo.export.build.export`.
+        """
+        from grpo.export.build import export
+
+        with tempfile.TemporaryDirectory(prefix="grpo-merged-") as scratch:
+            run = Path(scratch) / Path(folder).name
+            self.save_lora(run / "adapter")
+            (run / CONFIG).write_text(config_toml(self.config), encoding="utf-8")
+            return export(run, to=to, out=folder, base=base, **options)
+
+    def close(self) -> None:
+        """Stop vLLM and give all memory back. May be called twice."""
+        if self._session is not None:
+            self._end_stream()
+            self._session.close()
+            self._session = None
+
+    def __enter__(self) -> LoadedPolicy:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        if self._session is None:
+            return "<closed policy>"
+        base, lora = self._session.base, self.config.lora
+        form = "NF4" if base.load_in_4bit else str(base.dtype).removeprefix("torch.")
+        return f"<{self.config.model.name} in {form} on {base.device.type}, LoRA of rank {lora.r}>"
+
+
+def check_sampling(temperature: float, max_tokens: int, top_p: float, n: int) -> None:
+    """Raise UserError naming the argument of `generate` that is out of range."""
+    ranges = {
+        "temperature": (temperature, 0 <= temperature <= 2, "from 0 to 2"),
+        "max_tokens": (max_tokens, max_tokens >= 1, "at least 1"),
+        "top_p": (top_p, 0 < top_p <= 1, "above 0 and at most 1"),
+        "n": (n, n >= 1, "at least 1"),
+    }
+    for name, (value, right, expected) in ranges.items():
+        if not right:
+            raise UserError(f"{name} = {value}: must be {expected}")
+    if n > 1 and temperature == 0:
+        raise UserError(f"n = {n} completions are all the same at temperature 0; set a temperature such as 1.0")
+
+
+def unused_folder(task: str) -> Path:
+    """A run folder that does not exist, named after the task and the time."""
+    name = "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in Path(task.split(":")[0]).stem)
+    stem = f"{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    folder, number = Path("runs") / stem, 2
+    while folder.exists():
+        folder, number = Path("runs") / f"{stem}-{number}", number + 1
+    return folder

@@ -1,0 +1,61 @@
+"""The command `python -m grpo.export`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from grpo.errors import INTERRUPTED, UserError, fail
+from grpo.export.build import FORMS, GGUF_TYPES, export
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line `arguments` (those of the process by default) and return its exit code."""
+    parsed = parser().parse_args(arguments)
+    from grpo.run.library_logs import quiet_libraries
+
+    quiet_libraries(parsed.verbose)
+    try:
+        export(
+            parsed.source,
+            parsed.to,
+            parsed.out,
+            parsed.base,
+            checkpoint=parsed.checkpoint,
+            gguf_type=parsed.gguf_type,
+            llama_quantize=parsed.llama_quantize,
+            check=parsed.check,
+        )
+    except UserError as error:
+        return fail("grpo.export", error)
+    except KeyboardInterrupt:
+        return fail("grpo.export", "interrupted; nothing was exported", INTERRUPTED)
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of `python -m grpo.export`."""
+    result = argparse.ArgumentParser(
+        prog="python -m grpo.export",
+        description="Write a trained adapter alone, merged into its base, or as GGUF.",
+        epilog="What loads each form, and how it was checked: docs/export.md.",
+        allow_abbrev=False,
+    )
+    result.add_argument("source", metavar="RUN|ADAPTER", help="a run folder, or the folder of a peft adapter")
+    result.add_argument("--to", choices=FORMS, required=True, help="the form to write")
+    result.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="the folder to make (default: exports/FORM in the run)"
+    )
+    result.add_argument("--base", metavar="PATH", help="the base, where it has moved, or its 16-bit original")
+    result.add_argument("--checkpoint", metavar="step-N|best", help="this adapter of the run, instead of its final one")
+    result.add_argument("--gguf-type", choices=GGUF_TYPES, default="f16", help="what a GGUF file's weights are kept in")
+    result.add_argument("--llama-quantize", type=Path, metavar="FILE", help="llama.cpp's quantiser, for q4_k_m")
+    result.add_argument("--no-check", dest="check", action="store_false", help="do not compare with base + adapter")
+    result.add_argument("--verbose", action="store_true", help="let transformers write its logs")
+    return result
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,194 @@
+"""A merged model as a GGUF file, for llama.cpp, Ollama and whatever else reads it; beside it, a Modelfile for Ollama.
+
+Tensors are stored as llama.cpp wants them: under its names, Llama's query and key rows with the two halves of a rotary
+pair side by side, Gemma's norms plus one. They are written one at a time. f16, bf16 and q8_0 are made by the gguf
+package; 4 bit is made by llama.cpp's own quantiser, which is looked for and not brought along.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from grpo.errors import UserError
+from grpo.export.gguf_metadata import ARCHITECTURE, add_from_config, add_from_gguf, add_tokenizer
+from grpo.export.merge import MergedSource
+from grpo.export.modelfile import Chat, modelfile
+from grpo.model.architectures import ARCHITECTURES
+from grpo.model.gguf_source import GGUFSource
+
+FILE_TYPES = {"f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
+Q8_BLOCK = 32
+HOW_TO_GET_IT = (
+    "q4_k_m needs llama.cpp's quantiser: install llama.cpp (brew install llama.cpp; conda install -c conda-forge "
+    "llama.cpp; or build its target llama-quantize) and name the program with --llama-quantize, or LLAMA_QUANTIZE, or "
+    "have it on the PATH; f16, bf16 and q8_0 need nothing"
+)
+
+
+def find_quantizer(named: str | Path | None) -> Path:
+    """llama.cpp's quantiser: `named`, else LLAMA_QUANTIZE, else llama-quantize on the PATH. Raises UserError."""
+    named = named or os.environ.get("LLAMA_QUANTIZE")
+    found = shutil.which(Path(named).expanduser() if named else "llama-quantize")
+    if found is None:
+        raise UserError(f"{named}: no such program; {HOW_TO_GET_IT}" if named else HOW_TO_GET_IT)
+    return Path(found)
+
+
+def write_gguf(
+    source: MergedSource, folder: Path, kind: str, chat: Chat, quantizer: Path | None, notice: Callable[[str], None]
+) -> Path:
+    """Write `source` to `folder` as a GGUF file of type `kind` (f16, bf16, q8_0, q4_k_m) with a Modelfile; the file.
+
+    `quantizer` makes q4_k_m. Raises UserError for what llama.cpp cannot compute or split into tokens.
+    """
+    file = folder / f"{chat.name}-{kind}.gguf"
+    if kind == "q4_k_m":
+        assert quantizer is not None
+        between = folder / "between.gguf"
+        write_file(source, between, "f16", chat, notice)
+        run_quantizer(quantizer, between, file)
+        between.unlink()
+    else:
+        write_file(source, file, kind, chat, notice)
+    (folder / "Modelfile").write_text(modelfile(file.name, chat, notice), encoding="utf-8")
+    return file
+
+
+def write_file(source: MergedSource, file: Path, kind: str, chat: Chat, notice: Callable[[str], None]) -> None:
+    """Metadata, then every tensor."""
+    import gguf
+
+    config = source.config.get_text_config()
+    writer = gguf.GGUFWriter(file, ARCHITECTURE[config.model_type])
+    writer.add_type(gguf.GGUFType.MODEL)
+    writer.add_name(chat.name)
+    writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[kind]])
+    if kind == "q8_0":
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    if chat.template is not None:
+        writer.add_chat_template(chat.template)
+    if isinstance(source.base, GGUFSource):
+        add_from_gguf(writer, source.base.reader)
+        extra = unnamed_tensors(source.base)
+    else:
+        extra = add_from_config(writer, config, notice)
+        add_tokenizer(writer, source.tokenizer(), config)
+    tensors = list(planned(source, kind))
+    for name, tensor in extra.items():
+        writer.add_tensor_info(name, tensor.shape, np.dtype(np.float32), tensor.nbytes)
+    for _, stored, shape, form in tensors:
+        add_info(writer, stored, shape, form)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for tensor in extra.values():
+        writer.write_tensor_data(tensor.numpy())
+    for name, stored, _, form in tensors:
+        writer.write_tensor_data(encoded(as_stored(source, name), form, stored))
+    writer.close()
+
+
+def unnamed_tensors(base: GGUFSource) -> dict[str, Tensor]:
+    """Tensors of a GGUF base that are no weights of transformers' model: rotary frequencies."""
+    return {
+        tensor.name: torch.tensor(tensor.data.tolist(), dtype=torch.float32)
+        for tensor in base.reader.tensors
+        if tensor.name.startswith("rope_")
+    }
+
+
+def planned(source: MergedSource, kind: str) -> Iterator[tuple[str, str, tuple[int, ...], str]]:
+    """(transformers' name, llama.cpp's name, shape, form) of every tensor, in the order of the model."""
+    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+
+    config = source.config.get_text_config()
+    by_name = {name: architecture for architecture, name in MODEL_ARCH_NAMES.items()}
+    names = get_tensor_name_map(by_name[ARCHITECTURE[config.model_type]], config.num_hidden_layers)
+    for name in sorted(source.names, key=in_model_order):
+        stored = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if stored is None:
+            raise UserError(f"{source.path}: llama.cpp's {ARCHITECTURES[config.model_type]} has no tensor {name}")
+        shape = source.shape(name)
+        yield name, stored, shape, form_of(shape, kind)
+
+
+def in_model_order(name: str) -> tuple[int, str]:
+    """Sorts embedding, layers by number, then the rest."""
+    pieces = name.split(".")
+    number = next((int(piece) for piece in pieces if piece.isdecimal()), None)
+    return (-1 if "embed" in name else 10**6) if number is None else number, name
+
+
+def form_of(shape: tuple[int, ...], kind: str) -> str:
+    """Vectors stay in float32, as llama.cpp needs them; a row that is no whole number of blocks stays in float16."""
+    if len(shape) == 1:
+        return "f32"
+    return "f16" if kind == "q8_0" and shape[-1] % Q8_BLOCK else kind
+
+
+def add_info(writer: Any, name: str, shape: tuple[int, ...], form: str) -> None:
+    """Announce a tensor whose data come later."""
+    import gguf
+
+    kind = gguf.GGMLQuantizationType[form.upper()]
+    if form in ("f16", "f32"):
+        dtype = np.dtype(np.float16 if form == "f16" else np.float32)
+        writer.add_tensor_info(name, shape, dtype, int(np.prod(shape)) * dtype.itemsize)
+        return
+    stored = gguf.quant_shape_to_byte_shape(shape, kind)
+    writer.add_tensor_info(name, stored, np.dtype(np.uint8), int(np.prod(stored)), raw_dtype=kind)
+
+
+def encoded(weight: Tensor, form: str, name: str) -> np.ndarray:
+    """`weight` float32 as the bytes or numbers of `form`. Raises UserError for a value beyond float16."""
+    import gguf
+
+    numbers = weight.contiguous().numpy()
+    if form == "f32":
+        return numbers
+    if form == "f16":
+        with np.errstate(over="ignore"):
+            halves = numbers.astype(np.float16)
+        if not np.isfinite(halves).all():
+            raise UserError(f"{name} has values that float16 cannot hold; take --gguf-type bf16")
+        return halves
+    return gguf.quants.quantize(numbers, gguf.GGMLQuantizationType[form.upper()])
+
+
+def as_stored(source: MergedSource, name: str) -> Tensor:
+    """The tensor `name` float32, as llama.cpp computes with it."""
+    weight = source.read(name).float()
+    config = source.config.get_text_config()
+    architecture = ARCHITECTURE[config.model_type]
+    module, _, kind = name.rpartition(".")
+    if architecture == "llama" and module.endswith(("q_proj", "k_proj")):
+        heads = config.num_attention_heads if module.endswith("q_proj") else config.num_key_value_heads
+        return neighbours(weight, heads)
+    if architecture.startswith("gemma") and module.endswith("norm"):
+        return weight + 1
+    return weight
+
+
+def neighbours(weight: Tensor, heads: int) -> Tensor:
+    """Rows [heads x dim, ...] so that the two of a rotary pair, dim / 2 apart in transformers, follow each other."""
+    halves = weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
+    return halves.transpose(1, 2).reshape(weight.shape)
+
+
+def run_quantizer(program: Path, source: Path, target: Path) -> None:
+    """Have llama.cpp make Q4_K_M of `source`. Raises UserError with its last words where it fails."""
+    done = subprocess.run(
+        [str(program), str(source), str(target), "Q4_K_M"], capture_output=True, text=True, errors="replace"
+    )
+    if done.returncode != 0 or not target.is_file():
+        said = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
+        raise UserError(f"{program} failed ({said[-1].strip() if said else f'exit code {done.returncode}'})")

@@ -1,0 +1,190 @@
+"""A merged model as a folder in Hugging Face format: 16-bit, or 4-bit as bitsandbytes keeps it.
+
+Weights are read, rounded and written one shard at a time, so the peak is one shard and one weight, whatever the size
+of the model. Tokenizer, chat template and generation settings are the base's files, copied as they are. Where the
+folder is put, and whether it computes what it should, is decided in `build.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grpo.errors import UserError
+from grpo.export.bnb_format import packed_entries, quantization_config, unpacked
+from grpo.export.merge import MergedSource
+from grpo.kernels import nf4
+from grpo.model.architectures import ARCHITECTURES, HEAD, fused_linears
+from grpo.model.base_weights import is_named
+
+SHARD_BYTES = 2 << 30
+COPIED = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken",
+    "chat_template*", "generation_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*",
+)  # fmt: skip
+"""What a model folder holds beside weights and configuration, as far as it stays true after merging."""
+
+
+@dataclass
+class Shards:
+    """safetensors files that are begun anew when one is full, and the index of several."""
+
+    folder: Path
+    limit: int = SHARD_BYTES
+    _held: dict[str, Tensor] = field(default_factory=dict)
+    _written: list[list[str]] = field(default_factory=list)
+    _bytes: int = 0
+    _total: int = 0
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Take `tensor`; it is held until its shard is full."""
+        if self._held and self._bytes + tensor.nbytes > self.limit:
+            self._write()
+        self._held[name] = tensor.contiguous()
+        self._bytes += tensor.nbytes
+
+    def _write(self) -> None:
+        from safetensors.torch import save_file
+
+        file = self.folder / f"shard-{len(self._written)}"
+        file.touch()
+        mode = file.stat().st_mode
+        save_file(self._held, file, metadata={"format": "pt"})
+        file.chmod(mode)  # safetensors lets nobody but the owner read
+        self._written.append(list(self._held))
+        self._total += self._bytes
+        self._held, self._bytes = {}, 0
+
+    def finish(self) -> None:
+        """Write what is left, name the files and, of several, the index."""
+        if self._held:
+            self._write()
+        count = len(self._written)
+        places: dict[str, str] = {}
+        for number, names in enumerate(self._written):
+            many = f"model-{number + 1:05}-of-{count:05}.safetensors"
+            file = many if count > 1 else "model.safetensors"
+            (self.folder / f"shard-{number}").rename(self.folder / file)
+            places |= dict.fromkeys(names, file)
+        if count > 1:
+            index = {"metadata": {"total_size": self._total}, "weight_map": dict(sorted(places.items()))}
+            write_json(self.folder / "model.safetensors.index.json", index)
+
+
+def write_16bit(source: MergedSource, folder: Path, template: str | None, shard_bytes: int = SHARD_BYTES) -> None:
+    """Write `source` to the empty `folder`, every tensor rounded once to the base's 16-bit type.
+
+    template: a chat template that replaces the base's.
+    """
+    dtype = half_type(source)
+    shards = Shards(folder, shard_bytes)
+    for name in sorted(source.names):
+        shards.add(name, rounded(source.read(name), dtype, name))
+    shards.finish()
+    write_companions(source, folder, model_config(source, dtype), template)
+
+
+def write_4bit(
+    source: MergedSource, folder: Path, template: str | None, kept: list[str], shard_bytes: int = SHARD_BYTES
+) -> float:
+    """Write `source` to the empty `folder` with its linear layers in NF4; ||NF4(W) - W|| / ||W|| over them all.
+
+    kept: layers that are not quantised, as `keep_16bit` of `[model]` names them; neither are embedding and head, nor
+    layers of which a row is no whole number of blocks.
+    """
+    dtype = half_type(source)
+    linears = [part for parts in fused_linears(source.config.get_text_config()).values() for part in parts]
+    dense = [part for part in linears if stays_dense(source, part, kept)]
+    shards, lost, whole = Shards(folder, shard_bytes), 0.0, 0.0
+    for name in sorted(source.names):
+        weight = source.read(name)
+        module = name.removesuffix(".weight")
+        if module == name or module not in linears or module in dense:
+            shards.add(name, rounded(weight, dtype, name))
+            continue
+        entries = packed_entries(name, weight, dtype)
+        for key, entry in entries.items():
+            shards.add(key, entry)
+        lost += float((unpacked(name, entries) - weight.float()).square().sum(dtype=torch.float64))
+        whole += float(weight.float().square().sum(dtype=torch.float64))
+    shards.finish()
+    config = model_config(source, dtype) | {"quantization_config": quantization_config(dtype, ["lm_head", *dense])}
+    write_companions(source, folder, config, template)
+    return (lost / whole) ** 0.5 if whole else 0.0
+
+
+def stays_dense(source: MergedSource, part: str, kept: list[str]) -> bool:
+    """Whether the linear layer `part` is left out of quantisation."""
+    return source.shape(f"{part}.weight")[1] % nf4.BLOCK != 0 or any(is_named(part, name) for name in kept)
+
+
+def half_type(source: MergedSource) -> torch.dtype:
+    """The 16-bit type of the base: its weights', else its configuration's, else bfloat16."""
+    for name in (source.stored_as, str(getattr(source.config, "dtype", "")).removeprefix("torch.")):
+        if name in ("bfloat16", "float16"):
+            return getattr(torch, name)
+    return torch.bfloat16
+
+
+def rounded(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """`tensor` in `dtype`. Raises UserError for a value beyond its range."""
+    result = tensor.to(dtype)
+    if dtype == torch.float16 and not result.isfinite().all():
+        raise UserError(f"{name} has values that float16 cannot hold; export another form, bfloat16 holds them")
+    return result
+
+
+def model_config(source: MergedSource, dtype: torch.dtype) -> dict[str, Any]:
+    """The base's config.json for weights in `dtype`, without its quantisation."""
+    file = source.path / "config.json"
+    values = json.loads(file.read_text() if file.is_file() else source.config.to_json_string())
+    for stale in ("quantization_config", "auto_map", "_name_or_path"):
+        values.pop(stale, None)
+    values["torch_dtype" if "torch_dtype" in values else "dtype"] = str(dtype).removeprefix("torch.")
+    values["tie_word_embeddings"] = HEAD not in source.names
+    values["architectures"] = [ARCHITECTURES[source.config.model_type]]
+    return values
+
+
+def write_companions(source: MergedSource, folder: Path, config: dict[str, Any], template: str | None) -> None:
+    """Everything but the weights."""
+    write_json(folder / "config.json", config)
+    if source.path.is_dir():
+        for file in companions(source.path):
+            shutil.copyfile(file, folder / file.name)
+    else:
+        from transformers import GenerationConfig
+
+        source.tokenizer().save_pretrained(folder)
+        GenerationConfig.from_model_config(source.config).save_pretrained(folder)
+    if template is not None:
+        replace_template(folder, template)
+
+
+def companions(folder: Path) -> Iterator[Path]:
+    """The files of a model folder that go with any form of its weights."""
+    yield from sorted({file for pattern in COPIED for file in folder.glob(pattern) if file.is_file()})
+
+
+def replace_template(folder: Path, template: str) -> None:
+    """Make `template` the chat template of the tokenizer in `folder`, wherever one is read from."""
+    file = folder / "tokenizer_config.json"
+    if file.is_file():
+        settings = json.loads(file.read_text())
+        settings.pop("chat_template", None)
+        write_json(file, settings)
+    for old in folder.glob("chat_template*"):
+        old.unlink()
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+
+
+def write_json(file: Path, values: dict[str, Any]) -> None:
+    """`values` as people read them."""
+    file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,1 @@
+"""The memory of a run by arithmetic, before anything is loaded."""

@@ -1,0 +1,340 @@
+"""Bytes that a training step takes beside what is always there: what layers keep, and the peak of each phase.
+
+The formulas count what autograd really saves, tensor by tensor, for the layers of `fused_layers.py` ("triton") and
+for transformers' own ("torch"); tests compare them with the saved tensors of tiny models. Nothing here imports torch
+or allocates. Counted in tokens of one micro-batch; weights, adapter, KV cache and what vLLM needs are in `plan.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from grpo.config.schema import Config
+from grpo.model.architectures import adapter_targets
+from grpo.model.sizes import linear_shapes
+
+FORMS = ("none", "mlp", "layer", "offload")
+"""Forms of gradient checkpointing, from the fastest to the one that needs least memory on the device. "mlp", which
+computes gate and up again and keeps the rest, is the kernels' alone."""
+MLP_TILE, QKV_TILE = 4096, 8192
+"""Tokens whose intermediate tensors the kernels hold at once (kernels/lora_mlp.py, kernels/lora_attention.py)."""
+QKV, GATE_UP, DOWN = (
+    ("q_proj", "k_proj", "v_proj", "qkv_proj"),
+    ("gate_proj", "up_proj", "gate_up_proj"),
+    ("down_proj",),
+)
+"""Linear layers that are one product each."""
+ADAPTER_COLUMNS = 64
+"""Columns that adapters take beside a product are a multiple of this (kernels/lora_linear.py)."""
+LOGIT_WORKSPACE = 2 * (8 << 20)
+"""kernels/logprob.py's wide buffers on a CPU, at most; on a GPU it needs none."""
+HEAD_SLICE = 32 << 20
+"""Of an output head in host memory, what is on the GPU at once (kernels/host_matmul.py)."""
+LIBRARIES = 36 << 20
+"""Workspaces that cuBLAS takes from torch's allocator on a GPU (32 MiB on Hopper, 8 MiB before)."""
+INDEXED_IN_32_BITS = 2**31 - 1
+"""Bytes of the largest tensor that torch's reductions address with 32 bits."""
+INDEX_BYTES = 64
+"""Per token: ids, positions, targets and the like, as int64."""
+FREE_SHARE = 0.95
+"""Of a GPU's free memory that activations may take: the allocator loses some to fragments."""
+HOST_SHARE = 0.8
+"""Of the host's available memory that offloaded inputs may take."""
+CPU_SHARE = 0.5
+"""Of the available memory that activations on a CPU may take: other processes want some too."""
+
+
+def moment_bytes(optim: str, *, on_gpu: bool) -> int:
+    """Bytes per trained number that `train.optim` keeps on the device."""
+    if optim == "adamw" or not on_gpu:
+        return 8
+    return 0 if optim.startswith("paged") else 2
+
+
+def copied_keys(config: Config, tokens: int) -> int:
+    """Copies of prompts' keys in a micro-batch of so many tokens, made of groups at their full length."""
+    rollout = config.rollout
+    group = rollout.max_prompt_length + rollout.num_generations * rollout.max_completion_length
+    return tokens * rollout.num_generations * rollout.max_prompt_length // group
+
+
+@dataclass(frozen=True)
+class LayerSizes:
+    """Numbers per token in a decoder layer, and what its adapters add."""
+
+    hidden: int
+    inner: int
+    query: int
+    """Heads times head dimension."""
+    key: int
+    """Key-value heads times head dimension."""
+    heads: int
+    head_dim: int
+    layers: int
+    vocabulary: int
+    norms: int
+    """2, or 4 where a norm follows attention and MLP too (Gemma 2 and 3)."""
+    normed_heads: bool
+    """q and k are normalised before the rotation (Qwen 3, Gemma 3)."""
+    adapted: frozenset[str]
+    """Endings of the linear layers that have an adapter."""
+    rank: int
+    adapter: int
+    """Numbers in one layer's A and B."""
+    adapter_b: int
+    """Numbers in one layer's B."""
+
+    @classmethod
+    def of(cls, shape: Any, targets: list[str], rank: int) -> LayerSizes:
+        """Of a plan's Shape or transformers' configuration."""
+        head_dim = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
+        adapted = frozenset(adapter_targets(shape, targets))
+        first = {n: s for n, s in linear_shapes(shape).items() if ".layers.0." in n and n.rpartition(".")[2] in adapted}
+        return cls(
+            hidden=shape.hidden_size,
+            inner=shape.intermediate_size,
+            query=shape.num_attention_heads * head_dim,
+            key=shape.num_key_value_heads * head_dim,
+            heads=shape.num_attention_heads,
+            head_dim=head_dim,
+            layers=shape.num_hidden_layers,
+            vocabulary=shape.vocab_size,
+            norms=4 if shape.model_type in ("gemma2", "gemma3_text") else 2,
+            normed_heads=shape.model_type in ("qwen3", "gemma3_text"),
+            adapted=adapted,
+            rank=rank,
+            adapter=sum(rank * sum(size) for size in first.values()),
+            adapter_b=sum(rank * size[0] for size in first.values()),
+        )
+
+    def has(self, *endings: str) -> bool:
+        return bool(self.adapted & set(endings))
+
+    def beside(self, endings: Sequence[str]) -> int:
+        """Columns beside a product of linear layers for what their adapters add (kernels/lora_linear.py)."""
+        return -(-self.rank * len(self.adapted & set(endings)) // ADAPTER_COLUMNS) * ADAPTER_COLUMNS
+
+
+@dataclass(frozen=True)
+class TrainingMemory:
+    """One micro-batch: sizes of the model, of the batch, and of the arithmetic."""
+
+    sizes: LayerSizes
+    itemsize: int
+    tokens: int
+    predicted: int
+    """Completion tokens among them."""
+    keys: int
+    """Keys that attention sees: more than `tokens` where completions share a prompt, whose keys each gets a copy of."""
+    chunk: int
+    """Tokens whose logits exist at once."""
+    entropy_gradient: bool
+    on_gpu: bool
+    kernels: bool
+    packed_weights: bool
+    """Whether linear layers dequantise their weight at each use."""
+    head_on_host: bool
+    """Whether the output head is in host memory, of which slices come to the GPU."""
+
+    @classmethod
+    def of(
+        cls, config: Config, shape: Any, itemsize: int, *, on_gpu: bool, tokens: int | None = None
+    ) -> TrainingMemory:
+        """Of the largest micro-batch of `config`, or of one of `tokens` tokens."""
+        tokens = tokens or max(config.train.tokens_per_micro_batch, config.max_seq_length)
+        return cls(
+            sizes=LayerSizes.of(shape, config.lora.target_modules, config.lora.r),
+            itemsize=itemsize,
+            tokens=tokens,
+            predicted=tokens,
+            keys=tokens + copied_keys(config, tokens),
+            chunk=config.train.logprob_chunk_tokens,
+            entropy_gradient=bool(config.loss.entropy_coef),
+            on_gpu=on_gpu,
+            kernels=config.train.kernels != "torch" and on_gpu and not config.lora.lora_dropout,
+            packed_weights=config.model.load_in_4bit and on_gpu,
+            head_on_host=on_gpu and config.model.offload_head,
+        )
+
+    @property
+    def forms(self) -> tuple[str, ...]:
+        """Those of FORMS that the layers have."""
+        return FORMS if self.kernels else tuple(form for form in FORMS if form != "mlp")
+
+    # What layers keep
+
+    def kept_by_layer(self) -> int:
+        """Bytes that one layer saves, its input among them, where nothing is computed again."""
+        per_token = self._fused_per_token() if self.kernels else self._plain_per_token()
+        return self.tokens * per_token + self._gathered() + self._factors()
+
+    def _attention_per_token(self) -> int:
+        """q, k, v, the output and its log-sum-exp (float32), which flash attention saves."""
+        s = self.sizes
+        return (2 * s.query + 2 * s.key) * self.itemsize + 4 * s.heads
+
+    def _gathered(self) -> int:
+        """Keys and values laid out anew, with each completion's copy of its prompt's."""
+        return 2 * self.keys * self.sizes.key * self.itemsize if self.keys > self.tokens else 0
+
+    def _fused_per_token(self) -> int:
+        """Layer input, attention, MLP input, gate and up; inputs of the norms that follow attention and MLP."""
+        s = self.sizes
+        numbers = 2 * s.hidden + 2 * s.inner + s.beside(GATE_UP) + (2 * s.hidden if s.norms == 4 else 0)
+        if s.normed_heads:
+            # Beside the rotated q and k, the stacked product, of which v is a view, stays.
+            numbers += s.query + s.key
+        return numbers * self.itemsize + self._attention_per_token()
+
+    def _plain_per_token(self) -> int:
+        """transformers' modules with LoRA: each norm keeps its input in float32, and every linear layer its own."""
+        s = self.sizes
+        size = s.norms * (4 * s.hidden + 4) + self._attention_per_token()
+        if s.normed_heads:
+            size += 4 * (s.query + s.key) + 4 * (s.query + s.key) // s.head_dim
+        numbers = s.hidden * s.has(*QKV)
+        numbers += s.hidden * s.has(*GATE_UP)
+        numbers += 3 * s.inner + s.inner * s.has("down_proj")
+        return size + (numbers + s.rank * len(s.adapted)) * self.itemsize
+
+    def _factors(self) -> int:
+        """A and B as they are multiplied, which plain layers keep: in 16 bit, or s B in float32."""
+        if self.kernels:
+            return 0
+        return self.sizes.adapter * self.itemsize if self.itemsize == 2 else self.sizes.adapter_b * self.itemsize
+
+    def _absent_in_first_layer(self) -> int:
+        """The embedding needs no gradient, so the first plain layer saves neither its norm's input nor the A behind
+        it. (Without an adapter on q, k or v it saves less still, which is not counted.)"""
+        if self.kernels:
+            return 0
+        s = self.sizes
+        before = len(s.adapted & set(QKV)) * s.rank * s.hidden
+        return self.tokens * (4 * s.hidden + 4) + (before * self.itemsize if self.itemsize == 2 else 0)
+
+    def _gate_and_up(self) -> int:
+        beside = self.sizes.beside(GATE_UP) if self.kernels else 0
+        return self.tokens * (2 * self.sizes.inner + beside) * self.itemsize
+
+    def layer_input(self) -> int:
+        return self.tokens * self.sizes.hidden * self.itemsize
+
+    def kept(self, form: str) -> int:
+        """Bytes that all layers keep on the device between their forward and their backward."""
+        if form == "none":
+            return self.sizes.layers * self.kept_by_layer() - self._absent_in_first_layer()
+        if form == "mlp":
+            return self.sizes.layers * (self.kept_by_layer() - self._gate_and_up())
+        # Offloaded, one is still here when the backward begins, and later one is on its way.
+        return self.layer_input() * (self.sizes.layers if form == "layer" else 2)
+
+    def on_host(self, form: str) -> int:
+        """Bytes of host memory."""
+        return self.layer_input() * (self.sizes.layers - 1) if form == "offload" else 0
+
+    # Peaks
+
+    def peak(self, form: str) -> int:
+        """Most bytes that the forward and backward of this micro-batch hold at once on the device."""
+        return max(self.phases(form).values()) + (LIBRARIES if self.on_gpu else self.on_host(form))
+
+    def phases(self, form: str) -> dict[str, int]:
+        """Bytes at the moments that may be the peak: the head, and the backward through the last layer."""
+        index = INDEX_BYTES * self.tokens + 2 * self.tokens * self.sizes.head_dim * self.itemsize
+        found = self._head(form) | (self._fused_backward(form) if self.kernels else self._plain_backward(form))
+        return {name: size + index for name, size in found.items()}
+
+    def logits(self) -> int:
+        """One chunk of logits, a second one where the entropy has a gradient, and a CPU's workspace."""
+        chunk = min(self.chunk, self.predicted) * self.sizes.vocabulary * self.itemsize
+        return chunk * (1 + self.entropy_gradient) + (0 if self.on_gpu else LOGIT_WORKSPACE)
+
+    def _head(self, form: str) -> dict[str, int]:
+        """The last norm's input, its output, the rows of it that predict, and their gradients, made with the logits."""
+        s = self.sizes
+        rows = self.predicted * s.hidden * self.itemsize
+        norm = self.layer_input() if self.kernels else 4 * self.tokens * s.hidden
+        before = self.kept(form) + norm
+        gradients = rows * (1 + self.entropy_gradient)
+        return {
+            "logits": before + self.layer_input() + rows + gradients + self.logits() + self._head_slices(),
+            "head backward": before + gradients + rows,
+        }
+
+    def _head_slices(self) -> int:
+        """A slice of a head on the host, and its part and the sum of all parts of a chunk's gradient, in float32."""
+        s = self.sizes
+        slice_bytes = min(HEAD_SLICE, s.vocabulary * s.hidden * self.itemsize)
+        return slice_bytes + 8 * min(self.chunk, self.predicted) * s.hidden if self.head_on_host else 0
+
+    def _flash_backward(self) -> int:
+        """Gradients of the output, q, k and v, and what the kernel allocates: dq in float32, and where heads share
+        keys, dk and dv of every head. Those are added up with a float32 buffer where torch needs 64 bits to index
+        them."""
+        s = self.sizes
+        every_head = self.keys * s.query * self.itemsize if s.key != s.query else 0
+        buffer = 4 * self.keys * s.key if every_head > INDEXED_IN_32_BITS else 0
+        of_keys = 2 * self.keys * s.key * self.itemsize + 2 * every_head + buffer
+        return of_keys + self.tokens * (2 * s.query * self.itemsize + 4 * s.query + 4 * s.heads)
+
+    @property
+    def _weights_copied(self) -> bool:
+        """Whether a product's weights are laid out anew: dequantised, or copied beside their adapters' factors."""
+        return self.packed_weights or bool(self.sizes.adapted)
+
+    def _matrix(self, rows: int, columns: int, endings: Sequence[str]) -> int:
+        """A weight of that size as the kernels lay it out, with the factors of its adapters beside it."""
+        beside = self.sizes.beside(endings)
+        return (rows + beside) * (columns + beside) * self.itemsize if self.packed_weights or beside else 0
+
+    def _fused_backward(self, form: str) -> dict[str, int]:
+        s, one = self.sizes, self.layer_input()
+        replayed = form in ("layer", "offload")
+        attention = self.kept_by_layer() - self._gate_and_up() - 2 * one
+        mlp_rows, qkv_rows = min(self.tokens, MLP_TILE), min(self.tokens, QKV_TILE)
+        # Beside the gradient of the product: the normed input and, where adapters multiply with W, a wider gradient.
+        mlp_numbers = (
+            s.inner + (1 + self._weights_copied) * s.hidden + (0 if form == "none" else 2 * s.inner + s.beside(GATE_UP))
+        )
+        mlp_tile = mlp_rows * mlp_numbers * self.itemsize
+        mlp_tile += self._matrix(2 * s.inner, s.hidden, GATE_UP) + self._matrix(s.hidden, s.inner, DOWN)
+        qkv = s.query + 2 * s.key
+        qkv_tile = qkv_rows * (qkv + 2 * s.hidden) * self.itemsize + self._matrix(qkv, s.hidden, QKV)
+        # A layer that keeps everything has its part in `kept`; one that is replayed adds what its replay keeps, and
+        # the gradient of its output stays in the caller's frame to the end.
+        before = self.kept(form) + (attention + 2 * one if replayed else 0)
+        # Gone by then: the MLP's input, and the inputs of norms behind attention and MLP.
+        mlp_gone = one + (self._gate_and_up() if form == "none" else 0) + (2 * one if s.norms == 4 else 0)
+        return {
+            "mlp backward": before + (1 if replayed else 2) * one + mlp_tile + 8 * s.adapter,
+            "attention backward": before - mlp_gone + one + self._flash_backward(),
+            "projection backward": before - mlp_gone - attention + 2 * one
+            + self.tokens * qkv * self.itemsize + qkv_tile + 8 * s.adapter,
+        }  # fmt: skip
+
+    def _packed_weight(self) -> int:
+        """The largest of the MLP's weights, dequantised."""
+        return self.sizes.inner * self.sizes.hidden * self.itemsize if self.packed_weights else 0
+
+    def _plain_backward(self, form: str) -> dict[str, int]:
+        s, one = self.sizes, self.layer_input()
+        inner, wide = self.tokens * s.inner * self.itemsize, 4 * self.tokens * s.hidden
+        own = self.kept_by_layer()
+        before = self.kept(form) + (0 if form == "none" else own + one)
+        return {
+            "last norm backward": self.kept(form) + 6 * wide,
+            "mlp backward": before + one + 2 * inner + self._packed_weight(),
+            "attention backward": before - 4 * inner - wide + self._flash_backward(),
+        }
+
+    # Choosing
+
+    def first_that_fits(self, free: int, host: int) -> str:
+        """The first form whose peak is within `free` bytes of the device and `host` bytes of the host, or that
+        with the lowest peak for which the host has room."""
+        share = FREE_SHARE if self.on_gpu else CPU_SHARE
+        hosted = [form for form in self.forms if self.on_host(form) <= HOST_SHARE * host]
+        fitting = [form for form in hosted if self.peak(form) <= share * free]
+        return fitting[0] if fitting else min(hosted, key=self.peak)

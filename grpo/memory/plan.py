@@ -1,0 +1,285 @@
+"""The memory of a run by arithmetic, before anything is loaded: weights, KV cache, adapter, sampling, training.
+
+`check_memory` decides before vLLM starts whether a GPU is large enough, and how large the KV cache may be. The formulas
+of a training step are in `activations.py`, the words of a dry run in `summary.py`; neither torch nor transformers is
+imported in any of them. What the CUDA context and libraries take outside of torch (0.5 GB or so) is in none of the
+figures. GB is 10^9 bytes. Nothing here allocates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from grpo.config.schema import Config
+from grpo.errors import UserError
+from grpo.memory.activations import TrainingMemory, moment_bytes
+from grpo.model.architectures import adapter_targets, fused_linears
+from grpo.model.sizes import AUTO_SHARE, embedding_bytes, linear_shapes, nf4_bytes, pinned_bytes, weights_on_host
+
+CPU_BLOCK, GPU_BLOCK = 32, 16
+"""Tokens in a block of the KV cache. vLLM's default of 128 on a CPU shares no prefix of a short prompt."""
+VLLM_BUFFERS = 1 << 30
+"""Bytes set aside for vLLM beside a share of the GPU that the configuration sets."""
+VLLM_KEEPS = 400 << 20
+"""Bytes that vLLM keeps: inputs of a step, the rotary table, workspaces of products, pools of CUDA graphs."""
+BATCHED_TOKENS = 8192
+"""Tokens that vLLM computes at once at the most, unless one sequence is longer."""
+SAMPLER_BYTES = 28
+"""Per logit of every sequence decoded at once, when vLLM tries its own sampler at its start: the logit in 16 bit and in
+float32, sorted with its int64 place, its probability, the running sum, a mask."""
+SERVED_RANKS = 16
+"""The ranks of a fused layer's adapter are rounded up to a multiple of this for sampling."""
+MARGIN = 0.03
+"""Share of the free memory that the allocator loses to fragments."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a decoder, under transformers' names."""
+
+    model_type: str
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    tie_word_embeddings: bool
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Shape:
+        """From the entries of a config.json. Raises KeyError for a model without the usual sizes."""
+        values = values.get("text_config") or values
+        heads = values["num_attention_heads"]
+        return cls(
+            model_type=values["model_type"],
+            hidden_size=values["hidden_size"],
+            intermediate_size=values["intermediate_size"],
+            num_hidden_layers=values["num_hidden_layers"],
+            num_attention_heads=heads,
+            num_key_value_heads=values.get("num_key_value_heads") or heads,
+            head_dim=values.get("head_dim") or values["hidden_size"] // heads,
+            vocab_size=values["vocab_size"],
+            tie_word_embeddings=values.get("tie_word_embeddings", values["model_type"].startswith("gemma")),
+        )
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes that a run takes, by what takes them."""
+
+    weights: int
+    adapter: int
+    """Values, gradients and moments in training, and the copy that vLLM reads."""
+    kv_cache: int
+    """For every sequence of `max_num_seqs` at its full length, unless the configuration sets it."""
+    kv_one_sequence: int
+    vllm: int
+    """What vLLM keeps beside weights and KV cache."""
+    sampling: int
+    """What a step of vLLM takes on top, and gives back."""
+    peaks: dict[str, int]
+    """What training takes on top for its largest micro-batch, and gives back, by form of gradient checkpointing."""
+    logits: int
+    """The part of every peak that is logits, where the head is that peak."""
+    gradient_checkpointing: str
+    release_kv_cache: bool = False
+    host: int = 0
+    """Pinned host memory for what the GPU reads in place; in none of the other figures."""
+
+    @property
+    def form(self) -> str:
+        """The form of checkpointing that is set, or the least demanding one where it is chosen."""
+        chosen = self.gradient_checkpointing
+        return min(self.peaks, key=self.peaks.__getitem__) if chosen == "auto" else chosen
+
+    @property
+    def training(self) -> int:
+        """What a training step takes, at the least."""
+        return self.peaks.get(self.form, self.peaks["none"])
+
+    @property
+    def always(self) -> int:
+        """What stays, besides the KV cache."""
+        return self.weights + self.adapter + self.vllm
+
+    def peak(self, kv_cache: int) -> int:
+        """Most bytes at once with a KV cache of so many. Sampling and training take turns; the KV cache stays during
+        training, unless it is released."""
+        if self.release_kv_cache:
+            return self.always + max(kv_cache + self.sampling, self.training)
+        return self.always + kv_cache + max(self.sampling, self.training)
+
+    def room_for_kv(self, usable: int) -> int:
+        """The largest KV cache with which `usable` bytes suffice."""
+        taken = self.sampling if self.release_kv_cache else max(self.sampling, self.training)
+        return usable - self.always - taken
+
+
+# What it takes
+
+
+def plan_memory(config: Config, shape: Any, itemsize: int, *, on_gpu: bool) -> MemoryPlan:
+    """The plan for a model of `shape` (a Shape or transformers' configuration), computed in `itemsize` bytes."""
+    length, sequences = sequence_limits(config)
+    block = GPU_BLOCK if on_gpu else CPU_BLOCK
+
+    def kv(count: int) -> int:
+        return kv_cache_bytes(shape, itemsize, config.rollout.kv_cache_dtype, length, count, block)
+
+    training = TrainingMemory.of(config, shape, itemsize, on_gpu=on_gpu)
+    return MemoryPlan(
+        weights=weight_bytes(config, shape, itemsize, on_gpu=on_gpu),
+        adapter=adapter_bytes(config, shape, itemsize, on_gpu=on_gpu),
+        kv_cache=config.rollout.kv_cache_memory_bytes or kv(sequences),
+        kv_one_sequence=kv(1),
+        vllm=VLLM_KEEPS if on_gpu else 0,
+        sampling=sampling_bytes(shape, itemsize, length, sequences),
+        peaks={form: training.peak(form) for form in training.forms},
+        logits=training.logits(),
+        gradient_checkpointing=str(config.train.gradient_checkpointing),
+        release_kv_cache=config.rollout.release_kv_cache and on_gpu,
+        host=len(hosted(config, shape, on_gpu=on_gpu)) * pinned_bytes(embedding_bytes(shape, itemsize)),
+    )
+
+
+def sequence_limits(config: Config) -> tuple[int, int]:
+    """(longest sequence in tokens, sequences decoded at once) that vLLM is started with."""
+    rollout = config.rollout
+    evaluated = rollout.max_prompt_length + (config.eval.max_completion_length or 0)
+    return max(config.max_seq_length, evaluated), rollout.max_num_seqs or min(config.completions_per_step, 256)
+
+
+def weight_bytes(config: Config, shape: Any, itemsize: int, *, on_gpu: bool) -> int:
+    """The one copy on the device: NF4 codes with a scale per 64 weights (on a GPU), the rest in `itemsize` bytes."""
+    kept, packed = config.model.keep_16bit, on_gpu and config.model.load_in_4bit
+    size = 0.0
+    for name, (rows, columns) in linear_shapes(shape).items():
+        dense = rows * columns * itemsize
+        nf4 = nf4_bytes(rows, columns, itemsize)
+        if not packed or (kept != "auto" and any(name == end or name.endswith(f".{end}") for end in kept)):
+            size += dense
+        else:
+            size += AUTO_SHARE * dense + (1 - AUTO_SHARE) * nf4 if kept == "auto" else nf4
+    tables = 1 if shape.tie_word_embeddings else 2
+    norms = (2 * shape.num_hidden_layers + 1) * shape.hidden_size
+    plain = tables * embedding_bytes(shape, itemsize) + norms * itemsize
+    return int(size) + plain - host_weight_bytes(config, shape, itemsize, on_gpu=on_gpu)
+
+
+def host_weight_bytes(config: Config, shape: Any, itemsize: int, *, on_gpu: bool) -> int:
+    """What of the one copy is in host memory while the rest is on a GPU."""
+    return len(hosted(config, shape, on_gpu=on_gpu)) * embedding_bytes(shape, itemsize)
+
+
+def hosted(config: Config, shape: Any, *, on_gpu: bool) -> dict[str, str]:
+    """What `weights_on_host` gives where there is a GPU; nothing elsewhere, all memory being the host's."""
+    wanted = weights_on_host(config.model, shape)
+    return wanted if on_gpu else {}
+
+
+def adapter_bytes(config: Config, shape: Any, itemsize: int, *, on_gpu: bool) -> int:
+    """float32 values and gradients, AdamW's moments, the engine's stacked copy, and the KL reference's values."""
+    endings = tuple(f".{target}" for target in adapter_targets(shape, config.lora.target_modules))
+    sizes, rank = linear_shapes(shape), config.lora.r
+    trained = engine = 0
+    for parts in fused_linears(shape).values():
+        adapted = [part for part in parts if part.endswith(endings)]
+        trained += sum(rank * sum(sizes[part]) for part in adapted)
+        # B of a fused layer has a row for every output and a column for every part's rank.
+        ranks = -(-rank * len(adapted) // SERVED_RANKS) * SERVED_RANKS
+        engine += ranks * (sizes[parts[0]][1] + sum(sizes[part][0] for part in parts))
+    kept = config.loss.beta > 0 and config.loss.reference == "start" and config.lora.init is not None
+    return trained * (4 + 4 + 4 * kept + moment_bytes(config.train.optim, on_gpu=on_gpu)) + engine * itemsize
+
+
+def kv_bytes_per_token(shape: Any, itemsize: int, kv_cache_dtype: str) -> int:
+    """Bytes that one token takes in the KV cache over all layers."""
+    head = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
+    size = 1 if kv_cache_dtype == "fp8" else itemsize
+    return 2 * shape.num_hidden_layers * shape.num_key_value_heads * head * size
+
+
+def kv_cache_bytes(shape: Any, itemsize: int, kv_cache_dtype: str, length: int, sequences: int, block: int) -> int:
+    """KV cache in which `sequences` reach `length` tokens, in whole blocks, with two to spare."""
+    blocks = -(-length // block) * sequences + 2
+    return blocks * block * kv_bytes_per_token(shape, itemsize, kv_cache_dtype)
+
+
+def sampling_bytes(shape: Any, itemsize: int, length: int, sequences: int) -> int:
+    """What one step of vLLM takes and gives back: the MLP of a full prefill (the hidden state, the residual, their
+    norm, gate, up and their product), or the logits of all sequences."""
+    prefill = max(BATCHED_TOKENS, length) * (3 * shape.hidden_size + 3 * shape.intermediate_size) * itemsize
+    return max(prefill, SAMPLER_BYTES * sequences * shape.vocab_size)
+
+
+# Refusing
+
+
+def check_memory(config: Config, shape: Any, itemsize: int, free: int, total: int) -> int | None:
+    """Bytes for the KV cache on a GPU with `free` of `total` bytes, nothing of the model being loaded yet.
+
+    What the configuration sets is obeyed: None for `gpu_memory_utilization`, which the engine works out. Planned
+    otherwise: room for every sequence, or what the rest leaves, at least for one sequence. Raises UserError, with
+    the plan and what to lower, where the run cannot fit.
+    """
+    plan = plan_memory(config, shape, itemsize, on_gpu=True)
+    usable = int(free * (1 - MARGIN))
+    share = config.rollout.gpu_memory_utilization
+    if share is not None:
+        kv = max(int(share * total) - plan.weights - VLLM_BUFFERS, plan.kv_one_sequence)
+        needed = plan.peak(kv)
+    elif config.rollout.kv_cache_memory_bytes is not None:
+        needed = plan.peak(plan.kv_cache)
+    else:
+        needed = plan.peak(plan.kv_one_sequence)
+    if needed > usable:
+        raise UserError(refusal(config, shape, plan, needed, free))
+    if share is not None:
+        return None
+    return config.rollout.kv_cache_memory_bytes or min(plan.kv_cache, plan.room_for_kv(usable))
+
+
+def lighter_weights(config: Config, shape: Any) -> str:
+    """What would make the weights less, the cheapest first."""
+    model = config.model
+    if not model.load_in_4bit:
+        return "set model.load_in_4bit = true"
+    embedding = not (shape.tie_word_embeddings or model.offload_embedding)
+    steps = ["set model.offload_embedding = true"] if embedding else []
+    if not model.offload_head:
+        slowly = "model.offload_head = true, which is slow"
+        steps.append(f"and if that is not enough {slowly}" if embedding else f"set {slowly}")
+    return ", ".join([*steps, "or use a smaller model" if steps else "use a smaller model"])
+
+
+def refusal(config: Config, shape: Any, plan: MemoryPlan, needed: int, free: int) -> str:
+    """One sentence: what is needed, of what it consists, and what would make it less."""
+    share, fixed = config.rollout.gpu_memory_utilization, config.rollout.kv_cache_memory_bytes
+    kv = plan.kv_cache if fixed else plan.kv_one_sequence
+    parts = {"weights": plan.weights, "KV cache": kv, "vLLM's buffers": plan.vllm, "adapter": plan.adapter}
+    if plan.sampling > plan.training:
+        parts |= {"sampling": plan.sampling}
+    else:
+        logits = min(plan.logits, plan.training)
+        parts |= {"activations": plan.training - logits, "logits": logits}
+    remedies = {
+        "weights": lighter_weights(config, shape),
+        "KV cache": "lower rollout.kv_cache_memory_bytes" if fixed else "lower rollout.max_completion_length",
+        "vLLM's buffers": "use a smaller model",
+        "adapter": "lower lora.r",
+        "sampling": "lower rollout.max_num_seqs or rollout.max_completion_length",
+        "activations": "lower train.tokens_per_micro_batch or rollout.max_completion_length"
+        if plan.gradient_checkpointing in ("auto", "offload")
+        else 'set train.gradient_checkpointing = "auto"',
+        "logits": "lower train.logprob_chunk_tokens",
+    }
+    remedy = "lower rollout.gpu_memory_utilization" if share else remedies[max(parts, key=parts.__getitem__)]
+    listed = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items())
+    return (
+        f"the GPU has {free / 1e9:.1f} GB free, and the run needs {needed / 1e9:.1f} GB "
+        f"({listed}{f'; gpu_memory_utilization = {share:g}' if share else ''}); {remedy}"
+    )

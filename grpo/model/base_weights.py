@@ -1,0 +1,274 @@
+"""The one copy of the base model: storage that vLLM's parameters and the training graph's weights both view.
+
+`BaseWeights` reads a `Source` tensor by tensor, quantises where asked, and owns the result. q, k, v (and gate, up)
+are rows of one tensor, because vLLM multiplies them at once and NF4 blocks never cross a row. Nothing here computes a
+layer: `policy.py` and `engine.py` borrow the storage. On a CPU a 4-bit base is kept dequantised, since nothing there
+multiplies packed weights fast; the values are those of the packed form.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grpo.config.schema import Model
+from grpo.errors import UserError
+from grpo.kernels import nf4
+from grpo.kernels.launch import sum_in_float32
+from grpo.model import host_memory
+from grpo.model.architectures import EMBEDDING, HEAD, check_supported, expected_shapes, fused_linears
+from grpo.model.config_keys import check_keys, settle
+from grpo.model.fingerprint import Fingerprint
+from grpo.model.inventory import account
+from grpo.model.sizes import VOCABULARY_PADDING, embedding_bytes, pinned_bytes, weights_on_host
+from grpo.model.weight_source import NF4Tensor, Source
+
+logger = logging.getLogger("grpo")
+
+BLOCK = 64
+"""Weights that share one NF4 scale."""
+
+
+@dataclass
+class Segment:
+    """Consecutive rows of a fused linear layer, held in one form.
+
+    Dense: `weight` [rows, in] in the compute dtype, `absmax` None. NF4: `weight` packed uint8 [rows, in / 2] and
+    `absmax` [rows, in / 64] in the compute dtype.
+    """
+
+    first_row: int
+    rows: int
+    weight: Tensor
+    absmax: Tensor | None = None
+
+
+@dataclass
+class FusedLinear:
+    """One of vLLM's linear layers: the rows of its parts, stacked."""
+
+    name: str
+    parts: dict[str, tuple[int, int]]
+    """transformers module name -> (first row, rows)."""
+    in_features: int
+    out_features: int
+    segments: list[Segment] = field(default_factory=list)
+    """One, unless `keep_16bit` holds only some of the parts in 16 bit."""
+    bias: Tensor | None = None
+
+    def part(self, name: str) -> tuple[Segment, Tensor | None]:
+        """The rows of the part `name` as views: a Segment counted from its own first row, and the bias."""
+        first, rows = self.parts[name]
+        for segment in self.segments:
+            inside = first - segment.first_row
+            if 0 <= inside and inside + rows <= segment.rows:
+                view = slice(inside, inside + rows)
+                absmax = None if segment.absmax is None else segment.absmax[view]
+                bias = None if self.bias is None else self.bias[first : first + rows]
+                return Segment(0, rows, segment.weight[view], absmax), bias
+        raise KeyError(f"{name} spans segments of {self.name}")
+
+
+class BaseWeights:
+    """Every tensor of the base model, loaded once.
+
+    `linears`: vLLM's name -> FusedLinear. `tensors`: parameter name -> plain tensor (embedding, norms, head) in the
+    compute dtype; embedding and head are padded to vLLM's vocabulary and hold zeros there. With
+    `model.offload_embedding` or `model.offload_head` the memory of one, a tensor on the GPU like the others, is the
+    host's; `pinned` has the same memory, under the same name, as a tensor on the CPU.
+    """
+
+    def __init__(self, source: Source, model: Model, *, device: torch.device, dtype: torch.dtype):
+        """Load `source`. Peak memory is the result plus one tensor. Raises UserError for what does not fit."""
+        check_supported(source.config, str(source.path))
+        self.config: Any = source.config.get_text_config()
+        check_keys(self.config, str(source.path))
+        settle(self.config)
+        for sentence in account(source):  # nothing is left to say where `read_model` has been
+            logger.warning(sentence)
+        self.source_path = source.path
+        self.fingerprint = Fingerprint.of(source)
+        self.device, self.dtype = device, dtype
+        if device.type == "cuda":
+            sum_in_float32()
+        self.load_in_4bit = model.load_in_4bit
+        self.packed = model.load_in_4bit and device.type == "cuda"
+        wanted = weights_on_host(model, self.config)
+        self._on_host = wanted if host_memory.has_own_memory(device) else {}
+        self.pinned: dict[str, Tensor] = {}
+        if self._on_host:  # now, not after minutes of loading
+            size = len(self._on_host) * pinned_bytes(embedding_bytes(self.config, dtype.itemsize))
+            host_memory.check_room(size, *self._on_host.values())
+        self.kept_16bit: list[str] = []
+        self._keep_16bit = self._chosen_16bit(model)
+        self.linears = {
+            name: self._load_linear(source, name, parts) for name, parts in fused_linears(self.config).items()
+        }
+        self.tensors = self._load_plain(source)
+
+    def _chosen_16bit(self, model: Model) -> list[str]:
+        """Names or endings of the parts that stay unquantised. Raises UserError for one that names no part."""
+        if not model.load_in_4bit:
+            return []
+        parts = [part for group in fused_linears(self.config).values() for part in group]
+        if model.keep_16bit == "auto":
+            raise ValueError('keep_16bit = "auto" is resolved by grpo.policy.keep_16bit.load_base')
+        for kept in model.keep_16bit:
+            if not any(is_named(part, kept) for part in parts):
+                raise UserError(
+                    f"model.keep_16bit names {kept!r}, which is no linear layer of this model; name one such "
+                    f"as {parts[0]!r} or its ending"
+                )
+        return list(model.keep_16bit)
+
+    def keep_16bit(self, source: Source, parts: list[str]) -> None:
+        """Read `parts`, which are NF4, again, to be held in 16 bit; before anything borrows the weights."""
+        self._keep_16bit = parts
+        for name, linear in self.linears.items():
+            if any(part in parts for part in linear.parts):
+                self.linears[name] = self._load_linear(source, name, list(linear.parts))
+
+    def _load_plain(self, source: Source) -> dict[str, Tensor]:
+        in_linears = {part for linear in self.linears.values() for part in linear.parts}
+        tensors = {}
+        for name in sorted(source.names):
+            if name.rpartition(".")[0] not in in_linears:
+                tensors[name] = self._load_one(source, name)
+        return tensors
+
+    def _load_one(self, source: Source, name: str) -> Tensor:
+        tensor = source.read(name)
+        if isinstance(tensor, NF4Tensor):
+            tensor = nf4.dequantize_bitsandbytes(tensor.codes, tensor.absmax, tensor.shape, self.dtype)
+        if name in (EMBEDDING, HEAD):
+            vocabulary, width = self.config.vocab_size, self.config.hidden_size
+            if tensor.shape != (vocabulary, width):
+                raise UserError(
+                    f"{source.path}: {name} has shape {tuple(tensor.shape)}, config.json says "
+                    f"{(vocabulary, width)}; pass a model whose files belong together"
+                )
+            padded = -(-vocabulary // VOCABULARY_PADDING) * VOCABULARY_PADDING
+            key = self._on_host.get(name)
+            if key is None:
+                storage = torch.zeros(padded, width, dtype=self.dtype, device=self.device)
+            else:
+                storage = host_memory.pinned_zeros(padded, width, dtype=self.dtype, wanted_by=key)
+                self.pinned[name] = storage
+            storage[:vocabulary].copy_(tensor)
+            return storage if key is None else host_memory.seen_by(self.device, storage)
+        return tensor.to(self.device, self.dtype, copy=True)
+
+    def _load_linear(self, source: Source, name: str, parts: list[str]) -> FusedLinear:
+        shapes = expected_shapes(self.config, name, parts)
+        linear = FusedLinear(name, {}, next(iter(shapes.values()))[1], 0)
+        for part in parts:
+            linear.parts[part] = (linear.out_features, shapes[part][0])
+            linear.out_features += shapes[part][0]
+        for segment_parts in self._same_form(source, parts):
+            linear.segments.append(self._load_segment(source, linear, segment_parts))
+        linear.bias = self._load_bias(source, linear)
+        return linear
+
+    def _same_form(self, source: Source, parts: list[str]) -> Iterator[list[str]]:
+        """Runs of neighbouring parts that are all quantised or all kept."""
+        run: list[str] = []
+        for part in parts:
+            if run and self._is_kept(part) != self._is_kept(run[-1]):
+                yield run
+                run = []
+            run.append(part)
+        yield run
+
+    def _is_kept(self, part: str) -> bool:
+        return not self.load_in_4bit or any(is_named(part, kept) for kept in self._keep_16bit)
+
+    def _load_segment(self, source: Source, linear: FusedLinear, parts: list[str]) -> Segment:
+        first = linear.parts[parts[0]][0]
+        rows = sum(linear.parts[part][1] for part in parts)
+        columns = linear.in_features
+        kept = self._is_kept(parts[0])
+        if self.load_in_4bit and kept:
+            self.kept_16bit += parts
+        if not kept and columns % BLOCK:
+            raise UserError(
+                f"{source.path}: {parts[0]} has {columns} inputs, not a multiple of {BLOCK}, so NF4 blocks "
+                "would cross rows; set model.load_in_4bit = false"
+            )
+        if not kept and self.packed:
+            packed, absmax = nf4.allocate(rows, columns, self.dtype, self.device)
+            segment = Segment(first, rows, packed, absmax)
+        else:
+            segment = Segment(first, rows, torch.empty(rows, columns, dtype=self.dtype, device=self.device))
+        for part in parts:
+            offset, count = linear.parts[part]
+            self._fill(source, part, segment, offset - first, (count, columns), quantize=not kept)
+        return segment
+
+    def _fill(
+        self, source: Source, part: str, segment: Segment, row: int, shape: tuple[int, int], *, quantize: bool
+    ) -> None:
+        """Read one weight into rows `row`... of `segment`."""
+        weight = source.read(f"{part}.weight")
+        if segment.absmax is not None and isinstance(weight, NF4Tensor):
+            codes, absmax = weight.codes.to(self.device), weight.absmax.to(self.device)
+            nf4.pack_rows(segment.weight, segment.absmax, row, codes, absmax, shape)
+        elif segment.absmax is not None and not isinstance(weight, NF4Tensor):
+            nf4.quantize_rows(segment.weight, segment.absmax, row, weight.to(self.device))
+        else:
+            if quantize and not isinstance(weight, NF4Tensor):
+                weight = NF4Tensor(*nf4.quantize(weight), shape)
+            if isinstance(weight, NF4Tensor):
+                weight = nf4.dequantize_bitsandbytes(weight.codes, weight.absmax, shape, self.dtype)
+            segment.weight[row : row + shape[0]].copy_(weight)
+
+    def _load_bias(self, source: Source, linear: FusedLinear) -> Tensor | None:
+        names = {part: f"{part}.bias" for part in linear.parts}
+        if not any(name in source.names for name in names.values()):
+            return None
+        bias = torch.zeros(linear.out_features, dtype=self.dtype, device=self.device)
+        for part, name in names.items():
+            first, rows = linear.parts[part]
+            if name not in source.names:
+                raise UserError(f"{source.path}: tensor {name} is missing; pass a complete model")
+            stored = source.read(name)
+            if tuple(stored.shape) != (rows,):
+                raise UserError(
+                    f"{source.path}: {name} has shape {tuple(stored.shape)}, config.json says {(rows,)}; "
+                    "pass a model whose files belong together"
+                )
+            bias[first : first + rows].copy_(stored)
+        return bias
+
+    def nbytes(self) -> int:
+        """Bytes of all storage on `device`, each counted once."""
+        return sum(tensor.untyped_storage().nbytes() for tensor in self.storages()) - self.host_nbytes()
+
+    def host_nbytes(self) -> int:
+        """Bytes of storage in host memory while `device` has memory of its own."""
+        return sum(storage.nbytes for storage in self.pinned.values())
+
+    def head(self) -> Tensor:
+        """The output head [vocabulary, hidden] where a product finds it: on `device`, or pinned on the CPU."""
+        name = EMBEDDING if self.config.tie_word_embeddings else HEAD
+        return self.pinned.get(name, self.tensors[name])[: self.config.vocab_size]
+
+    def storages(self) -> Iterator[Tensor]:
+        """Every owned tensor."""
+        yield from self.tensors.values()
+        for linear in self.linears.values():
+            for segment in linear.segments:
+                yield segment.weight
+                if segment.absmax is not None:
+                    yield segment.absmax
+            if linear.bias is not None:
+                yield linear.bias
+
+
+def is_named(part: str, name: str) -> bool:
+    """Whether `name` is the module name `part` or an ending of it."""
+    return part == name or part.endswith("." + name)

@@ -1,0 +1,117 @@
+"""Checks of a model's files before anything is allocated by what they say: nobody vouches for a download.
+
+What a file means is `source.py`'s affair, and that a tensor's values are good nobody's.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from grpo.errors import UserError
+from grpo.model.architectures import biased, expected_shapes, fused_linears
+from grpo.model.weight_files import unique
+
+if TYPE_CHECKING:
+    from grpo.model.weight_source import Source
+
+LIMITS = {
+    "num_hidden_layers": 1000,
+    "num_attention_heads": 1 << 12,
+    "num_key_value_heads": 1 << 12,
+    "head_dim": 1 << 12,
+    "hidden_size": 1 << 18,
+    "intermediate_size": 1 << 20,
+    "vocab_size": 1 << 23,
+    "max_position_embeddings": 1 << 30,
+}
+"""The largest believable sizes. Far above any model, and small enough that no loop or name list runs away."""
+
+HEAD_SIZES_ON_CPU = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+"""What vLLM's attention on a CPU has kernels for."""
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """The JSON object in `file`. Raises UserError naming the line of a mistake."""
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=unique)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file}:{error.lineno}: not valid JSON ({error.msg}); download it again") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file}: cannot be read as JSON ({error}); download it again") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{file}: holds a {type(values).__name__}, not an object; download it again")
+    return values
+
+
+def check_sizes(values: Mapping[str, Any], file: Path) -> None:
+    """Raise UserError for sizes in a model's configuration that no model has."""
+    for key, limit in LIMITS.items():
+        value = values.get(key)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= limit):
+            raise UserError(
+                f"{file}: {key} = {json.dumps(value, default=str)[:60]}: must be a whole number from 1 to {limit:,}; "
+                "correct it, or download the model again"
+            )
+    heads, groups = values.get("num_attention_heads"), values.get("num_key_value_heads")
+    if heads and groups and heads % groups:
+        raise UserError(
+            f"{file}: num_attention_heads = {heads} is no multiple of num_key_value_heads = {groups}; correct it, or "
+            "download the model again"
+        )
+    if isinstance(text := values.get("text_config"), Mapping):
+        check_sizes(text, file)
+
+
+def check_quantization(values: Mapping[str, Any], file: Path) -> None:
+    """Raise UserError for weights that are quantised in a form which is not read."""
+    method = (values.get("quantization_config") or {}).get("quant_method", "bitsandbytes")
+    if method != "bitsandbytes":
+        raise UserError(
+            f"{file}: weights quantised with {method!r} are not read; use an NF4 or an unquantised checkpoint"
+        )
+
+
+def check_shapes(source: Source) -> None:
+    """Raise UserError unless `source` has all of every linear layer, in the shape that its configuration says."""
+    config = source.config.get_text_config()
+    for linear, parts in fused_linears(config).items():
+        for part, expected in expected_shapes(config, linear, parts).items():
+            name = f"{part}.weight"
+            for needed in (name, *([f"{part}.bias"] if biased(config, part) else [])):
+                if needed not in source.names:
+                    raise UserError(f"{source.path}: tensor {needed} is missing; pass a complete model")
+            found = source.shape(name)
+            if found != expected:
+                raise UserError(
+                    f"{source.path}: {name} has shape {found}, config.json says {expected}; pass a model whose files "
+                    "belong together"
+                )
+
+
+def check_head_size(config: Any, where: Path, on_cpu: bool) -> None:
+    """Raise UserError for attention heads that vLLM has no kernel for. `config`: the text model's."""
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if on_cpu and size not in HEAD_SIZES_ON_CPU:
+        raise UserError(
+            f"{where / 'config.json'}: attention heads of {size}: vLLM's on a CPU are one of "
+            f"{', '.join(map(str, HEAD_SIZES_ON_CPU))}; use another model, or a GPU"
+        )
+
+
+def end_tokens(file: Path, vocabulary: int) -> list[int]:
+    """`eos_token_id` of a generation configuration, which may be missing. Raises UserError for what is no token."""
+    found = read_object(file).get("eos_token_id") if file.is_file() else None
+    tokens = found if isinstance(found, list) else [] if found is None else [found]
+    for token in tokens:
+        if not isinstance(token, int) or not 0 <= token < vocabulary:
+            raise UserError(f"{file}: eos_token_id = {json.dumps(found)[:60]}: no token of the vocabulary; correct it")
+    return tokens
+
+
+def one_line(error: BaseException) -> str:
+    """An error's text as one line, cut to a readable length."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:300]}..."

@@ -1,0 +1,265 @@
+"""What a model's configuration may say, checked before its weights are read.
+
+vLLM and the training graph each compute what a configuration says, and not always the same: a key that one of them has
+never heard of changes the policy in silence. So every key is one that both obey (tests compare their logprobs), one of
+a few values that both compute, one that has no part in the computation, or one that transformers' class does not have,
+which is named in a notice and reaches neither. Anything else is refused in a sentence that names it.
+
+Sizes are `checks.py`'s, and how rotary frequencies reach both graphs is `rope.py`'s.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from grpo.errors import UserError
+from grpo.model.architectures import ARCHITECTURES
+from grpo.model.checks import one_line
+from grpo.model.rope import (
+    by_layer_type,
+    frequencies,
+    plain_parameters,
+    rotary_parameters,
+    rotated,
+    unknown_parameters,
+    unread_parameters,
+)
+
+ACTIVATIONS = {
+    "gemma": ("hidden_act", ("gelu_pytorch_tanh",)),
+    "gemma2": ("hidden_activation", ("gelu_pytorch_tanh",)),
+    "gemma3_text": ("hidden_activation", ("gelu_pytorch_tanh", "gelu", "silu")),
+}
+"""model_type -> the key of the MLP's activation, and what vLLM computes of it; for the others OTHER_ACTIVATIONS."""
+OTHER_ACTIVATIONS = ("hidden_act", ("silu",))
+
+PARTLY_ROTATED = ("phi3",)
+"""Families of which transformers can rotate a part of each head."""
+HEAD_OF_HIDDEN_SIZE = ("qwen2",)
+"""Families whose heads are, to vLLM, the hidden size over their number, whatever `head_dim` says."""
+ALWAYS_TIED = ("gemma", "gemma2")
+"""Families for which some vLLM from 0.26 on has no output head beside the embedding."""
+WINDOW_IN_ALL_OR_NONE = ("qwen2", "qwen3")
+"""Families that vLLM gives a sliding window in all layers or in none."""
+LAYER_TYPES = ("full_attention", "sliding_attention")
+
+DROPOUTS = ("attention_dropout", "resid_pdrop", "embd_pdrop")
+WITHOUT_EFFECT = {"output_hidden_states": False, "output_attentions": False, "return_dict": True}
+"""How transformers' models answer; we ask for what we need."""
+OLD_SPELLINGS = {
+    "rope_theta", "rope_scaling", "rope_local_base_freq", "partial_rotary_factor", "sliding_window_pattern", "head_dim",
+    "is_causal", "layer_types", "hidden_activation", "torch_dtype", "quantization_config", "architectures",
+    "model_type", "transformers_version",
+}  # fmt: skip
+"""Keys that transformers' classes do not list and that are read nonetheless, or checked here."""
+
+
+class Complaint(NamedTuple):
+    """A key that the two graphs would not compute alike."""
+
+    key: str
+    value: Any
+    reason: str
+    """What is wrong with the value, and what to do."""
+
+
+def check_keys(config: Any, where: str) -> None:
+    """Raise UserError, naming file and key, unless both graphs compute what `config` says.
+
+    config: transformers', of a text model in ARCHITECTURES; `where`: its model's folder or file.
+    """
+    file = str(Path(where) / "config.json") if Path(where).is_dir() else where
+    for key, value, reason in complaints(config):
+        raise UserError(f"{file}: {key} = {shown(value)}: {reason}")
+
+
+def complaints(config: Any) -> Iterator[Complaint]:
+    """What `check_keys` refuses, in the order in which it is best told."""
+    yield from attention_complaints(config)
+    yield from activation_complaints(config)
+    yield from layer_complaints(config)
+    yield from number_complaints(config)
+    yield from token_complaints(config)
+    yield from rotary_complaints(config)
+
+
+def attention_complaints(config: Any) -> Iterator[Complaint]:
+    """About who sees whom, and heads."""
+    if getattr(config, "is_heterogeneous", False):
+        yield Complaint("per_layer_config", "...", "layers that differ in shape are not served; use a model without it")
+    causal = "completions are sampled left to right; use a causal model"
+    if getattr(config, "use_bidirectional_attention", None):
+        yield Complaint("use_bidirectional_attention", True, causal)
+    if getattr(config, "is_causal", True) is False:
+        yield Complaint("is_causal", False, causal)
+    if config.model_type in ALWAYS_TIED and not config.tie_word_embeddings:
+        reason = f"the output head of {vllms(config)} is always the embedding; use a model whose weights are tied"
+        yield Complaint("tie_word_embeddings", False, reason)
+    head, derived = getattr(config, "head_dim", None), config.hidden_size // config.num_attention_heads
+    if config.model_type in HEAD_OF_HIDDEN_SIZE and head not in (None, derived):
+        yield Complaint("head_dim", head, f"{vllms(config)} has heads of {derived}; use another model")
+
+
+def activation_complaints(config: Any) -> Iterator[Complaint]:
+    """About the MLP's activation."""
+    key, known = ACTIVATIONS.get(config.model_type, OTHER_ACTIVATIONS)
+    value, legacy = getattr(config, key), getattr(config, "hidden_activation", None)
+    if value not in known:
+        computed = " or ".join(map(repr, known))
+        remedy = "name the same function so, or use another model"
+        yield Complaint(key, value, f"{vllms(config)} computes {computed} alone; {remedy}")
+    if key == "hidden_act" and legacy not in (None, value):
+        yield Complaint("hidden_activation", legacy, f"hidden_act is {value!r}; remove one of the two")
+
+
+def layer_complaints(config: Any) -> Iterator[Complaint]:
+    """About which layers have a sliding window."""
+    window, layers = getattr(config, "sliding_window", None), config.num_hidden_layers
+    kinds = getattr(config, "layer_types", None)
+    if not kinds:
+        return
+    if len(kinds) < layers or not set(kinds) <= set(LAYER_TYPES):
+        kind = " or ".join(map(repr, LAYER_TYPES))
+        yield Complaint("layer_types", kinds, f"must be {kind} for each of the {layers} layers; use another model")
+        return
+    sliding = list(kinds[:layers]).count("sliding_attention")
+    if sliding and window is None:
+        lacking = "sliding_window (or use_sliding_window) says that there is no window"
+        yield Complaint("layer_types", kinds, f"{lacking}; set one, or make all layers full_attention")
+    elif config.model_type in WINDOW_IN_ALL_OR_NONE and 0 < sliding < layers:
+        reason = f"{sliding} of {layers} layers have the window, and {vllms(config)} gives it to all or to none"
+        remedy = f"set it to false, which is the same for sequences of at most {window} tokens, or use another model"
+        yield Complaint("use_sliding_window", True, f"{reason}; {remedy}")
+    elif "layer_types" not in own_keys(config) and sliding != (0 if window is None else layers):
+        alike = f"transformers' {type(config).__name__} has the same attention in every layer"
+        yield Complaint("layer_types", kinds, f"{alike}; remove it, or name the family that the model is of")
+
+
+def number_complaints(config: Any) -> Iterator[Complaint]:
+    """About numbers that would make every value infinite or none."""
+    for key in ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"):
+        value = getattr(config, key, None)
+        if value is not None and not is_number(value, above=0):
+            yield Complaint(key, value, "must be a number above 0; correct it")
+    if not (config.rms_norm_eps == 0 or is_number(config.rms_norm_eps, above=0)):
+        yield Complaint("rms_norm_eps", config.rms_norm_eps, "must be a number, 0 or above; correct it")
+    window = getattr(config, "sliding_window", None)
+    if window is not None and (not isinstance(window, int) or window < 1):
+        yield Complaint("sliding_window", window, "must be a whole number above 0, or null for none; correct it")
+
+
+def token_complaints(config: Any) -> Iterator[Complaint]:
+    """About tokens that the embedding has no row for."""
+    rows, pad, ends = config.vocab_size, config.pad_token_id, config.eos_token_id
+    reason = f"no token of the vocabulary, whose embedding has {rows} rows"
+    if pad is not None and not -rows <= pad < rows:
+        yield Complaint("pad_token_id", pad, f"{reason}; set another, or null")
+    for token in ends if isinstance(ends, list) else [] if ends is None else [ends]:
+        if not isinstance(token, int) or not 0 <= token < rows:
+            yield Complaint("eos_token_id", ends, f"{reason}; correct it")
+
+
+def rotary_complaints(config: Any) -> Iterator[Complaint]:
+    """About rotary positions: transformers' functions are tried on what the configuration says."""
+    for key, value in unread_parameters(config).items():
+        read = "for each of its layer types" if by_layer_type(config) else "for all layers at once"
+        reason = f"transformers' {type(config).__name__} has rotary parameters {read}, and does not read this"
+        yield Complaint(f"rope_parameters.{key}", value, f"{reason}; correct it")
+    for kind, values in rotary_parameters(config):
+        key = f"rope_parameters.{kind}" if kind else "rope_parameters"
+        part, theta = values.get("partial_rotary_factor"), values.get("rope_theta")
+        if part is not None and not (is_number(part, above=0) and part <= 1):
+            yield Complaint(f"{key}.partial_rotary_factor", part, "must be above 0 and at most 1; correct it")
+        elif config.model_type not in PARTLY_ROTATED and part not in (None, 1):
+            whole = f"transformers' {ARCHITECTURES[config.model_type]} rotates whole heads, vLLM's a part of them"
+            yield Complaint(f"{key}.partial_rotary_factor", part, f"{whole}; use a model of another family")
+        elif not is_number(theta, above=0):
+            yield Complaint(f"{key}.rope_theta", theta, "must be a number above 0; correct it")
+    try:
+        found = [*frequencies(config, 1).values(), *frequencies(config).values()]
+    except Exception as error:  # whatever transformers' functions make of a stranger's numbers
+        reason = f"transformers finds no rotary frequencies in it ({type(error).__name__}: {one_line(error)})"
+        yield Complaint("rope_parameters", config.rope_parameters, f"{reason}; correct it")
+        return
+    widths = {rotated(config, values) for _, values in rotary_parameters(config)}
+    for inverse, scaling in found:
+        usable = bool(inverse.isfinite().all()) and bool((inverse >= 0).all()) and is_number(scaling, above=0)
+        if not usable or 2 * len(inverse) not in widths:
+            reason = "the rotary frequencies that follow are not finite, or do not fit the heads; correct it"
+            yield Complaint("rope_parameters", config.rope_parameters, reason)
+
+
+def settle(config: Any) -> list[str]:
+    """Set in `config` what has to be the same for both graphs, and say, a sentence each, what is not obeyed."""
+    notices = []
+    for key in DROPOUTS:
+        if getattr(config, key, None):
+            notices.append(
+                f"the model's {key} = {getattr(config, key)} is not applied, because completions are sampled without "
+                "dropout; lora.lora_dropout acts on the adapter"
+            )
+            setattr(config, key, 0.0)
+    for key, value in WITHOUT_EFFECT.items():
+        setattr(config, key, value)
+    strange = sorted(set(config.to_dict()) - own_keys(config) - base_keys() - OLD_SPELLINGS)
+    if strange := [key for key in strange if not key.startswith(("_", "unsloth_"))]:
+        notices.append(
+            f"keys of the model's configuration that transformers' {type(config).__name__} does not have are not used: "
+            f"{', '.join(strange)}"
+        )
+    if unknown := unknown_parameters(config):
+        notices.append(
+            f"entries of the model's rope_parameters that have no part in its rotary positions are not used: "
+            f"{', '.join(unknown)}"
+        )
+    for _, values in rotary_parameters(config):
+        original = values.get("original_max_position_embeddings")
+        if values.get("rope_type") == "longrope" and original is not None:
+            notices.append(
+                f"the model has rotary factors for at most {original:,} tokens and others for more; the longest "
+                "sequence that rollout and evaluation may have decides for all which are used"
+            )
+    return notices
+
+
+def served_values(config: Any) -> dict[str, Any]:
+    """The configuration that vLLM gets: the family's keys with the rotary scaling left to `rope.share_positions`."""
+    kept = own_keys(config) | {"head_dim"}
+    values = {key: value for key, value in config.to_dict().items() if key in kept}
+    return values | {
+        "model_type": config.model_type,
+        "architectures": [ARCHITECTURES[config.model_type]],
+        "rope_parameters": plain_parameters(config),
+    }
+
+
+def own_keys(config: Any) -> set[str]:
+    """The keys that transformers' class of `config` adds to those of all models."""
+    return (set(type(config)().to_dict()) - base_keys()) | {"tie_word_embeddings"}
+
+
+def base_keys() -> set[str]:
+    """The keys that transformers' configurations of all models have."""
+    from transformers import PretrainedConfig
+
+    return set(PretrainedConfig().to_dict()) | set(WITHOUT_EFFECT) | {"use_cache"}
+
+
+def is_number(value: Any, above: float) -> bool:
+    """Whether it is a finite number above `above`."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > above
+
+
+def vllms(config: Any) -> str:
+    """vLLM's class, in a sentence."""
+    return f"vLLM's {ARCHITECTURES[config.model_type]}"
+
+
+def shown(value: Any) -> str:
+    """A value of the configuration as the file has it, cut to a readable length."""
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 120 else f"{text[:120]}..."

@@ -1,0 +1,160 @@
+"""Rotary positions: cosines and sines for both graphs from one set of frequencies, fixed when a model is loaded.
+
+transformers chooses the frequencies of some scalings ("longrope", "dynamic") anew for every row, by the longest
+position in it: a sequence's logprobs would depend on its neighbours. vLLM has formulas of its own. Here transformers'
+functions are asked once, for the longest sequence that a run can have; the training graph gets them as a module, and
+vLLM's caches are computed from it.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+EVERYWHERE = ""
+"""Stands for the layer type where all layers have the same frequencies."""
+
+OF_EVERY_TYPE = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"}
+OF_TYPE = {
+    "linear": {"factor"},
+    "dynamic": {"factor"},
+    "proportional": {"factor"},
+    "yarn": {"factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"},
+    "longrope": {"short_factor", "long_factor", "factor", "attention_factor"},
+    "llama3": {"factor", "low_freq_factor", "high_freq_factor"},
+}
+"""The entries of `rope_parameters` that transformers reads for a `rope_type`."""
+
+Frequencies = dict[str, tuple[Tensor, float]]
+"""Layer type, or EVERYWHERE -> (float32 [rotated dimensions / 2], what cosines and sines are multiplied by)."""
+
+
+class Rotary(nn.Module):
+    """In a training graph, transformers' rotary embedding with frequencies that no position changes."""
+
+    def __init__(self, config: Any, longest: int | None = None, device: torch.device | None = None):
+        """config: transformers', of the text model; sequences have at most `longest` tokens (None: what it allows)."""
+        super().__init__()
+        self.config = config
+        self.scalings: dict[str, float] = {}
+        for kind, (inverse, scaling) in frequencies(config, longest).items():
+            self.register_buffer(prefixed(kind, "inv_freq"), inverse.to(device), persistent=False)
+            self.scalings[kind] = scaling
+
+    @torch.no_grad()
+    def forward(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [..., rotated dimensions] of `position_ids` [...] in the dtype of `x`, which gives no more.
+
+        `layer_type` is transformers' name of it, where the model has frequencies for each.
+        """
+        kind = layer_type if layer_type in self.scalings else EVERYWHERE
+        angles = position_ids[..., None].float() * self.get_buffer(prefixed(kind, "inv_freq"))
+        angles = torch.cat((angles, angles), dim=-1)
+        return tuple((part * self.scalings[kind]).to(x.dtype) for part in (angles.cos(), angles.sin()))
+
+    @torch.no_grad()
+    def set_longest(self, longest: int) -> bool:
+        """Let sequences have at most `longest` tokens. Returns whether that changes the frequencies."""
+        changed = False
+        for kind, (inverse, scaling) in frequencies(self.config, longest).items():
+            held = self.get_buffer(prefixed(kind, "inv_freq"))
+            if scaling != self.scalings[kind] or not torch.equal(held.cpu(), inverse):
+                held.copy_(inverse)
+                self.scalings[kind] = scaling
+                changed = True
+        return changed
+
+    def table(self, length: int, layer_type: str | None = None) -> Tensor:
+        """float32 [length, rotated dimensions]: the cosines of one half, then the sines, as vLLM keeps them."""
+        halves = self(torch.empty(0, dtype=torch.float32), torch.arange(length), layer_type)
+        return torch.cat([part[:, : part.shape[1] // 2] for part in halves], dim=1)
+
+
+def frequencies(config: Any, longest: int | None = None) -> Frequencies:
+    """transformers' rotary frequencies for sequences of at most `longest` tokens (None: what the model allows)."""
+    settled = copy.deepcopy(config)
+    longest = config.max_position_embeddings if longest is None else longest
+    for _, parameters in rotary_parameters(settled):
+        if parameters.get("rope_type") == "longrope":
+            original = parameters["original_max_position_embeddings"]
+            chosen = parameters["long_factor" if longest > original else "short_factor"]
+            parameters |= {"short_factor": chosen, "long_factor": chosen}
+    with torch.device("cpu"):
+        module = rotary_class(config)(settled)
+    found = {}
+    for kind, _ in rotary_parameters(settled):
+        inverse = getattr(module, prefixed(kind, "inv_freq"), None)
+        if inverse is not None:  # there are none of a layer type that no layer has
+            found[kind] = inverse.float(), float(getattr(module, prefixed(kind, "attention_scaling")))
+    return found
+
+
+def rotary_parameters(config: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(layer type or EVERYWHERE, transformers' `rope_parameters` for it)."""
+    parameters = config.rope_parameters
+    if not by_layer_type(config):
+        yield EVERYWHERE, parameters
+        return
+    yield from ((kind, values) for kind, values in parameters.items() if isinstance(values, dict))
+
+
+def by_layer_type(config: Any) -> bool:
+    """Whether transformers has rotary frequencies for each type of layer in the family."""
+    return "layer_type" in inspect.signature(rotary_class(config).forward).parameters
+
+
+def unread_parameters(config: Any) -> dict[str, Any]:
+    """Entries of `rope_parameters` in a form that is not the family's: for layer types where it has none, or not."""
+    wanted = by_layer_type(config)
+    return {
+        key: value
+        for key, value in config.rope_parameters.items()
+        if isinstance(value, dict) != wanted and (key, value) != ("rope_type", "default")
+    }
+
+
+def unknown_parameters(config: Any) -> list[str]:
+    """Entries of `rope_parameters` that transformers' function of their `rope_type` has no use for."""
+    found: dict[str, None] = {}
+    for _, values in rotary_parameters(config):
+        known = OF_EVERY_TYPE | OF_TYPE.get(values.get("rope_type", ""), set())
+        found |= dict.fromkeys(key for key, value in values.items() if key not in known and value is not None)
+    return list(found)
+
+
+def prefixed(kind: str, name: str) -> str:
+    """transformers' name of what a module has for each layer type."""
+    return f"{kind}_{name}" if kind else name
+
+
+def rotary_class(config: Any) -> Any:
+    """transformers' rotary embedding of the family."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    decoder = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    return getattr(sys.modules[decoder.__module__], decoder.__name__.replace("ForCausalLM", "RotaryEmbedding"))
+
+
+def rotated(config: Any, parameters: dict[str, Any]) -> int:
+    """How many dimensions of a head turn, by `parameters`."""
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(head * (parameters.get("partial_rotary_factor") or 1.0))
+
+
+def plain_parameters(config: Any) -> dict[str, Any]:
+    """`rope_parameters` for vLLM: unscaled ones of the same sizes, whose caches `share_positions` replaces."""
+    plain = {
+        kind: {
+            "rope_type": "default",
+            "rope_theta": parameters["rope_theta"],
+            "partial_rotary_factor": parameters.get("partial_rotary_factor") or 1.0,
+        }
+        for kind, parameters in rotary_parameters(config)
+    }
+    return plain.get(EVERYWHERE, plain)

@@ -1,0 +1,205 @@
+"""A checkpoint in Hugging Face's format: a folder of safetensors, unquantised or bitsandbytes 4-bit.
+
+Pickled checkpoints are refused: loading one can run arbitrary code.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Container, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grpo.config.schema import Model
+from grpo.errors import UserError
+from grpo.model.architectures import ARCHITECTURES
+from grpo.model.checks import check_quantization, check_sizes, one_line, read_object
+from grpo.model.weight_files import stored_names, unique, unread_files, weights_entry
+from grpo.model.weight_source import NF4Tensor
+
+NF4_STATE = ".quant_state.bitsandbytes__nf4"
+"""What bitsandbytes appends to a weight's name for the description of its NF4 form."""
+NF4_ENTRIES = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", NF4_STATE.removeprefix("."))
+"""What bitsandbytes keeps beside the codes of a weight, under its name."""
+DENSE_TYPES = ("F64", "F32", "F16", "BF16")
+"""safetensors' names of the types whose values are the weights; those of any other need scales."""
+
+
+class SafetensorsSource:
+    """A folder with config.json and safetensors, whole or in shards, 16-bit, 32-bit or bitsandbytes 4-bit."""
+
+    def __init__(self, path: Path, model: Model):
+        from transformers import AutoConfig
+
+        if not (path / "config.json").is_file():
+            raise UserError(f"{path}: no config.json; pass a model folder in Hugging Face format or a .gguf file")
+        self.path = path
+        self._trust_remote_code = model.trust_remote_code
+        file = path / "config.json"
+        values = read_object(file)
+        check_sizes(values, file)
+        check_quantization(values, file)
+        # Of a family that transformers has, its own class is used, whatever code lies beside the weights.
+        brings_code = "auto_map" in values and values.get("model_type") not in ARCHITECTURES
+        if brings_code and not model.trust_remote_code:
+            raise UserError(
+                f"{file}: the model brings Python code of its own, which is not run; set model.trust_remote_code = "
+                "true if you trust it"
+            )
+        try:
+            self.config = AutoConfig.from_pretrained(path, trust_remote_code=brings_code)
+        except Exception as error:  # whatever transformers' checks of a stranger's file raise
+            raise UserError(f"{file}: {one_line(error)}; correct it, or download the model again") from None
+        entry = weights_entry(path, getattr(self.config, "transformers_weights", None))
+        self._shard_of = self._index(entry)
+        self.notices = unread_files(path, set(self._shard_of.values()))
+        self.names = {logical_name(name, self._shard_of) for name in self._shard_of}
+        self._open: dict[Path, Any] = {}
+
+    def _index(self, entry: Path) -> dict[str, Path]:
+        """Name -> file of everything in the safetensors file `entry`, or in the shards of the index `entry`."""
+        if entry.suffix == ".safetensors":
+            return dict.fromkeys(self._handle_names(entry), entry)
+        places = read_index(entry)
+        shards = sorted({self.path / file for file in places.values()})
+        for shard in shards:
+            if not shard.is_file():
+                raise UserError(f"{self.path}: shard {shard.name} is missing; download the model again")
+        found: dict[str, Path] = {}
+        for shard in shards:
+            for name in self._handle_names(shard):
+                if name in found:
+                    raise UserError(
+                        f"{shard}: holds {name}, and so does {found[name].name}; download the model again, or leave "
+                        "one of the two"
+                    )
+                found[name] = shard
+        for name, file in places.items():
+            if found.get(name) != self.path / file:
+                raise UserError(f"{entry}: places {name} in {file}, which lacks it; download the model again")
+        return found
+
+    @staticmethod
+    def _handle_names(file: Path) -> list[str]:
+        from safetensors import safe_open
+
+        with damage_named(file), safe_open(file, framework="pt"):  # the header is believed once it is checked
+            return stored_names(file)
+
+    @property
+    def stored_as(self) -> str:
+        if any(name.endswith(NF4_STATE) for name in self._shard_of):
+            return "NF4"
+        name = next((name for name in sorted(self.names) if "proj" in name), min(self.names))
+        return str(self._raw(name).dtype).removeprefix("torch.")
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        if f"{name}{NF4_STATE}" in self._shard_of:
+            with damage_named(self._shard_of[name]):
+                return self._nf4_shape(name)
+        with damage_named(self._shard_of[name]):
+            stored = self._handle(name).get_slice(name)
+            if stored.get_dtype() not in DENSE_TYPES:
+                raise self._unknown_form(name, stored.get_dtype())
+            return tuple(stored.get_shape())
+
+    def _nf4_shape(self, name: str) -> tuple[int, ...]:
+        """Raises LookupError where an entry that `read` needs is missing."""
+        needed = ["absmax"]
+        if f"{name}.nested_absmax" in self._shard_of:
+            needed.append("nested_quant_map")
+        for entry in needed:
+            self._shard_of[f"{name}.{entry}"]
+        return tuple(self._nf4_state(name)["shape"])
+
+    def read(self, name: str) -> Tensor | NF4Tensor:
+        if f"{name}{NF4_STATE}" in self._shard_of:
+            with damage_named(self._shard_of[name]):
+                return self._read_nf4(name, self._raw(name))
+        self.shape(name)  # the form is one that is read
+        return self._raw(name)
+
+    def _unknown_form(self, name: str, stored: str) -> UserError:
+        return UserError(
+            f"{self._shard_of[name]}: {name} is quantised in a form other than bitsandbytes NF4 ({stored}); use an NF4 "
+            "or an unquantised checkpoint"
+        )
+
+    def _handle(self, name: str) -> Any:
+        from safetensors import safe_open
+
+        file = self._shard_of[name]
+        if file not in self._open:
+            self._open[file] = safe_open(file, framework="pt")
+        return self._open[file]
+
+    def _raw(self, name: str) -> Tensor:
+        with damage_named(self._shard_of[name]):
+            return self._handle(name).get_tensor(name)
+
+    def _nf4_state(self, name: str) -> dict[str, Any]:
+        with damage_named(self._shard_of[name]):
+            return json.loads(bytes(self._raw(f"{name}{NF4_STATE}").tolist()))
+
+    def _read_nf4(self, name: str, codes: Tensor) -> NF4Tensor:
+        state = self._nf4_state(name)
+        if state["blocksize"] != 64:
+            raise UserError(
+                f"{self._shard_of[name]}: {name} has NF4 blocks of {state['blocksize']}; only 64 is supported"
+            )
+        absmax = self._raw(f"{name}.absmax")
+        if f"{name}.nested_absmax" in self._shard_of:
+            nested = self._raw(f"{name}.nested_absmax").float()
+            table = self._raw(f"{name}.nested_quant_map").float()
+            per_block = nested.repeat_interleave(state["nested_blocksize"])[: absmax.numel()]
+            absmax = table[absmax.long()] * per_block + state["nested_offset"]
+        rows, columns = state["shape"]
+        codes = codes.reshape(-1).view(torch.uint8)  # `bnb_4bit_quant_storage` may call the bytes by another type
+        if (2 * codes.numel(), 64 * absmax.numel()) != (rows * columns, rows * columns):
+            raise ValueError(f"the NF4 codes or scales of {name} do not fit its shape")
+        return NF4Tensor(codes, absmax.float().reshape(-1), (rows, columns))
+
+    def tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(self.path, trust_remote_code=self._trust_remote_code)
+        except Exception as error:  # tokenizers raises plain Exceptions
+            raise UserError(
+                f"{self.path}: no usable tokenizer ({one_line(error)}); copy the model's tokenizer files there"
+            ) from None
+
+
+def read_index(index: Path) -> dict[str, str]:
+    """Tensor name -> file, from a shard index. Raises UserError for a damaged one, or one that leaves its folder."""
+    try:
+        places = json.loads(index.read_text(), object_pairs_hook=unique)["weight_map"]
+        files = {str(name): str(file) for name, file in places.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{index}: not a valid shard index ({error}); download the model again") from None
+    outside = next((file for file in files.values() if Path(file).name != file), None)
+    if outside is not None:
+        raise UserError(f"{index}: names the shard {outside!r}, which is not in its folder; download the model again")
+    return files
+
+
+@contextmanager
+def damage_named(file: Path) -> Iterator[None]:
+    """Damage that is met while reading `file` becomes a UserError."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (SafetensorError, OSError, ValueError, LookupError, TypeError, RuntimeError) as error:
+        raise UserError(f"{file}: damaged safetensors ({one_line(error)}); download it again") from None
+
+
+def logical_name(name: str, stored: Container[str]) -> str:
+    """The weight that the entry `name` belongs to among those `stored`: bitsandbytes has several for one."""
+    weight = name.partition(".weight.")[0] + ".weight"
+    packed = weight in stored and f"{weight}{NF4_STATE}" in stored
+    return weight if packed and name.removeprefix(f"{weight}.") in NF4_ENTRIES else name

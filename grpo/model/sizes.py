@@ -1,0 +1,54 @@
+"""Bytes and shapes of a model's weights, by arithmetic from its configuration.
+
+Torch is not imported, for a dry run. What a run takes beside its weights is `grpo.memory`'s.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from grpo.config.schema import Model
+from grpo.errors import UserError
+from grpo.model.architectures import EMBEDDING, HEAD, expected_shapes, fused_linears
+
+AUTO_SHARE = 0.05
+"""What `keep_16bit = "auto"` may take, of the memory that all linear layers in 16 bit would take beyond NF4."""
+VOCABULARY_PADDING = 64
+"""vLLM rounds the vocabulary up to a multiple of this."""
+
+
+def nf4_bytes(rows: int, columns: int, itemsize: int) -> int:
+    """A weight as kernels/nf4.py stores it: rows of whole pairs of blocks, each block with its scale."""
+    return rows * math.ceil(columns / 128) * (64 + 2 * itemsize)
+
+
+def embedding_bytes(shape: Any, itemsize: int) -> int:
+    """The token embedding, or an output head, with vLLM's padding."""
+    return -(-shape.vocab_size // VOCABULARY_PADDING) * VOCABULARY_PADDING * shape.hidden_size * itemsize
+
+
+def weights_on_host(model: Model, shape: Any) -> dict[str, str]:
+    """Parameters that `model` wants in host memory, each with the key that says so. Of a model whose embedding is its
+    output head that one tensor, for `offload_head`. Raises UserError for `offload_embedding` there."""
+    tied = shape.tie_word_embeddings
+    if model.offload_embedding and tied:
+        raise UserError(
+            f"model.offload_embedding: the token embedding of {model.name} is its output head too, all of which the "
+            "GPU needs for every token; leave it out, or set model.offload_head = true, which moves both and is slow"
+        )
+    found = {EMBEDDING: "model.offload_embedding"} if model.offload_embedding else {}
+    return found | ({EMBEDDING if tied else HEAD: "model.offload_head"} if model.offload_head else {})
+
+
+def pinned_bytes(size: int) -> int:
+    """What pinning `size` bytes takes: torch rounds up to a power of two."""
+    return 1 << (size - 1).bit_length() if size else 0
+
+
+def linear_shapes(shape: Any) -> dict[str, tuple[int, int]]:
+    """Module name -> (out, in) of every linear layer of the decoder's blocks."""
+    found: dict[str, tuple[int, int]] = {}
+    for name, parts in fused_linears(shape).items():
+        found |= expected_shapes(shape, name, parts)
+    return found

@@ -1,0 +1,1 @@
+"""The training graph: transformers' model over the shared weights, with LoRA, packed rows and fused layers."""

@@ -1,0 +1,209 @@
+"""Gradient checkpointing of decoder layers: keep a layer's input, run the layer again in the backward pass.
+
+"none" keeps what autograd saves, "mlp" all but what the kernels' MLP computes again by itself, "layer" only the input
+of each layer, and "offload" moves those inputs to host memory (pinned, on a stream of its own, overlapping the
+computation) and fetches each while the layer after it is still in its backward. All give the same bits. Which form a
+run takes is decided in `activations.py`; the layers know of this through transformers' checkpointing hook, and trainers
+that switch checkpointing on and off as transformers has it get the same.
+"""
+
+from __future__ import annotations
+
+import types
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.autograd.graph import get_gradient_edge
+
+from grpo.memory.activations import FORMS
+from grpo.policy.fused_layers import for_backward_alone
+from grpo.policy.rng import RandomState
+
+HOST_BLOCK = 64 << 20
+"""Bytes of a pinned block. torch rounds pinned allocations up to a power of two, which would double large ones."""
+
+Layer = Callable[[Tensor], Tensor]
+
+
+def recompute_layers(layers: Sequence[nn.Module], form: str) -> None:
+    """Let `layers`, decoder layers that run one after another in training mode, use `form` of FORMS from now on."""
+    assert form in FORMS, form
+    store = HostStore() if form == "offload" else None
+    for index, layer in enumerate(layers):
+        if hasattr(layer, "keep_mlp"):
+            layer.keep_mlp = form != "mlp"
+        assert form != "mlp" or hasattr(layer, "keep_mlp"), "transformers' own layers have no such form"
+        layer.gradient_checkpointing = form in ("layer", "offload")
+        layer._gradient_checkpointing_func = partial(recomputed, layer, store, index == 0)
+
+
+def answer_trainers(graph: nn.Module) -> None:
+    """Let `graph.gradient_checkpointing_enable()` and `_disable()`, as trainers call them, switch this recomputation.
+
+    Enabling takes the form that was chosen last if it recomputes layers, else "layer". DPO in TRL disables it for the
+    reference and enables it again at every step: transformers' own way would put torch's function in its place.
+    """
+    graph._set_gradient_checkpointing = types.MethodType(switch_layers, graph)
+
+
+def switch_layers(
+    graph: nn.Module,
+    enable: bool = True,
+    gradient_checkpointing_func: Callable[..., Any] | None = None,
+    every_n_layers: int = 1,
+) -> None:
+    """transformers' hook; torch's function is not used, so how it would be called (`use_reentrant`) does not matter."""
+    for index, layer in enumerate(graph.model.layers):
+        if not hasattr(layer, "_gradient_checkpointing_func"):
+            layer._gradient_checkpointing_func = partial(recomputed, layer, None, index == 0)
+        layer.gradient_checkpointing = enable and index % every_n_layers == 0
+
+
+def recomputed(layer: nn.Module, store: HostStore | None, first: bool, run: Layer, x: Tensor) -> Tensor:
+    """`run(x)`, with nothing but `x` kept for the backward pass. `run` is `layer` with its other arguments bound."""
+    trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+    if not torch.is_grad_enabled() or not (trained or x.requires_grad):
+        return run(x)
+    return _Recomputed.apply(run, store, first, trained, x, *trained)
+
+
+class _Recomputed(torch.autograd.Function):
+    """The trained parameters are inputs, so that a gradient exists even where the first layer's x needs none."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        run: Layer,
+        store: HostStore | None,
+        first: bool,
+        trained: list[nn.Parameter],
+        x: Tensor,
+        *parameters: nn.Parameter,
+    ) -> Tensor:
+        ctx.run, ctx.trained, ctx.random = run, trained, RandomState(x.device)
+        if store is None:
+            ctx.save_for_backward(x)
+        else:
+            ctx.kept = store.keep(x, first)
+        return run(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.saved_tensors:
+            (x,) = ctx.saved_tensors
+        else:
+            x, ctx.kept = ctx.kept.load(), None
+        x = x.detach().requires_grad_(ctx.needs_input_grad[4])
+        with torch.enable_grad(), ctx.random.restored(), for_backward_alone():
+            # The edge alone: the layer's output would otherwise live as long as its graph.
+            output = get_gradient_edge(ctx.run(x))
+        inputs = [x, *ctx.trained] if x.requires_grad else ctx.trained
+        grads = torch.autograd.grad(output, inputs, grad_output, allow_unused=True)
+        return (None, None, None, None, *(() if x.requires_grad else (None,)), *grads)
+
+
+class HostStore:
+    """Host memory for the layer inputs of one forward pass, in blocks that later passes use again.
+
+    On a GPU the blocks are pinned and all copies run on one side stream, in order; a block may therefore be handed
+    out again as soon as the copy from it is queued. On a CPU the same code copies at once.
+    """
+
+    def __init__(self) -> None:
+        self.free: list[Tensor] = []
+        self.stream: torch.cuda.Stream | None = None
+        self.newest: Callable[[], Offloaded | None] = lambda: None
+
+    def keep(self, x: Tensor, first: bool) -> Offloaded:
+        """Start copying `x` to the host. `first`: no layer before this one waits for its backward."""
+        if self.stream is None and x.is_cuda:
+            self.stream = torch.cuda.Stream(x.device)
+        before = None if first else self.newest()
+        if before is not None:
+            before.let_go()
+        kept = Offloaded(self, x, before)
+        self.newest = weakref.ref(kept)
+        return kept
+
+    def take(self, size: int, device: torch.device) -> list[Tensor]:
+        """Blocks for `size` bytes."""
+        pinned = device.type == "cuda"
+        block = HOST_BLOCK if pinned else size
+        count = -(-size // block)
+        found = [self.free.pop() for _ in range(min(count, len(self.free)))] if pinned else []
+        while len(found) < count:
+            found.append(torch.empty(block, dtype=torch.uint8, pin_memory=pinned))
+        return found
+
+    def copying(self) -> Any:
+        """Inside, copies are queued behind what the current stream has been given so far."""
+        if self.stream is None:
+            return nullcontext()
+        self.stream.wait_stream(torch.cuda.current_stream())
+        return torch.cuda.stream(self.stream)
+
+
+class Offloaded:
+    """One layer's input: on the device until the next layer runs, then on the host, fetched once."""
+
+    def __init__(self, store: HostStore, x: Tensor, before: Offloaded | None):
+        self.store, self.before = store, before
+        self.on_device: Tensor | None = x.detach()
+        self.shape, self.dtype, self.device = x.shape, x.dtype, x.device
+        blocks = store.take(x.nbytes, x.device)
+        self.blocks = blocks
+        if store.stream is not None:
+            # Also gives the blocks of a pass that ends without a backward back.
+            self.release = weakref.finalize(self, store.free.extend, blocks)
+        with store.copying():
+            for block, part in self.parts(x.detach()):
+                block.copy_(part, non_blocking=True)
+            self.copied = self.mark()
+
+    def parts(self, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each block, as far as it is used, with the bytes of `x` that belong there."""
+        flat = x.reshape(-1).view(torch.uint8)
+        for block, part in zip(self.blocks, flat.split(self.blocks[0].numel()), strict=True):
+            yield block[: part.numel()], part
+
+    def mark(self) -> torch.cuda.Event | None:
+        """The point that the copies have reached."""
+        return self.store.stream.record_event() if self.store.stream is not None else None
+
+    def let_go(self) -> None:
+        """Give up the tensor on the device. Waiting for the copy first makes its memory safe to use again."""
+        if self.copied is not None:
+            torch.cuda.current_stream().wait_event(self.copied)
+        self.on_device = None
+
+    def fetch(self) -> None:
+        """Start copying back, unless the tensor is still there."""
+        if self.on_device is not None:
+            return
+        self.on_device = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        with self.store.copying():
+            for block, part in self.parts(self.on_device):
+                part.copy_(block, non_blocking=True)
+            self.copied = self.mark()
+        self.blocks = []
+        if self.store.stream is not None:
+            self.release()
+
+    def load(self) -> Tensor:
+        """The layer's input. The one before starts to come back meanwhile."""
+        self.fetch()
+        if self.copied is not None:
+            torch.cuda.current_stream().wait_event(self.copied)
+        x, self.on_device = self.on_device, None
+        if self.before is not None:
+            self.before.fetch()
+            self.before = None
+        assert x is not None
+        return x

@@ -1,0 +1,137 @@
+"""How much of an adapter's effect the 16-bit policy shows: the metric `adapter_survival`.
+
+    effect   = logprobs with the adapter - logprobs without it, of the tokens of a few completions
+    survival = <effect in 16 bit, effect in float32> / <effect in float32, effect in float32>
+
+Float32 here means the same frozen values, widened layer by layer as they are used, with A and B as the optimiser has
+them. 1: what was learned is what is sampled. Near 0: the optimiser moves numbers that rounding takes back. While an
+effect is smaller than the rounding noise of the logprobs themselves the value scatters, also beyond 1.
+
+Not here: vLLM's logprobs, whose distance from the training graph's is `mismatch_kl`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from grpo.model.architectures import EMBEDDING, HEAD
+from grpo.model.rope import Rotary
+from grpo.policy.graph import ATTENTION, rebuild_buffers, set_module, set_parameter
+from grpo.policy.lora_linear import ADAPTER, BaseLinear, LoraLinear
+from grpo.policy.packing import predictors
+from grpo.policy.policy import Policy
+
+COMPLETIONS, TOKENS = 4, 256
+"""How many completions are measured, and how many tokens of each, at most."""
+HEAD_ROWS = 8192
+"""Rows of the output head that are widened at once."""
+
+
+@torch.no_grad()
+def adapter_survival(
+    policy: Policy, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
+) -> float | None:
+    """The share of the adapter's effect that shows in 16 bit, on the first COMPLETIONS of `completions`.
+
+    None where there is nothing to measure: a float32 policy, an idle adapter, no completion, or no memory for it.
+    """
+    chosen = [(list(p), list(c[:TOKENS])) for p, c in zip(prompts, completions, strict=True) if c][:COMPLETIONS]
+    if policy.base.dtype == torch.float32 or not chosen or policy.adapter_is_idle():
+        return None
+    heads, tails = [prompt for prompt, _ in chosen], [completion for _, completion in chosen]
+    try:
+        truth = float32_effect(policy, heads, tails)
+        with policy.model.disable_adapter():
+            idle = policy.score(heads, tails, temperature=1.0).logprobs
+        effect = policy.score(heads, tails, temperature=1.0).logprobs.float() - idle.float()
+    except torch.OutOfMemoryError:
+        return None
+    size = float(truth @ truth)
+    return float(effect @ truth) / size if size > 0 else None
+
+
+def float32_effect(policy: Policy, prompts: list[list[int]], completions: list[list[int]]) -> Tensor:
+    """What the adapter adds to each token's logprob in float32: [tokens]."""
+    graph = float32_graph(policy)
+    with_adapter = float32_logprobs(policy, graph, prompts, completions)
+    for module in graph.modules():
+        if isinstance(module, WideLinear):
+            module.adapter = None
+    return with_adapter - float32_logprobs(policy, graph, prompts, completions)
+
+
+class WideLinear(nn.Module):
+    """A linear layer of the policy in float32: its frozen rows are widened at each use, and its adapter added."""
+
+    def __init__(self, layer: BaseLinear | LoraLinear):
+        super().__init__()
+        self.adapter = layer if isinstance(layer, LoraLinear) else None
+        self.frozen = layer.base_layer if isinstance(layer, LoraLinear) else layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = self.frozen.bias
+        y = F.linear(x, self.frozen.dense().float(), None if bias is None else bias.float())
+        if self.adapter is not None:
+            a, b = self.adapter.scaled(ADAPTER)
+            y = y + F.linear(F.linear(x, a), b)
+        return y
+
+
+class WideEmbedding(nn.Module):
+    """The embedding's rows in float32, times Gemma 3's scale."""
+
+    def __init__(self, weight: Tensor, scale: float):
+        super().__init__()
+        self.rows, self.scale = weight, scale
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self.rows).float() * self.scale
+
+
+def float32_graph(policy: Policy) -> nn.Module:
+    """transformers' decoder in float32 over the policy's weights and adapter; only norms are copied."""
+    base, config = policy.base, copy.deepcopy(policy.base.config)
+    with torch.device("meta"):
+        graph = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=ATTENTION)
+    for linear in base.linears.values():
+        for part in linear.parts:
+            set_module(graph, part, WideLinear(policy.decoder.get_submodule(part)))
+    scale = config.hidden_size**0.5 if hasattr(graph.model.embed_tokens, "embed_scale") else 1.0
+    graph.model.embed_tokens = WideEmbedding(base.tensors[EMBEDDING], scale)
+    for name, tensor in base.tensors.items():
+        if name not in (EMBEDDING, HEAD):
+            set_parameter(graph, name, tensor.float())
+    rebuild_buffers(graph, config, base.device, torch.float32)
+    for name, module in policy.decoder.named_modules():
+        if isinstance(module, Rotary):  # with the frequencies of the run's longest sequence
+            set_module(graph, name, module)
+    return graph.model.eval().requires_grad_(False)
+
+
+def float32_logprobs(
+    policy: Policy, graph: nn.Module, prompts: list[list[int]], completions: list[list[int]]
+) -> Tensor:
+    """Logprob of every completion token [tokens], in the order of `Policy.score`."""
+    hidden, targets = predictors(graph, prompts, completions, policy.base.device)
+    softcap = getattr(policy.base.config, "final_logit_softcapping", None)
+    return head_logprobs(hidden, policy.head_weight(), targets, softcap)
+
+
+def head_logprobs(hidden: Tensor, head: Tensor, targets: Tensor, softcap: float | None) -> Tensor:
+    """log softmax of hidden [tokens, width] head^T at `targets` [tokens], from HEAD_ROWS rows of `head` at a time."""
+    normaliser = torch.full(targets.shape, float("-inf"), device=hidden.device)
+    chosen = torch.zeros(targets.shape, device=hidden.device)
+    for start in range(0, head.shape[0], HEAD_ROWS):
+        logits = F.linear(hidden, head[start : start + HEAD_ROWS].to(hidden.device).float())
+        logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+        normaliser = torch.logaddexp(normaliser, logits.logsumexp(-1))
+        inside = (targets >= start) & (targets < start + logits.shape[1])
+        index = (targets - start).clamp(0, logits.shape[1] - 1)
+        chosen = torch.where(inside, logits.gather(1, index[:, None])[:, 0], chosen)
+    return chosen - normaliser

@@ -1,0 +1,230 @@
+"""Our kernels in the training graph: decoder layers whose forward and backward are four autograd functions.
+
+A `FusedLayer` takes the place of one transformers decoder layer and holds the same children under the same names, so
+adapters, checkpoints and whoever looks a weight up see no difference; only its forward is our own. It computes what
+transformers' layer computes for the families in `architectures.py`: norm, q/k/v, q/k norm, rotary embedding;
+attention; output projection with the residual; the gated MLP with its norm and residual. Between these only what the
+next one needs is kept. A layer that does anything else (another activation, dropout on the residual) stays as it is.
+
+Not here: which layers are recomputed (`activation_checkpointing.py`) and the kernels themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import LoraLayer
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from grpo.errors import UserError
+from grpo.kernels.attention import Packing, packed_attention
+from grpo.kernels.glu import glu
+from grpo.kernels.launch import interpreted
+from grpo.kernels.lora_attention import QkvProjection, lora_qkv
+from grpo.kernels.lora_factors import Adapter
+from grpo.kernels.lora_linear import LinearGroup, lora_linear
+from grpo.kernels.lora_mlp import GatedMlp, lora_mlp
+from grpo.kernels.rms_norm import Norm, rms_norm
+from grpo.kernels.rope import rope
+from grpo.model.architectures import ALREADY_FUSED, FUSED_PARTS
+from grpo.model.base_weights import BaseWeights, FusedLinear
+
+ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+"""transformers' names of the activations that kernels/glu.py has."""
+
+_for_backward_alone: ContextVar[bool] = ContextVar("for_backward_alone", default=False)
+
+
+@contextmanager
+def for_backward_alone() -> Iterator[None]:
+    """Inside, layers run again only so that their backward can: outputs that no backward reads are not made."""
+    token = _for_backward_alone.set(True)
+    try:
+        yield
+    finally:
+        _for_backward_alone.reset(token)
+
+
+def wants_kernels(kernels: str, device: torch.device) -> bool:
+    """Whether `train.kernels` asks for them on `device`. Raises UserError where they cannot run."""
+    if kernels == "triton" and device.type != "cuda" and not interpreted():
+        raise UserError('train.kernels = "triton" needs a GPU; set "auto" or "torch"')
+    return kernels == "triton" or (kernels == "auto" and device.type == "cuda")
+
+
+def install(decoder: nn.Module, base: BaseWeights) -> int:
+    """Replace the layers and the last norm of `decoder`, a causal LM over `base`. Returns how many layers it was."""
+    layers = decoder.model.layers
+    replaced = 0
+    for index, layer in enumerate(layers):
+        if serves(layer, base.config):
+            layers[index] = FusedLayer(layer, index, base)
+            replaced += 1
+    decoder.model.norm = FusedNorm(decoder.model.norm, base.config)
+    return replaced
+
+
+def serves(layer: nn.Module, config: Any) -> bool:
+    """Whether a FusedLayer computes what `layer` does."""
+    return activation_of(config) in ACTIVATIONS and not getattr(config, "resid_pdrop", 0)
+
+
+def activation_of(config: Any) -> str:
+    """transformers' name of the MLP's activation; Gemma's configurations have a key of their own."""
+    return getattr(config, "hidden_activation", None) or config.hidden_act
+
+
+def norm_of(module: nn.Module, config: Any) -> Norm:
+    """A transformers RMSNorm as the kernels take it."""
+    eps = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
+    return Norm(module.weight.detach(), float(eps), config.model_type.startswith("gemma"))
+
+
+class FusedNorm(nn.Module):
+    """An RMSNorm outside the layers, under the names of transformers'."""
+
+    def __init__(self, module: nn.Module, config: Any):
+        super().__init__()
+        self.weight = module.weight
+        self.norm = norm_of(module, config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.norm)
+
+
+class Group:
+    """The linear modules over one fused layer of the base, with what adapters they have at the moment."""
+
+    def __init__(self, linear: FusedLinear, modules: Sequence[nn.Module]):
+        self.frozen = LinearGroup(tuple((segment.weight, segment.absmax) for segment in linear.segments), linear.bias)
+        self.modules = tuple(modules)
+        self.places = tuple(linear.parts.values())
+
+    def active(self) -> Iterator[tuple[tuple[int, int], LoraLayer, str]]:
+        """(place, module, adapter name) of every adapter that is on."""
+        for place, module in zip(self.places, self.modules, strict=True):
+            if isinstance(module, LoraLayer) and not module.disable_adapters:
+                yield from ((place, module, name) for name in module.active_adapters if name in module.lora_A)
+
+    def adapters(self) -> tuple[list[Adapter], list[Tensor]]:
+        """For the kernels: where each acts, and A, B of each."""
+        found, factors = [], []
+        for (first, rows), module, name in self.active():
+            found.append(Adapter(first, rows, float(module.scaling[name])))
+            factors += [module.lora_A[name].weight, module.lora_B[name].weight]
+        return found, factors
+
+    @property
+    def drops(self) -> bool:
+        """Whether dropout acts on an adapter's input: the kernels have none, the modules do."""
+        return any(
+            isinstance(drop := module.lora_dropout[name], nn.Dropout) and drop.p > 0 and drop.training
+            for _, module, name in self.active()
+        )
+
+    def plain(self, x: Tensor) -> Tensor:
+        """All outputs by the modules themselves."""
+        return torch.cat([module(x) for module in self.modules], -1)
+
+
+class FusedLayer(GradientCheckpointingLayer):
+    """One decoder layer. x [1, tokens, hidden] in and out, in the base's dtype."""
+
+    def __init__(self, layer: nn.Module, index: int, base: BaseWeights):
+        super().__init__()
+        for name, child in layer.named_children():
+            self.add_module(name, child)
+        config = base.config
+        attention = self.self_attn
+        self.keep_mlp = True
+        """Whether the MLP's gate and up are kept where the layer is not recomputed as a whole."""
+        self.scale = attention.scaling
+        self.window = getattr(attention, "sliding_window", getattr(config, "sliding_window", None))
+        self.softcap = attention.attn_logit_softcapping if config.model_type == "gemma2" else None
+        sandwich = hasattr(self, "pre_feedforward_layernorm")
+        self.after_attention = norm_of(self.post_attention_layernorm, config) if sandwich else None
+        self.after_mlp = norm_of(self.post_feedforward_layernorm, config) if sandwich else None
+        before_mlp = self.pre_feedforward_layernorm if sandwich else self.post_attention_layernorm
+        self.qkv, self.out, self.gate_up, self.down = (self._group(name, index, base) for name in FUSED_PARTS)
+        q_norm, k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
+        self.projection = QkvProjection(
+            self.qkv.frozen,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            norm_of(self.input_layernorm, config),
+            None if q_norm is None else norm_of(q_norm, config),
+            None if k_norm is None else norm_of(k_norm, config),
+        )
+        self.gated = GatedMlp(
+            self.gate_up.frozen,
+            self.down.frozen,
+            ACTIVATIONS[activation_of(config)],
+            norm_of(before_mlp, config),
+            residual=not sandwich,
+        )
+
+    def _group(self, name: str, index: int, base: BaseWeights) -> Group:
+        parts = (name,) if base.config.model_type in ALREADY_FUSED else FUSED_PARTS[name]
+        return Group(base.linears[f"model.layers.{index}.{name}"], [self.get_submodule(part) for part in parts])
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        packing: Packing | None = None,
+        **ignored: Any,
+    ) -> Tensor:
+        x = hidden_states[0]
+        packing = packing or Packing.of_lengths([x.shape[0]], x.device)
+        cos, sin = (part.reshape(x.shape[0], -1) for part in position_embeddings)
+        q, k, v = self.attention_inputs(x, cos, sin)
+        attended = packed_attention(
+            q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), packing,
+            scale=self.scale, window=self.window, softcap=self.softcap,
+        )  # fmt: skip
+        x = self.after(attended.flatten(1), x)
+        return self.mlp_output(x)[None]
+
+    def attention_inputs(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v [tokens, heads, dim], rotated."""
+        projection = self.projection
+        if not self.qkv.drops:
+            return lora_qkv(x, cos, sin, projection, *self.qkv.adapters())
+        q, k, v = projection.split(self.qkv.plain(normed(x, projection.norm)))
+        if projection.q_norm is not None and projection.k_norm is not None:
+            q, k = rms_norm(q, projection.q_norm), rms_norm(k, projection.k_norm)
+        return rope(q, cos, sin), rope(k, cos, sin), v
+
+    def after(self, attended: Tensor, x: Tensor) -> Tensor:
+        """x plus the projection of what attention gave."""
+        if self.out.drops:
+            projected = self.out.plain(attended)
+        else:
+            projected = lora_linear(attended, self.out.frozen, *self.out.adapters())
+        return x + (projected if self.after_attention is None else rms_norm(projected, self.after_attention))
+
+    def mlp_output(self, x: Tensor) -> Tensor:
+        """x plus the MLP of it."""
+        gated = self.gated
+        if self.gate_up.drops or self.down.drops:
+            inner = glu(self.gate_up.plain(normed(x, gated.norm)), gated.activation)
+            result = self.down.plain(inner)
+            result = result + x if gated.residual else result
+        else:
+            (above, above_factors), (below, below_factors) = self.gate_up.adapters(), self.down.adapters()
+            result = lora_mlp(
+                x, gated, (above, below), [*above_factors, *below_factors],
+                keep=self.keep_mlp and not (self.gradient_checkpointing and self.training),
+                output=not (gated.residual and _for_backward_alone.get()),
+            )  # fmt: skip
+        return result if gated.residual else x + normed(result, self.after_mlp)
+
+
+def normed(x: Tensor, norm: Norm | None) -> Tensor:
+    """RMSNorm, where there is one."""
+    return x if norm is None else rms_norm(x, norm)

@@ -1,0 +1,122 @@
+"""transformers' model as the training graph's frame: built without weights, with our attention in it."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from torch import Tensor, nn
+from transformers import AttentionInterface, AutoModelForCausalLM
+
+from grpo.config.schema import Lora
+from grpo.errors import UserError
+from grpo.kernels.attention import Packing, packed_attention
+from grpo.model.architectures import adapter_targets
+from grpo.model.base_weights import BaseWeights
+from grpo.model.rope import Rotary
+from grpo.policy.lora_linear import BaseLinear, LoraLinear
+
+ATTENTION = "grpo_packed"
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    packing: Packing | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface over `packed_attention`. query, key, value [1, heads, tokens, dim]."""
+    assert attention_mask is None and query.shape[0] == 1, "sequences come packed in one row, without a mask"
+    packing = packing or Packing.of_lengths([query.shape[2]], query.device)
+    output = packed_attention(
+        query[0], key[0], value[0], packing, scale=scaling, window=sliding_window, softcap=softcap
+    )
+    return output[None], None
+
+
+AttentionInterface.register(ATTENTION, attend)
+
+
+def peft_config(base: BaseWeights, lora: Lora, base_name: str) -> LoraConfig:
+    """`[lora]` as peft's configuration, with our layer registered for the shared weights."""
+    config = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.lora_alpha,
+        target_modules=adapter_targets(base.config, lora.target_modules),
+        lora_dropout=lora.lora_dropout,
+        use_rslora=lora.use_rslora,
+        bias=lora.bias,
+        init_lora_weights=lora.init_lora_weights,
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base_name,
+    )
+    config._register_custom_module({BaseLinear: LoraLinear})
+    return config
+
+
+def build_graph(base: BaseWeights) -> nn.Module:
+    """transformers' causal LM with every weight a view of `base`."""
+    config = copy.deepcopy(base.config)
+    with torch.device("meta"):
+        graph = AutoModelForCausalLM.from_config(config, dtype=base.dtype, attn_implementation=ATTENTION)
+    for linear in base.linears.values():
+        for part in linear.parts:
+            set_module(graph, part, BaseLinear(*linear.part(part)))
+    for name, tensor in base.tensors.items():
+        rows = base.config.vocab_size if name in ("model.embed_tokens.weight", "lm_head.weight") else tensor.shape[0]
+        set_parameter(graph, name, tensor[:rows])
+    graph.tie_weights()
+    rebuild_buffers(graph, config, base.device, base.dtype)
+    left = [name for name, tensor in [*graph.named_parameters(), *graph.named_buffers()] if tensor.is_meta]
+    if left:
+        raise UserError(f"{base.source_path}: tensor {left[0]} is missing; pass a complete model")
+    return graph.requires_grad_(False)
+
+
+def rebuild_buffers(
+    graph: nn.Module, config: Any, device: torch.device, dtype: torch.dtype, longest: int | None = None
+) -> None:
+    """Compute what a checkpoint has not: rotary frequencies, for `longest` tokens, and Gemma's embedding scale."""
+    for name, module in list(graph.named_modules()):
+        if not any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+            continue
+        if "rotary" in name:
+            set_module(graph, name, Rotary(config, longest, device))
+        elif hasattr(module, "embed_scale"):
+            module.embed_scale = torch.tensor(config.hidden_size**0.5, dtype=dtype, device=device)
+
+
+def set_module(root: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` at the dotted `name`."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(root.get_submodule(parent), leaf, module)
+
+
+def set_parameter(root: nn.Module, name: str, tensor: Tensor) -> None:
+    """Make `tensor` the frozen parameter at the dotted `name`."""
+    parent, _, leaf = name.rpartition(".")
+    try:
+        owner = root.get_submodule(parent)
+    except AttributeError:
+        owner = nn.Module()
+    expected = owner._parameters.get(leaf)
+    if expected is None:
+        raise UserError(
+            f"the checkpoint has a tensor {name} that the model's architecture lacks; pass a model whose "
+            "files belong together"
+        )
+    if expected.shape != tensor.shape:
+        raise UserError(
+            f"the checkpoint's {name} has shape {tuple(tensor.shape)}, config.json says "
+            f"{tuple(expected.shape)}; pass a model whose files belong together"
+        )
+    owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)

@@ -1,0 +1,120 @@
+"""Linear layers of the training graph: views of the base weights, and LoRA over them, rounded once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig
+from peft.tuners.lora.layer import LoraLayer
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from grpo.errors import UserError
+from grpo.kernels import nf4
+from grpo.kernels.lora_factors import LowRank
+from grpo.kernels.lora_sum import dense_linear
+from grpo.model.base_weights import Segment
+
+ADAPTER = "default"
+"""peft's name of the one adapter."""
+
+
+class BaseLinear(nn.Module):
+    """A frozen linear layer over rows of the one copy; knows no adapter."""
+
+    def __init__(self, rows: Segment, bias: Tensor | None):
+        super().__init__()
+        self.out_features = rows.rows
+        self.in_features = rows.weight.shape[1] * (1 if rows.absmax is None else 2)
+        self.weight = nn.Parameter(rows.weight, requires_grad=False)
+        self.register_buffer("absmax", rows.absmax, persistent=False)
+        self.register_buffer("bias", bias, persistent=False)
+
+    def dense(self) -> Tensor:
+        """The weight [out, in] in the compute dtype: a view, or dequantised anew."""
+        return self.weight if self.absmax is None else nf4.dequantize(self.weight, self.absmax)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return FrozenLinear.apply(x, self)
+
+
+class FrozenLinear(torch.autograd.Function):
+    """x W^T + b, rounded once. W is dequantised in the forward and again in the backward: no dense W is saved."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: BaseLinear) -> Tensor:
+        ctx.layer = layer
+        return dense_linear(x.flatten(0, -2), layer.dense(), layer.bias, None).unflatten(0, x.shape[:-1])
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
+        return grad_output @ ctx.layer.dense(), None
+
+
+class RoundedOnce(torch.autograd.Function):
+    """x W^T + b + shrunk up^T, rounded once (kernels/lora_sum.py). W is made again in the backward, not saved."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shrunk: Tensor, up: Tensor, layer: BaseLinear) -> Tensor:
+        ctx.layer = layer
+        ctx.save_for_backward(shrunk, up)
+        low_rank = LowRank(shrunk.flatten(0, -2), up)
+        y = dense_linear(x.flatten(0, -2), layer.dense(), layer.bias, low_rank)
+        return y.unflatten(0, x.shape[:-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        shrunk, up = ctx.saved_tensors
+        x_grad = grad @ ctx.layer.dense() if ctx.needs_input_grad[0] else None
+        return x_grad, grad @ up, grad.flatten(0, -2).t() @ shrunk.flatten(0, -2), None
+
+
+class LoraLinear(nn.Module, LoraLayer):
+    """peft's LoRA on a BaseLinear: y = x W^T + b + (dropout(x) A^T) (s B)^T, rounded once.
+
+    A and B are kept in float32 and used in x's dtype, with s B rounded once, as the engine uses them.
+    """
+
+    def __init__(
+        self,
+        base_layer: BaseLinear,
+        adapter_name: str,
+        config: LoraConfig,
+        r: int = 0,
+        lora_alpha: int = 1,
+        **kwargs: Any,
+    ):
+        super().__init__()
+        LoraLayer.__init__(self, base_layer, **kwargs)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+
+    def scaled(self, adapter: str = ADAPTER) -> tuple[Tensor, Tensor]:
+        """A [r, in] and s B [out, r] in float32."""
+        return self.lora_A[adapter].weight, self.lora_B[adapter].weight * self.scaling[adapter]
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        active = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.lora_A]
+        if not active:
+            return self.base_layer(x)
+        shrunk, up = [], []
+        for adapter in active:
+            a, b = self.scaled(adapter)
+            shrunk.append(F.linear(self.lora_dropout[adapter](x), a.to(x.dtype)))
+            up.append(b.to(x.dtype))
+        return RoundedOnce.apply(x, joined(shrunk), joined(up), self.base_layer)
+
+    def merge(self, *args: Any, **kwargs: Any) -> None:
+        raise UserError(
+            "the adapter cannot be merged in place, the base is shared with generation; export a merged model instead"
+        )
+
+    unmerge = merge
+
+
+def joined(columns: list[Tensor]) -> Tensor:
+    """Side by side; one alone as it is."""
+    return columns[0] if len(columns) == 1 else torch.cat(columns, -1)

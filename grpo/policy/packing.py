@@ -1,0 +1,66 @@
+"""Sequences laid out in one row without padding, a shared prompt once, and the decoder run over it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+
+import torch
+from torch import Tensor, nn
+
+from grpo.kernels.attention import Packing, Span
+
+
+@dataclass
+class PackedRow:
+    """Sequences laid out one after another, a prompt shared by neighbours only once."""
+
+    tokens: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    """Of each token in its own sequence."""
+    spans: list[Span] = field(default_factory=list)
+    predicting: list[int] = field(default_factory=list)
+    """For every completion token, the place in the row that predicts it."""
+
+    def append(self, tokens: Sequence[int], first_position: int, prefix: Span | None = None) -> None:
+        """Add `tokens` as a span that continues `prefix`."""
+        if not tokens:
+            return
+        place = (prefix.start, prefix.length) if prefix else (0, 0)
+        self.spans.append(Span(len(self.tokens), len(tokens), *place))
+        self.positions += range(first_position, first_position + len(tokens))
+        self.tokens += tokens
+
+
+def packed_row(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> PackedRow:
+    """`completions` after their `prompts`."""
+    row = PackedRow()
+    pairs = zip(prompts, completions, strict=True)
+    for prompt, members in groupby(pairs, key=lambda pair: list(pair[0])):
+        fed = [list(completion[:-1]) for _, completion in members]
+        if len(fed) == 1:
+            row.append(prompt + fed[0], 0)
+            row.predicting += range(len(row.tokens) - len(fed[0]) - 1, len(row.tokens))
+            continue
+        row.append(prompt, 0)
+        shared = row.spans[-1]
+        for own in fed:
+            row.predicting += [shared.start + shared.length - 1, *range(len(row.tokens), len(row.tokens) + len(own))]
+            row.append(own, len(prompt), prefix=shared)
+    return row
+
+
+def predictors(
+    decoder: nn.Module, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """(`decoder`'s output where each completion token is predicted [tokens, hidden], those tokens [tokens])."""
+    row = packed_row(prompts, completions)
+    hidden = decoder(
+        input_ids=torch.tensor([row.tokens], device=device),
+        position_ids=torch.tensor([row.positions], device=device),
+        use_cache=False,
+        packing=Packing(row.spans, device),
+    ).last_hidden_state[0]
+    targets = torch.tensor([token for completion in completions for token in completion], device=device)
+    return hidden.index_select(0, torch.tensor(row.predicting, device=device)), targets

@@ -1,0 +1,161 @@
+"""The training graph: transformers' model over the one copy of the base, with LoRA through peft.
+
+Built on the `meta` device and then given views of `BaseWeights`, so it owns nothing but the adapter. It turns token
+ids into logprobs; sampling is `engine.py`'s, and how other trainers call the graph is `hf_forward.py`'s. Sequences are
+packed one after another without padding, and logits exist only for a chunk of tokens at a time.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+
+from grpo.config.schema import Lora
+from grpo.errors import UserError
+from grpo.kernels.logprob import selected_logprobs
+from grpo.model.base_weights import BaseWeights
+from grpo.model.fingerprint import check_base
+from grpo.policy.activation_checkpointing import recompute_layers
+from grpo.policy.adapter_files import read_adapter
+from grpo.policy.fused_layers import install, wants_kernels
+from grpo.policy.graph import build_graph, peft_config
+from grpo.policy.hf_forward import accept_batches
+from grpo.policy.lora_linear import ADAPTER, LoraLinear
+from grpo.policy.packing import predictors
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Logprob and entropy of every completion token, sequences one after another; float32 [tokens]."""
+
+    logprobs: Tensor
+    entropy: Tensor
+
+
+class Policy:
+    """The model in training: base (borrowed) plus adapter (owned)."""
+
+    def __init__(self, base: BaseWeights, lora: Lora, *, seed: int = 0, base_name: str = "", kernels: str = "auto"):
+        """Build the graph and a fresh adapter, or the one in `lora.init`. `base_name` is recorded in saved adapters;
+        `kernels` is `train.kernels`."""
+        self.base = base
+        self.lora = lora
+        self.peft_config = peft_config(base, lora, base_name)
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # peft names our layer as unknown, and the base's folder as renamed
+            torch.manual_seed(seed)
+            self.model: PeftModel = get_peft_model(build_graph(base), self.peft_config)
+        self.model.peft_config[ADAPTER].base_model_name_or_path = base_name  # peft put the configuration's folder there
+        if wants_kernels(kernels, base.device):
+            install(self.decoder, base)
+        accept_batches(self.decoder)
+        self.model.eval()
+        self._reference: list[Tensor] | None = None
+        if lora.init is not None:
+            self.load_adapter(lora.init)
+        if not self.adapter_layers():
+            raise UserError(f"lora.target_modules = {lora.target_modules}: the model has none of them")
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The causal LM inside peft's wrapper."""
+        return self.model.get_base_model()
+
+    def adapter_layers(self) -> dict[str, LoraLinear]:
+        """transformers module name -> its LoRA layer."""
+        return {name: module for name, module in self.decoder.named_modules() if isinstance(module, LoraLinear)}
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The trained tensors, in a fixed order."""
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def set_longest(self, tokens: int) -> bool:
+        """Rotate positions as for sequences of at most `tokens`, whichever share a row. Whether that is a change."""
+        return self.decoder.model.rotary_emb.set_longest(tokens)
+
+    def recompute_layers(self, form: str) -> None:
+        """What training keeps of each layer for the backward pass: one of `memory.FORMS`."""
+        recompute_layers(self.decoder.model.layers, form)
+
+    def adapter_is_idle(self) -> bool:
+        """Whether the adapter changes nothing, as a fresh one."""
+        return not any(bool(layer.lora_B[ADAPTER].weight.any()) for layer in self.adapter_layers().values())
+
+    def remember_reference(self) -> None:
+        """Let the adapter's values of this moment be the KL reference."""
+        self._reference = [parameter.detach().clone() for parameter in self.parameters()]
+
+    def forget_reference(self) -> None:
+        """Let the base be the KL reference, as it is at first."""
+        self._reference = None
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Inside, without gradient, the KL reference has the adapter's place: the values remembered, or none."""
+        with torch.no_grad():
+            if self._reference is None:
+                with self.model.disable_adapter():
+                    yield
+                return
+            parameters = self.parameters()
+            # Exchanged, not copied: a graph that waits for its backward keeps the trained values.
+            trained = [parameter.data for parameter in parameters]
+            for parameter, value in zip(parameters, self._reference, strict=True):
+                parameter.data = value
+            try:
+                yield
+            finally:
+                for parameter, value in zip(parameters, trained, strict=True):
+                    parameter.data = value
+
+    def score(
+        self,
+        prompts: Sequence[Sequence[int]],
+        completions: Sequence[Sequence[int]],
+        *,
+        temperature: float,
+        chunk_tokens: int = 1024,
+        entropy_gradient: bool = False,
+    ) -> Scored:
+        """Logprob of every completion token under `softmax(logits / temperature)`, and the entropy there.
+
+        Neighbours with the same prompt share one computation of it. The last completion token predicts nothing and is
+        not fed.
+        """
+        hidden, targets = predictors(self.decoder.model, prompts, completions, self.base.device)
+        logprobs, entropy = selected_logprobs(
+            hidden,
+            self.head_weight(),
+            targets,
+            temperature=temperature,
+            softcap=getattr(self.base.config, "final_logit_softcapping", None),
+            chunk_tokens=chunk_tokens,
+            entropy_gradient=entropy_gradient,
+        )
+        return Scored(logprobs, entropy)
+
+    def head_weight(self) -> Tensor:
+        """The output head [vocabulary, hidden]; on the CPU, pinned, where `model.offload_head` keeps it from a GPU."""
+        return self.base.head()
+
+    def save_adapter(self, folder: Path) -> None:
+        """Write the adapter in peft's format, and by which it knows its base again."""
+        # Trainers may have added adapters of their own; and peft would ask the hub for the base's embedding.
+        self.model.save_pretrained(folder, save_embedding_layers=False, selected_adapters=[ADAPTER])
+        self.base.fingerprint.write(folder)
+
+    def load_adapter(self, folder: Path) -> None:
+        """Replace the adapter's values by those in `folder`, whose shape and base must be the same."""
+        from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+
+        mine = get_peft_model_state_dict(self.model, save_embedding_layers=False)
+        tensors = read_adapter(folder, self.peft_config, {name: tensor.shape for name, tensor in mine.items()})
+        check_base(folder, self.base.fingerprint, str(self.base.source_path))
+        set_peft_model_state_dict(self.model, tensors, ADAPTER)

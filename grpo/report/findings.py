@@ -1,0 +1,189 @@
+"""What the figures of a run suggest, as sentences: what went well, and what deserves a look and why.
+
+Each rule is one that `docs/tutorial.md` explains under "Reading the metrics" and "When the reward stays flat"; none is
+more than a hint. Compared are the first and the last fifth of the steps, so that single noisy steps say nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from grpo.report.charts import LEAST_SURVIVAL, MISMATCH_LIMIT, SURVIVAL_FROM
+from grpo.report.data import RunData
+
+FEWEST_STEPS = 15
+"""With fewer steps nothing is said about a trend."""
+EQUAL_GROUPS, CUT_SHARE, WAITING_SHARE = 0.5, 0.2, 0.25
+COLLAPSED_LENGTH, COLLAPSED_ENTROPY = 0.3, 0.1
+STEEP_GRADIENT = 5
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One sentence or two."""
+
+    good: bool
+    text: str
+
+
+def findings(run: RunData) -> list[Finding]:
+    """What is worth saying of `run`, the good first; nothing for a run of a few steps."""
+    if len(run.steps) < FEWEST_STEPS:
+        return []
+    found = [
+        *reward_trend(run),
+        *held_out(run),
+        *comparisons(run),
+        *lengths(run),
+        *stability(run),
+        *survival(run),
+        *speed(run),
+    ]
+    return sorted(found, key=lambda finding: not finding.good)
+
+
+def fifths(run: RunData, key: str) -> tuple[float, float] | None:
+    """Means over the first and the last fifth of the steps that have the metric; None where too few have."""
+    values = run.known(key)
+    if len(values) < FEWEST_STEPS:
+        return None
+    size = len(values) // 5
+    return statistics.fmean(values[:size]), statistics.fmean(values[-size:])
+
+
+def recent(run: RunData, key: str) -> float | None:
+    """The mean over the last fifth."""
+    both = fifths(run, key)
+    return None if both is None else both[1]
+
+
+def reward_trend(run: RunData) -> Iterator[Finding]:
+    both = fifths(run, "reward")
+    if both is None:
+        return
+    values = run.known("reward")
+    size = len(values) // 5
+    # Two standard errors of a difference of means, from how much neighbouring steps differ.
+    steps = [b - a for a, b in zip(values, values[1:], strict=False)]
+    error = 2 * statistics.pstdev(steps) / math.sqrt(size)
+    span = f"from {both[0]:.3g} (mean of the first {size} steps) to {both[1]:.3g} (of the last {size})"
+    if both[1] - both[0] > error:
+        yield Finding(True, f"The reward rose {span}.")
+    elif both[0] - both[1] > error:
+        yield Finding(
+            False, f"The reward fell {span}. A lower train.learning_rate or a small loss.beta holds it near its start."
+        )
+    else:
+        yield Finding(
+            False,
+            f"The reward is flat: {span}. Look at groups without spread first, then read the completions; the order in "
+            'which to go on is in docs/tutorial.md, "When the reward stays flat".',
+        )
+
+
+def held_out(run: RunData) -> Iterator[Finding]:
+    if len(run.evaluations) < 2:
+        return
+    first, last = run.evaluations[0], run.evaluations[-1]
+    strict, flexible = change(first, last, "strict_accuracy"), change(first, last, "flexible_accuracy")
+    if strict is None:
+        return
+    said = (
+        f"held-out accuracy went from {100 * first['eval/strict_accuracy']:.1f} % to "
+        f"{100 * last['eval/strict_accuracy']:.1f} % (strict) between steps {first['step']} and {last['step']}"
+    )
+    if strict > 0:
+        yield Finding(True, f"{said[0].upper()}{said[1:]}.")
+        if flexible == 0:
+            yield Finding(
+                False,
+                "Strict accuracy rose and flexible accuracy did not beyond its interval: so far the model has learned "
+                "the format rather than to answer.",
+            )
+    elif strict < 0:
+        rose = (both := fifths(run, "reward")) is not None and both[1] > both[0]
+        hint = "while the reward rose: the reward is being gamed" if rose else "eval.keep_best kept the best adapter"
+        yield Finding(False, f"{said[0].upper()}{said[1:]}; {hint}.")
+
+
+def change(first: dict[str, Any], last: dict[str, Any], name: str) -> int | None:
+    """-1, 0 or 1: whether an accuracy changed by more than either interval reaches; None where it is not known."""
+    key = f"eval/{name}"
+    if not all(f"{key}{end}" in entry for entry in (first, last) for end in ("", "/low", "/high")):
+        return None
+    if last[key] > first[f"{key}/high"] and first[key] < last[f"{key}/low"]:
+        return 1
+    return -1 if last[key] < first[f"{key}/low"] and first[key] > last[f"{key}/high"] else 0
+
+
+def comparisons(run: RunData) -> Iterator[Finding]:
+    equal = recent(run, "frac_reward_zero_std")
+    if equal is not None and equal > EQUAL_GROUPS:
+        yield Finding(
+            False,
+            f"{100 * equal:.0f} % of the last groups have equal rewards and teach nothing. With a reward near its top "
+            "the task has become easy; near its bottom it is too hard, or the format is never hit.",
+        )
+
+
+def lengths(run: RunData) -> Iterator[Finding]:
+    cut, length = recent(run, "clipped_ratio"), fifths(run, "completion_length")
+    if cut is not None and cut > CUT_SHARE:
+        yield Finding(
+            False,
+            f"{100 * cut:.0f} % of the last completions were cut at rollout.max_completion_length before they ended. "
+            "Raise it, or punish the last stretch with length_penalty.",
+        )
+    if length is not None and length[1] < COLLAPSED_LENGTH * length[0]:
+        yield Finding(
+            False, f"Completions shrank from {length[0]:.0f} to {length[1]:.0f} tokens. Read some: is that wanted?"
+        )
+
+
+def stability(run: RunData) -> Iterator[Finding]:
+    entropy, mismatch = fifths(run, "entropy"), recent(run, "mismatch_kl")
+    if entropy is not None and 0 <= entropy[1] < COLLAPSED_ENTROPY * entropy[0]:
+        yield Finding(
+            False,
+            f"Entropy fell from {entropy[0]:.3g} to {entropy[1]:.3g} nats a token: the model has all but stopped "
+            "exploring. More prompts a step or a lower rate keep it longer.",
+        )
+    if mismatch is not None and mismatch > MISMATCH_LIMIT:
+        yield Finding(
+            False,
+            f"The mismatch KL is {mismatch:.3g}, above {MISMATCH_LIMIT:g}: sampler and trainer disagree about the "
+            'model. With rollout.kv_cache_dtype = "fp8" that is expected, otherwise it is a defect.',
+        )
+    limit, norm = run.setting("train", "max_grad_norm"), recent(run, "grad_norm")
+    if limit and norm is not None and norm > STEEP_GRADIENT * limit:
+        yield Finding(
+            False,
+            f"The gradient's norm is {norm:.3g} and is scaled down to {limit:g} at every step: the learning rate says "
+            "less than it seems to.",
+        )
+
+
+def survival(run: RunData) -> Iterator[Finding]:
+    measured = zip(run.steps, run.series.get("adapter_survival", ()), strict=False)
+    found = [(step, share) for step, share in measured if share is not None and step >= SURVIVAL_FROM]
+    if found and found[-1][1] < LEAST_SURVIVAL:
+        yield Finding(
+            False,
+            f"At step {found[-1][0]} the 16-bit policy shows {100 * found[-1][1]:.0f} % of the "
+            "adapter's effect: rounding takes back what is learned. A higher train.learning_rate, or model.dtype = "
+            '"float16", lets more of it through.',
+        )
+
+
+def speed(run: RunData) -> Iterator[Finding]:
+    waited, step = recent(run, "reward_seconds"), recent(run, "step_seconds")
+    if waited and step and waited > WAITING_SHARE * step:
+        yield Finding(
+            False,
+            f"{100 * waited / step:.0f} % of a step is waiting for rewards after the last completion: a reward "
+            "function is the bottleneck.",
+        )

@@ -1,0 +1,1 @@
+"""Sampling with vLLM. Nothing outside this package knows vLLM's insides."""

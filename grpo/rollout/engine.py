@@ -1,0 +1,317 @@
+"""Generation: vLLM serving from `BaseWeights`, with the adapter inside our own linear layers.
+
+This file starts vLLM, asks it for completions, refreshes the adapter and lends its KV cache's memory. What vLLM gets
+from us is in two more: `vllm_model.py` (its layers' storage and products) and `vllm_scheduler.py` (its scheduler and
+sampler). Only these three know vLLM's insides. Token ids go in and come out; text is none of their business.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # one process: the storage is shared by address
+os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
+os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("DO_NOT_TRACK", "1")
+os.environ.setdefault("VLLM_PLUGINS", "")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+import gc
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import vllm
+from torch import nn
+from vllm.device_allocator import cumem
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+
+from grpo.errors import UserError
+from grpo.kernels.nf4_gemm import prepare
+from grpo.memory.plan import CPU_BLOCK, GPU_BLOCK, VLLM_BUFFERS, kv_cache_bytes
+from grpo.model.base_weights import BaseWeights
+from grpo.policy.policy import Policy
+from grpo.rollout.lora_buffers import ServedAdapter
+from grpo.rollout.types import Completion, EngineSettings, Request, SamplingSettings
+from grpo.rollout.vllm_model import SERVED, SHARED, write_model_folder
+from grpo.rollout.vllm_scheduler import Collected, OnePassSampler, rollout_scheduler
+
+VLLM_TESTED = ((0, 26), (0, 33))
+"""First and last minor version that these files were written for."""
+
+
+class Engine:
+    """vLLM in this process, on the storage of a `BaseWeights`."""
+
+    def __init__(self, base: BaseWeights, policy: Policy | None, settings: EngineSettings, tokenizer: Any = None):
+        """Start vLLM. `policy` supplies the adapter; None serves the base alone. Stop strings need `tokenizer`."""
+        check_version()
+        self.base, self.policy, self.settings = base, policy, settings
+        self.adapter = ServedAdapter(base, policy)
+        if policy is not None:
+            policy.set_longest(settings.max_seq_length)
+        self.collected = Collected()
+        self.between_steps: Callable[[], None] = lambda: None  # may raise, which ends a generation
+        self._kv_cache_is_released = False
+        self._folder = tempfile.TemporaryDirectory(prefix="grpo-model-")
+        write_model_folder(Path(self._folder.name), base, tokenizer if settings.stop_strings else None)
+        handle = str(id(self))
+        SERVED[handle] = self.adapter
+        self._handle = handle
+        if base.device.type == "cuda":
+            prepare(base.device)
+            torch.cuda.synchronize()  # vLLM changes the stream, and its new one does not wait for the weights
+        if base.device.type == "cpu":
+            # vLLM compiles a helper of its sampler: seconds at the first rollout, and a C++ compiler needed.
+            torch.compiler.set_stance("force_eager")
+        self.llm = vllm.LLM(**self._arguments(handle))
+        if base.device.type == "cuda":
+            self._runner.sampler = self.sampler = OnePassSampler(logprobs_mode="processed_logprobs")
+        if policy is not None:
+            self.sync_adapter()
+
+    def _arguments(self, handle: str) -> dict[str, Any]:
+        settings, on_cpu = self.settings, self.base.device.type == "cpu"
+        arguments: dict[str, Any] = {
+            "model": self._folder.name,
+            "skip_tokenizer_init": not settings.stop_strings,
+            "dtype": str(self.base.dtype).removeprefix("torch."),
+            "quantization": SHARED,
+            "load_format": SHARED,
+            "model_loader_extra_config": {"engine": handle},
+            "max_model_len": settings.max_seq_length,
+            "max_num_seqs": settings.max_num_seqs,
+            "max_num_batched_tokens": max(8192, settings.max_seq_length),
+            "kv_cache_memory_bytes": self.kv_bytes(),
+            "kv_cache_dtype": settings.kv_cache_dtype,
+            "logprobs_mode": "processed_logprobs",
+            "generation_config": "vllm",
+            "seed": settings.seed,
+            "disable_log_stats": True,
+            "enable_prefix_caching": True,
+            "scheduler_cls": rollout_scheduler(Scheduler if on_cpu else AsyncScheduler, self.collected),
+            "enforce_eager": settings.enforce_eager or on_cpu,
+        }
+        if on_cpu:
+            arguments["block_size"] = CPU_BLOCK
+            # A prompt computed in pieces draws a token too many from its request's generator; vLLM turns it back, which
+            # generators on a CPU do not allow.
+            arguments["enable_chunked_prefill"] = False
+        else:
+            arguments["gpu_memory_utilization"] = 0.05
+            if settings.release_kv_cache:
+                arguments["enable_cumem_allocator"] = True
+            if not settings.enforce_eager:
+                arguments["compilation_config"] = {
+                    "mode": 0,
+                    "cudagraph_mode": "FULL_DECODE_ONLY",
+                    "cudagraph_capture_sizes": capture_sizes(settings.max_num_seqs),
+                }
+        return arguments
+
+    def kv_bytes(self) -> int:
+        """Size of the KV cache: as set, or what `gpu_memory_utilization` leaves, or enough for every sequence.
+
+        Raises UserError when the GPU's share leaves no room for one sequence of full length.
+        """
+        settings = self.settings
+        if settings.kv_cache_memory_bytes is not None:
+            return settings.kv_cache_memory_bytes
+        if settings.gpu_memory_utilization is None or self.base.device.type == "cpu":
+            return self.kv_bytes_for(settings.max_num_seqs)
+        total = torch.cuda.get_device_properties(self.base.device).total_memory
+        left = int(settings.gpu_memory_utilization * total) - torch.cuda.memory_allocated() - VLLM_BUFFERS
+        if left < self.kv_bytes_for(1):
+            raise UserError(
+                f"rollout.gpu_memory_utilization = {settings.gpu_memory_utilization}: of {total / 1e9:.1f} GB, "
+                f"{torch.cuda.memory_allocated() / 1e9:.1f} GB are weights and {VLLM_BUFFERS / 1e9:.1f} GB vLLM's "
+                f"buffers, which leaves too little for one sequence of {settings.max_seq_length} tokens; raise it, or "
+                "lower rollout.max_completion_length"
+            )
+        return left
+
+    def kv_bytes_for(self, sequences: int) -> int:
+        """KV cache in which so many sequences reach their full length, in bytes."""
+        block = CPU_BLOCK if self.base.device.type == "cpu" else GPU_BLOCK
+        settings, itemsize = self.settings, self.base.dtype.itemsize
+        return kv_cache_bytes(
+            self.base.config, itemsize, settings.kv_cache_dtype, settings.max_seq_length, sequences, block
+        )
+
+    def generate(
+        self, requests: Sequence[Request], sampling: SamplingSettings, *, adapter: bool = True
+    ) -> Iterator[Completion]:
+        """Sample all `requests`, yielding each as it finishes. `adapter` False samples from the base.
+
+        On a CPU each request's own seed decides its tokens. On a GPU vLLM would launch a kernel a row for that, so
+        there the generator is seeded once a call, from the first request.
+        """
+        for output in self._outputs(requests, sampling, RequestOutputKind.FINAL_ONLY, adapter):
+            if output.finished:
+                yield self._completion(output)
+
+    def stream(self, request: Request, sampling: SamplingSettings, *, adapter: bool = True) -> Iterator[list[int]]:
+        """Sample one completion, yielding its token ids as they come. Closing the iterator ends it."""
+        for output in self._outputs([request], sampling, RequestOutputKind.DELTA, adapter):
+            yield list(output.outputs[0].token_ids)
+
+    def _outputs(
+        self, requests: Sequence[Request], sampling: SamplingSettings, kind: RequestOutputKind, adapter: bool
+    ) -> Iterator[Any]:
+        """vLLM's outputs for `requests`, which are aborted if nobody takes them all."""
+        self._switch_adapter(adapter)
+        self._restore_kv_cache()
+        core = self.llm.llm_engine
+        on_gpu = self.base.device.type == "cuda"
+        if on_gpu and requests:
+            torch.cuda.manual_seed(requests[0].seed)
+            self.sampler.begin(sampling, requests[0].seed)
+        self.collected.begin(whole=kind == RequestOutputKind.FINAL_ONLY and not sampling.stop)
+        for request in requests:
+            name = core.add_request(
+                str(request.id),
+                {"prompt_token_ids": list(request.prompt_ids)},
+                self._params(sampling, None if on_gpu else request.seed, kind),
+            )
+            self.collected.enter(str(request.id), name)
+        collects = gc.isenabled()
+        gc.disable()  # vLLM makes some thousand objects a step; walking all others over and over costs a tenth of it
+        try:
+            while core.has_unfinished_requests():
+                self.between_steps()
+                yield from core.step()
+        finally:
+            if collects:
+                gc.enable()
+            if core.has_unfinished_requests():
+                core.abort_request([str(request.id) for request in requests])
+                while core.has_unfinished_requests():
+                    core.step()
+
+    def _completion(self, output: Any) -> Completion:
+        """vLLM's finished request as a Completion."""
+        sample = output.outputs[0]
+        if sample.finish_reason not in ("stop", "length"):
+            raise RuntimeError(f"vLLM ended a completion with {sample.finish_reason!r}")
+        token_ids, logprobs = list(sample.token_ids), self.collected.take(output.request_id)
+        if len(logprobs) < len(token_ids):
+            raise RuntimeError(f"vLLM gave {len(token_ids)} tokens and {len(logprobs)} logprobs")
+        # A stop string is found when the token after it may have been sampled.
+        return Completion(int(output.request_id), token_ids, logprobs[: len(token_ids)], sample.finish_reason)
+
+    def _params(self, sampling: SamplingSettings, seed: int | None, kind: RequestOutputKind) -> SamplingParams:
+        return SamplingParams(
+            n=1,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            min_p=sampling.min_p,
+            seed=seed if sampling.temperature > 0 else None,
+            max_tokens=sampling.max_tokens,
+            stop_token_ids=list(sampling.stop_token_ids),
+            ignore_eos=True,  # the configuration's end tokens are in stop_token_ids if they are wanted
+            stop=list(sampling.stop) or None,
+            include_stop_str_in_output=True,
+            logprobs=0,  # the sampled token's; our scheduler takes them before vLLM makes lists of them
+            detokenize=bool(sampling.stop),
+            skip_special_tokens=sampling.skip_special_tokens,
+            output_kind=kind,
+        )
+
+    def _switch_adapter(self, enabled: bool) -> None:
+        if self.adapter.switch(enabled):
+            self._forget_prefixes()
+
+    @torch.no_grad()
+    def sync_adapter(self) -> float:
+        """Copy the trained adapter into the buffers and forget cached prefixes; returns seconds."""
+        start = time.perf_counter()
+        self.adapter.copy_trained()
+        self._forget_prefixes()
+        if self.base.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    def _forget_prefixes(self) -> None:
+        """Cached keys and values belong to the adapter that computed them."""
+        if hasattr(self, "llm") and not self.llm.reset_prefix_cache():
+            raise RuntimeError("vLLM kept its prefix cache because requests are in flight; completions would be stale")
+
+    def release_kv_cache(self) -> None:
+        """Give the KV cache's memory to whoever asks for it next; the next generation takes it back.
+
+        Addresses stay reserved, so CUDA graphs stay valid. Does nothing unless `settings.release_kv_cache` on a GPU.
+        torch goes on counting the cache as allocated; the driver does not.
+        """
+        if not self.settings.release_kv_cache or self._kv_cache_is_released or self.base.device.type != "cuda":
+            return
+        core = self.llm.llm_engine.engine_core.engine_core
+        while core.batch_queue:  # asynchronous scheduling may have launched one step too many
+            core.step_fn()
+        self._forget_prefixes()
+        torch.cuda.synchronize()
+        for allocation in kv_cache_allocations():
+            cumem.unmap_and_release(allocation.handle)
+            allocation.is_asleep = True
+        self._kv_cache_is_released = True
+
+    def _restore_kv_cache(self) -> None:
+        if not self._kv_cache_is_released:
+            return
+        torch.cuda.empty_cache()
+        for allocation in kv_cache_allocations():
+            cumem.create_and_map(allocation.handle)
+            allocation.is_asleep = False
+        self._runner.post_kv_cache_wake_up()
+        self._kv_cache_is_released = False
+
+    @property
+    def _runner(self) -> Any:
+        return self.llm.llm_engine.model_executor.driver_worker.model_runner
+
+    def vllm_model(self) -> nn.Module:
+        """vLLM's module tree, for tests of storage identity."""
+        return self._runner.model
+
+    def close(self) -> None:
+        """Stop vLLM and give its memory back."""
+        SERVED.pop(self._handle, None)
+        if hasattr(self, "llm"):
+            self._restore_kv_cache()
+            shutdown = getattr(self.llm.llm_engine.engine_core, "shutdown", None)
+            if shutdown is not None:
+                shutdown()
+            del self.llm
+        self._folder.cleanup()
+        gc.collect()
+        if self.base.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def kv_cache_allocations() -> list[Any]:
+    """vLLM's records of the memory that holds the KV cache."""
+    allocations = cumem.CuMemAllocator.get_instance().pointer_to_data.values()
+    return [allocation for allocation in allocations if allocation.tag == "kv_cache"]
+
+
+def capture_sizes(max_num_seqs: int) -> list[int]:
+    """Batch sizes to capture as CUDA graphs: powers of two to 16, then steps of 16, and the largest itself."""
+    sizes = [size for size in (1, 2, 4, 8, *range(16, max_num_seqs + 1, 16)) if size <= max_num_seqs]
+    return sorted({*sizes, max_num_seqs})
+
+
+def check_version() -> None:
+    """Raise UserError for a vLLM older than this file knows."""
+    first, last = VLLM_TESTED
+    version = tuple(int(part) for part in vllm.__version__.split("+")[0].split(".")[:2])
+    if not first <= version <= last:
+        raise UserError(
+            f"vLLM {vllm.__version__} is installed; this version of grpo knows {first[0]}.{first[1]} to "
+            f"{last[0]}.{last[1]}: install one of them"
+        )

@@ -1,0 +1,110 @@
+"""The adapter as the rollout reads it: two buffers a layer at fixed addresses, refreshed after every optimiser step.
+
+The trained A and B belong to the optimiser; sampling reads copies, with B scaled, so that an update in progress cannot
+reach a completion and CUDA graphs find their operands where they were. Who multiplies with the buffers is
+engine_model.py's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from grpo.kernels.lora_shrink import RANK_MULTIPLE
+from grpo.model.base_weights import BaseWeights, FusedLinear
+from grpo.policy.lora_linear import ADAPTER
+from grpo.policy.policy import Policy
+
+
+@dataclass
+class AdapterBuffers:
+    """A fused linear's adapter in the compute dtype: y += (x a^T) b^T.
+
+    `a` [ranks, in] stacks the parts' A; `b` [out, ranks] holds each part's scaled B in its own rows and columns, zeros
+    elsewhere, so that q, k and v take one small product and an addition to the large one instead of six.
+    """
+
+    a: Tensor
+    b: Tensor
+
+
+class Places(NamedTuple):
+    """Where every trained A and B goes; the lists run in parallel."""
+
+    a_buffers: list[Tensor]
+    b_buffers: list[Tensor]
+    a_trained: list[Tensor]
+    b_trained: list[Tensor]
+    scales: list[float]
+
+
+class ServedAdapter:
+    """`buffers`: fused linear's name -> AdapterBuffers, for those that have an adapter. `on`: 1.0 or 0.0, a scalar
+    tensor that every product of the adapter is multiplied by."""
+
+    def __init__(self, base: BaseWeights, policy: Policy | None):
+        """Zero buffers; `policy` None: none at all."""
+        self.base, self.policy = base, policy
+        self.buffers = allocate(base, policy) if policy is not None else {}
+        self.on = torch.ones((), dtype=base.dtype, device=base.device)
+        self._enabled = True
+        self._found: Places | None = None
+
+    def switch(self, enabled: bool) -> bool:
+        """Let the adapter act or not; returns whether that is a change."""
+        changed = enabled != self._enabled
+        if changed:
+            self.on.fill_(float(enabled))
+            self._enabled = enabled
+        return changed
+
+    @torch.no_grad()
+    def copy_trained(self) -> None:
+        """Bring the buffers up to date."""
+        if self.policy is not None:
+            places = self._places(self.policy)
+            torch._foreach_copy_(places.a_buffers, places.a_trained)
+            torch._foreach_copy_(places.b_buffers, torch._foreach_mul(places.b_trained, places.scales))
+
+    def _places(self, policy: Policy) -> Places:
+        """Views of the buffers beside the trained tensors that belong there."""
+        if self._found is None:
+            places, layers = Places([], [], [], [], []), policy.adapter_layers()
+            for name, buffers in self.buffers.items():
+                for part, ranks, rows in parts_with_adapter(self.base.linears[name], layers):
+                    layer = layers[part]
+                    places.a_buffers.append(buffers.a[ranks])
+                    places.b_buffers.append(buffers.b[rows, ranks])
+                    places.a_trained.append(layer.lora_A[ADAPTER].weight)
+                    places.b_trained.append(layer.lora_B[ADAPTER].weight)
+                    places.scales.append(layer.scaling[ADAPTER])
+            self._found = places
+        return self._found
+
+
+def allocate(base: BaseWeights, policy: Policy) -> dict[str, AdapterBuffers]:
+    """Zero buffers for every fused linear that has an adapter. Their addresses never change: CUDA graphs hold them."""
+    layers = policy.adapter_layers()
+    buffers = {}
+    for name, linear in base.linears.items():
+        ranks = sum(layers[part].r[ADAPTER] for part in linear.parts if part in layers)
+        if ranks:
+            ranks = -(-ranks // RANK_MULTIPLE) * RANK_MULTIPLE  # the last ones stay zero
+            a = torch.zeros(ranks, linear.in_features, dtype=base.dtype, device=base.device)
+            b = torch.zeros(linear.out_features, ranks, dtype=base.dtype, device=base.device)
+            buffers[name] = AdapterBuffers(a, b)
+    return buffers
+
+
+def parts_with_adapter(linear: FusedLinear, layers: dict[str, Any]) -> Iterator[tuple[str, slice, slice]]:
+    """(part, its ranks, its rows) for every part of `linear` with an adapter."""
+    start = 0
+    for part, (first, rows) in linear.parts.items():
+        if part in layers:
+            rank = layers[part].r[ADAPTER]
+            yield part, slice(start, start + rank), slice(first, first + rows)
+            start += rank

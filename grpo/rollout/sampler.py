@@ -1,0 +1,244 @@
+"""Groups of scored completions: every prompt sampled `num_generations` times, scored while others are generated.
+
+Which tokens are sampled depends on the seeds alone: every completion has its own, made from the run's seed, the step,
+the prompt and its place in the group. What is submitted never depends on when a reward returns. Several ranks sample a
+share of the prompts each; a group is never divided, and of the others' completions a rank learns an outline.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, wait
+from dataclasses import dataclass, field
+from typing import Any
+
+from grpo.data import Prompt
+from grpo.distributed.ranks import Ranks, owners
+from grpo.rewards.runtime.contract import RewardBatch, RewardResult
+from grpo.rewards.runtime.pool import RewardPool
+from grpo.rollout.engine import Completion, Engine, Request, SamplingSettings
+
+CHECK_SECONDS = 0.2
+
+
+@dataclass
+class Sample:
+    """One completion: what vLLM returned, its text, and its scores once they are known (None: not applicable)."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    """Of the sampled tokens under the rollout's policy, at the sampling temperature."""
+    truncated: bool
+    """Cut at the length limit."""
+    text: str
+    rewards: dict[str, float | None] = field(default_factory=dict)
+
+    @property
+    def length(self) -> int:
+        """Its tokens."""
+        return len(self.token_ids)
+
+    @property
+    def finite(self) -> bool:
+        """Whether every logprob is a number."""
+        return all(map(math.isfinite, self.logprobs))
+
+
+@dataclass
+class Outline:
+    """What is known here of a completion that another rank has."""
+
+    length: int
+    truncated: bool
+    finite: bool
+    rewards: dict[str, float | None]
+
+
+@dataclass
+class Group:
+    """A prompt and its completions, in the order of their seeds. Those of another rank are outlines."""
+
+    prompt: Prompt
+    samples: Sequence[Sample | Outline]
+
+    @property
+    def own(self) -> list[Sample]:
+        """The completions, if they were sampled here; else none."""
+        return [sample for sample in self.samples if isinstance(sample, Sample)]
+
+
+@dataclass
+class Rollout:
+    """One call of the sampler, on every rank."""
+
+    groups: list[Group]
+    results: list[RewardResult]
+    """Of each group; another rank's without extras."""
+    seconds: float
+    """Until the last completion was generated."""
+    waited: float
+    """Seconds spent waiting for rewards after that."""
+    idle: float = 0.0
+    """Seconds, on average, that ranks waited for the slowest."""
+
+    @property
+    def tokens(self) -> int:
+        """Sampled tokens."""
+        return sum(sample.length for group in self.groups for sample in group.samples)
+
+
+class Sampler:
+    """Draws groups from an engine and has them scored by a pool."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        pool: RewardPool,
+        sampling: SamplingSettings,
+        *,
+        num_generations: int,
+        seed: int,
+        max_steps: int,
+        decode: Callable[[list[int]], str],
+        check: Callable[[], None] = lambda: None,
+        ranks: Ranks | None = None,
+        parts: int = 1,
+    ):
+        """`check` is called while rewards are waited for, and may raise to abandon the rollout. `parts`: of so many
+        optimiser steps every one has work for each of `ranks`."""
+        self.engine, self.pool, self.sampling, self.check = engine, pool, sampling, check
+        self.num_generations, self.seed, self.max_steps = num_generations, seed, max_steps
+        self.decode, self.ranks, self.parts = decode, ranks or Ranks(), parts
+
+    def sample(self, prompts: Sequence[Prompt], step: int, round: int = 0) -> Rollout:
+        """`num_generations` completions of every prompt, scored. `round` tells repeated calls of one step apart.
+
+        Raises UserError when a reward function fails, after the running requests are aborted.
+        """
+        started = time.perf_counter()
+        owning = owners(len(prompts), self.parts, self.ranks.size)
+        places = [place for place, rank in enumerate(owning) if rank == self.ranks.rank]
+        groups, results, generated = self._sample_own(prompts, set(places), step, round)
+        seconds, waited = generated - started, time.perf_counter() - generated
+        if self.ranks.size > 1:
+            return self._exchange(prompts, groups, results, seconds, waited)
+        return Rollout([groups[place] for place in places], [results[place] for place in places], seconds, waited)
+
+    def _sample_own(
+        self, prompts: Sequence[Prompt], places: set[int], step: int, round: int
+    ) -> tuple[dict[int, Group], dict[int, RewardResult], float]:
+        """The groups at `places` and their scores, and when the last completion was generated."""
+        requests = [
+            request for request in self._requests(prompts, step, round) if request.id // self.num_generations in places
+        ]
+        finished: dict[int, Completion] = {}
+        futures: dict[int, Future[RewardResult]] = {}
+        groups: dict[int, Group] = {}
+        for completion in self.engine.generate(requests, self.sampling):
+            finished[completion.request_id] = completion
+            index = completion.request_id // self.num_generations
+            members = range(index * self.num_generations, (index + 1) * self.num_generations)
+            if all(member in finished for member in members):
+                groups[index] = self._group(prompts[index], [finished[member] for member in members])
+                futures[index] = self.pool.submit(self._batch(groups[index], step))
+                raise_early_failures(futures.values())
+        generated = time.perf_counter()
+        results = {index: self._result(futures[index]) for index in sorted(places)}
+        for index, result in results.items():
+            for name, scores in result.scores.items():
+                for sample, score in zip(groups[index].samples, scores, strict=True):
+                    sample.rewards[name] = score
+        return groups, results, generated
+
+    def _exchange(
+        self,
+        prompts: Sequence[Prompt],
+        groups: dict[int, Group],
+        results: dict[int, RewardResult],
+        seconds: float,
+        waited: float,
+    ) -> Rollout:
+        """The whole rollout from this rank's part: here the ranks wait for the slowest."""
+        outlines = {place: outlined(group, results[place]) for place, group in groups.items()}
+        told = self.ranks.gather({"groups": outlines, "seconds": seconds, "waited": waited})
+        others = {place: entry for part in told for place, entry in part["groups"].items()}
+        for place, entry in others.items():
+            if place not in groups:
+                samples = [Outline(**sample) for sample in entry["samples"]]
+                scores = {name: [sample.rewards[name] for sample in samples] for name in entry["seconds"]}
+                groups[place] = Group(prompts[place], samples)
+                results[place] = RewardResult(scores, entry["metrics"], {}, entry["seconds"])
+        taken = [part["seconds"] + part["waited"] for part in told]
+        return Rollout(
+            groups=[groups[place] for place in range(len(prompts))],
+            results=[results[place] for place in range(len(prompts))],
+            seconds=max(part["seconds"] for part in told),
+            waited=max(part["waited"] for part in told),
+            idle=max(taken) - sum(taken) / len(taken),
+        )
+
+    def _result(self, future: Future[RewardResult]) -> RewardResult:
+        while not future.done():
+            self.check()
+            wait([future], timeout=CHECK_SECONDS)
+        return future.result()
+
+    def _requests(self, prompts: Sequence[Prompt], step: int, round: int) -> list[Request]:
+        seen: Counter[int] = Counter()
+        requests: list[Request] = []
+        for prompt in prompts:
+            for member in range(self.num_generations):
+                seed = sample_seed(self.seed, step, round, prompt.index, seen[prompt.index], member)
+                requests.append(Request(len(requests), prompt.token_ids, seed))
+            seen[prompt.index] += 1
+        return requests
+
+    def _group(self, prompt: Prompt, completions: Sequence[Completion]) -> Group:
+        samples = [
+            Sample(
+                token_ids=completion.token_ids,
+                logprobs=completion.logprobs,
+                truncated=completion.finish_reason == "length",
+                text=self.decode(completion.token_ids),
+            )
+            for completion in completions
+        ]
+        return Group(prompt, samples)
+
+    def _batch(self, group: Group, step: int) -> RewardBatch:
+        samples = group.own
+        count = len(samples)
+        return RewardBatch(
+            prompts=[group.prompt.prompt] * count,
+            completions=[sample.text for sample in samples],
+            completion_ids=[sample.token_ids for sample in samples],
+            columns={name: [value] * count for name, value in group.prompt.columns.items()},
+            step=step,
+            max_steps=self.max_steps,
+        )
+
+
+def outlined(group: Group, result: RewardResult) -> dict[str, Any]:
+    """What other ranks are told of a scored group, as `Outline` and `RewardResult` take it."""
+    samples = [
+        {"length": one.length, "truncated": one.truncated, "finite": one.finite, "rewards": one.rewards}
+        for one in group.samples
+    ]
+    return {"samples": samples, "metrics": result.metrics, "seconds": result.seconds}
+
+
+def sample_seed(*parts: int) -> int:
+    """A 63-bit seed that differs for different `parts`."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def raise_early_failures(futures: Iterable[Future[RewardResult]]) -> None:
+    """Raise the error of a failed reward now rather than after the rest of the rollout."""
+    for future in futures:
+        if future.done():
+            future.result()

@@ -1,0 +1,58 @@
+"""What a rollout is asked for and what it gives: settings, requests and completions. Nothing here knows vLLM."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How to sample; the same for every request of a call. `temperature` 0 is greedy."""
+
+    temperature: float
+    max_tokens: int
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    stop_token_ids: tuple[int, ...] = ()
+    stop: tuple[str, ...] = ()
+    skip_special_tokens: bool = False
+    """Look for the strings of `stop` in a text without special tokens."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One completion to sample. On a CPU `seed` alone decides its random numbers; on a GPU see `Engine.generate`."""
+
+    id: int
+    prompt_ids: Sequence[int]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A finished completion: its token ids (with the end token, if it stopped) and their logprobs as sampled."""
+
+    request_id: int
+    token_ids: list[int]
+    logprobs: list[float]
+    finish_reason: str
+    """ "stop" or "length"."""
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """What vLLM is started with. `kv_cache_memory_bytes` None: planned from the lengths."""
+
+    max_seq_length: int
+    max_num_seqs: int
+    kv_cache_memory_bytes: int | None = None
+    gpu_memory_utilization: float | None = None
+    """Share of the GPU that weights, KV cache and vLLM's buffers may take; decides the KV cache instead."""
+    kv_cache_dtype: str = "auto"
+    enforce_eager: bool = False
+    seed: int = 0
+    stop_strings: bool = False
+    release_kv_cache: bool = False
+    """Make `Engine.release_kv_cache` possible, on a GPU."""

@@ -1,0 +1,169 @@
+"""vLLM's model on our storage: a quantisation method and a loader, by its plugin interfaces. For engine.py alone.
+
+vLLM builds its model with empty linear layers; the loader gives them the storage that the training graph uses. The
+quantisation method multiplies with it and adds the adapter from two buffers a layer. vLLM's own LoRA is not used: it
+would need per-token adapter look-ups for a batch that always shares one adapter.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import vllm
+from torch import Tensor, nn
+from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase
+from vllm.model_executor.layers.quantization import register_quantization_config
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.model_executor.model_loader import register_model_loader
+from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+
+from grpo.errors import UserError
+from grpo.kernels.lora_factors import LowRank
+from grpo.kernels.lora_shrink import lora_shrink
+from grpo.kernels.lora_sum import dense_linear
+from grpo.kernels.nf4_gemm import nf4_linear
+from grpo.model.base_weights import BaseWeights, FusedLinear, Segment
+from grpo.model.config_keys import served_values
+from grpo.model.rope import EVERYWHERE, Rotary
+from grpo.rollout.lora_buffers import ServedAdapter
+
+SHARED = "grpo_shared"
+"""Name of our quantisation method and load format in vLLM."""
+
+SERVED: dict[str, ServedAdapter] = {}
+"""What an engine serves, by the handle that reaches our loader through vLLM's configuration."""
+
+
+class SharedLinearMethod(LinearMethodBase):
+    """y = x W^T + b + (x A^T) (s B)^T, rounded once, from storage that the loader attaches."""
+
+    def create_weights(
+        self,
+        layer: nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        layer.register_parameter("weight", nn.Parameter(torch.empty(0, dtype=params_dtype), requires_grad=False))
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        adapter = layer.adapter
+        shrunk = None if adapter is None else lora_shrink(flat, adapter.a, layer.adapter_on)
+        y = torch.empty(flat.shape[0], layer.shared.out_features, dtype=x.dtype, device=x.device)
+        for segment in layer.shared.segments:
+            rows = slice(segment.first_row, segment.first_row + segment.rows)
+            low_rank = None if adapter is None else LowRank(shrunk, adapter.b[rows])
+            segment_linear(flat, segment, None if bias is None else bias[rows], y[:, rows], low_rank)
+        return y.reshape(*x.shape[:-1], -1)
+
+
+def segment_linear(x: Tensor, segment: Segment, bias: Tensor | None, out: Tensor, low_rank: LowRank | None) -> None:
+    """Write one segment's columns of a layer's result into `out`."""
+    if segment.absmax is not None:
+        nf4_linear(x, segment.weight, segment.absmax, bias, out, low_rank)
+        return
+    dense_linear(x, segment.weight, bias, low_rank, out)
+
+
+@register_quantization_config(SHARED)
+class SharedConfig(QuantizationConfig):
+    """Tells vLLM to leave every linear layer to `SharedLinearMethod`."""
+
+    def get_name(self) -> str:
+        return SHARED
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 75
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> SharedConfig:
+        return cls()
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
+        return SharedLinearMethod() if isinstance(layer, LinearBase) else None
+
+
+@register_model_loader(SHARED)
+class SharedLoader(BaseModelLoader):
+    """Gives vLLM's modules the storage of a `BaseWeights` instead of loading anything."""
+
+    def download_model(self, model_config: Any) -> None:
+        """Nothing to download."""
+
+    def load_weights(self, model: nn.Module, model_config: Any) -> None:
+        adapter = SERVED[self.load_config.model_loader_extra_config["engine"]]
+        base = adapter.base
+        attached = set()
+        for module in model.modules():
+            if isinstance(getattr(module, "quant_method", None), SharedLinearMethod):
+                attach(module, base.linears[module.prefix], adapter)
+                attached.add(module.prefix)
+        if attached != set(base.linears):
+            missing = sorted(set(base.linears) - attached)
+            raise UserError(f"{base.source_path}: vLLM {vllm.__version__} builds this model without {missing[0]}")
+        in_linears = tuple(f"{name}." for name in base.linears)
+        for name, parameter in model.named_parameters():
+            if name.startswith(in_linears):
+                continue
+            tensor = base.tensors[name]
+            assert parameter.dtype == tensor.dtype and parameter.shape == tensor.shape, (name, parameter.shape)
+            parameter.data = tensor
+        share_positions(model, base.config, model_config.max_model_len)
+
+
+def attach(module: nn.Module, linear: FusedLinear, adapter: ServedAdapter) -> None:
+    """Hand `linear`'s storage, and the adapter's buffers if it has any, to vLLM's layer `module`."""
+    module.shared = linear
+    module.weight = nn.Parameter(linear.segments[0].weight, requires_grad=False)
+    if linear.bias is not None:
+        module.bias = nn.Parameter(linear.bias, requires_grad=False)
+    module.adapter = adapter.buffers.get(linear.name)
+    module.adapter_on = adapter.on
+
+
+def write_model_folder(folder: Path, base: BaseWeights, tokenizer: Any) -> None:
+    """A folder with just what vLLM reads: the configuration, and the tokenizer if stop strings need one."""
+    values = served_values(base.config)
+    (folder / "config.json").write_text(json.dumps(values, default=str))
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def share_positions(model: nn.Module, config: Any, longest: int) -> None:
+    """Replace the rotary caches of `model`, vLLM's, by ones with the training graph's frequencies.
+
+    Every layer gets its module anew: vLLM shares them with other engines of the process.
+    """
+    rotary = Rotary(config, longest)
+    layer_types = getattr(config, "layer_types", None)
+    made: dict[tuple[str, int], nn.Module] = {}
+    for name, attention in list(model.named_modules()):
+        theirs = getattr(attention, "rotary_emb", None)
+        if not isinstance(theirs, nn.Module):
+            continue
+        layer = int(name.split(".layers.")[1].split(".")[0])
+        kind = layer_types[layer] if layer_types and layer_types[layer] in rotary.scalings else EVERYWHERE
+        if (kind, id(theirs)) not in made:
+            ours = copy.deepcopy(theirs)
+            held = ours.cos_sin_cache
+            table = rotary.table(held.shape[0], kind or None)
+            assert table.shape == held.shape, (name, table.shape, held.shape)
+            ours.cos_sin_cache = table.to(held)
+            made[kind, id(theirs)] = ours
+        attention.rotary_emb = made[kind, id(theirs)]

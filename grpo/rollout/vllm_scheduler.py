@@ -1,0 +1,170 @@
+"""What vLLM's host does for every token, made cheaper: its scheduler and its sampler, subclassed. For engine.py alone.
+
+A step of many sequences is bound by the host: vLLM's Python spends some 40 microseconds a sequence on it, and the GPU
+waits. Three of its habits are dropped here: asking for a KV block at every token, building lists of logprobs and an
+output object for every token, and checking every token of every sequence for whatever a request could have asked for.
+Anything out of the ordinary is left to vLLM's own code.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import Tensor
+from vllm.v1.outputs import LogprobsTensors, SamplerOutput
+from vllm.v1.request import RequestStatus
+from vllm.v1.sample.sampler import Sampler
+
+from grpo.kernels.sample import sample_tokens
+from grpo.rollout.types import SamplingSettings
+
+
+class PatientBlocks:
+    """vLLM's manager of KV blocks, asked only at the first and the last token of a block.
+
+    vLLM asks at every token of every sequence, a fifth of what the host does in a step; in between the answer is always
+    "none needed" and "nothing new to share".
+    """
+
+    def __init__(self, manager: Any, block_size: int):
+        self._manager, self._block_size = manager, block_size
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._manager, name)
+
+    def allocate_slots(self, request: Any, num_new_tokens: int, **options: Any) -> Any:
+        inside = num_new_tokens == 1 and 0 < request.num_computed_tokens % self._block_size < self._block_size - 1
+        if inside and options.keys() <= {"num_lookahead_tokens"} and not any(options.values()):
+            return self._manager.empty_kv_cache_blocks
+        return self._manager.allocate_slots(request, num_new_tokens, **options)
+
+    def cache_blocks(self, request: Any, num_computed_tokens: int) -> None:
+        if num_computed_tokens % self._block_size == 0:
+            self._manager.cache_blocks(request, num_computed_tokens)
+
+
+class Collected:
+    """What the scheduler gathers for the engine in one call of `generate`, and how it is to hand tokens on.
+
+    `whole`: a request's tokens are handed on when it has finished, all at once. `logprobs`: those of the sampled
+    tokens, by vLLM's own name of a request.
+    """
+
+    def __init__(self) -> None:
+        self.begin(whole=False)
+
+    def begin(self, *, whole: bool) -> None:
+        """Forget every request."""
+        self.whole = whole
+        self.logprobs: dict[str, list[float]] = {}
+        self._names: dict[str, str] = {}
+
+    def enter(self, request_id: str, name: str) -> None:
+        """Collect for `request_id`, which vLLM calls `name`."""
+        self._names[request_id] = name
+        self.logprobs[name] = []
+
+    def take(self, request_id: str) -> list[float]:
+        """Logprobs of a finished request's tokens, in order; possibly of one more than it was given."""
+        return self.logprobs.pop(self._names.pop(request_id))
+
+
+def rollout_scheduler(kind: type, collected: Collected) -> type:
+    """A subclass of vLLM's scheduler class `kind` (Scheduler or AsyncScheduler) that fills `collected`."""
+
+    class RolloutScheduler(kind):
+        def __init__(self, *arguments: Any, **options: Any):
+            super().__init__(*arguments, **options)
+            groups = self.kv_cache_config.kv_cache_groups
+            self._blocks_end_together = {group.kv_cache_spec.block_size for group in groups} == {self.block_size}
+            if self._blocks_end_together:
+                self.kv_cache_manager: Any = PatientBlocks(self.kv_cache_manager, self.block_size)
+
+        def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> dict[int, Any]:
+            requests = self.requests.copy()  # vLLM forgets those that finish
+            collect_logprobs(model_runner_output, requests, collected.logprobs)
+            if not collected.whole:
+                return super().update_from_output(scheduler_output, model_runner_output)
+            if self._blocks_end_together:
+                rest = self._append_tokens(scheduler_output.num_scheduled_tokens, model_runner_output)
+                scheduler_output = copy.copy(scheduler_output)
+                scheduler_output.num_scheduled_tokens = rest
+            outputs = super().update_from_output(scheduler_output, model_runner_output)
+            for of_client in outputs.values():
+                of_client.outputs = [output for output in of_client.outputs if output.finish_reason is not None]
+                for output in of_client.outputs:
+                    output.new_token_ids = list(requests[output.request_id].output_token_ids)
+            return outputs
+
+        def _append_tokens(self, scheduled: dict[str, int], output: Any) -> dict[str, int]:
+            """Give running requests their next token, if nothing else follows from it. Returns the rest of `scheduled`.
+
+            Left to vLLM: what is not one token after another (prompts, their first token, requests that have been
+            preempted), a token that ends its request, and one that completes a KV block.
+            """
+            sampled, row_of = output.sampled_token_ids, output.req_id_to_index
+            rest: dict[str, int] = {}
+            longest, block_size = self.max_model_len - 1, self.block_size
+            for name, count in scheduled.items():
+                request = self.requests.get(name)
+                tokens: list[int] = sampled[row_of[name]] if sampled else []
+                if (
+                    count == 1
+                    and len(tokens) == 1
+                    and request is not None
+                    and request.status is RequestStatus.RUNNING
+                    and request.num_preemptions == 0
+                    and 0 < request.num_output_tokens < request.max_tokens - 1
+                    and request.num_tokens < longest
+                    and request.num_tokens % block_size != 0
+                    and tokens[0] not in request.sampling_params.all_stop_token_ids
+                ):
+                    request.append_output_token_ids(tokens[0])
+                    request.num_in_flight_tokens -= 1
+                    if request.num_output_placeholders:  # with asynchronous scheduling
+                        request.num_output_placeholders -= 1
+                else:
+                    rest[name] = count
+            return rest
+
+    return RolloutScheduler
+
+
+def collect_logprobs(output: Any, requests: dict[str, Any], logprobs: dict[str, list[float]]) -> None:
+    """Take the sampled tokens' logprobs out of a step's `output` and enter them in `logprobs`.
+
+    A token's place is the number of tokens that its request has: vLLM drops a token that was on its way when its
+    request was preempted, in some cases, and the one sampled in its stead takes its place here too.
+    """
+    if output.logprobs is None:
+        return
+    column = output.logprobs.logprobs[:, 0].tolist()
+    for name, tokens, logprob in zip(output.req_ids, output.sampled_token_ids, column, strict=True):
+        if tokens and name in requests and name in logprobs:  # no tokens: the row is part of a prompt
+            logprobs[name][requests[name].num_output_tokens :] = (logprob,)
+    output.logprobs = None
+
+
+class OnePassSampler(Sampler):
+    """vLLM's sampler, with plain temperature sampling in one pass over the logits (kernels/sample.py).
+
+    vLLM's own makes float32 copies, probabilities, noise and ranks of [sequences, vocabulary]: half a millisecond of a
+    step of 128 sequences. Whatever else is asked for (greedy, top-p, top-k, min-p) is left to it.
+    """
+
+    _is_plain = False
+
+    def begin(self, sampling: SamplingSettings, seed: int) -> None:
+        """Prepare for one call of `generate`; `seed` decides its random numbers."""
+        filtered = sampling.top_p < 1 or sampling.top_k > 0 or sampling.min_p > 0
+        self._is_plain, self._seed, self._step = sampling.temperature > 0 and not filtered, seed, 0
+
+    def forward(self, logits: Tensor, sampling_metadata: Any, *arguments: Any, **options: Any) -> SamplerOutput:
+        if not self._is_plain:
+            return super().forward(logits, sampling_metadata, *arguments, **options)
+        self._step += 1
+        seed = (self._seed * 1_000_003 + self._step) % 2**63
+        tokens, logprobs = sample_tokens(logits, sampling_metadata.temperature, seed)
+        # The rank of a token is not asked for; its place must be filled.
+        return SamplerOutput(tokens[:, None], LogprobsTensors(tokens[:, None], logprobs[:, None], tokens))

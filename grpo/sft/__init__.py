@@ -1,0 +1,1 @@
+"""Supervised fine-tuning on the same graph: `python -m grpo.sft`."""

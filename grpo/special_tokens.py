@@ -1,0 +1,72 @@
+"""Tokens that are no text: what a tokenizer puts in front of one, and what ends a completion or fills it up.
+
+A text may begin with the first kind already, as one does that a chat template rendered: it gets them once. The second
+kind is cut out of completions before anybody reads them; every other special token is part of what the model said.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+logger = logging.getLogger("grpo")
+
+PROBE = "a"
+"""A text without special tokens."""
+
+
+def put_in_front(tokenizer: Any) -> list[int]:
+    """The tokens that `tokenizer` puts in front of a text by itself, such as the one that begins a sequence."""
+    whole, bare = list(tokenizer(PROBE)["input_ids"]), list(tokenizer(PROBE, add_special_tokens=False)["input_ids"])
+    places = (place for place in range(len(whole) - len(bare) + 1) if whole[place : place + len(bare)] == bare)
+    return whole[: next(places, 0)]
+
+
+def begin_with(texts: Sequence[str], front: Sequence[int], tokenizer: Any) -> list[bool]:
+    """Whether each text says the tokens `front` itself, before anything but white space."""
+    if not front:
+        return [False] * len(texts)
+    characters = 8 + sum(len(token) for token in tokenizer.convert_ids_to_tokens(list(front)))
+    starts = tokenizer([text.lstrip()[:characters] for text in texts], add_special_tokens=False)["input_ids"]
+    return [ids[: len(front)] == list(front) for ids in starts]
+
+
+def encode_texts(texts: Sequence[str], tokenizer: Any, whose: str) -> list[list[int]]:
+    """Token ids of each text, with the tokens that the tokenizer puts in front of it, once. `whose` is for a notice."""
+    front = put_in_front(tokenizer)
+    have = begin_with(texts, front, tokenizer)
+    if any(have):
+        logger.warning(
+            "%s: %d of %d text prompts begin with %s already, so none is put in front of them",
+            whose, sum(have), len(texts), shown(front, tokenizer),
+        )  # fmt: skip
+    ids = tokenizer(list(texts))["input_ids"]
+    return [list(each)[len(front) if has else 0 :] for each, has in zip(ids, have, strict=True)]
+
+
+def tell_of_rendered_chats(chats: Sequence[Sequence[dict[str, Any]]], tokenizer: Any, whose: str) -> None:
+    """A notice about chats in which a turn begins with what begins a sequence: it was rendered before."""
+    begin = getattr(tokenizer, "bos_token", None)
+    turns = [turn["content"].lstrip() for chat in chats for turn in chat if turn["role"] != "assistant"]
+    if begin and (count := sum(turn.startswith(begin) for turn in turns)):
+        logger.warning(
+            "%s: %d of %d turns begin with %s, as if a chat template had rendered them; the model's template renders "
+            "them once more, so give such prompts as text (of the task table: chat = false)",
+            whose, count, len(turns), begin,
+        )  # fmt: skip
+
+
+def shown(ids: Sequence[int], tokenizer: Any) -> str:
+    """Special tokens as they are written."""
+    return "".join(tokenizer.convert_ids_to_tokens(list(ids)))
+
+
+def completion_text(token_ids: Sequence[int], tokenizer: Any, stop_token_ids: Sequence[int], skip: bool) -> str:
+    """A completion's token ids as the text that rewards and people see.
+
+    Left out are the tokens that end a completion, that fill up a batch and that begin a sequence; with `skip` every
+    special token is.
+    """
+    unseen = {*stop_token_ids, tokenizer.pad_token_id, tokenizer.bos_token_id}
+    return tokenizer.decode([token for token in token_ids if token not in unseen], skip_special_tokens=skip)

@@ -1,0 +1,1 @@
+"""GRPO itself: advantages, losses, micro-batches, the optimiser, and the loop around them."""

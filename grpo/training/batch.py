@@ -1,0 +1,124 @@
+"""What the training graph is fed: sequences with their advantages, packed to a token budget without padding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from grpo.rollout.sampler import Group
+
+
+@dataclass
+class TrainingSequence:
+    """A prompt with one completion, and all that the loss needs to know of it."""
+
+    prompt_ids: Sequence[int]
+    completion_ids: Sequence[int]
+    rollout_logprobs: Sequence[float]
+    advantage: float
+    truncated: bool
+    """Cut at the length limit."""
+    old_logprobs: Tensor | None = None
+    """float32 [completion]: under the policy before this rollout's first update; None: that of the current forward."""
+
+    def __len__(self) -> int:
+        """Tokens that a forward pass sees."""
+        return len(self.prompt_ids) + len(self.completion_ids) - 1
+
+
+@dataclass
+class TrainingGroup:
+    """A prompt's completions, as an optimiser step takes them."""
+
+    sequences: list[TrainingSequence]
+    """Those that are computed here: none of another rank's."""
+    lengths: list[int]
+    """Tokens of every completion, here or elsewhere."""
+    truncated: list[bool]
+    idle: bool = False
+    """Counts in the normaliser only."""
+
+    @classmethod
+    def of(cls, sequences: list[TrainingSequence], *, idle: bool = False) -> TrainingGroup:
+        """A group whose completions are all here."""
+        lengths = [len(sequence.completion_ids) for sequence in sequences]
+        return cls(sequences, lengths, [sequence.truncated for sequence in sequences], idle)
+
+
+def training_group(group: Group, advantages: Tensor, *, idle: bool = False) -> TrainingGroup:
+    """`group` with its `advantages` [G]."""
+    return TrainingGroup(
+        training_sequences(group, advantages) if group.own else [],
+        [sample.length for sample in group.samples],
+        [sample.truncated for sample in group.samples],
+        idle,
+    )
+
+
+def active_sequences(groups: Sequence[TrainingGroup]) -> list[TrainingSequence]:
+    """What there is to compute here for `groups`."""
+    return [sequence for group in groups if not group.idle for sequence in group.sequences]
+
+
+def training_sequences(group: Group, advantages: Tensor) -> list[TrainingSequence]:
+    """The completions of `group`, sampled here, with their `advantages` [G]."""
+    return [
+        TrainingSequence(
+            group.prompt.token_ids,
+            sample.token_ids,
+            sample.logprobs,
+            float(advantage),
+            sample.truncated,
+        )
+        for sample, advantage in zip(group.own, advantages, strict=True)
+    ]
+
+
+def pack(sequences: Sequence[TrainingSequence], tokens: int) -> list[list[TrainingSequence]]:
+    """Micro-batches of at most `tokens` tokens each, filled in order; a longer sequence gets one of its own.
+
+    A prompt that follows itself in the same micro-batch is computed, and counted, once.
+    """
+    batches: list[list[TrainingSequence]] = []
+    room = 0
+    for sequence in sequences:
+        shared = batches and batches[-1][-1].prompt_ids == sequence.prompt_ids
+        cost = len(sequence) - (len(sequence.prompt_ids) if shared else 0)
+        if not batches or cost > room:
+            batches.append([])
+            room, cost = tokens, len(sequence)
+        batches[-1].append(sequence)
+        room -= cost
+    return batches
+
+
+@dataclass(frozen=True)
+class PackedTokens:
+    """The completion tokens of a micro-batch, one sequence after another."""
+
+    sequence: Tensor
+    """int64 [T], which sequence of the micro-batch a token is of."""
+    rollout_logprobs: Tensor
+    """float32 [T]."""
+    advantages: Tensor
+    """float32 [S]."""
+    truncated: Tensor
+    """bool [S]."""
+    old_logprobs: Tensor | None
+    """float32 [T], or None on policy."""
+
+
+def packed_tokens(batch: Sequence[TrainingSequence], device: torch.device) -> PackedTokens:
+    """The tensors of a micro-batch."""
+    lengths = torch.tensor([len(sequence.completion_ids) for sequence in batch])
+    old = [sequence.old_logprobs for sequence in batch]
+    return PackedTokens(
+        sequence=torch.arange(len(batch)).repeat_interleave(lengths).to(device),
+        rollout_logprobs=torch.tensor([p for s in batch for p in s.rollout_logprobs], device=device),
+        advantages=torch.tensor([sequence.advantage for sequence in batch], device=device),
+        truncated=torch.tensor([sequence.truncated for sequence in batch], device=device),
+        old_logprobs=torch.cat(old).to(device) if all(entry is not None for entry in old) else None,
+    )

@@ -1,0 +1,107 @@
+"""A batch that was not trained on, kept in the run folder so that it can be looked at and replayed."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from grpo.config.schema import Config, config_toml
+from grpo.distributed.ranks import Ranks
+from grpo.run.checkpoint import replace_folder
+from grpo.run.tensor_state import save_tensors
+from grpo.run.versions import hardware, versions
+from grpo.training.batch import TrainingGroup, TrainingSequence
+from grpo.training.update_check import Batch, UnusableUpdate
+
+KEPT_DUMPS = 3
+
+
+BATCH, REPORT = "batch.safetensors", "report.json"
+
+
+def dump_folder(run: Path, step: int) -> Path:
+    """Where the dump of `step` belongs."""
+    return run / "nonfinite" / f"step-{step}"
+
+
+def write_dump(run: Path, step: int, config: Config, policy: Any, unusable: UnusableUpdate) -> Path:
+    """Write what it takes to compute the update again to its `dump_folder`, and return that.
+
+    Holds the batch and the adapter as safetensors, the configuration, and `report.json`. Only the newest
+    `KEPT_DUMPS` dumps are kept. Raises OSError where the disk refuses.
+    """
+    folder = dump_folder(run, step)
+
+    def write(partial: Path) -> None:
+        policy.save_adapter(partial / "adapter")
+        (partial / "config.toml").write_text(config_toml(config))
+        save_tensors(partial / BATCH, encoded(unusable.batch))
+        figures = {name: value if value is None else repr(value) for name, value in unusable.figures.items()}
+        report = {"step": step, "problem": unusable.problem, "figures": figures}
+        report |= {"versions": versions(), "hardware": hardware()}
+        (partial / REPORT).write_text(json.dumps(report, indent=1))
+
+    folder.parent.mkdir(exist_ok=True)
+    replace_folder(folder, write)
+    found = (re.fullmatch(r"step-(\d+)", entry.name) for entry in folder.parent.iterdir())
+    for number in sorted(int(match[1]) for match in found if match)[:-KEPT_DUMPS]:
+        shutil.rmtree(folder.parent / f"step-{number}")
+    return folder
+
+
+def encoded(batch: Batch) -> dict[str, Any]:
+    """`batch` as `save_tensors` takes it."""
+    return {
+        "prompts": [[sequence_state(sequence) for sequence in group.sequences] for group in batch.groups],
+        "idle": [group.idle for group in batch.groups],
+        "rng": batch.rng,
+    }
+
+
+def decoded(state: Mapping[str, Any]) -> Batch:
+    """The batch that `encoded` made `state` of."""
+    prompts = [[restored_sequence(sequence) for sequence in prompt] for prompt in state["prompts"]]
+    pairs = zip(prompts, state["idle"], strict=True)
+    return Batch([TrainingGroup.of(sequences, idle=idle) for sequences, idle in pairs], state["rng"])
+
+
+def whole(batch: Batch, ranks: Ranks) -> Batch:
+    """`batch` with the sequences that other ranks computed. Every rank calls it; what differs is only the rng."""
+    if ranks.size == 1:
+        return batch
+    here = {place: group for place, group in enumerate(batch.groups) if group.sequences}
+    own = {place: [sequence_state(sequence) for sequence in group.sequences] for place, group in here.items()}
+    prompts = ranks.merged(own, len(batch.groups))
+    groups = [
+        replace(group, sequences=[restored_sequence(sequence) for sequence in prompt])
+        for group, prompt in zip(batch.groups, prompts, strict=True)
+    ]
+    return Batch(groups, batch.rng)
+
+
+def sequence_state(sequence: TrainingSequence) -> dict[str, Any]:
+    return {
+        "prompt_ids": torch.tensor(sequence.prompt_ids, dtype=torch.int64),
+        "completion_ids": torch.tensor(sequence.completion_ids, dtype=torch.int64),
+        "rollout_logprobs": torch.tensor(sequence.rollout_logprobs, dtype=torch.float64),
+        "advantage": sequence.advantage,
+        "truncated": sequence.truncated,
+        "old_logprobs": sequence.old_logprobs,
+    }
+
+
+def restored_sequence(state: Mapping[str, Any]) -> TrainingSequence:
+    lists = {name: state[name].tolist() for name in ("prompt_ids", "completion_ids", "rollout_logprobs")}
+    return TrainingSequence(
+        **lists,
+        advantage=state["advantage"],
+        truncated=state["truncated"],
+        old_logprobs=state["old_logprobs"],
+    )

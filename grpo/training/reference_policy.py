@@ -1,0 +1,36 @@
+"""The model that the KL penalty holds the policy to: the adapter as the run found it, or the base.
+
+The starting adapter is kept in the run folder, so that a resumed run has the same reference. A fresh adapter changes
+nothing, and then there is nothing to keep. How the reference takes the adapter's place is `Policy.reference`'s.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from grpo.config.schema import Loss
+from grpo.distributed.ranks import Ranks
+from grpo.policy.policy import Policy
+from grpo.run.checkpoint import REFERENCE, replace_folder
+
+
+def set_reference(policy: Policy, settings: Loss, run: Path, *, resume: bool, ranks: Ranks | None = None) -> None:
+    """Settle the reference of the run in folder `run`, before any step and before a checkpoint is loaded.
+
+    With `resume` the adapter becomes, where the run kept one, the one that it started from. Of several `ranks` the
+    first reads and writes the folder.
+    """
+    ranks = ranks or Ranks()
+    policy.forget_reference()
+    if settings.beta == 0 or settings.reference == "base":
+        return
+    kept = run / REFERENCE
+    if resume and ranks.first and kept.exists():
+        policy.load_adapter(kept)
+    if resume:
+        ranks.copy_first(policy.parameters())
+    if policy.adapter_is_idle():
+        return
+    policy.remember_reference()
+    if not resume and ranks.first:
+        replace_folder(kept, policy.save_adapter)

@@ -1,0 +1,1 @@
+"""The machinery that runs reward functions, each in a process of its own."""

@@ -1,0 +1,1 @@
+"""What tests share: tiny models, runs in forks, tables of bad input."""

@@ -1,0 +1,96 @@
+"""Every supported family: vLLM and the training graph, on one copy, give the same logprobs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from grpo.config.schema import Lora, Model
+from grpo.errors import UserError
+from grpo.model.architectures import ARCHITECTURES
+from grpo.model.base_weights import BaseWeights
+from grpo.model.source import open_source
+from grpo.policy.policy import Policy
+from tests.helpers.tiny import FAMILIES, save_tiny, tiny_model
+
+PROMPTS = [[5, 9, 33, 7, 21, 64, 90, 11, 2, 3], [12, 140, 77]]
+CPU = torch.device("cpu")
+
+
+def load(folder, *, load_in_4bit=False, lora=None, dtype=torch.float32):
+    """Base and policy of the model in `folder`, with an adapter that does something."""
+    model = Model(name=str(folder), load_in_4bit=load_in_4bit, dtype=str(dtype).removeprefix("torch."))
+    source = open_source(model)
+    base = BaseWeights(source, model, device=CPU, dtype=dtype)
+    policy = Policy(base, lora or Lora(r=4, lora_alpha=8), seed=1)
+    torch.manual_seed(2)
+    for layer in policy.adapter_layers().values():
+        torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.1)
+    return base, policy
+
+
+def test_every_family_named_as_supported_is_tested():
+    assert set(FAMILIES) == set(ARCHITECTURES)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_training_graph_equals_transformers_with_the_adapter_off(family, tmp_path):
+    reference = save_tiny(tmp_path, family)
+    base, policy = load(tmp_path)
+    completion = [8, 15, 99, 4]
+    with policy.reference():
+        scored = policy.score(PROMPTS, [completion, completion], temperature=0.7, chunk_tokens=3)
+    expected = []
+    for prompt in PROMPTS:
+        with torch.no_grad():
+            logits = reference(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+        expected.append(torch.log_softmax(logits / 0.7, -1)[range(4), completion])
+    torch.testing.assert_close(scored.logprobs, torch.cat(expected), atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("family", FAMILIES)
+def test_vllm_and_trainer_agree_with_a_non_zero_adapter(family, tmp_path):
+    from grpo.rollout.engine import Engine, EngineSettings, Request, SamplingSettings
+
+    save_tiny(tmp_path, family)
+    base, policy = load(tmp_path)
+    engine = Engine(base, policy, EngineSettings(max_seq_length=64, max_num_seqs=8))
+    try:
+        requests = [Request(index, PROMPTS[index % 2], seed=index) for index in range(6)]
+        for adapter in (True, False):
+            done = {c.request_id: c for c in engine.generate(requests, SamplingSettings(0.9, 24), adapter=adapter)}
+            completions = [done[index].token_ids for index in range(6)]
+            rollout = torch.tensor([logprob for index in range(6) for logprob in done[index].logprobs])
+            prompts = [request.prompt_ids for request in requests]
+            if adapter:
+                with torch.no_grad():
+                    scored = policy.score(prompts, completions, temperature=0.9)
+            else:
+                with policy.reference():
+                    scored = policy.score(prompts, completions, temperature=0.9)
+            assert (rollout - scored.logprobs).abs().max() < 1e-4
+    finally:
+        engine.close()
+
+
+def test_an_unknown_architecture_is_refused_by_name(tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=64, n_head=2, vocab_size=100)).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="'gpt2' is not supported"):
+        load(tmp_path)
+
+
+def test_phi3_maps_the_seven_projections_to_its_fused_modules(tmp_path):
+    save_tiny(tmp_path, "phi3")
+    _, policy = load(tmp_path)
+    names = {name.rpartition(".")[2] for name in policy.adapter_layers()}
+    assert names == {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
+
+
+def test_tiny_models_have_confident_predictions():
+    """Near-uniform logits would hide differences."""
+    with torch.no_grad():
+        logits = tiny_model("llama")(torch.tensor([PROMPTS[0]])).logits
+    assert torch.log_softmax(logits, -1).max(-1).values.mean() > -3.5

@@ -1,0 +1,182 @@
+"""Recomputing layers: the same bits as without, less kept, and dropout drawn again as it was."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from grpo.config.schema import Lora, parse_config
+from grpo.model.base_weights import BaseWeights
+from grpo.model.source import open_source
+from grpo.policy.activation_checkpointing import recomputed
+from grpo.policy.fused_layers import install
+from grpo.policy.policy import Policy
+from tests.helpers.tiny import FAMILIES, VOCABULARY, save_tiny
+
+PROMPTS = [[3, 5, 9, 11], [3, 5, 9, 11], [8, 4, 7]]
+COMPLETIONS = [[10, 20, 30], [40, 50], [60, 70, 80, 90, 100]]
+
+
+def base_of(folder: Path, family: str = "llama") -> BaseWeights:
+    save_tiny(folder, family, num_hidden_layers=3)
+    values = {"model": {"name": str(folder), "load_in_4bit": False}, "task": {"name": "t"}}
+    model = parse_config(values).model
+    return BaseWeights(open_source(model), model, device=torch.device("cpu"), dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> BaseWeights:
+    return base_of(tmp_path_factory.mktemp("llama"))
+
+
+def policy_of(base: BaseWeights, **lora: object) -> Policy:
+    policy = Policy(base, Lora(r=4, **lora), seed=1)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for layer in policy.adapter_layers().values():
+            layer.lora_B["default"].weight.normal_(std=0.05, generator=generator)
+    return policy
+
+
+def learn(policy: Policy, form: str, times: int = 1) -> tuple[Tensor, list[Tensor]]:
+    """The logprobs and the gradients of `times` micro-batches, accumulated."""
+    policy.recompute_layers(form)
+    policy.model.train()
+    torch.manual_seed(5)
+    for _ in range(times):
+        scored = policy.score(PROMPTS, COMPLETIONS, temperature=1.0)
+        (scored.logprobs * torch.linspace(-1, 1, len(scored.logprobs))).sum().backward()
+    grads = [parameter.grad for parameter in policy.parameters()]
+    for parameter in policy.parameters():
+        parameter.grad = None
+    assert all(grad is not None for grad in grads)
+    return scored.logprobs.detach(), grads
+
+
+def assert_same_bits(found: tuple[Tensor, list[Tensor]], expected: tuple[Tensor, list[Tensor]]) -> None:
+    assert found[0].equal(expected[0])
+    assert all(grad.equal(other) for grad, other in zip(found[1], expected[1], strict=True))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_form_gives_the_same_bits(family: str, tmp_path: Path) -> None:
+    policy = policy_of(base_of(tmp_path, family))
+    expected = learn(policy, "none", times=2)
+    assert expected[1][0].abs().max() > 0
+    for form in ("layer", "offload"):
+        assert_same_bits(learn(policy, form, times=2), expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_every_form_gives_the_same_bits_with_the_kernels_layers(family: str, tmp_path: Path) -> None:
+    base = base_of(tmp_path, family)
+    policy = policy_of(base)
+    assert install(policy.decoder, base) == 3
+    expected = learn(policy, "none", times=2)
+    for form in ("mlp", "layer", "offload"):
+        assert_same_bits(learn(policy, form, times=2), expected)
+
+
+@pytest.mark.parametrize("form", ["none", "offload"])
+def test_what_trainers_switch_is_this_recomputation_in_the_form_that_was_chosen(base: BaseWeights, form: str) -> None:
+    """TRL's DPOTrainer switches it off and on again at every step."""
+    policy = policy_of(base)
+    policy.recompute_layers(form)
+    layers = policy.decoder.model.layers
+    chosen = [layer._gradient_checkpointing_func for layer in layers]
+    policy.model.gradient_checkpointing_disable()
+    assert not policy.model.is_gradient_checkpointing
+    policy.model.gradient_checkpointing_enable({"use_reentrant": True})
+    assert all(layer.gradient_checkpointing for layer in layers)
+    assert [layer._gradient_checkpointing_func for layer in layers] == chosen
+    fresh = policy_of(base)
+    fresh.model.gradient_checkpointing_enable()
+    assert all(layer._gradient_checkpointing_func.func is recomputed for layer in fresh.decoder.model.layers)
+
+
+@pytest.mark.parametrize("form", ["layer", "offload"])
+def test_dropout_is_the_same_when_a_layer_runs_again(base: BaseWeights, form: str) -> None:
+    policy = policy_of(base, lora_dropout=0.4)
+    expected = learn(policy, "none", times=2)
+    assert not expected[0].equal(learn(policy_of(base), "none", times=2)[0]), "no dropout was drawn"
+    assert_same_bits(learn(policy, form, times=2), expected)
+
+
+@pytest.mark.parametrize("form", ["layer", "offload"])
+def test_layers_without_an_adapter_pass_the_gradient_on(base: BaseWeights, form: str) -> None:
+    policy = policy_of(base, target_modules=["q_proj"])
+    for name, layer in policy.adapter_layers().items():
+        if ".0." not in name:
+            layer.requires_grad_(False)
+    expected = learn(policy, "none")
+    assert len(expected[1]) == 2
+    assert_same_bits(learn(policy, form), expected)
+
+
+def test_offloaded_inputs_leave_the_device_and_come_back_once(base: BaseWeights) -> None:
+    """Of the layers' inputs only the last stays until the backward; each is fetched while its successor runs."""
+    policy = policy_of(base)
+    policy.recompute_layers("offload")
+    policy.model.train()
+    store = policy.decoder.model.layers[0]._gradient_checkpointing_func.args[1]
+    scored = policy.score(PROMPTS, COMPLETIONS, temperature=1.0)
+    kept = [store.newest()]
+    while kept[-1].before is not None:
+        kept.append(kept[-1].before)
+    assert len(kept) == 3
+    assert [entry.on_device is not None for entry in kept] == [True, False, False]
+    last = kept[0].load()
+    assert last.shape[-1] == 128 and kept[1].on_device is not None and kept[2].on_device is None
+    kept[1].load()
+    assert kept[2].on_device is not None
+    del scored
+
+
+def test_a_forward_without_backward_leaves_nothing_behind(base: BaseWeights) -> None:
+    policy = policy_of(base)
+    expected = learn(policy, "none")
+    policy.recompute_layers("offload")
+    policy.model.train()
+    store = policy.decoder.model.layers[0]._gradient_checkpointing_func.args[1]
+    scored = policy.score(PROMPTS, COMPLETIONS, temperature=1.0)
+    assert store.newest() is not None
+    del scored
+    assert store.newest() is None
+    assert_same_bits(learn(policy, "offload"), expected)
+
+
+def test_scoring_without_gradient_keeps_nothing(base: BaseWeights) -> None:
+    policy = policy_of(base)
+    policy.recompute_layers("offload")
+    policy.model.train()
+    store = policy.decoder.model.layers[0]._gradient_checkpointing_func.args[1]
+    with policy.reference():
+        policy.score(PROMPTS, COMPLETIONS, temperature=1.0)
+    assert store.newest() is None
+
+
+def test_less_is_saved_for_the_backward(base: BaseWeights) -> None:
+    """Bytes that autograd holds from the layers: all, their inputs, nothing."""
+    policy = policy_of(base)
+    tokens = 4 + 2 + 1 + 3 + 4
+    found = {}
+    for form in ("none", "layer", "offload"):
+        policy.recompute_layers(form)
+        policy.model.train()
+        seen: dict[int, int] = {}
+
+        def remember(tensor: Tensor, seen: dict[int, int] = seen) -> Tensor:
+            if tensor.shape[-2:] == (tokens, 128) and not isinstance(tensor, torch.nn.Parameter):
+                seen[tensor.untyped_storage().data_ptr()] = tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
+            scored = policy.score(PROMPTS, COMPLETIONS, temperature=1.0)
+        found[form] = len(seen)
+        del scored
+    assert found["none"] > 2 * found["layer"] > 0
+    assert found["layer"] - found["offload"] == 3
+    assert VOCABULARY == 160

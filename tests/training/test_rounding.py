@@ -1,0 +1,59 @@
+"""A run on real weights: what is trained is what is sampled, from the first step of the adapter on.
+
+Random adapters hide rounding, since what they do is large; this one is trained, and small.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+
+import pytest
+
+import grpo
+from tests.helpers.tiny_run import SMOLLM2
+
+ON_HOST = Path("/tmp/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+"""Where a GPU host may have the model without its package."""
+
+
+def brevity(completion_ids, **kwargs):
+    return [1 - len(ids) / 16 for ids in completion_ids]
+
+
+def steps_of_a_run(folder, device, *, four_bit=True, dtype="bfloat16", rank=8, steps=4, prompts=16):
+    model = str(ON_HOST) if ON_HOST.is_file() else SMOLLM2
+    lora = {"r": rank, "lora_alpha": 2 * rank}
+    policy = grpo.load(model, max_seq_length=128, load_in_4bit=four_bit, dtype=dtype, device=device, lora=lora)
+    policy.train(
+        "arithmetic",
+        rewards=["numeric_answer", brevity],
+        max_steps=steps,
+        max_completion_length=12,
+        prompts_per_step=prompts,
+        learning_rate=3e-4,
+        adapter_survival_every=1,
+        output_dir=str(folder / "run"),
+    )
+    policy.close()
+    return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_sampled_as_trained(steps):
+    idle, moved = steps[0]["mismatch_kl"], [step["mismatch_kl"] for step in steps[1:]]
+    assert statistics.fmean(moved) <= 1.5 * idle, (idle, moved)
+    assert steps[0]["adapter_survival"] >= 0.9 and statistics.fmean(s["adapter_survival"] for s in steps) >= 0.9
+
+
+def test_the_first_steps_of_an_adapter_show_and_bring_no_mismatch(tmp_path):
+    assert_sampled_as_trained(steps_of_a_run(tmp_path, "cpu", prompts=32))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("four_bit", [True, False], ids=["NF4", "16 bit"])
+@pytest.mark.parametrize("rank", [8, 64])
+def test_on_a_gpu_the_first_steps_show_and_bring_no_mismatch(four_bit, rank, tmp_path):
+    steps = steps_of_a_run(tmp_path, "cuda", four_bit=four_bit, rank=rank, steps=6, prompts=32)
+    assert_sampled_as_trained(steps)
+    assert max(step["mismatch_kl"] for step in steps) <= 0.004

@@ -1,0 +1,79 @@
+"""grpo/training/self_check.py: a run begins only when vLLM serves the adapter that is trained, whatever modules that is
+on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from grpo.config.schema import parse_config
+from grpo.errors import UserError
+from grpo.session import open_session
+from grpo.training.self_check import check_rollout_follows_adapter
+from tests.helpers.tiny_run import SMOLLM2
+
+TARGETS = [["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"], ["o_proj"]]
+
+
+def session_of(targets, dtype, *, rank=8, device="cpu", model=SMOLLM2, four_bit=True):
+    values = {
+        "model": {"name": model, "max_seq_length": 64, "dtype": dtype, "device": device, "load_in_4bit": four_bit},
+        "lora": {"r": rank, "lora_alpha": 2 * rank, "target_modules": targets},
+        "task": {"name": "arithmetic"},
+        "rollout": {"max_num_seqs": 4, "max_prompt_length": 32, "max_completion_length": 16},
+    }
+    return open_session(parse_config(values))
+
+
+def adapter(session):
+    return [parameter.detach().clone() for parameter in session.policy.parameters()]
+
+
+@pytest.mark.parametrize("targets", TARGETS, ids="-".join)
+def test_an_adapter_on_any_subset_of_modules_passes_and_is_left_as_it_was(targets):
+    with session_of(targets, "bfloat16") as session:
+        before = adapter(session)
+        check_rollout_follows_adapter(session)
+        assert all(torch.equal(one, other) for one, other in zip(adapter(session), before, strict=True))
+
+
+def test_an_adapter_that_generation_does_not_get_is_a_sentence(monkeypatch):
+    with session_of(["q_proj", "v_proj"], "float32") as session:
+        monkeypatch.setattr(session.engine, "sync_adapter", lambda: None)
+        with pytest.raises(UserError, match="generation shows .* another adapter"):
+            check_rollout_follows_adapter(session)
+
+
+def test_a_rollout_with_other_weights_is_a_sentence():
+    with session_of(["q_proj"], "float32", four_bit=False) as session:
+        norm = session.base.tensors["model.norm.weight"]
+        graph = session.policy.decoder.model.norm
+        graph.weight = torch.nn.Parameter(norm * 1.1, requires_grad=False)
+        with pytest.raises(UserError, match="vLLM's logprobs differ from the training graph's by"):
+            check_rollout_follows_adapter(session)
+
+
+def test_an_adapter_without_any_effect_is_a_sentence():
+    with session_of(["q_proj"], "float32") as session:
+        with torch.no_grad():
+            for layer in session.policy.adapter_layers().values():
+                layer.lora_A["default"].weight.zero_()
+        with pytest.raises(UserError, match="moving the adapter on q_proj changes no logprob"):
+            check_rollout_follows_adapter(session)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("four_bit", [False, True])
+@pytest.mark.parametrize("targets", [["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]], ids="-".join)
+def test_on_a_gpu_every_dtype_and_base_passes(targets, four_bit, dtype, smollm2):
+    with session_of(targets, dtype, device="cuda", model=smollm2, four_bit=four_bit) as session:
+        check_rollout_follows_adapter(session)
+
+
+@pytest.fixture
+def smollm2():
+    on_host = Path("/tmp/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+    return str(on_host) if on_host.is_file() else SMOLLM2
