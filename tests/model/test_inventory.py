@@ -76,7 +76,7 @@ def test_a_checkpoint_is_read_as_transformers_reads_it_or_refused(drawn: tuple[s
     check_mutation(*drawn)
 
 
-@pytest.mark.long
+@pytest.mark.wide
 @pytest.mark.timeout(3600)
 @settings(max_examples=1500, **MANY)
 @given(MUTATIONS)
@@ -117,7 +117,8 @@ def test_known_extras_are_named_once(tmp_path: Path) -> None:
     edit_tensors(tmp_path, **{name: torch.ones(2) for name in surplus})
     source = open_source(Model(name=str(tmp_path)))
     told = account(source)
-    assert len(told) == 3 and "not used: vision_tower.a.weight and 1 more, a part for images or sound" in told[1]
+    assert len(told) == 3
+    assert any("not used: vision_tower.a.weight and 1 more, a part for images or sound" in each for each in told)
     assert account(source) == [] and not any(name.startswith(("vision", "mtp")) for name in source.names)
     assert logprobs(load(tmp_path)).equal(plain)
 
