@@ -17,13 +17,13 @@ from torch import Tensor
 from grpo.errors import UserError
 from grpo.kernels import nf4
 from grpo.model.architectures import ARCHITECTURES, EMBEDDING, HEAD
-from grpo.model.checks import check_shapes, one_line
+from grpo.model.checks import one_line
 from grpo.model.config_keys import ALWAYS_TIED
 from grpo.model.weight_source import NF4Tensor, Source
 
 EXTRAS = {
     "rotary frequencies, which are computed from the configuration": re.compile(
-        r"rotary_emb\.inv_freq$|(^|\.)attn_rot_embd\."
+        r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$|(^|\.)attn_rot_embd\."
     ),
     "a part for images or sound, of which text needs nothing": re.compile(
         r"^(model\.)?(vision_tower|vision_model|vision_encoder|vision_embed_tokens|visual|multi_modal_projector"
@@ -35,6 +35,8 @@ EXTRAS = {
     ),
 }
 """What is left out of a text model, in the words of the notice -> how its tensors are called."""
+ROWS = 8192
+"""Of a vocabulary, compared at once."""
 
 
 def account(source: Source) -> list[str]:
@@ -44,7 +46,6 @@ def account(source: Source) -> list[str]:
     say. Raises UserError naming the tensor that is missing, of another shape or form, or of no use.
     """
     config = source.config.get_text_config()
-    check_shapes(source)
     needed = parameters(source, config)
     if config.tie_word_embeddings and HEAD not in source.names:
         del needed[HEAD]
@@ -73,13 +74,20 @@ def parameters(source: Source, config: Any) -> dict[str, tuple[int, ...]]:
 def check_tensor(source: Source, name: str, shape: tuple[int, ...]) -> None:
     """Raise UserError unless `source` has the tensor `name`, of that shape, in a form that is read."""
     if name not in source.names:
-        raise UserError(f"{source.path}: tensor {name} is missing; pass a complete model")
+        raise UserError(f"{source.path}: tensor {name} is missing{in_place_of(source, name)}; pass a complete model")
     found = source.shape(name)
     if found != shape:
         raise UserError(
             f"{source.path}: {name} has shape {found}, config.json says {shape}; pass a model whose files belong "
             "together"
         )
+
+
+def in_place_of(source: Source, name: str) -> str:
+    """What else the layer of the missing tensor `name` has, for the sentence: there it may be in another form."""
+    layer = name.rpartition(".")[0]
+    others = sorted(other for other in source.names if other.startswith(f"{layer}.") and not other.endswith(".bias"))
+    return f" (there is {others[0]}, and only plain and NF4 weights are read)" if others else ""
 
 
 def extras(source: Source, config: Any, surplus: set[str]) -> Iterator[str]:
@@ -113,7 +121,7 @@ def settled_head(source: Source, config: Any) -> list[str]:
     """Let the configuration say whether the output head is the embedding, by their values; a sentence if it changes."""
     if HEAD not in source.names or not (config.tie_word_embeddings or config.model_type in ALWAYS_TIED):
         return []
-    if torch.equal(values(source, HEAD), values(source, EMBEDDING)):
+    if same_values(source.read(HEAD), source.read(EMBEDDING)):
         source.names.discard(HEAD)
         config.tie_word_embeddings = True
         return []
@@ -129,9 +137,16 @@ def settled_head(source: Source, config: Any) -> list[str]:
     ]
 
 
-def values(source: Source, name: str) -> Tensor:
-    """The tensor `name` in float32."""
-    tensor = source.read(name)
+def same_values(one: Tensor | NF4Tensor, other: Tensor | NF4Tensor) -> bool:
+    """Whether two [vocabulary, hidden] tensors are equal as numbers, looked at by rows to spare memory."""
+    return all(
+        torch.equal(some.float(), others.float())
+        for some, others in zip(dense(one).split(ROWS), dense(other).split(ROWS), strict=True)
+    )
+
+
+def dense(tensor: Tensor | NF4Tensor) -> Tensor:
+    """`tensor`, dequantised to float32 where it is packed."""
     if isinstance(tensor, NF4Tensor):
         return nf4.dequantize_bitsandbytes(tensor.codes, tensor.absmax, tensor.shape, torch.float32)
-    return tensor.float()
+    return tensor

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from grpo.config.schema import Model
 from grpo.errors import UserError
+from grpo.kernels.nf4_lookup import CODE
 from grpo.model.architectures import ARCHITECTURES
 from grpo.model.checks import check_quantization, check_sizes, one_line, read_object
 from grpo.model.weight_files import stored_names, unique, unread_files, weights_entry
@@ -108,12 +109,16 @@ class SafetensorsSource:
             return tuple(stored.get_shape())
 
     def _nf4_shape(self, name: str) -> tuple[int, ...]:
-        """Raises LookupError where an entry that `read` needs is missing."""
-        needed = ["absmax"]
+        """Raises ValueError where an entry that `read` needs is missing, or the codes stand for other values."""
+        needed = ["absmax", "quant_map"]
         if f"{name}.nested_absmax" in self._shard_of:
             needed.append("nested_quant_map")
         for entry in needed:
-            self._shard_of[f"{name}.{entry}"]
+            if f"{name}.{entry}" not in self._shard_of:
+                raise ValueError(f"{name}.{entry} is missing")
+        values = self._raw(f"{name}.quant_map").float()
+        if values.shape != (len(CODE),) or not torch.allclose(values, torch.tensor(CODE), atol=1e-3):
+            raise ValueError(f"{name}.quant_map is not that of NF4")
         return tuple(self._nf4_state(name)["shape"])
 
     def read(self, name: str) -> Tensor | NF4Tensor:

@@ -2,7 +2,7 @@
 
 A file that the configuration names counts before all others, then `model.safetensors`, then the shards of
 `model.safetensors.index.json`. Whatever else lies beside them is not read; other safetensors are named in a notice.
-What the files hold is `source.py`'s affair.
+For what the files hold, see `safetensors_source.py`.
 """
 
 from __future__ import annotations
@@ -17,13 +17,20 @@ from grpo.errors import UserError
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SUFFIXES = (".safetensors", ".safetensors.index.json")
 PICKLED = ("*.bin", "*.pt", "*.pth")
+ADAPTER_CONFIG = "adapter_config.json"
 
 
 def weights_entry(folder: Path, named: str | None) -> Path:
     """The safetensors file, or index of shards, that holds the weights of the model in `folder`.
 
-    named: `transformers_weights` of its configuration. Raises UserError where there is none that may be read.
+    named: `transformers_weights` of its configuration. Raises UserError where there is none that may be read, and where
+    transformers would put an adapter on the model.
     """
+    if (folder / ADAPTER_CONFIG).is_file():
+        raise UserError(
+            f"{folder}: holds a model and, by {ADAPTER_CONFIG}, an adapter on it; move the adapter's files to a folder "
+            "of their own"
+        )
     if named is not None:
         return named_entry(folder, named)
     for name in (WHOLE, INDEX):

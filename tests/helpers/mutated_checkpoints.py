@@ -147,6 +147,11 @@ def save_mutated(folder: Path, family: str, changes: list[Change], layout: str) 
     (folder / "config.json").write_text(json.dumps(config))
 
 
+def reversed_rows(tensor: Tensor) -> Tensor:
+    """Other values in the shape and type of `tensor`, whatever that is."""
+    return tensor.float().flip(0).to(tensor.dtype)
+
+
 def write_layout(folder: Path, tensors: Tensors, config: dict[str, Any], layout: str) -> None:
     def write(name: str, held: Tensors) -> None:
         save_file({key: tensor.contiguous() for key, tensor in held.items()}, folder / name, metadata={"format": "pt"})
@@ -160,7 +165,7 @@ def write_layout(folder: Path, tensors: Tensors, config: dict[str, Any], layout:
     second = {name: tensors[name] for name in names[1::2]}
     places = dict.fromkeys(first, files[0]) | dict.fromkeys(second, files[1])
     if layout == "twice":
-        second[names[0]] = tensors[names[0]].flip(0)
+        second[names[0]] = reversed_rows(tensors[names[0]])
     if layout == "shard beyond the index":
         places.pop(names[-1])
     if layout in ("shards", "shards and consolidated", "shard beyond the index", "twice"):
@@ -171,13 +176,13 @@ def write_layout(folder: Path, tensors: Tensors, config: dict[str, Any], layout:
         write("weights.safetensors", tensors)
     elif layout == "named":
         write("weights.safetensors", tensors)
-        write("model.safetensors", {name: tensor.flip(0) for name, tensor in tensors.items()})
+        write("model.safetensors", {name: reversed_rows(tensor) for name, tensor in tensors.items()})
         config["transformers_weights"] = "weights.safetensors"
     else:
         write("model.safetensors", tensors)
     if layout == "whole and index":
-        write(files[0], {name: tensor.flip(0) for name, tensor in first.items()})
-        write(files[1], {name: tensor.flip(0) for name, tensor in second.items()})
+        write(files[0], {name: reversed_rows(tensor) for name, tensor in first.items()})
+        write(files[1], {name: reversed_rows(tensor) for name, tensor in second.items()})
         write_index(places)
     if layout.endswith("consolidated"):
         write("consolidated.safetensors", {"norm.weight": torch.ones(3)} | first)

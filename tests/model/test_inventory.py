@@ -217,6 +217,31 @@ def test_entries_that_bitsandbytes_nf4_has_not_are_refused(name: str, tmp_path: 
     assert f"tensor model.layers.0.self_attn.{name} has no use" in refusal(tmp_path)
 
 
+@pytest.mark.parametrize(("entry", "said"), [("quant_map", "is not that of NF4"), ("absmax", "is missing")])
+def test_bitsandbytes_entries_that_give_codes_another_meaning_are_refused(
+    entry: str, said: str, tmp_path: Path
+) -> None:
+    save_tiny(tmp_path, "llama")
+    quantize_folder(tmp_path, nested=False)
+    name = f"model.layers.1.mlp.up_proj.weight.{entry}"
+    edit_tensors(tmp_path, **{name: torch.linspace(-1, 1, 16) if entry == "quant_map" else None})
+    assert f"{name} {said}" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["qweight", "weight_packed", "base_layer.weight"])
+def test_a_weight_that_is_there_in_another_form_is_named(kind: str, tmp_path: Path) -> None:
+    save_tiny(tmp_path, "llama")
+    layer = "model.layers.1.self_attn.q_proj"
+    edit_tensors(tmp_path, **{f"{layer}.weight": None, f"{layer}.{kind}": torch.zeros(16, 8, dtype=torch.int32)})
+    assert f"{layer}.weight is missing (there is {layer}.{kind}, and only plain" in refusal(tmp_path)
+
+
+def test_an_adapter_that_transformers_would_put_on_the_model_is_refused(tmp_path: Path) -> None:
+    save_tiny(tmp_path, "llama")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert "holds a model and, by adapter_config.json, an adapter on it" in refusal(tmp_path)
+
+
 def test_codes_that_bitsandbytes_keeps_under_another_type_are_read(tmp_path: Path) -> None:
     save_tiny(tmp_path, "llama")
     quantize_folder(tmp_path, nested=False)
