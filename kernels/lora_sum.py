@@ -4,12 +4,13 @@ In 16 bit a step of training moves y by less than half a unit in its last place,
 nearly everywhere. Added to a rounded y such a step is lost; added to the sum before it is rounded, it shows wherever
 it carries the sum across a boundary, which over many outputs is on average its whole size (docs/algorithms.md).
 
-Two ways, the same to rounding. With W, U and x, s beside each other one product does all, at the price of a copy of W:
+Three ways, the same to rounding. With W, U and x, s beside each other one product does all, for a copy of W:
 
     y = [x | s | 1] [W | U | b]^T
 
 With few rows a copy of W would take longer than the product. There the product is left in float32, and a kernel adds
-the rest and rounds. Which it is follows from the sizes alone (`sums_in_float32`).
+the rest and rounds; with a decoding step's rows one kernel does both (dense_gemm.py). Which it is follows from device
+and sizes alone.
 
 Not here: packed weights (nf4_gemm.py, which sums in registers or fills [W | U] by dequantising), gradients, s = x A^T.
 """
@@ -21,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from grpo.kernels import dense_gemm
 from grpo.kernels.launch import on_device, portable, round_to, sum_in_float32
 from grpo.kernels.lora_factors import LowRank, with_bias
 from grpo.kernels.split_k import dot
@@ -53,22 +55,24 @@ def dense_linear(
         return torch.mm(x, weight.t(), out=out)
     if low_rank is None and not x.is_cuda:
         return torch.addmm(bias, x, weight.t(), out=out)
-    if sums_in_float32(x, rows, features):
+    if dense_gemm.serves(x, weight):
+        dense_gemm.dense_gemm(x, weight, bias, low_rank, out)
+    elif sums_in_float32(x, rows, features):
         round_sum(torch.mm(x, weight.t(), out_dtype=torch.float32), bias, low_rank, out)
-        return out
-    joined = with_bias(low_rank, bias, rows)
-    assert joined is not None
-    return joined_linear(x, weight, joined, out)
+    else:
+        joined = with_bias(low_rank, bias, rows)
+        assert joined is not None
+        joined_linear(x, weight, joined, out)
+    return out
 
 
-def joined_linear(x: Tensor, weight: Tensor, low_rank: LowRank, out: Tensor) -> Tensor:
+def joined_linear(x: Tensor, weight: Tensor, low_rank: LowRank, out: Tensor) -> None:
     """out = [x | shrunk] [W | b]^T, from PIECE_BYTES of [W | b] at a time."""
     beside = low_rank.beside(x)
     step = max(FEATURES, PIECE_BYTES // (beside.shape[1] * x.element_size()) // FEATURES * FEATURES)
     for start in range(0, weight.shape[0], step):
         part = slice(start, min(start + step, weight.shape[0]))
         torch.mm(beside, torch.cat([weight[part], low_rank.b[part]], 1).t(), out=out[:, part])
-    return out
 
 
 def round_sum(total: Tensor, bias: Tensor | None, low_rank: LowRank | None, out: Tensor) -> None:

@@ -1,13 +1,13 @@
 """y = x W^T + b for W in the stored form of nf4.py: one call, which multiplies packed weights where that is faster.
 
-`nf4_linear` chooses between a fused Triton kernel and dequantise + cuBLAS by nf4_table.json, measured per GPU model by
-python -m benchmarks.nf4_gemm --tune. docs/nf4-kernel.md explains the kernel.
+`nf4_linear` chooses between a fused Triton kernel and dequantise + cuBLAS by the card's plan (nf4_plans.py).
+docs/nf4-kernel.md explains the kernel.
 
 The fused kernel's result for a row of x has the same bits whatever other rows there are: K is split by the shape of W
 alone, each split is summed in the order of K, and the splits are added in their order by whichever program finishes
 last. Tile sizes, which do depend on the number of rows, do not enter. Two limits: above a shape's largest number of
-rows in the table (128 to 512 on an H100) the product is cuBLAS's, with cuBLAS's bits; and another shape, GPU model or
-table may split otherwise.
+rows in its plan (128 to 512 on an H100) the product is cuBLAS's, with cuBLAS's bits; and another shape, GPU model or
+measurement may split otherwise.
 
 A LoRA adapter's second half, (x A^T) (s B)^T, is added to the sums before they are rounded, by either way; its first
 half is lora_shrink.py's.
@@ -18,58 +18,20 @@ workspace.
 
 from __future__ import annotations
 
-import json
-import logging
 import math
-from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from grpo.kernels import nf4
+from grpo.kernels import cards, nf4
 from grpo.kernels.launch import on_device, round_to, sum_in_float32
 from grpo.kernels.lora_factors import LowRank, with_bias
-from grpo.kernels.nf4_lookup import byte_tables, load_rows, lookup_half, scaled, tile_columns
-from grpo.kernels.split_k import COUNTERS, WORKSPACE_BYTES, dot, hand_in, sum_of_parts, workspace
-
-TABLE = Path(__file__).with_name("nf4_table.json")
-DENSE_BYTES = 32 << 20
-"""Size of a dequantised piece: the product then reads it from an L2 cache of 50 MB."""
-
-log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Tile:
-    """How the fused kernel cuts up a product. None of it changes a bit of the result."""
-
-    n: int
-    """Rows of W (columns of y) per program; a multiple of 16 * warps."""
-    m: int
-    """Rows of x per program, at least 16."""
-    warps: int
-    stages: int
-    """Depth of the pipeline of loads."""
-    dots: int
-    """Matrix products per 128 columns: 1 overlaps looking up with multiplying, 2 needs fewer registers."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What to do for one shape of W."""
-
-    split: int
-    """Programs that share the columns of a tile. Part of the result's definition: see the module's docstring."""
-    tiles: tuple[tuple[int, Tile], ...]
-    """(largest number of rows, tile), ascending."""
-
-    def tile(self, rows: int) -> Tile | None:
-        """The tile for `rows` rows of x; None: dequantise + cuBLAS is faster."""
-        return next((tile for most, tile in self.tiles if rows <= most), None)
+from grpo.kernels.nf4_lookup import byte_tables, fenced, load_rows, lookup_half, scaled, tile_columns
+from grpo.kernels.nf4_plans import find_plan, load_table
+from grpo.kernels.nf4_tiles import LARGEST_PIECE, Tile, fits, piece_bytes
+from grpo.kernels.split_k import dot, hand_in, sum_of_parts, workspace
 
 
 def nf4_linear(
@@ -97,12 +59,12 @@ def nf4_linear(
         out = torch.empty(rows, features, dtype=x.dtype, device=x.device)
     if out.shape != (rows, features) or out.dtype != x.dtype or out.stride(1) != 1:
         raise ValueError(f"out must be {x.dtype} [{rows}, {features}] with a last stride of 1")
-    plan = find_plan(x.device, features, columns) if x.is_cuda and x.dtype != torch.float32 else None
+    plan = find_plan(x.device, features, columns) if x.is_cuda and fused_serves(x.dtype, x.device) else None
     tile = plan.tile(rows) if plan else None
     if rows == 0:
         return out
     if plan and tile:
-        launch_gemm(x, packed, absmax, bias, out, tile, plan.split, low_rank)
+        launch_fused(x, packed, absmax, bias, out, tile, plan.split, low_rank)
         return out
     if x.is_cuda:
         dequantized_linear(x, packed, absmax, bias, out, low_rank)
@@ -128,8 +90,8 @@ def dequantized_linear(
     low_rank = with_bias(low_rank, bias, x.shape[0])
     ranks = 0 if low_rank is None else low_rank.b.shape[1]
     wide = columns + ranks
-    pieces = math.ceil(features * wide * x.element_size() / DENSE_BYTES)
-    step = math.ceil(features / pieces / 256) * 256
+    most = max(256, dense_bytes(x.device) // (wide * x.element_size()) // 256 * 256)
+    step = math.ceil(features / math.ceil(features / most) / 256) * 256
     scratch, _ = workspace(x.device)
     beside = x if low_rank is None else low_rank.beside(x)
     for start in range(0, features, step):
@@ -139,6 +101,29 @@ def dequantized_linear(
         if low_rank is not None:
             matrix[:, columns:].copy_(low_rank.b[part])
         torch.mm(beside, matrix.t(), out=out[:, part])
+
+
+def fused_serves(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a fused kernel takes `dtype` on `device`, a GPU: sm_75 has no bfloat16."""
+    return dtype == torch.float16 or (dtype == torch.bfloat16 and cards.card(device).unit != "m16n8k8")
+
+
+def launch_fused(
+    x: Tensor, packed: Tensor, absmax: Tensor, bias: Tensor | None, out: Tensor, tile: Tile, split: int,
+    low_rank: LowRank | None = None,
+) -> None:  # fmt: skip
+    """The fused kernel of x's device. Arguments as for `launch_gemm`."""
+    if cards.card(x.device).unit == "m16n8k8":
+        from grpo.kernels.nf4_turing import launch_turing
+
+        launch_turing(x, packed, absmax, bias, out, tile, split, low_rank)
+    else:
+        launch_gemm(x, packed, absmax, bias, out, tile, split, low_rank)
+
+
+def dense_bytes(device: torch.device) -> int:
+    """Size of a dequantised piece of a weight."""
+    return piece_bytes(cards.card(device)) if device.type == "cuda" else LARGEST_PIECE
 
 
 def prepare(device: torch.device) -> None:
@@ -172,14 +157,8 @@ def launch_gemm(
             rows, features, columns, words.shape[1], x.stride(0), out.stride(0),
             *byte_tables(x.dtype), tile.n, tile.m, split, tile.warps, tile.stages, tile.dots, rows % tile.m != 0,
             columns % nf4.TILE != 0, bias is not None, ranks, min(64, triton.next_power_of_2(max(ranks, 16))),
-            portable, num_warps=tile.warps,
+            portable, x.is_cuda and cards.card(x.device).unit == "mma", num_warps=tile.warps,
         )  # fmt: skip
-
-
-def fits(tile: Tile, split: int, rows: int, features: int) -> bool:
-    """Whether the workspace has room for the partial sums of a product."""
-    programs = math.ceil(rows / tile.m) * math.ceil(features / tile.n)
-    return split == 1 or (programs <= COUNTERS and 4 * programs * split * tile.m * tile.n <= WORKSPACE_BYTES)
 
 
 @triton.jit(do_not_specialize=["rows", "tiles"])
@@ -188,7 +167,7 @@ def _gemm_kernel(
     rows, features, columns, tiles, x_stride, out_stride, t0, t1, t2, t3, t4, t5, t6, t7,
     BN: tl.constexpr, BM: tl.constexpr, SPLIT: tl.constexpr, WARPS: tl.constexpr, STAGES: tl.constexpr,
     DOTS: tl.constexpr, RAGGED: tl.constexpr, HALF_TAIL: tl.constexpr, HAS_BIAS: tl.constexpr, RANKS: tl.constexpr,
-    BR: tl.constexpr, PORTABLE: tl.constexpr,
+    BR: tl.constexpr, PORTABLE: tl.constexpr, FENCED: tl.constexpr,
 ):  # fmt: skip
     """out^T [BN, BM] = W [BN, part of K] x^T. words: [N / 8, tiles, 8, 16]; scales: pairs, [N / 8, tiles, 8]."""
     DTYPE: tl.constexpr = x.dtype.element_ty
@@ -214,13 +193,13 @@ def _gemm_kernel(
         scale0 = (pair & 0xFFFF).to(tl.int16).to(DTYPE, bitcast=True)
         scale1 = (pair >> 16).to(tl.int16).to(DTYPE, bitcast=True)
         low = tile_columns(lookup_half(word, 0, t0, t1, t2, t3, t4, t5, t6, t7, DTYPE, PORTABLE), BN, WARPS)
-        low = scaled(low, scale0, DTYPE, PORTABLE)
+        low = fenced(scaled(low, scale0, DTYPE, PORTABLE), FENCED)
         if DOTS == 2:
             total = dot(
                 low, _load_x(x_at + tile * 128, x_mask, tile * 128 + k, columns, RAGGED, False), total, PORTABLE
             )
         high = tile_columns(lookup_half(word, 1, t0, t1, t2, t3, t4, t5, t6, t7, DTYPE, PORTABLE), BN, WARPS)
-        high = scaled(high, scale1, DTYPE, PORTABLE)
+        high = fenced(scaled(high, scale1, DTYPE, PORTABLE), FENCED)
         if DOTS == 2:
             total = dot(
                 high,
@@ -229,7 +208,7 @@ def _gemm_kernel(
                 PORTABLE,
             )
         else:
-            both = tl.reshape(tl.permute(tl.join(low, high), [0, 2, 1]), [BN, 128])
+            both = fenced(tl.reshape(tl.permute(tl.join(low, high), [0, 2, 1]), [BN, 128]), FENCED)
             total = dot(
                 both, _load_x(x_at + tile * 128, x_mask, tile * 128 + k, columns, RAGGED, HALF_TAIL), total, PORTABLE
             )
@@ -280,54 +259,3 @@ def _store(total, out, bias, m, n, rows, features, out_stride, HAS_BIAS: tl.cons
     at = out + m[None, :] * out_stride + n[:, None]
     mask = (m < rows)[None, :] & (n < features)[:, None]
     tl.store(at, round_to(total, out.dtype.element_ty, PORTABLE), mask=mask)
-
-
-@lru_cache
-def load_table() -> dict[str, dict[tuple[int, int], Plan]]:
-    """GPU name -> (N, K) -> Plan, from the file that python -m benchmarks.nf4_gemm --tune writes."""
-    gpus = json.loads(TABLE.read_text())
-    return {
-        gpu: {_read_shape(shape): _read_plan(entry) for shape, entry in content["shapes"].items()}
-        for gpu, content in gpus.items()
-    }
-
-
-def _read_shape(text: str) -> tuple[int, int]:
-    features, columns = text.split("x")
-    return int(features), int(columns)
-
-
-def use_table(path: Path) -> None:
-    """Take plans from `path` from now on."""
-    global TABLE
-    TABLE = path
-    load_table.cache_clear()
-    find_plan.cache_clear()
-
-
-def _read_plan(entry: dict) -> Plan:
-    tiles = sorted((int(rows), Tile(**tile)) for rows, tile in entry["tiles"].items())
-    return Plan(entry["split"], tuple(tiles))
-
-
-@lru_cache
-def find_plan(device: torch.device, features: int, columns: int) -> Plan | None:
-    """The plan for W [features, columns] on `device`: that of the nearest measured shape, by the ratios of both sides,
-    as far as the workspace allows. None, with a warning, for a GPU that is not in the table or is no Hopper GPU.
-    """
-    name = torch.cuda.get_device_name(device)
-    shapes = load_table().get(name)
-    if not shapes or torch.cuda.get_device_capability(device) < (9, 0):
-        _warn_unmeasured(name)
-        return None
-    distance = {shape: abs(math.log(shape[0] / features)) + abs(math.log(shape[1] / columns)) for shape in shapes}
-    nearest = shapes[min(distance, key=lambda shape: distance[shape])]
-    return Plan(nearest.split, tuple(pair for pair in nearest.tiles if fits(pair[1], nearest.split, pair[0], features)))
-
-
-@lru_cache
-def _warn_unmeasured(name: str) -> None:
-    log.warning(
-        "%s is not in %s: NF4 products are dequantised first; run python -m benchmarks.nf4_gemm --tune to measure it",
-        name, TABLE.name,
-    )  # fmt: skip

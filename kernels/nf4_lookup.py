@@ -102,6 +102,19 @@ def scaled(values, scale, DTYPE: tl.constexpr, PORTABLE: tl.constexpr):
 
 
 @triton.jit
+def fenced(values, FENCED: tl.constexpr):
+    """`values`, where Triton must not look further back to choose the order of mma.sync's operand in registers.
+
+    Triton 3.6 halves the width that it assumes of a loaded value when it finds a `join` behind an operand, and then
+    wants four neighbouring columns in a lane where `lookup_half` has two and two: every value would change lanes. It
+    looks no further than an instruction that may have effects. This one has none, and costs none.
+    """
+    if FENCED:
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [values], values.dtype, is_pure=False, pack=2)
+    return values
+
+
+@triton.jit
 def tile_columns(values, ROWS: tl.constexpr, WARPS: tl.constexpr):
     """`lookup_half`'s [ROWS, 16 (c, w), 2 (e), 2 (j)] -> [ROWS, 64] in the order of the matrix's columns, 16 w + 8 j +
     2 c + e, and of its rows, where the words were loaded in the order of `load_rows`.

@@ -18,6 +18,7 @@ os.environ.setdefault("VLLM_PLUGINS", "")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 import gc
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -41,6 +42,7 @@ from grpo.rollout.lora_buffers import ServedAdapter
 from grpo.rollout.types import Completion, EngineSettings, Request, SamplingSettings
 from grpo.rollout.vllm_model import SERVED, SHARED, write_model_folder
 from grpo.rollout.vllm_scheduler import Collected, OnePassSampler, rollout_scheduler
+from grpo.run.tiles import prepare_tiles
 
 VLLM_TESTED = ((0, 26), (0, 33))
 """First and last minor version that these files were written for."""
@@ -66,6 +68,7 @@ class Engine:
         self._handle = handle
         if base.device.type == "cuda":
             prepare(base.device)
+            prepare_tiles(base.device, nf4_shapes(base), base.dtype, told)
             torch.cuda.synchronize()  # vLLM changes the stream, and its new one does not wait for the weights
         if base.device.type == "cpu":
             # vLLM compiles a helper of its sampler: seconds at the first rollout, and a C++ compiler needed.
@@ -298,6 +301,17 @@ def kv_cache_allocations() -> list[Any]:
     """vLLM's records of the memory that holds the KV cache."""
     allocations = cumem.CuMemAllocator.get_instance().pointer_to_data.values()
     return [allocation for allocation in allocations if allocation.tag == "kv_cache"]
+
+
+def nf4_shapes(base: BaseWeights) -> list[tuple[int, int]]:
+    """(rows, columns) of the products that the base's 4-bit weights take part in."""
+    segments = [segment for linear in base.linears.values() for segment in linear.segments]
+    return [(one.weight.shape[0], one.weight.shape[1] * 2) for one in segments if one.absmax is not None]
+
+
+def told(text: str) -> None:
+    """Say what takes a while."""
+    print(f"grpo: {text}", file=sys.stderr, flush=True)
 
 
 def capture_sizes(max_num_seqs: int) -> list[int]:

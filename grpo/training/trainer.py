@@ -14,6 +14,7 @@ import math
 import resource
 import time
 from collections.abc import Callable
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -319,8 +320,9 @@ class Run:
         every = self.config.log.adapter_survival_every
         if not self.ranks.first or every is None or (step > 1 and step % every):
             return {}
-        firsts = [(group.prompt.token_ids, sample.token_ids) for group in groups for sample in group.own[:1]]
-        share = adapter_survival(self.session.policy, [p for p, _ in firsts], [c for _, c in firsts])
+        turns = zip_longest(*([(group.prompt.token_ids, sample.token_ids) for sample in group.own] for group in groups))
+        pairs = [pair for turn in turns for pair in turn if pair is not None]  # one of each group, then another
+        share = adapter_survival(self.session.policy, [p for p, _ in pairs], [c for _, c in pairs])
         return {} if share is None else {"adapter_survival": share}
 
     def own_rank(self) -> tuple[int, ...]:

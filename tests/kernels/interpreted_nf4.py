@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from grpo.kernels import nf4, nf4_gemm
+from grpo.kernels.dense_gemm import dense_gemm, split_of
 from grpo.kernels.lora_factors import LowRank
 from grpo.kernels.lora_shrink import launch_shrink
 from grpo.kernels.lora_sum import round_sum
-from grpo.kernels.nf4_gemm import Tile
+from grpo.kernels.nf4_tiles import Tile
+from grpo.kernels.nf4_turing import launch_turing
 from tests.helpers.rounding import share_rounded_more_than_once
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "pytest tests/kernels/test_nf4.py runs this file"
@@ -142,3 +144,66 @@ def test_sum_kernel_adds_bias_and_adapter_and_rounds_once(rows, features, ranks,
     exact = total.double() + shrunk.double() @ b.double().T + (0 if given is None else given.double())
     assert share_rounded_more_than_once(whole[:, :features], exact) <= 0.005
     assert whole[:, features:].isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("rows", "features", "columns", "tile", "split", "with_bias", "ranks"),
+    [
+        (1, 64, 128, Tile(64, 8, 4, 1, 1), 1, False, 0),
+        (9, 136, 320, Tile(64, 8, 4, 1, 1), 2, True, 0),
+        (17, 264, 576, Tile(128, 16, 4, 1, 1), 3, True, 16),
+        (33, 72, 192, Tile(64, 32, 4, 1, 1), 1, False, 48),
+    ],
+)
+def test_the_product_of_sm_75_equals_the_product_of_dequantised_weights(
+    rows, features, columns, tile, split, with_bias, ranks
+):
+    dtype = torch.float16
+    packed, absmax = nf4.allocate(features, columns, dtype, "cpu")
+    nf4.quantize_rows(packed, absmax, 0, random_weight(features, columns))
+    wide = torch.randn(rows, columns + 8).to(dtype)
+    wide[:, columns:] = float("nan")
+    x = wide[:, :columns]
+    bias = torch.randn(features).to(dtype) if with_bias else None
+    low_rank = LowRank(torch.randn(rows, ranks).to(dtype), torch.randn(features, ranks).to(dtype)) if ranks else None
+    guarded = torch.full((rows + 1, features + 3), 7.0, dtype=dtype)
+    out = guarded[:rows, :features]
+    out.fill_(float("nan"))
+    launch_turing(x, packed, absmax, bias, out, tile, split, low_rank, portable=True)
+    expected = x.double() @ nf4.dequantize(packed, absmax).double().T + (bias.double() if with_bias else 0.0)
+    if low_rank is not None:
+        expected += low_rank.shrunk.double() @ low_rank.b.double().T
+    assert (out.double() - expected).norm() <= TOLERANCE[dtype] * expected.norm()
+    assert share_rounded_more_than_once(out, expected) <= 0.005
+    assert bool((guarded[rows:] == 7).all()) and bool((guarded[:, features:] == 7).all())
+    assert not nf4_gemm.workspace(x.device)[1].any()
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(
+    ("rows", "features", "columns", "ranks", "bias"),
+    [(1, 8, 64, 16, True), (5, 136, 576, 48, False), (33, 72, 192, 20, True), (64, 130, 640, 0, True)],
+)
+def test_dense_kernel_adds_bias_and_adapter_and_rounds_once(rows, features, columns, ranks, bias, dtype):
+    weight = random_weight(features, columns + 8, dtype)[:, :columns]
+    x = torch.randn(rows, columns + 8).to(dtype)[:, :columns]
+    given = torch.randn(features).to(dtype) if bias else None
+    shrunk, b = torch.randn(rows, ranks).to(dtype), (torch.randn(ranks, features) * 1e-2).to(dtype).t()
+    whole = torch.full((rows, features + 8), float("nan"), dtype=dtype)
+    dense_gemm(x, weight, given, LowRank(shrunk, b) if ranks else None, whole[:, :features], 100_000)
+    exact = x.double() @ weight.double().T + shrunk.double() @ b.double().T + (0 if given is None else given.double())
+    assert share_rounded_more_than_once(whole[:, :features], exact) <= 0.005
+    assert whole[:, features:].isnan().all()
+
+
+def test_a_row_of_a_dense_product_has_the_same_bits_whatever_other_rows_there_are():
+    assert split_of(72, 576) == 4
+    weight, x = random_weight(72, 576, torch.bfloat16), torch.randn(40, 576).to(torch.bfloat16)
+    low_rank = LowRank(torch.randn(40, 16).to(torch.bfloat16), torch.randn(72, 16).to(torch.bfloat16))
+    together = torch.empty(40, 72, dtype=torch.bfloat16)
+    dense_gemm(x, weight, None, low_rank, together, 100_000)
+    for row in (0, 17, 39):
+        alone = torch.empty(1, 72, dtype=torch.bfloat16)
+        part = slice(row, row + 1)
+        dense_gemm(x[part], weight, None, LowRank(low_rank.shrunk[part], low_rank.b), alone, 100_000)
+        assert torch.equal(alone, together[part])

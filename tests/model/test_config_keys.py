@@ -119,8 +119,8 @@ def test_a_configuration_is_served_exactly_or_refused_in_a_sentence(drawn):
 
 
 @pytest.mark.vllm
-@pytest.mark.long
-@pytest.mark.timeout(3600)
+@pytest.mark.wide
+@pytest.mark.timeout(1500)
 @settings(max_examples=300, **MANY)
 @given(configurations())
 def test_many_configurations_are_served_exactly_or_refused_in_a_sentence(drawn):
