@@ -122,7 +122,12 @@ def adapter_folder(parsed: argparse.Namespace, run: Path | None) -> Path | None:
 
 def evaluate_target(config: Config, adapter: Path | None, *, with_base: bool) -> dict[str, EvalResult]:
     """Results by label: with the adapter if there is one, and without it if there is none or it is asked for."""
+<<<<<<< HEAD
     from grpo.session import open_session, read_model
+=======
+    from grpo.session import open_session
+    from grpo.training.environment import held_out_player
+>>>>>>> main
 
     files = read_model(config)
     data = load_data(config, files.tokenizer, train=False)
@@ -131,7 +136,11 @@ def evaluate_target(config: Config, adapter: Path | None, *, with_base: bool) ->
         print(f"{data.eval_dropped} questions longer than rollout.max_prompt_length left out", file=sys.stderr)
     with open_session(config, adapter=adapter, files=files) as session:
         kinds = ([ADAPTER] if adapter else []) + ([BASE] if with_base or not adapter else [])
-        return {kind: evaluate(session, data.eval, data.tasks, config.eval, adapter=kind == ADAPTER) for kind in kinds}
+        with held_out_player(session) as player:
+            return {
+                kind: evaluate(session, data.eval, data.tasks, config.eval, adapter=kind == ADAPTER, player=player)
+                for kind in kinds
+            }
 
 
 def last_step(run: Path) -> int:
