@@ -122,12 +122,8 @@ def adapter_folder(parsed: argparse.Namespace, run: Path | None) -> Path | None:
 
 def evaluate_target(config: Config, adapter: Path | None, *, with_base: bool) -> dict[str, EvalResult]:
     """Results by label: with the adapter if there is one, and without it if there is none or it is asked for."""
-<<<<<<< HEAD
     from grpo.session import open_session, read_model
-=======
-    from grpo.session import open_session
     from grpo.training.environment import held_out_player
->>>>>>> main
 
     files = read_model(config)
     data = load_data(config, files.tokenizer, train=False)
