@@ -235,33 +235,24 @@ def _turing_kernel(
     else:
         tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
         part_ptrs = partial_ptr + tile * (SPLIT * SUMS * THREADS) + thread
-        own_at = part_ptrs + tl.program_id(2) * (SUMS * THREADS)
+        own_part_ptrs = part_ptrs + tl.program_id(2) * (SUMS * THREADS)
         for index in tl.static_range(1, SUMS):
-            tl.store(own_at + index * THREADS, sums[index])
-        if store_part(sums[0], own_at, counters_ptr + tile, SPLIT):
+            tl.store(own_part_ptrs + index * THREADS, sums[index])
+        if store_part(sums[0], own_part_ptrs, counters_ptr + tile, SPLIT):
             total = ()
             for index in tl.static_range(SUMS):
                 total += (sum_parts(part_ptrs + index * THREADS, SUMS * THREADS, SPLIT),)
             _store(
-                total,
-                out_ptr,
-                bias_ptr,
-                n0 + r,
-                m - r + 2 * c,
-                rows,
-                features,
-                stride_out_m,
-                N_TILES,
-                M_TILES,
-                HAS_BIAS,
-            )
+                total, out_ptr, bias_ptr, n0 + r, m - r + 2 * c, rows, features, stride_out_m,
+                N_TILES, M_TILES, HAS_BIAS,
+            )  # fmt: skip
             tl.store(counters_ptr + tile, 0)
 
 
 @triton.jit
 def _low_rank_added(
-    sums, x_lora_a_ptr, b_ptr, n, m, c, rows, features, RANKS: tl.constexpr, N_TILES: tl.constexpr, M_TILES: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    sums, x_lora_a_ptr, b_ptr, n, m, c, rows, features,
+    RANKS: tl.constexpr, N_TILES: tl.constexpr, M_TILES: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """`sums` plus b times the transpose of x_lora_a; both as pairs of ranks."""
     for rank in tl.static_range(0, RANKS // 2, 4):

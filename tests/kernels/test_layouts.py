@@ -96,7 +96,7 @@ def test_one_launch_lays_out_three_adapters(device, monkeypatch):
     if device == "cpu" and not interpreter_enabled():
         return
     launched = []
-    launch = lora_factors.launch_lay_out
+    launch = lora_factors.launch_pack_lora
     monkeypatch.setattr(lora_factors, "launch_pack_lora", lambda *given: launched.append(launch(*given)))
     adapters, factors = factors_of([(0, 8, 2, 1.0), (8, 8, 2, 1.0), (16, 8, 2, 1.0)], 16, device)
     pack_lora(adapters, factors, torch.empty(6, 16, device=device), torch.empty(24, 6, device=device))
