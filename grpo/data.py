@@ -86,7 +86,9 @@ def load_data(
     if train:
         rows = {name: task.train[: data.settings[name].limit] for name, task in data.tasks.items()}
         data.train, data.dropped = make_prompts(rows, "training", data.settings, config, tokenizer)
-        data.rewards = [RewardSpec.of(reward) for reward in config.rewards] or default_rewards(data.tasks)
+        data.rewards = [RewardSpec.of(reward) for reward in config.rewards]
+        if not data.rewards and (config.environment is None or config.environment.kind == "tools"):
+            data.rewards = default_rewards(data.tasks)
     if config.eval.every is not None or not train:
         rows = {name: task.eval[: config.eval.limit] for name, task in data.tasks.items()}
         data.eval, data.eval_dropped = make_prompts(rows, "held-out", data.settings, config, tokenizer)

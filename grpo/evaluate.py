@@ -122,15 +122,21 @@ def adapter_folder(parsed: argparse.Namespace, run: Path | None) -> Path | None:
 
 def evaluate_model(config: Config, adapter: Path | None, *, with_base: bool) -> dict[str, EvalResult]:
     """Results by label: with the adapter if there is one, and without it if there is none or it is asked for."""
-    from grpo.session import open_session
+    from grpo.session import open_session, read_model
+    from grpo.training.environment import held_out_player
 
-    with open_session(config, adapter=adapter) as session:
-        data = load_data(config, session.tokenizer, train=False)
-        check_tokens(data.texts(), session.tokenizer, session.base.config)
-        if data.eval_dropped:
-            print(f"{data.eval_dropped} questions longer than rollout.max_prompt_length left out", file=sys.stderr)
+    files = read_model(config)
+    data = load_data(config, files.tokenizer, train=False)
+    check_tokens(data.texts(), files.tokenizer, files.source.config)
+    if data.eval_dropped:
+        print(f"{data.eval_dropped} questions longer than rollout.max_prompt_length left out", file=sys.stderr)
+    with open_session(config, adapter=adapter, files=files) as session:
         kinds = ([ADAPTER] if adapter else []) + ([BASE] if with_base or not adapter else [])
-        return {kind: evaluate(session, data.eval, data.tasks, config.eval, adapter=kind == ADAPTER) for kind in kinds}
+        with held_out_player(session) as player:
+            return {
+                kind: evaluate(session, data.eval, data.tasks, config.eval, adapter=kind == ADAPTER, player=player)
+                for kind in kinds
+            }
 
 
 def last_step(run: Path) -> int:

@@ -21,9 +21,10 @@ from grpo.config.schema import Config
 from grpo.errors import UserError
 from grpo.memory.plan import MemoryPlan, check_memory, lighter_weights, plan_memory, sequence_limits, weight_bytes
 from grpo.model.architectures import adapter_targets, check_supported
-from grpo.model.checks import check_head_size, check_shapes, end_tokens
+from grpo.model.checks import check_head_size, end_tokens
 from grpo.model.config_keys import check_keys, settle
 from grpo.model.host_memory import give_back_pinned
+from grpo.model.inventory import account
 from grpo.model.locate import lasting_name
 from grpo.model.source import open_source, read_template
 from grpo.model.vocabulary import no_row
@@ -81,7 +82,7 @@ def read_model(
 ) -> ModelFiles:
     """Find the model of `config` and read everything but its weights: enough to tokenise the data.
 
-    `notice` is called with a sentence for each thing in the model's configuration that is not obeyed.
+    `notice` is told, a sentence each, what of the model's configuration is not obeyed and what of its files not used.
     """
     status(f"reading {config.model.name}")
     source = open_source(config.model)
@@ -92,7 +93,8 @@ def read_model(
         notice(sentence)
     check_head_size(text, source.path, on_cpu=resolve_device(config.model.device).type == "cpu")
     adapter_targets(text, config.lora.target_modules)
-    check_shapes(source)
+    for sentence in account(source):
+        notice(sentence)
     tokenizer = source.tokenizer()
     if config.model.chat_template is not None:
         tokenizer.chat_template = read_template(config.model.chat_template)

@@ -37,7 +37,10 @@ Make = Callable[[Row, str], Row]
 Verifier = Callable[[str, Row], bool]
 """Is this completion text right for this row?"""
 
-BUILT_IN = {name: f"grpo.tasks.{name}:load" for name in ("arithmetic", "countdown", "gsm8k", "reasoning_gym", "table")}
+BUILT_IN = {
+    name: f"grpo.tasks.{name}:load"
+    for name in ("arithmetic", "calculator", "countdown", "gsm8k", "reasoning_gym", "table")
+}
 FORMATS = (".jsonl", ".json", ".parquet", ".csv")
 
 

@@ -19,7 +19,7 @@ ORDER = (
     # What everybody may use.
     "version", "printable", "errors", "references", "special_tokens", "config",
     # The three folders beside grpo/. What runs in a reward's process is among them, so none imports torch but kernels.
-    "kernels", "rewards", "rewards.runtime", "tasks", "data",
+    "kernels", "rewards", "rewards.runtime", "environments", "tasks", "data",
     # A model and what it takes, before anything is loaded.
     "model", "memory",
     # What a run keeps, alone or on several ranks.

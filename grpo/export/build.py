@@ -159,6 +159,7 @@ def open_merged(reference: ModelReference, notice: Callable[[str], None]) -> Mer
     from grpo.export.merge import Adapter, MergedSource
     from grpo.model.architectures import check_supported
     from grpo.model.fingerprint import UNQUANTISED, Fingerprint, check_base
+    from grpo.model.inventory import account
     from grpo.model.source import open_source
 
     model = base_model(reference)
@@ -166,6 +167,8 @@ def open_merged(reference: ModelReference, notice: Callable[[str], None]) -> Mer
     adapter = Adapter(reference.adapter)
     base = open_source(model)
     check_supported(base.config, str(base.path))
+    for sentence in account(base):
+        notice(sentence)
     merged = MergedSource(base, adapter)
     check_base(reference.adapter, Fingerprint.of(base), model.name)
     if base.stored_as in UNQUANTISED:
@@ -217,9 +220,11 @@ def write_adapter(reference: ModelReference, folder: Path, notice: Callable[[str
     adapter = Adapter(reference.adapter)
     model = base_model(reference)
     if local_path(model.name) is not None:
+        from grpo.model.inventory import account
         from grpo.model.source import open_source
 
         base = open_source(model)
+        account(base)
         check_fits(adapter, base, base.names)
         check_base(reference.adapter, Fingerprint.of(base), model.name)
     config = {**adapter.config, "base_model_name_or_path": lasting_name(model.name), "inference_mode": True}

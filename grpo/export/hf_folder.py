@@ -21,7 +21,7 @@ from grpo.errors import UserError
 from grpo.export.bnb_format import packed_entries, quantization_config, unpacked
 from grpo.export.merge import MergedSource
 from grpo.kernels import nf4
-from grpo.model.architectures import ARCHITECTURES, fused_linears
+from grpo.model.architectures import ARCHITECTURES, HEAD, fused_linears
 from grpo.model.base_weights import is_named
 
 SHARD_BYTES = 2 << 30
@@ -148,6 +148,7 @@ def model_config(source: MergedSource, dtype: torch.dtype) -> dict[str, Any]:
     for stale in ("quantization_config", "auto_map", "_name_or_path"):
         values.pop(stale, None)
     values["torch_dtype" if "torch_dtype" in values else "dtype"] = str(dtype).removeprefix("torch.")
+    values["tie_word_embeddings"] = HEAD not in source.names
     values["architectures"] = [ARCHITECTURES[source.config.model_type]]
     return values
 

@@ -36,17 +36,6 @@ FUSED_PARTS = {
 ALREADY_FUSED = {"phi3"}
 """Families whose transformers modules are fused as vLLM's are."""
 
-FAMILIES_WITH_BIAS: dict[str, tuple[str, ...]] = {
-    "llama": ("attention_bias", "mlp_bias"),
-    "mistral": (),
-    "qwen3": ("attention_bias",),
-    "gemma": ("attention_bias",),
-    "gemma2": ("attention_bias",),
-    "gemma3_text": ("attention_bias",),
-    "phi3": (),
-}
-"""model_type -> the keys that give its linear layers biases; Qwen 2 always has some."""
-
 OTHER_INPUTS = ("vision_config", "audio_config", "audio_encoder_config", "num_mel_bins")
 """Entries of transformers' configurations that give away a vision or speech model."""
 
@@ -121,12 +110,3 @@ def expected_shapes(config: Any, name: str, parts: list[str]) -> dict[str, tuple
         "down_proj": (hidden, inner),
     }
     return {part: by_leaf[part.rpartition(".")[2]] for part in parts}
-
-
-def biased(config: Any, part: str) -> bool:
-    """Whether both graphs have a bias in the transformers module `part`, from the model's configuration."""
-    leaf = part.rpartition(".")[2]
-    if config.model_type == "qwen2":
-        return leaf in ("q_proj", "k_proj", "v_proj")
-    key = "attention_bias" if ".self_attn." in part else "mlp_bias"
-    return bool(getattr(config, key, False)) and key in FAMILIES_WITH_BIAS[config.model_type]

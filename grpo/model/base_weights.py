@@ -8,6 +8,7 @@ multiplies packed weights fast; the values are those of the packed weights.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,11 +22,13 @@ from grpo.kernels import nf4
 from grpo.kernels.launch import disable_reduced_precision
 from grpo.model import host_memory
 from grpo.model.architectures import EMBEDDING, HEAD, check_supported, expected_shapes, fused_linears
-from grpo.model.checks import check_shapes
 from grpo.model.config_keys import check_keys, settle
 from grpo.model.fingerprint import Fingerprint
+from grpo.model.inventory import account
 from grpo.model.sizes import VOCABULARY_PADDING, embedding_bytes, pinned_bytes, weights_on_host
 from grpo.model.weight_source import NF4Tensor, Source
+
+logger = logging.getLogger("grpo")
 
 BLOCK = 64
 """Weights that share one NF4 scale."""
@@ -86,7 +89,8 @@ class BaseWeights:
         self.config: Any = source.config.get_text_config()
         check_keys(self.config, str(source.path))
         settle(self.config)
-        check_shapes(source)
+        for sentence in account(source):  # nothing is left to say where `read_model` has been
+            logger.warning(sentence)
         self.source_path = source.path
         self.fingerprint = Fingerprint.of(source)
         self.device, self.dtype = device, dtype
@@ -133,15 +137,8 @@ class BaseWeights:
         in_linears = {part for linear in self.linears.values() for part in linear.parts}
         tensors = {}
         for name in sorted(source.names):
-            module = name.rpartition(".")[0]
-            if module in in_linears or name.endswith("rotary_emb.inv_freq"):
-                continue
-            tensors[name] = self._load_one(source, name)
-        if self.config.tie_word_embeddings:
-            tensors.pop(HEAD, None)
-        for required in (EMBEDDING, "model.norm.weight"):
-            if required not in tensors:
-                raise UserError(f"{source.path}: tensor {required} is missing; pass a complete model")
+            if name.rpartition(".")[0] not in in_linears:
+                tensors[name] = self._load_one(source, name)
         return tensors
 
     def _load_one(self, source: Source, name: str) -> Tensor:

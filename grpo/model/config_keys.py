@@ -19,7 +19,15 @@ from typing import Any, NamedTuple
 from grpo.errors import UserError
 from grpo.model.architectures import ARCHITECTURES
 from grpo.model.checks import one_line
-from grpo.model.rope import by_layer_type, frequencies, plain_parameters, rotary_parameters, rotated, unread_parameters
+from grpo.model.rope import (
+    by_layer_type,
+    frequencies,
+    plain_parameters,
+    rotary_parameters,
+    rotated,
+    unknown_parameters,
+    unread_parameters,
+)
 
 ACTIVATIONS = {
     "gemma": ("hidden_act", ("gelu_pytorch_tanh",)),
@@ -202,6 +210,11 @@ def settle(config: Any) -> list[str]:
         notices.append(
             f"keys of the model's configuration that transformers' {type(config).__name__} does not have are not used: "
             f"{', '.join(strange)}"
+        )
+    if unknown := unknown_parameters(config):
+        notices.append(
+            f"entries of the model's rope_parameters that have no part in its rotary positions are not used: "
+            f"{', '.join(unknown)}"
         )
     for _, values in rotary_parameters(config):
         original = values.get("original_max_position_embeddings")

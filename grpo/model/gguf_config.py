@@ -18,6 +18,8 @@ from grpo.errors import UserError
 LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 8192}  # fmt: skip
 """Rotary scaling of every Llama since 3.1, but for the factor: a file holds only the frequencies that follow."""
+ROTARY_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+"""Tensors that are read as a part of the configuration."""
 LARGEST_GEMMA = {"gemma2": 46, "gemma3_text": 62}
 """Layers of the 27B models, whose attention is scaled by hidden size over heads instead of the head size."""
 

@@ -123,13 +123,14 @@ class Policy:
         temperature: float,
         chunk_tokens: int = 1024,
         entropy_gradient: bool = False,
+        sampled: Sequence[bool] | None = None,
     ) -> TokenLogprobs:
         """Logprob of every completion token under `softmax(logits / temperature)`, and the entropy there.
 
         Neighbours with the same prompt share one computation of it. The last completion token predicts nothing and is
-        not fed.
+        not fed. `sampled` says of all completion tokens, one after another, which are scored; None: each.
         """
-        hidden, targets = predictors(self.decoder.model, prompts, completions, self.base.device)
+        hidden, targets = predictors(self.decoder.model, prompts, completions, self.base.device, sampled)
         logprobs, entropy = selected_logprobs(
             hidden,
             self.head_weight(),

@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -155,47 +156,91 @@ class Engine:
         On a CPU each request's own seed decides its tokens. On a GPU vLLM would launch a kernel a row for that, so
         there the generator is seeded once a call, from the first request.
         """
-        for output in self._outputs(requests, sampling, RequestOutputKind.FINAL_ONLY, adapter):
-            if output.finished:
-                yield self._completion(output)
+        self.begin(sampling, requests[0].seed if requests else 0, adapter=adapter)
+        with self.ending():
+            for request in requests:
+                self.add(request)
+            while self.running:
+                yield from self.step()
 
     def stream(self, request: Request, sampling: SamplingSettings, *, adapter: bool = True) -> Iterator[list[int]]:
         """Sample one completion, yielding its token ids as they come. Closing the iterator ends it."""
-        for output in self._outputs([request], sampling, RequestOutputKind.DELTA, adapter):
-            yield list(output.outputs[0].token_ids)
+        self.begin(sampling, request.seed, adapter=adapter, kind=RequestOutputKind.DELTA)
+        with self.ending():
+            self.add(request)
+            while self.running:
+                for output in self._outputs():
+                    yield list(output.outputs[0].token_ids)
 
-    def _outputs(
-        self, requests: Sequence[Request], sampling: SamplingSettings, kind: RequestOutputKind, adapter: bool
-    ) -> Iterator[Any]:
-        """vLLM's outputs for `requests`, which are aborted if nobody takes them all."""
+    def begin(
+        self,
+        sampling: SamplingSettings,
+        seed: int,
+        *,
+        adapter: bool = True,
+        kind: RequestOutputKind = RequestOutputKind.FINAL_ONLY,
+    ) -> None:
+        """Prepare for requests that are `add`ed one by one, also while others run. Leave `ending` when all is done.
+
+        On a GPU `seed` decides all random numbers, by the number of the engine's step and the row in its batch: the
+        same requests added before the same steps give the same tokens.
+        """
         self._switch_adapter(adapter)
         self._restore_kv_cache()
-        core = self.llm.llm_engine
-        on_gpu = self.base.device.type == "cuda"
-        if on_gpu and requests:
-            torch.cuda.manual_seed(requests[0].seed)
-            self.sampler.begin(sampling, requests[0].seed)
+        if self.base.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
+            self.sampler.begin(sampling, seed)
+        self._sampling, self._kind = sampling, kind
+        self._open: set[str] = set()
         self.collector.begin(deliver_on_finish=kind == RequestOutputKind.FINAL_ONLY and not sampling.stop)
-        for request in requests:
-            name = core.add_request(
-                str(request.id),
-                {"prompt_token_ids": list(request.prompt_ids)},
-                self._params(sampling, None if on_gpu else request.seed, kind),
-            )
-            self.collector.enter(str(request.id), name)
+
+    def add(self, request: Request) -> None:
+        """Begin `request`, whose id no other since `begin` has; it is computed from the next step on."""
+        seed = None if self.base.device.type == "cuda" else request.seed
+        params = self._params(self._sampling, seed, self._kind)
+        if request.max_tokens is not None:
+            params.max_tokens = request.max_tokens
+        prompt = {"prompt_token_ids": list(request.prompt_ids)}
+        name = self.llm.llm_engine.add_request(str(request.id), prompt, params)
+        self.collector.enter(str(request.id), name)
+        self._open.add(str(request.id))
+
+    @property
+    def running(self) -> int:
+        """Requests that have not finished."""
+        return len(self._open)
+
+    def step(self) -> list[Completion]:
+        """One token for each running request, or for as many as there is room; returns those that finished."""
+        return [self._completion(output) for output in self._outputs() if output.finished]
+
+    def abort(self) -> None:
+        """End every request that runs."""
+        core = self.llm.llm_engine
+        if core.has_unfinished_requests():
+            core.abort_request(sorted(self._open))
+            while core.has_unfinished_requests():
+                core.step()
+        self._open = set()
+
+    @contextmanager
+    def ending(self) -> Iterator[None]:
+        """Around the steps after `begin`: whatever still runs when it is left is aborted."""
         collects = gc.isenabled()
         gc.disable()  # vLLM makes some thousand objects a step; walking all others over and over costs a tenth of it
         try:
-            while core.has_unfinished_requests():
-                self.between_steps()
-                yield from core.step()
+            yield
         finally:
             if collects:
                 gc.enable()
-            if core.has_unfinished_requests():
-                core.abort_request([str(request.id) for request in requests])
-                while core.has_unfinished_requests():
-                    core.step()
+            self.abort()
+
+    def _outputs(self) -> list[Any]:
+        """vLLM's outputs of one step."""
+        self.between_steps()
+        outputs = self.llm.llm_engine.step()
+        self._open.difference_update(output.request_id for output in outputs if output.finished)
+        return outputs
 
     def _completion(self, output: Any) -> Completion:
         """vLLM's finished request as a Completion."""

@@ -12,7 +12,7 @@ import hashlib
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +22,7 @@ from grpo.distributed.ranks import Ranks, owners
 from grpo.rewards.runtime.contract import RewardBatch, RewardResult
 from grpo.rewards.runtime.pool import RewardPool
 from grpo.rollout.engine import Completion, Engine, Request, SamplingSettings
+from grpo.rollout.types import Segment
 
 CHECK_SECONDS = 0.2
 
@@ -40,8 +41,12 @@ class Sample:
 
     @property
     def length(self) -> int:
-        """Its tokens."""
+        """Sampled tokens."""
         return len(self.token_ids)
+
+    def segments(self, prompt_ids: Sequence[int]) -> list[Segment]:
+        """What is trained on, where `prompt_ids` are the tokens of its group's prompt."""
+        return [Segment(prompt_ids, self.token_ids)]
 
     @property
     def finite(self) -> bool:
@@ -98,7 +103,7 @@ class Sampler:
     def __init__(
         self,
         engine: Engine,
-        pool: RewardPool,
+        pool: RewardPool | None,
         sampling: SamplingSettings,
         *,
         num_generations: int,
@@ -138,24 +143,36 @@ class Sampler:
         requests = [
             request for request in self._requests(prompts, step, round) if request.id // self.num_generations in indices
         ]
-        finished: dict[int, Completion] = {}
+        finished: dict[int, Sample] = {}
         futures: dict[int, Future[RewardResult]] = {}
         groups: dict[int, Group] = {}
-        for completion in self.engine.generate(requests, self.sampling):
-            finished[completion.request_id] = completion
-            index = completion.request_id // self.num_generations
+        for number, sample in self._draw(requests, prompts):
+            finished[number] = sample
+            index = number // self.num_generations
             members = range(index * self.num_generations, (index + 1) * self.num_generations)
             if all(member in finished for member in members):
-                groups[index] = self._group(prompts[index], [finished[member] for member in members])
-                futures[index] = self.pool.submit(self._batch(groups[index], step))
+                groups[index] = Group(prompts[index], [finished[member] for member in members])
+                if self.pool is not None:
+                    futures[index] = self.pool.submit(self._batch(groups[index], step))
                 raise_early_failures(futures.values())
         generated = time.perf_counter()
-        results = {index: self._result(futures[index]) for index in sorted(indices)}
-        for index, result in results.items():
-            for name, scores in result.scores.items():
-                for sample, score in zip(groups[index].samples, scores, strict=True):
-                    sample.rewards[name] = score
+        results = {}
+        for index in sorted(indices):
+            scored = self._result(futures[index]) if index in futures else RewardResult({}, {}, {}, {})
+            results[index] = self._whole_result(groups[index], scored)
+            for name, scores in results[index].scores.items():
+                for member, score in zip(groups[index].samples, scores, strict=True):
+                    member.rewards[name] = score
         return groups, results, generated
+
+    def _draw(self, requests: list[Request], prompts: Sequence[Prompt]) -> Iterator[tuple[int, Sample]]:
+        """A sample for each of `requests`, with its number, as they are finished."""
+        for completion in self.engine.generate(requests, self.sampling):
+            yield completion.request_id, self._sample(completion)
+
+    def _whole_result(self, group: Group, scored: RewardResult) -> RewardResult:
+        """All scores of `group`, of which the reward functions gave `scored`."""
+        return scored
 
     def _exchange(
         self,
@@ -200,17 +217,13 @@ class Sampler:
             seen[prompt.index] += 1
         return requests
 
-    def _group(self, prompt: Prompt, completions: Sequence[Completion]) -> Group:
-        samples = [
-            Sample(
-                token_ids=completion.token_ids,
-                logprobs=completion.logprobs,
-                truncated=completion.finish_reason == "length",
-                text=self.decode(completion.token_ids),
-            )
-            for completion in completions
-        ]
-        return Group(prompt, samples)
+    def _sample(self, completion: Completion) -> Sample:
+        return Sample(
+            token_ids=completion.token_ids,
+            logprobs=completion.logprobs,
+            truncated=completion.finish_reason == "length",
+            text=self.decode(completion.token_ids),
+        )
 
     def _batch(self, group: Group, step: int) -> RewardBatch:
         samples = group.local

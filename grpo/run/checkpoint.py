@@ -60,6 +60,8 @@ FIXED = (
     "rollout.max_prompt_length",
     "train.seed",
     "train.optim",
+    "environment.schedule",
+    "environment.latency_steps",
 )
 
 logger = logging.getLogger("grpo")
@@ -268,7 +270,7 @@ def check_base_of_run(run: Path, saved: Model, now: Model) -> None:
 def _at(config: Config, key: str) -> str:
     value: Any = config
     for part in key.split("."):
-        value = getattr(value, part)
+        value = getattr(value, part, None)  # a whole section may be absent
     if key == "task":
         value = [task.model_dump(exclude_defaults=True, mode="json") for task in value]
     return shown(NONE if value is None else value)

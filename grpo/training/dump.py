@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 
 from grpo.config.schema import Config, config_toml
 from grpo.distributed.ranks import Ranks
+from grpo.rollout.types import Segment
 from grpo.run.checkpoint import replace_folder
 from grpo.run.tensor_state import save_tensors
 from grpo.run.versions import hardware, versions
@@ -97,7 +98,16 @@ def sequence_state(sequence: TrainingSequence) -> dict[str, Any]:
         "advantage": sequence.advantage,
         "truncated": sequence.truncated,
         "old_logprobs": sequence.old_logprobs,
+        "sampled": mask_state(sequence.sampled),
+        "rewritten": [
+            [torch.tensor(part.prompt_ids), torch.tensor(part.token_ids), mask_state(part.sampled)]
+            for part in sequence.rewritten
+        ],
     }
+
+
+def mask_state(sampled: Sequence[bool] | None) -> torch.Tensor | None:
+    return None if sampled is None else torch.tensor(sampled, dtype=torch.bool)
 
 
 def restored_sequence(state: Mapping[str, Any]) -> TrainingSequence:
@@ -107,4 +117,13 @@ def restored_sequence(state: Mapping[str, Any]) -> TrainingSequence:
         advantage=state["advantage"],
         truncated=state["truncated"],
         old_logprobs=state["old_logprobs"],
+        sampled=listed(state.get("sampled")),
+        rewritten=[
+            Segment(prompt.tolist(), tokens.tolist(), listed(sampled))
+            for prompt, tokens, sampled in state.get("rewritten", ())
+        ],
     )
+
+
+def listed(tensor: torch.Tensor | None) -> list[Any] | None:
+    return None if tensor is None else tensor.tolist()

@@ -221,14 +221,17 @@ class Learner:
     def remember_old_logprobs(self, sequences: list[TrainingSequence]) -> None:
         """Store each sequence's logprobs under the policy as it is now."""
         for batch in pack(sequences, self.budget.tokens):
-            lengths = [len(sequence.completion_ids) for sequence in batch]
+            lengths = [sequence.trained for sequence in batch]
             for sequence, logprobs in zip(batch, self.score(batch).logprobs.split(lengths), strict=True):
                 sequence.old_logprobs = logprobs
 
     def score(self, batch: Sequence[TrainingSequence], *, entropy_gradient: bool = False) -> TokenLogprobs:
+        segments = [segment for sequence in batch for segment in sequence.segments]
+        whole = all(segment.sampled is None for segment in segments)
         return self.policy.score(
-            [sequence.prompt_ids for sequence in batch],
-            [sequence.completion_ids for sequence in batch],
+            [segment.prompt_ids for segment in segments],
+            [segment.token_ids for segment in segments],
+            sampled=None if whole else [drawn for segment in segments for drawn in segment.mask],
             temperature=self.config.rollout.temperature,
             chunk_tokens=self.config.train.logprob_chunk_tokens,
             entropy_gradient=entropy_gradient,

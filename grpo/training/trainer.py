@@ -24,6 +24,7 @@ from grpo.config.schema import Config, config_toml
 from grpo.data import Data, Prompt, PromptStream, keep_by_pass_rate, load_data
 from grpo.distributed.launch import Launch
 from grpo.distributed.ranks import Ranks, connect
+from grpo.environments.pool import EnvironmentPool
 from grpo.errors import UserError
 from grpo.memory.plan import sequence_limits
 from grpo.model.vocabulary import check_tokens
@@ -34,7 +35,8 @@ from grpo.policy.keep_16bit import remember_base
 from grpo.printable import printable
 from grpo.references import described
 from grpo.rewards.runtime.pool import RewardPool
-from grpo.rollout.sampler import Group, Rollout, Sampler, sample_seed
+from grpo.rollout.episodes import EpisodeSampler
+from grpo.rollout.sampler import Group, Rollout, sample_seed
 from grpo.run.checkpoint import latest, open_run, replace_folder, run_is_begun, save, step_numbers, write_atomically
 from grpo.run.machine import resolve_device
 from grpo.run.records import EVALUATIONS, read_entries
@@ -44,6 +46,7 @@ from grpo.run.versions import versions
 from grpo.session import Session, open_session, read_model
 from grpo.training.advantages import Advantages, compute_advantages
 from grpo.training.dump import dump_folder, gather_batch, write_dump
+from grpo.training.environment import check_conversation, make_sampler, own_rewards, start_environment
 from grpo.training.evaluation import evaluate, measure_pass_rates
 from grpo.training.learner import UNMEASURED, Learner
 from grpo.training.loss import resolve_loss
@@ -86,11 +89,14 @@ class Trainer:
             share = config_of_rank(config, ranks.size)
             folder = config.checkpoint.output_dir
             resumed = folder if self.resume else None
+            check_conversation(config, files.tokenizer, files.stop_token_ids)
+            log.status("starting the environment" if config.environment else "")
             with (
                 start_rewards(data, log) as pool,
+                start_environment(config, show) as environment,
                 open_session(share, files=files, status=log.status, resumed=resumed, agree=ranks.broadcast) as session,
             ):
-                return train_session(session, data, folder, log, self.resume, pool, ranks)
+                return train_session(session, data, folder, log, self.resume, pool, ranks, environment)
 
     def run_folder(self) -> contextlib.AbstractContextManager[Any]:
         """The run folder, held by the first rank."""
@@ -136,8 +142,10 @@ def facts(config: Config) -> dict[str, Any]:
     }
 
 
-def start_rewards(data: Data, log: RunLog) -> RewardPool:
+def start_rewards(data: Data, log: RunLog) -> contextlib.AbstractContextManager[RewardPool | None]:
     """The reward functions of `data`, loaded. What they print is shown without what a terminal would act upon."""
+    if not data.rewards:  # an environment gives its own
+        return contextlib.nullcontext()
     log.status("starting rewards")
     return RewardPool(data.rewards, example=data.train[0].columns, on_output=lambda name, line: show(line))
 
@@ -150,15 +158,20 @@ def train_session(
     resume: bool = False,
     pool: RewardPool | None = None,
     ranks: Ranks | None = None,
+    environment: EnvironmentPool | None = None,
 ) -> dict[str, Any]:
     """Train an open `session` on `data` as its configuration says, in the run folder `folder`; returns the summary.
 
-    `pool` has the rewards, if they are loaded already; `ranks` the other processes of the run, if there are any.
+    `pool` has the rewards and `environment` the environment, if they are loaded already; `ranks` the other processes of
+    the run, if there are any.
     Raises Interrupted after SIGINT or SIGTERM, once the last whole step is in a checkpoint.
     """
-    if pool is None:
+    if pool is None and data.rewards:
         with start_rewards(data, log) as pool:
-            return train_session(session, data, folder, log, resume, pool, ranks)
+            return train_session(session, data, folder, log, resume, pool, ranks, environment)
+    if environment is None and session.config.environment is not None:
+        with start_environment(session.config, show) as environment:
+            return train_session(session, data, folder, log, resume, pool, ranks, environment)
     if data.dropped:
         log.notice(f"{data.dropped} prompts longer than rollout.max_prompt_length were dropped")
     ranks = ranks or Ranks()
@@ -170,7 +183,8 @@ def train_session(
     with Interrupts() as interrupts, interrupts.deferred():
         session.engine.between_steps = interrupts.check
         try:
-            return Run(session.config, folder, log, session, data, pool, interrupts.check, ranks).train(resume)
+            run = Run(session.config, folder, log, session, data, pool, interrupts.check, ranks, environment)
+            return run.train(resume)
         finally:
             session.engine.between_steps = lambda: None
 
@@ -189,9 +203,10 @@ class Run:
         log: RunLog,
         session: Session,
         data: Data,
-        pool: RewardPool,
+        pool: RewardPool | None,
         check: Callable[[], None] = lambda: None,
         ranks: Ranks | None = None,
+        environment: EnvironmentPool | None = None,
     ):
         """`check` is called often while nothing is half done, and may raise to end the run."""
         self.config, self.folder, self.log = config, folder, log
@@ -206,19 +221,11 @@ class Run:
         self.learner = Learner(
             session.policy, config, max_steps=self.max_steps, notice=log.notice, check=check, ranks=self.ranks
         )
-        self.weights = torch.tensor([reward.weight for reward in data.rewards], dtype=torch.float64)
-        self.reward_names = [reward.column for reward in data.rewards]
-        self.sampler = Sampler(
-            session.engine,
-            pool,
-            session.sampling(config.rollout.temperature, config.rollout.max_completion_length),
-            num_generations=config.rollout.num_generations,
-            seed=config.train.seed,
-            max_steps=self.max_steps,
-            decode=session.decode,
-            check=check,
-            ranks=self.ranks,
-            optimizer_steps=config.train.optimizer_steps_per_rollout,
+        own = own_rewards(config, environment)
+        self.weights = torch.tensor([1.0] * len(own) + [one.weight for one in data.rewards], dtype=torch.float64)
+        self.reward_names = own + [reward.column for reward in data.rewards]
+        self.sampler = make_sampler(
+            session, pool, environment, max_steps=self.max_steps, check=check, ranks=self.ranks, notice=log.notice
         )
         self.step = self.saved = 0
         self.step_complete = True
@@ -320,11 +327,11 @@ class Run:
         every = self.config.log.adapter_survival_every
         if not self.ranks.first or every is None or (step > 1 and step % every):
             return {}
-        turns = zip_longest(
-            *([(group.prompt.token_ids, sample.token_ids) for sample in group.local] for group in groups)
+        turns = zip_longest(*([one.segments(group.prompt.token_ids) for one in group.local] for group in groups))
+        firsts = [one[0] for turn in turns for one in turn if one]  # one of each group, then another
+        share = adapter_survival(
+            self.session.policy, [one.prompt_ids for one in firsts], [one.token_ids for one in firsts]
         )
-        pairs = [pair for turn in turns for pair in turn if pair is not None]  # one of each group, then another
-        share = adapter_survival(self.session.policy, [p for p, _ in pairs], [c for _, c in pairs])
         return {} if share is None else {"adapter_survival": share}
 
     def seed_suffix(self) -> tuple[int, ...]:
@@ -396,7 +403,8 @@ class Run:
         if not due or not self.data.eval or self.step in self.accuracies:
             return
         self.log.status("evaluating")
-        result = evaluate(self.session, self.data.eval, self.data.tasks, settings, ranks=self.ranks)
+        player = self.sampler.player if isinstance(self.sampler, EpisodeSampler) else None
+        result = evaluate(self.session, self.data.eval, self.data.tasks, settings, ranks=self.ranks, player=player)
         accuracy = result.metrics["eval/strict_accuracy"]
         if self.ranks.first and settings.keep_best and accuracy > max(self.accuracies.values(), default=-1.0):
             # Before it is recorded: a run that dies in between does it again.

@@ -200,6 +200,13 @@ def test_what_has_no_part_in_the_computation_is_told(tmp_path):
     assert not {"invented", "logit_scale"} & set(served_values(config))
 
 
+def test_rotary_entries_that_text_does_not_need_are_told():
+    parameters = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 4, 4]}
+    config = AutoConfig.for_model("qwen2", **COMMON, rope_parameters=parameters)
+    (notices,) = settle(config)
+    assert notices.endswith("are not used: mrope_section")
+
+
 def test_code_beside_a_family_that_transformers_has_is_not_run(tmp_path):
     save_longrope(tmp_path)
     values = json.loads((tmp_path / "config.json").read_text())

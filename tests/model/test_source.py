@@ -153,7 +153,7 @@ def test_a_shard_without_a_tensor_that_the_index_lists_is_named(tmp_path: Path) 
     name = next(name for name, file in places["weight_map"].items() if file == first)
     places["weight_map"][name] = last
     index.write_text(json.dumps(places))
-    assert last in refusal(tmp_path)
+    assert f"places {name} in {last}, which lacks it" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("file", ["../outside.safetensors", "/etc/passwd", "sub/model.safetensors"])
@@ -169,6 +169,7 @@ def test_an_index_that_leaves_its_folder_is_refused(file: str, tmp_path: Path) -
 @pytest.mark.parametrize("content", ["[]", '{"weight_map": ["a"]}', "{"])
 def test_a_damaged_index_is_named(content: str, tmp_path: Path) -> None:
     save_tiny(tmp_path, "llama")
+    (tmp_path / "model.safetensors").rename(tmp_path / "model-00001-of-00001.safetensors")
     (tmp_path / "model.safetensors.index.json").write_text(content)
     assert "not a valid shard index" in refusal(tmp_path)
 
@@ -202,8 +203,8 @@ def test_a_missing_bias_of_a_group_that_has_them_is_named(tmp_path: Path) -> Non
 
 def test_a_tensor_that_the_architecture_lacks_is_named(tmp_path: Path) -> None:
     save_tiny(tmp_path, "llama")
-    edit_tensors(tmp_path, vision_tower__patch__weight=torch.zeros(4, 4))
-    assert "vision_tower.patch.weight" in refusal(tmp_path)
+    edit_tensors(tmp_path, adapter_tower__patch__weight=torch.zeros(4, 4))
+    assert "tensor adapter_tower.patch.weight has no use in transformers' LlamaForCausalLM" in refusal(tmp_path)
 
 
 def test_pickled_weights_are_never_loaded(tmp_path: Path) -> None:
