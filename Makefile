@@ -1,18 +1,21 @@
-# make demo: train a small model on this machine.  make test: the test suite.  make lint: ruff and mypy.
+# make demo: train a small model on this machine.  make lint: ruff and mypy.  make test: the test suite.
+# make test-quick: what needs no vLLM, in minutes.  make test-wide: sweeps over models, templates and packages.
 # make test-long: what takes an hour.  make test-newest: the suite on newer packages than have been tested.
 # Each does its own set-up in .venv the first time, and again when the requirements change.
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test test-long test-newest lint types docs clean browser
+.PHONY: demo test test-quick test-wide test-long test-newest lint types docs clean browser
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 NEWEST ?= .venv-newest
+PYTEST = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n 2 --dist loadfile
 PYTEST_ARGS ?=
+QUICK := not (vllm or slow or wide or long)
 
 demo: $(INSTALLED)
 	$(BIN)/python -m grpo.train configs/quickstart.toml \
@@ -21,9 +24,18 @@ demo: $(INSTALLED)
 # Two processes of one thread: the suite's tensors are small, and more threads only wait for each other. A file stays in
 # one process, whose fixtures it shares.
 test: $(INSTALLED) browser
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
-# What takes minutes: 50 kills, misbehaving rewards for 200 steps, fuzzing, a soak. Their results are in
+# The part of it for between two edits: within five minutes on two cores.
+test-quick: $(INSTALLED)
+	$(PYTEST) -m "$(QUICK)" $(PYTEST_ARGS)
+
+# The same checks on more models, chat templates and packages than a change needs to be tried on every time. With
+# `make test` and `make lint` it has to end within the hour that .ci/run has.
+test-wide: $(INSTALLED)
+	$(PYTEST) -m wide $(PYTEST_ARGS)
+
+# What takes an hour: 50 kills, misbehaving rewards for 200 steps, fuzzing, a soak. Their results are in
 # benchmarks/results, as are the ones of whoever ran it last.
 test-long: $(INSTALLED)
 	$(BIN)/python -m pytest -m long

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import sys
 import time
 from collections.abc import Iterable
@@ -24,10 +25,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.common import nf4_tune
 from benchmarks.common.nf4_weights import Weight, copies_for, packed_weight, random_weight
 from benchmarks.common.processes import write_result
-from grpo.kernels import nf4, nf4_gemm
+from grpo.kernels import cards, nf4, nf4_gemm, nf4_plans, nf4_tuner
+from grpo.run.versions import versions
 
 MODELS: dict[str, dict[str, tuple[tuple[int, ...], int]]] = {
     "Llama-3.1-8B": {
@@ -77,8 +78,8 @@ def check(packed: Weight) -> dict[str, float]:
     copy = packed.copies[0]
     features, columns = copy[0].shape[0], copy[0].shape[1] * 2
     dense = nf4.dequantize(*copy).float()
-    plan = nf4_gemm.find_plan(torch.device("cuda", 0), features, columns)
-    most = plan.tiles[-1][0] if plan else 256
+    plan = nf4_plans.find_plan(torch.device("cuda", 0), features, columns)
+    most = plan.tiles[-1][0] if plan and plan.tiles else 256
     x = torch.randn(max(most, 512), columns, dtype=torch.bfloat16, device="cuda")
     reference = x.float() @ dense.T
     worst, changed = 0.0, 0
@@ -138,6 +139,23 @@ def print_table(records: list[dict], sums: list[dict]) -> None:
         )
 
 
+def tune(shapes: list[tuple[int, int]], path: Path, seconds: float) -> None:
+    """Replace this GPU's entry in the table at `path`, keeping those of others, and use the table."""
+    card = cards.card(torch.device("cuda", 0))
+    found = nf4_tuner.tune(
+        shapes, card, torch.bfloat16, seconds, thorough=True, say=lambda text: print(f"tune: {text}", flush=True)
+    )
+    table = json.loads(path.read_text()) if path.exists() else {}
+    table[card.name] = {
+        "measured_with": {key: value for key, value in versions().items() if key in ("torch", "triton")},
+        "architecture": card.architecture,
+        "shapes": nf4_plans.written_plans({shape: measured.plan for shape, measured in found.items()}),
+    }
+    text = json.dumps(table, indent=1)
+    path.write_text(re.sub(r"\{[^{}]*\}", lambda inner: json.dumps(json.loads(inner[0])), text) + "\n")
+    nf4_plans.use_table(path)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--models", default=",".join(MODELS), help="comma-separated")
@@ -152,8 +170,7 @@ def main() -> int:
     started = time.monotonic()
     if options.tune:
         shapes = [(sum(parts), columns) for model in models for parts, columns in MODELS[model].values()]
-        nf4_tune.tune(shapes, options.tune, started + options.budget)
-        nf4_gemm.use_table(options.tune)
+        tune(shapes, options.tune, options.budget)
     torch.cuda.init()
     records: list[dict] = []
     for model in models:

@@ -1,8 +1,11 @@
-"""What all tests share: no network, no deadline on a busy machine, and GPU tests only where there is a GPU."""
+"""What all tests share: no network, no deadline on a busy machine, and tests of a GPU or of vLLM only where it is."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import sys
+from importlib.abc import MetaPathFinder
 
 import pytest
 from hypothesis import settings
@@ -12,6 +15,18 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 
 settings.register_profile("grpo", deadline=None)
 settings.load_profile("grpo")
+
+
+class SkipWithoutVLLM(MetaPathFinder):
+    """Skips a test, or a file of tests, that comes to import vLLM where it is not installed."""
+
+    def find_spec(self, name: str, *_: object) -> None:
+        if name == "vllm":
+            pytest.skip("vLLM is not installed", allow_module_level=True)
+
+
+if importlib.util.find_spec("vllm") is None:
+    sys.meta_path.append(SkipWithoutVLLM())
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -26,12 +26,12 @@ from grpo.config.messages import section_of
 from grpo.config.schema import Config
 from grpo.rewards.builtin import BUILTIN
 from grpo.rewards.runtime.contract import RewardBatch
-from grpo.rewards.runtime.forms import RewardFunction
+from grpo.rewards.runtime.conventions import RewardFunction
 from grpo.sft.config import SftConfig
 from grpo.tasks.common import BUILT_IN, load_task
 from tests.helpers.paths import ROOT
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 SECTIONS = {name: model for name, field in Config.model_fields.items() if (model := section_of(field))}
 BLOCK = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 

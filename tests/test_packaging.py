@@ -62,7 +62,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     copy = tmp_path_factory.mktemp("project")
     for name in FOLDERS:
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md"):
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
     return copy
 
@@ -188,10 +188,20 @@ def test_the_wheel_has_every_file_of_the_four_folders_and_nothing_outside_the_pa
     assert names == files
 
 
-def test_the_wheel_names_its_extras(wheel: Path) -> None:
+def beside_the_code(wheel: Path, name: str) -> str:
+    """The text of a file of the wheel's `.dist-info` folder."""
     archive = zipfile.ZipFile(wheel)
-    (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
-    metadata = Parser().parsestr(archive.read(name).decode())
+    (found,) = [each for each in archive.namelist() if ".dist-info/" in each and each.endswith(f"/{name}")]
+    return archive.read(found).decode()
+
+
+def test_the_wheel_has_its_licence(wheel: Path) -> None:
+    assert Parser().parsestr(beside_the_code(wheel, "METADATA"))["License-Expression"] == "Apache-2.0"
+    assert beside_the_code(wheel, "LICENSE") == (ROOT / "LICENSE").read_text()
+
+
+def test_the_wheel_names_its_extras(wheel: Path) -> None:
+    metadata = Parser().parsestr(beside_the_code(wheel, "METADATA"))
     extras = {"cuda", "sft", "math", "gym", "trackers", "notebook", "dev"}
     assert set(metadata.get_all("Provides-Extra") or ()) == extras
     assert any(line.startswith("vllm==0.26.0;") for line in metadata.get_all("Requires-Dist") or ())
@@ -289,5 +299,5 @@ def test_the_newest_packages_are_those_that_are_bounded():
     script = [sys.executable, str(ROOT / "requirements" / "bounded.py")]
     names = subprocess.run([*script, "--except", "torch"], capture_output=True, text=True, check=True).stdout.split()
     assert {"transformers", "peft", "trl", "datasets", "bitsandbytes"} <= set(names) and "torch" not in names
-    told = subprocess.run([*script, "--changed", sys.executable, sys.executable], capture_output=True, text=True)
-    assert told.stdout == "newer than tested: nothing\n"
+    done = subprocess.run([*script, "--changed", sys.executable, sys.executable], capture_output=True, text=True)
+    assert done.stdout == "newer than tested: nothing\n"

@@ -58,14 +58,14 @@ def adapter_targets(config: Any, target_modules: list[str]) -> list[str]:
     """
     parts = [part for group in fused_linears(config).values() for part in group]
     leaves = dict.fromkeys(part.rpartition(".")[2] for part in parts)
-    own = [own_name(name, list(leaves)) for name in target_modules]
-    for name, meant in zip(own, target_modules, strict=True):
+    family_names = [own_name(name, list(leaves)) for name in target_modules]
+    for name, meant in zip(family_names, target_modules, strict=True):
         if not any(part == name or part.endswith(f".{name}") for part in parts):
             raise UserError(
                 f"lora.target_modules names {meant!r}, which is no linear layer of this model; name some of "
                 f"{', '.join(leaves)}"
             )
-    return list(dict.fromkeys(own))
+    return list(dict.fromkeys(family_names))
 
 
 def own_name(name: str, leaves: list[str]) -> str:

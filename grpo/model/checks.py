@@ -1,6 +1,7 @@
 """Checks of a model's files before anything is allocated by what they say: nobody vouches for a download.
 
-What a file means is `source.py`'s affair, and that a tensor's values are good nobody's.
+For what a file means see `safetensors_source.py`, and for its tensors `inventory.py`; no one looks whether their values
+are good.
 """
 
 from __future__ import annotations
@@ -8,14 +9,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from grpo.errors import UserError
-from grpo.model.layout import HEAD
-from grpo.model.meta_graph import graph_tensors
-
-if TYPE_CHECKING:
-    from grpo.model.weight_source import Source
+from grpo.model.weight_files import unique
 
 LIMITS = {
     "num_hidden_layers": 1000,
@@ -36,7 +33,7 @@ HEAD_SIZES_ON_CPU = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 def read_object(file: Path) -> dict[str, Any]:
     """The JSON object in `file`. Raises UserError naming the line of a mistake."""
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=unique)
     except json.JSONDecodeError as error:
         raise UserError(f"{file}:{error.lineno}: not valid JSON ({error.msg}); download it again") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -74,31 +71,6 @@ def check_quantization(values: Mapping[str, Any], file: Path) -> None:
         )
 
 
-def check_shapes(source: Source) -> None:
-    """Raise UserError unless `source` has every tensor of the graph, in the shape that its configuration says."""
-    wanted = graph_tensors(source.config.get_text_config()).shapes()
-    surplus = sorted(name for name in source.names - set(wanted) if not is_spare(name, source.config))
-    if surplus:
-        raise UserError(
-            f"{source.path}: has a tensor {surplus[0]} that the model's architecture lacks; pass a model whose files "
-            "belong together"
-        )
-    for name, expected in wanted.items():
-        if name not in source.names:
-            raise UserError(f"{source.path}: tensor {name} is missing; pass a complete model")
-        found = tuple(source.shape(name))
-        if found != expected:
-            raise UserError(
-                f"{source.path}: {name} has shape {found}, config.json says {expected}; pass a model whose files "
-                "belong together"
-            )
-
-
-def is_spare(name: str, config: Any) -> bool:
-    """Whether a checkpoint may have the tensor `name` though the graph does not read it: it says nothing new."""
-    return name.endswith("rotary_emb.inv_freq") or (name == HEAD and config.tie_word_embeddings)
-
-
 def check_head_size(config: Any, where: Path, on_cpu: bool) -> None:
     """Raise UserError for attention heads that vLLM has no kernel for. `config`: the text model's."""
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -111,11 +83,11 @@ def check_head_size(config: Any, where: Path, on_cpu: bool) -> None:
 
 def end_tokens(file: Path, vocabulary: int) -> list[int]:
     """`eos_token_id` of a generation configuration, which may be missing. Raises UserError for what is no token."""
-    found = read_object(file).get("eos_token_id") if file.is_file() else None
-    tokens = found if isinstance(found, list) else [] if found is None else [found]
+    eos = read_object(file).get("eos_token_id") if file.is_file() else None
+    tokens = eos if isinstance(eos, list) else [] if eos is None else [eos]
     for token in tokens:
         if not isinstance(token, int) or not 0 <= token < vocabulary:
-            raise UserError(f"{file}: eos_token_id = {json.dumps(found)[:60]}: no token of the vocabulary; correct it")
+            raise UserError(f"{file}: eos_token_id = {json.dumps(eos)[:60]}: no token of the vocabulary; correct it")
     return tokens
 
 

@@ -1,7 +1,7 @@
 """The decoder of text inside a model that takes images or sound too: its configuration, and its tensors' names.
 
-Only token ids go through sampling and training, so of such a model the decoder alone is read. What is left out, towers
-and parts that predict several tokens at once, is told.
+Only token ids go through sampling and training, so of such a model the decoder alone is read. What is left out is named
+by `inventory.py`.
 """
 
 from __future__ import annotations
@@ -59,19 +59,3 @@ def logical(name: str) -> str:
     """The tensor that a checkpoint's entry belongs to."""
     head, weight, tail = name.partition(".weight.")
     return head + ".weight" if tail else name
-
-
-def left_out(stored: Iterable[str], read: Iterable[str]) -> str | None:
-    """A notice about the modules of which nothing is read; None where everything is."""
-    unread = set(stored) - set(read)
-    modules = sorted({module_of(name) for name in unread})
-    if not modules:
-        return None
-    named = ", ".join(modules)
-    return f"of the model only the decoder of text is read, because only token ids are sampled; left out: {named}"
-
-
-def module_of(name: str) -> str:
-    """The outermost module that an entry is in, below wrappers that say nothing."""
-    parts = [part for part in name.split(".")[:-1] if part not in ("model", *WRAPPERS)]
-    return parts[0] if parts else name

@@ -33,7 +33,7 @@ class Source(Protocol):
     """transformers' configuration of the decoder of text."""
     names: set[str]
     notices: list[str]
-    """What of the model is not read, a sentence each."""
+    """A sentence each about what of the checkpoint is not read."""
 
     @property
     def stored_as(self) -> str:

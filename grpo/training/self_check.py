@@ -90,7 +90,7 @@ def check_logprobs(session: Session, prompt: list[int]) -> None:
     """Raise UserError unless sampled and trained logprobs agree and vLLM follows a move of the adapter."""
     policy, limit = session.policy, tolerance(session)
     before = sample_with_choice(session, prompt)
-    gap = distance(before.logprobs, scored(policy, prompt, before))
+    gap = mean_abs_diff(before.logprobs, scored(policy, prompt, before))
     refuse_difference(session, prompt, gap, limit, "")
     least = max(STANDS_OUT * gap, limit / STANDS_OUT)
     nudge = nudge_that_stands_out(policy, prompt, before, least)
@@ -114,7 +114,11 @@ def check_logprobs(session: Session, prompt: list[int]) -> None:
         )
     # A larger move makes larger activations, and rounding errors with them.
     refuse_difference(
-        session, prompt, distance(after.logprobs, here), max(limit, float(effect.abs().mean()) / STANDS_OUT), "moved "
+        session,
+        prompt,
+        mean_abs_diff(after.logprobs, here),
+        max(limit, float(effect.abs().mean()) / STANDS_OUT),
+        "moved ",
     )
 
 
@@ -157,7 +161,7 @@ def nudge_that_stands_out(policy: Policy, prompt: list[int], sampled: Sampled, l
     start = scored(policy, prompt, sampled)
     for nudge in NUDGES:
         with moved(policy, everywhere(nudge)):
-            if distance(scored(policy, prompt, sampled), start) >= least:
+            if mean_abs_diff(scored(policy, prompt, sampled), start) >= least:
                 return nudge
     return None
 
@@ -233,6 +237,6 @@ def scored(policy: Policy, prompt: list[int], sampled: Sampled) -> Tensor:
     return policy.score(prompts, sampled.tokens, temperature=sampled.temperature).logprobs.float().cpu()
 
 
-def distance(one: Tensor, other: Tensor) -> float:
+def mean_abs_diff(one: Tensor, other: Tensor) -> float:
     """Mean |difference|."""
     return float((one - other).abs().mean())

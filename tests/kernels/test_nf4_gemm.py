@@ -3,17 +3,16 @@
 The kernel's arithmetic on the CPU is in interpreted_nf4.py.
 """
 
-import logging
 import re
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from grpo.kernels import nf4, nf4_gemm
+from grpo.kernels import nf4, nf4_gemm, nf4_plans
 from grpo.kernels.lora_factors import LowRank
 from grpo.kernels.lora_shrink import lora_shrink
-from grpo.kernels.nf4_gemm import Plan, Tile
+from grpo.kernels.nf4_tiles import Tile
 from tests.helpers.hopper import compile_for_hopper
 
 
@@ -41,7 +40,7 @@ def test_on_a_cpu_it_is_the_product_of_dequantised_weights(dtype, with_bias):
 def test_dequantising_in_pieces_gives_every_column(monkeypatch):
     weight = stored(520, 192, torch.float32)
     x, bias = torch.randn(7, 192), torch.randn(520)
-    monkeypatch.setattr(nf4_gemm, "DENSE_BYTES", 256 * 192 * 4)
+    monkeypatch.setattr(nf4_gemm, "LARGEST_PIECE", 256 * 192 * 4)
     for given in (None, bias):
         out = torch.full((7, 520), float("nan"))
         nf4_gemm.dequantized_linear(x, *weight, given, out)
@@ -59,64 +58,16 @@ def test_wrong_input_is_refused():
             nf4_gemm.nf4_linear(x, *weight, out=wrong)
 
 
-def test_every_plan_of_the_table_fits_kernel_and_workspace():
-    table = nf4_gemm.load_table()
-    assert "NVIDIA H100 80GB HBM3" in table
-    for plans in table.values():
-        for (features, _), plan in plans.items():
-            limits = [rows for rows, _ in plan.tiles]
-            assert limits == sorted(limits) and len(plan.tiles) > 0
-            for rows, tile in plan.tiles:
-                assert tile.n % (16 * tile.warps) == 0 and tile.warps % 4 == 0, "wgmma wants whole warp groups of rows"
-                assert nf4_gemm.fits(tile, plan.split, rows, features)
-
-
-def test_the_tile_depends_on_rows_and_the_split_does_not():
-    small, large = Tile(64, 16, 4, 3, 1), Tile(128, 128, 8, 3, 1)
-    plan = Plan(2, ((16, small), (128, large)))
-    assert [plan.tile(rows) for rows in (1, 16, 17, 128, 129)] == [small, small, large, large, None]
-    assert isinstance(plan.split, int)
-
-
-def pretend_gpu(monkeypatch, name, capability):
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: name)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-    nf4_gemm.find_plan.cache_clear()
-    nf4_gemm._warn_unmeasured.cache_clear()
-
-
-def test_a_shape_that_was_not_measured_takes_the_plan_of_the_nearest(monkeypatch):
-    pretend_gpu(monkeypatch, "NVIDIA H100 80GB HBM3", (9, 0))
-    device = torch.device("cuda", 0)
-    plans = nf4_gemm.load_table()["NVIDIA H100 80GB HBM3"]
-    assert nf4_gemm.find_plan(device, 28672, 4096) == plans[28672, 4096]
-    assert nf4_gemm.find_plan(device, 30000, 4096) == plans[28672, 4096]
-    assert nf4_gemm.find_plan(device, 4096, 14000) == plans[4096, 14336]
-    wider = nf4_gemm.find_plan(device, 10240, 14336)  # partial sums of four splits and 512 rows would not fit
-    assert wider.split == plans[4096, 14336].split and wider.tile(512) is None and wider.tile(128) is not None
-    nf4_gemm.find_plan.cache_clear()
-
-
-@pytest.mark.parametrize(("name", "capability"), [("NVIDIA A100-SXM4-80GB", (8, 0)), ("NVIDIA H100 80GB HBM3", (8, 9))])
-def test_another_gpu_dequantises_and_says_so_once(monkeypatch, caplog, name, capability):
-    pretend_gpu(monkeypatch, name, capability)
-    with caplog.at_level(logging.WARNING):
-        assert nf4_gemm.find_plan(torch.device("cuda", 0), 4096, 4096) is None
-        assert nf4_gemm.find_plan(torch.device("cuda", 0), 6144, 4096) is None
-    assert len(caplog.records) == 1 and name in caplog.text and "--tune" in caplog.text
-    nf4_gemm.find_plan.cache_clear()
-
-
 def gemm_for_hopper(tile, split, element):
     """The kernel's TTGIR and PTX for sm_90a; needs no GPU."""
     constants = {
         "BN": tile.n, "BM": tile.m, "SPLIT": split, "WARPS": tile.warps, "STAGES": tile.stages, "DOTS": tile.dots,
         "RAGGED": True, "HALF_TAIL": False, "HAS_BIAS": False, "RANKS": 0,
-        "BR": 16, "PORTABLE": False,
+        "BR": 16, "INTERPRETED": False, "FENCED": False,
     }  # fmt: skip
-    pointers = dict.fromkeys(("x", "bias", "out", "shrunk", "b"), f"*{element}")
-    pointers |= {"words": "*i32", "scales": "*i32", "partial": "*fp32", "arrived": "*i32"}
-    aligned = {*pointers, "features", "columns", "x_stride", "out_stride"}
+    pointers = dict.fromkeys(("x_ptr", "bias_ptr", "out_ptr", "x_lora_a_ptr", "b_ptr"), f"*{element}")
+    pointers |= {"words_ptr": "*i32", "scales_ptr": "*i32", "partial_ptr": "*fp32", "counters_ptr": "*i32"}
+    aligned = {*pointers, "features", "columns", "stride_x_m", "stride_out_m"}
     made = compile_for_hopper(nf4_gemm._gemm_kernel, constants, pointers, aligned=aligned, warps=tile.warps)
     return made["ttgir"], made["ptx"]
 
@@ -146,7 +97,7 @@ def test_on_the_gpu_products_are_right_and_rows_do_not_depend_on_the_batch(shape
     x = torch.randn(300, columns, device="cuda").to(dtype)
     bias = torch.randn(features, device="cuda").to(dtype)
     reference = x.float() @ dense.T + bias.float()
-    plan = nf4_gemm.find_plan(x.device, features, columns)
+    plan = nf4_plans.find_plan(x.device, features, columns)
     fused = {}
     for rows in (1, 2, 7, 8, 16, 17, 32, 33, 64, 65, 100, 128, 129, 200, 256, 257, 300):
         out = torch.full((rows, features), float("nan"), device="cuda", dtype=dtype)
@@ -165,8 +116,8 @@ def test_on_a_cpu_an_adapter_is_added_to_the_product(dtype):
     weight = stored(24, 192, dtype)
     x, a, b = torch.randn(5, 192).to(dtype), torch.randn(16, 192).to(dtype), torch.randn(24, 16).to(dtype)
     on = torch.ones((), dtype=dtype)
-    shrunk = lora_shrink(x, a, on)
-    result = nf4_gemm.nf4_linear(x, *weight, low_rank=LowRank(shrunk, b))
+    x_lora_a = lora_shrink(x, a, on)
+    result = nf4_gemm.nf4_linear(x, *weight, low_rank=LowRank(x_lora_a, b))
     dense = nf4.dequantize(*weight).double() + b.double() @ a.double()
     expected = x.double() @ dense.T
     assert (result.double() - expected).norm() < {torch.float32: 1e-6, torch.bfloat16: 6e-3}[dtype] * expected.norm()
@@ -185,15 +136,15 @@ def test_on_the_gpu_an_adapter_is_added_and_rows_do_not_depend_on_the_batch(shap
     b = (torch.randn(features, ranks, device="cuda") * 0.3).to(dtype)
     on = torch.ones((), device="cuda", dtype=dtype)
     reference = x.float() @ nf4.dequantize(*weight).float().T + (x.float() @ a.float().T) @ b.float().T
-    shrunk_whole, fused = lora_shrink(x[:512], a, on), {}
-    plan = nf4_gemm.find_plan(x.device, features, columns)
+    x_lora_a_whole, fused = lora_shrink(x[:512], a, on), {}
+    plan = nf4_plans.find_plan(x.device, features, columns)
     for rows in (1, 3, 16, 33, 128, 200, 512, 600):
-        shrunk = lora_shrink(x[:rows], a, on)
-        out = nf4_gemm.nf4_linear(x[:rows], *weight, low_rank=LowRank(shrunk, b))
+        x_lora_a = lora_shrink(x[:rows], a, on)
+        out = nf4_gemm.nf4_linear(x[:rows], *weight, low_rank=LowRank(x_lora_a, b))
         error = (out.float() - reference[:rows]).norm() / reference[:rows].norm()
         assert error < {torch.bfloat16: 5e-3, torch.float16: 7e-4}[dtype], rows
         if rows <= 512:
-            assert torch.equal(shrunk, shrunk_whole[:rows]), rows
+            assert torch.equal(x_lora_a, x_lora_a_whole[:rows]), rows
         if plan is not None and plan.tile(rows) is not None:
             fused[rows] = out
     for rows, out in fused.items():

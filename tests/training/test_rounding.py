@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import grpo
+from grpo.policy import adapter_survival
 from tests.helpers.tiny_run import SMOLLM2
 
 ON_HOST = Path("/tmp/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
@@ -41,9 +42,10 @@ def steps_of_a_run(folder, device, *, four_bit=True, dtype="bfloat16", rank=8, s
 
 
 def assert_sampled_as_trained(steps):
-    idle, moved = steps[0]["mismatch_kl"], [step["mismatch_kl"] for step in steps[1:]]
+    idle, *moved = (step["mismatch_kl"] for step in steps if step["mismatch_kl"] is not None)
     assert statistics.fmean(moved) <= 1.5 * idle, (idle, moved)
-    assert steps[0]["adapter_survival"] >= 0.9 and statistics.fmean(s["adapter_survival"] for s in steps) >= 0.9
+    shares = [step["adapter_survival"] for step in steps if step.get("adapter_survival") is not None]
+    assert shares[0] >= 0.9 and statistics.fmean(shares) >= 0.9, shares
 
 
 def test_the_first_steps_of_an_adapter_show_and_bring_no_mismatch(tmp_path):
@@ -53,7 +55,9 @@ def test_the_first_steps_of_an_adapter_show_and_bring_no_mismatch(tmp_path):
 @pytest.mark.gpu
 @pytest.mark.parametrize("four_bit", [True, False], ids=["NF4", "16 bit"])
 @pytest.mark.parametrize("rank", [8, 64])
-def test_on_a_gpu_the_first_steps_show_and_bring_no_mismatch(four_bit, rank, tmp_path):
+def test_on_a_gpu_the_first_steps_show_and_bring_no_mismatch(four_bit, rank, tmp_path, monkeypatch):
+    monkeypatch.setattr(adapter_survival, "SEQUENCES", 256)  # for a firm value; a run is content with less
+    monkeypatch.setattr(adapter_survival, "TOKENS", 4096)
     steps = steps_of_a_run(tmp_path, "cuda", four_bit=four_bit, rank=rank, steps=6, prompts=32)
     assert_sampled_as_trained(steps)
     assert max(step["mismatch_kl"] for step in steps) <= 0.004
