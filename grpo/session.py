@@ -1,7 +1,7 @@
 """A model ready to sample and train: source, tokenizer, the one copy, the training graph and vLLM.
 
 Training, evaluation, generation and the Python API all start here. The order matters on a GPU: the weights take their
-memory first, then vLLM is told exactly how much is left for its KV cache. vLLM is imported only when it is started, so
+memory first, then vLLM gets exactly what is left as its KV cache. vLLM is imported only when it is started, so
 that the training graph can be used without it.
 """
 
@@ -55,10 +55,10 @@ def open_session(
 ) -> Session:
     """Load the model of `config`. `adapter`: a folder whose values replace the fresh adapter's.
 
-    `status` is told what is being done. `files` is what `read_model` gave, if that was needed before. `resumed`: a run
-    folder that goes on, whose base is held as it was. `agree` gives every process of a run what the first one passes.
-    `start_engine = False` leaves vLLM to the first use of `Session.engine`, and
-    asks of a GPU only that the weights fit. Raises UserError for whatever about the model cannot be used.
+    `status` is called with what is being done. `files` is what `read_model` gave, if that was needed before. `resumed`:
+    a run folder that goes on, whose base is held as it was. `agree` gives every process of a run what the first one
+    passes. `start_engine = False` leaves vLLM to the first use of `Session.engine`, and asks of a GPU only that the
+    weights fit. Raises UserError for whatever about the model cannot be used.
     """
     files = files or read_model(config, status)
     like = [folder for folder in (resumed, adapter, config.lora.init) if folder is not None]
@@ -262,9 +262,9 @@ def stop_token_ids(source: Any, tokenizer: Any) -> tuple[int, ...]:
             f"{source.path}: completions end with the tokenizer's eos_token, and "
             f"{no_row(tokenizer.eos_token_id, tokenizer, text.vocab_size)}, or name another in tokenizer_config.json"
         )
-    found = [tokenizer.eos_token_id, text.eos_token_id]
-    found += end_tokens(source.path / "generation_config.json", text.vocab_size)
-    flat = [token for entry in found if entry is not None for token in (entry if isinstance(entry, list) else [entry])]
+    ends = [tokenizer.eos_token_id, text.eos_token_id]
+    ends += end_tokens(source.path / "generation_config.json", text.vocab_size)
+    flat = [token for entry in ends if entry is not None for token in (entry if isinstance(entry, list) else [entry])]
     if not flat:
         raise UserError(
             f"{source.path}: neither the tokenizer nor the configuration names an end-of-sequence token, so "

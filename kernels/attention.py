@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from grpo.kernels.shared_keys import Places, laid_out
+from grpo.kernels.shared_keys import GatherIndex, gather_keys
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -105,9 +105,9 @@ class Packing:
         return torch.cat([torch.arange(start, start + length) for start, length in ranges])
 
     @cached_property
-    def places(self) -> Places:
+    def gather_index(self) -> GatherIndex:
         """Where flash attention wants each token's key and value."""
-        return Places(self.key_positions, self.tokens, self.device)
+        return GatherIndex(self.key_positions, self.tokens, self.device)
 
     @cached_property
     def padded(self) -> list[PaddedBatch]:
@@ -174,7 +174,7 @@ def packed_attention(
     """
     assert packing.tokens == query.shape[1] == key.shape[1], (packing.tokens, query.shape, key.shape)
     assert query.shape[0] % key.shape[0] == 0, (query.shape, key.shape)
-    if softcap is None and flash_serves(query):
+    if softcap is None and flash_supports(query):
         return _flash(query, key, value, packing, scale, window)
     groups = query.shape[0] // key.shape[0]
     key, value = key.repeat_interleave(groups, 0), value.repeat_interleave(groups, 0)
@@ -182,7 +182,7 @@ def packed_attention(
     return torch.cat(outputs).index_select(0, packing.order)
 
 
-def flash_serves(query: Tensor) -> bool:
+def flash_supports(query: Tensor) -> bool:
     """Whether torch's variable-length flash attention takes this query and lets the scale and window be set."""
     return (
         query.is_cuda
@@ -194,11 +194,11 @@ def flash_serves(query: Tensor) -> bool:
 
 def _flash(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: float, window: int | None) -> Tensor:
     arguments: dict = {"scale": scale, "window_size": (-1 if window is None else window - 1, 0)}
-    if "enable_gqa" in VARLEN_ARGUMENTS:  # torch 2.11 takes fewer heads of keys without being told
+    if "enable_gqa" in VARLEN_ARGUMENTS:  # torch 2.11 takes fewer heads of keys without this argument
         arguments["enable_gqa"] = key.shape[0] != query.shape[0]
     query, key, value = (part.transpose(0, 1) for part in (query, key, value))
     if packing.shares_prefixes:
-        key, value = laid_out(key, value, packing.places)
+        key, value = gather_keys(key, value, packing.gather_index)
     # With fewer queries than keys, flash attention aligns the causal mask to the last key, as a continuation needs.
     return varlen_attn(query, key, value, packing.query_bounds, packing.key_bounds, *packing.longest, **arguments)
 

@@ -58,8 +58,8 @@ def fused_linears(config: Any) -> dict[str, list[str]]:
     linears = {}
     for layer in range(config.num_hidden_layers):
         for fused, parts in FUSED_PARTS.items():
-            own = (fused,) if config.model_type in ALREADY_FUSED else parts
-            linears[f"model.layers.{layer}.{fused}"] = [f"model.layers.{layer}.{part}" for part in own]
+            stacked = (fused,) if config.model_type in ALREADY_FUSED else parts
+            linears[f"model.layers.{layer}.{fused}"] = [f"model.layers.{layer}.{part}" for part in stacked]
     return linears
 
 
@@ -68,16 +68,16 @@ def adapter_targets(config: Any, target_modules: list[str]) -> list[str]:
 
     Raises UserError for one that names no linear layer of the model.
     """
-    own = [_own_name(config, name) for name in target_modules]
+    family_names = [_own_name(config, name) for name in target_modules]
     parts = [part for group in fused_linears(config).values() for part in group]
-    for name, meant in zip(own, target_modules, strict=True):
+    for name, meant in zip(family_names, target_modules, strict=True):
         if not any(part == name or part.endswith(f".{name}") for part in parts):
             leaves = dict.fromkeys(part.rpartition(".")[2] for part in parts)
             raise UserError(
                 f"lora.target_modules names {meant!r}, which is no linear layer of this model; name some of "
                 f"{', '.join(leaves)}"
             )
-    return list(dict.fromkeys(own))
+    return list(dict.fromkeys(family_names))
 
 
 def _own_name(config: Any, name: str) -> str:

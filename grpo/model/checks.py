@@ -83,11 +83,11 @@ def check_head_size(config: Any, where: Path, on_cpu: bool) -> None:
 
 def end_tokens(file: Path, vocabulary: int) -> list[int]:
     """`eos_token_id` of a generation configuration, which may be missing. Raises UserError for what is no token."""
-    found = read_object(file).get("eos_token_id") if file.is_file() else None
-    tokens = found if isinstance(found, list) else [] if found is None else [found]
+    eos = read_object(file).get("eos_token_id") if file.is_file() else None
+    tokens = eos if isinstance(eos, list) else [] if eos is None else [eos]
     for token in tokens:
         if not isinstance(token, int) or not 0 <= token < vocabulary:
-            raise UserError(f"{file}: eos_token_id = {json.dumps(found)[:60]}: no token of the vocabulary; correct it")
+            raise UserError(f"{file}: eos_token_id = {json.dumps(eos)[:60]}: no token of the vocabulary; correct it")
     return tokens
 
 

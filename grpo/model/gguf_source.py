@@ -57,13 +57,13 @@ class GGUFSource:
         check_supported(text_config, str(self.path))
         names = get_tensor_name_map(by_name[self._architecture], text_config.num_hidden_layers)
         tensors = {tensor.name: tensor for tensor in self.reader.tensors}
-        found = {}
+        named = {}
         for candidate in candidate_names(text_config):
             stored = names.get_name(candidate, try_suffixes=(".weight", ".bias"))
             if stored in tensors:
-                found[candidate] = tensors.pop(stored)
+                named[candidate] = tensors.pop(stored)
         # What has no name in transformers keeps its own, but for rotary factors: these are in the configuration.
-        return found | {name: tensor for name, tensor in tensors.items() if name not in ROTARY_TENSORS}
+        return named | {name: tensor for name, tensor in tensors.items() if name not in ROTARY_TENSORS}
 
     @property
     def stored_as(self) -> str:

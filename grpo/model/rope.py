@@ -87,12 +87,12 @@ def frequencies(config: Any, longest: int | None = None) -> Frequencies:
             parameters |= {"short_factor": chosen, "long_factor": chosen}
     with torch.device("cpu"):
         module = rotary_class(config)(settled)
-    found = {}
+    result = {}
     for kind, _ in rotary_parameters(settled):
         inverse = getattr(module, prefixed(kind, "inv_freq"), None)
         if inverse is not None:  # there are none of a layer type that no layer has
-            found[kind] = inverse.float(), float(getattr(module, prefixed(kind, "attention_scaling")))
-    return found
+            result[kind] = inverse.float(), float(getattr(module, prefixed(kind, "attention_scaling")))
+    return result
 
 
 def rotary_parameters(config: Any) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -23,7 +23,7 @@ from grpo.model.weight_files import stored_names, unique, unread_files, weights_
 from grpo.model.weight_source import NF4Tensor
 
 NF4_STATE = ".quant_state.bitsandbytes__nf4"
-"""What bitsandbytes appends to a weight's name for the description of its NF4 form."""
+"""What bitsandbytes appends to a weight's name for the description of its NF4 storage."""
 NF4_ENTRIES = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", NF4_STATE.removeprefix("."))
 """What bitsandbytes keeps beside the codes of a weight, under its name."""
 DENSE_TYPES = ("F64", "F32", "F16", "BF16")
@@ -53,7 +53,7 @@ class SafetensorsSource:
             )
         try:
             self.config = AutoConfig.from_pretrained(path, trust_remote_code=brings_code)
-        except Exception as error:  # whatever transformers' checks of a stranger's file raise
+        except Exception as error:  # whatever transformers' checks of an untrusted file raise
             raise UserError(f"{file}: {one_line(error)}; correct it, or download the model again") from None
         entry = weights_entry(path, getattr(self.config, "transformers_weights", None))
         self._shard_of = self._index(entry)
@@ -105,7 +105,7 @@ class SafetensorsSource:
         with damage_named(self._shard_of[name]):
             stored = self._handle(name).get_slice(name)
             if stored.get_dtype() not in DENSE_TYPES:
-                raise self._unknown_form(name, stored.get_dtype())
+                raise self._unknown_storage(name, stored.get_dtype())
             return tuple(stored.get_shape())
 
     def _nf4_shape(self, name: str) -> tuple[int, ...]:
@@ -128,7 +128,7 @@ class SafetensorsSource:
         self.shape(name)  # the form is one that is read
         return self._raw(name)
 
-    def _unknown_form(self, name: str, stored: str) -> UserError:
+    def _unknown_storage(self, name: str, stored: str) -> UserError:
         return UserError(
             f"{self._shard_of[name]}: {name} is quantised in a form other than bitsandbytes NF4 ({stored}); use an NF4 "
             "or an unquantised checkpoint"
