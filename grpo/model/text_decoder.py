@@ -23,7 +23,8 @@ def text_config(config: Any) -> Any:
     """The configuration of the decoder in the model of `config`, transformers'; `config` itself where that is all."""
     text = config.get_text_config(decoder=True)
     if text is not config:
-        text.tie_word_embeddings = bool(getattr(config, "tie_word_embeddings", text.tie_word_embeddings))
+        tied = getattr(config, "tie_word_embeddings", getattr(text, "tie_word_embeddings", None))
+        text.tie_word_embeddings = bool(tied)
         for key in SHARED_KEYS:
             if getattr(text, key, None) is None:
                 setattr(text, key, getattr(config, key, None))
