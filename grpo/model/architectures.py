@@ -1,7 +1,7 @@
 """Which models can be trained: decoders of text that both vLLM and transformers build, and what adapters act on.
 
-Whether the two agree is not written here: the start-up gate compares them (`selftest.py`). What is refused here, before
-anything is read, is what cannot work whatever the gate would say.
+Whether the two agree is not written here: the gate at the start compares them (`grpo/training/self_check.py`). What is
+refused here, before anything is read, is what cannot work whatever the gate would say.
 """
 
 from __future__ import annotations

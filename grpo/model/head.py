@@ -1,7 +1,7 @@
 """What a model does to its logits after the product with the output head: a factor, and a cap.
 
-Families say the factor under several names, some as a multiplier and some as a divisor. Whether this is all is checked
-at start, against transformers' own logits (`selftest.py`).
+Families say the factor under several names, some as a multiplier and some as a divisor. Whether this is all that the
+family does is checked at start, against vLLM's logprobs (`grpo/training/self_check.py`).
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from grpo.errors import UserError
-from grpo.model.layout_records import FAMILIES, LAYOUTS
+from grpo.model.layout_records import FAMILIES, LAYOUTS, SEEN
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 """Parameters with a row for every token of the vocabulary."""
@@ -108,8 +108,16 @@ def numbered(pattern: str, like: str) -> str:
     return pattern if number is None else pattern.replace("*", number.group())
 
 
+ALIKE = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3")
+"""Families that every vLLM from 0.26 on lays out as recorded."""
+
 _learned: dict[str, Record] = {}
 """Families that this process has traced."""
+
+
+def is_traced(model_type: str) -> bool:
+    """Whether this process has traced the family."""
+    return model_type in _learned
 
 
 def record_of(model_type: str) -> Record | None:
@@ -117,6 +125,13 @@ def record_of(model_type: str) -> Record | None:
     if model_type in _learned:
         return _learned[model_type]
     return Record(**LAYOUTS[FAMILIES[model_type]]) if model_type in FAMILIES else None
+
+
+def is_recorded(model_type: str, vllm: str | None) -> bool:
+    """Whether the record of the family is known to hold for the version `vllm`; None: for planning, without vLLM."""
+    if model_type not in FAMILIES or vllm is None or model_type in ALIKE:
+        return model_type in FAMILIES
+    return model_type in SEEN.get(".".join(vllm.split("+")[0].split(".")[:2]), {})
 
 
 def learn(model_type: str, record: Record) -> None:

@@ -15,6 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from grpo.errors import UserError
+
+FRAME = ("model.embed_tokens", "model.layers.0", "model.norm", "lm_head")
+"""Modules around and in the stack of layers."""
+
 
 @dataclass(frozen=True)
 class GraphLinear:
@@ -50,6 +55,19 @@ def meta_graph(config: Any, dtype: torch.dtype = torch.float32, attention: str |
 
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, attn_implementation=attention)
+
+
+def check_frame(config: Any) -> None:
+    """Raise UserError unless the graph of `config` has the frame that the training graph runs."""
+    graph = meta_graph(config)
+    for name in FRAME:
+        try:
+            graph.get_submodule(name)
+        except AttributeError:
+            raise UserError(
+                f"transformers' {type(graph).__name__} has no {name}, as the decoders have that are trained here; use "
+                "a model of another family"
+            ) from None
 
 
 def graph_tensors(config: Any) -> GraphTensors:

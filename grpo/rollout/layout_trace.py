@@ -191,7 +191,9 @@ def traced_model(config: Any, dtype: torch.dtype) -> Iterator[nn.Module]:
                 with torch.device("meta"):
                     model = initialize_model(settings)
                 yield model
-        except (ValueError, NotImplementedError, ImportError) as error:
+        except UserError:
+            raise
+        except Exception as error:  # whatever vLLM makes of a family that nobody tried
             reason = f"vLLM {vllm.__version__} cannot build it ({one_line(error)})"
             raise UserError(f"{reason}; use a model of another family or another vLLM") from None
         finally:

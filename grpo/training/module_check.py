@@ -41,8 +41,8 @@ class Difference(NamedTuple):
     limit: float
 
     def __str__(self) -> str:
-        where = f"what reaches {self.module} differs" if self.reached else f"{self.module} gives another result"
-        return f"{where} (by {self.size:.2g} of its size, over {self.limit:.2g})"
+        what = f"what reaches {self.module}" if self.reached else f"the result of {self.module}"
+        return f"{what} differs by {self.size:.2g} of its size, over {self.limit:.2g}"
 
 
 def first_difference(session: Session, prompt: Sequence[int]) -> Difference | None:

@@ -127,8 +127,8 @@ def check_modules(session: Session, prompt: list[int]) -> None:
     different = different_module(session, prompt)
     if different is not None:
         raise UserError(
-            f"self-test: {different} in vLLM and in the training graph, so completions would not come from the trained "
-            "policy; use another vLLM or a model of another family, and please report this"
+            f"self-test: {different}, in vLLM beside the training graph, so completions would not come from the "
+            "trained policy; use another vLLM or a model of another family, and please report this"
         )
 
 
@@ -208,7 +208,7 @@ def refuse_difference(session: Session, prompt: list[int], gap: float, limit: fl
 def named_difference(session: Session, prompt: list[int]) -> str:
     """The module to which a difference of logprobs is due, as a part of a sentence."""
     different = different_module(session, prompt)
-    return f" ({different or 'all layers agree: it is in the last norm or the output head'})"
+    return f": {different or 'all layers agree, so it is the last norm or the output head'}"
 
 
 def sample_with_choice(session: Session, prompt: list[int]) -> Sampled:

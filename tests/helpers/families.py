@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from tests.helpers.tiny import COMMON
 
@@ -64,14 +64,63 @@ def family_config(family: str, **changes: Any) -> Any:
 def save_family(folder: Path, family: str, **changes: Any) -> Any:
     """Write a random float32 model whose logits are far from uniform to `folder`, and return it."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(
-        family_config(family, **changes), dtype=torch.float32, attn_implementation="eager"
-    ).eval()
+    config = family_config(family, **changes)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+    spread(model).save_pretrained(folder)
+    return model
+
+
+TOWER: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 32}
+LAYERED = {**TOWER, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+BLOCKS = {**TOWER, "depth": 1, "num_heads": 2, "out_hidden_size": COMMON["hidden_size"]}
+TOKENS = {
+    "image_token_id": 150, "video_token_id": 151, "vision_start_token_id": 152, "vision_end_token_id": 153,
+}  # fmt: skip
+
+
+def sections(*sizes: int) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": list(sizes)}}
+
+
+WITH_IMAGES: dict[str, dict[str, Any]] = {
+    "gemma3": {
+        "text_config": {**COMMON, **WIDE, "sliding_window": 16, "query_pre_attn_scalar": 64},
+        "vision_config": LAYERED,
+        "mm_tokens_per_image": 4,
+        "image_token_index": 150,
+        "boi_token_index": 151,
+        "eoi_token_index": 152,
+    },
+    "qwen2_5_vl": {"text_config": {**COMMON, **sections(4, 6, 6)}, "vision_config": BLOCKS, **TOKENS},
+    "qwen3_vl": {
+        "text_config": {**COMMON, **WIDE, **sections(12, 10, 10)},
+        "vision_config": {**BLOCKS, "deepstack_visual_indexes": [0]},
+        **TOKENS,
+    },
+    "mistral3": {
+        "text_config": {"model_type": "mistral", **COMMON, **WIDE},
+        "vision_config": {"model_type": "pixtral", **LAYERED},
+        "image_token_index": 150,
+    },
+}
+"""model_type of models that take images too -> their configuration."""
+
+
+def save_with_images(folder: Path, family: str) -> Any:
+    """Write a random float32 model that takes images to `folder`, and return it."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **WITH_IMAGES[family])
+    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32, attn_implementation="eager")
+    spread(model).save_pretrained(folder)
+    return model
+
+
+def spread(model: Any) -> Any:
+    """`model` with random weights that make its logits far from uniform."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name or parameter.ndim < 2:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
             else:
                 parameter.copy_(torch.randn_like(parameter) * (0.5 if "embed" in name or "lm_head" in name else 0.12))
-    model.save_pretrained(folder)
-    return model
+    return model.eval()

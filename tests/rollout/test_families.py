@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from grpo.config.schema import Lora, Model
 from grpo.model.base_weights import BaseWeights
+from grpo.model.inventory import account
 from grpo.model.layout import Layout
 from grpo.model.source import open_source
 from grpo.policy.policy import Policy
-from tests.helpers.families import NEWCOMERS, save_family
+from tests.helpers.families import NEWCOMERS, WITH_IMAGES, save_family, save_with_images
 
 PROMPTS = [[5, 9, 33, 7, 21, 64, 90, 11, 2, 3], [12, 140, 77]]
 CPU = torch.device("cpu")
@@ -58,12 +60,10 @@ def largest_difference(base: BaseWeights, policy: Policy, tokens: int = 30) -> f
     return worst
 
 
-@pytest.mark.vllm
-@pytest.mark.parametrize("family", NEWCOMERS)
-def test_vllm_the_training_graph_and_transformers_agree(family: str, tmp_path: Path) -> None:
-    reference = save_family(tmp_path, family)
-    base, policy = load(tmp_path)
-    completion = [(13 * number) % 160 for number in range(30)]
+def check(reference: Any, folder: Path) -> None:
+    """The training graph computes what transformers' model `reference` does on text, and vLLM what the graph does."""
+    base, policy = load(folder)
+    completion = [(13 * number) % 150 for number in range(30)]
     with policy.reference():
         scored = policy.score(PROMPTS, [completion, completion], temperature=0.7, chunk_tokens=3)
     expected = []
@@ -71,6 +71,28 @@ def test_vllm_the_training_graph_and_transformers_agree(family: str, tmp_path: P
         with torch.no_grad():
             logits = reference(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
         expected.append(torch.log_softmax(logits / 0.7, -1)[range(30), completion])
-    if family != "phi3":  # transformers chooses its factors by the longest of a row, we by the longest of a run
+    if base.config.model_type != "phi3":  # transformers chooses its factors by the longest of a row, we of a run
         torch.testing.assert_close(scored.logprobs, torch.cat(expected), atol=3e-5, rtol=1e-5)
     assert largest_difference(base, policy) < 1e-4
+
+
+QUICK = ("ministral3", "granite", "smollm3", "phi3")
+"""Families whose exceptions are of different kinds; `make test-wide` has all."""
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=() if name in QUICK else pytest.mark.wide) for name in NEWCOMERS]
+)
+def test_vllm_the_training_graph_and_transformers_agree(family: str, tmp_path: Path) -> None:
+    check(save_family(tmp_path, family), tmp_path)
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=() if name == "gemma3" else pytest.mark.wide) for name in WITH_IMAGES]
+)
+def test_of_a_model_that_takes_images_the_decoder_of_text_is_read(family: str, tmp_path: Path) -> None:
+    check(save_with_images(tmp_path, family), tmp_path)
+    (notice,) = account(open_source(Model(name=str(tmp_path))))
+    assert "not used:" in notice and "images" in notice
