@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from grpo.kernels import dense_gemm
+from grpo.kernels import cards, dense_gemm
 from grpo.kernels.launch import on_device, portable, round_to, sum_in_float32
 from grpo.kernels.lora_factors import LowRank, with_bias
 from grpo.kernels.split_k import dot
@@ -89,15 +89,20 @@ def round_sum(total: Tensor, bias: Tensor | None, low_rank: LowRank | None, out:
         _round_sum_kernel[grid](
             total, out if bias is None else bias, shrunk, b, out, rows, features, shrunk.stride(0), b.stride(0),
             b.stride(1), out.stride(0), bias is not None, ranks, min(64, triton.next_power_of_2(max(ranks, 16))),
-            tile_rows, FEATURES, portable(total), num_warps=4,
+            tile_rows, FEATURES, has_dot(total), portable(total), num_warps=4,
         )  # fmt: skip
+
+
+def has_dot(tensor: Tensor) -> bool:
+    """Whether a kernel on `tensor` adds the adapter by matrix products; otherwise rank by rank."""
+    return not tensor.is_cuda or cards.card(tensor.device).dot_is_fast
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _round_sum_kernel(
     total, bias, shrunk, b, out, rows, features, shrunk_stride, b_stride, b_rank_stride, out_stride,
     HAS_BIAS: tl.constexpr, RANKS: tl.constexpr, BR: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    PORTABLE: tl.constexpr,
+    HAS_DOT: tl.constexpr, PORTABLE: tl.constexpr,
 ):  # fmt: skip
     """A [BM, BN] tile of `out`."""
     m = tl.program_id(0) * BM + tl.arange(0, BM)
@@ -108,7 +113,12 @@ def _round_sum_kernel(
     value = tl.load(total + at * features + n[None, :], mask=inside, other=0.0)
     if HAS_BIAS:
         value += tl.load(bias + n, mask=n < features, other=0.0).to(tl.float32)[None, :]
-    for start in tl.static_range(0, RANKS, BR):
+    if not HAS_DOT:
+        for rank in range(RANKS):
+            left = tl.load(shrunk + at * shrunk_stride + rank, mask=(m < rows)[:, None], other=0.0).to(tl.float32)
+            right_at = b + n.to(tl.int64) * b_stride + rank * b_rank_stride
+            value += left * tl.load(right_at, mask=n < features, other=0.0).to(tl.float32)[None, :]
+    for start in tl.static_range(0, RANKS if HAS_DOT else 0, BR):
         kept = start + r < RANKS
         left_mask, right_mask = (m < rows)[:, None] & kept[None, :], kept[:, None] & (n < features)[None, :]
         left = tl.load(shrunk + at * shrunk_stride + start + r[None, :], mask=left_mask, other=0.0)
