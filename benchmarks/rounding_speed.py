@@ -2,7 +2,7 @@
 
 The second checkout is one from before, or the same with `--two-roundings`, which adds adapters to rounded outputs
 (two_roundings.py). Random weights of a 3B shape, an adapter of rank 16 on all linears, NF4 and 16 bit. A part is a
-process of its own; the order of the two checkouts alternates from part to part.
+process of its own; the order of the two checkouts alternates from turn to turn.
 
     python -m benchmarks.rounding_speed --against /tmp/before --out benchmarks/results/rounding_speed.json
     python -m benchmarks.rounding_speed --parts rollout-nf4 --counts 1,32 --against /tmp/before
@@ -109,23 +109,32 @@ def run(options: argparse.Namespace, part: str, tree: Path, *extra: str) -> dict
 
 
 def compare(options: argparse.Namespace) -> dict[str, Any]:
+    """Every part in `turns` turns of a process for each side, whose order alternates: the first one of a machine is
+    slower than the same a second time, by up to a third where the host limits it."""
+    sides = {
+        "now": (ROOT, ()),
+        "before": (options.against or ROOT, () if options.against else ("--two-roundings",)),
+    }
     found: dict[str, Any] = {}
-    for number, part in enumerate(options.parts):
-        sides = [
-            ("now", ROOT, ()),
-            ("before", options.against or ROOT, () if options.against else ("--two-roundings",)),
-        ]
-        found[part] = {}
-        for side, tree, extra in sides if number % 2 == 0 else sides[::-1]:
-            found[part][side] = run(options, part, tree, *extra)
-        now, before = found[part]["now"], found[part]["before"]
-        found[part]["now_over_before"] = {
-            key: round(now[key] / before[key], 3) for key in now if key in before and key != "error"
-        }
+    for part in options.parts:
+        turns: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
+        for turn in range(options.turns):
+            for side in list(sides)[:: 1 if turn % 2 else -1]:
+                turns[side].append(run(options, part, sides[side][0], *sides[side][1]))
+        found[part] = turns | {"now_over_before": ratios(turns["now"], turns["before"])}
         print(part, json.dumps(found[part]), flush=True)
         if options.out:
             options.out.write_text(json.dumps(found, indent=1) + "\n")
     return found
+
+
+def ratios(now: list[dict[str, Any]], before: list[dict[str, Any]]) -> dict[str, float]:
+    """By number of sequences or tokens: the ratio of the medians over turns, where every turn has a figure."""
+    keys = set.intersection(*(set(turn) for turn in now + before)) - {"error"}
+    return {
+        key: round(statistics.median(turn[key] for turn in now) / statistics.median(turn[key] for turn in before), 3)
+        for key in sorted(keys, key=int)
+    }
 
 
 def main() -> int:
@@ -140,6 +149,7 @@ def main() -> int:
     parser.add_argument("--tokens", default="2048,16384", type=numbers, help="of a micro-batch")
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--turns", type=int, default=2, help="processes of each side and part")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--budget", type=float, default=240, help="seconds for a part of one checkout")
     parser.add_argument("--out", type=Path)

@@ -12,13 +12,12 @@ import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from grpo.kernels.shared_keys import Places, laid_out
+from grpo.kernels.shared_keys import GatherIndex, gather_keys
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -63,12 +62,13 @@ class PaddedBatch:
     """bool [S, Q], queries that exist."""
 
 
-class CausalBatch(NamedTuple):
+@dataclass(frozen=True)
+class CausalBatch:
     """Spans, each behind the prompt that it continues: S of at most K tokens. What is beyond an end is seen by nothing
     before it, so causal attention over [S, K] needs no mask."""
 
     spans: int
-    places: Places
+    index: GatherIndex
     """Of S K tokens, row after row; the first token beyond a row's end."""
     own: Tensor
     """int64, those of the S K tokens that are the spans' own, in their order."""
@@ -120,9 +120,9 @@ class Packing:
         return torch.cat([torch.arange(start, start + length) for start, length in ranges])
 
     @cached_property
-    def places(self) -> Places:
+    def gather_index(self) -> GatherIndex:
         """Where flash attention wants each token's key and value."""
-        return Places(self.key_positions, self.tokens, self.device)
+        return GatherIndex(self.key_positions, self.tokens, self.device)
 
     @cached_property
     def padded(self) -> list[PaddedBatch]:
@@ -184,7 +184,8 @@ def causal_batch(spans: Sequence[Span], tokens: int, device: torch.device) -> Ca
     for row, mine, span in zip(places, own, spans, strict=True):
         row[: span.keys] = torch.cat([torch.arange(start, start + length) for start, length in key_ranges(span)])
         mine[span.prefix_length : span.keys] = True
-    return CausalBatch(len(spans), Places(places.flatten(), tokens, device), own.flatten().nonzero()[:, 0].to(device))
+    index = GatherIndex(places.flatten(), tokens, device)
+    return CausalBatch(len(spans), index, own.flatten().nonzero()[:, 0].to(device))
 
 
 def packed_attention(
@@ -205,7 +206,7 @@ def packed_attention(
     """
     assert packing.tokens == query.shape[1] == key.shape[1], (packing.tokens, query.shape, key.shape)
     assert query.shape[0] % key.shape[0] == 0, (query.shape, key.shape)
-    if softcap is None and flash_serves(query):
+    if softcap is None and flash_supports(query):
         return _flash(query, key, value, packing, scale, window)
     if softcap is None and without_scores(query):
         outputs = [_causal(query, key, value, batch, scale, window) for batch in packing.causal]
@@ -216,7 +217,7 @@ def packed_attention(
     return torch.cat(outputs).index_select(0, packing.order)
 
 
-def flash_serves(query: Tensor) -> bool:
+def flash_supports(query: Tensor) -> bool:
     """Whether torch's variable-length flash attention takes this query and lets the scale and window be set."""
     return (
         query.is_cuda
@@ -234,11 +235,11 @@ def without_scores(query: Tensor) -> bool:
 
 def _flash(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: float, window: int | None) -> Tensor:
     arguments: dict = {"scale": scale, "window_size": (-1 if window is None else window - 1, 0)}
-    if "enable_gqa" in VARLEN_ARGUMENTS:  # torch 2.11 takes fewer heads of keys without being told
+    if "enable_gqa" in VARLEN_ARGUMENTS:  # torch 2.11 takes fewer heads of keys without this argument
         arguments["enable_gqa"] = key.shape[0] != query.shape[0]
     query, key, value = (part.transpose(0, 1) for part in (query, key, value))
     if packing.shares_prefixes:
-        key, value = laid_out(key, value, packing.places)
+        key, value = gather_keys(key, value, packing.gather_index)
     # With fewer queries than keys, flash attention aligns the causal mask to the last key, as a continuation needs.
     return varlen_attn(query, key, value, packing.query_bounds, packing.key_bounds, *packing.longest, **arguments)
 
@@ -247,8 +248,8 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, batch: CausalBatch, scale
     """Attention of one batch's own tokens [tokens, heads, dim]. Prompts are computed with each span and left out."""
     groups = query.shape[0] // key.shape[0]
     # A prompt's query gets no gradient but from its own row, so that torch's atomics add zeros; its key gets several.
-    query = query.transpose(0, 1).index_select(0, batch.places.sources)
-    key, value = laid_out(key.transpose(0, 1), value.transpose(0, 1), batch.places)
+    query = query.transpose(0, 1).index_select(0, batch.index.sources)
+    key, value = gather_keys(key.transpose(0, 1), value.transpose(0, 1), batch.index)
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     q, k, v = (part.unflatten(0, (batch.spans, -1)).transpose(1, 2) for part in (query, key, value))
     longest = q.shape[2]

@@ -26,7 +26,7 @@ from grpo.config.messages import section_of
 from grpo.config.schema import Config
 from grpo.rewards.builtin import BUILTIN
 from grpo.rewards.runtime.contract import RewardBatch
-from grpo.rewards.runtime.forms import RewardFunction
+from grpo.rewards.runtime.conventions import RewardFunction
 from grpo.sft.config import SftConfig
 from grpo.tasks.common import BUILT_IN, load_task
 from tests.helpers.paths import ROOT

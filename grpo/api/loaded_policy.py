@@ -6,8 +6,8 @@
     policy.save_lora("adapter")
     policy.close()
 
-Loading builds the training graph, an ordinary peft model, and does not start vLLM; the first generation does. What a
-setting means is `grpo.config`'s: every name of the TOML is a keyword here.
+Loading builds the training graph, an ordinary peft model, and does not start vLLM; the first generation does. For what
+a setting means see `grpo.config`: every name of the TOML is a keyword here.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from grpo.monitor.run_log import RunLog
 from grpo.rollout.types import Request, SamplingSettings
 from grpo.run.checkpoint import CONFIG, open_run
 from grpo.run.library_logs import quiet_libraries
-from grpo.run.model_reference import resolve_target
+from grpo.run.model_reference import resolve_model
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -100,11 +100,11 @@ def open_policy(
     `at_most`: let sequences be so long, or as long as the model takes them. `source` and `overrides` are where
     `tables` came from, for errors.
     """
-    target = resolve_target(model, base)
-    if "lora" in tables and target.adapter is not None:
+    reference = resolve_model(model, base)
+    if "lora" in tables and reference.adapter is not None:
         raise UserError(f"{model}: the adapter brings its own shape; leave lora out")
-    kept = ("model", "lora", "rollout")
-    tables = merged({name: table for name, table in target.tables.items() if name in kept}, tables)
+    sections = ("model", "lora", "rollout")
+    tables = merged({name: table for name, table in reference.tables.items() if name in sections}, tables)
     first = merged({"rollout": {"max_num_seqs": GENERATED_AT_ONCE}}, tables, NO_TASK)
     config = parse_config(with_lengths(first), source, overrides=overrides)
     quiet_libraries(verbose)
@@ -115,7 +115,7 @@ def open_policy(
         longest = getattr(files.source.config.get_text_config(), "max_position_embeddings", at_most)
         longest = max(min(longest, at_most), config.max_seq_length)
         config = parse_config(with_lengths(merged(first, {"model": {"max_seq_length": longest}})), source)
-    session = open_session(config, adapter=target.adapter, status=status, start_engine=False, files=files)
+    session = open_session(config, adapter=reference.adapter, status=status, start_engine=False, files=files)
     return LoadedPolicy(session, tables)
 
 
@@ -221,8 +221,8 @@ class LoadedPolicy:
         texts = [""] * len(requests)
         for done in session.engine.generate(requests, sampling, adapter=adapter):
             texts[done.request_id] = session.decode(done.token_ids)
-        found = texts if n == 1 else [texts[start : start + n] for start in range(0, len(texts), n)]
-        return found[0] if single else found
+        completions = texts if n == 1 else [texts[start : start + n] for start in range(0, len(texts), n)]
+        return completions[0] if single else completions
 
     def _ready(
         self, longest_prompt: int, temperature: float, max_tokens: int, top_p: float, adapter: bool
@@ -276,7 +276,7 @@ class LoadedPolicy:
         self._end_stream()
         with open_run(config) as run:
             log = RunLog(run.path, config, max_steps=config.train.max_steps or 0, verbose=verbose)
-            told, session.status = session.status, log.status
+            previous_status, session.status = session.status, log.status
             try:
                 with log:
                     from grpo.training.trainer import train_session
@@ -286,17 +286,17 @@ class LoadedPolicy:
                         session.engine.sync_adapter()
                     train_session(session, data, run.path, log)
             finally:
-                session.status = told
+                session.status = previous_status
         return TrainResult.read(run.path)
 
     def _training_config(self, task: Tables, rewards: list[Tables], settings: Mapping[str, Any]) -> Config:
         """The configuration of one run. Raises UserError for a setting that is unknown or out of range."""
-        own = ("task", "rewards", "verbose")
+        arguments = ("task", "rewards", "verbose")
         sections = tuple(name for name in SECTIONS if name != "model") + ("eval",)
         tables = merged(
             {"checkpoint": {"output_dir": str(unused_folder(task["name"]))}},
             self._tables,
-            tables_of(settings, "policy.train", sections, own),
+            tables_of(settings, "policy.train", sections, arguments),
             {"task": task, "rewards": rewards},
         )
         return parse_config(with_lengths(tables), "policy.train")
@@ -344,8 +344,8 @@ class LoadedPolicy:
         if self._session is None:
             return "<closed policy>"
         base, lora = self._session.base, self.config.lora
-        form = "NF4" if base.load_in_4bit else str(base.dtype).removeprefix("torch.")
-        return f"<{self.config.model.name} in {form} on {base.device.type}, LoRA of rank {lora.r}>"
+        storage = "NF4" if base.load_in_4bit else str(base.dtype).removeprefix("torch.")
+        return f"<{self.config.model.name} in {storage} on {base.device.type}, LoRA of rank {lora.r}>"
 
 
 def check_sampling(temperature: float, max_tokens: int, top_p: float, n: int) -> None:

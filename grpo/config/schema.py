@@ -409,6 +409,73 @@ class Checkpoint(Section):
     """Keep only the newest so many checkpoints."""
 
 
+class Environment(Section):
+    """`[environment]`: what the model talks to, in turns, where a completion is more than one answer. Set exactly one
+    of the first three."""
+
+    program: str | None = None
+    """A function `async def play(row, sample)` that returns the reward: "package.module:function" or
+    "path/file.py:function"."""
+    tools: list[str] = []
+    """Functions that the model may call, as TRL's `tools`; each is written as `program` is."""
+    factory: str | None = None
+    """A class as TRL's `environment_factory`: its public methods are tools, `get_reward` gives the reward."""
+    rollout_func: str | None = None
+    """Not supported; present so that a copied configuration gets an explanation."""
+    options: dict[str, Any] = {}
+    """Keyword arguments of the program or the class."""
+    max_turns: PositiveInt = 8
+    """The policy's turns in an episode, at most."""
+    max_turn_tokens: PositiveInt = 256
+    """Tokens of one turn, at most; `rollout.max_completion_length` is for the whole episode."""
+    max_observation_tokens: PositiveInt = 1024
+    """Tokens of what the environment says between two turns; longer text is cut, and says so."""
+    processes: PositiveInt = 64
+    """Episodes that work at once. Each has a process of its own, and waits there for the policy."""
+    timeout: PositiveFloat = 60.0
+    """Seconds that an episode's program may take from a turn to the next."""
+    memory_limit_gb: PositiveFloat | None = None
+    """Memory that an episode's process may allocate, in GB (10^9 bytes). Default: half of the machine's."""
+    on_error: Literal["mask", "stop"] = "mask"
+    """An episode whose program raises, hangs, dies or returns nonsense: leave it out of training, or stop the run. A
+    step in which all do so ends the run in either case."""
+    schedule: Literal["deterministic", "eager"] = "deterministic"
+    """When an environment's answer is taken up: exactly `latency_steps` after it was asked for, so that the tokens do
+    not depend on how long tools take; or at once."""
+    latency_steps: PositiveInt = 16
+    """Decoding steps from the end of a turn until its answer is taken up. A slower answer is waited for."""
+    python: str | None = None
+    """Another Python interpreter to run the environment with, which has packages of its own."""
+
+    @field_validator("rollout_func")
+    @classmethod
+    def no_rollout_func(cls, value: str | None) -> None:
+        if value is not None:
+            raise ValueError(
+                "it would return token ids of its own making, and is not supported; write the same loop as `program`, "
+                "an async function that asks `sample` for each turn"
+            )
+
+    @model_validator(mode="after")
+    def exactly_one_way_in(self) -> Environment:
+        chosen = [name for name in ("program", "tools", "factory") if getattr(self, name)]
+        if len(chosen) != 1:
+            have = " and ".join(chosen) + " are" if chosen else "none of them is"
+            raise ValueError(f"an environment must be exactly one of program, tools and factory; {have} set")
+        return self
+
+    @property
+    def kind(self) -> str:
+        """Which of the ways in is set."""
+        return next(name for name in ("program", "tools", "factory") if getattr(self, name))
+
+    @property
+    def column(self) -> str:
+        """Its name in metrics: the function's or the class's, or "tools"."""
+        reference = self.program or self.factory or "tools"
+        return reference.rpartition(":")[2].rpartition(".")[2]
+
+
 class Config(Section):
     """A whole experiment."""
 
@@ -416,6 +483,7 @@ class Config(Section):
     lora: Lora = Lora()
     task: list[Task] = Field(min_length=1)
     rewards: list[Reward] = []
+    environment: Environment | None = None
     rollout: Rollout = Rollout()
     loss: Loss = Loss()
     train: Train = Train()
@@ -457,8 +525,16 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def pass_rates_are_of_single_answers(self) -> Config:
+        if self.environment is not None and any(task.pass_rate for task in self.task):
+            raise ValueError("task.pass_rate is measured on single answers; leave it out with [environment]")
+        return self
+
+    @model_validator(mode="after")
     def reward_names_differ(self) -> Config:
         names = [reward.name or reward.function.split(":")[-1].split(".")[-1] for reward in self.rewards]
+        if self.environment is not None:
+            names.append(self.environment.column)
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"two rewards are called {twice[0]!r}; give one of them a different `name`")
@@ -492,6 +568,8 @@ def config_toml(config: Config) -> str:
     tables: dict[str, Any] = {}
     for name in Config.model_fields:
         value = getattr(config, name)
+        if value is None:
+            continue
         tables[name] = [_written(entry) for entry in value] if isinstance(value, list) else _written(value)
     if len(config.task) == 1:
         tables["task"] = tables["task"][0]

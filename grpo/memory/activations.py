@@ -15,8 +15,8 @@ from grpo.config.schema import Config
 from grpo.model.architectures import adapter_targets
 from grpo.model.sizes import linear_shapes
 
-FORMS = ("none", "mlp", "layer", "offload")
-"""Forms of gradient checkpointing, from the fastest to the one that needs least memory on the device. "mlp", which
+CHECKPOINTING_MODES = ("none", "mlp", "layer", "offload")
+"""Modes of gradient checkpointing, from the fastest to the one that needs least memory on the device. "mlp", which
 computes gate and up again and keeps the rest, is the kernels' alone."""
 MLP_TILE, QKV_TILE = 4096, 8192
 """Tokens whose intermediate tensors the kernels hold at once (kernels/lora_mlp.py, kernels/lora_attention.py)."""
@@ -162,9 +162,9 @@ class TrainingMemory:
         )
 
     @property
-    def forms(self) -> tuple[str, ...]:
-        """Those of FORMS that the layers have."""
-        return FORMS if self.kernels else tuple(form for form in FORMS if form != "mlp")
+    def modes(self) -> tuple[str, ...]:
+        """Those of CHECKPOINTING_MODES that the layers have."""
+        return CHECKPOINTING_MODES if self.kernels else tuple(mode for mode in CHECKPOINTING_MODES if mode != "mlp")
 
     # What layers keep
 
@@ -188,7 +188,7 @@ class TrainingMemory:
         s = self.sizes
         numbers = 2 * s.hidden + 2 * s.inner + s.beside(GATE_UP) + (2 * s.hidden if s.norms == 4 else 0)
         if s.normed_heads:
-            # Beside the rotated q and k, the stacked product stays, of which the v that flash attention saves is a view.
+            # Beside the rotated q and k, the stacked product stays; the v that flash attention saves is a view of it.
             numbers += s.query + s.key * (1 if self.flash else 2)
         return numbers * self.itemsize
 
@@ -225,42 +225,42 @@ class TrainingMemory:
     def layer_input(self) -> int:
         return self.tokens * self.sizes.hidden * self.itemsize
 
-    def kept(self, form: str) -> int:
+    def kept(self, mode: str) -> int:
         """Bytes that all layers keep on the device between their forward and their backward."""
-        if form == "none":
+        if mode == "none":
             return self.sizes.layers * self.kept_by_layer() - self._absent_in_first_layer()
-        if form == "mlp":
+        if mode == "mlp":
             return self.sizes.layers * (self.kept_by_layer() - self._gate_and_up())
         # Offloaded, one is still here when the backward begins, and later one is on its way.
-        return self.layer_input() * (self.sizes.layers if form == "layer" else 2)
+        return self.layer_input() * (self.sizes.layers if mode == "layer" else 2)
 
-    def on_host(self, form: str) -> int:
+    def on_host(self, mode: str) -> int:
         """Bytes of host memory."""
-        return self.layer_input() * (self.sizes.layers - 1) if form == "offload" else 0
+        return self.layer_input() * (self.sizes.layers - 1) if mode == "offload" else 0
 
     # Peaks
 
-    def peak(self, form: str) -> int:
+    def peak(self, mode: str) -> int:
         """Most bytes that the forward and backward of this micro-batch hold at once on the device."""
-        return max(self.phases(form).values()) + (LIBRARIES if self.on_gpu else self.on_host(form))
+        return max(self.phases(mode).values()) + (LIBRARIES if self.on_gpu else self.on_host(mode))
 
-    def phases(self, form: str) -> dict[str, int]:
+    def phases(self, mode: str) -> dict[str, int]:
         """Bytes at the moments that may be the peak: the head, and the backward through the last layer."""
         index = INDEX_BYTES * self.tokens + 2 * self.tokens * self.sizes.head_dim * self.itemsize
-        found = self._head(form) | (self._fused_backward(form) if self.kernels else self._plain_backward(form))
-        return {name: size + index for name, size in found.items()}
+        moments = self._head(mode) | (self._fused_backward(mode) if self.kernels else self._plain_backward(mode))
+        return {name: size + index for name, size in moments.items()}
 
     def logits(self) -> int:
         """One chunk of logits, a second one where the entropy has a gradient, and a CPU's workspace."""
         chunk = min(self.chunk, self.predicted) * self.sizes.vocabulary * self.itemsize
         return chunk * (1 + self.entropy_gradient) + (0 if self.on_gpu else LOGIT_WORKSPACE)
 
-    def _head(self, form: str) -> dict[str, int]:
+    def _head(self, mode: str) -> dict[str, int]:
         """The last norm's input, its output, the rows of it that predict, and their gradients, made with the logits."""
         s = self.sizes
         rows = self.predicted * s.hidden * self.itemsize
         norm = self.layer_input() if self.kernels else 4 * self.tokens * s.hidden
-        before = self.kept(form) + norm
+        before = self.kept(mode) + norm
         gradients = rows * (1 + self.entropy_gradient)
         return {
             "logits": before + self.layer_input() + rows + gradients + self.logits() + self._head_slices(),
@@ -304,14 +304,14 @@ class TrainingMemory:
         beside = self.sizes.beside(endings)
         return (rows + beside) * (columns + beside) * self.itemsize if self.packed_weights or beside else 0
 
-    def _fused_backward(self, form: str) -> dict[str, int]:
+    def _fused_backward(self, mode: str) -> dict[str, int]:
         s, one = self.sizes, self.layer_input()
-        replayed = form in ("layer", "offload")
+        replayed = mode in ("layer", "offload")
         attention = self.kept_by_layer() - self._gate_and_up() - 2 * one
         mlp_rows, qkv_rows = min(self.tokens, MLP_TILE), min(self.tokens, QKV_TILE)
         # Beside the gradient of the product: the normed input and, where adapters multiply with W, a wider gradient.
         mlp_numbers = (
-            s.inner + (1 + self._weights_copied) * s.hidden + (0 if form == "none" else 2 * s.inner + s.beside(GATE_UP))
+            s.inner + (1 + self._weights_copied) * s.hidden + (0 if mode == "none" else 2 * s.inner + s.beside(GATE_UP))
         )
         mlp_tile = mlp_rows * mlp_numbers * self.itemsize
         mlp_tile += self._matrix(2 * s.inner, s.hidden, GATE_UP) + self._matrix(s.hidden, s.inner, DOWN)
@@ -319,9 +319,9 @@ class TrainingMemory:
         qkv_tile = qkv_rows * (qkv + 2 * s.hidden) * self.itemsize + self._matrix(qkv, s.hidden, QKV)
         # A layer that keeps everything has its part in `kept`; one that is replayed adds what its replay keeps, and
         # the gradient of its output stays in the caller's frame to the end.
-        before = self.kept(form) + (attention + 2 * one if replayed else 0)
+        before = self.kept(mode) + (attention + 2 * one if replayed else 0)
         # Gone by then: the MLP's input, and the inputs of norms behind attention and MLP.
-        mlp_gone = one + (self._gate_and_up() if form == "none" else 0) + (2 * one if s.norms == 4 else 0)
+        mlp_gone = one + (self._gate_and_up() if mode == "none" else 0) + (2 * one if s.norms == 4 else 0)
         return {
             "mlp backward": before + (1 if replayed else 2) * one + mlp_tile + 8 * s.adapter,
             "attention backward": before - mlp_gone + one + self._attention_backward(),
@@ -333,13 +333,13 @@ class TrainingMemory:
         """The largest of the MLP's weights, dequantised."""
         return self.sizes.inner * self.sizes.hidden * self.itemsize if self.packed_weights else 0
 
-    def _plain_backward(self, form: str) -> dict[str, int]:
+    def _plain_backward(self, mode: str) -> dict[str, int]:
         s, one = self.sizes, self.layer_input()
         inner, wide = self.tokens * s.inner * self.itemsize, 4 * self.tokens * s.hidden
-        own = self.kept_by_layer()
-        before = self.kept(form) + (0 if form == "none" else own + one)
+        layer_bytes = self.kept_by_layer()
+        before = self.kept(mode) + (0 if mode == "none" else layer_bytes + one)
         return {
-            "last norm backward": self.kept(form) + 6 * wide,
+            "last norm backward": self.kept(mode) + 6 * wide,
             "mlp backward": before + one + 2 * inner + self._packed_weight(),
             "attention backward": before - 4 * inner - wide + self._attention_backward(),
         }
@@ -347,9 +347,9 @@ class TrainingMemory:
     # Choosing
 
     def first_that_fits(self, free: int, host: int) -> str:
-        """The first form whose peak is within `free` bytes of the device and `host` bytes of the host, or that
+        """The first mode whose peak is within `free` bytes of the device and `host` bytes of the host, or that
         with the lowest peak for which the host has room."""
         share = FREE_SHARE if self.on_gpu else CPU_SHARE
-        hosted = [form for form in self.forms if self.on_host(form) <= HOST_SHARE * host]
-        fitting = [form for form in hosted if self.peak(form) <= share * free]
+        hosted = [mode for mode in self.modes if self.on_host(mode) <= HOST_SHARE * host]
+        fitting = [mode for mode in hosted if self.peak(mode) <= share * free]
         return fitting[0] if fitting else min(hosted, key=self.peak)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import compress, groupby
 
 import torch
 from torch import Tensor, nn
@@ -27,14 +27,16 @@ class PackedRow:
         """Add `tokens` as a span that continues `prefix`."""
         if not tokens:
             return
-        place = (prefix.start, prefix.length) if prefix else (0, 0)
-        self.spans.append(Span(len(self.tokens), len(tokens), *place))
+        prefix_span = (prefix.start, prefix.length) if prefix else (0, 0)
+        self.spans.append(Span(len(self.tokens), len(tokens), *prefix_span))
         self.positions += range(first_position, first_position + len(tokens))
         self.tokens += tokens
 
 
-def packed_row(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> PackedRow:
-    """`completions` after their `prompts`."""
+def packed_row(
+    prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], sampled: Sequence[bool] | None = None
+) -> PackedRow:
+    """`completions` after their `prompts`. `sampled`: which of all completion tokens are predicted; None: each."""
     row = PackedRow()
     pairs = zip(prompts, completions, strict=True)
     for prompt, members in groupby(pairs, key=lambda pair: list(pair[0])):
@@ -45,22 +47,32 @@ def packed_row(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[
             continue
         row.append(prompt, 0)
         shared = row.spans[-1]
-        for own in fed:
-            row.predicting += [shared.start + shared.length - 1, *range(len(row.tokens), len(row.tokens) + len(own))]
-            row.append(own, len(prompt), prefix=shared)
+        for suffix in fed:
+            row.predicting += [shared.start + shared.length - 1, *range(len(row.tokens), len(row.tokens) + len(suffix))]
+            row.append(suffix, len(prompt), prefix=shared)
+    if sampled is not None:
+        row.predicting = list(compress(row.predicting, sampled))
     return row
 
 
 def predictors(
-    decoder: nn.Module, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], device: torch.device
+    decoder: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    device: torch.device,
+    sampled: Sequence[bool] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(`decoder`'s output where each completion token is predicted [tokens, hidden], those tokens [tokens])."""
-    row = packed_row(prompts, completions)
+    """(`decoder`'s output where each completion token is predicted [tokens, hidden], those tokens [tokens]).
+
+    Only tokens that are `sampled` count, where it is given: what an environment wrote is context and no more.
+    """
+    row = packed_row(prompts, completions, sampled)
     hidden = decoder(
         input_ids=torch.tensor([row.tokens], device=device),
         position_ids=torch.tensor([row.positions], device=device),
         use_cache=False,
         packing=Packing(row.spans, device),
     ).last_hidden_state[0]
-    targets = torch.tensor([token for completion in completions for token in completion], device=device)
+    tokens = [token for completion in completions for token in completion]
+    targets = torch.tensor(tokens if sampled is None else list(compress(tokens, sampled)), device=device)
     return hidden.index_select(0, torch.tensor(row.predicting, device=device)), targets

@@ -2,7 +2,7 @@
 
 This file starts vLLM, asks it for completions, refreshes the adapter and lends its KV cache's memory. What vLLM gets
 from us is in two more: `vllm_model.py` (its layers' storage and products) and `vllm_scheduler.py` (its scheduler and
-sampler). Only these three know vLLM's insides. Token ids go in and come out; text is none of their business.
+sampler). Only these three know vLLM's insides. Token ids go in and come out, never text.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +39,10 @@ from grpo.kernels.nf4_gemm import prepare
 from grpo.memory.plan import CPU_BLOCK, GPU_BLOCK, VLLM_BUFFERS, kv_cache_bytes
 from grpo.model.base_weights import BaseWeights
 from grpo.policy.policy import Policy
-from grpo.rollout.lora_buffers import ServedAdapter
+from grpo.rollout.lora_buffers import RolloutAdapter
 from grpo.rollout.types import Completion, EngineSettings, Request, SamplingSettings
 from grpo.rollout.vllm_model import SERVED, SHARED, write_model_folder
-from grpo.rollout.vllm_scheduler import Collected, OnePassSampler, rollout_scheduler
+from grpo.rollout.vllm_scheduler import LogprobCollector, OnePassSampler, rollout_scheduler
 from grpo.run.tiles import prepare_tiles
 
 VLLM_TESTED = ((0, 26), (0, 33))
@@ -55,10 +56,10 @@ class Engine:
         """Start vLLM. `policy` supplies the adapter; None serves the base alone. Stop strings need `tokenizer`."""
         check_version()
         self.base, self.policy, self.settings = base, policy, settings
-        self.adapter = ServedAdapter(base, policy)
+        self.adapter = RolloutAdapter(base, policy)
         if policy is not None:
             policy.set_longest(settings.max_seq_length)
-        self.collected = Collected()
+        self.collector = LogprobCollector()
         self.between_steps: Callable[[], None] = lambda: None  # may raise, which ends a generation
         self._kv_cache_is_released = False
         self._folder = tempfile.TemporaryDirectory(prefix="grpo-model-")
@@ -68,7 +69,7 @@ class Engine:
         self._handle = handle
         if base.device.type == "cuda":
             prepare(base.device)
-            prepare_tiles(base.device, nf4_shapes(base), base.dtype, told)
+            prepare_tiles(base.device, nf4_shapes(base), base.dtype, message)
             torch.cuda.synchronize()  # vLLM changes the stream, and its new one does not wait for the weights
         if base.device.type == "cpu":
             # vLLM compiles a helper of its sampler: seconds at the first rollout, and a C++ compiler needed.
@@ -98,7 +99,7 @@ class Engine:
             "seed": settings.seed,
             "disable_log_stats": True,
             "enable_prefix_caching": True,
-            "scheduler_cls": rollout_scheduler(Scheduler if on_cpu else AsyncScheduler, self.collected),
+            "scheduler_cls": rollout_scheduler(Scheduler if on_cpu else AsyncScheduler, self.collector),
             "enforce_eager": settings.enforce_eager or on_cpu,
         }
         if on_cpu:
@@ -155,54 +156,98 @@ class Engine:
         On a CPU each request's own seed decides its tokens. On a GPU vLLM would launch a kernel a row for that, so
         there the generator is seeded once a call, from the first request.
         """
-        for output in self._outputs(requests, sampling, RequestOutputKind.FINAL_ONLY, adapter):
-            if output.finished:
-                yield self._completion(output)
+        self.begin(sampling, requests[0].seed if requests else 0, adapter=adapter)
+        with self.ending():
+            for request in requests:
+                self.add(request)
+            while self.running:
+                yield from self.step()
 
     def stream(self, request: Request, sampling: SamplingSettings, *, adapter: bool = True) -> Iterator[list[int]]:
         """Sample one completion, yielding its token ids as they come. Closing the iterator ends it."""
-        for output in self._outputs([request], sampling, RequestOutputKind.DELTA, adapter):
-            yield list(output.outputs[0].token_ids)
+        self.begin(sampling, request.seed, adapter=adapter, kind=RequestOutputKind.DELTA)
+        with self.ending():
+            self.add(request)
+            while self.running:
+                for output in self._outputs():
+                    yield list(output.outputs[0].token_ids)
 
-    def _outputs(
-        self, requests: Sequence[Request], sampling: SamplingSettings, kind: RequestOutputKind, adapter: bool
-    ) -> Iterator[Any]:
-        """vLLM's outputs for `requests`, which are aborted if nobody takes them all."""
+    def begin(
+        self,
+        sampling: SamplingSettings,
+        seed: int,
+        *,
+        adapter: bool = True,
+        kind: RequestOutputKind = RequestOutputKind.FINAL_ONLY,
+    ) -> None:
+        """Prepare for requests that are `add`ed one by one, also while others run. Leave `ending` when all is done.
+
+        On a GPU `seed` decides all random numbers, by the number of the engine's step and the row in its batch: the
+        same requests added before the same steps give the same tokens.
+        """
         self._switch_adapter(adapter)
         self._restore_kv_cache()
+        if self.base.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
+            self.sampler.begin(sampling, seed)
+        self._sampling, self._kind = sampling, kind
+        self._open: set[str] = set()
+        self.collector.begin(deliver_on_finish=kind == RequestOutputKind.FINAL_ONLY and not sampling.stop)
+
+    def add(self, request: Request) -> None:
+        """Begin `request`, whose id no other since `begin` has; it is computed from the next step on."""
+        seed = None if self.base.device.type == "cuda" else request.seed
+        params = self._params(self._sampling, seed, self._kind)
+        if request.max_tokens is not None:
+            params.max_tokens = request.max_tokens
+        prompt = {"prompt_token_ids": list(request.prompt_ids)}
+        name = self.llm.llm_engine.add_request(str(request.id), prompt, params)
+        self.collector.enter(str(request.id), name)
+        self._open.add(str(request.id))
+
+    @property
+    def running(self) -> int:
+        """Requests that have not finished."""
+        return len(self._open)
+
+    def step(self) -> list[Completion]:
+        """One token for each running request, or for as many as there is room; returns those that finished."""
+        return [self._completion(output) for output in self._outputs() if output.finished]
+
+    def abort(self) -> None:
+        """End every request that runs."""
         core = self.llm.llm_engine
-        on_gpu = self.base.device.type == "cuda"
-        if on_gpu and requests:
-            torch.cuda.manual_seed(requests[0].seed)
-            self.sampler.begin(sampling, requests[0].seed)
-        self.collected.begin(whole=kind == RequestOutputKind.FINAL_ONLY and not sampling.stop)
-        for request in requests:
-            name = core.add_request(
-                str(request.id),
-                {"prompt_token_ids": list(request.prompt_ids)},
-                self._params(sampling, None if on_gpu else request.seed, kind),
-            )
-            self.collected.enter(str(request.id), name)
+        if core.has_unfinished_requests():
+            core.abort_request(sorted(self._open))
+            while core.has_unfinished_requests():
+                core.step()
+        self._open = set()
+
+    @contextmanager
+    def ending(self) -> Iterator[None]:
+        """Around the steps after `begin`: whatever still runs when it is left is aborted."""
         collects = gc.isenabled()
         gc.disable()  # vLLM makes some thousand objects a step; walking all others over and over costs a tenth of it
         try:
-            while core.has_unfinished_requests():
-                self.between_steps()
-                yield from core.step()
+            yield
         finally:
             if collects:
                 gc.enable()
-            if core.has_unfinished_requests():
-                core.abort_request([str(request.id) for request in requests])
-                while core.has_unfinished_requests():
-                    core.step()
+            self.abort()
+
+    def _outputs(self) -> list[Any]:
+        """vLLM's outputs of one step."""
+        self.between_steps()
+        outputs = self.llm.llm_engine.step()
+        self._open.difference_update(output.request_id for output in outputs if output.finished)
+        return outputs
 
     def _completion(self, output: Any) -> Completion:
         """vLLM's finished request as a Completion."""
         sample = output.outputs[0]
         if sample.finish_reason not in ("stop", "length"):
             raise RuntimeError(f"vLLM ended a completion with {sample.finish_reason!r}")
-        token_ids, logprobs = list(sample.token_ids), self.collected.take(output.request_id)
+        token_ids, logprobs = list(sample.token_ids), self.collector.take(output.request_id)
         if len(logprobs) < len(token_ids):
             raise RuntimeError(f"vLLM gave {len(token_ids)} tokens and {len(logprobs)} logprobs")
         # A stop string is found when the token after it may have been sampled.
@@ -228,14 +273,14 @@ class Engine:
         )
 
     def _switch_adapter(self, enabled: bool) -> None:
-        if self.adapter.switch(enabled):
+        if self.adapter.set_enabled(enabled):
             self._forget_prefixes()
 
     @torch.no_grad()
     def sync_adapter(self) -> float:
         """Copy the trained adapter into the buffers and forget cached prefixes; returns seconds."""
         start = time.perf_counter()
-        self.adapter.copy_trained()
+        self.adapter.refresh()
         self._forget_prefixes()
         if self.base.device.type == "cuda":
             torch.cuda.synchronize()
@@ -309,7 +354,7 @@ def nf4_shapes(base: BaseWeights) -> list[tuple[int, int]]:
     return [(one.weight.shape[0], one.weight.shape[1] * 2) for one in segments if one.absmax is not None]
 
 
-def told(text: str) -> None:
+def message(text: str) -> None:
     """Say what takes a while."""
     print(f"grpo: {text}", file=sys.stderr, flush=True)
 

@@ -1,4 +1,4 @@
-"""What a rollout is asked for and what it gives: settings, requests and completions. Nothing here knows vLLM."""
+"""What a rollout is asked for and what it gives: settings, requests, completions. Nothing here knows vLLM."""
 
 from __future__ import annotations
 
@@ -28,6 +28,8 @@ class Request:
     id: int
     prompt_ids: Sequence[int]
     seed: int
+    max_tokens: int | None = None
+    """None: as the sampling settings say."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,25 @@ class Completion:
     logprobs: list[float]
     finish_reason: str
     """ "stop" or "length"."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Tokens that follow one another: a prompt, and what came after it."""
+
+    prompt_ids: Sequence[int]
+    token_ids: Sequence[int]
+    sampled: Sequence[bool] | None = None
+    """Which of `token_ids` the policy drew, the last one among them; None: each. The others are an environment's."""
+
+    def __len__(self) -> int:
+        """Tokens that a forward pass sees."""
+        return len(self.prompt_ids) + len(self.token_ids) - 1
+
+    @property
+    def mask(self) -> Sequence[bool]:
+        """`sampled`, spelt out."""
+        return [True] * len(self.token_ids) if self.sampled is None else self.sampled
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from grpo.rollout.sampler import Group
+from grpo.rollout.types import Segment
 
 
 @dataclass
 class TrainingSequence:
-    """A prompt with one completion, and all that the loss needs to know of it."""
+    """A prompt with one completion, or an episode; and all that the loss needs to know of it."""
 
     prompt_ids: Sequence[int]
     completion_ids: Sequence[int]
@@ -22,11 +23,25 @@ class TrainingSequence:
     truncated: bool
     """Cut at the length limit."""
     old_logprobs: Tensor | None = None
-    """float32 [completion]: under the policy before this rollout's first update; None: that of the current forward."""
+    """float32 [trained]: under the policy before this rollout's first update; None: that of the current forward."""
+    sampled: Sequence[bool] | None = None
+    """Which of `completion_ids` the policy drew, as in `Segment`. Only these are trained on and have logprobs."""
+    rewritten: Sequence[Segment] = ()
+    """Further parts of an episode that changed its own history. Their logprobs follow those of the first part."""
+
+    @property
+    def segments(self) -> list[Segment]:
+        """All parts."""
+        return [Segment(self.prompt_ids, self.completion_ids, self.sampled), *self.rewritten]
+
+    @property
+    def trained(self) -> int:
+        """Tokens that the loss is over."""
+        return sum(sum(segment.mask) for segment in self.segments)
 
     def __len__(self) -> int:
         """Tokens that a forward pass sees."""
-        return len(self.prompt_ids) + len(self.completion_ids) - 1
+        return sum(map(len, self.segments))
 
 
 @dataclass
@@ -38,43 +53,50 @@ class TrainingGroup:
     lengths: list[int]
     """Tokens of every completion, here or elsewhere."""
     truncated: list[bool]
-    idle: bool = False
+    zero_advantage: bool = False
     """Counts in the normaliser only."""
 
     @classmethod
-    def of(cls, sequences: list[TrainingSequence], *, idle: bool = False) -> TrainingGroup:
+    def of(cls, sequences: list[TrainingSequence], *, zero_advantage: bool = False) -> TrainingGroup:
         """A group whose completions are all here."""
-        lengths = [len(sequence.completion_ids) for sequence in sequences]
-        return cls(sequences, lengths, [sequence.truncated for sequence in sequences], idle)
+        lengths = [sequence.trained for sequence in sequences]
+        return cls(sequences, lengths, [sequence.truncated for sequence in sequences], zero_advantage)
 
 
-def training_group(group: Group, advantages: Tensor, *, idle: bool = False) -> TrainingGroup:
+def training_group(group: Group, advantages: Tensor, *, zero_advantage: bool = False) -> TrainingGroup:
     """`group` with its `advantages` [G]."""
     return TrainingGroup(
-        training_sequences(group, advantages) if group.own else [],
+        training_sequences(group, advantages) if group.local else [],
         [sample.length for sample in group.samples],
         [sample.truncated for sample in group.samples],
-        idle,
+        zero_advantage,
     )
 
 
 def active_sequences(groups: Sequence[TrainingGroup]) -> list[TrainingSequence]:
     """What there is to compute here for `groups`."""
-    return [sequence for group in groups if not group.idle for sequence in group.sequences]
+    return [sequence for group in groups if not group.zero_advantage for sequence in group.sequences]
 
 
 def training_sequences(group: Group, advantages: Tensor) -> list[TrainingSequence]:
-    """The completions of `group`, sampled here, with their `advantages` [G]."""
-    return [
-        TrainingSequence(
-            group.prompt.token_ids,
-            sample.token_ids,
-            sample.logprobs,
-            float(advantage),
-            sample.truncated,
+    """The completions of `group`, sampled here, with their `advantages` [G]; an episode that was lost is left out."""
+    sequences = []
+    for sample, advantage in zip(group.local, advantages, strict=True):
+        if not sample.length:
+            continue
+        first, *others = sample.segments(group.prompt.token_ids)
+        sequences.append(
+            TrainingSequence(
+                first.prompt_ids,
+                first.token_ids,
+                sample.logprobs,
+                float(advantage),
+                sample.truncated,
+                sampled=first.sampled,
+                rewritten=others,
+            )
         )
-        for sample, advantage in zip(group.own, advantages, strict=True)
-    ]
+    return sequences
 
 
 def pack(sequences: Sequence[TrainingSequence], tokens: int) -> list[list[TrainingSequence]]:
@@ -97,7 +119,7 @@ def pack(sequences: Sequence[TrainingSequence], tokens: int) -> list[list[Traini
 
 @dataclass(frozen=True)
 class PackedTokens:
-    """The completion tokens of a micro-batch, one sequence after another."""
+    """The trained tokens of a micro-batch, one sequence after another."""
 
     sequence: Tensor
     """int64 [T], which sequence of the micro-batch a token is of."""
@@ -113,7 +135,7 @@ class PackedTokens:
 
 def packed_tokens(batch: Sequence[TrainingSequence], device: torch.device) -> PackedTokens:
     """The tensors of a micro-batch."""
-    lengths = torch.tensor([len(sequence.completion_ids) for sequence in batch])
+    lengths = torch.tensor([sequence.trained for sequence in batch])
     old = [sequence.old_logprobs for sequence in batch]
     return PackedTokens(
         sequence=torch.arange(len(batch)).repeat_interleave(lengths).to(device),

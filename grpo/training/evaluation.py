@@ -21,6 +21,8 @@ from grpo.tasks.common import Task, Verifier
 
 if TYPE_CHECKING:
     from grpo.distributed.ranks import Ranks
+    from grpo.rollout.episodes import EpisodePlayer
+    from grpo.rollout.types import Request, SamplingSettings
     from grpo.session import Session
 
 
@@ -119,12 +121,12 @@ class EvalResult:
         by_question = [list(group) for _, group in itertools.groupby(self.samples, lambda sample: sample.prompt.index)]
         return [
             SampleGroup(
-                own[0].prompt.prompt,
-                own[0].prompt.columns.get("answer"),
-                [sample.logged() for sample in own],
-                own[0].prompt.task,
+                answers[0].prompt.prompt,
+                answers[0].prompt.columns.get("answer"),
+                [sample.logged() for sample in answers],
+                answers[0].prompt.task,
             )
-            for own in by_question[:limit]
+            for answers in by_question[:limit]
         ]
 
 
@@ -137,19 +139,20 @@ def evaluate(
     adapter: bool = True,
     stream: int = EVALUATION,
     ranks: Ranks | None = None,
+    player: EpisodePlayer | None = None,
 ) -> EvalResult:
     """Sample `settings.num_generations` completions of each prompt and check them.
 
     `adapter = False` asks the model without its adapter. Seeds are the run's seed, `stream`, the prompt and the
     sample's number: every evaluation of a run draws the same random numbers. Of several `ranks` each takes a share of
-    the prompts, and all know the whole result. Raises UserError when there are no prompts, or when a task's check
-    fails.
+    the prompts, and all know the whole result. With a `player` each is an episode. Raises UserError when there are no
+    prompts, or when a task's check fails.
     """
     if not prompts:
         raise UserError("there are no held-out questions to evaluate on; give the task some, or unset eval.every")
     started = time.perf_counter()
-    own = prompts if ranks is None else prompts[ranks.rank :: ranks.size]
-    samples = sample_and_check(session, own, tasks, settings, adapter=adapter, stream=stream)
+    local = prompts if ranks is None else prompts[ranks.rank :: ranks.size]
+    samples = sample_and_check(session, local, tasks, settings, adapter=adapter, stream=stream, player=player)
     if ranks is not None:
         samples = of_all_ranks(samples, prompts, settings.num_generations, ranks)
     seconds, tokens = time.perf_counter() - started, sum(sample.tokens for sample in samples)
@@ -157,11 +160,13 @@ def evaluate(
     return EvalResult(summarise(samples, settings) | timing, samples)
 
 
-def of_all_ranks(own: Sequence[Sample], prompts: Sequence[Prompt], count: int, ranks: Ranks) -> list[Sample]:
-    """The samples of all `prompts`, `count` of each, of which this rank has those of every so many-th prompt."""
-    checked = [[one.text, one.tokens, one.truncated, one.strict, one.flexible] for one in own]
+def of_all_ranks(local: Sequence[Sample], prompts: Sequence[Prompt], count: int, ranks: Ranks) -> list[Sample]:
+    """The samples of all `prompts`, `count` of each, of which this rank has those of prompts rank, rank + size, ..."""
+    checked = [[one.text, one.tokens, one.truncated, one.strict, one.flexible] for one in local]
     groups = [checked[start : start + count] for start in range(0, len(checked), count)]
-    answers = ranks.merged(dict(zip(range(ranks.rank, len(prompts), ranks.size), groups, strict=True)), len(prompts))
+    answers = ranks.gather_indexed(
+        dict(zip(range(ranks.rank, len(prompts), ranks.size), groups, strict=True)), len(prompts)
+    )
     return [
         Sample(prompt, member, *values)
         for prompt, answered in zip(prompts, answers, strict=True)
@@ -177,6 +182,7 @@ def sample_and_check(
     *,
     adapter: bool,
     stream: int,
+    player: EpisodePlayer | None = None,
 ) -> list[Sample]:
     """`settings.num_generations` checked completions of each prompt."""
     # vLLM takes seconds to import; the statistics above and --help do without.
@@ -195,6 +201,8 @@ def sample_and_check(
         for number, prompt in enumerate(prompts)
         for member in range(count)
     ]
+    if player is not None:
+        return play_and_check(player, requests, prompts, tasks, sampling, adapter=adapter)
     samples: list[Sample | None] = [None] * len(requests)
     for completion in session.engine.generate(requests, sampling, adapter=adapter):
         number, member = divmod(completion.request_id, count)
@@ -213,6 +221,39 @@ def sample_and_check(
     if len(done) != len(requests):
         raise RuntimeError(f"the engine returned {len(done)} of {len(requests)} completions")
     return done
+
+
+def play_and_check(
+    player: EpisodePlayer,
+    requests: Sequence[Request],
+    prompts: Sequence[Prompt],
+    tasks: Mapping[str, Task],
+    sampling: SamplingSettings,
+    *,
+    adapter: bool,
+) -> list[Sample]:
+    """An episode for each of `requests`, those of a prompt adjacent.
+
+    An environment that gives rewards says whether an episode is a success; for tools alone the task's checks judge the
+    last answer. A lost episode counts as wrong.
+    """
+    count = len(requests) // len(prompts)
+    starts = [(one.id, player.row(prompts[one.id // count]), one.seed) for one in requests]
+    samples = {}
+    for episode in player.play(starts, sampling, adapter=adapter):
+        prompt, text = prompts[episode.number // count], episode.text
+        task, success = tasks[prompt.task], episode.success
+        alone = success is None
+        samples[episode.number] = Sample(
+            prompt=prompt,
+            member=episode.number % count,
+            text=text,
+            tokens=sum(sum(one.sampled) for one in episode.transcripts),
+            truncated=episode.truncated,
+            strict=verdict(task.strict, text, prompt) if alone else bool(success),
+            flexible=verdict(task.flexible, text, prompt) if alone else bool(success),
+        )
+    return [samples[one.id] for one in requests]
 
 
 def verdict(check: Verifier, text: str, prompt: Prompt) -> bool:
@@ -237,8 +278,8 @@ def summarise(samples: Sequence[Sample], settings: Eval) -> dict[str, float]:
         by_task.setdefault(sample.prompt.task, []).append(sample)
     metrics = accuracies(samples, settings, "eval/")
     if len(by_task) > 1:
-        for task, own in by_task.items():
-            metrics |= accuracies(own, settings, f"eval/{task}/")
+        for task, of_task in by_task.items():
+            metrics |= accuracies(of_task, settings, f"eval/{task}/")
     metrics["eval/completion_length"] = statistics.fmean(sample.tokens for sample in samples)
     metrics["eval/clipped_ratio"] = statistics.fmean(sample.truncated for sample in samples)
     metrics["eval_prompts"] = len(samples) // settings.num_generations

@@ -24,6 +24,7 @@ from grpo.config.schema import Config, config_toml
 from grpo.data import Data, Prompt, PromptStream, keep_by_pass_rate, load_data
 from grpo.distributed.launch import Launch
 from grpo.distributed.ranks import Ranks, connect
+from grpo.environments.pool import EnvironmentPool
 from grpo.errors import UserError
 from grpo.memory.plan import sequence_limits
 from grpo.model.vocabulary import check_tokens
@@ -34,7 +35,8 @@ from grpo.policy.keep_16bit import remember_base
 from grpo.printable import printable
 from grpo.references import described
 from grpo.rewards.runtime.pool import RewardPool
-from grpo.rollout.sampler import Group, Rollout, Sampler, sample_seed
+from grpo.rollout.episodes import EpisodeSampler
+from grpo.rollout.sampler import Group, Rollout, sample_seed
 from grpo.run.checkpoint import latest, open_run, replace_folder, run_is_begun, save, step_numbers, write_atomically
 from grpo.run.machine import resolve_device
 from grpo.run.records import EVALUATIONS, read_entries
@@ -43,14 +45,15 @@ from grpo.run.tensor_state import load_tensors, save_tensors
 from grpo.run.versions import versions
 from grpo.session import Session, open_session, read_model
 from grpo.training.advantages import Advantages, compute_advantages
-from grpo.training.dump import dump_folder, whole, write_dump
+from grpo.training.dump import dump_folder, gather_batch, write_dump
+from grpo.training.environment import check_conversation, make_sampler, own_rewards, start_environment
 from grpo.training.evaluation import evaluate, measure_pass_rates
 from grpo.training.learner import UNMEASURED, Learner
 from grpo.training.loss import resolve_loss
 from grpo.training.reference_policy import set_reference
 from grpo.training.self_check import check_rollout_follows_adapter
 from grpo.training.step_metrics import logged, reward_table, sampling_metrics
-from grpo.training.update_check import UnusableUpdate
+from grpo.training.update_check import SkippedUpdate
 
 STATE = "trainer.safetensors"
 PASS_RATES = "pass_rates.json"
@@ -83,14 +86,17 @@ class Trainer:
             ranks = connect(self.launch, resolve_device(config.model.device))
             ranks.check = interrupts.check
             ranks.require_same(facts(config))
-            own = own_share(config, ranks.size)
+            share = config_of_rank(config, ranks.size)
             folder = config.checkpoint.output_dir
             resumed = folder if self.resume else None
+            check_conversation(config, files.tokenizer, files.stop_token_ids)
+            log.status("starting the environment" if config.environment else "")
             with (
                 start_rewards(data, log) as pool,
-                open_session(own, files=files, status=log.status, resumed=resumed, agree=ranks.of_first) as session,
+                start_environment(config, show) as environment,
+                open_session(share, files=files, status=log.status, resumed=resumed, agree=ranks.broadcast) as session,
             ):
-                return train_session(session, data, folder, log, self.resume, pool, ranks)
+                return train_session(session, data, folder, log, self.resume, pool, ranks, environment)
 
     def run_folder(self) -> contextlib.AbstractContextManager[Any]:
         """The run folder, held by the first rank."""
@@ -116,7 +122,7 @@ def uneven_share(config: Config, ranks: int) -> str | None:
     )
 
 
-def own_share(config: Config, ranks: int) -> Config:
+def config_of_rank(config: Config, ranks: int) -> Config:
     """`config` with vLLM sized for what one of `ranks` samples at once, unless it says how many that are."""
     rollout = config.rollout
     if ranks == 1 or rollout.max_num_seqs is not None:
@@ -136,8 +142,10 @@ def facts(config: Config) -> dict[str, Any]:
     }
 
 
-def start_rewards(data: Data, log: RunLog) -> RewardPool:
+def start_rewards(data: Data, log: RunLog) -> contextlib.AbstractContextManager[RewardPool | None]:
     """The reward functions of `data`, loaded. What they print is shown without what a terminal would act upon."""
+    if not data.rewards:  # an environment gives its own
+        return contextlib.nullcontext()
     log.status("starting rewards")
     return RewardPool(data.rewards, example=data.train[0].columns, on_output=lambda name, line: show(line))
 
@@ -150,15 +158,20 @@ def train_session(
     resume: bool = False,
     pool: RewardPool | None = None,
     ranks: Ranks | None = None,
+    environment: EnvironmentPool | None = None,
 ) -> dict[str, Any]:
     """Train an open `session` on `data` as its configuration says, in the run folder `folder`; returns the summary.
 
-    `pool` has the rewards, if they are loaded already; `ranks` the other processes of the run, if there are any.
+    `pool` has the rewards and `environment` the environment, if they are loaded already; `ranks` the other processes of
+    the run, if there are any.
     Raises Interrupted after SIGINT or SIGTERM, once the last whole step is in a checkpoint.
     """
-    if pool is None:
+    if pool is None and data.rewards:
         with start_rewards(data, log) as pool:
-            return train_session(session, data, folder, log, resume, pool, ranks)
+            return train_session(session, data, folder, log, resume, pool, ranks, environment)
+    if environment is None and session.config.environment is not None:
+        with start_environment(session.config, show) as environment:
+            return train_session(session, data, folder, log, resume, pool, ranks, environment)
     if data.dropped:
         log.notice(f"{data.dropped} prompts longer than rollout.max_prompt_length were dropped")
     ranks = ranks or Ranks()
@@ -170,7 +183,8 @@ def train_session(
     with Interrupts() as interrupts, interrupts.deferred():
         session.engine.between_steps = interrupts.check
         try:
-            return Run(session.config, folder, log, session, data, pool, interrupts.check, ranks).train(resume)
+            run = Run(session.config, folder, log, session, data, pool, interrupts.check, ranks, environment)
+            return run.train(resume)
         finally:
             session.engine.between_steps = lambda: None
 
@@ -179,7 +193,7 @@ class Run:
     """The live parts of a run. `step` is the last whole one; they count from 1.
 
     A step happens or does not: what raises within one leaves the adapter, the optimiser and the place in the data as
-    they were before it, until the adapter has moved; from then on `whole` is false until the step is recorded.
+    they were before it, until the adapter has moved; from then on `step_complete` is false until the step is recorded.
     """
 
     def __init__(
@@ -189,9 +203,10 @@ class Run:
         log: RunLog,
         session: Session,
         data: Data,
-        pool: RewardPool,
+        pool: RewardPool | None,
         check: Callable[[], None] = lambda: None,
         ranks: Ranks | None = None,
+        environment: EnvironmentPool | None = None,
     ):
         """`check` is called often while nothing is half done, and may raise to end the run."""
         self.config, self.folder, self.log = config, folder, log
@@ -206,22 +221,14 @@ class Run:
         self.learner = Learner(
             session.policy, config, max_steps=self.max_steps, notice=log.notice, check=check, ranks=self.ranks
         )
-        self.weights = torch.tensor([reward.weight for reward in data.rewards], dtype=torch.float64)
-        self.reward_names = [reward.column for reward in data.rewards]
-        self.sampler = Sampler(
-            session.engine,
-            pool,
-            session.sampling(config.rollout.temperature, config.rollout.max_completion_length),
-            num_generations=config.rollout.num_generations,
-            seed=config.train.seed,
-            max_steps=self.max_steps,
-            decode=session.decode,
-            check=check,
-            ranks=self.ranks,
-            parts=config.train.optimizer_steps_per_rollout,
+        own = own_rewards(config, environment)
+        self.weights = torch.tensor([1.0] * len(own) + [one.weight for one in data.rewards], dtype=torch.float64)
+        self.reward_names = own + [reward.column for reward in data.rewards]
+        self.sampler = make_sampler(
+            session, pool, environment, max_steps=self.max_steps, check=check, ranks=self.ranks, notice=log.notice
         )
         self.step = self.saved = 0
-        self.whole = True
+        self.step_complete = True
         self.accuracies: dict[int, float] = {}
 
     def chosen_prompts(self) -> list[Prompt]:
@@ -234,7 +241,7 @@ class Run:
             return self.data.train
         file = self.folder / PASS_RATES
         measured = [prompt for prompt in self.data.train if prompt.task in windows]
-        found = self.ranks.of_first(json.loads(file.read_text()) if self.ranks.first and file.exists() else None)
+        found = self.ranks.broadcast(json.loads(file.read_text()) if self.ranks.first and file.exists() else None)
         if found is None:
             self.log.status("measuring pass rates")
             samples = max(self.data.settings[name].pass_rate_samples for name in windows)
@@ -263,7 +270,7 @@ class Run:
             self.evaluate()
             while self.step < self.max_steps:
                 self.log.step(self.one_step(self.step + 1))
-                self.step, self.whole = self.step + 1, True
+                self.step, self.step_complete = self.step + 1, True
                 last = self.step == self.max_steps
                 if last or self.step % self.config.checkpoint.save_steps == 0:
                     self.save()
@@ -277,7 +284,7 @@ class Run:
         """Sample, score, weigh, update, sync. Returns the step's metrics."""
         started = time.perf_counter()
         self.ranks.bytes_sent = 0
-        torch.manual_seed(sample_seed(self.config.train.seed, step, *self.own_rank()))
+        torch.manual_seed(sample_seed(self.config.train.seed, step, *self.seed_suffix()))
         taken = self.stream.taken.copy()
         try:
             rollouts = self.sample(step)
@@ -289,7 +296,7 @@ class Run:
         except BaseException:
             self.stream.taken = taken
             raise
-        self.whole = False
+        self.step_complete = False
         sync_seconds = self.session.engine.sync_adapter()
         now = time.perf_counter()
         survival = self.adapter_survival(groups, step)
@@ -307,7 +314,7 @@ class Run:
             "tokens": tokens,
             "tokens_per_second": tokens / rollout_seconds,
             "rollout_seconds": rollout_seconds,
-            "reward_seconds": sum(rollout.waited for rollout in rollouts),
+            "reward_seconds": sum(rollout.reward_wait_seconds for rollout in rollouts),
             "train_seconds": now - sampled - sync_seconds,
             "sync_seconds": sync_seconds,
             "step_seconds": now - started,
@@ -320,12 +327,14 @@ class Run:
         every = self.config.log.adapter_survival_every
         if not self.ranks.first or every is None or (step > 1 and step % every):
             return {}
-        turns = zip_longest(*([(group.prompt.token_ids, sample.token_ids) for sample in group.own] for group in groups))
-        pairs = [pair for turn in turns for pair in turn if pair is not None]  # one of each group, then another
-        share = adapter_survival(self.session.policy, [p for p, _ in pairs], [c for _, c in pairs])
+        turns = zip_longest(*([one.segments(group.prompt.token_ids) for one in group.local] for group in groups))
+        firsts = [one[0] for turn in turns for one in turn if one]  # one of each group, then another
+        share = adapter_survival(
+            self.session.policy, [one.prompt_ids for one in firsts], [one.token_ids for one in firsts]
+        )
         return {} if share is None else {"adapter_survival": share}
 
-    def own_rank(self) -> tuple[int, ...]:
+    def seed_suffix(self) -> tuple[int, ...]:
         """What tells this rank's random numbers from those of the first, which are a lone process's."""
         return () if self.ranks.first else (self.ranks.rank,)
 
@@ -333,35 +342,35 @@ class Run:
         """Of several ranks: what one sent in this step, and how long they waited for the slowest on average."""
         if self.ranks.size == 1:
             return {}
-        idle = sum(rollout.idle for rollout in rollouts)
-        return {"ranks": self.ranks.size, "sent_bytes": self.ranks.bytes_sent, "idle_seconds": idle}
+        wait_seconds = sum(rollout.wait_seconds for rollout in rollouts)
+        return {"ranks": self.ranks.size, "sent_bytes": self.ranks.bytes_sent, "idle_seconds": wait_seconds}
 
     def update(self, groups: list[Group], advantages: Advantages, step: int) -> dict[str, float | None]:
         """Train on `groups`; returns the training metrics, also of an update that had to be left out.
 
         Raises UserError when the configuration says that the run is to stop for it.
         """
-        guard = self.learner.guard
+        update_check = self.learner.update_check
         try:
-            guard.check_sampled(groups, advantages)
+            update_check.check_sampled(groups, advantages)
             return {**self.learner.update(groups, advantages, step), "update_skipped": 0.0}
-        except UnusableUpdate as unusable:
-            dump = self.dump(step, unusable)
-            told = f"step {step}: {unusable.problem}; python -m grpo.replay {dump} says where that begins"
-            if guard.gives_up():
+        except SkippedUpdate as skipped:
+            dump = self.dump(step, skipped)
+            message = f"step {step}: {skipped.problem}; python -m grpo.replay {dump} says where that begins"
+            if update_check.ends_run():
                 raise UserError(
-                    f"{told}; {guard.skipped} such steps in a row end the run: lower train.learning_rate, or mend what "
-                    "it shows, and continue with --resume"
+                    f"{message}; {update_check.skipped} such steps in a row end the run: lower train.learning_rate, or "
+                    "mend what it shows, and continue with --resume"
                 ) from None
-            self.log.notice(f"{told}; the update was left out")
-            return {**UNMEASURED, **unusable.figures, "update_skipped": 1.0}
+            self.log.notice(f"{message}; the update was left out")
+            return {**UNMEASURED, **skipped.figures, "update_skipped": 1.0}
 
-    def dump(self, step: int, unusable: UnusableUpdate) -> Path:
+    def dump(self, step: int, skipped: SkippedUpdate) -> Path:
         """Keep what it takes to compute the update again; returns where."""
-        unusable.batch = whole(unusable.batch, self.ranks)
+        skipped.batch = gather_batch(skipped.batch, self.ranks)
         if not self.ranks.first:
             return dump_folder(self.folder, step)
-        return write_dump(self.folder, step, self.config, self.session.policy, unusable)
+        return write_dump(self.folder, step, self.config, self.session.policy, skipped)
 
     def sample(self, step: int) -> list[Rollout]:
         """One rollout or, with dynamic sampling, as many as it takes to fill the batch with unequal rewards."""
@@ -380,8 +389,8 @@ class Run:
         if not self.config.loss.dynamic_sampling:
             return groups, advantages
         unequal = [group for group, equal in zip(groups, advantages.zero_std, strict=True) if not equal]
-        kept = unequal[: self.config.rollout.prompts_per_step] or groups[: self.config.rollout.prompts_per_step]
-        return kept, self.advantages(kept)
+        selected = unequal[: self.config.rollout.prompts_per_step] or groups[: self.config.rollout.prompts_per_step]
+        return selected, self.advantages(selected)
 
     def advantages(self, groups: list[Group]) -> Advantages:
         table = reward_table(groups, self.reward_names)
@@ -394,7 +403,8 @@ class Run:
         if not due or not self.data.eval or self.step in self.accuracies:
             return
         self.log.status("evaluating")
-        result = evaluate(self.session, self.data.eval, self.data.tasks, settings, ranks=self.ranks)
+        player = self.sampler.player if isinstance(self.sampler, EpisodeSampler) else None
+        result = evaluate(self.session, self.data.eval, self.data.tasks, settings, ranks=self.ranks, player=player)
         accuracy = result.metrics["eval/strict_accuracy"]
         if self.ranks.first and settings.keep_best and accuracy > max(self.accuracies.values(), default=-1.0):
             # Before it is recorded: a run that dies in between does it again.
@@ -423,7 +433,7 @@ class Run:
 
     def save_what_is_not(self) -> None:
         """Write a checkpoint of the last step if it is whole and has none; where that fails, say so and no more."""
-        if not self.whole or self.step == self.saved:
+        if not self.step_complete or self.step == self.saved:
             return
         self.log.status("saving a checkpoint")
         try:
@@ -433,12 +443,12 @@ class Run:
 
     def restore(self) -> None:
         """Continue from the newest good checkpoint, or from the beginning if the run ended before its first."""
-        where, state = self.ranks.of_first(self.last_checkpoint() if self.ranks.first else None)
+        where, state = self.ranks.broadcast(self.last_checkpoint() if self.ranks.first else None)
         if state is not None:
             self.load(where, state)
         self.log.resume(self.step)
         entries = read_entries(self.folder / EVALUATIONS) if self.ranks.first else []
-        self.accuracies = self.ranks.of_first({entry["step"]: entry["eval/strict_accuracy"] for entry in entries})
+        self.accuracies = self.ranks.broadcast({entry["step"]: entry["eval/strict_accuracy"] for entry in entries})
 
     def last_checkpoint(self) -> tuple[str, Any]:
         """Where the newest good checkpoint is and its state, without the adapter, which is loaded; or "" and None."""

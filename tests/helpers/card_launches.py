@@ -236,7 +236,7 @@ def factors(shape: Shape, dtype: torch.dtype) -> None:
         made = [torch.empty(size) for rows in parts for size in ((16, shape.hidden), (rows, 16))]
         width = 16 * len(parts)
         down, up = torch.empty(width, shape.hidden, dtype=dtype), torch.empty(sum(parts), width, dtype=dtype)
-        lora_factors.lay_out(adapters, made, down, up)
+        lora_factors.pack_lora(adapters, made, down, up)
 
 
 def heads_of(shape: Shape, dtype: torch.dtype) -> list[Tensor]:

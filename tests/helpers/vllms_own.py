@@ -39,18 +39,22 @@ def crowded(engine: Any, *, blocks: int, step_tokens: int) -> Iterator[dict[str,
 
 def vllms_own(engine: Any, requests: Sequence[Any], sampling: Any) -> dict[int, tuple[list[int], list[float]]]:
     """Request id -> (token ids, logprobs) as vLLM's scheduler class and its output processor give them."""
-    from vllm.sampling_params import RequestOutputKind
-
     scheduler = scheduler_of(engine)
     ours, manager = type(scheduler), scheduler.kv_cache_manager
     scheduler.__class__, scheduler.kv_cache_manager = ours.__mro__[1], manager._manager
     found = {}
     try:
-        for output in engine._outputs(requests, sampling, RequestOutputKind.FINAL_ONLY, True):
-            sample = output.outputs[0]
-            pairs = zip(sample.logprobs, sample.token_ids, strict=True)
-            logprobs = [entry[token].logprob for entry, token in pairs]
-            found[int(output.request_id)] = (list(sample.token_ids), logprobs)
+        engine.begin(sampling, requests[0].seed)
+        with engine.ending():
+            for request in requests:
+                engine.add(request)
+            while engine.running:
+                for output in engine._outputs():
+                    if output.finished:
+                        sample = output.outputs[0]
+                        pairs = zip(sample.logprobs, sample.token_ids, strict=True)
+                        logprobs = [entry[token].logprob for entry, token in pairs]
+                        found[int(output.request_id)] = (list(sample.token_ids), logprobs)
     finally:
         scheduler.__class__, scheduler.kv_cache_manager = ours, manager
     return found

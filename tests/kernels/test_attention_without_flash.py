@@ -86,7 +86,7 @@ def test_flash_attention_is_left_to_ampere_and_later(monkeypatch, capability, fl
         is_cuda = True
 
     query = torch.empty(1, 4, 64, dtype=torch.float16).as_subclass(OnGpu)
-    assert attention.flash_serves(query) is flash
+    assert attention.flash_supports(query) is flash
 
 
 @pytest.mark.gpu

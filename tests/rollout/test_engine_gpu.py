@@ -68,9 +68,10 @@ def on_gpu(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OnGpu]:
 
 
 def test_rollout_and_trainer_agree_with_and_without_the_adapter(on_gpu: OnGpu) -> None:
+    """As far as bfloat16 lets a model of random weights, whose logprobs scatter by 0.05 between two kernels."""
     on, off = on_gpu.sample(1), on_gpu.sample(1, adapter=False)
-    assert on_gpu.disagreement(on) < 0.05 and on_gpu.disagreement(off, adapter=False) < 0.05
-    assert on_gpu.disagreement(off) > 0.1, "the adapter changes logprobs"
+    assert on_gpu.disagreement(on) < 0.06 and on_gpu.disagreement(off, adapter=False) < 0.06
+    assert on_gpu.disagreement(off) > 0.12, "the adapter changes logprobs"
 
 
 def test_filtered_and_greedy_sampling_go_through_vllms_own_sampler(on_gpu: OnGpu) -> None:

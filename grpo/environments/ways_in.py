@@ -1,0 +1,159 @@
+"""The ways to write an environment, each made a `Program`: a program itself, tools as functions, a TRL environment."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from grpo.environments.program import EpisodeOver, Message, Program, Sampling
+from grpo.environments.schemas import tool_schema
+from grpo.errors import UserError
+from grpo.references import resolve
+
+RESERVED = ("reset", "get_reward")
+"""Methods of a TRL environment that are no tools."""
+
+
+def program(reference: str, options: dict[str, Any]) -> Program:
+    """`[environment] program`: a function of a row and `sample`."""
+    function = resolve(reference, "environment", {})
+    if not callable(function):
+        raise UserError(f"environment {reference!r} is a {type(function).__name__}; name a function")
+    check_options(function, reference, options, ("row", "sample"))
+    asynchronous = inspect.iscoroutinefunction(function)
+
+    def run(row: Any, sample: Sampling, start: Mapping[str, Any]) -> Any:
+        return function(row, sample if asynchronous else sample.now, **options)
+
+    return Program(run, {"rewards": True})
+
+
+def check_options(
+    function: Callable[..., Any], reference: str, options: dict[str, Any], given: tuple[str, ...]
+) -> None:
+    """Raise UserError unless `function` can be called with what is `given` and `options`."""
+    try:
+        inspect.signature(function).bind(*given, **options)
+    except TypeError as error:
+        raise UserError(
+            f"environment {reference!r} cannot be called with {', '.join(given) or 'nothing'} and its options "
+            f"({error}); mend its parameters or environment.options"
+        ) from None
+
+
+def tools(references: list[str], options: dict[str, Any]) -> Program:
+    """`[environment] tools`: functions that the model may call, in TRL's form."""
+    functions = {}
+    for reference in references:
+        function = resolve(reference, "tool", {})
+        if not callable(function):
+            raise UserError(f"tool {reference!r} is a {type(function).__name__}; name a function")
+        if function.__name__ in functions:
+            raise UserError(f"two tools are called {function.__name__!r}; rename one of them")
+        functions[function.__name__] = function
+    if options:
+        raise UserError(f"environment.options: tools take none; remove {sorted(options)[0]!r}")
+    schemas = [tool_schema(function) for function in functions.values()]
+
+    async def run(row: Any, sample: Sampling, start: Mapping[str, Any]) -> dict[str, Any]:
+        counts = await converse(list(row["prompt"]), functions, schemas, sample)
+        return {"reward": None, "metrics": counts}
+
+    return Program(run, {"rewards": False, "tools": schemas})
+
+
+def factory(reference: str, options: dict[str, Any]) -> Program:
+    """`[environment] factory`: TRL's `environment_factory`, whose public methods are tools."""
+    make = resolve(reference, "environment", {})
+    if not callable(make):
+        raise UserError(f"environment {reference!r} is a {type(make).__name__}; name a class")
+    check_options(make, reference, options, ())
+    example = make(**options)
+    if not callable(getattr(example, "reset", None)):
+        raise UserError(
+            f"environment {reference!r} has no method reset(**row); give it one, as TRL's environments have"
+        )
+    names = [name for name, _ in inspect.getmembers(type(example), inspect.isfunction) if is_tool(name)]
+    schemas = [tool_schema(getattr(example, name)) for name in names]
+
+    async def run(row: Any, sample: Sampling, start: Mapping[str, Any]) -> dict[str, Any]:
+        environment = make(**options)
+        said = await finished(environment.reset(**row))
+        messages = opened(list(row["prompt"]), said)
+        functions = {name: getattr(environment, name) for name in names}
+        counts = await converse(messages, functions, schemas, sample)
+        scores = hasattr(environment, "get_reward")
+        return {"reward": await finished(environment.get_reward()) if scores else None, "metrics": counts}
+
+    return Program(run, {"rewards": hasattr(example, "get_reward"), "tools": schemas})
+
+
+def is_tool(name: str) -> bool:
+    return not name.startswith("_") and name not in RESERVED
+
+
+def opened(messages: list[Message], said: Any) -> list[Message]:
+    """`messages` with what `reset` returned at the end of the last one, as TRL puts it there."""
+    if said is None or said == "":
+        return messages
+    if not isinstance(said, str):
+        raise TypeError(f"reset returned a {type(said).__name__}; return text or None")
+    *before, last = messages
+    return [*before, {**last, "content": last["content"] + said}]
+
+
+async def finished(result: Any) -> Any:
+    """`result`, awaited where it has to be."""
+    return await result if inspect.isawaitable(result) else result
+
+
+async def converse(
+    messages: list[Message], functions: Mapping[str, Callable[..., Any]], schemas: list[Message], sample: Sampling
+) -> dict[str, float]:
+    """Turns until the model calls no tool or there is no room; `messages` grows. Returns counts of calls."""
+    counts = {"calls": 0.0, "call_errors": 0.0, "malformed_calls": 0.0}
+    try:
+        while True:
+            turn = await sample(messages, schemas)
+            messages.append(turn.message)
+            calls = turn.message.get("tool_calls") or []
+            counts["malformed_calls"] += len(turn.malformed)
+            if not calls or turn.finish_reason == "length":
+                return counts
+            for call in calls:
+                answer, failed = await called(call["function"], functions)
+                counts["calls"] += 1
+                counts["call_errors"] += failed
+                messages.append({"role": "tool", "name": call["function"]["name"], "content": answer})
+            if turn.last:
+                return counts
+    except EpisodeOver:
+        return counts
+
+
+async def called(call: Mapping[str, Any], functions: Mapping[str, Callable[..., Any]]) -> tuple[str, bool]:
+    """What a tool answers as text, and whether it failed. What it raises becomes its answer, as in TRL."""
+    name, arguments = call["name"], call["arguments"]
+    try:
+        if name not in functions:
+            raise ValueError(f"there is no tool {name!r}; there are {', '.join(functions)}")
+        answer = await finished(functions[name](**(json.loads(arguments) if isinstance(arguments, str) else arguments)))
+    except Exception as error:
+        return str({"error": str(error)}), True
+    if isinstance(answer, list) and any(isinstance(part, dict) and part.get("type") == "image" for part in answer):
+        return str({"error": f"tool {name!r} returned an image, and this model reads text only"}), True
+    return str(answer), False
+
+
+WAYS_IN: dict[str, Callable[[Any, dict[str, Any]], Program]] = {
+    "program": program,
+    "tools": tools,
+    "factory": factory,
+}
+
+
+def load(setup: Mapping[str, Any]) -> Program:
+    """The environment that `setup` names. Raises UserError, or what its file raises."""
+    return WAYS_IN[setup["kind"]](setup["reference"], dict(setup["options"]))

@@ -1,0 +1,233 @@
+"""Environments in their processes, without a model: what they say, and what becomes of those that misbehave."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from grpo.environments.fork_server import descendants
+from grpo.environments.pool import Asked, Ended, EnvironmentPool, Lost, Said
+from grpo.environments.schemas import tool_schema
+from grpo.environments.tool_calls import assistant_message, read_calls
+from grpo.errors import UserError
+from tests.helpers.paths import ROOT
+
+FILE = ROOT / "tests" / "helpers" / "environments_to_try.py"
+ROW = {"prompt": [{"role": "user", "content": "Say it."}], "answer": "42"}
+
+
+@pytest.fixture
+def opened() -> Iterator[Callable[..., EnvironmentPool]]:
+    """Opens pools, and sees to it that their ends leave no process."""
+    pools: list[EnvironmentPool] = []
+    before = set(descendants(os.getpid()))
+
+    def make(name: Any, kind: str = "program", timeout: float = 20.0, **options: Any) -> EnvironmentPool:
+        named = [f"{FILE}:{each}" for each in name] if isinstance(name, list) else f"{FILE}:{name}"
+        limits = {"processes": 4, "timeout": timeout, "memory_limit": 1 << 33}
+        pool = EnvironmentPool(
+            "it",
+            kind,
+            named,
+            options,
+            python=None,
+            on_output=lambda line: None,
+            **limits,  # type: ignore[arg-type]
+        )
+        pools.append(pool)
+        return pool
+
+    yield make
+    for pool in pools:
+        pool.close()
+    assert set(descendants(os.getpid())) <= before
+
+
+def word_of(pool: EnvironmentPool, number: int) -> Said:
+    """What an episode says next."""
+    give_up = time.monotonic() + 30
+    while number not in pool.inbox:
+        pool.collect(0.2)
+        assert time.monotonic() < give_up
+    return pool.inbox.pop(number)
+
+
+def turn(text: str, last: bool = False) -> dict[str, Any]:
+    """A turn of the policy's, as the player hands it over."""
+    message, malformed = assistant_message(text)
+    ids: dict[str, Any] = {"prompt_ids": [1], "completion_ids": [2], "logprobs": [-1.0]}
+    return {
+        "said": {"message": message, "text": text, "finish_reason": "stop", "last": last, "malformed": malformed, **ids}
+    }
+
+
+def play(pool: EnvironmentPool, *texts: str, number: int = 0) -> Said:
+    """The last word of an episode in which the policy says `texts`."""
+    pool.start(number, ROW, seed=3)
+    for text in texts:
+        said = word_of(pool, number)
+        if not isinstance(said, Asked):
+            return said
+        pool.tell(number, turn(text))
+    return word_of(pool, number)
+
+
+def test_a_program_talks_in_turns_and_returns_its_reward(opened: Callable[..., EnvironmentPool]) -> None:
+    pool = opened("letters")
+    pool.start(0, ROW, seed=3)
+    first = word_of(pool, 0)
+    assert first == Asked(ROW["prompt"], None, None)  # type: ignore[arg-type]
+    pool.tell(0, turn("ab12"))
+    second = word_of(pool, 0)
+    assert isinstance(second, Asked)
+    assert [message["content"] for message in second.messages[1:]] == ["ab12", "4 characters. Again."]
+    pool.tell(0, turn("cd"))
+    assert isinstance(word_of(pool, 0), Asked)
+    pool.tell(0, turn("1"))
+    assert word_of(pool, 0) == Ended(4 / 7, False, {})
+
+
+def test_episodes_work_at_once_and_keep_apart(opened: Callable[..., EnvironmentPool]) -> None:
+    pool = opened("letters", turns=1)
+    for number in range(12):
+        pool.start(number, ROW, seed=number)
+    for number in range(12):
+        assert isinstance(word_of(pool, number), Asked)
+        pool.tell(number, turn("a" * number + "1"))
+    assert [word_of(pool, n) for n in range(12)] == [Ended(n / (n + 1), False, {}) for n in range(12)]
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("raises", "raised ValueError: no such luck at "),
+        ("hangs", "did not answer within its timeout of 1 s"),
+        ("exits", "ended its process with exit code 7"),
+        ("killed", "was killed (SIGKILL)"),
+        ("kills_its_parent", "was ended with the process that all episodes come from"),
+        ("eats_memory", "raised MemoryError at "),
+        ("garbage", "sent a message of "),
+        ("no_number", "returned a str as its reward; return a number or None"),
+        ("infinite", "returned inf as its reward; return a finite number or None"),
+    ],
+)
+def test_a_program_that_misbehaves_is_lost_and_named(
+    opened: Callable[..., EnvironmentPool], name: str, problem: str
+) -> None:
+    pool = opened(name, timeout=1.0)
+    said = play(pool, "hello")
+    assert isinstance(said, Lost) and said.problem.startswith(problem), said
+    pool.sweep()
+    assert isinstance(play(pool, "hello", number=1), Lost), "the pool serves on"
+
+
+def test_what_an_episode_leaves_behind_is_ended(opened: Callable[..., EnvironmentPool]) -> None:
+    pool = opened("forks")
+    assert play(pool, "hello") == Ended(1.0, True, {})
+    pool.sweep()
+    assert descendants(pool._process.pid) == []
+
+
+def test_many_bad_episodes_leak_nothing(opened: Callable[..., EnvironmentPool]) -> None:
+    pool = opened("exits")
+    play(pool, "hello")
+    pool.sweep()
+    descriptors = len(os.listdir("/proc/self/fd"))
+    for _ in range(30):
+        for number in range(4):
+            pool.start(number, ROW, seed=number)
+        for number in range(4):
+            word_of(pool, number)
+            pool.tell(number, turn("x"))
+        for number in range(4):
+            assert isinstance(word_of(pool, number), Lost)
+        pool.sweep()
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+    assert len(os.listdir(f"/proc/{pool._process.pid}/fd")) < 12
+
+
+def test_a_trl_environment_has_its_methods_as_tools(opened: Callable[..., EnvironmentPool]) -> None:
+    pool = opened("Counter", kind="factory")
+    assert [tool["function"]["name"] for tool in pool.facts["tools"]] == ["add"] and pool.facts["rewards"]
+    pool.start(0, ROW, seed=1)
+    asked = word_of(pool, 0)
+    assert isinstance(asked, Asked) and asked.messages[-1]["content"] == "Say it. Count."
+    call = '<tool_call>{"name": "add", "arguments": {"amount": %d}}</tool_call>'
+    pool.tell(0, turn(call % 2 + call % 3))
+    asked = word_of(pool, 0)
+    assert isinstance(asked, Asked)
+    assert [message["content"] for message in asked.messages if message["role"] == "tool"] == ["total 2", "total 5"]
+    pool.tell(0, turn("done"))
+    counts = {"calls": 2.0, "call_errors": 0.0, "malformed_calls": 0.0}
+    assert word_of(pool, 0) == Ended(5.0, True, counts)
+
+
+def test_tools_answer_what_they_raise_and_unknown_ones_are_named(opened: Callable[..., EnvironmentPool]) -> None:
+    pool = opened(["add", "slowly"], kind="tools")
+    pool.start(0, ROW, seed=1)
+    word_of(pool, 0)
+    pool.tell(
+        0,
+        turn(
+            '<tool_call>{"name": "add", "arguments": {"a": 91, "b": 1}}</tool_call>'
+            '<tool_call>{"name": "sub", "arguments": {}}</tool_call><tool_call>{"name": </tool_call>'
+            '<tool_call>{"name": "slowly", "arguments": {"word": "late"}}</tool_call>'
+        ),
+    )
+    asked = word_of(pool, 0)
+    assert isinstance(asked, Asked)
+    assert [message["content"] for message in asked.messages if message["role"] == "tool"] == [
+        "{'error': 'a is too large'}",
+        "{'error': \"there is no tool 'sub'; there are add, slowly\"}",
+        "late",
+    ]
+    pool.tell(0, turn("done"))
+    assert word_of(pool, 0) == Ended(None, False, {"calls": 3.0, "call_errors": 2.0, "malformed_calls": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("reference", "sentence"),
+    [
+        ("nothing", "has no 'nothing'"),
+        ("FILE", "is a str; name a function"),
+        ("add", "cannot be called with row, sample and its options"),
+    ],
+)
+def test_an_environment_that_cannot_be_loaded_is_refused(
+    opened: Callable[..., EnvironmentPool], reference: str, sentence: str
+) -> None:
+    with pytest.raises(UserError, match=sentence):
+        opened("__file__" if reference == "FILE" else reference, **({"c": 1} if reference == "add" else {}))
+
+
+def test_an_interpreter_that_is_not_there_is_named() -> None:
+    with pytest.raises(UserError, match=r"/nowhere/python cannot be started .*mend environment.python"):
+        EnvironmentPool(
+            "it", "program", "x.py:f", {}, python="/nowhere/python", processes=1, timeout=1.0, memory_limit=1 << 33,
+            on_output=print,
+        )  # fmt: skip
+
+
+def test_schemas_are_those_of_transformers() -> None:
+    from transformers.utils import get_json_schema
+
+    from tests.helpers.schema_functions import FUNCTIONS
+
+    for function in FUNCTIONS:
+        assert tool_schema(function) == get_json_schema(function), function.__name__
+
+
+def test_each_call_is_read_on_its_own() -> None:
+    good = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
+    calls, malformed = read_calls(good + "<tool_call>{oops</tool_call>" + good)
+    assert calls == [{"name": "add", "arguments": {"a": 1}}] * 2 and len(malformed) == 1
+    assert read_calls(good[:-12])[0] == calls[:1], "cut before its end"
+    assert read_calls(f"<think>{good}</think>no") == ([], []), "a thought is not called"
+    assert read_calls('<tool_call>{"name": "add", "arguments": "x"}</tool_call>')[0] == []
+    assert read_calls('<tool_call>{"name": "add", "arguments": null}</tool_call>')[0] == [
+        {"name": "add", "arguments": {}}
+    ]

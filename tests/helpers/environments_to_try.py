@@ -1,0 +1,146 @@
+"""Environments for the tests: good ones, and one for every way in which one can go wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import subprocess
+import sys
+import time
+from typing import Any
+
+
+async def letters(row: dict, sample: Any, delay: float = 0.0, turns: int = 3) -> float:
+    """Share of letters in three turns, with answers that take a random time."""
+    messages, found, total = list(row["prompt"]), 0, 0
+    while True:
+        turn = await sample(messages)
+        total += max(len(turn.text), 1)
+        found += sum(character.isalpha() for character in turn.text)
+        turns -= 1
+        if turn.last or not turns:
+            return found / total
+        await asyncio.sleep(random.SystemRandom().random() * delay)
+        messages = [*messages, turn.message, {"role": "user", "content": f"{len(turn.text)} characters. Again."}]
+
+
+def rewrites(row: dict, sample: Any) -> float:
+    """Forgets what was said before each turn; not a coroutine."""
+    first = sample(row["prompt"])
+    second = sample([{"role": "user", "content": f"Go on from {len(first.text)}."}])
+    return len(second.text) / 10
+
+
+async def raises(row: dict, sample: Any) -> float:
+    await sample(row["prompt"])
+    raise ValueError("no such luck")
+
+
+async def hangs(row: dict, sample: Any) -> float:
+    await sample(row["prompt"])
+    while True:
+        time.sleep(1)
+
+
+async def exits(row: dict, sample: Any) -> float:
+    await sample(row["prompt"])
+    os._exit(7)
+
+
+async def killed(row: dict, sample: Any) -> float:
+    os.kill(os.getpid(), 9)
+    return 0.0
+
+
+async def kills_its_parent(row: dict, sample: Any) -> float:
+    os.kill(os.getppid(), 9)
+    time.sleep(5)
+    return 0.0
+
+
+async def forks(row: dict, sample: Any) -> float:
+    """Leaves a process behind that has gone out of its session."""
+    await sample(row["prompt"])
+    command = [sys.executable, "-c", "import time; time.sleep(321.5)"]
+    subprocess.Popen(command, start_new_session=True)
+    return 1.0
+
+
+async def megabytes(row: dict, sample: Any) -> float:
+    turn = await sample(row["prompt"])
+    await sample([*row["prompt"], turn.message, {"role": "user", "content": "many words " * 100_000}])
+    return 1.0
+
+
+async def eats_memory(row: dict, sample: Any) -> float:
+    return float(len(bytearray(1 << 40)))
+
+
+async def garbage(row: dict, sample: Any) -> float:
+    sample._link.sendall(b"\xff" * 100)
+    return 1.0
+
+
+async def no_number(row: dict, sample: Any) -> str:
+    return "good"
+
+
+async def infinite(row: dict, sample: Any) -> float:
+    return float("inf")
+
+
+async def greedy(row: dict, sample: Any) -> float:
+    """Never stops of its own will."""
+    messages = list(row["prompt"])
+    while True:
+        turn = await sample(messages)
+        messages = [*messages, turn.message, {"role": "user", "content": "More."}]
+
+
+class Counter:
+    """As TRL's environments are."""
+
+    def reset(self, **row: Any) -> str:
+        self.total = 0
+        return " Count."
+
+    def add(self, amount: int) -> str:
+        """
+        Add to the total.
+
+        Args:
+            amount: How much.
+        """
+        self.total += amount
+        return f"total {self.total}"
+
+    def get_reward(self) -> float:
+        return float(self.total)
+
+
+def add(a: int, b: int) -> int:
+    """
+    Add two numbers.
+
+    Args:
+        a: The first number.
+        b: The second number.
+
+    Returns:
+        The sum.
+    """
+    if a > 90:
+        raise ValueError("a is too large")
+    return a + b
+
+
+async def slowly(word: str) -> str:
+    """
+    Say a word.
+
+    Args:
+        word: Which.
+    """
+    await asyncio.sleep(0.01)
+    return word
