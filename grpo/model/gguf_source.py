@@ -76,7 +76,7 @@ class GGUFSource:
 
         stored = self._tensors[name]
         try:
-            dequantize(stored.data[:0], stored.tensor_type)
+            dequantize(stored.data[:1], stored.tensor_type)
         except NotImplementedError:
             raise UserError(
                 f"{self.path}: {name} is kept as {stored.tensor_type.name}, which the gguf package does not read; "
