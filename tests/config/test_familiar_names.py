@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import inspect
+import re
+import runpy
 from typing import Any
 
 import peft
@@ -27,7 +30,9 @@ from grpo.config.familiar_names import (
     adapter_table,
     ours,
 )
+from grpo.config.schema import parse_config
 from grpo.errors import UserError
+from tests.helpers.paths import ROOT
 
 OURS = {key for section in (*SECTIONS, "lora", "eval") for key in keys_of(section)} | {
     "model",
@@ -170,3 +175,49 @@ def test_a_copied_cell_is_told_the_line_to_write() -> None:
         assert not hasattr(policy, name)
     with pytest.raises(AttributeError, match="no attribute 'zzz'"):
         policy.zzz  # noqa: B018
+
+
+# The pages
+
+
+PAGES = ("trl", "unsloth")
+
+
+def calls(page: str, function: str) -> list[dict[str, ast.expr]]:
+    """The keywords of every call of `function` in the page's Python."""
+    trees = [ast.parse(block) for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL)]
+    nodes = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    return [
+        {keyword.arg: keyword.value for keyword in node.keywords if keyword.arg}
+        for node in nodes
+        if ast.unparse(node.func) == function
+    ]
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_the_others_code_uses_their_own_arguments(name: str) -> None:
+    page = (ROOT / f"docs/coming-from-{name}.md").read_text()
+    (configuration,) = calls(page, "GRPOConfig")
+    assert set(configuration) <= set(fields(trl.GRPOConfig)) | {"warmup_ratio", "max_prompt_length"}
+    for trainer in calls(page, "GRPOTrainer"):
+        assert set(trainer) <= set(parameters(trl.GRPOTrainer.__init__))
+    for function in ("FastLanguageModel.from_pretrained", "FastLanguageModel.get_peft_model"):
+        assert all(set(call) <= set(UNSLOTH) for call in calls(page, function))
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_our_code_on_those_pages_makes_a_configuration(name: str) -> None:
+    page = (ROOT / f"docs/coming-from-{name}.md").read_text()
+    (load,), (train,) = calls(page, "grpo.load"), calls(page, "policy.train")
+    settings = {
+        key: ast.literal_eval(value) for call in (load, train) for key, value in call.items() if key != "rewards"
+    }
+    tables = tables_of({key: value for key, value in settings.items() if key != "lora"}, name, (*SECTIONS, "eval"))
+    tables["model"]["name"] = "m"
+    config = parse_config({**tables, "lora": settings["lora"], "task": {"name": "arithmetic"}}, name)
+    assert config.rollout.num_generations == 8 and config.train.max_steps in (100, 250)
+
+
+def test_the_page_of_names_is_up_to_date() -> None:
+    page = runpy.run_path(str(ROOT / "docs/make_names.py"))["page"]
+    assert (ROOT / "docs/names.md").read_text() == page(), "run make docs"
