@@ -21,7 +21,7 @@ from grpo.config.schema import Config
 from grpo.errors import UserError
 from grpo.memory.plan import MemoryPlan, check_memory, lighter_weights, plan_memory, sequence_limits, weight_bytes
 from grpo.model.architectures import adapter_targets, check_supported
-from grpo.model.checks import check_head_size, end_tokens
+from grpo.model.checks import check_float16, check_head_size, end_tokens
 from grpo.model.config_keys import check_keys, settle
 from grpo.model.host_memory import give_back_pinned
 from grpo.model.inventory import account
@@ -31,6 +31,7 @@ from grpo.model.vocabulary import no_row
 from grpo.model.weight_source import Source
 from grpo.policy.keep_16bit import load_base
 from grpo.policy.policy import Policy
+from grpo.rollout.attention_backend import choose_backend
 from grpo.rollout.types import EngineSettings, SamplingSettings
 from grpo.run.machine import check_machine, resolve_device
 from grpo.special_tokens import completion_text
@@ -91,7 +92,10 @@ def read_model(
     check_keys(text, str(source.path))
     for sentence in settle(text):
         notice(sentence)
-    check_head_size(text, source.path, on_cpu=resolve_device(config.model.device).type == "cpu")
+    device = resolve_device(config.model.device)
+    check_head_size(text, source.path, on_cpu=device.type == "cpu")
+    if resolve_dtype(config.model.dtype, device) == torch.float16:
+        check_float16(text, source.path)
     adapter_targets(text, config.lora.target_modules)
     for sentence in account(source):
         notice(sentence)
@@ -124,6 +128,8 @@ class Session:
         dtype = resolve_dtype(config.model.dtype, device)
         source, self.tokenizer, self.stop_token_ids = files.source, files.tokenizer, files.stop_token_ids
         check_length(config, source.config, source.path)
+        if device.type == "cuda":
+            choose_backend(config.rollout.attention_backend, config.rollout.kv_cache_dtype, architecture_of(device))
         if start_engine:
             kv_bytes = fitted_kv_bytes(config, source.config, device, dtype)
         else:
@@ -254,6 +260,12 @@ def resolve_dtype(wanted: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
 
 
+def architecture_of(device: torch.device) -> int:
+    """86 for a GPU of compute capability 8.6."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
 def stop_token_ids(source: Any, tokenizer: Any) -> tuple[int, ...]:
     """Every token that ends a completion: the tokenizer's, the configuration's and the generation configuration's."""
     text = source.config.get_text_config()
@@ -322,6 +334,7 @@ def engine_settings(config: Config, kv_cache_memory_bytes: int | None) -> Engine
         kv_cache_memory_bytes=kv_cache_memory_bytes,
         gpu_memory_utilization=rollout.gpu_memory_utilization,
         kv_cache_dtype=rollout.kv_cache_dtype,
+        attention_backend=rollout.attention_backend,
         release_kv_cache=rollout.release_kv_cache,
         enforce_eager=rollout.enforce_eager,
         seed=config.train.seed,

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from grpo.kernels import cards
 from grpo.kernels.launch import on_device, round_to
 from grpo.kernels.split_k import COUNTERS, WORKSPACE_BYTES, dot, store_part, sum_parts, workspace
 
@@ -36,11 +37,17 @@ def lora_shrink(x: Tensor, a: Tensor, scale: Tensor) -> Tensor:
     """scale * (x [M, K] times the transpose of a [R, K]): [M, R], rounded once to x's dtype.
 
     a: contiguous, in x's dtype, R a multiple of RANK_MULTIPLE. scale: one number of x's dtype, read on the device, so
-    that a captured graph follows its changes. Sums are float32. Records no gradient.
+    that a captured graph follows its changes. Sums are float32. Records no gradient. By cuBLAS, as for prompts and on
+    sm_75, a scale other than 0 and 1 would be a second rounding.
     """
-    if not x.is_cuda or x.dtype == torch.float32 or not 0 < x.shape[0] <= MOST_ROWS:
-        return F.linear(x, a) * scale
-    return launch_shrink(x, a, scale)
+    if serves(x):
+        return launch_shrink(x, a, scale)
+    return F.linear(x, a) * scale
+
+
+def serves(x: Tensor) -> bool:
+    """Whether the kernel takes x [M, K]: 16 bit, a decoding batch, a GPU on which Triton multiplies."""
+    return x.is_cuda and x.dtype != torch.float32 and 0 < x.shape[0] <= MOST_ROWS and cards.card(x.device).dot_is_fast
 
 
 def launch_shrink(x: Tensor, a: Tensor, scale: Tensor, *, interpreted: bool = False) -> Tensor:

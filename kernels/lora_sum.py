@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from grpo.kernels import dense_gemm
+from grpo.kernels import cards, dense_gemm
 from grpo.kernels.launch import disable_reduced_precision, is_interpreted, on_device, round_to
 from grpo.kernels.lora_factors import LowRank, with_bias
 from grpo.kernels.split_k import dot
@@ -91,8 +91,13 @@ def round_sum(total: Tensor, bias: Tensor | None, low_rank: LowRank | None, out:
         _round_sum_kernel[grid](
             total, out if bias is None else bias, x_lora_a, b, out, rows, features, x_lora_a.stride(0), b.stride(0),
             b.stride(1), out.stride(0), bias is not None, ranks, min(64, triton.next_power_of_2(max(ranks, 16))),
-            tile_rows, FEATURES, is_interpreted(total), num_warps=4,
+            tile_rows, FEATURES, has_dot(total), is_interpreted(total), num_warps=4,
         )  # fmt: skip
+
+
+def has_dot(tensor: Tensor) -> bool:
+    """Whether a kernel on `tensor` adds the adapter by matrix products; otherwise rank by rank."""
+    return not tensor.is_cuda or cards.card(tensor.device).dot_is_fast
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -100,7 +105,7 @@ def _round_sum_kernel(
     total_ptr, bias_ptr, x_lora_a_ptr, b_ptr, out_ptr, rows, features,
     stride_x_lora_a_m, stride_b_n, stride_b_r, stride_out_m,
     HAS_BIAS: tl.constexpr, RANKS: tl.constexpr, BR: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    HAS_DOT: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """A [BM, BN] tile of the result."""
     m = tl.program_id(0) * BM + tl.arange(0, BM)
@@ -111,7 +116,13 @@ def _round_sum_kernel(
     value = tl.load(total_ptr + row * features + n[None, :], mask=inside, other=0.0)
     if HAS_BIAS:
         value += tl.load(bias_ptr + n, mask=n < features, other=0.0).to(tl.float32)[None, :]
-    for start in tl.static_range(0, RANKS, BR):
+    if not HAS_DOT:
+        for rank in range(RANKS):
+            left_ptrs = x_lora_a_ptr + row * stride_x_lora_a_m + rank
+            left = tl.load(left_ptrs, mask=(m < rows)[:, None], other=0.0).to(tl.float32)
+            b_ptrs = b_ptr + n.to(tl.int64) * stride_b_n + rank * stride_b_r
+            value += left * tl.load(b_ptrs, mask=n < features, other=0.0).to(tl.float32)[None, :]
+    for start in tl.static_range(0, RANKS if HAS_DOT else 0, BR):
         known = start + r < RANKS
         left_mask, right_mask = (m < rows)[:, None] & known[None, :], known[:, None] & (n < features)[None, :]
         left = tl.load(x_lora_a_ptr + row * stride_x_lora_a_m + start + r[None, :], mask=left_mask, other=0.0)

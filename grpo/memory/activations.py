@@ -137,10 +137,12 @@ class TrainingMemory:
     """Whether linear layers dequantise their weight at each use."""
     head_on_host: bool
     """Whether the output head is in host memory, of which slices come to the GPU."""
+    flash: bool = True
+    """Whether attention is flash attention's; on a GPU before Ampere it is torch's memory-efficient one."""
 
     @classmethod
     def of(
-        cls, config: Config, shape: Any, itemsize: int, *, on_gpu: bool, tokens: int | None = None
+        cls, config: Config, shape: Any, itemsize: int, *, on_gpu: bool, tokens: int | None = None, flash: bool = True
     ) -> TrainingMemory:
         """Of the largest micro-batch of `config`, or of one of `tokens` tokens."""
         tokens = tokens or max(config.train.tokens_per_micro_batch, config.max_seq_length)
@@ -156,6 +158,7 @@ class TrainingMemory:
             kernels=config.train.kernels != "torch" and on_gpu and not config.lora.lora_dropout,
             packed_weights=config.model.load_in_4bit and on_gpu,
             head_on_host=on_gpu and config.model.offload_head,
+            flash=flash,
         )
 
     @property
@@ -168,30 +171,31 @@ class TrainingMemory:
     def kept_by_layer(self) -> int:
         """Bytes that one layer saves, its input among them, where nothing is computed again."""
         per_token = self._fused_per_token() if self.kernels else self._plain_per_token()
-        return self.tokens * per_token + self._gathered() + self._factors()
+        return self.tokens * per_token + self._attention() + self._factors()
 
-    def _attention_per_token(self) -> int:
-        """q, k, v, the output and its log-sum-exp (float32), which flash attention saves."""
+    def _attention(self) -> int:
+        """q, k, v, the output and its log-sum-exp (float32), which flash attention saves, and keys and values laid out
+        anew where completions have a copy of their prompt's. Without flash attention all of it laid out anew, with
+        keys and values for every head, and the output in the order of the row."""
         s = self.sizes
-        return (2 * s.query + 2 * s.key) * self.itemsize + 4 * s.heads
-
-    def _gathered(self) -> int:
-        """Keys and values laid out anew, with each completion's copy of its prompt's."""
-        return 2 * self.keys * self.sizes.key * self.itemsize if self.keys > self.tokens else 0
+        if not self.flash:
+            return self.keys * (4 * s.query * self.itemsize + 4 * s.heads) + self.tokens * s.query * self.itemsize
+        gathered = 2 * self.keys * s.key * self.itemsize if self.keys > self.tokens else 0
+        return self.tokens * ((2 * s.query + 2 * s.key) * self.itemsize + 4 * s.heads) + gathered
 
     def _fused_per_token(self) -> int:
         """Layer input, attention, MLP input, gate and up; inputs of the norms that follow attention and MLP."""
         s = self.sizes
         numbers = 2 * s.hidden + 2 * s.inner + s.beside(GATE_UP) + (2 * s.hidden if s.norms == 4 else 0)
         if s.normed_heads:
-            # Beside the rotated q and k, the stacked product, of which v is a view, stays.
-            numbers += s.query + s.key
-        return numbers * self.itemsize + self._attention_per_token()
+            # Beside the rotated q and k, the stacked product stays; the v that flash attention saves is a view of it.
+            numbers += s.query + s.key * (1 if self.flash else 2)
+        return numbers * self.itemsize
 
     def _plain_per_token(self) -> int:
         """transformers' modules with LoRA: each norm keeps its input in float32, and every linear layer its own."""
         s = self.sizes
-        size = s.norms * (4 * s.hidden + 4) + self._attention_per_token()
+        size = s.norms * (4 * s.hidden + 4)
         if s.normed_heads:
             size += 4 * (s.query + s.key) + 4 * (s.query + s.key) // s.head_dim
         numbers = s.hidden * s.has(*QKV)
@@ -269,6 +273,17 @@ class TrainingMemory:
         slice_bytes = min(HEAD_SLICE, s.vocabulary * s.hidden * self.itemsize)
         return slice_bytes + 8 * min(self.chunk, self.predicted) * s.hidden if self.head_on_host else 0
 
+    def _attention_backward(self) -> int:
+        """What the backward of attention allocates."""
+        return self._flash_backward() if self.flash else self._efficient_backward()
+
+    def _efficient_backward(self) -> int:
+        """Gradients of the output, q, k and v as they are laid out, and torch's sums of the last three in float32; then
+        those three in the order of the row."""
+        s = self.sizes
+        laid_out = self.keys * (4 * s.query * self.itemsize + 12 * s.query + 4 * s.heads)
+        return laid_out + self.tokens * (2 * s.query + 2 * s.key) * self.itemsize
+
     def _flash_backward(self) -> int:
         """Gradients of the output, q, k and v, and what the kernel allocates: dq in float32, and where heads share
         keys, dk and dv of every head. Those are added up with a float32 buffer where torch needs 64 bits to index
@@ -309,7 +324,7 @@ class TrainingMemory:
         mlp_gone = one + (self._gate_and_up() if mode == "none" else 0) + (2 * one if s.norms == 4 else 0)
         return {
             "mlp backward": before + (1 if replayed else 2) * one + mlp_tile + 8 * s.adapter,
-            "attention backward": before - mlp_gone + one + self._flash_backward(),
+            "attention backward": before - mlp_gone + one + self._attention_backward(),
             "projection backward": before - mlp_gone - attention + 2 * one
             + self.tokens * qkv * self.itemsize + qkv_tile + 8 * s.adapter,
         }  # fmt: skip
@@ -326,7 +341,7 @@ class TrainingMemory:
         return {
             "last norm backward": self.kept(mode) + 6 * wide,
             "mlp backward": before + one + 2 * inner + self._packed_weight(),
-            "attention backward": before - 4 * inner - wide + self._flash_backward(),
+            "attention backward": before - 4 * inner - wide + self._attention_backward(),
         }
 
     # Choosing

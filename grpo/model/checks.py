@@ -26,6 +26,9 @@ LIMITS = {
 }
 """The largest believable sizes. Far above any model, and small enough that no loop or name list runs away."""
 
+BEYOND_FLOAT16 = ("gemma2", "gemma3_text")
+"""Families that vLLM does not compute in float16."""
+
 HEAD_SIZES_ON_CPU = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """What vLLM's attention on a CPU has kernels for."""
 
@@ -78,6 +81,15 @@ def check_head_size(config: Any, where: Path, on_cpu: bool) -> None:
         raise UserError(
             f"{where / 'config.json'}: attention heads of {size}: vLLM's on a CPU are one of "
             f"{', '.join(map(str, HEAD_SIZES_ON_CPU))}; use another model, or a GPU"
+        )
+
+
+def check_float16(config: Any, where: Path) -> None:
+    """Raise UserError for a text model whose activations leave the range of float16, in which it is to be computed."""
+    if config.model_type in BEYOND_FLOAT16:
+        raise UserError(
+            f"{where / 'config.json'}: the activations of {config.model_type} overflow in float16, which vLLM refuses; "
+            'use another model, or model.dtype = "bfloat16" on a GPU that computes in it (compute capability 8.0 on)'
         )
 
 

@@ -39,6 +39,7 @@ from grpo.kernels.nf4_gemm import prepare
 from grpo.memory.plan import CPU_BLOCK, GPU_BLOCK, VLLM_BUFFERS, kv_cache_bytes
 from grpo.model.base_weights import BaseWeights
 from grpo.policy.policy import Policy
+from grpo.rollout.attention_backend import choose_backend
 from grpo.rollout.lora_buffers import RolloutAdapter
 from grpo.rollout.types import Completion, EngineSettings, Request, SamplingSettings
 from grpo.rollout.vllm_model import SERVED, SHARED, write_model_folder
@@ -69,7 +70,7 @@ class Engine:
         self._handle = handle
         if base.device.type == "cuda":
             prepare(base.device)
-            prepare_tiles(base.device, nf4_shapes(base), base.dtype, message)
+            prepare_tiles(base.device, nf4_shapes(base), base.dtype, announce)
             torch.cuda.synchronize()  # vLLM changes the stream, and its new one does not wait for the weights
         if base.device.type == "cpu":
             # vLLM compiles a helper of its sampler: seconds at the first rollout, and a C++ compiler needed.
@@ -109,6 +110,10 @@ class Engine:
             arguments["enable_chunked_prefill"] = False
         else:
             arguments["gpu_memory_utilization"] = 0.05
+            major, minor = torch.cuda.get_device_capability(self.base.device)
+            backend = choose_backend(settings.attention_backend, settings.kv_cache_dtype, 10 * major + minor)
+            arguments["attention_config"] = {"backend": backend.upper()}
+            announce(f"attention while sampling: {backend}")
             if settings.release_kv_cache:
                 arguments["enable_cumem_allocator"] = True
             if not settings.enforce_eager:
@@ -354,7 +359,7 @@ def nf4_shapes(base: BaseWeights) -> list[tuple[int, int]]:
     return [(one.weight.shape[0], one.weight.shape[1] * 2) for one in segments if one.absmax is not None]
 
 
-def message(text: str) -> None:
+def announce(text: str) -> None:
     """Say what takes a while."""
     print(f"grpo: {text}", file=sys.stderr, flush=True)
 

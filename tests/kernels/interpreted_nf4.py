@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from grpo.kernels import nf4, nf4_gemm
+from grpo.kernels import lora_sum, nf4, nf4_gemm
 from grpo.kernels.dense_gemm import dense_gemm, split_of
 from grpo.kernels.lora_factors import LowRank
 from grpo.kernels.lora_shrink import launch_shrink
@@ -131,10 +131,12 @@ def test_an_adapter_is_added_before_the_result_is_rounded(split, ranks, dtype):
 
 
 @pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("has_dot", [True, False])
 @pytest.mark.parametrize(
     ("rows", "features", "ranks", "bias"), [(1, 8, 4, True), (17, 136, 48, False), (20, 130, 80, True)]
 )
-def test_sum_kernel_adds_bias_and_adapter_and_rounds_once(rows, features, ranks, bias, dtype):
+def test_sum_kernel_adds_bias_and_adapter_and_rounds_once(rows, features, ranks, bias, has_dot, dtype, monkeypatch):
+    monkeypatch.setattr(lora_sum, "has_dot", lambda tensor: has_dot)
     total = torch.randn(rows, features)
     given = torch.randn(features).to(dtype) if bias else None
     x_lora_a = torch.randn(rows, ranks).to(dtype)

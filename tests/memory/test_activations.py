@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from grpo.config.schema import Config, parse_config
-from grpo.kernels import lora_attention, lora_linear, lora_mlp
+from grpo.kernels import attention, lora_attention, lora_linear, lora_mlp
 from grpo.kernels.rms_norm import Norm
 from grpo.memory.activations import CHECKPOINTING_MODES, TrainingMemory, moment_bytes
 from grpo.model.base_weights import BaseWeights
@@ -58,6 +58,24 @@ class FlashLike(torch.autograd.Function):
         of_every_head = [torch.zeros_like(out) for _ in range(2)] if key.shape != query.shape else []
         del query_sum, row_sum, of_every_head
         return tuple(grads)
+
+
+class EfficientLike(torch.autograd.Function):
+    """Saves and allocates as torch's memory-efficient attention; computes nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out, lse = torch.zeros_like(query), query.new_zeros(query.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, out, lse)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        query, key, value, out, lse = ctx.saved_tensors
+        grads = tuple(torch.zeros_like(part) for part in (query, key, value))
+        sums = [torch.zeros(part.shape, dtype=torch.float32) for part in grads]
+        del sums
+        return grads
 
 
 def place(x: Tensor, out: Tensor | None) -> Tensor:
@@ -215,6 +233,29 @@ def test_the_peak_of_every_form_is_that_of_the_allocations(
         host = memory.layer_input() * (memory.sizes.layers - 2 if mode == "offload" else 0)
         planned = max(memory.phases(mode).values()) + host
         assert planned == pytest.approx(measured_peak(policy, mode), rel=tolerance), mode
+
+
+@pytest.mark.parametrize(("family", "kernels"), [("llama", True), ("qwen3", True), ("llama", False)])
+def test_attention_that_keeps_no_scores_is_counted_too(
+    family: str, kernels: bool, tmp_path: Path, as_on_a_gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (graph, graph_kernels):
+        monkeypatch.setattr(module, "packed_attention", attention.packed_attention)
+    monkeypatch.setattr(attention, "without_scores", lambda query: True)
+    monkeypatch.setattr(
+        attention.F, "scaled_dot_product_attention", lambda q, k, v, **rest: EfficientLike.apply(q, k, v)
+    )
+    policy, memory = made(tmp_path, family, kernels=kernels)
+    memory = replace(memory, flash=False)
+    policy.recompute_layers("none")
+    index = 8 * TOKENS * memory.sizes.layers  # which rows attention's output has
+    assert saved_bytes(policy) - saved_outside_of_layers(policy, memory) == pytest.approx(
+        memory.kept("none") + 2 * TOKENS * memory.sizes.head_dim * memory.itemsize + index, rel=0.01
+    )
+    for form in ("none", "layer"):
+        planned = max(memory.phases(form).values())
+        assert planned >= 0.97 * measured_peak(policy, form), form
+        assert planned < 1.35 * measured_peak(policy, form), form
 
 
 # Choosing

@@ -12,11 +12,13 @@ import torch
 
 from grpo.config.schema import Lora, Model
 from grpo.errors import UserError
+from grpo.kernels import attention
 from grpo.kernels.launch import interpreter_enabled
 from grpo.model.base_weights import BaseWeights
 from grpo.model.source import open_source
 from grpo.policy.fused_layers import FusedLayer, install, wants_kernels
 from grpo.policy.policy import Policy
+from grpo.training.optim import LossScaler
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny import FAMILIES, save_tiny
 
@@ -93,6 +95,39 @@ def test_kernels_are_as_near_to_float32_as_torch_is(family, dtype, device, tmp_p
     unit = 2**-8 if dtype == torch.bfloat16 else 2**-11
     assert distance(fused[1], expected_gradient) < 1.2 * distance(plain[1], expected_gradient) + unit
     assert abs(fused[0] - expected) < abs(plain[0] - expected) + unit * abs(expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gemma2"])
+@pytest.mark.parametrize("kernels", [False, True])
+def test_attention_of_a_gpu_without_flash_trains_the_same(family, kernels, tmp_path, monkeypatch):
+    save_tiny(tmp_path, family)
+    loss, gradient = loss_and_gradients(build(tmp_path, kernels=kernels))
+    monkeypatch.setattr(attention, "without_scores", lambda query: True)
+    result, result_gradient = loss_and_gradients(build(tmp_path, kernels=kernels))
+    assert abs(result / loss - 1) < 1e-5
+    assert distance(result_gradient, gradient) < 2e-5
+
+
+def test_a_scaled_loss_gives_its_float16_gradients_there(tmp_path, monkeypatch):
+    save_tiny(tmp_path, "llama")
+    expected = loss_and_gradients(build(tmp_path, kernels=True))[1]
+    monkeypatch.setattr(attention, "without_scores", lambda query: True)
+    policy, scaler = build(tmp_path, kernels=True, dtype=torch.float16), LossScaler(torch.float16)
+    policy.model.train()
+    trained = {name: p for name, p in policy.model.named_parameters() if p.requires_grad}
+    overflows = 0
+    while True:
+        logprobs = policy.score(PROMPTS, COMPLETIONS, temperature=0.7).logprobs
+        scaler.backward((logprobs * torch.linspace(0.5, 1.5, len(logprobs))).sum())
+        scaler.unscale([p.grad for p in trained.values()])
+        gradient = torch.cat([trained[name].grad.flatten() for name in sorted(trained)]).double()
+        assert overflows < 16, "the loss scale ends at 1"
+        scaler.update(overflowed=not gradient.isfinite().all())
+        if gradient.isfinite().all():
+            break
+        overflows += 1
+        policy.model.zero_grad()
+    assert overflows > 0 and distance(gradient, expected) < 0.02
 
 
 def settle(policy, dtype):
