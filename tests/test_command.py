@@ -32,6 +32,7 @@ ARGUMENTS = {
     "init": [],
     "replay": ["dump"],
     "tune": [],
+    "doctor": [],
 }
 """A command line of every command that its parser takes; a new command needs one."""
 
