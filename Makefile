@@ -75,6 +75,7 @@ types:
 docs: $(INSTALLED)
 	$(BIN)/python docs/make_config.py
 	$(BIN)/python docs/make_names.py
+	$(BIN)/python docs/make_benchmarks.py
 
 clean:
 	rm -rf $(NEWEST) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
