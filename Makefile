@@ -76,6 +76,7 @@ types:
 docs: $(INSTALLED)
 	$(BIN)/python docs/make_config.py
 	$(BIN)/python docs/make_names.py
+	$(BIN)/python docs/make_models.py
 	$(BIN)/python docs/make_benchmarks.py
 
 # The documentation as a site, in build/site; a link that leads nowhere ends it.

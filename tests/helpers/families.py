@@ -102,14 +102,20 @@ WITH_IMAGES: dict[str, dict[str, Any]] = {
         "vision_config": {"model_type": "pixtral", **LAYERED},
         "image_token_index": 150,
     },
+    "mistral3 of ministral3": {
+        "text_config": {"model_type": "ministral3", **COMMON, **NEWCOMERS["ministral3"]},
+        "vision_config": {"model_type": "pixtral", **LAYERED},
+        "image_token_index": 150,
+    },
 }
-"""model_type of models that take images too -> their configuration."""
+"""model_type of models that take images too, and of their text where that has several -> their configuration."""
 
 
-def save_with_images(folder: Path, family: str) -> Any:
-    """Write a random float32 model that takes images to `folder`, and return it."""
+def save_with_images(folder: Path, family: str, **changes: Any) -> Any:
+    """Write a random float32 model that takes images to `folder`, and return it. changes: to its text's entries."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **WITH_IMAGES[family])
+    values = WITH_IMAGES[family]
+    config = AutoConfig.for_model(family.split()[0], **{**values, "text_config": {**values["text_config"], **changes}})
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32, attn_implementation="eager")
     spread(model).save_pretrained(folder)
     return model
