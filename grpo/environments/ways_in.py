@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from grpo.environments.program import EpisodeOver, Message, Program, Sampling
+from grpo.environments.program import BadResult, EpisodeOver, Message, Program, Sampling
 from grpo.environments.schemas import tool_schema
 from grpo.errors import UserError
 from grpo.references import resolve
@@ -120,31 +120,48 @@ async def converse(
             messages.append(turn.message)
             calls = turn.message.get("tool_calls") or []
             counts["malformed_calls"] += len(turn.malformed)
-            if not calls or turn.finish_reason == "length":
+            if not (calls or turn.malformed) or turn.finish_reason == "length":
                 return counts
             for call in calls:
                 answer, failed = await called(call["function"], functions)
                 counts["calls"] += 1
                 counts["call_errors"] += failed
                 messages.append({"role": "tool", "name": call["function"]["name"], "content": answer})
+            messages += [unread(problem) for problem in turn.malformed]
             if turn.last:
                 return counts
     except EpisodeOver:
         return counts
 
 
+def unread(problem: str) -> Message:
+    """What the model is told of a call that cannot be read."""
+    return {"role": "tool", "name": "unknown", "content": str({"error": f"this call cannot be read: {problem}"})}
+
+
 async def called(call: Mapping[str, Any], functions: Mapping[str, Callable[..., Any]]) -> tuple[str, bool]:
-    """What a tool answers as text, and whether it failed. What it raises becomes its answer, as in TRL."""
+    """What a tool answers as text, and whether it failed. What it raises becomes its answer, as in TRL.
+
+    Raises BadResult for an image.
+    """
     name, arguments = call["name"], call["arguments"]
     try:
         if name not in functions:
-            raise ValueError(f"there is no tool {name!r}; there are {', '.join(functions)}")
+            raise ValueError(f"Tool {name} not found.")  # TRL's words
         answer = await finished(functions[name](**(json.loads(arguments) if isinstance(arguments, str) else arguments)))
     except Exception as error:
         return str({"error": str(error)}), True
-    if isinstance(answer, list) and any(isinstance(part, dict) and part.get("type") == "image" for part in answer):
-        return str({"error": f"tool {name!r} returned an image, and this model reads text only"}), True
-    return str(answer), False
+    return text_of(answer, name), False
+
+
+def text_of(answer: Any, tool: str) -> str:
+    """What `tool` returned as the text of its message; blocks of text are joined. Raises BadResult for an image."""
+    blocks = isinstance(answer, list) and answer and all(isinstance(part, dict) and "type" in part for part in answer)
+    if not blocks:
+        return str(answer)
+    if strange := next((part["type"] for part in answer if part["type"] != "text"), None):
+        raise BadResult(f"returned a block of type {strange!r} from its tool {tool!r}; only text can be trained on")
+    return "".join(str(part.get("text", "")) for part in answer)
 
 
 WAYS_IN: dict[str, Callable[[Any, dict[str, Any]], Program]] = {

@@ -65,6 +65,8 @@ class Episode:
     seed: int
     transcripts: list[Transcript] = field(default_factory=list)
     messages: list[Message] = field(default_factory=list)
+    tools: list[Message] | None = None
+    """Those that the policy was offered last."""
     turns: int = 0
     cut_observations: int = 0
     malformed: list[str] = field(default_factory=list)
@@ -215,6 +217,7 @@ class EpisodePlayer:
             if not episode.turns:
                 raise Unusable(f"opens with {len(transcript.prompt_ids)} tokens, which leaves no room for a turn")
             return self.refuse(episode, "there is no room for another turn")
+        episode.tools = asked.tools
         if not episode.transcripts or transcript is not episode.transcripts[-1]:
             episode.transcripts.append(transcript)
         transcript.observe(observed)
@@ -250,6 +253,8 @@ class EpisodePlayer:
         return transcript, self.observation(episode, new, asked.tools, transcript.tokens[-1])
 
     def opening(self, asked: Asked) -> list[int]:
+        if asked.tools and (why := self.continuer.doubt_of_tools()):
+            raise Unusable(f"offers tools, with which the model's chat template cannot continue a conversation: {why}")
         try:
             return self.continuer.opening(asked.messages, asked.tools)
         except Exception as error:  # a template is a program, and not ours
@@ -283,7 +288,7 @@ class EpisodePlayer:
         episode.turns += 1
         episode.finish_reason = completion.finish_reason
         text = self.decode(completion.token_ids)
-        message, malformed = assistant_message(text)
+        message, malformed = self.message(text, prompt_ids, episode.tools)
         episode.malformed += malformed
         for place, call in enumerate(message.get("tool_calls", ())):
             call["id"] = f"call{episode.turns:03d}{place:02d}"
@@ -300,6 +305,13 @@ class EpisodePlayer:
             "logprobs": completion.logprobs,
         }
         self.hand_over(episode, {"said": said})
+
+    def message(self, text: str, prompt_ids: Sequence[int], tools: Any) -> tuple[Message, list[str]]:
+        """What was said as a message, with the calls in it where `tools` were offered; and why others are none."""
+        if not tools:
+            return {"role": "assistant", "content": text}, []
+        thinks = self.continuer.tokenizer.decode(prompt_ids[-8:]).rstrip().endswith("<think>")
+        return assistant_message(text, self.continuer.form, tools, thinks=thinks)
 
 
 class Unusable(Exception):

@@ -36,7 +36,8 @@ def continuer(config: Config, tokenizer: Any, end_tokens: tuple[int, ...]) -> Co
         raise UserError(
             "[environment] needs a chat template, and the model's tokenizer has none; set model.chat_template"
         )
-    return Continuer(tokenizer, end_tokens, config.rollout.chat_template_kwargs)
+    parser = "auto" if config.environment is None else config.environment.tool_parser
+    return Continuer(tokenizer, end_tokens, config.rollout.chat_template_kwargs, parser)
 
 
 def start_environment(

@@ -182,7 +182,7 @@ def test_tools_answer_what_they_raise_and_unknown_ones_are_named(opened: Callabl
     assert isinstance(asked, Asked)
     assert [message["content"] for message in asked.messages if message["role"] == "tool"] == [
         "{'error': 'a is too large'}",
-        "{'error': \"there is no tool 'sub'; there are add, slowly\"}",
+        "{'error': 'Tool sub not found.'}",
         "late",
     ]
     pool.tell(0, turn("done"))
