@@ -123,19 +123,19 @@ def adapter_folder(parsed: argparse.Namespace, run: Path | None) -> Path | None:
 def evaluate_target(config: Config, adapter: Path | None, *, with_base: bool) -> dict[str, EvalResult]:
     """Results by label: with the adapter if there is one, and without it if there is none or it is asked for."""
     from grpo.session import open_session
-    from grpo.training.environment import held_out_player
+    from grpo.training.environment import held_out_player, load_tasks, start_environment
 
-    with open_session(config, adapter=adapter) as session:
-        data = load_data(config, session.tokenizer, train=False)
+    with start_environment(config) as environment, open_session(config, adapter=adapter) as session:
+        data = load_data(config, session.tokenizer, train=False, tasks=load_tasks(config, environment))
         check_tokens(data.texts(), session.tokenizer, session.base.config)
         if data.eval_dropped:
             print(f"{data.eval_dropped} questions longer than rollout.max_prompt_length left out", file=sys.stderr)
         kinds = ([ADAPTER] if adapter else []) + ([BASE] if with_base or not adapter else [])
-        with held_out_player(session) as player:
-            return {
-                kind: evaluate(session, data.eval, data.tasks, config.eval, adapter=kind == ADAPTER, player=player)
-                for kind in kinds
-            }
+        player = held_out_player(session, environment)
+        return {
+            kind: evaluate(session, data.eval, data.tasks, config.eval, adapter=kind == ADAPTER, player=player)
+            for kind in kinds
+        }
 
 
 def last_step(run: Path) -> int:

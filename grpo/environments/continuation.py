@@ -54,8 +54,9 @@ class Continuer:
 
     def render(self, messages: Sequence[Message], tools: Any, *, opens: bool) -> str:
         """The conversation as text; with `opens` also the opening of the policy's turn. Raises as the template does."""
+        shown = [clean(message) for message in messages]
         text = self.tokenizer.apply_chat_template(
-            list(messages), tools=tools, tokenize=False, add_generation_prompt=opens, **self.kwargs
+            shown, tools=tools, tokenize=False, add_generation_prompt=opens, **self.kwargs
         )
         return str(text)
 
@@ -117,7 +118,7 @@ class Continuer:
         return rest
 
     def after_sentinel(self, messages: Sequence[Message], tools: Any, *, opens: bool) -> str:
-        text = self.render([clean(message) for message in messages], tools, opens=opens)
+        text = self.render(messages, tools, opens=opens)
         before, found, rest = text.partition(SENTINEL)
         if not found or SENTINEL in rest:
             raise Unprovable("it does not show the assistant's text exactly once")
@@ -158,7 +159,7 @@ class Continuer:
     def prove_one(self, history: list[Message], new: list[Message], schemas: Any) -> None:
         """Raise Unprovable where a continuation is not what the whole conversation shows."""
         rest = self.text_after(history, new, schemas)
-        whole = self.render([clean(message) for message in [*history, *new]], schemas, opens=True)
+        whole = self.render([*history, *new], schemas, opens=True)
         if not rest or not whole.endswith(rest):
             raise Unprovable("what follows a turn depends on what was said in it")
         for message in new:
@@ -217,5 +218,20 @@ def shows(text: str, content: Any) -> bool:
 
 
 def clean(message: Message) -> Message:
-    """`message` without what is None."""
-    return {key: value for key, value in message.items() if value is not None}
+    """`message` as templates take it: without what is None, and with arguments of calls as objects."""
+    kept = {key: value for key, value in message.items() if value is not None}
+    if isinstance(calls := kept.get("tool_calls"), list):
+        kept["tool_calls"] = [with_object(call) for call in calls]
+    return kept
+
+
+def with_object(call: Any) -> Any:
+    """A call whose arguments are an object, where they are one as JSON text, as OpenAI's are."""
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        arguments = json.loads(function["arguments"])
+    except (ValueError, RecursionError):
+        return call
+    return {**call, "function": {**function, "arguments": arguments}} if isinstance(arguments, dict) else call

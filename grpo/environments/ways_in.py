@@ -7,8 +7,10 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from grpo.environments.program import BadResult, EpisodeOver, Message, Program, Sampling
+from grpo.environments.gyms import gem, skyrl_gym
+from grpo.environments.program import BadResult, EpisodeOver, Message, Program, Sampling, check_options
 from grpo.environments.schemas import tool_schema
+from grpo.environments.verifiers_v0 import verifiers
 from grpo.errors import UserError
 from grpo.references import resolve
 
@@ -16,7 +18,7 @@ RESERVED = ("reset", "get_reward")
 """Methods of a TRL environment that are no tools."""
 
 
-def program(reference: str, options: dict[str, Any]) -> Program:
+def program(reference: str, options: dict[str, Any], setup: Mapping[str, Any]) -> Program:
     """`[environment] program`: a function of a row and `sample`."""
     function = resolve(reference, "environment", {})
     if not callable(function):
@@ -30,20 +32,7 @@ def program(reference: str, options: dict[str, Any]) -> Program:
     return Program(run, {"rewards": True})
 
 
-def check_options(
-    function: Callable[..., Any], reference: str, options: dict[str, Any], given: tuple[str, ...]
-) -> None:
-    """Raise UserError unless `function` can be called with what is `given` and `options`."""
-    try:
-        inspect.signature(function).bind(*given, **options)
-    except TypeError as error:
-        raise UserError(
-            f"environment {reference!r} cannot be called with {', '.join(given) or 'nothing'} and its options "
-            f"({error}); mend its parameters or environment.options"
-        ) from None
-
-
-def tools(references: list[str], options: dict[str, Any]) -> Program:
+def tools(references: list[str], options: dict[str, Any], setup: Mapping[str, Any]) -> Program:
     """`[environment] tools`: functions that the model may call, in TRL's form."""
     functions = {}
     for reference in references:
@@ -64,7 +53,7 @@ def tools(references: list[str], options: dict[str, Any]) -> Program:
     return Program(run, {"rewards": False, "tools": schemas})
 
 
-def factory(reference: str, options: dict[str, Any]) -> Program:
+def factory(reference: str, options: dict[str, Any], setup: Mapping[str, Any]) -> Program:
     """`[environment] factory`: TRL's `environment_factory`, whose public methods are tools."""
     make = resolve(reference, "environment", {})
     if not callable(make):
@@ -164,13 +153,17 @@ def text_of(answer: Any, tool: str) -> str:
     return "".join(str(part.get("text", "")) for part in answer)
 
 
-WAYS_IN: dict[str, Callable[[Any, dict[str, Any]], Program]] = {
+WAYS_IN: dict[str, Callable[[Any, dict[str, Any], Mapping[str, Any]], Program]] = {
     "program": program,
     "tools": tools,
     "factory": factory,
+    "verifiers": verifiers,
+    "skyrl_gym": skyrl_gym,
+    "gem": gem,
 }
+"""Key of `[environment]` -> what makes a program of its value and the options."""
 
 
 def load(setup: Mapping[str, Any]) -> Program:
     """The environment that `setup` names. Raises UserError, or what its file raises."""
-    return WAYS_IN[setup["kind"]](setup["reference"], dict(setup["options"]))
+    return WAYS_IN[setup["kind"]](setup["reference"], dict(setup["options"]), setup)

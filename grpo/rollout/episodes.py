@@ -17,7 +17,7 @@ from typing import Any
 from grpo.config.schema import Environment
 from grpo.data import Prompt
 from grpo.environments.continuation import Continuer, Unprovable
-from grpo.environments.pool import Asked, Ended, EnvironmentPool, Lost, Said
+from grpo.environments.pool import Asked, Ended, EnvironmentPool, Lost, Said, Scored
 from grpo.environments.tool_calls import assistant_message
 from grpo.errors import UserError
 from grpo.rewards.runtime.contract import RewardResult
@@ -136,15 +136,24 @@ class EpisodePlayer:
         self.waited = 0.0
 
     def play(
-        self, starts: Sequence[tuple[int, Mapping[str, Any], int]], sampling: SamplingSettings, *, adapter: bool = True
+        self,
+        starts: Sequence[tuple[int, Mapping[str, Any], int]],
+        sampling: SamplingSettings,
+        *,
+        adapter: bool = True,
+        members: int = 1,
     ) -> Iterator[Episode]:
-        """Episodes from `starts`, (number, row, seed) each, as they finish: in an order of the schedule's."""
+        """Episodes from `starts`, (number, row, seed) each, as they finish: in an order of the schedule's.
+
+        So many `members` of adjacent numbers are a group; those that are scored together come last.
+        """
         self.engine.begin(sampling, starts[0][2] if starts else 0, adapter=adapter)
         self.steps, self.waited, self.requests = 0, 0.0, 0
         self.due = {number: 0 for number, _, _ in starts}  # whose program is to speak, and when it is taken up
         judged = bool(self.pool.facts["rewards"])
         self.open = {number: Episode(number, seed, judged=judged) for number, _, seed in starts}
         self.asking: dict[int, Episode] = {}
+        self.unscored: list[Episode] = []
         try:
             for number, row, seed in starts:
                 self.pool.start(number, row, seed)
@@ -157,6 +166,7 @@ class EpisodePlayer:
                         self.steps += 1
                         for completion in sorted(self.engine.step(), key=lambda one: one.request_id):
                             self.take(completion)
+            yield from self.scored_together(members)
         finally:
             self.pool.sweep()
 
@@ -198,11 +208,32 @@ class EpisodePlayer:
                 return
             except Unusable as problem:
                 said = Lost(str(problem))
+        assert isinstance(said, Ended | Lost)
         episode.result = said
         if isinstance(said, Ended):
             episode.over = episode.over or said.over
         del self.open[episode.number]
-        yield episode
+        if isinstance(said, Ended) and said.state is not None:
+            self.unscored.append(episode)
+        else:
+            yield episode
+
+    def scored_together(self, members: int) -> Iterator[Episode]:
+        """The episodes that wait for their group, with its scores."""
+        groups: dict[int, list[Episode]] = {}
+        for episode in sorted(self.unscored, key=lambda one: one.number):
+            groups.setdefault(episode.number // members, []).append(episode)
+        for group in groups.values():
+            number = -1 - group[0].number  # no episode's
+            self.pool.score(number, [one.result.state for one in group])  # type: ignore[misc, union-attr]
+            while number not in self.pool.inbox:
+                self.wait()
+            said = self.pool.inbox.pop(number)
+            if isinstance(said, Scored) and len(said.results) != len(group):
+                said = Lost(f"scored {len(said.results)} episodes of a group of {len(group)}")
+            for place, episode in enumerate(group):
+                episode.result = said.results[place] if isinstance(said, Scored) else Lost(getattr(said, "problem", ""))
+                yield episode
 
     def ask(self, episode: Episode, asked: Asked) -> None:
         """Begin the policy's next turn, or tell the program that none fits. Raises Unusable for what cannot be."""
@@ -349,7 +380,7 @@ class EpisodeSampler(Sampler):
         rows = [self.player.row(prompt) for prompt in prompts]
         starts = [(one.id, rows[one.id // self.num_generations], one.seed) for one in requests]
         lost: dict[str, int] = {}
-        for episode in self.player.play(starts, self.sampling):
+        for episode in self.player.play(starts, self.sampling, members=self.num_generations):
             if isinstance(episode.result, Lost):
                 self._lost(episode.result, lost)
             yield episode.number, self.finished(episode)

@@ -184,6 +184,7 @@ def test_tools_answer_what_they_raise_and_unknown_ones_are_named(opened: Callabl
         "{'error': 'a is too large'}",
         "{'error': 'Tool sub not found.'}",
         "late",
+        "{'error': 'this call cannot be read: Expecting value: line 1 column 10 (char 9)'}",
     ]
     pool.tell(0, turn("done"))
     assert word_of(pool, 0) == Ended(None, False, {"calls": 3.0, "call_errors": 2.0, "malformed_calls": 1.0})
