@@ -14,7 +14,8 @@ from grpo.errors import UserError
 from grpo.printable import printable
 from grpo.rewards.runtime.pool import RewardPool
 from grpo.rewards.runtime.runner import machine_memory
-from grpo.rollout.episodes import EpisodePlayer, EpisodeSampler
+from grpo.rollout.episode_sampler import EpisodeSampler
+from grpo.rollout.episodes import EpisodePlayer
 from grpo.rollout.sampler import Sampler
 from grpo.session import Session
 from grpo.tasks.common import Row, Task, load_task

@@ -35,7 +35,7 @@ from grpo.policy.keep_16bit import remember_base
 from grpo.printable import printable
 from grpo.references import described
 from grpo.rewards.runtime.pool import RewardPool
-from grpo.rollout.episodes import EpisodeSampler
+from grpo.rollout.episode_sampler import EpisodeSampler
 from grpo.rollout.sampler import Group, Rollout, sample_seed
 from grpo.run.checkpoint import latest, open_run, replace_folder, run_is_begun, save, step_numbers, write_atomically
 from grpo.run.machine import resolve_device
@@ -313,6 +313,7 @@ class Run:
             "tokens": tokens,
             "tokens_per_second": tokens / rollout_seconds,
             "rollout_seconds": rollout_seconds,
+            **self.sampler.timing(),
             "reward_seconds": sum(rollout.waited for rollout in rollouts),
             "train_seconds": now - sampled - sync_seconds,
             "sync_seconds": sync_seconds,
