@@ -80,6 +80,7 @@ types:
 
 docs: $(INSTALLED)
 	$(BIN)/python docs/make_config.py
+	$(BIN)/python docs/make_names.py
 
 clean:
 	rm -rf $(NEWEST) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

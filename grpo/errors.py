@@ -36,5 +36,5 @@ def fail(program: str, sentence: object, code: int = BAD_INPUT) -> int:
 def disk_refusal(error: OSError) -> str | None:
     """What to say of an error that is the disk's and not the program's, None for any other."""
     remedy = DISK_REFUSES.get(error.errno or 0)
-    place = error.filename or "the disk"
-    return None if remedy is None else f"{place}: {error.strerror}; {remedy} and continue with --resume"
+    location = error.filename or "the disk"
+    return None if remedy is None else f"{location}: {error.strerror}; {remedy} and continue with --resume"

@@ -4,14 +4,15 @@
     python -m grpo.evaluate Qwen/Qwen2.5-0.5B-Instruct --task gsm8k --set eval.limit=none
 
 Every completion is checked twice: strictly (right, in the format asked for) and flexibly (right, wherever the answer
-stands), so that learning the format and learning to answer are told apart. Rewards play no part here.
+stands), so that learning the format and learning to answer can be distinguished. Rewards play no part here.
 
-Exit codes: 0, done; 2, bad input, told in one sentence.
+Exit codes: 0, done; 2, bad input, refused in one sentence.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -41,11 +42,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line `arguments` (those of the process by default) and return its exit code."""
     parsed = parser().parse_args(arguments)
     try:
-        run = Path(parsed.target) if (Path(parsed.target) / CONFIG).is_file() else None
+        run = Path(parsed.model) if (Path(parsed.model) / CONFIG).is_file() else None
         config = configuration(parsed, run)
         adapter = adapter_folder(parsed, run)
         quiet_libraries(parsed.verbose)
-        results = evaluate_target(config, adapter, with_base=parsed.base)
+        results = evaluate_model(config, adapter, with_base=parsed.base)
         output = parsed.output or (run / EVALUATIONS if run else None)
         entries = [
             {
@@ -78,7 +79,7 @@ def parser() -> argparse.ArgumentParser:
         description="Accuracy on held-out questions, as [eval] of the configuration says.",
         allow_abbrev=False,
     )
-    result.add_argument("target", metavar="RUN|MODEL", help="a run folder; or a model: folder, .gguf file or hub id")
+    result.add_argument("model", metavar="RUN|MODEL", help="a run folder; or a model: folder, .gguf file or hub id")
     result.add_argument("--task", metavar="NAME", help="ask this task's questions (for a run, instead of its own)")
     result.add_argument(
         "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one key; several times"
@@ -97,12 +98,12 @@ def configuration(parsed: argparse.Namespace, run: Path | None) -> Config:
         values, text = read_toml(run / CONFIG)
         source = str(run / CONFIG)
         if values.pop("sft", None) is not None and not parsed.task:
-            raise UserError(f"{parsed.target}: a supervised run has no task of its own; say what to ask with --task")
+            raise UserError(f"{parsed.model}: a supervised run has no task of its own; say what to ask with --task")
     elif parsed.task is not None:
-        values, text, source = {"model": {"name": parsed.target}}, "", "the command line"
+        values, text, source = {"model": {"name": parsed.model}}, "", "the command line"
     else:
         raise UserError(
-            f"{parsed.target}: there is no {CONFIG} in it, so it is not a run; for a model, say what to ask with --task"
+            f"{parsed.model}: there is no {CONFIG} in it, so it is not a run; for a model, say what to ask with --task"
         )
     if parsed.task is not None:
         values["task"] = {"name": parsed.task}
@@ -120,16 +121,20 @@ def adapter_folder(parsed: argparse.Namespace, run: Path | None) -> Path | None:
     return parsed.adapter
 
 
-def evaluate_target(config: Config, adapter: Path | None, *, with_base: bool) -> dict[str, EvalResult]:
+def evaluate_model(config: Config, adapter: Path | None, *, with_base: bool) -> dict[str, EvalResult]:
     """Results by label: with the adapter if there is one, and without it if there is none or it is asked for."""
-    from grpo.session import open_session
-    from grpo.training.environment import held_out_player, load_tasks, start_environment
+    from grpo.session import open_session, read_model
+    from grpo.training.environment import check_conversation, held_out_player, load_tasks, start_environment
 
-    with start_environment(config) as environment, open_session(config, adapter=adapter) as session:
-        data = load_data(config, session.tokenizer, train=False, tasks=load_tasks(config, environment))
-        check_tokens(data.texts(), session.tokenizer, session.base.config)
+    files = read_model(config)
+    check_conversation(config, files.tokenizer, files.stop_token_ids)
+    with contextlib.ExitStack() as ending:
+        environment = ending.enter_context(start_environment(config))
+        data = load_data(config, files.tokenizer, train=False, tasks=load_tasks(config, environment))
+        check_tokens(data.texts(), files.tokenizer, files.source.config)
         if data.eval_dropped:
             print(f"{data.eval_dropped} questions longer than rollout.max_prompt_length left out", file=sys.stderr)
+        session = ending.enter_context(open_session(config, adapter=adapter, files=files))
         kinds = ([ADAPTER] if adapter else []) + ([BASE] if with_base or not adapter else [])
         player = held_out_player(session, environment)
         return {
@@ -157,7 +162,7 @@ def append_lines(path: Path, entries: Sequence[Mapping[str, Any]]) -> None:
 
 
 def refresh_report(run: Path) -> None:
-    """Write the report of `run` anew, if it has one. A failure is told and takes nothing from the evaluation."""
+    """Write the report of `run` anew, if it has one. A failure is printed and takes nothing from the evaluation."""
     if not (run / REPORT).is_file():
         return
     try:

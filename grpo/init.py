@@ -2,7 +2,7 @@
 
 What it writes trains as it is. Existing files are never overwritten; with one of them there, nothing is written.
 
-Exit codes: 0, done; 2, bad input, told in one sentence.
+Exit codes: 0, done; 2, bad input, refused in one sentence.
 """
 
 from __future__ import annotations

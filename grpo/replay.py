@@ -3,7 +3,7 @@
 DUMP is a folder `nonfinite/step-N` of a run. The model is loaded from where the run had it (`--set model.name=...` if
 it has moved), with the adapter of the dump; vLLM is not started and nothing is written.
 
-Exit codes: 0, done; 2, bad input, told in one sentence.
+Exit codes: 0, done; 2, bad input, refused in one sentence.
 """
 
 from __future__ import annotations

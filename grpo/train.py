@@ -4,8 +4,8 @@ It reads the configuration and hands it to `grpo.training.trainer`; nothing else
 imported only once the configuration is known to be right, so that `--help`, `--dry-run` and a misspelt key answer at
 once.
 
-Exit codes: 0, done; 2, stopped, told in one sentence; 130, interrupted by Ctrl-C (SIGINT); 143, by SIGTERM. An
-interrupted run leaves a checkpoint of its last whole step within 30 seconds; a second signal ends it at once.
+Exit codes: 0, done; 2, stopped, with the reason in one sentence; 130, interrupted by Ctrl-C (SIGINT); 143, by SIGTERM.
+An interrupted run leaves a checkpoint of its last whole step within 30 seconds; a second signal ends it at once.
 
     torchrun --nproc-per-node 2 -m grpo.train configs/gsm8k.toml
 

@@ -5,7 +5,7 @@
     python -m grpo.tune --config configs/gsm8k.toml        # those of a configuration's model
 
 A training run does it by itself at its first start; this does it at will, takes longer if asked to, and prints what it
-found beside cuBLAS in 16 bit and bitsandbytes. Exit codes: 0, done; 2, stopped, told in one sentence.
+found beside cuBLAS in 16 bit and bitsandbytes. Exit codes: 0, done; 2, stopped, with the reason in one sentence.
 """
 
 from __future__ import annotations

@@ -24,9 +24,10 @@ from grpo.api.loaded_policy import LoadedPolicy
 from grpo.api.result import TrainResult
 from grpo.config.messages import section_of
 from grpo.config.schema import Config
+from grpo.export.build import export
 from grpo.rewards.builtin import BUILTIN
 from grpo.rewards.runtime.contract import RewardBatch
-from grpo.rewards.runtime.forms import RewardFunction
+from grpo.rewards.runtime.conventions import RewardFunction
 from grpo.sft.config import SftConfig
 from grpo.tasks.common import BUILT_IN, load_task
 from tests.helpers.paths import ROOT
@@ -173,7 +174,9 @@ def test_calls_of_the_python_api_exist(path: Path):
         match call:
             case ast.Call(func=ast.Attribute(value=ast.Name(id=owner), attr=name)) if owner in owners:
                 known = inspect.signature(getattr(owners[owner], name)).parameters
-                settings = {keyword.arg: None for keyword in call.keywords if keyword.arg not in known}
+                if "options" in known:  # those of `grpo.export.build.export`
+                    known = {**known, **inspect.signature(export).parameters}
+                settings = {word.arg: ast.literal_eval(word.value) for word in call.keywords if word.arg not in known}
                 assert not settings or "settings" in known, f"{path.name}: {name}({', '.join(settings)})"
                 tables_of(settings, name, SECTIONS_AS_KEYWORDS)
 

@@ -147,7 +147,7 @@ def play(program: Program, start: Mapping[str, Any], link: socket.socket) -> Non
     except BadResult as error:
         answer = {"failed": str(error)}
     except BaseException as error:
-        answer = {"failed": told(error, "raised"), "traceback": traceback.format_exc()[-4000:]}
+        answer = {"failed": error_message(error, "raised"), "traceback": traceback.format_exc()[-4000:]}
     sys.stdout.flush()
     sys.stderr.flush()
     send(link, answer)
@@ -162,7 +162,7 @@ def finished_now(result: Any) -> Any:
     return asyncio.run(awaited()) if inspect.isawaitable(result) else result
 
 
-def told(error: BaseException, what: str) -> str:
+def error_message(error: BaseException, what: str) -> str:
     """`error` in one clause, with the place where it was raised."""
     return f"{what} {described(error)} at {location(error)}"
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from grpo.errors import INTERRUPTED, UserError, fail
-from grpo.export.build import FORMS, GGUF_TYPES, export
+from grpo.export.build import EXPORT_FORMATS, GGUF_TYPES, export
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,13 +40,13 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         prog="python -m grpo.export",
         description="Write a trained adapter alone, merged into its base, or as GGUF.",
-        epilog="What loads each form, and how it was checked: docs/export.md.",
+        epilog="What loads each format, and how it was checked: docs/export.md.",
         allow_abbrev=False,
     )
     result.add_argument("source", metavar="RUN|ADAPTER", help="a run folder, or the folder of a peft adapter")
-    result.add_argument("--to", choices=FORMS, required=True, help="the form to write")
+    result.add_argument("--to", choices=EXPORT_FORMATS, required=True, help="the format to write")
     result.add_argument(
-        "--out", type=Path, metavar="FOLDER", help="the folder to make (default: exports/FORM in the run)"
+        "--out", type=Path, metavar="FOLDER", help="the folder to make (default: exports/FORMAT in the run)"
     )
     result.add_argument("--base", metavar="PATH", help="the base, where it has moved, or its 16-bit original")
     result.add_argument("--checkpoint", metavar="step-N|best", help="this adapter of the run, instead of its final one")

@@ -89,11 +89,10 @@ class MergedSource:
     """`base` with `adapter` folded in (None: as it is), under the interface of a Source. Weights are dense."""
 
     def __init__(self, base: Source, adapter: Adapter | None):
-        """Raises UserError where the adapter's layers are not those of the base."""
+        """base: one that is accounted for. Raises UserError where the adapter's layers are not those of the base."""
         self.base, self.adapter = base, adapter
         self.path, self.config, self.stored_as = base.path, base.config, base.stored_as
-        tied = base.config.get_text_config().tie_word_embeddings
-        self.names = base.names - ({"lm_head.weight"} if tied else set())
+        self.names, self.notices = set(base.names), base.notices
         if adapter is not None:
             check_fits(adapter, base, self.names)
 

@@ -36,17 +36,6 @@ FUSED_PARTS = {
 ALREADY_FUSED = {"phi3"}
 """Families whose transformers modules are fused as vLLM's are."""
 
-FAMILIES_WITH_BIAS: dict[str, tuple[str, ...]] = {
-    "llama": ("attention_bias", "mlp_bias"),
-    "mistral": (),
-    "qwen3": ("attention_bias",),
-    "gemma": ("attention_bias",),
-    "gemma2": ("attention_bias",),
-    "gemma3_text": ("attention_bias",),
-    "phi3": (),
-}
-"""model_type -> the keys that give its linear layers biases; Qwen 2 has some without being told."""
-
 OTHER_INPUTS = ("vision_config", "audio_config", "audio_encoder_config", "num_mel_bins")
 """Entries of transformers' configurations that give away a vision or speech model."""
 
@@ -69,8 +58,8 @@ def fused_linears(config: Any) -> dict[str, list[str]]:
     linears = {}
     for layer in range(config.num_hidden_layers):
         for fused, parts in FUSED_PARTS.items():
-            own = (fused,) if config.model_type in ALREADY_FUSED else parts
-            linears[f"model.layers.{layer}.{fused}"] = [f"model.layers.{layer}.{part}" for part in own]
+            stacked = (fused,) if config.model_type in ALREADY_FUSED else parts
+            linears[f"model.layers.{layer}.{fused}"] = [f"model.layers.{layer}.{part}" for part in stacked]
     return linears
 
 
@@ -79,16 +68,16 @@ def adapter_targets(config: Any, target_modules: list[str]) -> list[str]:
 
     Raises UserError for one that names no linear layer of the model.
     """
-    own = [_own_name(config, name) for name in target_modules]
+    family_names = [_own_name(config, name) for name in target_modules]
     parts = [part for group in fused_linears(config).values() for part in group]
-    for name, meant in zip(own, target_modules, strict=True):
+    for name, meant in zip(family_names, target_modules, strict=True):
         if not any(part == name or part.endswith(f".{name}") for part in parts):
             leaves = dict.fromkeys(part.rpartition(".")[2] for part in parts)
             raise UserError(
                 f"lora.target_modules names {meant!r}, which is no linear layer of this model; name some of "
                 f"{', '.join(leaves)}"
             )
-    return list(dict.fromkeys(own))
+    return list(dict.fromkeys(family_names))
 
 
 def _own_name(config: Any, name: str) -> str:
@@ -121,12 +110,3 @@ def expected_shapes(config: Any, name: str, parts: list[str]) -> dict[str, tuple
         "down_proj": (hidden, inner),
     }
     return {part: by_leaf[part.rpartition(".")[2]] for part in parts}
-
-
-def biased(config: Any, part: str) -> bool:
-    """Whether both graphs have a bias in the transformers module `part`, from the model's configuration."""
-    leaf = part.rpartition(".")[2]
-    if config.model_type == "qwen2":
-        return leaf in ("q_proj", "k_proj", "v_proj")
-    key = "attention_bias" if ".self_attn." in part else "mlp_bias"
-    return bool(getattr(config, key, False)) and key in FAMILIES_WITH_BIAS[config.model_type]

@@ -3,11 +3,12 @@
 `BaseWeights` reads a `Source` tensor by tensor, quantises where asked, and owns the result. q, k, v (and gate, up)
 are rows of one tensor, because vLLM multiplies them at once and NF4 blocks never cross a row. Nothing here computes a
 layer: `policy.py` and `engine.py` borrow the storage. On a CPU a 4-bit base is kept dequantised, since nothing there
-multiplies packed weights fast; the values are those of the packed form.
+multiplies packed weights fast; the values are those of the packed weights.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,14 +19,16 @@ from torch import Tensor
 from grpo.config.schema import Model
 from grpo.errors import UserError
 from grpo.kernels import nf4
-from grpo.kernels.launch import sum_in_float32
+from grpo.kernels.launch import disable_reduced_precision
 from grpo.model import host_memory
 from grpo.model.architectures import EMBEDDING, HEAD, check_supported, expected_shapes, fused_linears
-from grpo.model.checks import check_shapes
 from grpo.model.config_keys import check_keys, settle
 from grpo.model.fingerprint import Fingerprint
+from grpo.model.inventory import account
 from grpo.model.sizes import VOCABULARY_PADDING, embedding_bytes, pinned_bytes, weights_on_host
 from grpo.model.weight_source import NF4Tensor, Source
+
+logger = logging.getLogger("grpo")
 
 BLOCK = 64
 """Weights that share one NF4 scale."""
@@ -33,7 +36,7 @@ BLOCK = 64
 
 @dataclass
 class Segment:
-    """Consecutive rows of a fused linear layer, held in one form.
+    """Consecutive rows of a fused linear layer, stored in one way.
 
     Dense: `weight` [rows, in] in the compute dtype, `absmax` None. NF4: `weight` packed uint8 [rows, in / 2] and
     `absmax` [rows, in / 64] in the compute dtype.
@@ -86,12 +89,13 @@ class BaseWeights:
         self.config: Any = source.config.get_text_config()
         check_keys(self.config, str(source.path))
         settle(self.config)
-        check_shapes(source)
+        for sentence in account(source):  # nothing is left to say where `read_model` has been
+            logger.warning(sentence)
         self.source_path = source.path
         self.fingerprint = Fingerprint.of(source)
         self.device, self.dtype = device, dtype
         if device.type == "cuda":
-            sum_in_float32()
+            disable_reduced_precision()
         self.load_in_4bit = model.load_in_4bit
         self.packed = model.load_in_4bit and device.type == "cuda"
         wanted = weights_on_host(model, self.config)
@@ -114,10 +118,10 @@ class BaseWeights:
         parts = [part for group in fused_linears(self.config).values() for part in group]
         if model.keep_16bit == "auto":
             raise ValueError('keep_16bit = "auto" is resolved by grpo.policy.keep_16bit.load_base')
-        for kept in model.keep_16bit:
-            if not any(is_named(part, kept) for part in parts):
+        for ending in model.keep_16bit:
+            if not any(is_named(part, ending) for part in parts):
                 raise UserError(
-                    f"model.keep_16bit names {kept!r}, which is no linear layer of this model; name one such "
+                    f"model.keep_16bit names {ending!r}, which is no linear layer of this model; name one such "
                     f"as {parts[0]!r} or its ending"
                 )
         return list(model.keep_16bit)
@@ -133,15 +137,8 @@ class BaseWeights:
         in_linears = {part for linear in self.linears.values() for part in linear.parts}
         tensors = {}
         for name in sorted(source.names):
-            module = name.rpartition(".")[0]
-            if module in in_linears or name.endswith("rotary_emb.inv_freq"):
-                continue
-            tensors[name] = self._load_one(source, name)
-        if self.config.tie_word_embeddings:
-            tensors.pop(HEAD, None)
-        for required in (EMBEDDING, "model.norm.weight"):
-            if required not in tensors:
-                raise UserError(f"{source.path}: tensor {required} is missing; pass a complete model")
+            if name.rpartition(".")[0] not in in_linears:
+                tensors[name] = self._load_one(source, name)
         return tensors
 
     def _load_one(self, source: Source, name: str) -> Tensor:
@@ -172,12 +169,12 @@ class BaseWeights:
         for part in parts:
             linear.parts[part] = (linear.out_features, shapes[part][0])
             linear.out_features += shapes[part][0]
-        for segment_parts in self._same_form(source, parts):
+        for segment_parts in self._same_storage(source, parts):
             linear.segments.append(self._load_segment(source, linear, segment_parts))
         linear.bias = self._load_bias(source, linear)
         return linear
 
-    def _same_form(self, source: Source, parts: list[str]) -> Iterator[list[str]]:
+    def _same_storage(self, source: Source, parts: list[str]) -> Iterator[list[str]]:
         """Runs of neighbouring parts that are all quantised or all kept."""
         run: list[str] = []
         for part in parts:
@@ -188,28 +185,28 @@ class BaseWeights:
         yield run
 
     def _is_kept(self, part: str) -> bool:
-        return not self.load_in_4bit or any(is_named(part, kept) for kept in self._keep_16bit)
+        return not self.load_in_4bit or any(is_named(part, ending) for ending in self._keep_16bit)
 
     def _load_segment(self, source: Source, linear: FusedLinear, parts: list[str]) -> Segment:
         first = linear.parts[parts[0]][0]
         rows = sum(linear.parts[part][1] for part in parts)
         columns = linear.in_features
-        kept = self._is_kept(parts[0])
-        if self.load_in_4bit and kept:
+        in_16bit = self._is_kept(parts[0])
+        if self.load_in_4bit and in_16bit:
             self.kept_16bit += parts
-        if not kept and columns % BLOCK:
+        if not in_16bit and columns % BLOCK:
             raise UserError(
                 f"{source.path}: {parts[0]} has {columns} inputs, not a multiple of {BLOCK}, so NF4 blocks "
                 "would cross rows; set model.load_in_4bit = false"
             )
-        if not kept and self.packed:
+        if not in_16bit and self.packed:
             packed, absmax = nf4.allocate(rows, columns, self.dtype, self.device)
             segment = Segment(first, rows, packed, absmax)
         else:
             segment = Segment(first, rows, torch.empty(rows, columns, dtype=self.dtype, device=self.device))
         for part in parts:
             offset, count = linear.parts[part]
-            self._fill(source, part, segment, offset - first, (count, columns), quantize=not kept)
+            self._fill(source, part, segment, offset - first, (count, columns), quantize=not in_16bit)
         return segment
 
     def _fill(

@@ -1,6 +1,7 @@
 """Checks of a model's files before anything is allocated by what they say: nobody vouches for a download.
 
-What a file means is `source.py`'s affair, and that a tensor's values are good nobody's.
+For what a file means see `safetensors_source.py`, and for its tensors `inventory.py`; no one looks whether their values
+are good.
 """
 
 from __future__ import annotations
@@ -8,13 +9,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from grpo.errors import UserError
-from grpo.model.architectures import biased, expected_shapes, fused_linears
-
-if TYPE_CHECKING:
-    from grpo.model.weight_source import Source
+from grpo.model.weight_files import unique
 
 LIMITS = {
     "num_hidden_layers": 1000,
@@ -28,6 +26,9 @@ LIMITS = {
 }
 """The largest believable sizes. Far above any model, and small enough that no loop or name list runs away."""
 
+BEYOND_FLOAT16 = ("gemma2", "gemma3_text")
+"""Families that vLLM does not compute in float16."""
+
 HEAD_SIZES_ON_CPU = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """What vLLM's attention on a CPU has kernels for."""
 
@@ -35,7 +36,7 @@ HEAD_SIZES_ON_CPU = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 def read_object(file: Path) -> dict[str, Any]:
     """The JSON object in `file`. Raises UserError naming the line of a mistake."""
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=unique)
     except json.JSONDecodeError as error:
         raise UserError(f"{file}:{error.lineno}: not valid JSON ({error.msg}); download it again") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -73,23 +74,6 @@ def check_quantization(values: Mapping[str, Any], file: Path) -> None:
         )
 
 
-def check_shapes(source: Source) -> None:
-    """Raise UserError unless `source` has all of every linear layer, in the shape that its configuration says."""
-    config = source.config.get_text_config()
-    for linear, parts in fused_linears(config).items():
-        for part, expected in expected_shapes(config, linear, parts).items():
-            name = f"{part}.weight"
-            for needed in (name, *([f"{part}.bias"] if biased(config, part) else [])):
-                if needed not in source.names:
-                    raise UserError(f"{source.path}: tensor {needed} is missing; pass a complete model")
-            found = source.shape(name)
-            if found != expected:
-                raise UserError(
-                    f"{source.path}: {name} has shape {found}, config.json says {expected}; pass a model whose files "
-                    "belong together"
-                )
-
-
 def check_head_size(config: Any, where: Path, on_cpu: bool) -> None:
     """Raise UserError for attention heads that vLLM has no kernel for. `config`: the text model's."""
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -100,13 +84,22 @@ def check_head_size(config: Any, where: Path, on_cpu: bool) -> None:
         )
 
 
+def check_float16(config: Any, where: Path) -> None:
+    """Raise UserError for a text model whose activations leave the range of float16, in which it is to be computed."""
+    if config.model_type in BEYOND_FLOAT16:
+        raise UserError(
+            f"{where / 'config.json'}: the activations of {config.model_type} overflow in float16, which vLLM refuses; "
+            'use another model, or model.dtype = "bfloat16" on a GPU that computes in it (compute capability 8.0 on)'
+        )
+
+
 def end_tokens(file: Path, vocabulary: int) -> list[int]:
     """`eos_token_id` of a generation configuration, which may be missing. Raises UserError for what is no token."""
-    found = read_object(file).get("eos_token_id") if file.is_file() else None
-    tokens = found if isinstance(found, list) else [] if found is None else [found]
+    eos = read_object(file).get("eos_token_id") if file.is_file() else None
+    tokens = eos if isinstance(eos, list) else [] if eos is None else [eos]
     for token in tokens:
         if not isinstance(token, int) or not 0 <= token < vocabulary:
-            raise UserError(f"{file}: eos_token_id = {json.dumps(found)[:60]}: no token of the vocabulary; correct it")
+            raise UserError(f"{file}: eos_token_id = {json.dumps(eos)[:60]}: no token of the vocabulary; correct it")
     return tokens
 
 

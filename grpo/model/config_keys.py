@@ -5,7 +5,7 @@ never heard of changes the policy in silence. So every key is one that both obey
 a few values that both compute, one that has no part in the computation, or one that transformers' class does not have,
 which is named in a notice and reaches neither. Anything else is refused in a sentence that names it.
 
-Sizes are `checks.py`'s, and how rotary frequencies reach both graphs is `rope.py`'s.
+For sizes see `checks.py`, for how rotary frequencies reach both graphs `rope.py`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,15 @@ from typing import Any, NamedTuple
 from grpo.errors import UserError
 from grpo.model.architectures import ARCHITECTURES
 from grpo.model.checks import one_line
-from grpo.model.rope import by_layer_type, frequencies, plain_parameters, rotary_parameters, rotated, unread_parameters
+from grpo.model.rope import (
+    by_layer_type,
+    frequencies,
+    plain_parameters,
+    rotary_parameters,
+    rotated,
+    unknown_parameters,
+    unread_parameters,
+)
 
 ACTIVATIONS = {
     "gemma": ("hidden_act", ("gelu_pytorch_tanh",)),
@@ -70,7 +78,7 @@ def check_keys(config: Any, where: str) -> None:
 
 
 def complaints(config: Any) -> Iterator[Complaint]:
-    """What `check_keys` refuses, in the order in which it is best told."""
+    """What `check_keys` refuses, the most telling first."""
     yield from attention_complaints(config)
     yield from activation_complaints(config)
     yield from layer_complaints(config)
@@ -172,13 +180,13 @@ def rotary_complaints(config: Any) -> Iterator[Complaint]:
         elif not is_number(theta, above=0):
             yield Complaint(f"{key}.rope_theta", theta, "must be a number above 0; correct it")
     try:
-        found = [*frequencies(config, 1).values(), *frequencies(config).values()]
-    except Exception as error:  # whatever transformers' functions make of a stranger's numbers
+        computed = [*frequencies(config, 1).values(), *frequencies(config).values()]
+    except Exception as error:  # whatever transformers' functions make of untrusted numbers
         reason = f"transformers finds no rotary frequencies in it ({type(error).__name__}: {one_line(error)})"
         yield Complaint("rope_parameters", config.rope_parameters, f"{reason}; correct it")
         return
     widths = {rotated(config, values) for _, values in rotary_parameters(config)}
-    for inverse, scaling in found:
+    for inverse, scaling in computed:
         usable = bool(inverse.isfinite().all()) and bool((inverse >= 0).all()) and is_number(scaling, above=0)
         if not usable or 2 * len(inverse) not in widths:
             reason = "the rotary frequencies that follow are not finite, or do not fit the heads; correct it"
@@ -203,6 +211,11 @@ def settle(config: Any) -> list[str]:
             f"keys of the model's configuration that transformers' {type(config).__name__} does not have are not used: "
             f"{', '.join(strange)}"
         )
+    if unknown := unknown_parameters(config):
+        notices.append(
+            f"entries of the model's rope_parameters that have no part in its rotary positions are not used: "
+            f"{', '.join(unknown)}"
+        )
     for _, values in rotary_parameters(config):
         original = values.get("original_max_position_embeddings")
         if values.get("rope_type") == "longrope" and original is not None:
@@ -215,8 +228,8 @@ def settle(config: Any) -> list[str]:
 
 def served_values(config: Any) -> dict[str, Any]:
     """The configuration that vLLM gets: the family's keys with the rotary scaling left to `rope.share_positions`."""
-    kept = own_keys(config) | {"head_dim"}
-    values = {key: value for key, value in config.to_dict().items() if key in kept}
+    keys_served = own_keys(config) | {"head_dim"}
+    values = {key: value for key, value in config.to_dict().items() if key in keys_served}
     return values | {
         "model_type": config.model_type,
         "architectures": [ARCHITECTURES[config.model_type]],

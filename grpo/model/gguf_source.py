@@ -16,7 +16,7 @@ from torch import Tensor
 from grpo.errors import UserError
 from grpo.model.architectures import check_supported, fused_linears
 from grpo.model.checks import check_sizes, one_line
-from grpo.model.gguf_config import complete_config
+from grpo.model.gguf_config import ROTARY_TENSORS, complete_config
 from grpo.model.gguf_header import read_header
 
 
@@ -31,6 +31,7 @@ class GGUFSource:
         from grpo.model.gguf_reader import PlainReader
 
         self.path = path
+        self.notices: list[str] = []
         read_header(path)
         try:
             self.reader = PlainReader(path)
@@ -56,12 +57,13 @@ class GGUFSource:
         check_supported(text_config, str(self.path))
         names = get_tensor_name_map(by_name[self._architecture], text_config.num_hidden_layers)
         tensors = {tensor.name: tensor for tensor in self.reader.tensors}
-        found = {}
+        named = {}
         for candidate in candidate_names(text_config):
             stored = names.get_name(candidate, try_suffixes=(".weight", ".bias"))
             if stored in tensors:
-                found[candidate] = tensors[stored]
-        return found
+                named[candidate] = tensors.pop(stored)
+        # What has no name in transformers keeps its own, but for rotary factors: these are in the configuration.
+        return named | {name: tensor for name, tensor in tensors.items() if name not in ROTARY_TENSORS}
 
     @property
     def stored_as(self) -> str:
@@ -70,7 +72,17 @@ class GGUFSource:
         return {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}.get(common, common)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(int(size) for size in reversed(self._tensors[name].shape))
+        from gguf.quants import dequantize
+
+        stored = self._tensors[name]
+        try:
+            dequantize(stored.data[:1], stored.tensor_type)
+        except NotImplementedError:
+            raise UserError(
+                f"{self.path}: {name} is kept as {stored.tensor_type.name}, which the gguf package does not read; "
+                "convert the model to another type"
+            ) from None
+        return tuple(int(size) for size in reversed(stored.shape))
 
     def read(self, name: str) -> Tensor:
         from gguf.quants import dequantize

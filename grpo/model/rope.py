@@ -20,6 +20,17 @@ from torch import Tensor, nn
 EVERYWHERE = ""
 """Stands for the layer type where all layers have the same frequencies."""
 
+OF_EVERY_TYPE = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"}
+OF_TYPE = {
+    "linear": {"factor"},
+    "dynamic": {"factor"},
+    "proportional": {"factor"},
+    "yarn": {"factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"},
+    "longrope": {"short_factor", "long_factor", "factor", "attention_factor"},
+    "llama3": {"factor", "low_freq_factor", "high_freq_factor"},
+}
+"""The entries of `rope_parameters` that transformers reads for a `rope_type`."""
+
 Frequencies = dict[str, tuple[Tensor, float]]
 """Layer type, or EVERYWHERE -> (float32 [rotated dimensions / 2], what cosines and sines are multiplied by)."""
 
@@ -76,12 +87,12 @@ def frequencies(config: Any, longest: int | None = None) -> Frequencies:
             parameters |= {"short_factor": chosen, "long_factor": chosen}
     with torch.device("cpu"):
         module = rotary_class(config)(settled)
-    found = {}
+    result = {}
     for kind, _ in rotary_parameters(settled):
         inverse = getattr(module, prefixed(kind, "inv_freq"), None)
         if inverse is not None:  # there are none of a layer type that no layer has
-            found[kind] = inverse.float(), float(getattr(module, prefixed(kind, "attention_scaling")))
-    return found
+            result[kind] = inverse.float(), float(getattr(module, prefixed(kind, "attention_scaling")))
+    return result
 
 
 def rotary_parameters(config: Any) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -106,6 +117,15 @@ def unread_parameters(config: Any) -> dict[str, Any]:
         for key, value in config.rope_parameters.items()
         if isinstance(value, dict) != wanted and (key, value) != ("rope_type", "default")
     }
+
+
+def unknown_parameters(config: Any) -> list[str]:
+    """Entries of `rope_parameters` that transformers' function of their `rope_type` has no use for."""
+    found: dict[str, None] = {}
+    for _, values in rotary_parameters(config):
+        known = OF_EVERY_TYPE | OF_TYPE.get(values.get("rope_type", ""), set())
+        found |= dict.fromkeys(key for key, value in values.items() if key not in known and value is not None)
+    return list(found)
 
 
 def prefixed(kind: str, name: str) -> str:

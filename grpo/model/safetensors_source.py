@@ -6,7 +6,7 @@ Pickled checkpoints are refused: loading one can run arbitrary code.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,18 @@ from torch import Tensor
 
 from grpo.config.schema import Model
 from grpo.errors import UserError
+from grpo.kernels.nf4_lookup import CODE
 from grpo.model.architectures import ARCHITECTURES
 from grpo.model.checks import check_quantization, check_sizes, one_line, read_object
+from grpo.model.weight_files import stored_names, unique, unread_files, weights_entry
 from grpo.model.weight_source import NF4Tensor
 
 NF4_STATE = ".quant_state.bitsandbytes__nf4"
-"""What bitsandbytes appends to a weight's name for the description of its NF4 form."""
+"""What bitsandbytes appends to a weight's name for the description of its NF4 storage."""
+NF4_ENTRIES = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", NF4_STATE.removeprefix("."))
+"""What bitsandbytes keeps beside the codes of a weight, under its name."""
+DENSE_TYPES = ("F64", "F32", "F16", "BF16")
+"""safetensors' names of the types whose values are the weights; those of any other need scales."""
 
 
 class SafetensorsSource:
@@ -47,37 +53,43 @@ class SafetensorsSource:
             )
         try:
             self.config = AutoConfig.from_pretrained(path, trust_remote_code=brings_code)
-        except Exception as error:  # whatever transformers' checks of a stranger's file raise
+        except Exception as error:  # whatever transformers' checks of an untrusted file raise
             raise UserError(f"{file}: {one_line(error)}; correct it, or download the model again") from None
-        self._shard_of = self._index()
-        self.names = {logical_name(name) for name in self._shard_of}
+        entry = weights_entry(path, getattr(self.config, "transformers_weights", None))
+        self._shard_of = self._index(entry)
+        self.notices = unread_files(path, set(self._shard_of.values()))
+        self.names = {logical_name(name, self._shard_of) for name in self._shard_of}
         self._open: dict[Path, Any] = {}
 
-    def _index(self) -> dict[str, Path]:
-        index = self.path / "model.safetensors.index.json"
-        if index.is_file():
-            weight_map = read_index(index)
-            shards = {self.path / file for file in weight_map.values()}
-            missing = sorted(str(shard.name) for shard in shards if not shard.is_file())
-            if missing:
-                raise UserError(f"{self.path}: shard {missing[0]} is missing; download the model again")
-            return {name: self.path / file for name, file in weight_map.items()}
-        files = sorted(self.path.glob("*.safetensors"))
-        if not files:
-            pickled = sorted([*self.path.glob("*.bin"), *self.path.glob("*.pt"), *self.path.glob("*.pth")])
-            if pickled:
-                raise UserError(
-                    f"{pickled[0]}: pickled weights can run code and are never loaded; convert the model to safetensors"
-                )
-            raise UserError(f"{self.path}: no .safetensors file; pass a complete model folder")
-        return {name: file for file in files for name in self._handle_names(file)}
+    def _index(self, entry: Path) -> dict[str, Path]:
+        """Name -> file of everything in the safetensors file `entry`, or in the shards of the index `entry`."""
+        if entry.suffix == ".safetensors":
+            return dict.fromkeys(self._handle_names(entry), entry)
+        places = read_index(entry)
+        shards = sorted({self.path / file for file in places.values()})
+        for shard in shards:
+            if not shard.is_file():
+                raise UserError(f"{self.path}: shard {shard.name} is missing; download the model again")
+        found: dict[str, Path] = {}
+        for shard in shards:
+            for name in self._handle_names(shard):
+                if name in found:
+                    raise UserError(
+                        f"{shard}: holds {name}, and so does {found[name].name}; download the model again, or leave "
+                        "one of the two"
+                    )
+                found[name] = shard
+        for name, file in places.items():
+            if found.get(name) != self.path / file:
+                raise UserError(f"{entry}: places {name} in {file}, which lacks it; download the model again")
+        return found
 
     @staticmethod
     def _handle_names(file: Path) -> list[str]:
         from safetensors import safe_open
 
-        with damage_named(file), safe_open(file, framework="pt") as handle:
-            return list(handle.keys())
+        with damage_named(file), safe_open(file, framework="pt"):  # the header is believed once it is checked
+            return stored_names(file)
 
     @property
     def stored_as(self) -> str:
@@ -89,26 +101,37 @@ class SafetensorsSource:
     def shape(self, name: str) -> tuple[int, ...]:
         if f"{name}{NF4_STATE}" in self._shard_of:
             with damage_named(self._shard_of[name]):
-                return tuple(self._nf4_state(name)["shape"])
+                return self._nf4_shape(name)
         with damage_named(self._shard_of[name]):
             stored = self._handle(name).get_slice(name)
-            if stored.get_dtype() in ("U8", "I8"):
-                raise self._unknown_form(name)
+            if stored.get_dtype() not in DENSE_TYPES:
+                raise self._unknown_storage(name, stored.get_dtype())
             return tuple(stored.get_shape())
 
+    def _nf4_shape(self, name: str) -> tuple[int, ...]:
+        """Raises ValueError where an entry that `read` needs is missing, or the codes stand for other values."""
+        needed = ["absmax", "quant_map"]
+        if f"{name}.nested_absmax" in self._shard_of:
+            needed.append("nested_quant_map")
+        for entry in needed:
+            if f"{name}.{entry}" not in self._shard_of:
+                raise ValueError(f"{name}.{entry} is missing")
+        values = self._raw(f"{name}.quant_map").float()
+        if values.shape != (len(CODE),) or not torch.allclose(values, torch.tensor(CODE), atol=1e-3):
+            raise ValueError(f"{name}.quant_map is not that of NF4")
+        return tuple(self._nf4_state(name)["shape"])
+
     def read(self, name: str) -> Tensor | NF4Tensor:
-        raw = self._raw(name)
         if f"{name}{NF4_STATE}" in self._shard_of:
             with damage_named(self._shard_of[name]):
-                return self._read_nf4(name, raw)
-        if raw.dtype == torch.uint8 or raw.dtype == torch.int8:
-            raise self._unknown_form(name)
-        return raw
+                return self._read_nf4(name, self._raw(name))
+        self.shape(name)  # the form is one that is read
+        return self._raw(name)
 
-    def _unknown_form(self, name: str) -> UserError:
+    def _unknown_storage(self, name: str, stored: str) -> UserError:
         return UserError(
-            f"{self._shard_of[name]}: {name} is quantised in a form other than bitsandbytes NF4; use an NF4 or an "
-            "unquantised checkpoint"
+            f"{self._shard_of[name]}: {name} is quantised in a form other than bitsandbytes NF4 ({stored}); use an NF4 "
+            "or an unquantised checkpoint"
         )
 
     def _handle(self, name: str) -> Any:
@@ -140,9 +163,10 @@ class SafetensorsSource:
             per_block = nested.repeat_interleave(state["nested_blocksize"])[: absmax.numel()]
             absmax = table[absmax.long()] * per_block + state["nested_offset"]
         rows, columns = state["shape"]
+        codes = codes.reshape(-1).view(torch.uint8)  # `bnb_4bit_quant_storage` may call the bytes by another type
         if (2 * codes.numel(), 64 * absmax.numel()) != (rows * columns, rows * columns):
             raise ValueError(f"the NF4 codes or scales of {name} do not fit its shape")
-        return NF4Tensor(codes.reshape(-1), absmax.float().reshape(-1), (rows, columns))
+        return NF4Tensor(codes, absmax.float().reshape(-1), (rows, columns))
 
     def tokenizer(self) -> Any:
         from transformers import AutoTokenizer
@@ -158,7 +182,8 @@ class SafetensorsSource:
 def read_index(index: Path) -> dict[str, str]:
     """Tensor name -> file, from a shard index. Raises UserError for a damaged one, or one that leaves its folder."""
     try:
-        files = {str(name): str(file) for name, file in json.loads(index.read_text())["weight_map"].items()}
+        places = json.loads(index.read_text(), object_pairs_hook=unique)["weight_map"]
+        files = {str(name): str(file) for name, file in places.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{index}: not a valid shard index ({error}); download the model again") from None
     outside = next((file for file in files.values() if Path(file).name != file), None)
@@ -178,7 +203,8 @@ def damage_named(file: Path) -> Iterator[None]:
         raise UserError(f"{file}: damaged safetensors ({one_line(error)}); download it again") from None
 
 
-def logical_name(name: str) -> str:
-    """The weight that a checkpoint entry belongs to: bitsandbytes stores several entries for one."""
-    head, weight, tail = name.partition(".weight.")
-    return head + ".weight" if tail else name
+def logical_name(name: str, stored: Container[str]) -> str:
+    """The weight that the entry `name` belongs to among those `stored`: bitsandbytes has several for one."""
+    weight = name.partition(".weight.")[0] + ".weight"
+    packed = weight in stored and f"{weight}{NF4_STATE}" in stored
+    return weight if packed and name.removeprefix(f"{weight}.") in NF4_ENTRIES else name

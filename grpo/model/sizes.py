@@ -1,6 +1,6 @@
 """Bytes and shapes of a model's weights, by arithmetic from its configuration.
 
-Torch is not imported, for a dry run. What a run takes beside its weights is `grpo.memory`'s.
+Torch is not imported, for a dry run. For what a run takes beside its weights see `grpo.memory`.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def weights_on_host(model: Model, shape: Any) -> dict[str, str]:
             f"model.offload_embedding: the token embedding of {model.name} is its output head too, all of which the "
             "GPU needs for every token; leave it out, or set model.offload_head = true, which moves both and is slow"
         )
-    found = {EMBEDDING: "model.offload_embedding"} if model.offload_embedding else {}
-    return found | ({EMBEDDING if tied else HEAD: "model.offload_head"} if model.offload_head else {})
+    on_host = {EMBEDDING: "model.offload_embedding"} if model.offload_embedding else {}
+    return on_host | ({EMBEDDING if tied else HEAD: "model.offload_head"} if model.offload_head else {})
 
 
 def pinned_bytes(size: int) -> int:
@@ -48,7 +48,7 @@ def pinned_bytes(size: int) -> int:
 
 def linear_shapes(shape: Any) -> dict[str, tuple[int, int]]:
     """Module name -> (out, in) of every linear layer of the decoder's blocks."""
-    found: dict[str, tuple[int, int]] = {}
+    shapes: dict[str, tuple[int, int]] = {}
     for name, parts in fused_linears(shape).items():
-        found |= expected_shapes(shape, name, parts)
-    return found
+        shapes |= expected_shapes(shape, name, parts)
+    return shapes

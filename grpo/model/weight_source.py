@@ -32,6 +32,8 @@ class Source(Protocol):
     config: Any
     """transformers' configuration of the model."""
     names: set[str]
+    notices: list[str]
+    """A sentence each about what of the checkpoint is not read."""
 
     @property
     def stored_as(self) -> str:

@@ -1,6 +1,6 @@
 """Reading a saved LoRA adapter that nobody vouches for: peft's two files, checked before anything is believed.
 
-Only safetensors are read; a pickled adapter is refused. What the values become is `policy.py`'s affair.
+Only safetensors are read; a pickled adapter is refused. For what becomes of the values see `policy.py`.
 """
 
 from __future__ import annotations

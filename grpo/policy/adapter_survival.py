@@ -40,16 +40,16 @@ def adapter_survival(
 ) -> float | None:
     """The share of the adapter's effect that shows in 16 bit, on the first of `completions` (SEQUENCES, TOKENS).
 
-    None where there is nothing to measure: a float32 policy, an idle adapter, no completion, or no memory for it.
+    None where there is nothing to measure: a float32 policy, an adapter of zeros, no completion, or no memory for it.
     """
     heads, tails = measured_sequences(prompts, completions)
-    if policy.base.dtype == torch.float32 or not tails or policy.adapter_is_idle():
+    if policy.base.dtype == torch.float32 or not tails or policy.adapter_is_zero():
         return None
     try:
         truth = float32_effect(policy, heads, tails)
         with policy.model.disable_adapter():
-            idle = policy.score(heads, tails, temperature=1.0).logprobs
-        effect = policy.score(heads, tails, temperature=1.0).logprobs.float() - idle.float()
+            without = policy.score(heads, tails, temperature=1.0).logprobs
+        effect = policy.score(heads, tails, temperature=1.0).logprobs.float() - without.float()
     except torch.OutOfMemoryError:
         return None
     size = float(truth @ truth)

@@ -24,7 +24,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from grpo.errors import UserError
 from grpo.kernels.attention import Packing, packed_attention
 from grpo.kernels.glu import glu
-from grpo.kernels.launch import interpreted
+from grpo.kernels.launch import interpreter_enabled
 from grpo.kernels.lora_attention import QkvProjection, lora_qkv
 from grpo.kernels.lora_factors import Adapter
 from grpo.kernels.lora_linear import LinearGroup, lora_linear
@@ -52,7 +52,7 @@ def for_backward_alone() -> Iterator[None]:
 
 def wants_kernels(kernels: str, device: torch.device) -> bool:
     """Whether `train.kernels` asks for them on `device`. Raises UserError where they cannot run."""
-    if kernels == "triton" and device.type != "cuda" and not interpreted():
+    if kernels == "triton" and device.type != "cuda" and not interpreter_enabled():
         raise UserError('train.kernels = "triton" needs a GPU; set "auto" or "torch"')
     return kernels == "triton" or (kernels == "auto" and device.type == "cuda")
 
@@ -103,21 +103,21 @@ class Group:
     def __init__(self, linear: FusedLinear, modules: Sequence[nn.Module]):
         self.frozen = LinearGroup(tuple((segment.weight, segment.absmax) for segment in linear.segments), linear.bias)
         self.modules = tuple(modules)
-        self.places = tuple(linear.parts.values())
+        self.row_ranges = tuple(linear.parts.values())
 
     def active(self) -> Iterator[tuple[tuple[int, int], LoraLayer, str]]:
         """(place, module, adapter name) of every adapter that is on."""
-        for place, module in zip(self.places, self.modules, strict=True):
+        for rows, module in zip(self.row_ranges, self.modules, strict=True):
             if isinstance(module, LoraLayer) and not module.disable_adapters:
-                yield from ((place, module, name) for name in module.active_adapters if name in module.lora_A)
+                yield from ((rows, module, name) for name in module.active_adapters if name in module.lora_A)
 
     def adapters(self) -> tuple[list[Adapter], list[Tensor]]:
         """For the kernels: where each acts, and A, B of each."""
-        found, factors = [], []
+        listed, factors = [], []
         for (first, rows), module, name in self.active():
-            found.append(Adapter(first, rows, float(module.scaling[name])))
+            listed.append(Adapter(first, rows, float(module.scaling[name])))
             factors += [module.lora_A[name].weight, module.lora_B[name].weight]
-        return found, factors
+        return listed, factors
 
     @property
     def drops(self) -> bool:

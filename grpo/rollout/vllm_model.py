@@ -29,12 +29,12 @@ from grpo.kernels.nf4_gemm import nf4_linear
 from grpo.model.base_weights import BaseWeights, FusedLinear, Segment
 from grpo.model.config_keys import served_values
 from grpo.model.rope import EVERYWHERE, Rotary
-from grpo.rollout.lora_buffers import ServedAdapter
+from grpo.rollout.lora_buffers import RolloutAdapter
 
 SHARED = "grpo_shared"
 """Name of our quantisation method and load format in vLLM."""
 
-SERVED: dict[str, ServedAdapter] = {}
+SERVED: dict[str, RolloutAdapter] = {}
 """What an engine serves, by the handle that reaches our loader through vLLM's configuration."""
 
 
@@ -56,11 +56,11 @@ class SharedLinearMethod(LinearMethodBase):
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
         adapter = layer.adapter
-        shrunk = None if adapter is None else lora_shrink(flat, adapter.a, layer.adapter_on)
+        x_lora_a = None if adapter is None else lora_shrink(flat, adapter.a, layer.adapter_on)
         y = torch.empty(flat.shape[0], layer.shared.out_features, dtype=x.dtype, device=x.device)
         for segment in layer.shared.segments:
             rows = slice(segment.first_row, segment.first_row + segment.rows)
-            low_rank = None if adapter is None else LowRank(shrunk, adapter.b[rows])
+            low_rank = None if adapter is None else LowRank(x_lora_a, adapter.b[rows])
             segment_linear(flat, segment, None if bias is None else bias[rows], y[:, rows], low_rank)
         return y.reshape(*x.shape[:-1], -1)
 
@@ -127,7 +127,7 @@ class SharedLoader(BaseModelLoader):
         share_positions(model, base.config, model_config.max_model_len)
 
 
-def attach(module: nn.Module, linear: FusedLinear, adapter: ServedAdapter) -> None:
+def attach(module: nn.Module, linear: FusedLinear, adapter: RolloutAdapter) -> None:
     """Hand `linear`'s storage, and the adapter's buffers if it has any, to vLLM's layer `module`."""
     module.shared = linear
     module.weight = nn.Parameter(linear.segments[0].weight, requires_grad=False)

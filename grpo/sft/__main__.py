@@ -36,8 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return fail("grpo.sft", sentence)
     except KeyboardInterrupt as error:
-        told = "interrupted; --resume continues from the last checkpoint, if one was written"
-        return fail("grpo.sft", told, 128 + getattr(error, "number", signal.SIGINT))
+        message = "interrupted; --resume continues from the last checkpoint, if one was written"
+        return fail("grpo.sft", message, 128 + getattr(error, "number", signal.SIGINT))
     return 0
 
 

@@ -155,7 +155,7 @@ def make_sampler(
         "decode": session.decode,
         "check": check,
         "ranks": ranks,
-        "parts": config.train.optimizer_steps_per_rollout,
+        "optimizer_steps": config.train.optimizer_steps_per_rollout,
     }
     if environment is None:
         return Sampler(session.engine, pool, sampling, **named)
@@ -165,7 +165,4 @@ def make_sampler(
 
 def held_out_player(session: Session, environment: EnvironmentPool | None) -> EpisodePlayer | None:
     """What plays held-out episodes; None where there is no `environment`."""
-    if environment is None:
-        return None
-    check_conversation(session.config, session.tokenizer, session.stop_token_ids)
-    return make_player(session, environment)
+    return None if environment is None else make_player(session, environment)

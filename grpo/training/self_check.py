@@ -46,9 +46,9 @@ def check_rollout_follows_adapter(session: Session) -> None:
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(0, session.base.config.vocab_size, (PROMPT,), generator=generator).tolist()
     before = sample(session, prompt)
-    gap = distance(before.logprobs, scored(policy, prompt, before))
-    refuse_difference(gap, limit, "")
-    nudge = nudge_that_stands_out(policy, prompt, before, max(STANDS_OUT * gap, limit / STANDS_OUT))
+    mean_logprob_diff = mean_abs_diff(before.logprobs, scored(policy, prompt, before))
+    refuse_difference(mean_logprob_diff, limit, "")
+    nudge = nudge_that_stands_out(policy, prompt, before, max(STANDS_OUT * mean_logprob_diff, limit / STANDS_OUT))
     try:
         with moved(policy, nudge):
             session.engine.sync_adapter()
@@ -65,7 +65,9 @@ def check_rollout_follows_adapter(session: Session) -> None:
             f"{followed:.0%}: vLLM samples from another adapter; please report this with the model and the versions"
         )
     # A larger move makes larger activations, and rounding errors with them.
-    refuse_difference(distance(after.logprobs, here), max(limit, float(effect.abs().mean()) / STANDS_OUT), "moved ")
+    refuse_difference(
+        mean_abs_diff(after.logprobs, here), max(limit, float(effect.abs().mean()) / STANDS_OUT), "moved "
+    )
 
 
 def nudge_that_stands_out(policy: Policy, prompt: list[int], sampled: Sampled, least: float) -> float:
@@ -73,7 +75,7 @@ def nudge_that_stands_out(policy: Policy, prompt: list[int], sampled: Sampled, l
     start = scored(policy, prompt, sampled)
     for nudge in NUDGES:
         with moved(policy, nudge):
-            if distance(scored(policy, prompt, sampled), start) >= least:
+            if mean_abs_diff(scored(policy, prompt, sampled), start) >= least:
                 return nudge
     raise UserError(
         f"self-test: moving the adapter on {', '.join(policy.lora.target_modules)} changes no logprob by {least:.3g}, "
@@ -85,7 +87,7 @@ def nudge_that_stands_out(policy: Policy, prompt: list[int], sampled: Sampled, l
 def moved(policy: Policy, nudge: float) -> Iterator[None]:
     """Inside, every B has noise of standard deviation `nudge` added: the same at each call, in proportion."""
     tensors = [layer.lora_B[ADAPTER].weight for layer in policy.adapter_layers().values()]
-    kept = [tensor.detach().clone() for tensor in tensors]
+    values = [tensor.detach().clone() for tensor in tensors]
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for tensor in tensors:
@@ -94,17 +96,17 @@ def moved(policy: Policy, nudge: float) -> Iterator[None]:
         yield
     finally:
         with torch.no_grad():
-            for tensor, old in zip(tensors, kept, strict=True):
+            for tensor, old in zip(tensors, values, strict=True):
                 tensor.copy_(old)
 
 
-def refuse_difference(gap: float, limit: float, which: str) -> None:
+def refuse_difference(mean_logprob_diff: float, limit: float, which: str) -> None:
     """Raise UserError for a difference between the two graphs that rounding does not explain."""
-    if not gap <= limit:
+    if not mean_logprob_diff <= limit:
         raise UserError(
-            f"self-test: with the {which}adapter vLLM's logprobs differ from the training graph's by {gap:.3g} on "
-            f"average, over {limit:.3g}, so completions would not come from the trained policy; please report this "
-            "with the model and the versions"
+            f"self-test: with the {which}adapter vLLM's logprobs differ from the training graph's by "
+            f"{mean_logprob_diff:.3g} on average, over {limit:.3g}, so completions would not come from the trained "
+            "policy; please report this with the model and the versions"
         )
 
 
@@ -121,6 +123,6 @@ def scored(policy: Policy, prompt: list[int], sampled: Sampled) -> Tensor:
     return policy.score([prompt], [sampled.tokens], temperature=1.0).logprobs.float().cpu()
 
 
-def distance(one: Tensor, other: Tensor) -> float:
+def mean_abs_diff(one: Tensor, other: Tensor) -> float:
     """Mean |difference|."""
     return float((one - other).abs().mean())

@@ -26,7 +26,7 @@ import grpo
 from grpo.api.loaded_policy import LoadedPolicy
 from grpo.api.result import TrainResult
 from grpo.errors import UserError
-from grpo.run.model_reference import resolve_target
+from grpo.run.model_reference import resolve_model
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny_run import save_tiny_chat_model
 
@@ -359,11 +359,11 @@ def test_a_result_is_a_table_and_a_picture(run: TrainResult, tmp_path: Path) -> 
 @vllm
 def test_a_run_and_its_adapter_lead_to_base_and_values(run: TrainResult, home: Path, tmp_path: Path) -> None:
     for name in (run.folder, run.folder / "adapter", run.folder / "checkpoints/step-2/adapter"):
-        target = resolve_target(name)
+        target = resolve_model(name)
         assert target.tables["model"]["name"] == str(home / "model") and target.lora["r"] == 4
     lone = tmp_path / "lone"
     shutil.copytree(run.folder / "adapter", lone)
-    assert resolve_target(lone).tables["lora"]["lora_alpha"] == 8
+    assert resolve_model(lone).tables["lora"]["lora_alpha"] == 8
     with grpo.load(lone, **TINY) as policy:
         found = policy.model.state_dict()
         for key, tensor in load_file(lone / "adapter_model.safetensors").items():

@@ -113,10 +113,18 @@ def a_model_without_weights(home: Path) -> None:
 
 
 def shard(home: Path, **weight_map: str) -> None:
-    """An index that says in which file each tensor is."""
-    names = {name: "model.safetensors" for name in load_file(home / "model" / "model.safetensors")}
+    """The weights as the first of two shards, with an index that says in which file each tensor is."""
+    names = dict.fromkeys(load_file(home / "model" / "model.safetensors"), FIRST)
     index = {"metadata": {}, "weight_map": {**names, **weight_map}}
-    put(home / "model" / "model.safetensors.index.json", json.dumps(index))
+    write_index(home, json.dumps(index))
+
+
+FIRST = "model-00001-of-00002.safetensors"
+
+
+def write_index(home: Path, content: str) -> None:
+    (home / "model" / "model.safetensors").rename(home / "model" / FIRST)
+    put(home / "model" / "model.safetensors.index.json", content)
 
 
 @case("shard model-00002-of-00002.safetensors is missing", "download the model again")
@@ -126,12 +134,12 @@ def a_missing_shard(home: Path) -> None:
 
 @case("model.safetensors.index.json", "not a valid shard index", "download the model again")
 def a_shard_index_that_is_not_json(home: Path) -> None:
-    put(home / "model" / "model.safetensors.index.json", "{")
+    write_index(home, "{")
 
 
 @case("model.safetensors.index.json", "not a valid shard index")
 def a_shard_index_without_a_map(home: Path) -> None:
-    put(home / "model" / "model.safetensors.index.json", '{"weight_map": 3}')
+    write_index(home, '{"weight_map": 3}')
 
 
 @case("model.safetensors.index.json", "which is not in its folder")
@@ -139,10 +147,10 @@ def a_shard_index_that_leads_out_of_the_folder(home: Path) -> None:
     shard(home, **{"model.norm.weight": "../elsewhere.safetensors"})
 
 
-@case("model.safetensors: damaged safetensors", "model.norm.weight")
+@case("model.safetensors.index.json: places model.norm.weight in model-00001-of-00002.safetensors, which lacks it")
 def a_shard_without_the_tensor_that_the_index_promises(home: Path) -> None:
-    shard(home)
     edit_weights(home, model__norm__weight=None)
+    shard(home, **{"model.norm.weight": FIRST})
 
 
 @case("model.safetensors: damaged safetensors", "download it again")

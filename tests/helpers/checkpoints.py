@@ -56,8 +56,11 @@ GGUF_NAMES = {
 }  # fmt: skip
 
 
-def write_gguf(file: Path, model: Any) -> None:
-    """The Llama `model` as llama.cpp stores it: its names, its order of rotary dimensions, a byte-level tokenizer."""
+def write_gguf(file: Path, model: Any, surplus: dict[str, Tensor] | None = None) -> None:
+    """The Llama `model` as llama.cpp stores it: its names, its order of rotary dimensions, a byte-level tokenizer.
+
+    surplus: tensors to add, under the file's own names.
+    """
     config = model.config
     writer = GGUFWriter(file, "llama")
     writer.add_name("tiny")
@@ -87,6 +90,8 @@ def write_gguf(file: Path, model: Any) -> None:
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         writer.add_tensor(stored, (interleave(tensor, heads) if heads else tensor).contiguous().numpy())
+    for name, tensor in (surplus or {}).items():
+        writer.add_tensor(name, tensor.numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
