@@ -4,7 +4,7 @@ One line for each thing that a run needs: Python, packages against the versions 
 C compiler, memory, disk. A line that a run would fail at says what to do. Nothing is loaded or downloaded; the hub is
 asked only with --online.
 
-Exit codes: 0, ready; 2, something has to be mended first.
+Exit codes: 0, ready; 2, something has to be mended first; others as of every command (`grpo.command`).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
+from grpo.command import BAD_INPUT, CommandEnd, command
 from grpo.run.machine import (
     compiler_problem,
     cuda_of_driver,
@@ -56,12 +57,18 @@ class Finding(NamedTuple):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line `arguments` (those of the process by default) and return its exit code."""
     parsed = parser().parse_args(arguments)
+    return command("grpo.doctor", lambda: run(parsed))
+
+
+def run(parsed: argparse.Namespace) -> None:
+    """Print every finding. Raises CommandEnd where something has to be mended first."""
     findings = list(examine(parsed.device, online=parsed.online))
     print("\n".join(map(line, findings)))
     broken = [finding.topic for finding in findings if finding.remedy and finding.needed]
     end = f"to mend first: {', '.join(broken)}" if broken else "ready; to begin: python -m grpo.init FOLDER"
     print(f"\n{end}")
-    return 2 if broken else 0
+    if broken:
+        raise CommandEnd(None, BAD_INPUT)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -51,7 +51,7 @@ from grpo.training.evaluation import evaluate, measure_pass_rates
 from grpo.training.learner import UNMEASURED, Learner
 from grpo.training.loss import resolve_loss
 from grpo.training.reference_policy import set_reference
-from grpo.training.self_check import check_rollout_follows_adapter
+from grpo.training.self_check import check_start
 from grpo.training.step_metrics import logged, reward_table, sampling_metrics
 from grpo.training.update_check import SkippedUpdate
 
@@ -177,8 +177,9 @@ def train_session(
     ranks.copy_first(session.policy.parameters())
     if ranks.first:
         remember_base(session.base, folder)
-    log.status("checking that vLLM follows the adapter")
-    check_rollout_follows_adapter(session)
+    log.status("checking that vLLM computes what is trained")
+    if (unlisted := check_start(session)) is not None:
+        log.notice(unlisted)
     with Interrupts() as interrupts, interrupts.deferred():
         session.engine.between_steps = interrupts.check
         try:
