@@ -26,7 +26,7 @@ LIMITS = {
 }
 """The largest believable sizes. Far above any model, and small enough that no loop or name list runs away."""
 
-BEYOND_FLOAT16 = ("gemma2", "gemma3_text")
+BEYOND_FLOAT16 = ("gemma2", "gemma3_text", "glm4")
 """Families that vLLM does not compute in float16."""
 
 HEAD_SIZES_ON_CPU = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
