@@ -191,9 +191,12 @@ class Service:
                 self.collect(block=False)
                 # Whoever waits longest comes first: behind one with other settings nobody is let in.
                 while self.kept and self.kept[0].settings() == settings and len(running) < AT_ONCE:
-                    running[number] = self.kept.pop(0)
-                    engine.add(self.request(number, running[number]))
-                    number += 1
+                    waiting, number = self.kept.pop(0), number + 1
+                    try:
+                        engine.add(self.request(number, waiting))
+                        running[number] = waiting
+                    except Exception as error:  # one request's mistake ends none of the others
+                        self.end(waiting, problem=Refused(f"the engine does not take it: {described(error)}"))
                 if not running:
                     return
                 for completion in engine.step():

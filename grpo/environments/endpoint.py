@@ -265,7 +265,7 @@ def sampling_of(params: Mapping[str, Any]) -> dict[str, Any]:
     """max_tokens, temperature, top_p and seed. Raises Refused for values out of their range."""
     checks = {
         "max_tokens": (int, lambda value: value > 0),
-        "temperature": (float, lambda value: 0 <= value <= 100),
+        "temperature": (float, lambda value: 0 <= value <= 2),
         "top_p": (float, lambda value: 0 < value <= 1),
         "seed": (int, lambda value: abs(value) < 2**63),
     }
