@@ -19,7 +19,9 @@ import torch
 
 from grpo.config.schema import Config
 from grpo.errors import UserError
-from grpo.memory.plan import MemoryPlan, check_memory, lighter_weights, plan_memory, sequence_limits, weight_bytes
+from grpo.memory.fit import check_memory, lighter_weights
+from grpo.memory.gpus import as_found
+from grpo.memory.plan import MemoryPlan, plan_memory, sequence_limits, weight_bytes
 from grpo.model.architectures import adapter_targets, check_supported
 from grpo.model.checks import check_float16, check_head_size, end_tokens
 from grpo.model.config_keys import check_keys, settle
@@ -193,7 +195,8 @@ class Session:
         settings = engine_settings(config, config.rollout.kv_cache_memory_bytes)
         if self.base.device.type != "cuda":
             return settings, None
-        return settings, plan_memory(config, self.base.config, self.base.dtype.itemsize, on_gpu=True)
+        flash = architecture_of(self.base.device) >= 80
+        return settings, plan_memory(config, self.base.config, self.base.dtype.itemsize, on_gpu=True, flash=flash)
 
     def sampling(self, temperature: float, max_tokens: int, top_p: float = 1.0) -> SamplingSettings:
         """Sampling settings with this model's end tokens and the configuration's stop strings."""
@@ -308,7 +311,8 @@ def fitted_kv_bytes(
     if device.type != "cuda":
         return config.rollout.kv_cache_memory_bytes
     free, total = torch.cuda.mem_get_info(device)
-    return check_memory(config, model.get_text_config(), dtype.itemsize, free + loaded, total)
+    gpu = as_found(torch.cuda.get_device_name(device), architecture_of(device), total)
+    return check_memory(config, model.get_text_config(), dtype.itemsize, free + loaded, total, gpu)
 
 
 def check_weights(config: Config, model: Any, device: torch.device, dtype: torch.dtype) -> None:

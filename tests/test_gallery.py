@@ -19,7 +19,8 @@ import pytest
 
 from grpo.config.schema import Config, read_config
 from grpo.data import load_data
-from grpo.memory.plan import Shape, check_memory, plan_memory, sequence_limits
+from grpo.memory.fit import check_memory
+from grpo.memory.plan import Shape, plan_memory, sequence_limits
 from grpo.memory.summary import model_shape
 from grpo.references import resolve
 from grpo.rewards.builtin import resolve_reward
