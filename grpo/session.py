@@ -23,7 +23,7 @@ from grpo.memory.fit import check_memory, lighter_weights
 from grpo.memory.gpus import as_found
 from grpo.memory.plan import MemoryPlan, plan_memory, sequence_limits, weight_bytes
 from grpo.model.architectures import adapter_targets, check_supported
-from grpo.model.checks import check_float16, check_head_size, end_tokens
+from grpo.model.checks import check_float16, check_head_size, end_tokens, no_bfloat16
 from grpo.model.config_keys import check_keys, settle
 from grpo.model.host_memory import give_back_pinned
 from grpo.model.inventory import account
@@ -256,6 +256,8 @@ def covers(running: EngineNeeds, wanted: EngineNeeds) -> bool:
 
 def resolve_dtype(wanted: str, device: torch.device) -> torch.dtype:
     """The compute type that `model.dtype` asks for; "auto" is bfloat16 where the hardware computes in it."""
+    if wanted == "bfloat16" and device.type == "cuda" and architecture_of(device) < 80:
+        raise UserError(no_bfloat16(torch.cuda.get_device_name(device)))
     if wanted != "auto":
         return getattr(torch, wanted)
     if device.type == "cuda":

@@ -105,12 +105,13 @@ class MemoryPlan:
         """What stays, besides the KV cache."""
         return self.weights + self.adapter + self.vllm
 
-    def peak(self, kv_cache: int) -> int:
-        """Most bytes at once with a KV cache of so many. Sampling and training take turns; the KV cache stays during
-        training, unless it is released."""
+    def peak(self, kv_cache: int, mode: str | None = None) -> int:
+        """Most bytes at once with a KV cache of so many, training in `mode` or in `self.mode`. Sampling and training
+        take turns; the KV cache stays during training, unless it is released."""
+        training = self.training if mode is None else self.peaks[mode]
         if self.release_kv_cache:
-            return self.always + max(kv_cache + self.sampling, self.training)
-        return self.always + kv_cache + max(self.sampling, self.training)
+            return self.always + max(kv_cache + self.sampling, training)
+        return self.always + kv_cache + max(self.sampling, training)
 
     def room_for_kv(self, usable: int, mode: str, share: float = 1.0) -> int:
         """The largest KV cache with which `usable` bytes suffice, where training in `mode` may fill `share` of what it
