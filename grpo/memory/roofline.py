@@ -27,8 +27,10 @@ TRAIN_SHARE = 0.42
 """Of the 16-bit products in training, everything between them included."""
 LAYER_SECONDS = 80e-6
 """Of a decoding step for each layer, whatever the batch: attention, norms, small launches."""
-BUS = 12e9
-"""Bytes a second between host and GPU."""
+AGAIN_SHARE = 0.6
+"""What of a forward pass's time computing it again takes, of train_step_8b.json."""
+BUS, BUS_WAITS = 12e9, 0.3
+"""Bytes a second between host and GPU, and the share of a copy's time that nothing hides (both assumed)."""
 
 
 @dataclass(frozen=True)
@@ -111,11 +113,12 @@ def pass_seconds(
     """Forward and backward of `tokens` in sequences of `length`, `predicted` of them scored, in micro-batches."""
     again = {"none": 0, "mlp": work.gate_up}.get(mode, work.linear)
     attention = 2.0 * work.query * length * work.layers  # two products, half of the pairs
-    products = tokens * (4.0 * work.linear + 2.0 * again + attention * (3.5 + (mode in ("layer", "offload"))))
+    attention *= 3.5 + AGAIN_SHARE * (mode in ("layer", "offload"))
+    products = tokens * (4.0 * work.linear + 2.0 * AGAIN_SHARE * again + attention)
     products += 4.0 * work.head * predicted
     passes = 2 + (mode != "none")
     dequantised = passes * (work.linear_bytes + 2 * work.linear * work.itemsize) if work.packed else 0.0
     batches = math.ceil(tokens / micro_batch)
     seconds = products / (TRAIN_SHARE * gpu.flops) + batches * dequantised / (COPY_SHARE * gpu.bandwidth)
     moved = 2.0 * tokens * work.hidden * work.itemsize * work.layers if mode == "offload" else 0.0
-    return max(seconds, moved / BUS)
+    return max(seconds + BUS_WAITS * moved / BUS, moved / BUS)

@@ -240,13 +240,13 @@ def test_a_dry_run_says_what_the_host_holds(tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "config.json").write_text(json.dumps(sizes))
     monkeypatch.setattr(summary, "has_gpu", lambda: True)
     moved = summary.memory_plan(config(tmp_path, model={"offload_embedding": True}))
-    assert moved[-1] == "     1.07  of host memory, pinned, for the token embedding"
+    assert "     1.07  of host memory, pinned, for the token embedding" in moved
     moved = summary.memory_plan(config(tmp_path, model=BOTH))
-    assert moved[-1] == "     2.15  of host memory, pinned, for the token embedding and the output head"
+    assert "     2.15  of host memory, pinned, for the token embedding and the output head" in moved
     assert not any("host" in line for line in summary.memory_plan(config(tmp_path)))
     (tmp_path / "config.json").write_text(json.dumps(sizes | {"tie_word_embeddings": True}))
     moved = summary.memory_plan(config(tmp_path, model={"offload_head": True}))
-    assert moved[-1].endswith("1.07  of host memory, pinned, for the token embedding, which is the output head too")
+    assert "     1.07  of host memory, pinned, for the token embedding, which is the output head too" in moved
 
 
 # On a GPU
