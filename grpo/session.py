@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -44,6 +44,9 @@ if TYPE_CHECKING:
     EngineNeeds = tuple[EngineSettings, MemoryPlan | None]
 
 logger = logging.getLogger("grpo")
+T = TypeVar("T")
+SMALLER_CACHE = 0.75
+"""Of the KV cache with which memory ran out, in the second attempt."""
 
 
 def open_session(
@@ -170,7 +173,13 @@ class Session:
         self.status("starting vLLM")
         from grpo.rollout.engine import Engine
 
-        self._engine = Engine(self.base, self.policy, engine_settings(self.config, kv_bytes), self.tokenizer)
+        def start(kv_bytes: int | None) -> Engine:
+            return Engine(self.base, self.policy, engine_settings(self.config, kv_bytes), self.tokenizer)
+
+        least = self.config.rollout.kv_cache_memory_bytes  # what is set is obeyed
+        if least is None:
+            least = plan_memory(self.config, self.base.config, self.base.dtype.itemsize, on_gpu=True).kv_one_sequence
+        self._engine = with_smaller_cache(start, kv_bytes, least)
         self._engine_needs = self._needs(self.config)
 
     def configure(self, config: Config) -> None:
@@ -236,6 +245,43 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def with_smaller_cache(start: Callable[[int | None], T], kv_bytes: int | None, least: int) -> T:
+    """`start(kv_bytes)`; where memory runs out, once more with SMALLER_CACHE of them, but not below `least`.
+
+    Raises UserError where memory runs out again, or the size is not for us to choose.
+    """
+    try:
+        return start(kv_bytes)
+    except (torch.OutOfMemoryError, RuntimeError, ValueError) as error:
+        if not out_of_memory(error):
+            raise
+    smaller = None if kv_bytes is None else int(SMALLER_CACHE * kv_bytes)
+    remedy = "lower rollout.max_num_seqs, rollout.kv_cache_memory_bytes or rollout.gpu_memory_utilization"
+    if smaller is None or smaller < least:
+        raise UserError(f"the GPU's memory ran out while vLLM started; {remedy}, or end what else uses the GPU")
+    # Not in the handler: the exception holds the frames, and they the tensors, of the attempt.
+    gc.collect()
+    torch.cuda.empty_cache()
+    logger.warning(
+        "the GPU's memory ran out while vLLM started with a KV cache of %.1f GB; started again with %.1f GB",
+        (kv_bytes or 0) / 1e9, smaller / 1e9,
+    )  # fmt: skip
+    try:
+        return start(smaller)
+    except (torch.OutOfMemoryError, RuntimeError, ValueError) as error:
+        if not out_of_memory(error):
+            raise
+    raise UserError(
+        f"the GPU's memory ran out while vLLM started, with a KV cache of {smaller / 1e9:.1f} GB too; {remedy}, or end "
+        "what else uses the GPU"
+    )
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether torch, or vLLM in words of its own, ran out of a GPU's memory."""
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower()
 
 
 def covers(running: EngineNeeds, wanted: EngineNeeds) -> bool:
