@@ -6,12 +6,13 @@
 Every completion is checked twice: strictly (right, in the format asked for) and flexibly (right, wherever the answer
 stands), so that learning the format and learning to answer can be distinguished. Rewards play no part here.
 
-Exit codes: 0, done; 2, bad input, refused in one sentence.
+For the exit codes see `grpo.command`.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -22,10 +23,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from grpo.command import command
 from grpo.config.schema import Config, parse_config
 from grpo.config.toml import apply_override, read_toml
 from grpo.data import load_data
-from grpo.errors import UserError, fail
+from grpo.errors import UserError
 from grpo.model.vocabulary import check_tokens
 from grpo.report.page import write_report
 from grpo.run.checkpoint import CONFIG, write_atomically
@@ -40,35 +42,20 @@ from grpo.training.evaluation import EvalResult, evaluate
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line `arguments` (those of the process by default) and return its exit code."""
     parsed = parser().parse_args(arguments)
-    try:
-        run = Path(parsed.model) if (Path(parsed.model) / CONFIG).is_file() else None
-        config = configuration(parsed, run)
-        adapter = adapter_folder(parsed, run)
-        quiet_libraries(parsed.verbose)
-        results = evaluate_model(config, adapter, with_base=parsed.base)
-        output = parsed.output or (run / EVALUATIONS if run else None)
-        entries = [
-            {
-                "step": last_step(run) if run and label != BASE else 0,
-                "model": config.model.name,
-                "adapter": None if label == BASE else str(adapter),
-                "tasks": [task.name for task in config.task],
-                **result.metrics,
-            }
-            for label, result in results.items()
-        ]
-        if output is not None:
-            append_lines(output, entries)
-        if run is not None and output == run / EVALUATIONS:
-            refresh_report(run)
-        if parsed.samples is not None:
-            rows = [{"model": label, **s.entry()} for label, result in results.items() for s in result.samples]
-            write_atomically(parsed.samples, "".join(map(json_line, rows)).encode())
-    except UserError as error:
-        return fail("grpo.evaluate", error)
+    return command("grpo.evaluate", lambda: run(parsed))
+
+
+def run(parsed: argparse.Namespace) -> None:
+    """Evaluate, keep the results where they are asked for, and print them. Raises UserError."""
+    folder = Path(parsed.model) if (Path(parsed.model) / CONFIG).is_file() else None
+    config = configuration(parsed, folder)
+    adapter = adapter_folder(parsed, folder)
+    quiet_libraries(parsed.verbose)
+    results = evaluate_model(config, adapter, with_base=parsed.base)
+    entries = [entry(config, folder, adapter, label, result) for label, result in results.items()]
+    keep(results, entries, folder, parsed.output, parsed.samples)
     show({label: result.metrics for label, result in results.items()})
     print(json_line(entries[0]), end="")
-    return 0
 
 
 def parser() -> argparse.ArgumentParser:
@@ -123,20 +110,52 @@ def adapter_folder(parsed: argparse.Namespace, run: Path | None) -> Path | None:
 def evaluate_model(config: Config, adapter: Path | None, *, with_base: bool) -> dict[str, EvalResult]:
     """Results by label: with the adapter if there is one, and without it if there is none or it is asked for."""
     from grpo.session import open_session, read_model
-    from grpo.training.environment import held_out_player
+    from grpo.training.environment import check_conversation, held_out_player, load_tasks, start_environment
 
     files = read_model(config)
-    data = load_data(config, files.tokenizer, train=False)
-    check_tokens(data.texts(), files.tokenizer, files.source.config)
-    if data.eval_dropped:
-        print(f"{data.eval_dropped} questions longer than rollout.max_prompt_length left out", file=sys.stderr)
-    with open_session(config, adapter=adapter, files=files) as session:
+    check_conversation(config, files.tokenizer, files.stop_token_ids)
+    with contextlib.ExitStack() as ending:
+        environment = ending.enter_context(start_environment(config))
+        data = load_data(config, files.tokenizer, train=False, tasks=load_tasks(config, environment))
+        check_tokens(data.texts(), files.tokenizer, files.source.config)
+        if data.eval_dropped:
+            print(f"{data.eval_dropped} questions longer than rollout.max_prompt_length left out", file=sys.stderr)
+        session = ending.enter_context(open_session(config, adapter=adapter, files=files))
         kinds = ([ADAPTER] if adapter else []) + ([BASE] if with_base or not adapter else [])
-        with held_out_player(session) as player:
-            return {
-                kind: evaluate(session, data.eval, data.tasks, config.eval, adapter=kind == ADAPTER, player=player)
-                for kind in kinds
-            }
+        player = held_out_player(session, environment)
+        return {
+            kind: evaluate(session, data.eval, data.tasks, config.eval, adapter=kind == ADAPTER, player=player)
+            for kind in kinds
+        }
+
+
+def entry(config: Config, run: Path | None, adapter: Path | None, label: str, result: EvalResult) -> dict[str, Any]:
+    """One line of eval.jsonl: the figures of `result`, and what they are of."""
+    return {
+        "step": last_step(run) if run and label != BASE else 0,
+        "model": config.model.name,
+        "adapter": None if label == BASE else str(adapter),
+        "tasks": [task.name for task in config.task],
+        **result.metrics,
+    }
+
+
+def keep(
+    results: Mapping[str, EvalResult],
+    entries: Sequence[Mapping[str, Any]],
+    run: Path | None,
+    output: Path | None,
+    samples: Path | None,
+) -> None:
+    """Append `entries` to `output`, or to those of `run`, whose report is written anew; completions go to `samples`."""
+    output = output or (run / EVALUATIONS if run else None)
+    if output is not None:
+        append_lines(output, entries)
+    if run is not None and output == run / EVALUATIONS:
+        refresh_report(run)
+    if samples is not None:
+        rows = [{"model": label, **s.entry()} for label, result in results.items() for s in result.samples]
+        write_atomically(samples, "".join(map(json_line, rows)).encode())
 
 
 def last_step(run: Path) -> int:

@@ -6,7 +6,7 @@
 
 Completions are text by an untrusted model: characters that a terminal would act upon are shown as escapes.
 
-Exit codes: 0, done; 2, bad input, refused in one sentence; 130, interrupted from the keyboard.
+For the exit codes see `grpo.command`.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from grpo.command import command
 from grpo.config.toml import apply_override
-from grpo.errors import INTERRUPTED, UserError, fail
+from grpo.errors import UserError
 from grpo.printable import printable
 from grpo.run.model_reference import ADAPTER, BASE
 
@@ -39,15 +40,14 @@ START_OVER = "/new"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line `arguments` (those of the process by default) and return its exit code."""
     parsed = parser().parse_intermixed_args(arguments)  # options may stand between model and prompt
-    try:
-        check_options(parsed)
-        with opened(parsed) as policy:
-            Talk(policy, parsed).run()
-    except UserError as error:
-        return fail("grpo.generate", error)
-    except KeyboardInterrupt:
-        return fail("grpo.generate", "interrupted", INTERRUPTED)
-    return 0
+    return command("grpo.generate", lambda: run(parsed))
+
+
+def run(parsed: argparse.Namespace) -> None:
+    """Answer one prompt, or chat. Raises UserError."""
+    check_options(parsed)
+    with opened(parsed) as policy:
+        Talk(policy, parsed).run()
 
 
 def parser() -> argparse.ArgumentParser:

@@ -17,7 +17,7 @@ from tests.helpers.paths import ROOT
 
 ORDER = (
     # What everybody may use.
-    "version", "printable", "errors", "references", "special_tokens", "config",
+    "version", "printable", "errors", "command", "references", "special_tokens", "config",
     # The three folders beside grpo/. What runs in a reward's process is among them, so none imports torch but kernels.
     "kernels", "rewards", "rewards.runtime", "environments", "tasks", "data",
     # A model and what it takes, before anything is loaded.
@@ -29,7 +29,7 @@ ORDER = (
     # What is done with them.
     "training", "export", "sft",
     # Ways in: the Python interface, then the commands, none of which imports another.
-    "api", "train", "generate", "evaluate", "init", "replay", "tune",
+    "api", "train", "generate", "evaluate", "init", "replay", "doctor", "tune",
 )  # fmt: skip
 """Packages of `grpo`, and its modules beside them, from what knows least to what knows most."""
 COMMANDS = ORDER[ORDER.index("api") + 1 :]

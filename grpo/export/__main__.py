@@ -7,32 +7,30 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from grpo.errors import INTERRUPTED, UserError, fail
+from grpo.command import command
 from grpo.export.build import EXPORT_FORMATS, GGUF_TYPES, export
+from grpo.run.library_logs import quiet_libraries
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line `arguments` (those of the process by default) and return its exit code."""
     parsed = parser().parse_args(arguments)
-    from grpo.run.library_logs import quiet_libraries
+    return command("grpo.export", lambda: run(parsed), interrupted=lambda: "interrupted; nothing was exported")
 
+
+def run(parsed: argparse.Namespace) -> None:
+    """Export as the command line says. Raises UserError."""
     quiet_libraries(parsed.verbose)
-    try:
-        export(
-            parsed.source,
-            parsed.to,
-            parsed.out,
-            parsed.base,
-            checkpoint=parsed.checkpoint,
-            gguf_type=parsed.gguf_type,
-            llama_quantize=parsed.llama_quantize,
-            check=parsed.check,
-        )
-    except UserError as error:
-        return fail("grpo.export", error)
-    except KeyboardInterrupt:
-        return fail("grpo.export", "interrupted; nothing was exported", INTERRUPTED)
-    return 0
+    export(
+        parsed.source,
+        parsed.to,
+        parsed.out,
+        parsed.base,
+        checkpoint=parsed.checkpoint,
+        gguf_type=parsed.gguf_type,
+        llama_quantize=parsed.llama_quantize,
+        check=parsed.check,
+    )
 
 
 def parser() -> argparse.ArgumentParser:

@@ -6,8 +6,6 @@
 
 This file finds adapter and base, gives the export a folder that appears only when it is whole, and compares what was
 written with base + adapter. The formats themselves are written by `hf_folder.py` and `gguf.py`.
-
-Exit codes: 0, done; 2, bad input, refused in one sentence, and nothing written; 130, interrupted from the keyboard.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from typing import Any
 
 from grpo.config.schema import Model
 from grpo.memory.plan import Shape
-from grpo.model.architectures import ARCHITECTURES
+from grpo.model.families.table import listed
 from grpo.model.gguf_header import read_header
 from grpo.model.locate import local_path
 
@@ -38,7 +38,7 @@ def model_shape(model: Model, *, network: bool = False) -> Shape | None:
         shape = Shape.of(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    return shape if shape.model_type in ARCHITECTURES else None
+    return shape if shape.model_type in listed() else None
 
 
 def cached_config(name: str, revision: str | None) -> Path | None:
@@ -94,4 +94,4 @@ def gguf_shape(path: Path) -> Shape | None:
         shape = Shape.of(values)
     except TypeError:
         return None
-    return shape if shape.model_type in ARCHITECTURES else None
+    return shape if shape.model_type in listed() else None

@@ -10,7 +10,7 @@ from grpo.memory.fit import CONTEXT, DESKTOP, DESKTOP_BELOW, Fit, best_fit, leas
 from grpo.memory.gpus import GPUS, Gpu, gpu_here
 from grpo.memory.plan import MemoryPlan, Shape, hosted, plan_memory, sequence_limits
 from grpo.memory.shapes import model_shape
-from grpo.model.architectures import EMBEDDING, HEAD
+from grpo.model.layout import EMBEDDING, HEAD
 
 
 def memory_plan(config: Config, gpu: Gpu | None = None) -> list[str]:

@@ -6,8 +6,6 @@
 A report is a function of the run folder alone. What a model wrote is data in it, never markup: it is JSON that cannot
 end its script element, read by a script that makes text nodes, under a policy that allows nothing but this file's own
 style and scripts. Reading is `grpo.report.data`'s, the choice of charts `grpo.report.charts`'.
-
-Exit codes: 0, done; 2, bad input, refused in one sentence.
 """
 
 from __future__ import annotations
