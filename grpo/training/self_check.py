@@ -86,7 +86,7 @@ def check_start(session: Session) -> str | None:
 
 def gate_prompt(session: Session) -> list[int]:
     """Random tokens, as many as the run's sequences may have, up to LONGEST_PROMPT."""
-    length = max(1, min(LONGEST_PROMPT, session.engine.settings.max_seq_length - TOKENS))
+    length = max(2, min(LONGEST_PROMPT, session.engine.settings.max_seq_length - TOKENS))
     generator = torch.Generator().manual_seed(0)
     return torch.randint(0, session.base.config.vocab_size, (length,), generator=generator).tolist()
 
