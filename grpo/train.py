@@ -135,18 +135,18 @@ def configuration(parsed: argparse.Namespace) -> Config:
     )
 
 
-def train(config: Config, launch: Launch, *, resume: bool, verbose: bool) -> None:
+def train(config: Config, rank: Launch, *, resume: bool, verbose: bool) -> None:
     """Train; imports torch and vLLM once the run folder is known to be free, or to fit."""
     from grpo.run.library_logs import quiet_libraries
 
     quiet_libraries(verbose)
-    if launch.first and launch.restarts == 0:
+    if rank.first and rank.restarts == 0:
         check_run(config, resume=resume)
     check_machine(config.model.device)
-    from grpo.training.trainer import Trainer
+    from grpo.training.run import launch
 
     with leaving_at_once():
-        Trainer(config, resume=resume, verbose=verbose, launch=launch).run()
+        launch(config, resume=resume, verbose=verbose, rank=rank)
 
 
 def dry_run(config: Config) -> str:

@@ -322,7 +322,7 @@ class LoadedPolicy:
             previous_status, session.status = session.status, log.status
             try:
                 with log:
-                    from grpo.training.trainer import train_session
+                    from grpo.training.run import train_session
 
                     session.configure(config)
                     if session.engine_started:

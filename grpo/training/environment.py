@@ -20,7 +20,7 @@ from grpo.session import Session
 
 
 def show(line: str) -> None:
-    """Print what an environment printed: it may be what the model wrote."""
+    """Print what a reward function or an environment printed: it may be what the model wrote."""
     print(printable(line), flush=True)
 
 

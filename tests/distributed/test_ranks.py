@@ -29,7 +29,7 @@ from grpo.model.source import open_source
 from grpo.policy.policy import Policy
 from grpo.rollout.sampler import Group, RemoteSample
 from grpo.training.loss_metrics import EffectiveSampleSize, Maximum, Mean, Total, as_message, from_message
-from grpo.training.trainer import uneven_share
+from grpo.training.run import uneven_share
 from tests.helpers.forked_runs import Finished, ForkedRuns
 from tests.helpers.paths import ROOT
 from tests.helpers.same_run import completions
