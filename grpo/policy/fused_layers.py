@@ -12,8 +12,6 @@ Not here: which layers are recomputed (`activation_checkpointing.py`) and the ke
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -36,18 +34,6 @@ from grpo.model.base_weights import BaseWeights, FusedLinear
 
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 """transformers' names of the activations that kernels/glu.py has."""
-
-_for_backward_alone: ContextVar[bool] = ContextVar("for_backward_alone", default=False)
-
-
-@contextmanager
-def for_backward_alone() -> Iterator[None]:
-    """Inside, layers run again only so that their backward can: outputs that no backward reads are not made."""
-    token = _for_backward_alone.set(True)
-    try:
-        yield
-    finally:
-        _for_backward_alone.reset(token)
 
 
 def wants_kernels(kernels: str, device: torch.device) -> bool:
@@ -177,8 +163,12 @@ class FusedLayer(GradientCheckpointingLayer):
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
         packing: Packing | None = None,
+        *,
+        make_output: bool = True,
         **ignored: Any,
     ) -> Tensor:
+        """`make_output = False`: the layer runs again for its backward alone, and what no backward reads is not
+        computed; the result has the right graph and unset values."""
         x = hidden_states[0]
         packing = packing or Packing.of_lengths([x.shape[0]], x.device)
         cos, sin = (part.reshape(x.shape[0], -1) for part in position_embeddings)
@@ -188,7 +178,7 @@ class FusedLayer(GradientCheckpointingLayer):
             scale=self.scale, window=self.window, softcap=self.softcap,
         )  # fmt: skip
         x = self.after(attended.flatten(1), x)
-        return self.mlp_output(x)[None]
+        return self.mlp_output(x, make_output)[None]
 
     def attention_inputs(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v [tokens, heads, dim], rotated."""
@@ -208,8 +198,8 @@ class FusedLayer(GradientCheckpointingLayer):
             projected = lora_linear(attended, self.out.frozen, *self.out.adapters())
         return x + (projected if self.after_attention is None else rms_norm(projected, self.after_attention))
 
-    def mlp_output(self, x: Tensor) -> Tensor:
-        """x plus the MLP of it."""
+    def mlp_output(self, x: Tensor, make_output: bool) -> Tensor:
+        """x plus the MLP of it; see `forward`."""
         gated = self.gated
         if self.gate_up.drops or self.down.drops:
             inner = glu(self.gate_up.plain(normed(x, gated.norm)), gated.activation)
@@ -220,7 +210,7 @@ class FusedLayer(GradientCheckpointingLayer):
             result = lora_mlp(
                 x, gated, (above, below), [*above_factors, *below_factors],
                 keep=self.keep_mlp and not (self.gradient_checkpointing and self.training),
-                output=not (gated.residual and _for_backward_alone.get()),
+                output=make_output or not gated.residual,
             )  # fmt: skip
         return result if gated.residual else x + normed(result, self.after_mlp)
 
