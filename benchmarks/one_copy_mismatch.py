@@ -111,7 +111,10 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
 
 def stock(options: argparse.Namespace) -> dict[str, Any]:
     """vLLM and transformers as installed."""
-    import vllm  # after grpo.session, which sets vLLM's environment
+    from grpo.rollout.vllm_environment import set_environment
+
+    set_environment()
+    import vllm
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     prompts = questions(AutoTokenizer.from_pretrained(options.model))[: options.completions]

@@ -44,8 +44,8 @@ class VllmLoraEngine(Engine):
         self.llm.llm_engine.add_request = functools.partial(self.llm.llm_engine.add_request, lora_request=ADAPTER)
         self.sync_adapter()
 
-    def _arguments(self, handle: str) -> dict[str, Any]:
-        arguments = super()._arguments(handle)
+    def _arguments(self) -> dict[str, Any]:
+        arguments = super()._arguments()
         arguments |= {
             "enable_lora": True,
             "max_loras": 1,

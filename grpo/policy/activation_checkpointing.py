@@ -28,7 +28,7 @@ from grpo.policy.rng import RandomState
 HOST_BLOCK = 64 << 20
 """Bytes of a pinned block. torch rounds pinned allocations up to a power of two, which would double large ones."""
 
-Layer = Callable[[Tensor], Tensor]
+Layer = Callable[..., Tensor]
 
 
 def recompute_layers(layers: Sequence[nn.Module], mode: str) -> None:

@@ -7,16 +7,6 @@ sampler). Only these three know vLLM's insides. Token ids go in and come out, ne
 
 from __future__ import annotations
 
-import os
-
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # one process: the storage is shared by address
-os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
-os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
-os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-os.environ.setdefault("DO_NOT_TRACK", "1")
-os.environ.setdefault("VLLM_PLUGINS", "")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-
 import gc
 import sys
 import tempfile
@@ -42,7 +32,8 @@ from grpo.policy.policy import Policy
 from grpo.rollout.attention_backend import choose_backend
 from grpo.rollout.lora_buffers import RolloutAdapter
 from grpo.rollout.types import Completion, EngineSettings, Request, SamplingSettings
-from grpo.rollout.vllm_model import SERVED, SHARED, write_model_folder
+from grpo.rollout.vllm_environment import set_environment
+from grpo.rollout.vllm_model import ADAPTER_KEY, SHARED, AdapterHandle, write_model_folder
 from grpo.rollout.vllm_scheduler import LogprobCollector, OnePassSampler, rollout_scheduler
 from grpo.run.tiles import prepare_tiles
 
@@ -55,7 +46,10 @@ class Engine:
 
     def __init__(self, base: BaseWeights, policy: Policy | None, settings: EngineSettings, tokenizer: Any = None):
         """Start vLLM. `policy` supplies the adapter; None serves the base alone. Stop strings need `tokenizer`."""
+        set_environment()
         check_version()
+        self.llm: Any = None
+        """vLLM while it runs, else None."""
         self.base, self.policy, self.settings = base, policy, settings
         self.adapter = RolloutAdapter(base, policy)
         if policy is not None:
@@ -65,9 +59,6 @@ class Engine:
         self._kv_cache_is_released = False
         self._folder = tempfile.TemporaryDirectory(prefix="grpo-model-")
         write_model_folder(Path(self._folder.name), base, tokenizer if settings.stop_strings else None)
-        handle = str(id(self))
-        SERVED[handle] = self.adapter
-        self._handle = handle
         if base.device.type == "cuda":
             prepare(base.device)
             prepare_tiles(base.device, nf4_shapes(base), base.dtype, announce)
@@ -75,13 +66,13 @@ class Engine:
         if base.device.type == "cpu":
             # vLLM compiles a helper of its sampler: seconds at the first rollout, and a C++ compiler needed.
             torch.compiler.set_stance("force_eager")
-        self.llm = vllm.LLM(**self._arguments(handle))
+        self.llm = vllm.LLM(**self._arguments())
         if base.device.type == "cuda":
             self._runner.sampler = self.sampler = OnePassSampler(logprobs_mode="processed_logprobs")
         if policy is not None:
             self.sync_adapter()
 
-    def _arguments(self, handle: str) -> dict[str, Any]:
+    def _arguments(self) -> dict[str, Any]:
         settings, on_cpu = self.settings, self.base.device.type == "cpu"
         arguments: dict[str, Any] = {
             "model": self._folder.name,
@@ -89,7 +80,7 @@ class Engine:
             "dtype": str(self.base.dtype).removeprefix("torch."),
             "quantization": SHARED,
             "load_format": SHARED,
-            "model_loader_extra_config": {"engine": handle},
+            "model_loader_extra_config": {ADAPTER_KEY: AdapterHandle(self.adapter)},
             "max_model_len": settings.max_seq_length,
             "max_num_seqs": settings.max_num_seqs,
             "max_num_batched_tokens": max(8192, settings.max_seq_length),
@@ -293,7 +284,7 @@ class Engine:
 
     def _forget_prefixes(self) -> None:
         """Cached keys and values belong to the adapter that computed them."""
-        if hasattr(self, "llm") and not self.llm.reset_prefix_cache():
+        if self.llm is not None and not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM kept its prefix cache because requests are in flight; completions would be stale")
 
     def release_kv_cache(self) -> None:
@@ -333,14 +324,13 @@ class Engine:
         return self._runner.model
 
     def close(self) -> None:
-        """Stop vLLM and give its memory back."""
-        SERVED.pop(self._handle, None)
-        if hasattr(self, "llm"):
+        """Stop vLLM and give its memory back. May be called twice."""
+        if self.llm is not None:
             self._restore_kv_cache()
             shutdown = getattr(self.llm.llm_engine.engine_core, "shutdown", None)
             if shutdown is not None:
                 shutdown()
-            del self.llm
+            self.llm = None
         self._folder.cleanup()
         gc.collect()
         if self.base.device.type == "cuda":

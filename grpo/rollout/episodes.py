@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from grpo.config.schema import Environment
 from grpo.data import Prompt
@@ -21,9 +21,11 @@ from grpo.environments.pool import Asked, Ended, EnvironmentPool, Lost, Said
 from grpo.environments.tool_calls import assistant_message
 from grpo.errors import UserError
 from grpo.rewards.runtime.contract import RewardResult
-from grpo.rollout.engine import Completion, Engine, Request, SamplingSettings
 from grpo.rollout.sampler import Group, Sample, Sampler, sample_seed
-from grpo.rollout.types import Segment
+from grpo.rollout.types import Completion, Request, SamplingSettings, Segment
+
+if TYPE_CHECKING:
+    from grpo.rollout.engine import Engine
 
 Message = dict[str, Any]
 CHECK_SECONDS = 0.2

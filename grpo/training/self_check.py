@@ -18,7 +18,7 @@ from torch import Tensor
 from grpo.errors import UserError
 from grpo.policy.lora_linear import ADAPTER
 from grpo.policy.policy import Policy
-from grpo.rollout.engine import Request, SamplingSettings
+from grpo.rollout.types import Request, SamplingSettings
 from grpo.session import Session
 
 PROMPT = 16

@@ -240,4 +240,6 @@ def test_a_session_whose_sequences_get_longer_rotates_for_their_length_and_start
         assert stopped == [65, 64] and torch.equal(scored(session.policy, [[5, 6]], [[7, 8, 9]]), before)
         session.configure(short)
         assert stopped == [65, 64]
-        session.__dict__.pop("_stop_engine")
+        del session._stop_engine
+    with pytest.raises(RuntimeError, match="session is closed"):
+        session.policy.eval()
