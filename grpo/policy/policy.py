@@ -33,10 +33,12 @@ from grpo.policy.packing import predictors
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """Logprob and entropy of every completion token, sequences one after another; float32 [tokens]."""
+    """At T completion tokens, sequences one after another."""
 
     logprobs: Tensor
+    """float32 [T], with gradient."""
     entropy: Tensor
+    """float32 [T], of the whole distribution; with gradient where that was asked for."""
 
 
 class Policy:
@@ -127,9 +129,11 @@ class Policy:
     ) -> TokenLogprobs:
         """Logprob of every completion token under `softmax(logits / temperature)`, and the entropy there.
 
-        Neighbours with the same prompt share one computation of it. The last completion token predicts nothing and is
-        not fed. `sampled` says of all completion tokens, one after another, which are scored; None: each.
+        `prompts` and `completions` are token ids of S sequences, none empty. `sampled` says of all completion tokens,
+        one after another, which are scored; None: each. Those are the T of the result. Neighbours with the same prompt
+        share one computation of it. The last completion token predicts nothing and is not fed.
         """
+        # [T, hidden] and int64 [T]
         hidden, targets = predictors(self.decoder.model, prompts, completions, self.base.device, sampled)
         logprobs, entropy = selected_logprobs(
             hidden,
