@@ -322,11 +322,11 @@ def poison_updates(session: Any, what: str, *steps: str) -> None:
 
 def rewriting(sample: Callable[..., Any], steps: set[int]) -> Callable[..., Any]:
     def rewritten(self: Any, step: int) -> Any:
-        rollouts = sample(self, step)
+        rollouts, scored = sample(self, step)
         if step in steps:
             for one in rollouts[0].groups[0].samples:
                 one.logprobs = [float("nan")] * len(one.logprobs)
-        return rollouts
+        return rollouts, scored
 
     return rewritten
 
