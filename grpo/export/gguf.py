@@ -22,7 +22,7 @@ from grpo.errors import UserError
 from grpo.export.gguf_metadata import ARCHITECTURE, add_from_config, add_from_gguf, add_tokenizer
 from grpo.export.merge import MergedSource
 from grpo.export.modelfile import Chat, modelfile
-from grpo.model.architectures import ARCHITECTURES
+from grpo.model.architectures import causal_class
 from grpo.model.gguf_source import GGUFSource
 
 FILE_TYPES = {"f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
@@ -116,7 +116,7 @@ def planned(source: MergedSource, kind: str) -> Iterator[tuple[str, str, tuple[i
     for name in sorted(source.names, key=in_model_order):
         stored = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if stored is None:
-            raise UserError(f"{source.path}: llama.cpp's {ARCHITECTURES[config.model_type]} has no tensor {name}")
+            raise UserError(f"{source.path}: llama.cpp's {causal_class(config.model_type)} has no tensor {name}")
         shape = source.shape(name)
         yield name, stored, shape, form_of(shape, kind)
 

@@ -21,8 +21,9 @@ from grpo.errors import UserError
 from grpo.export.bnb_format import packed_entries, quantization_config, unpacked
 from grpo.export.merge import MergedSource
 from grpo.kernels import nf4
-from grpo.model.architectures import ARCHITECTURES, HEAD, fused_linears
+from grpo.model.architectures import causal_class
 from grpo.model.base_weights import is_named
+from grpo.model.layout import HEAD, fused_linears
 
 SHARD_BYTES = 2 << 30
 COPIED = (
@@ -149,7 +150,7 @@ def model_config(source: MergedSource, dtype: torch.dtype) -> dict[str, Any]:
         values.pop(stale, None)
     values["torch_dtype" if "torch_dtype" in values else "dtype"] = str(dtype).removeprefix("torch.")
     values["tie_word_embeddings"] = HEAD not in source.names
-    values["architectures"] = [ARCHITECTURES[source.config.model_type]]
+    values["architectures"] = [causal_class(source.config.model_type)]
     return values
 
 

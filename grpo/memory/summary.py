@@ -7,8 +7,9 @@ from pathlib import Path
 
 from grpo.config.schema import Config
 from grpo.memory.plan import MemoryPlan, Shape, hosted, plan_memory, sequence_limits
-from grpo.model.architectures import ARCHITECTURES, EMBEDDING, HEAD
+from grpo.model.families.table import listed
 from grpo.model.gguf_header import read_header
+from grpo.model.layout import EMBEDDING, HEAD
 from grpo.model.locate import local_path
 
 
@@ -24,7 +25,7 @@ def model_shape(config: Config) -> Shape | None:
         shape = Shape.of(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    return shape if shape.model_type in ARCHITECTURES else None
+    return shape if shape.model_type in listed() else None
 
 
 def cached_config(name: str, revision: str | None) -> Path | None:
@@ -59,7 +60,7 @@ def gguf_shape(path: Path) -> Shape | None:
         shape = Shape.of(values)
     except TypeError:
         return None
-    return shape if shape.model_type in ARCHITECTURES else None
+    return shape if shape.model_type in listed() else None
 
 
 def memory_plan(config: Config) -> list[str]:

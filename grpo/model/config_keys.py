@@ -10,6 +10,7 @@ For sizes see `checks.py`, for how rotary frequencies reach both graphs `rope.py
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Iterator
@@ -17,8 +18,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from grpo.errors import UserError
-from grpo.model.architectures import ARCHITECTURES
+from grpo.model.architectures import causal_class, vllm_class
 from grpo.model.checks import one_line
+from grpo.model.decoder_config import DecoderConfig
+from grpo.model.families.table import family_of
 from grpo.model.rope import (
     by_layer_type,
     frequencies,
@@ -29,22 +32,6 @@ from grpo.model.rope import (
     unread_parameters,
 )
 
-ACTIVATIONS = {
-    "gemma": ("hidden_act", ("gelu_pytorch_tanh",)),
-    "gemma2": ("hidden_activation", ("gelu_pytorch_tanh",)),
-    "gemma3_text": ("hidden_activation", ("gelu_pytorch_tanh", "gelu", "silu")),
-}
-"""model_type -> the key of the MLP's activation, and what vLLM computes of it; for the others OTHER_ACTIVATIONS."""
-OTHER_ACTIVATIONS = ("hidden_act", ("silu",))
-
-PARTLY_ROTATED = ("phi3",)
-"""Families of which transformers can rotate a part of each head."""
-HEAD_OF_HIDDEN_SIZE = ("qwen2",)
-"""Families whose heads are, to vLLM, the hidden size over their number, whatever `head_dim` says."""
-ALWAYS_TIED = ("gemma", "gemma2")
-"""Families for which some vLLM from 0.26 on has no output head beside the embedding."""
-WINDOW_IN_ALL_OR_NONE = ("qwen2", "qwen3")
-"""Families that vLLM gives a sliding window in all layers or in none."""
 LAYER_TYPES = ("full_attention", "sliding_attention")
 
 DROPOUTS = ("attention_dropout", "resid_pdrop", "embd_pdrop")
@@ -67,17 +54,17 @@ class Complaint(NamedTuple):
     """What is wrong with the value, and what to do."""
 
 
-def check_keys(config: Any, where: str) -> None:
+def check_keys(config: DecoderConfig, where: str) -> None:
     """Raise UserError, naming file and key, unless both graphs compute what `config` says.
 
-    config: transformers', of a text model in ARCHITECTURES; `where`: its model's folder or file.
+    config: transformers', of a text model; `where`: its model's folder or file.
     """
     file = str(Path(where) / "config.json") if Path(where).is_dir() else where
     for key, value, reason in complaints(config):
         raise UserError(f"{file}: {key} = {shown(value)}: {reason}")
 
 
-def complaints(config: Any) -> Iterator[Complaint]:
+def complaints(config: DecoderConfig) -> Iterator[Complaint]:
     """What `check_keys` refuses, the most telling first."""
     yield from attention_complaints(config)
     yield from activation_complaints(config)
@@ -87,7 +74,7 @@ def complaints(config: Any) -> Iterator[Complaint]:
     yield from rotary_complaints(config)
 
 
-def attention_complaints(config: Any) -> Iterator[Complaint]:
+def attention_complaints(config: DecoderConfig) -> Iterator[Complaint]:
     """About who sees whom, and heads."""
     if getattr(config, "is_heterogeneous", False):
         yield Complaint("per_layer_config", "...", "layers that differ in shape are not served; use a model without it")
@@ -96,17 +83,20 @@ def attention_complaints(config: Any) -> Iterator[Complaint]:
         yield Complaint("use_bidirectional_attention", True, causal)
     if getattr(config, "is_causal", True) is False:
         yield Complaint("is_causal", False, causal)
-    if config.model_type in ALWAYS_TIED and not config.tie_word_embeddings:
+    if family_of(config.model_type).always_tied and not config.tie_word_embeddings:
         reason = f"the output head of {vllms(config)} is always the embedding; use a model whose weights are tied"
         yield Complaint("tie_word_embeddings", False, reason)
     head, derived = getattr(config, "head_dim", None), config.hidden_size // config.num_attention_heads
-    if config.model_type in HEAD_OF_HIDDEN_SIZE and head not in (None, derived):
+    if family_of(config.model_type).head_of_hidden_size and head not in (None, derived):
         yield Complaint("head_dim", head, f"{vllms(config)} has heads of {derived}; use another model")
 
 
-def activation_complaints(config: Any) -> Iterator[Complaint]:
+def activation_complaints(config: DecoderConfig) -> Iterator[Complaint]:
     """About the MLP's activation."""
-    key, known = ACTIVATIONS.get(config.model_type, OTHER_ACTIVATIONS)
+    activation = family_of(config.model_type).activation
+    if activation is None:
+        return
+    key, known = activation
     value, legacy = getattr(config, key), getattr(config, "hidden_activation", None)
     if value not in known:
         computed = " or ".join(map(repr, known))
@@ -116,7 +106,7 @@ def activation_complaints(config: Any) -> Iterator[Complaint]:
         yield Complaint("hidden_activation", legacy, f"hidden_act is {value!r}; remove one of the two")
 
 
-def layer_complaints(config: Any) -> Iterator[Complaint]:
+def layer_complaints(config: DecoderConfig) -> Iterator[Complaint]:
     """About which layers have a sliding window."""
     window, layers = getattr(config, "sliding_window", None), config.num_hidden_layers
     kinds = getattr(config, "layer_types", None)
@@ -130,7 +120,7 @@ def layer_complaints(config: Any) -> Iterator[Complaint]:
     if sliding and window is None:
         lacking = "sliding_window (or use_sliding_window) says that there is no window"
         yield Complaint("layer_types", kinds, f"{lacking}; set one, or make all layers full_attention")
-    elif config.model_type in WINDOW_IN_ALL_OR_NONE and 0 < sliding < layers:
+    elif family_of(config.model_type).window_in_all_or_none and 0 < sliding < layers:
         reason = f"{sliding} of {layers} layers have the window, and {vllms(config)} gives it to all or to none"
         remedy = f"set it to false, which is the same for sequences of at most {window} tokens, or use another model"
         yield Complaint("use_sliding_window", True, f"{reason}; {remedy}")
@@ -139,20 +129,22 @@ def layer_complaints(config: Any) -> Iterator[Complaint]:
         yield Complaint("layer_types", kinds, f"{alike}; remove it, or name the family that the model is of")
 
 
-def number_complaints(config: Any) -> Iterator[Complaint]:
+def number_complaints(config: DecoderConfig) -> Iterator[Complaint]:
     """About numbers that would make every value infinite or none."""
     for key in ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"):
         value = getattr(config, key, None)
         if value is not None and not is_number(value, above=0):
             yield Complaint(key, value, "must be a number above 0; correct it")
-    if not (config.rms_norm_eps == 0 or is_number(config.rms_norm_eps, above=0)):
-        yield Complaint("rms_norm_eps", config.rms_norm_eps, "must be a number, 0 or above; correct it")
+    for key in ("rms_norm_eps", "layer_norm_eps", "norm_eps"):
+        value = getattr(config, key, None)
+        if value is not None and not (value == 0 or is_number(value, above=0)):
+            yield Complaint(key, value, "must be a number, 0 or above; correct it")
     window = getattr(config, "sliding_window", None)
     if window is not None and (not isinstance(window, int) or window < 1):
         yield Complaint("sliding_window", window, "must be a whole number above 0, or null for none; correct it")
 
 
-def token_complaints(config: Any) -> Iterator[Complaint]:
+def token_complaints(config: DecoderConfig) -> Iterator[Complaint]:
     """About tokens that the embedding has no row for."""
     rows, pad, ends = config.vocab_size, config.pad_token_id, config.eos_token_id
     reason = f"no token of the vocabulary, whose embedding has {rows} rows"
@@ -163,7 +155,7 @@ def token_complaints(config: Any) -> Iterator[Complaint]:
             yield Complaint("eos_token_id", ends, f"{reason}; correct it")
 
 
-def rotary_complaints(config: Any) -> Iterator[Complaint]:
+def rotary_complaints(config: DecoderConfig) -> Iterator[Complaint]:
     """About rotary positions: transformers' functions are tried on what the configuration says."""
     for key, value in unread_parameters(config).items():
         read = "for each of its layer types" if by_layer_type(config) else "for all layers at once"
@@ -174,8 +166,8 @@ def rotary_complaints(config: Any) -> Iterator[Complaint]:
         part, theta = values.get("partial_rotary_factor"), values.get("rope_theta")
         if part is not None and not (is_number(part, above=0) and part <= 1):
             yield Complaint(f"{key}.partial_rotary_factor", part, "must be above 0 and at most 1; correct it")
-        elif config.model_type not in PARTLY_ROTATED and part not in (None, 1):
-            whole = f"transformers' {ARCHITECTURES[config.model_type]} rotates whole heads, vLLM's a part of them"
+        elif part not in (None, 1) and rotates_whole_heads(config):
+            whole = f"transformers' {causal_class(config.model_type)} rotates whole heads, vLLM's a part of them"
             yield Complaint(f"{key}.partial_rotary_factor", part, f"{whole}; use a model of another family")
         elif not is_number(theta, above=0):
             yield Complaint(f"{key}.rope_theta", theta, "must be a number above 0; correct it")
@@ -193,7 +185,16 @@ def rotary_complaints(config: Any) -> Iterator[Complaint]:
             yield Complaint("rope_parameters", config.rope_parameters, reason)
 
 
-def settle(config: Any) -> list[str]:
+def rotates_whole_heads(config: DecoderConfig) -> bool:
+    """Whether transformers rotates all of each head, whatever part the configuration names."""
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    plain = copy.deepcopy(config)
+    for _, values in rotary_parameters(plain):
+        values |= {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+    return all(2 * len(inverse) == head for inverse, _ in frequencies(plain, 1).values())
+
+
+def settle(config: DecoderConfig) -> list[str]:
     """Set in `config` what has to be the same for both graphs, and say, a sentence each, what is not obeyed."""
     notices = []
     for key in DROPOUTS:
@@ -226,18 +227,20 @@ def settle(config: Any) -> list[str]:
     return notices
 
 
-def served_values(config: Any) -> dict[str, Any]:
+def served_values(config: DecoderConfig) -> dict[str, Any]:
     """The configuration that vLLM gets: the family's keys with the rotary scaling left to `rope.share_positions`."""
     keys_served = own_keys(config) | {"head_dim"}
     values = {key: value for key, value in config.to_dict().items() if key in keys_served}
-    return values | {
+    values |= {
         "model_type": config.model_type,
-        "architectures": [ARCHITECTURES[config.model_type]],
+        "architectures": [vllm_class(config.model_type)],
         "rope_parameters": plain_parameters(config),
     }
+    served = family_of(config.model_type).served
+    return values if served is None else values | served(config)
 
 
-def own_keys(config: Any) -> set[str]:
+def own_keys(config: DecoderConfig) -> set[str]:
     """The keys that transformers' class of `config` adds to those of all models."""
     return (set(type(config)().to_dict()) - base_keys()) | {"tie_word_embeddings"}
 
@@ -254,9 +257,9 @@ def is_number(value: Any, above: float) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > above
 
 
-def vllms(config: Any) -> str:
+def vllms(config: DecoderConfig) -> str:
     """vLLM's class, in a sentence."""
-    return f"vLLM's {ARCHITECTURES[config.model_type]}"
+    return f"vLLM's {vllm_class(config.model_type)}"
 
 
 def shown(value: Any) -> str:

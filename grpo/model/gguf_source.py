@@ -14,16 +14,19 @@ import torch
 from torch import Tensor
 
 from grpo.errors import UserError
-from grpo.model.architectures import check_supported, fused_linears
+from grpo.model.architectures import check_supported
 from grpo.model.checks import check_sizes, one_line
+from grpo.model.decoder_config import DecoderConfig
 from grpo.model.gguf_config import ROTARY_TENSORS, complete_config
 from grpo.model.gguf_header import read_header
+from grpo.model.layout import HEAD
+from grpo.model.meta_graph import graph_tensors
 
 
 class GGUFSource:
     """A GGUF file: metadata and tokenizer through transformers, tensors dequantised one by one through `gguf`."""
 
-    def __init__(self, path: Path, config: Any = None):
+    def __init__(self, path: Path, config: DecoderConfig | None = None):
         """config: the model's, where it is known better than from the file (and of families that transformers does
         not read from GGUF)."""
         from transformers import AutoConfig
@@ -140,22 +143,9 @@ def metadata_folder(path: Path) -> Path:
         return folder if folder.is_dir() else scratch
 
 
-def candidate_names(config: Any) -> Iterator[str]:
+def candidate_names(config: DecoderConfig) -> Iterator[str]:
     """Every parameter name that a supported decoder with transformers' `config` may have."""
-    yield from ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
-    for parts in fused_linears(config).values():
-        for part in parts:
-            yield from (f"{part}.weight", f"{part}.bias")
-    for layer in range(config.num_hidden_layers):
-        for norm in NORMS:
-            yield f"model.layers.{layer}.{norm}.weight"
-
-
-NORMS = (
-    "input_layernorm",
-    "post_attention_layernorm",
-    "pre_feedforward_layernorm",
-    "post_feedforward_layernorm",
-    "self_attn.q_norm",
-    "self_attn.k_norm",
-)
+    found = graph_tensors(config)
+    yield from (*found.plain, HEAD)
+    for part in found.linears:
+        yield from (f"{part}.weight", f"{part}.bias")

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from grpo.errors import UserError
 from grpo.kernels import nf4
-from grpo.model.architectures import ARCHITECTURES, EMBEDDING, HEAD
+from grpo.model.architectures import causal_class, vllm_class
 from grpo.model.checks import one_line
-from grpo.model.config_keys import ALWAYS_TIED
+from grpo.model.decoder_config import DecoderConfig
+from grpo.model.families.table import family_of
+from grpo.model.layout import EMBEDDING, HEAD
 from grpo.model.weight_source import NF4Tensor, Source
 
 EXTRAS = {
@@ -57,7 +58,7 @@ def account(source: Source) -> list[str]:
     return notices + settled_head(source, config)
 
 
-def parameters(source: Source, config: Any) -> dict[str, tuple[int, ...]]:
+def parameters(source: Source, config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     """Name -> shape of everything that transformers' model of `config` keeps in a checkpoint."""
     from transformers import AutoModelForCausalLM
 
@@ -90,7 +91,7 @@ def in_place_of(source: Source, name: str) -> str:
     return f" (there is {others[0]}, and only plain and NF4 weights are read)" if others else ""
 
 
-def extras(source: Source, config: Any, surplus: set[str]) -> Iterator[str]:
+def extras(source: Source, config: DecoderConfig, surplus: set[str]) -> Iterator[str]:
     """A sentence about each kind of `surplus` tensors that may be left out. Raises UserError for any other."""
     found: dict[str, list[str]] = {}
     for name in sorted(surplus):
@@ -99,7 +100,7 @@ def extras(source: Source, config: Any, surplus: set[str]) -> Iterator[str]:
             kind = list(EXTRAS)[-1]
         if kind is None:
             raise UserError(
-                f"{source.path}: tensor {name} has no use in transformers' {ARCHITECTURES[config.model_type]} as "
+                f"{source.path}: tensor {name} has no use in transformers' {causal_class(config.model_type)} as "
                 "config.json describes it; pass a model whose files belong together, or convert it to plain weights"
             )
         found.setdefault(kind, []).append(name)
@@ -108,7 +109,7 @@ def extras(source: Source, config: Any, surplus: set[str]) -> Iterator[str]:
         yield f"{source.path}: not used: {names[0]}{rest}, {kind}"
 
 
-def predicts_more(config: Any, name: str) -> bool:
+def predicts_more(config: DecoderConfig, name: str) -> bool:
     """Whether `name` is of one of the layers after the last that `num_nextn_predict_layers` announces."""
     layer = re.match(r"model\.layers\.(\d+)\.", name)
     further = getattr(config, "num_nextn_predict_layers", None)
@@ -117,17 +118,17 @@ def predicts_more(config: Any, name: str) -> bool:
     return config.num_hidden_layers <= int(layer[1]) < config.num_hidden_layers + further
 
 
-def settled_head(source: Source, config: Any) -> list[str]:
+def settled_head(source: Source, config: DecoderConfig) -> list[str]:
     """Let the configuration say whether the output head is the embedding, by their values; a sentence if it changes."""
-    if HEAD not in source.names or not (config.tie_word_embeddings or config.model_type in ALWAYS_TIED):
+    if HEAD not in source.names or not (config.tie_word_embeddings or family_of(config.model_type).always_tied):
         return []
     if same_values(source.read(HEAD), source.read(EMBEDDING)):
         source.names.discard(HEAD)
         config.tie_word_embeddings = True
         return []
-    if config.model_type in ALWAYS_TIED:
+    if family_of(config.model_type).always_tied:
         raise UserError(
-            f"{source.path}: {HEAD} differs from {EMBEDDING}, and vLLM's {ARCHITECTURES[config.model_type]} has the "
+            f"{source.path}: {HEAD} differs from {EMBEDDING}, and vLLM's {vllm_class(config.model_type)} has the "
             "embedding for its output head; remove the head from the file, or use another model"
         )
     config.tie_word_embeddings = False

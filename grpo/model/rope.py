@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from grpo.model.decoder_config import DecoderConfig
+
 EVERYWHERE = ""
 """Stands for the layer type where all layers have the same frequencies."""
 
@@ -38,11 +40,12 @@ Frequencies = dict[str, tuple[Tensor, float]]
 class Rotary(nn.Module):
     """In a training graph, transformers' rotary embedding with frequencies that no position changes."""
 
-    def __init__(self, config: Any, longest: int | None = None, device: torch.device | None = None):
+    def __init__(self, config: DecoderConfig, longest: int | None = None, device: torch.device | None = None):
         """config: transformers', of the text model; sequences have at most `longest` tokens (None: what it allows)."""
         super().__init__()
         self.config = config
         self.scalings: dict[str, float] = {}
+        self.in_pairs = turns_pairs(config)
         for kind, (inverse, scaling) in frequencies(config, longest).items():
             self.register_buffer(prefixed(kind, "inv_freq"), inverse.to(device), persistent=False)
             self.scalings[kind] = scaling
@@ -55,7 +58,7 @@ class Rotary(nn.Module):
         """
         kind = layer_type if layer_type in self.scalings else EVERYWHERE
         angles = position_ids[..., None].float() * self.get_buffer(prefixed(kind, "inv_freq"))
-        angles = torch.cat((angles, angles), dim=-1)
+        angles = angles.repeat_interleave(2, dim=-1) if self.in_pairs else torch.cat((angles, angles), dim=-1)
         return tuple((part * self.scalings[kind]).to(x.dtype) for part in (angles.cos(), angles.sin()))
 
     @torch.no_grad()
@@ -73,11 +76,26 @@ class Rotary(nn.Module):
     def table(self, length: int, layer_type: str | None = None) -> Tensor:
         """float32 [length, rotated dimensions]: the cosines of one half, then the sines, as vLLM keeps them."""
         halves = self(torch.empty(0, dtype=torch.float32), torch.arange(length), layer_type)
-        return torch.cat([part[:, : part.shape[1] // 2] for part in halves], dim=1)
+        once = slice(None, None, 2) if self.in_pairs else slice(len(halves[0][0]) // 2)
+        return torch.cat([part[:, once] for part in halves], dim=1)
 
 
-def frequencies(config: Any, longest: int | None = None) -> Frequencies:
+def turns_pairs(config: DecoderConfig) -> bool:
+    """Whether transformers' module of the family gives each angle to two neighbours, not to both halves of a head."""
+    with torch.device("cpu"):
+        module = rotary_class(config)(copy.deepcopy(config))
+    kind = next(iter(frequencies(config, 1)), None)
+    if kind is None:
+        return False
+    more = {"layer_type": kind} if kind else {}
+    sines = module(torch.empty(0), torch.arange(1, 3)[None], **more)[1][0]
+    return bool((sines[:, 0] == sines[:, 1]).all()) and not bool((sines[:, 0] == sines[:, sines.shape[1] // 2]).all())
+
+
+def frequencies(config: DecoderConfig, longest: int | None = None) -> Frequencies:
     """transformers' rotary frequencies for sequences of at most `longest` tokens (None: what the model allows)."""
+    if getattr(config, "rope_parameters", None) is None:
+        return {}
     settled = copy.deepcopy(config)
     longest = config.max_position_embeddings if longest is None else longest
     for _, parameters in rotary_parameters(settled):
@@ -95,31 +113,36 @@ def frequencies(config: Any, longest: int | None = None) -> Frequencies:
     return result
 
 
-def rotary_parameters(config: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+def rotary_parameters(config: DecoderConfig) -> Iterator[tuple[str, dict[str, Any]]]:
     """(layer type or EVERYWHERE, transformers' `rope_parameters` for it)."""
-    parameters = config.rope_parameters
+    parameters = getattr(config, "rope_parameters", None)
+    if parameters is None:  # positions are known otherwise, or not at all
+        return
     if not by_layer_type(config):
         yield EVERYWHERE, parameters
         return
     yield from ((kind, values) for kind, values in parameters.items() if isinstance(values, dict))
 
 
-def by_layer_type(config: Any) -> bool:
+def by_layer_type(config: DecoderConfig) -> bool:
     """Whether transformers has rotary frequencies for each type of layer in the family."""
     return "layer_type" in inspect.signature(rotary_class(config).forward).parameters
 
 
-def unread_parameters(config: Any) -> dict[str, Any]:
+def unread_parameters(config: DecoderConfig) -> dict[str, Any]:
     """Entries of `rope_parameters` in a form that is not the family's: for layer types where it has none, or not."""
+    parameters = getattr(config, "rope_parameters", None)
+    if parameters is None:
+        return {}
     wanted = by_layer_type(config)
     return {
         key: value
-        for key, value in config.rope_parameters.items()
+        for key, value in parameters.items()
         if isinstance(value, dict) != wanted and (key, value) != ("rope_type", "default")
     }
 
 
-def unknown_parameters(config: Any) -> list[str]:
+def unknown_parameters(config: DecoderConfig) -> list[str]:
     """Entries of `rope_parameters` that transformers' function of their `rope_type` has no use for."""
     found: dict[str, None] = {}
     for _, values in rotary_parameters(config):
@@ -133,7 +156,7 @@ def prefixed(kind: str, name: str) -> str:
     return f"{kind}_{name}" if kind else name
 
 
-def rotary_class(config: Any) -> Any:
+def rotary_class(config: DecoderConfig) -> Any:
     """transformers' rotary embedding of the family."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -141,13 +164,13 @@ def rotary_class(config: Any) -> Any:
     return getattr(sys.modules[decoder.__module__], decoder.__name__.replace("ForCausalLM", "RotaryEmbedding"))
 
 
-def rotated(config: Any, parameters: dict[str, Any]) -> int:
+def rotated(config: DecoderConfig, parameters: dict[str, Any]) -> int:
     """How many dimensions of a head turn, by `parameters`."""
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return int(head * (parameters.get("partial_rotary_factor") or 1.0))
 
 
-def plain_parameters(config: Any) -> dict[str, Any]:
+def plain_parameters(config: DecoderConfig) -> dict[str, Any]:
     """`rope_parameters` for vLLM: unscaled ones of the same sizes, whose caches `share_positions` replaces."""
     plain = {
         kind: {

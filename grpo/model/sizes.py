@@ -10,7 +10,7 @@ from typing import Any
 
 from grpo.config.schema import Model
 from grpo.errors import UserError
-from grpo.model.architectures import EMBEDDING, HEAD, expected_shapes, fused_linears
+from grpo.model.layout import EMBEDDING, HEAD, fused_linears
 
 AUTO_SHARE = 0.05
 """What `keep_16bit = "auto"` may take, of the memory that all linear layers in 16 bit would take beyond NF4."""
@@ -47,8 +47,27 @@ def pinned_bytes(size: int) -> int:
 
 
 def linear_shapes(shape: Any) -> dict[str, tuple[int, int]]:
-    """Module name -> (out, in) of every linear layer of the decoder's blocks."""
-    shapes: dict[str, tuple[int, int]] = {}
-    for name, parts in fused_linears(shape).items():
-        shapes |= expected_shapes(shape, name, parts)
-    return shapes
+    """Module name -> (out, in) of every linear layer of the decoder's blocks.
+
+    Of transformers' configuration as its graph has them; of a plan's Shape, for which nothing is imported, by the sizes
+    that decoders of the usual kind have.
+    """
+    if hasattr(shape, "to_dict"):
+        from grpo.model.meta_graph import graph_tensors
+
+        return {name: (linear.rows, linear.columns) for name, linear in graph_tensors(shape).linears.items()}
+    hidden, inner = shape.hidden_size, shape.intermediate_size
+    query, key_value = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
+    by_leaf = {
+        "q_proj": (query, hidden),
+        "k_proj": (key_value, hidden),
+        "v_proj": (key_value, hidden),
+        "qkv_proj": (query + 2 * key_value, hidden),
+        "o_proj": (hidden, query),
+        "gate_proj": (inner, hidden),
+        "up_proj": (inner, hidden),
+        "gate_up_proj": (2 * inner, hidden),
+        "down_proj": (hidden, inner),
+    }
+    parts = [part for group in fused_linears(shape).values() for part in group]
+    return {part: by_leaf[part.rpartition(".")[2]] for part in parts}

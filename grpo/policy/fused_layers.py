@@ -2,7 +2,7 @@
 
 A `FusedLayer` takes the place of one transformers decoder layer and holds the same children under the same names, so
 adapters, checkpoints and whoever looks a weight up see no difference; only its forward is our own. It computes what
-transformers' layer computes for the families in `architectures.py`: norm, q/k/v, q/k norm, rotary embedding;
+transformers' layer computes for the families listed for it in `families/`: norm, q/k/v, q/k norm, rotary embedding;
 attention; output projection with the residual; the gated MLP with its norm and residual. Between these only what the
 next one needs is kept. A layer that does anything else (another activation, dropout on the residual) stays as it is.
 
@@ -29,11 +29,15 @@ from grpo.kernels.lora_linear import LinearGroup, lora_linear
 from grpo.kernels.lora_mlp import GatedMlp, lora_mlp
 from grpo.kernels.rms_norm import Norm, rms_norm
 from grpo.kernels.rope import rope
-from grpo.model.architectures import ALREADY_FUSED, FUSED_PARTS
 from grpo.model.base_weights import BaseWeights, FusedLinear
+from grpo.model.decoder_config import DecoderConfig
+from grpo.model.families.table import family_of
 
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 """transformers' names of the activations that kernels/glu.py has."""
+
+PRODUCTS = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
+"""The linear layers of a decoder layer, as vLLM stacks them."""
 
 
 def wants_kernels(kernels: str, device: torch.device) -> bool:
@@ -51,30 +55,32 @@ def install(decoder: nn.Module, base: BaseWeights) -> int:
         if serves(layer, base.config):
             layers[index] = FusedLayer(layer, index, base)
             replaced += 1
-    decoder.model.norm = FusedNorm(decoder.model.norm, base.config)
+    if family_of(base.config.model_type).fused_layers:
+        decoder.model.norm = FusedNorm(decoder.model.norm, base.config)
     return replaced
 
 
-def serves(layer: nn.Module, config: Any) -> bool:
+def serves(layer: nn.Module, config: DecoderConfig) -> bool:
     """Whether a FusedLayer computes what `layer` does."""
-    return activation_of(config) in ACTIVATIONS and not getattr(config, "resid_pdrop", 0)
+    listed = family_of(config.model_type).fused_layers
+    return listed and activation_of(config) in ACTIVATIONS and not getattr(config, "resid_pdrop", 0)
 
 
-def activation_of(config: Any) -> str:
+def activation_of(config: DecoderConfig) -> str:
     """transformers' name of the MLP's activation; Gemma's configurations have a key of their own."""
     return getattr(config, "hidden_activation", None) or config.hidden_act
 
 
-def norm_of(module: nn.Module, config: Any) -> Norm:
+def norm_of(module: nn.Module, config: DecoderConfig) -> Norm:
     """A transformers RMSNorm as the kernels take it."""
     eps = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
-    return Norm(module.weight.detach(), float(eps), config.model_type.startswith("gemma"))
+    return Norm(module.weight.detach(), float(eps), family_of(config.model_type).norm_adds_one)
 
 
 class FusedNorm(nn.Module):
     """An RMSNorm outside the layers, under the names of transformers'."""
 
-    def __init__(self, module: nn.Module, config: Any):
+    def __init__(self, module: nn.Module, config: DecoderConfig):
         super().__init__()
         self.weight = module.weight
         self.norm = norm_of(module, config)
@@ -136,7 +142,7 @@ class FusedLayer(GradientCheckpointingLayer):
         self.after_attention = norm_of(self.post_attention_layernorm, config) if sandwich else None
         self.after_mlp = norm_of(self.post_feedforward_layernorm, config) if sandwich else None
         before_mlp = self.pre_feedforward_layernorm if sandwich else self.post_attention_layernorm
-        self.qkv, self.out, self.gate_up, self.down = (self._group(name, index, base) for name in FUSED_PARTS)
+        self.qkv, self.out, self.gate_up, self.down = (self._group(name, index, base) for name in PRODUCTS)
         q_norm, k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
         self.projection = QkvProjection(
             self.qkv.frozen,
@@ -155,8 +161,9 @@ class FusedLayer(GradientCheckpointingLayer):
         )
 
     def _group(self, name: str, index: int, base: BaseWeights) -> Group:
-        parts = (name,) if base.config.model_type in ALREADY_FUSED else FUSED_PARTS[name]
-        return Group(base.linears[f"model.layers.{index}.{name}"], [self.get_submodule(part) for part in parts])
+        layer = f"model.layers.{index}."
+        linear = base.linears[layer + name]
+        return Group(linear, [self.get_submodule(part.removeprefix(layer)) for part in linear.parts])
 
     def forward(
         self,

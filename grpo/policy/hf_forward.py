@@ -21,6 +21,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from grpo.errors import UserError
 from grpo.kernels.attention import Packing
 from grpo.kernels.logprob import selected_logprobs
+from grpo.model.head import Head
 from grpo.policy.activation_checkpointing import patch_checkpointing_switch
 from grpo.policy.shared_prefix import pairs_of
 
@@ -178,7 +179,7 @@ def causal_lm_forward(
             hidden[chosen],
             self.get_output_embeddings().weight,
             targets[chosen],
-            softcap=getattr(self.config, "final_logit_softcapping", None),
+            **Head.of(self.config).arguments(),
         )
     loss = -logprobs.sum() / (len(logprobs) if num_items_in_batch is None else num_items_in_batch)
     output = CausalLMOutputWithPast(loss=loss)

@@ -33,6 +33,8 @@ from grpo.kernels.host_matmul import mm_transposed
 from grpo.kernels.logprob import selected_logprobs
 from grpo.model import fingerprint
 from grpo.model.base_weights import BaseWeights
+from grpo.model.decoder_config import DecoderConfig
+from grpo.model.head import Head
 from grpo.model.sizes import AUTO_SHARE, linear_shapes, nf4_bytes
 from grpo.model.weight_source import NF4Tensor, Source
 from grpo.policy.calibration_texts import TEXTS
@@ -104,7 +106,7 @@ def calibration(tokenizer: Any, base: BaseWeights) -> list[list[int]]:
     return [tokenizer(text)["input_ids"][:longest] for text in TEXTS]
 
 
-def choose(costs: dict[str, float], config: Any, itemsize: int, share: float = AUTO_SHARE) -> list[str]:
+def choose(costs: dict[str, float], config: DecoderConfig, itemsize: int, share: float = AUTO_SHARE) -> list[str]:
     """The layers that are worth most for the memory they take, within `share` of what all of them would take.
 
     `costs`: layer -> what rounding it costs. `config`: transformers', of the text model. In the order of the model.
@@ -181,26 +183,25 @@ def walk(graph: nn.Module, sequences: Sequence[Sequence[int]], device: torch.dev
 def label_gradients(norm: nn.Module, base: BaseWeights, last: Tensor, labels: int) -> list[Tensor]:
     """Gradients with respect to `last`, the last layer's output, of the log-likelihood of `labels` draws of labels."""
     last = last.detach().requires_grad_()
-    hidden, head, softcap = norm(last)[0], base.head(), getattr(base.config, "final_logit_softcapping", None)
+    hidden, head, form = norm(last)[0], base.head(), base.head_form
     gradients = []
-    for targets in draw(hidden.detach(), head, labels, softcap).unbind(1):
-        logprobs, _ = selected_logprobs(hidden, head, targets, softcap=softcap, chunk_tokens=CHUNK_TOKENS)
+    for targets in draw(hidden.detach(), head, labels, form).unbind(1):
+        logprobs, _ = selected_logprobs(hidden, head, targets, **form.arguments(), chunk_tokens=CHUNK_TOKENS)
         gradients += torch.autograd.grad(logprobs.sum(), [last], retain_graph=True)
     return gradients
 
 
 @torch.no_grad()
-def draw(hidden: Tensor, head: Tensor, count: int, softcap: float | None) -> Tensor:
+def draw(hidden: Tensor, head: Tensor, count: int, form: Head) -> Tensor:
     """int64 [tokens, count], drawn from the model's own distribution at every one of `hidden` [tokens, hidden]."""
     generator = torch.Generator(hidden.device).manual_seed(LABEL_SEED)
     drawn = []
     for rows in hidden.split(CHUNK_TOKENS):
         logits = torch.empty(len(rows), len(head), dtype=hidden.dtype, device=hidden.device)
         mm_transposed(rows, head, logits)
-        wide = logits.float()
-        if softcap is not None:
-            wide = softcap * torch.tanh(wide / softcap)
-        drawn.append(torch.multinomial(wide.softmax(-1), count, replacement=True, generator=generator))
+        drawn.append(
+            torch.multinomial(form.logits(logits.float()).softmax(-1), count, replacement=True, generator=generator)
+        )
     return torch.cat(drawn)
 
 

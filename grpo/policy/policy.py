@@ -139,8 +139,7 @@ class Policy:
             hidden,
             self.head_weight(),
             targets,
-            temperature=temperature,
-            softcap=getattr(self.base.config, "final_logit_softcapping", None),
+            **self.base.head_form.arguments(temperature),
             chunk_tokens=chunk_tokens,
             entropy_gradient=entropy_gradient,
         )

@@ -27,11 +27,13 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from grpo.errors import UserError
 from grpo.kernels.nf4_gemm import prepare
 from grpo.memory.plan import CPU_BLOCK, GPU_BLOCK, VLLM_BUFFERS, kv_cache_bytes
+from grpo.model.architectures import vllm_class
 from grpo.model.base_weights import BaseWeights
 from grpo.policy.policy import Policy
 from grpo.rollout.attention_backend import choose_backend
 from grpo.rollout.lora_buffers import RolloutAdapter
 from grpo.rollout.types import Completion, EngineSettings, Request, SamplingSettings
+from grpo.rollout.vllm_backend import leave_classes_alone
 from grpo.rollout.vllm_environment import set_environment
 from grpo.rollout.vllm_model import ADAPTER_KEY, SHARED, AdapterHandle, write_model_folder
 from grpo.rollout.vllm_scheduler import LogprobCollector, OnePassSampler, rollout_scheduler
@@ -66,6 +68,7 @@ class Engine:
         if base.device.type == "cpu":
             # vLLM compiles a helper of its sampler: seconds at the first rollout, and a C++ compiler needed.
             torch.compiler.set_stance("force_eager")
+        leave_classes_alone(vllm_class(base.config.model_type))
         self.llm = vllm.LLM(**self._arguments())
         if base.device.type == "cuda":
             self._runner.sampler = self.sampler = OnePassSampler(logprobs_mode="processed_logprobs")
@@ -270,19 +273,19 @@ class Engine:
 
     def _switch_adapter(self, enabled: bool) -> None:
         if self.adapter.set_enabled(enabled):
-            self._forget_prefixes()
+            self.forget_prefixes()
 
     @torch.no_grad()
     def sync_adapter(self) -> float:
         """Copy the trained adapter into the buffers and forget cached prefixes; returns seconds."""
         start = time.perf_counter()
         self.adapter.refresh()
-        self._forget_prefixes()
+        self.forget_prefixes()
         if self.base.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - start
 
-    def _forget_prefixes(self) -> None:
+    def forget_prefixes(self) -> None:
         """Cached keys and values belong to the adapter that computed them."""
         if self.llm is not None and not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM kept its prefix cache because requests are in flight; completions would be stale")
@@ -298,7 +301,7 @@ class Engine:
         core = self.llm.llm_engine.engine_core.engine_core
         while core.batch_queue:  # asynchronous scheduling may have launched one step too many
             core.step_fn()
-        self._forget_prefixes()
+        self.forget_prefixes()
         torch.cuda.synchronize()
         for allocation in kv_cache_allocations():
             cumem.unmap_and_release(allocation.handle)

@@ -2,27 +2,24 @@
 
 `EpisodePlayer` lets requests join vLLM's batch as environments answer. By its deterministic schedule an answer is taken
 up exactly `latency_steps` engine steps after it was asked for, and the engine waits for a slower one: what is in a
-batch, and so every token and logprob, does not depend on how long tools take. `EpisodeSampler` makes groups of scored
-episodes for training. Environments themselves are `grpo/environments/`.
+batch, and so every token and logprob, does not depend on how long tools take. Groups of scored episodes are made of
+them in `episode_sampler.py`; environments themselves are `grpo/environments/`.
 """
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from grpo.config.schema import Environment
 from grpo.data import Prompt
 from grpo.environments.continuation import Continuer, Unprovable
-from grpo.environments.pool import Asked, Ended, EnvironmentPool, Lost, Said
+from grpo.environments.pool import Asked, Ended, EnvironmentPool, Lost, Said, Scored
 from grpo.environments.tool_calls import assistant_message
-from grpo.errors import UserError
-from grpo.rewards.runtime.contract import RewardResult
-from grpo.rollout.sampler import Group, Sample, Sampler, sample_seed
-from grpo.rollout.types import Completion, Request, SamplingSettings, Segment
+from grpo.rollout.sampler import sample_seed
+from grpo.rollout.types import Completion, Request, SamplingSettings
 
 if TYPE_CHECKING:
     from grpo.rollout.engine import Engine
@@ -67,6 +64,10 @@ class Episode:
     seed: int
     transcripts: list[Transcript] = field(default_factory=list)
     messages: list[Message] = field(default_factory=list)
+    tools: list[Message] | None = None
+    """Those that the policy was offered last."""
+    prompt_messages: int = 0
+    """So many opened the conversation."""
     turns: int = 0
     cut_observations: int = 0
     malformed: list[str] = field(default_factory=list)
@@ -100,20 +101,6 @@ class Episode:
         return bool(self.over) or self.finish_reason == "length"
 
 
-@dataclass
-class EpisodeSample(Sample):
-    """A finished episode: `token_ids` and `logprobs` are of what was sampled."""
-
-    transcripts: list[Transcript] = field(default_factory=list)
-    messages: list[Message] = field(default_factory=list)
-    metrics: dict[str, float] = field(default_factory=dict)
-    success: bool = False
-
-    def segments(self, prompt_ids: Sequence[int]) -> list[Segment]:
-        """What is trained on; the prompt is the conversation's own."""
-        return [Segment(one.prompt_ids, one.tokens, one.sampled) for one in self.transcripts]
-
-
 class EpisodePlayer:
     """Plays episodes of one environment on one engine."""
 
@@ -136,15 +123,24 @@ class EpisodePlayer:
         self.waited = 0.0
 
     def play(
-        self, starts: Sequence[tuple[int, Mapping[str, Any], int]], sampling: SamplingSettings, *, adapter: bool = True
+        self,
+        starts: Sequence[tuple[int, Mapping[str, Any], int]],
+        sampling: SamplingSettings,
+        *,
+        adapter: bool = True,
+        members: int = 1,
     ) -> Iterator[Episode]:
-        """Episodes from `starts`, (number, row, seed) each, as they finish: in an order of the schedule's."""
+        """Episodes from `starts`, (number, row, seed) each, as they finish: in an order of the schedule's.
+
+        So many `members` of adjacent numbers are a group; those that are scored together come last.
+        """
         self.engine.begin(sampling, starts[0][2] if starts else 0, adapter=adapter)
-        self.steps, self.waited, self.requests = 0, 0.0, 0
+        self.steps, self.requests = 0, 0
         self.due = {number: 0 for number, _, _ in starts}  # whose program is to speak, and when it is taken up
         judged = bool(self.pool.facts["rewards"])
         self.open = {number: Episode(number, seed, judged=judged) for number, _, seed in starts}
         self.asking: dict[int, Episode] = {}
+        self.unscored: list[Episode] = []
         try:
             for number, row, seed in starts:
                 self.pool.start(number, row, seed)
@@ -157,6 +153,7 @@ class EpisodePlayer:
                         self.steps += 1
                         for completion in sorted(self.engine.step(), key=lambda one: one.request_id):
                             self.take(completion)
+            yield from self.scored_together(members)
         finally:
             self.pool.sweep()
 
@@ -198,11 +195,32 @@ class EpisodePlayer:
                 return
             except Unusable as problem:
                 said = Lost(str(problem))
+        assert isinstance(said, Ended | Lost)
         episode.result = said
         if isinstance(said, Ended):
             episode.over = episode.over or said.over
         del self.open[episode.number]
-        yield episode
+        if isinstance(said, Ended) and said.state is not None:
+            self.unscored.append(episode)
+        else:
+            yield episode
+
+    def scored_together(self, members: int) -> Iterator[Episode]:
+        """The episodes that wait for their group, with its scores."""
+        groups: dict[int, list[Episode]] = {}
+        for episode in sorted(self.unscored, key=lambda one: one.number):
+            groups.setdefault(episode.number // members, []).append(episode)
+        for group in groups.values():
+            number = -1 - group[0].number  # no episode's
+            self.pool.score(number, [one.result.state for one in group])  # type: ignore[misc, union-attr]
+            while number not in self.pool.inbox:
+                self.wait()
+            said = self.pool.inbox.pop(number)
+            if isinstance(said, Scored) and len(said.results) != len(group):
+                said = Lost(f"scored {len(said.results)} episodes of a group of {len(group)}")
+            for place, episode in enumerate(group):
+                episode.result = said.results[place] if isinstance(said, Scored) else Lost(getattr(said, "problem", ""))
+                yield episode
 
     def ask(self, episode: Episode, asked: Asked) -> None:
         """Begin the policy's next turn, or tell the program that none fits. Raises Unusable for what cannot be."""
@@ -217,6 +235,8 @@ class EpisodePlayer:
             if not episode.turns:
                 raise Unusable(f"opens with {len(transcript.prompt_ids)} tokens, which leaves no room for a turn")
             return self.refuse(episode, "there is no room for another turn")
+        episode.tools = asked.tools
+        episode.prompt_messages = episode.prompt_messages or len(asked.messages)
         if not episode.transcripts or transcript is not episode.transcripts[-1]:
             episode.transcripts.append(transcript)
         transcript.observe(observed)
@@ -252,6 +272,8 @@ class EpisodePlayer:
         return transcript, self.observation(episode, new, asked.tools, transcript.tokens[-1])
 
     def opening(self, asked: Asked) -> list[int]:
+        if asked.tools and (why := self.continuer.doubt_of_tools()):
+            raise Unusable(f"offers tools, with which the model's chat template cannot continue a conversation: {why}")
         try:
             return self.continuer.opening(asked.messages, asked.tools)
         except Exception as error:  # a template is a program, and not ours
@@ -285,7 +307,7 @@ class EpisodePlayer:
         episode.turns += 1
         episode.finish_reason = completion.finish_reason
         text = self.decode(completion.token_ids)
-        message, malformed = assistant_message(text)
+        message, malformed = self.message(text, prompt_ids, episode.tools)
         episode.malformed += malformed
         for place, call in enumerate(message.get("tool_calls", ())):
             call["id"] = f"call{episode.turns:03d}{place:02d}"
@@ -302,6 +324,13 @@ class EpisodePlayer:
             "logprobs": completion.logprobs,
         }
         self.hand_over(episode, {"said": said})
+
+    def message(self, text: str, prompt_ids: Sequence[int], tools: Any) -> tuple[Message, list[str]]:
+        """What was said as a message, with the calls in it where `tools` were offered; and why others are none."""
+        if not tools:
+            return {"role": "assistant", "content": text}, []
+        thinks = self.continuer.tokenizer.decode(prompt_ids[-8:]).rstrip().endswith("<think>")
+        return assistant_message(text, self.continuer.form, tools, thinks=thinks)
 
 
 class Unusable(Exception):
@@ -320,94 +349,3 @@ def shortened(messages: list[Message], kept: Sequence[int]) -> list[Message]:
         message if count >= len(text) else {**message, "content": text[:count] + CUT.format(len(text) - count)}
         for message, text, count in zip(messages, texts, kept, strict=True)
     ]
-
-
-class EpisodeSampler(Sampler):
-    """Draws groups of episodes. The environment's reward comes first, then those of the reward functions."""
-
-    def __init__(self, *arguments: Any, player: EpisodePlayer, notice: Callable[[str], None], **named: Any):
-        """`player` plays on the sampler's engine; the other arguments are `Sampler`'s, whose pool may be None."""
-        super().__init__(*arguments, **named)
-        self.player, self.notice = player, notice
-        self.scores = bool(player.pool.facts["rewards"])
-
-    @property
-    def column(self) -> str:
-        return self.player.settings.column
-
-    def _draw(self, requests: list[Request], prompts: Sequence[Prompt]) -> Iterator[tuple[int, Sample]]:
-        rows = [self.player.row(prompt) for prompt in prompts]
-        starts = [(one.id, rows[one.id // self.num_generations], one.seed) for one in requests]
-        lost: dict[str, int] = {}
-        for episode in self.player.play(starts, self.sampling):
-            if isinstance(episode.result, Lost):
-                self._lost(episode.result, lost)
-            yield episode.number, self.finished(episode)
-        for problem, count in lost.items():
-            self.notice(f"environment {self.column!r}: {count} of {len(starts)} episodes are left out: it {problem}")
-        if starts and sum(lost.values()) == len(starts):
-            raise UserError(f"environment {self.column!r}: every episode of a step failed, the last: it {problem}")
-
-    def _lost(self, result: Lost, lost: dict[str, int]) -> None:
-        """Count an episode that was lost. Raises UserError where the run is to stop for it."""
-        for line in result.traceback.splitlines() if result.problem not in lost else ():
-            self.player.pool.on_output(line)
-        lost[result.problem] = lost.get(result.problem, 0) + 1
-        if self.player.settings.on_error == "stop":
-            raise UserError(
-                f'environment {self.column!r} {result.problem}; mend it, or set environment.on_error = "mask" to leave '
-                "such episodes out"
-            )
-
-    def finished(self, episode: Episode) -> EpisodeSample:
-        """`episode` as a member of its group; of a lost one nothing is trained on."""
-        result = episode.result
-        transcripts = episode.transcripts if isinstance(result, Ended) else []
-        drawn = [(token, own) for one in transcripts for token, own in zip(one.tokens, one.sampled, strict=True)]
-        sample = EpisodeSample(
-            token_ids=[token for token, own in drawn if own],
-            logprobs=[logprob for one in transcripts for logprob in one.logprobs],
-            truncated=episode.truncated,
-            text=episode.text,
-            transcripts=transcripts,
-            messages=episode.messages,
-        )
-        sample.metrics = {
-            "turns": float(episode.turns),
-            "environment_tokens": float(sum(not own for _, own in drawn)),
-            "cut_observations": float(episode.cut_observations),
-            "malformed": float(len(episode.malformed)),
-            "lost": float(isinstance(result, Lost)),
-            "out_of_room": float(bool(episode.over)),
-        }
-        if isinstance(result, Ended):
-            sample.metrics |= result.metrics
-            sample.success = result.success
-            sample.rewards = {self.column: result.reward} if self.scores else {}
-        elif self.scores:
-            sample.rewards = {self.column: None}
-        return sample
-
-    def _whole_result(self, group: Group, scored: RewardResult) -> RewardResult:
-        """`scored` with the environment's own reward and figures; a lost episode has no scores."""
-        samples = [sample for sample in group.samples if isinstance(sample, EpisodeSample)]
-        scores = {self.column: [one.rewards[self.column] for one in samples]} if self.scores else {}
-        scores |= {
-            name: [value if one.length else None for one, value in zip(samples, values, strict=True)]
-            for name, values in scored.scores.items()
-        }
-        seconds = {self.column: 0.0} if self.scores else {}
-        return replace(
-            scored,
-            scores=scores,
-            metrics={**scored.metrics, **means(samples)},
-            seconds=seconds | scored.seconds,
-        )
-
-
-def means(samples: Sequence[EpisodeSample]) -> dict[str, float]:
-    """The mean of each figure over the episodes that have it, as `environment/NAME`."""
-    names = dict.fromkeys(name for sample in samples for name in sample.metrics)
-    found = {name: [one.metrics[name] for one in samples if name in one.metrics] for name in names}
-    result = {f"environment/{name}": math.fsum(values) / len(values) for name, values in found.items()}
-    return result | {"environment/success": math.fsum(one.success for one in samples) / len(samples)}

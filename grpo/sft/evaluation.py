@@ -66,6 +66,6 @@ def trained_logprobs(policy: Policy, batch: Sequence[Example]) -> torch.Tensor:
         hidden[chosen],
         policy.head_weight(),
         targets[chosen],
-        softcap=getattr(policy.base.config, "final_logit_softcapping", None),
+        **policy.base.head_form.arguments(),
     )
     return logprobs

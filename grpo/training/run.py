@@ -29,10 +29,10 @@ from grpo.run.machine import resolve_device
 from grpo.run.signals import Interrupts
 from grpo.run.versions import versions
 from grpo.session import Session, open_session, read_model
-from grpo.training.environment import check_conversation, show, start_environment
+from grpo.training.environment import check_conversation, load_tasks, show, start_environment
 from grpo.training.loss import resolve_loss
 from grpo.training.prompts import filter_prompts
-from grpo.training.self_check import check_rollout_follows_adapter
+from grpo.training.self_check import check_start
 from grpo.training.trainer import Parts, Trainer
 
 
@@ -48,24 +48,28 @@ def launch(
     folder = config.checkpoint.output_dir
     # A job that torchrun starts again goes on where it was.
     resume = resume or (rank.restarts > 0 and run_is_begun(folder))
-    with Interrupts() as interrupts, run_folder(config, rank, resume), open_log(config, rank, verbose) as log:
+    with (
+        Interrupts() as interrupts,
+        run_folder(config, rank, resume),
+        open_log(config, rank, verbose) as log,
+        contextlib.ExitStack() as opened,
+    ):
         # What fails in a second comes before what takes minutes.
         resolve_loss(config.loss)
         if rank.first and (uneven := uneven_share(config, rank.size)):
             log.notice(uneven)
         files = read_model(config, log.status, log.notice)
-        data = load_data(config, files.tokenizer)
+        check_conversation(config, files.tokenizer, files.stop_token_ids)
+        environment = opened.enter_context(start_environment(config, status=log.status))
+        data = load_data(config, files.tokenizer, tasks=load_tasks(config, environment))
         check_tokens(data.texts(), files.tokenizer, files.source.config)
         ranks = connect(rank, resolve_device(config.model.device))
         ranks.check = interrupts.check
         ranks.require_same(facts(config))
         share = config_of_rank(config, ranks.size)
         resumed = folder if resume else None
-        check_conversation(config, files.tokenizer, files.stop_token_ids)
-        log.status("starting the environment" if config.environment else "")
         with (
             start_rewards(data, log) as rewards,
-            start_environment(config) as environment,
             open_session(share, files=files, status=log.status, resumed=resumed, agree=ranks.broadcast) as session,
         ):
             return train(Parts(folder, log, session, data, rewards, environment, ranks), resume=resume)
@@ -90,8 +94,9 @@ def train(parts: Parts, *, resume: bool) -> dict[str, Any]:
     ranks.copy_first(session.policy.parameters())
     if ranks.first:
         remember_base(session.base, parts.folder)
-    log.status("checking that vLLM follows the adapter")
-    check_rollout_follows_adapter(session)
+    log.status("checking that vLLM computes what is trained")
+    if (unlisted := check_start(session)) is not None:
+        log.notice(unlisted)
     with Interrupts() as interrupts, interrupts.deferred():
         session.engine.between_steps = interrupts.check
         try:

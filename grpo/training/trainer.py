@@ -28,7 +28,7 @@ from grpo.monitor.log import TrainingLog
 from grpo.policy.adapter_survival import adapter_survival
 from grpo.references import described
 from grpo.rewards.runtime.pool import RewardPool
-from grpo.rollout.episodes import EpisodeSampler
+from grpo.rollout.episode_sampler import EpisodeSampler
 from grpo.rollout.sampler import Group, Rollout, sample_seed
 from grpo.run.checkpoint import latest, replace_folder, save, step_numbers
 from grpo.run.records import EVALUATIONS, read_entries

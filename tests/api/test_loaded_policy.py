@@ -148,13 +148,22 @@ def test_what_other_loaders_offer_is_declined_with_a_reason_and_a_way_out(settin
     sentence(error)
 
 
-@pytest.mark.parametrize("entry", [{"vision_config": {}}, {"audio_config": {}}])
-def test_vision_and_speech_models_are_declined(tmp_path: Path, entry: dict[str, Any]) -> None:
-    kind = "llava" if "vision_config" in entry else "qwen2_audio"
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind, **entry}))
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("t5", "has an encoder beside its decoder; use"),
+        ("whisper", "has an encoder beside its decoder; use"),
+        ("distilbert", "transformers has no causal language model of it.*; use"),
+        ("deepseek_v3", r"latent form \(MLA\); use"),
+        ("mixtral", "mixture of experts.*; use a dense model"),
+    ],
+)
+def test_what_is_no_decoder_that_both_graphs_have_is_declined(tmp_path: Path, kind: str, reason: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
     (tmp_path / "model.safetensors").write_bytes(b"\2\0\0\0\0\0\0\0{}")
-    with pytest.raises(UserError, match=f"'{kind}' is not supported because it takes images or sound.* text models"):
+    with pytest.raises(UserError, match=f"'{kind}' is not supported: .*{reason}") as error:
         grpo.load(tmp_path)
+    sentence(error)
 
 
 def test_a_path_that_does_not_exist_is_told_before_anything_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:

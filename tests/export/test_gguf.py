@@ -389,9 +389,9 @@ def test_families_are_told_apart() -> None:
 
 
 def test_the_config_of_a_family_is_the_one_that_transformers_builds() -> None:
-    """The families exported here are those that can be trained."""
+    """The families exported here are among those that can be trained."""
     from grpo.export.gguf_metadata import ARCHITECTURE
-    from grpo.model.architectures import ARCHITECTURES
+    from grpo.model.families.table import listed
 
-    assert set(ARCHITECTURE) == set(ARCHITECTURES)
+    assert set(ARCHITECTURE) <= set(listed())
     assert all(AutoConfig.for_model(family).model_type == family for family in ARCHITECTURE)

@@ -311,7 +311,7 @@ def test_an_adapter_a_further_training_and_a_resumed_run_find_the_choice_that_wa
     auto = {"load_in_4bit": True, "keep_16bit": "auto"}
     config = parse_config(run_tables(tmp_path, model=auto))
     (tmp_path / "run").mkdir()
-    monkeypatch.setattr("grpo.training.run.check_rollout_follows_adapter", lambda session: refuse("far enough"))
+    monkeypatch.setattr("grpo.training.run.check_start", lambda session: refuse("far enough"))
     with open_session(config, start_engine=False) as session:
         chosen = session.base.kept_16bit
         session.policy.save_adapter(tmp_path / "adapter")

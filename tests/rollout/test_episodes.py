@@ -244,8 +244,8 @@ def test_the_gradient_is_that_of_an_explicit_mask(played: Played) -> None:
 @pytest.mark.parametrize(
     ("environment", "sentence"),
     [
-        ({"tools": ["a.py:f"], "program": "a.py:g"}, "factory; program and tools are set"),
-        ({}, "factory; none of them is set"),
+        ({"tools": ["a.py:f"], "program": "a.py:g"}, "; program and tools are set"),
+        ({}, "; none of them is set"),
         ({"rollout_func": "a.py:f"}, "write the same loop as `program`"),
     ],
 )
