@@ -13,12 +13,12 @@ FROM python:3.12-slim-bookworm AS cuda
 # gcc compiles what launches Triton's kernels; the image's Python brings its headers.
 RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 WORKDIR /grpo
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml README.md LICENSE requirements/cuda.txt ./
 COPY grpo grpo
 COPY kernels kernels
 COPY rewards rewards
 COPY tasks tasks
-RUN pip install --no-cache-dir ".[cuda,sft,math,trackers]"
+RUN pip install --no-cache-dir -c cuda.txt ".[cuda,sft,math,trackers]"
 COPY configs configs
 # Away from /grpo, whose folders would hide the installed package.
 WORKDIR /grpo/work

@@ -7,7 +7,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test test-quick test-wide test-long test-newest lint types docs site clean browser environment-packages
+.PHONY: demo test test-quick test-wide test-long test-newest lint types docs site resolve clean browser environment-packages
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
@@ -88,6 +88,10 @@ docs: $(INSTALLED)
 site: $(INSTALLED)
 	@$(BIN)/pip install -qq --no-deps -r requirements/site.txt
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+
+# Whether the packages for a GPU fit together on Python 3.11 to 3.13; it asks the package index, for minutes.
+resolve: $(INSTALLED)
+	$(BIN)/python requirements/resolve.py
 
 clean:
 	rm -rf $(NEWEST) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -313,13 +313,23 @@ def stages() -> dict[str, str]:
 def test_the_container_for_gpus_copies_what_the_wheel_is_built_from() -> None:
     copied = [line.split()[1:-1] for line in stages()["cuda"].splitlines() if line.startswith("COPY")]
     sources = {name for names in copied for name in names}
-    assert sources == {*FOLDERS, "pyproject.toml", "README.md", "LICENSE", "configs"}
+    assert sources == {*FOLDERS, "pyproject.toml", "README.md", "LICENSE", "configs", "requirements/cuda.txt"}
 
 
 def test_what_containers_install_exists() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    (extras,) = re.findall(r'pip install --no-cache-dir "\.\[([\w,]+)\]"', stages()["cuda"])
+    (extras,) = re.findall(r'pip install --no-cache-dir -c cuda.txt "\.\[([\w,]+)\]"', stages()["cuda"])
     assert set(extras.split(",")) <= set(project["optional-dependencies"])
     assert "RUN make .venv/.installed" in stages()["cpu"] and "$(VENV)/.installed" in (ROOT / "Makefile").read_text()
     for stage in stages().values():
         assert "-m" in stage and "grpo.doctor" in stage and (ROOT / "grpo" / "doctor.py").is_file()
+
+
+def test_the_constraints_for_gpus_are_within_what_the_project_allows() -> None:
+    lines = (ROOT / "requirements/cuda.txt").read_text().splitlines()
+    pinned = dict(line.split("==") for line in lines if not line.startswith("#"))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["cuda"]]
+    for requirement in map(Requirement, wanted):
+        name = requirement.name.replace("_", "-")
+        assert requirement.specifier.contains(pinned[name]), requirement

@@ -413,13 +413,13 @@ class Checkpoint(Section):
     """Keep only the newest so many checkpoints."""
 
 
-WAYS_IN = ("program", "tools", "factory", "verifiers", "skyrl_gym", "gem")
+WAYS_IN = ("program", "tools", "factory", "verifiers", "skyrl_gym", "gem", "command")
 """The keys of `[environment]` of which one is set."""
 
 
 class Environment(Section):
     """`[environment]`: what the model talks to, in turns, where a completion is more than one answer. Set exactly one
-    of the first six."""
+    of the first seven."""
 
     program: str | None = None
     """A function `async def play(row, sample)` that returns the reward: "package.module:function" or
@@ -434,6 +434,8 @@ class Environment(Section):
     """The id of an environment that SkyRL-gym has registered, as "gsm8k_multi_turn"."""
     gem: str | None = None
     """The id of an environment that GEM has registered, as "game:GuessTheNumber-v0-easy"."""
+    command: str | None = None
+    """A command line whose process talks to an OpenAI-compatible endpoint and writes its reward as its last line."""
     rollout_func: str | None = None
     """Not supported; present so that a copied configuration gets an explanation."""
     options: dict[str, Any] = {}
@@ -488,8 +490,8 @@ class Environment(Section):
     @property
     def column(self) -> str:
         """Its name in metrics: the function's, class's or environment's, or "tools"."""
-        if self.kind == "tools":
-            return "tools"
+        if self.kind in ("tools", "command"):
+            return self.kind
         reference = str(getattr(self, self.kind)).removesuffix(".py")
         return re.split(r"[:./]", reference)[-1]
 

@@ -63,6 +63,10 @@ class Continuer:
     def tokens(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
+    def opens_thought(self, prompt_ids: Sequence[int]) -> bool:
+        """Whether a prompt ends within a thought, as the generation prompts of some templates do."""
+        return bool(self.tokenizer.decode(prompt_ids[-8:]).rstrip().endswith("<think>"))
+
     def opening(self, messages: Sequence[Message], tools: Any) -> list[int]:
         """Tokens of a whole conversation up to where the policy speaks."""
         return self.tokens(self.render(messages, tools, opens=True))

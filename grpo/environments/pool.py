@@ -47,6 +47,8 @@ class Asked:
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None
     max_tokens: int | None
+    prompt_ids: list[int] | None = None
+    """Tokens in place of messages, which are none then."""
 
 
 @dataclass(frozen=True)
@@ -288,7 +290,7 @@ class EnvironmentPool:
         one.deadline = None
         try:
             if "turn" in message:
-                self.inbox[number] = Asked(messages_of(message["turn"]), message["tools"], message["max_tokens"])
+                self.inbox[number] = asked_of(message)
             elif "scored" in message:
                 self.inbox[number] = Scored([Ended(**each) for each in message["scored"]])
                 self._forget(number)
@@ -385,6 +387,20 @@ class EnvironmentPool:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def asked_of(message: dict[str, Any]) -> Asked:
+    """What an episode asks for. Raises LookupError or TypeError for anything that no program asks for."""
+    tools, limit, ids = message["tools"], message["max_tokens"], message.get("prompt_ids")
+    if limit is not None and type(limit) is not int:
+        raise TypeError("no limit")
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise TypeError("no tools")
+    if ids is None:
+        return Asked(messages_of(message["turn"]), tools, limit)
+    if not isinstance(ids, list) or not ids or not all(type(one) is int and one >= 0 for one in ids):
+        raise TypeError("no tokens")
+    return Asked([], tools, limit, ids)
 
 
 def messages_of(value: Any) -> list[dict[str, Any]]:

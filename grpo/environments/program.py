@@ -115,14 +115,20 @@ class Sampling:
         return await asyncio.to_thread(self.now, messages, tools, max_tokens)
 
     def now(
-        self, messages: Sequence[Message], tools: Sequence[Message] | None = None, max_tokens: int | None = None
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Message] | None = None,
+        max_tokens: int | None = None,
+        *,
+        prompt_ids: Sequence[int] | None = None,
     ) -> Turn:
-        """The same, for programs that are not asynchronous."""
+        """The same, for programs that are not asynchronous. `prompt_ids`: tokens in place of messages."""
         if self._asked:
             raise RuntimeError("an episode asks for one turn at a time; await the one before")
         self._asked = True
         try:
-            send(self._link, {"turn": list(messages), "tools": tools and list(tools), "max_tokens": max_tokens})
+            asked = {"turn": list(messages), "tools": tools and list(tools), "max_tokens": max_tokens}
+            send(self._link, asked if prompt_ids is None else {**asked, "prompt_ids": list(prompt_ids)})
             answer = receive(self._link)
         finally:
             self._asked = False

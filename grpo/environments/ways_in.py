@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from grpo.environments.command import command
 from grpo.environments.gyms import gem, skyrl_gym
 from grpo.environments.program import BadResult, EpisodeOver, Message, Program, Sampling, check_options
 from grpo.environments.schemas import tool_schema
@@ -160,6 +161,7 @@ WAYS_IN: dict[str, Callable[[Any, dict[str, Any], Mapping[str, Any]], Program]] 
     "verifiers": verifiers,
     "skyrl_gym": skyrl_gym,
     "gem": gem,
+    "command": command,
 }
 """Key of `[environment]` -> what makes a program of its value and the options."""
 

@@ -89,9 +89,19 @@ def check_float16(config: DecoderConfig, where: Path) -> None:
     """Raise UserError for a text model whose activations leave the range of float16, in which it is to be computed."""
     if config.model_type in BEYOND_FLOAT16:
         raise UserError(
-            f"{where / 'config.json'}: the activations of {config.model_type} overflow in float16, which vLLM refuses; "
-            'use another model, or model.dtype = "bfloat16" on a GPU that computes in it (compute capability 8.0 on)'
+            f"{where / 'config.json'}: {beyond_float16(config.model_type)}; use another model, or model.dtype = "
+            '"bfloat16" on a GPU that computes in it (compute capability 8.0 on)'
         )
+
+
+def beyond_float16(family: str) -> str:
+    """Why a family is not computed in float16."""
+    return f"the activations of {family} overflow in float16, which vLLM refuses"
+
+
+def no_bfloat16(gpu: str) -> str:
+    """What to do about `model.dtype = "bfloat16"` on a GPU before Ampere."""
+    return f'model.dtype = "bfloat16": the {gpu} computes in float16 alone; set "auto" or "float16"'
 
 
 def end_tokens(file: Path, vocabulary: int) -> list[int]:

@@ -57,13 +57,23 @@ class Transcript:
 
 
 @dataclass
+class Thread:
+    """A conversation as an episode's program has it, and its tokens."""
+
+    messages: list[Message]
+    transcript: Transcript
+
+
+@dataclass
 class Episode:
-    """One episode as it goes on. `messages`: the conversation as its program has it."""
+    """One episode as it goes on."""
 
     number: int
     seed: int
-    transcripts: list[Transcript] = field(default_factory=list)
-    messages: list[Message] = field(default_factory=list)
+    threads: list[Thread] = field(default_factory=list)
+    """One, unless its history was rewritten or it holds several conversations."""
+    thread: Thread | None = None
+    """The one that spoke last."""
     tools: list[Message] | None = None
     """Those that the policy was offered last."""
     prompt_messages: int = 0
@@ -77,6 +87,16 @@ class Episode:
     result: Ended | Lost | None = None
     judged: bool = True
     """Whether its environment gives rewards."""
+
+    @property
+    def transcripts(self) -> list[Transcript]:
+        """The tokens of each conversation."""
+        return [thread.transcript for thread in self.threads]
+
+    @property
+    def messages(self) -> list[Message]:
+        """The conversation that was spoken in last."""
+        return [] if self.thread is None else self.thread.messages
 
     @property
     def text(self) -> str:
@@ -227,9 +247,10 @@ class EpisodePlayer:
         if episode.turns >= self.settings.max_turns:
             return self.refuse(episode, f"all {self.settings.max_turns} turns are taken")
         try:
-            transcript, observed = self.context(episode, asked)
+            thread, observed = self.context(episode, asked)
         except Unprovable as problem:
             raise Unusable(f"has a conversation that the chat template cannot continue: {problem}") from None
+        transcript = thread.transcript
         room = self.room(episode, transcript, len(observed))
         if room < 1:
             if not episode.turns:
@@ -237,12 +258,13 @@ class EpisodePlayer:
             return self.refuse(episode, "there is no room for another turn")
         episode.tools = asked.tools
         episode.prompt_messages = episode.prompt_messages or len(asked.messages)
-        if not episode.transcripts or transcript is not episode.transcripts[-1]:
-            episode.transcripts.append(transcript)
+        if all(thread is not known for known in episode.threads):
+            episode.threads.append(thread)
+        episode.thread = thread
         transcript.observe(observed)
-        episode.messages = list(asked.messages)
+        thread.messages = list(asked.messages)
         seed = episode.seed if episode.turns == 0 else sample_seed(episode.seed, episode.turns)
-        limit = min(room, self.settings.max_turn_tokens, asked.max_tokens or room)
+        limit = min(room, self.settings.max_turn_tokens, max(asked.max_tokens or room, 1))
         self.engine.add(Request(self.requests, transcript.ids, seed, limit))
         self.asking[self.requests] = episode
         self.requests += 1
@@ -261,15 +283,27 @@ class EpisodePlayer:
         left = self.episode_tokens - episode.tokens - observed
         return min(left, self.max_seq_length - len(transcript.ids) - observed)
 
-    def context(self, episode: Episode, asked: Asked) -> tuple[Transcript, list[int]]:
-        """The transcript that the next turn belongs to, and what the environment said before it."""
-        known = episode.messages
-        new = asked.messages[len(known) :]
-        extends = known and new and all(map(same, known, asked.messages))
-        if not extends or any(message["role"] == "assistant" for message in new):
-            return Transcript(self.opening(asked)), []
-        transcript = episode.transcripts[-1]
-        return transcript, self.observation(episode, new, asked.tools, transcript.tokens[-1])
+    def context(self, episode: Episode, asked: Asked) -> tuple[Thread, list[int]]:
+        """The conversation that the next turn belongs to, and what the environment said in it before."""
+        if asked.prompt_ids is not None:
+            return self.context_of_tokens(episode, asked.prompt_ids)
+        for thread in sorted(episode.threads, key=lambda one: len(one.messages), reverse=True):
+            known = thread.messages
+            new = asked.messages[len(known) :]
+            own = any(message["role"] == "assistant" for message in new)
+            if known and new and not own and all(map(same, known, asked.messages)):
+                return thread, self.observation(thread, new, asked.tools, episode)
+        return Thread([], Transcript(self.opening(asked))), []
+
+    def context_of_tokens(self, episode: Episode, ids: list[int]) -> tuple[Thread, list[int]]:
+        """The same for a program that says itself which tokens it wants continued."""
+        if max(ids) >= self.engine.base.config.vocab_size:
+            raise Unusable(f"asks for token {max(ids)}, which the model does not have")
+        for thread in reversed(episode.threads):
+            known = thread.transcript.ids
+            if len(ids) > len(known) and ids[: len(known)] == known:
+                return thread, ids[len(known) :]
+        return Thread([], Transcript(ids)), []
 
     def opening(self, asked: Asked) -> list[int]:
         if asked.tools and (why := self.continuer.doubt_of_tools()):
@@ -279,13 +313,13 @@ class EpisodePlayer:
         except Exception as error:  # a template is a program, and not ours
             raise Unprovable(f"{type(error).__name__}: {error}") from None
 
-    def observation(self, episode: Episode, new: list[Message], tools: Any, last_token: int) -> list[int]:
+    def observation(self, thread: Thread, new: list[Message], tools: Any, episode: Episode) -> list[int]:
         """The tokens of `new` messages; too long ones are cut, the longest first."""
-        most = self.settings.max_observation_tokens
+        most, last_token = self.settings.max_observation_tokens, thread.transcript.tokens[-1]
         kept = [len(str(message.get("content") or "")) for message in new]
         while True:
             try:
-                ids = self.continuer.continuation(episode.messages, shortened(new, kept), tools, last_token)
+                ids = self.continuer.continuation(thread.messages, shortened(new, kept), tools, last_token)
             except Unprovable:
                 raise
             except Exception as error:
@@ -301,7 +335,8 @@ class EpisodePlayer:
     def take(self, completion: Completion) -> None:
         """A finished turn: keep its tokens and hand it to the program."""
         episode = self.asking.pop(completion.request_id)
-        transcript = episode.transcripts[-1]
+        assert episode.thread is not None
+        transcript = episode.thread.transcript
         prompt_ids = transcript.ids
         transcript.draw(completion)
         episode.turns += 1
@@ -311,7 +346,7 @@ class EpisodePlayer:
         episode.malformed += malformed
         for place, call in enumerate(message.get("tool_calls", ())):
             call["id"] = f"call{episode.turns:03d}{place:02d}"
-        episode.messages = [*episode.messages, message]
+        episode.thread.messages = [*episode.thread.messages, message]
         last = episode.turns >= self.settings.max_turns or self.room(episode, transcript, 0) < 1
         said = {
             "message": message,
@@ -329,7 +364,7 @@ class EpisodePlayer:
         """What was said as a message, with the calls in it where `tools` were offered; and why others are none."""
         if not tools:
             return {"role": "assistant", "content": text}, []
-        thinks = self.continuer.tokenizer.decode(prompt_ids[-8:]).rstrip().endswith("<think>")
+        thinks = self.continuer.opens_thought(prompt_ids)
         return assistant_message(text, self.continuer.form, tools, thinks=thinks)
 
 
