@@ -25,11 +25,11 @@ from grpo.memory.plan import MemoryPlan, plan_memory, sequence_limits, weight_by
 from grpo.model.architectures import adapter_targets, check_supported
 from grpo.model.base_weights import BaseWeights
 from grpo.model.checks import check_float16, check_head_size, end_tokens, no_bfloat16
-from grpo.model.config_keys import check_keys, settle
-from grpo.model.host_memory import give_back_pinned
+from grpo.model.config_keys import check_keys, normalize_config
+from grpo.model.host_memory import free_pinned_memory
 from grpo.model.inventory import account
 from grpo.model.layout import is_recorded, is_traced, learn
-from grpo.model.locate import lasting_name
+from grpo.model.locate import recorded_name
 from grpo.model.meta_graph import check_frame
 from grpo.model.source import open_source, read_template
 from grpo.model.vocabulary import no_row
@@ -99,7 +99,7 @@ def read_model(
     check_supported(source.config, str(source.path))
     text = source.config.get_text_config()
     check_keys(text, str(source.path))
-    for sentence in settle(text):
+    for sentence in normalize_config(text):
         notice(sentence)
     find_layout(text, str(source.path))
     device = resolve_device(config.model.device)
@@ -174,7 +174,7 @@ class Session:
         )
         train = config.train
         policy = Policy(
-            base, config.lora, seed=train.seed, base_name=lasting_name(config.model.name), kernels=train.kernels
+            base, config.lora, seed=train.seed, base_name=recorded_name(config.model.name), kernels=train.kernels
         )
         self._model = LoadedModel(base, policy, files.tokenizer)
         self.policy.set_longest(sequence_limits(config)[0])
@@ -284,7 +284,7 @@ class Session:
         gc.collect()
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
-            give_back_pinned()
+            free_pinned_memory()
 
     def _stop_engine(self) -> None:
         if self._engine is not None:

@@ -23,7 +23,7 @@ from pathlib import Path
 from grpo.command import BAD_INPUT, LOST, CommandEnd, command
 from grpo.config.schema import Config, config_toml, read_config
 from grpo.config.toml import write_value
-from grpo.distributed.launch import Launch, RankLost, check_share, take_launch
+from grpo.distributed.launch import Launch, RankLost, check_share, read_launch
 from grpo.errors import UserError
 from grpo.memory.gpus import Gpu, gpu_named
 from grpo.memory.shapes import model_shape
@@ -54,7 +54,7 @@ class Job:
         """Train, or print what a run would be. Raises UserError, CommandEnd for a rank that ends with another one."""
         if self.parsed.card is not None and not self.parsed.dry_run:
             raise UserError("--card plans for a GPU that is not here; add --dry-run")
-        self.launch = take_launch()
+        self.launch = read_launch()
         try:
             config = self.config = configuration(self.parsed)
             check_share(config.rollout.prompts_per_step, self.launch.size)

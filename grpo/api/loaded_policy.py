@@ -78,7 +78,7 @@ def load(
     Raises UserError for a model, an adapter or a setting that cannot be used.
     """
     refuse_several("grpo.load")
-    decline(settings)
+    refuse_unsupported(settings)
     chosen = {"load_in_4bit": load_in_4bit, "max_seq_length": max_seq_length}
     given = {name: value for name, value in {"model": model, **chosen}.items() if value is not None}
     settings = ours({**given, **settings}, "grpo.load")
@@ -129,7 +129,7 @@ def open_policy(
     return LoadedPolicy(session, tables)
 
 
-def decline(settings: Mapping[str, Any]) -> None:
+def refuse_unsupported(settings: Mapping[str, Any]) -> None:
     """Raise UserError for what other libraries' loaders do and this one cannot."""
     if settings.get("load_in_8bit"):
         raise UserError(

@@ -92,7 +92,7 @@ class Front:
         self.told: set[str] = set()
 
     def answer(self, asked: Asked) -> Turn:
-        self.tell_of_settings(asked)
+        self.warn_of_settings(asked)
         with self.lock:
             if self.over is not None:
                 raise self.over
@@ -104,7 +104,7 @@ class Front:
             except OSError as error:
                 raise Refused(f"the episode has ended: {error}", 503, "ended") from None
 
-    def tell_of_settings(self, asked: Asked) -> None:
+    def warn_of_settings(self, asked: Asked) -> None:
         """Say once of each setting of a request that [rollout] decides instead."""
         for name in ("temperature", "top_p", "seed"):
             if getattr(asked, name) is not None and name not in self.told:

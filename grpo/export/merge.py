@@ -17,7 +17,7 @@ from torch import Tensor
 
 from grpo.errors import UserError
 from grpo.kernels import nf4
-from grpo.model.safetensors_source import damage_named
+from grpo.model.safetensors_source import damage_as_user_error
 from grpo.model.weight_source import NF4Tensor, Source
 from grpo.policy.adapter_files import check_plain_lora
 from grpo.run.model_reference import ADAPTER_CONFIG, read_adapter_config
@@ -48,7 +48,7 @@ class Adapter:
         self.file = folder / ADAPTER_WEIGHTS
         if not self.file.is_file():
             raise UserError(f"{folder}: no {ADAPTER_WEIGHTS}; pickled adapters can run code and are never loaded")
-        with damage_named(self.file):
+        with damage_as_user_error(self.file):
             self._handle = safe_open(self.file, framework="pt")
             self.modules = self._find_modules(set(self._handle.keys()))
 
@@ -70,7 +70,7 @@ class Adapter:
 
     def delta(self, module: str) -> Delta:
         """The update of the linear layer `module` (transformers' name)."""
-        with damage_named(self.file):
+        with damage_as_user_error(self.file):
             a, b = (self._handle.get_tensor(key).float() for key in sorted(self._keys(module)))
         rank = a.shape[0]
         divisor = math.sqrt(rank) if self.config.get("use_rslora") else rank
@@ -78,7 +78,7 @@ class Adapter:
 
     def shape(self, module: str) -> tuple[int, int]:
         """(out, in) of the layer that the update of `module` fits. Raises UserError if A and B do not match."""
-        with damage_named(self.file):
+        with damage_as_user_error(self.file):
             a, b = (tuple(self._handle.get_slice(key).get_shape()) for key in sorted(self._keys(module)))
         if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
             raise UserError(f"{self.file}: A {a} and B {b} of {module} do not belong together; copy it again")

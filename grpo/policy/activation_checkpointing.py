@@ -132,7 +132,7 @@ class HostStore:
             self.stream = torch.cuda.Stream(x.device)
         before = None if first else self.newest()
         if before is not None:
-            before.let_go()
+            before.drop_device_copy()
         offloaded = Offloaded(self, x, before)
         self.newest = weakref.ref(offloaded)
         return offloaded
@@ -182,7 +182,7 @@ class Offloaded:
         """The point that the copies have reached."""
         return self.store.stream.record_event() if self.store.stream is not None else None
 
-    def let_go(self) -> None:
+    def drop_device_copy(self) -> None:
         """Give up the tensor on the device. Waiting for the copy first makes its memory safe to use again."""
         if self.copied is not None:
             torch.cuda.current_stream().wait_event(self.copied)

@@ -47,12 +47,12 @@ def wants_kernels(kernels: str, device: torch.device) -> bool:
     return kernels == "triton" or (kernels == "auto" and device.type == "cuda")
 
 
-def install(decoder: nn.Module, base: BaseWeights) -> int:
+def install_fused_layers(decoder: nn.Module, base: BaseWeights) -> int:
     """Replace the layers and the last norm of `decoder`, a causal LM over `base`. Returns how many layers it was."""
     layers = decoder.model.layers
     replaced = 0
     for index, layer in enumerate(layers):
-        if serves(layer, base.config):
+        if can_fuse(layer, base.config):
             layers[index] = FusedLayer(layer, index, base)
             replaced += 1
     if family_of(base.config.model_type).fused_layers:
@@ -60,7 +60,7 @@ def install(decoder: nn.Module, base: BaseWeights) -> int:
     return replaced
 
 
-def serves(layer: nn.Module, config: DecoderConfig) -> bool:
+def can_fuse(layer: nn.Module, config: DecoderConfig) -> bool:
     """Whether a FusedLayer computes what `layer` does."""
     listed = family_of(config.model_type).fused_layers
     return listed and activation_of(config) in ACTIVATIONS and not getattr(config, "resid_pdrop", 0)
@@ -89,7 +89,7 @@ class FusedNorm(nn.Module):
         return rms_norm(x, self.norm)
 
 
-class Group:
+class AdaptedLinears:
     """The linear modules over one fused layer of the base, with what adapters they have at the moment."""
 
     def __init__(self, linear: FusedLinear, modules: Sequence[nn.Module]):
@@ -160,10 +160,10 @@ class FusedLayer(GradientCheckpointingLayer):
             residual=not sandwich,
         )
 
-    def _group(self, name: str, index: int, base: BaseWeights) -> Group:
+    def _group(self, name: str, index: int, base: BaseWeights) -> AdaptedLinears:
         layer = f"model.layers.{index}."
         linear = base.linears[layer + name]
-        return Group(linear, [self.get_submodule(part.removeprefix(layer)) for part in linear.parts])
+        return AdaptedLinears(linear, [self.get_submodule(part.removeprefix(layer)) for part in linear.parts])
 
     def forward(
         self,

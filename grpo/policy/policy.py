@@ -24,11 +24,11 @@ from grpo.model.base_weights import BaseWeights
 from grpo.model.fingerprint import check_base
 from grpo.policy.activation_checkpointing import recompute_layers
 from grpo.policy.adapter_files import read_adapter
-from grpo.policy.fused_layers import install, wants_kernels
+from grpo.policy.fused_layers import install_fused_layers, wants_kernels
 from grpo.policy.graph import build_graph, peft_config
 from grpo.policy.hf_forward import patch_hf_forward
 from grpo.policy.lora_linear import ADAPTER, LoraLinear
-from grpo.policy.packing import predictors
+from grpo.policy.packing import predicting_states
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Policy:
             self.model: PeftModel = get_peft_model(build_graph(base), self.peft_config)
         self.model.peft_config[ADAPTER].base_model_name_or_path = base_name  # peft put the configuration's folder there
         if wants_kernels(kernels, base.device):
-            install(self.decoder, base)
+            install_fused_layers(self.decoder, base)
         patch_hf_forward(self.decoder)
         self.model.eval()
         self._reference: list[Tensor] | None = None
@@ -134,7 +134,7 @@ class Policy:
         share one computation of it. The last completion token predicts nothing and is not fed.
         """
         # [T, hidden] and int64 [T]
-        hidden, targets = predictors(self.decoder.model, prompts, completions, self.base.device, sampled)
+        hidden, targets = predicting_states(self.decoder.model, prompts, completions, self.base.device, sampled)
         logprobs, entropy = selected_logprobs(
             hidden,
             self.head_weight(),

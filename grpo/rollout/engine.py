@@ -273,19 +273,19 @@ class Engine:
 
     def _switch_adapter(self, enabled: bool) -> None:
         if self.adapter.set_enabled(enabled):
-            self.forget_prefixes()
+            self.reset_prefix_cache()
 
     @torch.no_grad()
     def sync_adapter(self) -> float:
         """Copy the trained adapter into the buffers and forget cached prefixes; returns seconds."""
         start = time.perf_counter()
         self.adapter.refresh()
-        self.forget_prefixes()
+        self.reset_prefix_cache()
         if self.base.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - start
 
-    def forget_prefixes(self) -> None:
+    def reset_prefix_cache(self) -> None:
         """Cached keys and values belong to the adapter that computed them."""
         if self.llm is not None and not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM kept its prefix cache because requests are in flight; completions would be stale")
@@ -301,7 +301,7 @@ class Engine:
         core = self.llm.llm_engine.engine_core.engine_core
         while core.batch_queue:  # asynchronous scheduling may have launched one step too many
             core.step_fn()
-        self.forget_prefixes()
+        self.reset_prefix_cache()
         torch.cuda.synchronize()
         for allocation in kv_cache_allocations():
             cumem.unmap_and_release(allocation.handle)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from grpo.config.schema import Config
-from grpo.distributed.ranks import Ranks, runs
+from grpo.distributed.ranks import Ranks, split_evenly
 from grpo.policy.policy import Policy, TokenLogprobs
 from grpo.policy.rng import RandomState, current_states
 from grpo.rollout.sampler import Group
@@ -145,13 +145,13 @@ class Learner:
         random = RandomState(self.policy.base.device)
         self.policy.model.train()
         try:
-            self.budget.fit_checkpointing(self.try_largest, self.clear_gradients)
+            self.budget.fit_checkpointing(self.run_largest_batch, self.clear_gradients)
         finally:
             self.policy.model.eval()
             self.clear_gradients()
             random.restore()
 
-    def try_largest(self) -> None:
+    def run_largest_batch(self) -> None:
         """Gradients of the largest micro-batch, with the optimiser's moments in memory."""
         batch = largest_batch(self.config, self.budget.tokens)
         moments = [] if self.optimizer.state else moments_like(self.parameters, self.config.train)
@@ -273,7 +273,7 @@ class Learner:
 
 def split(prompts: list[TrainingGroup], parts: int) -> list[list[TrainingGroup]]:
     """`prompts` in `parts` runs whose lengths differ by at most one; none is empty unless there are too few."""
-    return [prompts[first:last] for first, last in runs(len(prompts), parts) if last > first]
+    return [prompts[first:last] for first, last in split_evenly(len(prompts), parts) if last > first]
 
 
 UNMEASURED = {"loss": 0.0, "kl": None, "entropy": None, "mismatch_kl": None}

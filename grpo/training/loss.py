@@ -401,7 +401,7 @@ def resolve_loss(settings: Loss) -> LossFunction:
     if not callable(function):
         raise UserError(f"{name} is {_kind(function)}; name a function")
 
-    def own_loss(inputs: LossInputs, totals: BatchTotals, settings: Loss) -> tuple[Tensor, Metrics]:
+    def user_loss(inputs: LossInputs, totals: BatchTotals, settings: Loss) -> tuple[Tensor, Metrics]:
         inputs = without_truncated(inputs, settings)
         result = function(inputs, totals, settings)
         loss, own = result if isinstance(result, tuple) and len(result) == 2 else (result, {})
@@ -413,7 +413,7 @@ def resolve_loss(settings: Loss) -> LossFunction:
         metrics = {key: _as_metric(value, tokens, f"{name}: metric {key!r}") for key, value in own.items()}
         return loss.reshape(()), {"loss": Total(loss.detach().double().sum()), **diagnostics(inputs), **metrics}
 
-    return own_loss
+    return user_loss
 
 
 def _as_metric(value: Any, tokens: Tensor, name: str) -> Metric:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from grpo.policy.packing import predictors
+from grpo.policy.packing import predicting_states
 from grpo.policy.policy import Policy
 from grpo.session import Session
 
@@ -103,7 +103,7 @@ def differences_before(
             hooks.append(policy.decoder.get_submodule(part).register_forward_hook(hook))
     try:
         with torch.no_grad():
-            predictors(policy.decoder.model, [list(prompt)], [[0]], policy.base.device)
+            predicting_states(policy.decoder.model, [list(prompt)], [[0]], policy.base.device)
     finally:
         for handle in hooks:
             handle.remove()

@@ -22,7 +22,7 @@ from grpo.memory.plan import sequence_limits
 from grpo.model.vocabulary import check_tokens
 from grpo.monitor.log import NullLog, TrainingLog
 from grpo.monitor.run_log import RunLog
-from grpo.policy.keep_16bit import remember_base
+from grpo.policy.keep_16bit import record_base
 from grpo.rewards.runtime.pool import RewardPool
 from grpo.run.checkpoint import open_run, run_is_begun
 from grpo.run.machine import resolve_device
@@ -91,9 +91,9 @@ def train(parts: Parts, *, resume: bool) -> dict[str, Any]:
     session, ranks, log = parts.session, parts.ranks, parts.log
     if parts.data.dropped:
         log.notice(f"{parts.data.dropped} prompts longer than rollout.max_prompt_length were dropped")
-    ranks.copy_first(session.policy.parameters())
+    ranks.broadcast_parameters(session.policy.parameters())
     if ranks.first:
-        remember_base(session.base, parts.folder)
+        record_base(session.base, parts.folder)
     log.status("checking that vLLM computes what is trained")
     if (unlisted := check_start(session)) is not None:
         log.notice(unlisted)

@@ -311,7 +311,7 @@ class Trainer:
 
     def load(self, where: str, state: Any) -> None:
         """Go on from `state`, and the adapter of the first rank. Raises UserError for one of another program or run."""
-        self.ranks.copy_first(self.learner.parameters)
+        self.ranks.broadcast_parameters(self.learner.parameters)
         try:
             self.learner.load_state_dict(state["learner"])
             self.stream.load_state_dict(state["stream"])

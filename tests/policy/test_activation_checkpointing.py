@@ -14,7 +14,7 @@ from grpo.kernels.lora_mlp import lora_mlp
 from grpo.model.base_weights import BaseWeights
 from grpo.model.source import open_source
 from grpo.policy.activation_checkpointing import recomputed
-from grpo.policy.fused_layers import install
+from grpo.policy.fused_layers import install_fused_layers
 from grpo.policy.policy import Policy
 from tests.helpers.tiny import FAMILIES, VOCABULARY, save_tiny
 
@@ -76,7 +76,7 @@ def test_every_mode_gives_the_same_bits(family: str, tmp_path: Path) -> None:
 def test_every_mode_gives_the_same_bits_with_the_kernels_layers(family: str, tmp_path: Path) -> None:
     base = base_of(tmp_path, family)
     policy = policy_of(base)
-    assert install(policy.decoder, base) == 3
+    assert install_fused_layers(policy.decoder, base) == 3
     expected = learn(policy, "none", times=2)
     for mode in ("mlp", "layer", "offload"):
         assert_same_bits(learn(policy, mode, times=2), expected)
@@ -86,7 +86,7 @@ def test_a_layer_that_runs_again_makes_no_output_that_no_backward_reads(
     base: BaseWeights, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     policy = policy_of(base)
-    install(policy.decoder, base)
+    install_fused_layers(policy.decoder, base)
     made: list[bool] = []
 
     def recording(*arguments: Any, **named: Any) -> Tensor:
