@@ -189,7 +189,7 @@ def test_calls_of_the_python_api_exist(path: Path):
                     known = {**known, **inspect.signature(export).parameters}
                 settings = {word.arg: ast.literal_eval(word.value) for word in call.keywords if word.arg not in known}
                 assert not settings or "settings" in known, f"{path.name}: {name}({', '.join(settings)})"
-                tables_of(settings, name, SECTIONS_AS_KEYWORDS)
+                tables_of(settings, name, (*SECTIONS_AS_KEYWORDS, "eval", "environment"))
 
 
 # Commands

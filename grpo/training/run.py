@@ -18,6 +18,7 @@ from grpo.config.schema import Config, config_toml
 from grpo.data import Data, load_data
 from grpo.distributed.launch import Launch
 from grpo.distributed.ranks import connect
+from grpo.environments.pool import EnvironmentPool
 from grpo.memory.plan import sequence_limits
 from grpo.model.vocabulary import check_tokens
 from grpo.monitor.log import NullLog, TrainingLog
@@ -76,13 +77,20 @@ def launch(
 
 
 def train_session(
-    session: Session, data: Data, folder: Path, log: TrainingLog, *, resume: bool = False
+    session: Session,
+    data: Data,
+    folder: Path,
+    log: TrainingLog,
+    *,
+    environment: EnvironmentPool | None = None,
+    resume: bool = False,
 ) -> dict[str, Any]:
     """Train an open `session` on `data` as its configuration says, in the run folder `folder`; returns the summary.
 
+    `environment` is the configuration's, open, if it has one.
     Raises Interrupted after SIGINT or SIGTERM, once the last whole step is in a checkpoint.
     """
-    with start_rewards(data, log) as rewards, start_environment(session.config) as environment:
+    with start_rewards(data, log) as rewards:
         return train(Parts(folder, log, session, data, rewards, environment), resume=resume)
 
 
