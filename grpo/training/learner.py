@@ -231,7 +231,7 @@ class Learner:
         )
 
     def clip_gradients(self) -> float:
-        """The gradient norm before clipping; 0 without any gradient."""
+        """The norm of all gradients together before clipping; 0 without any gradient."""
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         if not gradients:
             return 0.0

@@ -232,11 +232,13 @@ def _clipped(terms: Terms, settings: Loss) -> Tensor:
 
 
 def _mean_of_means(terms: Terms, loss: Tensor, totals: BatchTotals) -> Tensor:
+    """The mean over sequences of each one's mean of `loss` [T], corrected: a scalar."""
     means = terms.corrected(loss) / per_token(terms.lengths, terms.sequence)
     return means.sum() / max(totals.num_sequences, 1)
 
 
 def _token_mean(terms: Terms, loss: Tensor, totals: BatchTotals) -> Tensor:
+    """The mean over tokens of `loss` [T], corrected: a scalar."""
     return terms.corrected(loss).sum() / max(totals.num_tokens, 1)
 
 
@@ -251,7 +253,7 @@ def clip_bounds(settings: Loss) -> tuple[float, float]:
 
 
 def compute_loss(inputs: LossInputs, totals: BatchTotals, settings: Loss) -> tuple[Tensor, Metrics]:
-    """A micro-batch's share of the loss of its optimiser step, and metrics for `merge_metrics`.
+    """A micro-batch's share of the loss of its optimiser step, a scalar, and metrics for `merge_metrics`.
 
     The sum of the losses over the micro-batches is the step's loss; each can be backpropagated, and is 0 for a
     micro-batch without tokens. Raises ValueError where `inputs` lack what `settings` need.
@@ -319,8 +321,8 @@ def _terms(inputs: LossInputs, totals: BatchTotals, settings: Loss) -> tuple[Ter
 
 
 def _neutral(inputs: LossInputs) -> tuple[Tensor, Tensor, Tensor]:
-    """log pi, log pi_old and log pi_old - log pi_rollout, all 0 where masked, so that nothing there can become inf
-    or NaN; the last is 0, a ratio of 1, also where the rollout reported no log-probability."""
+    """log pi, log pi_old and log pi_old - log pi_rollout, each [T] and 0 where masked, so that nothing there can become
+    inf or NaN; the last is 0, a ratio of 1, also where the rollout reported no log-probability."""
     zero = inputs.logprobs.new_zeros(())
     logprobs = torch.where(inputs.mask, inputs.logprobs, zero)
     old = logprobs if inputs.old_logprobs is None else torch.where(inputs.mask, inputs.old_logprobs, zero)
@@ -337,7 +339,7 @@ def _is_uncertain(inputs: LossInputs, totals: BatchTotals) -> Tensor:
 
 
 def _entropy_mean(inputs: LossInputs, totals: BatchTotals) -> Tensor:
-    """This micro-batch's share of the mean entropy of the tokens that are trained on."""
+    """This micro-batch's share of the mean entropy of the tokens that are trained on: a scalar."""
     entropy = _needed(inputs.entropy, "entropy", "entropy_coef")
     counted, count = inputs.mask, totals.num_tokens
     if totals.entropy_threshold is not None:
@@ -347,7 +349,10 @@ def _entropy_mean(inputs: LossInputs, totals: BatchTotals) -> Tensor:
 
 
 def _ratio_metrics(ratio: Tensor, advantage: Tensor, share: Tensor, settings: Loss) -> Metrics:
-    """How far the policy has moved from the one that sampled, and how much of that the objective clips."""
+    """How far the policy has moved from the one that sampled, and how much of that the objective clips.
+
+    ratio, advantage, share: [T]; `share` is how much a token counts.
+    """
     low, high = clip_bounds(settings)
     is_low = (ratio < low) & (advantage < 0)
     is_high = (ratio > high) & (advantage > 0)
