@@ -89,7 +89,7 @@ class Front:
     def __init__(self, sample: Sampling):
         self.sample, self.lock = sample, threading.Lock()
         self.over: EpisodeOver | None = None
-        self.told: set[str] = set()
+        self.warned_of: set[str] = set()
 
     def answer(self, asked: Asked) -> Turn:
         self.warn_of_settings(asked)
@@ -107,6 +107,6 @@ class Front:
     def warn_of_settings(self, asked: Asked) -> None:
         """Say once of each setting of a request that [rollout] decides instead."""
         for name in ("temperature", "top_p", "seed"):
-            if getattr(asked, name) is not None and name not in self.told:
-                self.told.add(name)
+            if getattr(asked, name) is not None and name not in self.warned_of:
+                self.warned_of.add(name)
                 print(f"a request's {name} is not used: turns are sampled as [rollout] says", file=sys.stderr)
