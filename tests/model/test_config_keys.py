@@ -244,3 +244,13 @@ def test_a_session_whose_sequences_get_longer_rotates_for_their_length_and_start
         del session._stop_engine
     with pytest.raises(RuntimeError, match="session is closed"):
         session.policy.eval()
+
+
+def test_dropout_of_any_name_is_not_applied() -> None:
+    config = AutoConfig.for_model("seed_oss", **COMMON, residual_dropout=0.1, attention_dropout=0.2)
+    notices = normalize_config(config)
+    assert config.residual_dropout == config.attention_dropout == 0
+    assert [notice.split(" is not applied")[0] for notice in notices] == [
+        "the model's attention_dropout = 0.2",
+        "the model's residual_dropout = 0.1",
+    ]
