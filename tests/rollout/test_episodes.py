@@ -98,7 +98,7 @@ def test_lost_episodes_are_left_out_and_named(home: Path, capsys: pytest.Capture
     assert "episodes are left out: it ended its process with exit code 3" in capsys.readouterr().out
     lost = [entry["environment/lost"] for entry in read_metrics(home / "moody")]
     assert all(0 < share < 1 for share in lost)
-    assert all(entry["grad_norm"] > 0 for entry in read_metrics(home / "moody"))
+    assert read_metrics(home / "moody")[-1]["grad_norm"] > 0
 
 
 @pytest.mark.parametrize(
