@@ -88,7 +88,7 @@ class Lora(Section):
     lora_alpha: PositiveFloat = 32
     """Scale: the update is multiplied by `lora_alpha / r` (by `lora_alpha / sqrt(r)` with `use_rslora`)."""
     target_modules: list[str] = Field(default=SEVEN_PROJECTIONS, min_length=1)
-    """Linear layers that get an adapter."""
+    """Linear layers that get an adapter. The default stands for all of them, whatever a family has."""
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout on the adapter's input while training; always off in rollouts."""
     use_rslora: bool = False
