@@ -17,6 +17,7 @@ from grpo.rollout.sampler import Group, Rollout, Sample
 from grpo.run.samples import Sample as LoggedSample
 from grpo.run.samples import SampleGroup
 from grpo.training.advantages import Advantages, compute_advantages, reward_metrics
+from grpo.training.turn_advantages import with_turns
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class ScoredGroups:
     @classmethod
     def of(cls, groups: Sequence[Group], rewards: Tensor, weights: Tensor, settings: Loss) -> ScoredGroups:
         """`groups` with their `rewards` [P, G, F]; `weights` [F]."""
-        return cls(list(groups), rewards, compute_advantages(rewards, weights, settings))
+        return cls(list(groups), rewards, with_turns(compute_advantages(rewards, weights, settings), groups, settings))
 
     @property
     def unequal(self) -> list[int]:
