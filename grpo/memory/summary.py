@@ -7,6 +7,7 @@ from pathlib import Path
 
 from grpo.config.schema import Config
 from grpo.memory.plan import MemoryPlan, Shape, hosted, plan_memory, sequence_limits
+from grpo.model.adapter_layers import adapted_layers
 from grpo.model.architectures import ARCHITECTURES, EMBEDDING, HEAD
 from grpo.model.gguf_header import read_header
 from grpo.model.locate import local_path
@@ -77,7 +78,7 @@ def memory_plan(config: Config) -> list[str]:
         f"Memory on the {'GPU' if on_gpu else 'CPU'}, planned, in GB of 10^9 bytes:",
         f"  {gb(plan.weights)}  weights, {form}, one copy for sampling and training",
         f"  {kv_line(config, plan, on_gpu)}",
-        f"  {gb(plan.adapter)}  adapter of rank {config.lora.r}: values, gradients, moments, the copy that vLLM reads",
+        f"  {gb(plan.adapter)}  adapter of {ranks(config, shape)}: values, gradients, moments, vLLM's copy",
         f"  {gb(plan.sampling)}  at most, while sampling",
         f"  {gb(plan.training)}  at most, while training on {tokens:,} tokens ({training_line(plan)})",
     ]
@@ -89,6 +90,12 @@ def memory_plan(config: Config) -> list[str]:
         tied = ", which is the output head too" if shape.tie_word_embeddings else ""
         lines.append(f"  {gb(plan.host)}  of host memory, pinned, for {kept}{tied}")
     return lines
+
+
+def ranks(config: Config, shape: Shape) -> str:
+    """The ranks of the adapter's layers, in words."""
+    found = sorted({adapter.rank for adapter in adapted_layers(shape, config.lora).values()})
+    return f"rank {found[0]}" if len(found) == 1 else f"ranks {found[0]} to {found[-1]}"
 
 
 def kv_line(config: Config, plan: MemoryPlan, on_gpu: bool) -> str:

@@ -33,6 +33,9 @@ FUSED_PARTS = {
 }
 """vLLM's linear layers of a decoder block, each with the transformers modules whose rows it stacks, in order."""
 
+ALL_LINEAR = "all-linear"
+"""peft's word, in any case, for every linear layer but the output head."""
+
 ALREADY_FUSED = {"phi3"}
 """Families whose transformers modules are fused as vLLM's are."""
 
@@ -63,13 +66,18 @@ def fused_linears(config: Any) -> dict[str, list[str]]:
     return linears
 
 
-def adapter_targets(config: Any, target_modules: list[str]) -> list[str]:
+def adapter_targets(config: Any, target_modules: list[str] | str) -> list[str] | str:
     """`target_modules` in the family's own names: where q, k, v (gate, up) are one module, naming any names it.
 
-    Raises UserError for one that names no linear layer of the model.
+    "all-linear" is a name for all; any other text is a pattern and stays as it is. Raises UserError for a name of a
+    list that names no linear layer of the model.
     """
-    own = [_own_name(config, name) for name in target_modules]
     parts = [part for group in fused_linears(config).values() for part in group]
+    if isinstance(target_modules, str):
+        if target_modules.lower() != ALL_LINEAR:
+            return target_modules
+        return list(dict.fromkeys(part.rpartition(".")[2] for part in parts))
+    own = [_own_name(config, name) for name in target_modules]
     for name, meant in zip(own, target_modules, strict=True):
         if not any(part == name or part.endswith(f".{name}") for part in parts):
             leaves = dict.fromkeys(part.rpartition(".")[2] for part in parts)

@@ -76,7 +76,7 @@ def nudge_that_stands_out(policy: Policy, prompt: list[int], sampled: Sampled, l
             if distance(scored(policy, prompt, sampled), start) >= least:
                 return nudge
     raise UserError(
-        f"self-test: moving the adapter on {', '.join(policy.lora.target_modules)} changes no logprob by {least:.3g}, "
+        f"self-test: moving the adapter on {policy.adapted()} changes no logprob by {least:.3g}, "
         "so it cannot be trained; name other lora.target_modules"
     )
 
