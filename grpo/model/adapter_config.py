@@ -108,7 +108,7 @@ def check_entry(key: str, value: Any, file: Path) -> None:
         raise UserError(f"{file}: {key} = {shown(value)}: it was trained on a base other than that on disk; {CONVERT}")
     if key == "task_type" and value not in (None, "CAUSAL_LM"):
         raise UserError(
-            f"{file}: {key} = {shown(value)}: must be CAUSAL_LM, its model has another head; train a new one"
+            f"{file}: {key} = {shown(value)}: its model has another head than CAUSAL_LM; train an adapter for that"
         )
     if key in ("base_model_name_or_path", "revision") and not isinstance(value, str | None):
         raise UserError(f"{file}: {key} = {shown(value)}: must be text; correct it")

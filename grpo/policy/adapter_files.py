@@ -14,7 +14,14 @@ from torch import Tensor
 
 from grpo.config.schema import Lora
 from grpo.errors import UserError
-from grpo.model.adapter_config import ADAPTER_WEIGHTS, AdapterConfig, check_same_shape, read_adapter_config
+from grpo.model.adapter_config import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    MERGE,
+    AdapterConfig,
+    check_same_shape,
+    read_adapter_config,
+)
 from grpo.model.adapter_layers import LayerAdapter, adapted_layers
 from grpo.model.architectures import adapter_targets
 from grpo.model.checks import one_line
@@ -23,7 +30,7 @@ from grpo.model.sizes import linear_shapes
 from grpo.model.weight_files import stored_names
 
 PEFT_PREFIX = "base_model.model."
-OTHER_BASE = "was the adapter trained on another base?"
+OTHER_BASE = "name the base that the adapter was trained on (model.name, or --base)"
 
 
 class AdapterFile:
@@ -48,7 +55,7 @@ class AdapterFile:
 
         config: transformers', of the base. Raises UserError naming the tensor.
         """
-        layers, shapes = adapted_layers(config, self.saved.lora), linear_shapes(config)
+        layers, shapes = self._layers(config), linear_shapes(config)
         expected: dict[str, tuple[int, ...]] = {}
         for name, adapter in layers.items():
             a, b = factor_names(name)
@@ -56,12 +63,19 @@ class AdapterFile:
             expected |= {a: (adapter.rank, columns), b: (rows, adapter.rank)}
         for key, shape in expected.items():
             self._check_tensor(key, shape)
-        if surplus := sorted(self.names - expected.keys()):
+        for key in sorted(self.names - expected.keys()):
+            remedy = OTHER_BASE if key.endswith((".lora_A.weight", ".lora_B.weight")) else MERGE
             raise UserError(
-                f"{self.file}: the adapter has weights that this model lacks or adapter_config.json does not name, "
-                f"such as {surplus[0]}; {OTHER_BASE}"
+                f"{self.file}: holds {key}, which is no A or B of a layer that {ADAPTER_CONFIG} selects on this base; "
+                f"{remedy}"
             )
         return layers
+
+    def _layers(self, config: Any) -> dict[str, LayerAdapter]:
+        try:
+            return adapted_layers(config, self.saved.lora)
+        except UserError as error:  # speaks of `[lora]`, and how to correct that
+            raise UserError(f"{self.saved.file}: {str(error).partition(';')[0]}; {OTHER_BASE}") from None
 
     def _check_tensor(self, key: str, shape: tuple[int, ...]) -> None:
         if key not in self.names:
