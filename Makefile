@@ -1,12 +1,13 @@
 # make demo: train a small model on this machine.  make lint: ruff and mypy.  make test: the test suite.
 # make test-quick: what needs no vLLM, in minutes.  make test-wide: sweeps over models, templates and packages.
-# make test-long: what takes an hour.  make test-newest: the suite on newer packages than have been tested.
+# make site: the documentation as a site.  make test-long: what takes an hour.
+# make test-newest: the suite on newer packages than have been tested.
 # Each does its own set-up in .venv the first time, and again when the requirements change.
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test test-quick test-wide test-long test-newest lint types docs clean browser
+.PHONY: demo test test-quick test-wide test-long test-newest lint types docs site clean browser
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
@@ -32,7 +33,7 @@ test-quick: $(INSTALLED)
 
 # The same checks on more models, chat templates and packages than a change needs to be tried on every time. With
 # `make test` and `make lint` it has to end within the hour that .ci/run has.
-test-wide: $(INSTALLED)
+test-wide: $(INSTALLED) site
 	$(PYTEST) -m wide $(PYTEST_ARGS)
 
 # What takes an hour: 50 kills, misbehaving rewards for 200 steps, fuzzing, a soak. Their results are in
@@ -74,6 +75,13 @@ types:
 
 docs: $(INSTALLED)
 	$(BIN)/python docs/make_config.py
+	$(BIN)/python docs/make_names.py
+	$(BIN)/python docs/make_benchmarks.py
+
+# The documentation as a site, in build/site; a link that leads nowhere ends it.
+site: $(INSTALLED)
+	@$(BIN)/pip install -qq --no-deps -r requirements/site.txt
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
 clean:
 	rm -rf $(NEWEST) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -21,7 +21,7 @@ import torch
 
 from benchmarks.common.nf4_weights import copies_for, microseconds, random_weight
 from grpo.kernels.dense_gemm import MOST_ROWS, dense_gemm, split_of
-from grpo.kernels.launch import sum_in_float32
+from grpo.kernels.launch import disable_reduced_precision
 from grpo.kernels.lora_factors import LowRank
 from grpo.kernels.lora_sum import round_sum
 
@@ -43,13 +43,13 @@ def measure(features: int, columns: int, ranks: int, rows: int) -> dict[str, flo
     out = x.new_empty(rows, features)
     calls = (
         lambda w: torch.mm(x, w.t(), out=out),
-        lambda w: torch.mm(x, w.t(), out=out).addmm_(low_rank.shrunk, b.t()),
+        lambda w: torch.mm(x, w.t(), out=out).addmm_(low_rank.x_lora_a, b.t()),
         lambda w: round_sum(torch.mm(x, w.t(), out_dtype=torch.float32), None, low_rank, out),
         lambda w: dense_gemm(x, w, None, low_rank, out),
     )
     times = {name: round(microseconds(weights, call, 4.0), 2) for name, call in zip(WAYS, calls, strict=True)}
     dense_gemm(x, weights[0], None, low_rank, out)
-    exact = x.double() @ weights[0].double().t() + low_rank.shrunk.double() @ b.double().t()
+    exact = x.double() @ weights[0].double().t() + low_rank.x_lora_a.double() @ b.double().t()
     error = (out.double() - exact).abs() / exact.abs().clamp(min=exact.abs().mean())
     return times | {"largest error": round(error.max().item(), 5), "split": split_of(features, columns)}
 
@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--rows", default=",".join(map(str, ROWS)), help=f"at most {MOST_ROWS}")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    sum_in_float32()
+    disable_reduced_precision()
     found: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "models": {}}
     for model, shapes in SHAPES.items():
         for rows in map(int, options.rows.split(",")):

@@ -6,7 +6,7 @@
     python -m benchmarks.learning_vs_trl trl --config C.toml --model MODEL --seed 0 --runs /tmp/runs
     python -m benchmarks.learning_vs_trl plot --runs /tmp/runs --out results/NAME
 
-`all` starts each run in a process of its own: three seeds of ours, one of TRL's unless told otherwise. What is measured
+`all` starts each run in a process of its own: three seeds of ours, one of TRL's by default. What is measured
 is kept step by step: a run that the budget ends counts with the steps that it made. Times of runs that share a GPU are
 longer than those of a run that has it alone, for both sides. Held-out questions are not asked. MODEL is a
 folder of 16-bit safetensors, which both sides train unquantised, since TRL cannot serve a 4-bit base while training it

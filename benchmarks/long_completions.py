@@ -76,7 +76,7 @@ def measurer(options: argparse.Namespace) -> Callable[[Row], Row]:
 
 
 def measure(kv_cache_dtype: str, released: bool, base: BaseWeights, options: argparse.Namespace, started: float) -> Row:
-    """A rollout, a training step on it and the beginning of another rollout; told as far as they have come."""
+    """A rollout, a training step on it and the beginning of another rollout; reported as far as they have come."""
     from benchmarks.common import training_step as steps
 
     device = base.device

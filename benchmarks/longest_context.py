@@ -101,24 +101,24 @@ def limit(cap: float, device: torch.device) -> None:
         torch.cuda.set_per_process_memory_fraction(share, torch.cuda.current_device())
 
 
-def step(learner: Learner, length: int, form: str) -> Row:
+def step(learner: Learner, length: int, mode: str) -> Row:
     """One step on a sequence of `length` tokens, whether it has the memory or not."""
     from benchmarks.common import training_step as steps
 
     sequence = steps.sequence_of(learner.policy.base, PROMPT, length)
-    planned = {"tokens": length, "predicted": steps.predicted_peak(learner, [sequence], form)}
+    planned = {"tokens": length, "predicted": steps.predicted_peak(learner, [sequence], mode)}
     rows.tell(planned)
     return planned | steps.measured_step(learner, [sequence])
 
 
-def planned_length(learner: Learner, cap: float, form: str) -> int:
+def planned_length(learner: Learner, cap: float, mode: str) -> int:
     """The longest sequence whose predicted peak is within the cap, to 64 tokens."""
     from benchmarks.common import training_step as steps
 
     low, high = 0, LONGEST
     while high - low > 64:
         middle = (low + high) // 2
-        fits = steps.predicted_bytes(learner, middle, middle, middle, form) <= cap * 1e9
+        fits = steps.predicted_bytes(learner, middle, middle, middle, mode) <= cap * 1e9
         low, high = (middle, high) if fits else (low, middle)
     return low
 

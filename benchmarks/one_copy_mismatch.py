@@ -30,7 +30,7 @@ from benchmarks.common import shared_model
 from grpo.config.schema import Config, Model, parse_config
 from grpo.data import load_data, tokenize
 from grpo.kernels import nf4
-from grpo.model.architectures import fused_linears
+from grpo.model.layout import fused_linears
 from grpo.model.source import open_source
 from grpo.model.weight_source import NF4Tensor
 from grpo.monitor.run_log import RunLog

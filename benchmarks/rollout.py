@@ -174,7 +174,8 @@ def prepare_folder(options: argparse.Namespace) -> Path:
     import torch
     from safetensors.torch import save_file
 
-    from benchmarks.common.random_model import checkpoint_folder, linear_shapes, shape_config
+    from benchmarks.common.random_model import checkpoint_folder, shape_config
+    from grpo.model.sizes import linear_shapes
 
     config = shape_config(options.shape)
     if options.system == "bnb-lora":

@@ -87,7 +87,7 @@ def start_engine(
 
 
 def rollout(engine: Engine, options: argparse.Namespace, count: int, at_step: Callable[[int], None], seed: int) -> None:
-    """One rollout; `at_step` is told the number of each engine step before it runs."""
+    """One rollout; `at_step` is called with the number of each engine step before it runs."""
     core, steps = engine.llm.llm_engine, 0
     original = core.step
 

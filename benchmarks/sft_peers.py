@@ -9,7 +9,7 @@ as TRL does by default; one row without tells what that costs it.
     python -m benchmarks.sft_peers --budget 240 --out benchmarks/results/sft_peers.json
     python -m benchmarks.sft_peers --tiny                  # small, on a CPU: tries the script, its figures mean nothing
 
-Memory is told twice: the peak that torch's allocator handed out in a step, and what NVML counts as used on the device
+Memory is given twice: the peak that torch's allocator handed out in a step, and what NVML counts as used on the device
 after the last one, torch's cache and the CUDA context included; nothing else should run there. A row that fails is
 recorded with its error. OUT is written after every row.
 """
@@ -116,7 +116,7 @@ def measure_system(
 ) -> None:
     """Append to `found` what `process` measures; rows without a result get an error."""
     left = list(rows)
-    told = ""
+    message = ""
     process.ask(rows)
     try:
         while left and (figures := process.next(ends)) is not None:
@@ -128,10 +128,10 @@ def measure_system(
             show(figures)
             record(found, options)
     except TimeoutError:
-        told = "no time left"
+        message = "no time left"
     process.end()
     for trainer, system, form, size in left:
-        error = told or f"the process ended with code {process.child.returncode}"
+        error = message or f"the process ended with code {process.child.returncode}"
         found.append({"trainer": trainer, "system": system, "form": form, "size": size, "error": error})
         show(found[-1])
     record(found, options)

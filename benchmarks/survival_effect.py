@@ -53,7 +53,7 @@ def sums(tokenizer: Any, groups: int) -> tuple[list[list[int]], list[list[int]],
 
 
 def added_twice(x: Tensor, weight: Tensor, bias: Tensor | None, low_rank: LowRank, out: Tensor | None = None) -> Tensor:
-    return lora_sum.dense_linear(x, weight, bias, None, out).addmm_(low_rank.shrunk, low_rank.b.t())
+    return lora_sum.dense_linear(x, weight, bias, None, out).addmm_(low_rank.x_lora_a, low_rank.b.t())
 
 
 @contextmanager

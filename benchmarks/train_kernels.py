@@ -32,7 +32,8 @@ from grpo.kernels.lora_linear import LinearGroup, lora_linear
 from grpo.kernels.lora_mlp import GatedMlp, lora_mlp
 from grpo.kernels.rms_norm import Norm, rms_norm
 from grpo.kernels.rope import rope
-from grpo.model.architectures import expected_shapes, fused_linears
+from grpo.model.layout import fused_linears
+from grpo.model.sizes import linear_shapes
 
 Pair = dict[str, Callable[..., Any]]
 
@@ -53,7 +54,8 @@ class Bench:
                        list(fused_linears(self.config).items())[:4]}  # fmt: skip
 
     def group(self, name: str, parts: list[str]) -> tuple[LinearGroup, list[Adapter], list[Tensor]]:
-        shapes = list(expected_shapes(self.config, name, parts).values())
+        sizes = linear_shapes(self.config)
+        shapes = [sizes[part] for part in parts]
         rows, columns = sum(shape[0] for shape in shapes), shapes[0][1]
         stored = nf4.allocate(rows, columns, torch.bfloat16, self.device)
         nf4.quantize_rows(*stored, 0, torch.randn(rows, columns, dtype=torch.bfloat16, device=self.device) * 0.02)

@@ -31,10 +31,12 @@ _homes = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _homes:
-        raise AttributeError(f"module 'grpo' has no attribute {name!r}")
     import importlib
 
+    if name not in _homes:
+        if not name.startswith("_"):
+            importlib.import_module("grpo.config.familiar_names").refuse_class(name)
+        raise AttributeError(f"module 'grpo' has no attribute {name!r}")
     return getattr(importlib.import_module(_homes[name]), name)
 
 

@@ -1,8 +1,8 @@
 """From `[task]` sections to tokenised prompts, and the stream that training takes them from.
 
 Nothing here generates or scores. The order of the stream is a function of the seed and of how many prompts were
-taken, so that its state is a few integers and resuming is exact. Measuring how often a question is solved, for
-`pass_rate`, is `grpo/evaluate.py`'s; choosing by that rate is here.
+taken, so that its state is a few integers and resuming is exact. For measuring how often a question is
+solved, for `pass_rate`, see `grpo/training/evaluation.py`; choosing by that rate is here.
 """
 
 from __future__ import annotations
@@ -140,9 +140,9 @@ def make_prompts(
         if not task_rows and split == "training":
             raise UserError(f"task {task!r} has no training rows; check its options")
         where = [f"task {task!r}, {split} row {number}" for number in range(1, len(task_rows) + 1)]
-        texts = [checked_row(row, place) for row, place in zip(task_rows, where, strict=True)]
+        texts = [checked_row(row, one) for row, one in zip(task_rows, where, strict=True)]
         if (system := settings[task].system_prompt) is not None:
-            texts = [with_system_prompt(text, system, place) for text, place in zip(texts, where, strict=True)]
+            texts = [with_system_prompt(text, system, one) for text, one in zip(texts, where, strict=True)]
         ids = tokenize(texts, tokenizer, config.rollout.chat_template_kwargs, f"task {task!r}")
         lengths = [len(one) for one in ids]
         if lengths and min(lengths) > limit:
@@ -150,14 +150,14 @@ def make_prompts(
                 f"task {task!r}: all {len(lengths)} {split} prompts are longer than rollout.max_prompt_length = "
                 f"{limit}; the shortest has {min(lengths)} tokens, so raise it"
             )
-        for row, place, text, token_ids in zip(task_rows, where, texts, ids, strict=True):
+        for row, row_where, text, token_ids in zip(task_rows, where, texts, ids, strict=True):
             if len(token_ids) <= limit:
                 rest = {name: row.get(name) for name in columns if name != "prompt"}
                 prompts.append(Prompt(index, task, text, rest, token_ids))
             elif settings[task].overlong == "error":
                 raise UserError(
-                    f"{place}: {len(token_ids)} tokens exceed rollout.max_prompt_length = {limit}; raise it, or set "
-                    'overlong = "drop"'
+                    f"{row_where}: {len(token_ids)} tokens exceed rollout.max_prompt_length = {limit}; raise it, or "
+                    'set overlong = "drop"'
                 )
             else:
                 dropped += 1
@@ -261,9 +261,9 @@ class PromptStream:
     def _next(self) -> Prompt:
         # Stride scheduling: the task whose share is least used up, in exact proportion over any stretch.
         task = min(self.taken, key=lambda name: (self.taken[name] + 1) / self.settings[name].weight)
-        epoch, place = divmod(self.taken[task], len(self.rows[task]))
+        epoch, index = divmod(self.taken[task], len(self.rows[task]))
         self.taken[task] += 1
-        return self.rows[task][self._order(task, epoch)[place]]
+        return self.rows[task][self._order(task, epoch)[index]]
 
     def _order(self, task: str, epoch: int) -> list[int]:
         """Row numbers of `task` in the order of `epoch`."""
@@ -303,8 +303,8 @@ class PromptStream:
 def keep_by_pass_rate(prompts: Sequence[Prompt], rates: Sequence[float], window: tuple[float, float]) -> list[Prompt]:
     """The prompts whose pass rate lies within `window`, both ends included. Raises UserError when none does."""
     low, high = window
-    kept = [prompt for prompt, rate in zip(prompts, rates, strict=True) if low <= rate <= high]
-    if not kept:
+    selected = [prompt for prompt, rate in zip(prompts, rates, strict=True) if low <= rate <= high]
+    if not selected:
         shown = (
             f"from {min(rates):.2f} to {max(rates):.2f}, on average {sum(rates) / len(rates):.2f}" if rates else "none"
         )
@@ -312,4 +312,4 @@ def keep_by_pass_rate(prompts: Sequence[Prompt], rates: Sequence[float], window:
             f"no question has a pass rate within task.pass_rate = [{low:g}, {high:g}]; those measured are {shown}, so "
             "widen the window"
         )
-    return kept
+    return selected

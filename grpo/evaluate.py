@@ -4,9 +4,9 @@
     python -m grpo.evaluate Qwen/Qwen2.5-0.5B-Instruct --task gsm8k --set eval.limit=none
 
 Every completion is checked twice: strictly (right, in the format asked for) and flexibly (right, wherever the answer
-stands), so that learning the format and learning to answer are told apart. Rewards play no part here.
+stands), so that learning the format and learning to answer can be distinguished. Rewards play no part here.
 
-Exit codes: 0, done; 2, bad input, told in one sentence.
+For the exit codes see `grpo.command`.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from grpo.command import command
 from grpo.config.schema import Config, parse_config
 from grpo.config.toml import apply_override, read_toml
 from grpo.data import load_data
-from grpo.errors import UserError, fail
+from grpo.errors import UserError
 from grpo.model.adapter_config import read_adapter_config
 from grpo.model.vocabulary import check_tokens
 from grpo.report.page import write_report
@@ -41,35 +42,20 @@ from grpo.training.evaluation import EvalResult, evaluate
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line `arguments` (those of the process by default) and return its exit code."""
     parsed = parser().parse_args(arguments)
-    try:
-        run = Path(parsed.target) if (Path(parsed.target) / CONFIG).is_file() else None
-        config = configuration(parsed, run)
-        adapter = adapter_folder(parsed, run)
-        quiet_libraries(parsed.verbose)
-        results = evaluate_target(config, adapter, with_base=parsed.base)
-        output = parsed.output or (run / EVALUATIONS if run else None)
-        entries = [
-            {
-                "step": last_step(run) if run and label != BASE else 0,
-                "model": config.model.name,
-                "adapter": None if label == BASE else str(adapter),
-                "tasks": [task.name for task in config.task],
-                **result.metrics,
-            }
-            for label, result in results.items()
-        ]
-        if output is not None:
-            append_lines(output, entries)
-        if run is not None and output == run / EVALUATIONS:
-            refresh_report(run)
-        if parsed.samples is not None:
-            rows = [{"model": label, **s.entry()} for label, result in results.items() for s in result.samples]
-            write_atomically(parsed.samples, "".join(map(json_line, rows)).encode())
-    except UserError as error:
-        return fail("grpo.evaluate", error)
+    return command("grpo.evaluate", lambda: run(parsed))
+
+
+def run(parsed: argparse.Namespace) -> None:
+    """Evaluate, keep the results where they are asked for, and print them. Raises UserError."""
+    folder = Path(parsed.model) if (Path(parsed.model) / CONFIG).is_file() else None
+    config = configuration(parsed, folder)
+    adapter = adapter_folder(parsed, folder)
+    quiet_libraries(parsed.verbose)
+    results = evaluate_model(config, adapter, with_base=parsed.base)
+    entries = [entry(config, folder, adapter, label, result) for label, result in results.items()]
+    keep(results, entries, folder, parsed.output, parsed.samples)
     show({label: result.metrics for label, result in results.items()})
     print(json_line(entries[0]), end="")
-    return 0
 
 
 def parser() -> argparse.ArgumentParser:
@@ -79,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
         description="Accuracy on held-out questions, as [eval] of the configuration says.",
         allow_abbrev=False,
     )
-    result.add_argument("target", metavar="RUN|MODEL", help="a run folder; or a model: folder, .gguf file or hub id")
+    result.add_argument("model", metavar="RUN|MODEL", help="a run folder; or a model: folder, .gguf file or hub id")
     result.add_argument("--task", metavar="NAME", help="ask this task's questions (for a run, instead of its own)")
     result.add_argument(
         "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one key; several times"
@@ -98,12 +84,12 @@ def configuration(parsed: argparse.Namespace, run: Path | None) -> Config:
         values, text = read_toml(run / CONFIG)
         source = str(run / CONFIG)
         if values.pop("sft", None) is not None and not parsed.task:
-            raise UserError(f"{parsed.target}: a supervised run has no task of its own; say what to ask with --task")
+            raise UserError(f"{parsed.model}: a supervised run has no task of its own; say what to ask with --task")
     elif parsed.task is not None:
-        values, text, source = {"model": {"name": parsed.target}}, "", "the command line"
+        values, text, source = {"model": {"name": parsed.model}}, "", "the command line"
     else:
         raise UserError(
-            f"{parsed.target}: there is no {CONFIG} in it, so it is not a run; for a model, say what to ask with --task"
+            f"{parsed.model}: there is no {CONFIG} in it, so it is not a run; for a model, say what to ask with --task"
         )
     if parsed.task is not None:
         values["task"] = {"name": parsed.task}
@@ -121,7 +107,7 @@ def adapter_folder(parsed: argparse.Namespace, run: Path | None) -> Path | None:
     return parsed.adapter
 
 
-def evaluate_target(config: Config, adapter: Path | None, *, with_base: bool) -> dict[str, EvalResult]:
+def evaluate_model(config: Config, adapter: Path | None, *, with_base: bool) -> dict[str, EvalResult]:
     """Results by label: with the adapter if there is one, and without it if there is none or it is asked for."""
     from grpo.session import open_session, read_model
     from grpo.training.environment import held_out_player
@@ -138,6 +124,35 @@ def evaluate_target(config: Config, adapter: Path | None, *, with_base: bool) ->
                 kind: evaluate(session, data.eval, data.tasks, config.eval, adapter=kind == ADAPTER, player=player)
                 for kind in kinds
             }
+
+
+def entry(config: Config, run: Path | None, adapter: Path | None, label: str, result: EvalResult) -> dict[str, Any]:
+    """One line of eval.jsonl: the figures of `result`, and what they are of."""
+    return {
+        "step": last_step(run) if run and label != BASE else 0,
+        "model": config.model.name,
+        "adapter": None if label == BASE else str(adapter),
+        "tasks": [task.name for task in config.task],
+        **result.metrics,
+    }
+
+
+def keep(
+    results: Mapping[str, EvalResult],
+    entries: Sequence[Mapping[str, Any]],
+    run: Path | None,
+    output: Path | None,
+    samples: Path | None,
+) -> None:
+    """Append `entries` to `output`, or to those of `run`, whose report is written anew; completions go to `samples`."""
+    output = output or (run / EVALUATIONS if run else None)
+    if output is not None:
+        append_lines(output, entries)
+    if run is not None and output == run / EVALUATIONS:
+        refresh_report(run)
+    if samples is not None:
+        rows = [{"model": label, **s.entry()} for label, result in results.items() for s in result.samples]
+        write_atomically(samples, "".join(map(json_line, rows)).encode())
 
 
 def last_step(run: Path) -> int:
@@ -159,7 +174,7 @@ def append_lines(path: Path, entries: Sequence[Mapping[str, Any]]) -> None:
 
 
 def refresh_report(run: Path) -> None:
-    """Write the report of `run` anew, if it has one. A failure is told and takes nothing from the evaluation."""
+    """Write the report of `run` anew, if it has one. A failure is printed and takes nothing from the evaluation."""
     if not (run / REPORT).is_file():
         return
     try:

@@ -6,7 +6,7 @@
 
 Completions are text by an untrusted model: characters that a terminal would act upon are shown as escapes.
 
-Exit codes: 0, done; 2, bad input, told in one sentence; 130, interrupted from the keyboard.
+For the exit codes see `grpo.command`.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from grpo.command import command
 from grpo.config.toml import apply_override
-from grpo.errors import INTERRUPTED, UserError, fail
+from grpo.errors import UserError
 from grpo.printable import printable
 from grpo.run.model_reference import ADAPTER, BASE
 
@@ -38,16 +39,15 @@ START_OVER = "/new"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line `arguments` (those of the process by default) and return its exit code."""
-    parsed = parser().parse_intermixed_args(arguments)  # options may stand between target and prompt
-    try:
-        check_options(parsed)
-        with opened(parsed) as policy:
-            Talk(policy, parsed).run()
-    except UserError as error:
-        return fail("grpo.generate", error)
-    except KeyboardInterrupt:
-        return fail("grpo.generate", "interrupted", INTERRUPTED)
-    return 0
+    parsed = parser().parse_intermixed_args(arguments)  # options may stand between model and prompt
+    return command("grpo.generate", lambda: run(parsed))
+
+
+def run(parsed: argparse.Namespace) -> None:
+    """Answer one prompt, or chat. Raises UserError."""
+    check_options(parsed)
+    with opened(parsed) as policy:
+        Talk(policy, parsed).run()
 
 
 def parser() -> argparse.ArgumentParser:
@@ -59,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     result.add_argument(
-        "target", metavar="RUN|ADAPTER|MODEL", help="a run folder; the folder of an adapter; or whatever model.name is"
+        "model", metavar="RUN|ADAPTER|MODEL", help="a run folder; the folder of an adapter; or whatever model.name is"
     )
     result.add_argument("prompt", nargs="?", help="what to ask; without it, read from a pipe, or asked for")
     result.add_argument("--system", metavar="TEXT", help="a system prompt")
@@ -88,15 +88,15 @@ def check_options(parsed: argparse.Namespace) -> None:
 def opened(parsed: argparse.Namespace) -> LoadedPolicy:
     """The model that the command line names, with a sentence at a time on standard error. Raises UserError."""
     from grpo.api.loaded_policy import open_policy
-    from grpo.run.model_reference import resolve_target
+    from grpo.run.model_reference import resolve_model
 
-    if parsed.compare_base and resolve_target(parsed.target, parsed.base).adapter is None:
-        raise UserError(f"--compare-base: {parsed.target} has no adapter, so there is nothing to compare")
+    if parsed.compare_base and resolve_model(parsed.model, parsed.base).adapter is None:
+        raise UserError(f"--compare-base: {parsed.model} has no adapter, so there is nothing to compare")
     tables: dict[str, Any] = {"rollout": {"max_num_seqs": 1}}
     for override in parsed.set:
         apply_override(tables, override)
     policy = open_policy(
-        parsed.target,
+        parsed.model,
         tables,
         base=parsed.base,
         verbose=parsed.verbose,
@@ -108,7 +108,7 @@ def opened(parsed: argparse.Namespace) -> LoadedPolicy:
     if not parsed.raw and policy.tokenizer.chat_template is None:
         policy.close()
         raise UserError(
-            f"{parsed.target}: the model has no chat template; add --raw to continue the prompt as it stands, or name "
+            f"{parsed.model}: the model has no chat template; add --raw to continue the prompt as it stands, or name "
             "a Jinja file with --set model.chat_template=FILE"
         )
     policy.start()
@@ -135,7 +135,7 @@ class Talk:
                 self.turn(line)
 
     def turn(self, line: str) -> None:
-        """One line of a chat. What goes wrong is told and Ctrl-C ends the answer; both are forgotten then."""
+        """One line of a chat. What goes wrong is printed and Ctrl-C ends the answer; both are forgotten then."""
         if line.strip() == START_OVER:
             self.said.clear()
             return

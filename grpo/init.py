@@ -2,7 +2,7 @@
 
 What it writes trains as it is. Existing files are never overwritten; with one of them there, nothing is written.
 
-Exit codes: 0, done; 2, bad input, told in one sentence.
+For the exit codes see `grpo.command`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from grpo.command import command
 from grpo.config.toml import write_value
-from grpo.errors import UserError, fail
+from grpo.errors import UserError
 
 STARTER = Path(__file__).parent / "starter"
 FILES = ("config.toml", "rewards.py", "questions.jsonl")
@@ -26,14 +27,15 @@ HUB_MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line `arguments` (those of the process by default) and return its exit code."""
     parsed = parser().parse_args(arguments)
-    try:
-        written = write_starter(parsed.folder, parsed.model or default_model())
-    except UserError as error:
-        return fail("grpo.init", error)
+    return command("grpo.init", lambda: run(parsed))
+
+
+def run(parsed: argparse.Namespace) -> None:
+    """Write the files and say how to go on. Raises UserError."""
+    written = write_starter(parsed.folder, parsed.model or default_model())
     print("\n".join(f"wrote {path}" for path in written))
     step = "" if parsed.folder.resolve() == Path.cwd() else f"cd {shlex.quote(str(parsed.folder))} && "
     print(f"train with: {step}python -m grpo.train config.toml")
-    return 0
 
 
 def parser() -> argparse.ArgumentParser:

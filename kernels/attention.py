@@ -1,8 +1,9 @@
 """Causal attention over packed sequences that may share a prompt, without padding between them.
 
 Exact: a sequence attends to its own tokens and, where it continues a shared prompt, to that prompt, which is computed
-once. One variable-length flash call on a GPU; elsewhere sequences of similar length are gathered into padded batches
-for scaled-dot-product attention. No dropout, no cache.
+once. One variable-length flash call on a GPU from Ampere on. On an older GPU, and for heads that flash attention does
+not take, sequences of similar length are gathered, each behind its prompt, for torch's fused causal attention, which
+keeps no scores. On a CPU they are gathered into padded batches with a mask. No dropout, no cache.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from grpo.kernels.shared_keys import Places, laid_out
+from grpo.kernels.shared_keys import GatherIndex, gather_keys
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -25,6 +26,8 @@ except ImportError:  # torch older than 2.10
 
 VARLEN_ARGUMENTS = frozenset(inspect.signature(varlen_attn).parameters) if varlen_attn else frozenset()
 LARGEST_FLASH_HEAD = 256
+FLASH_CAPABILITY = (8, 0)
+"""Compute capability from which torch's flash attention runs: older GPUs have not its instructions."""
 PADDED_SCORES = 1 << 22
 """Query-key pairs in one padded batch."""
 EXPLICIT_SCORES = 1 << 22
@@ -57,6 +60,18 @@ class PaddedBatch:
     """int64 [S, Q, K], how many tokens a key lies before the query; negative where it must not be seen."""
     valid: Tensor
     """bool [S, Q], queries that exist."""
+
+
+@dataclass(frozen=True)
+class CausalBatch:
+    """Spans, each behind the prompt that it continues: S of at most K tokens. What is beyond an end is seen by nothing
+    before it, so causal attention over [S, K] needs no mask."""
+
+    spans: int
+    index: GatherIndex
+    """Of S K tokens, row after row; the first token beyond a row's end."""
+    own: Tensor
+    """int64, those of the S K tokens that are the spans' own, in their order."""
 
 
 class Packing:
@@ -105,9 +120,9 @@ class Packing:
         return torch.cat([torch.arange(start, start + length) for start, length in ranges])
 
     @cached_property
-    def places(self) -> Places:
+    def gather_index(self) -> GatherIndex:
         """Where flash attention wants each token's key and value."""
-        return Places(self.key_positions, self.tokens, self.device)
+        return GatherIndex(self.key_positions, self.tokens, self.device)
 
     @cached_property
     def padded(self) -> list[PaddedBatch]:
@@ -115,10 +130,16 @@ class Packing:
         return [padded_batch(batch, self.device) for batch in self._similar()]
 
     @cached_property
+    def causal(self) -> list[CausalBatch]:
+        """The spans behind their prompts, in an order that `order` undoes."""
+        return [causal_batch(batch, self.tokens, self.device) for batch in self._similar()]
+
+    @cached_property
     def order(self) -> Tensor:
-        """int64 [tokens]: where each packed token stands among the valid queries of `padded`."""
-        positions = torch.cat([batch.queries[batch.valid] for batch in self.padded])
-        return torch.argsort(positions)
+        """int64 [tokens]: where each packed token stands among those of `padded` or `causal`, batch after batch."""
+        spans = [span for batch in self._similar() for span in batch]
+        positions = torch.cat([torch.arange(span.start, span.start + span.length) for span in spans])
+        return torch.argsort(positions).to(self.device)
 
     def _similar(self) -> Iterator[list[Span]]:
         """Spans by whether they have a prefix and by length, in batches of at most PADDED_SCORES pairs."""
@@ -156,6 +177,17 @@ def padded_batch(spans: Sequence[Span], device: torch.device) -> PaddedBatch:
     return PaddedBatch(*(part.to(device) for part in (queries, keys, distance, valid)))
 
 
+def causal_batch(spans: Sequence[Span], tokens: int, device: torch.device) -> CausalBatch:
+    """`spans` of `tokens` packed ones behind their prompts, gathered to the shape of the longest."""
+    places = torch.zeros(len(spans), max(span.keys for span in spans), dtype=torch.int64)
+    own = torch.zeros_like(places, dtype=torch.bool)
+    for row, mine, span in zip(places, own, spans, strict=True):
+        row[: span.keys] = torch.cat([torch.arange(start, start + length) for start, length in key_ranges(span)])
+        mine[span.prefix_length : span.keys] = True
+    index = GatherIndex(places.flatten(), tokens, device)
+    return CausalBatch(len(spans), index, own.flatten().nonzero()[:, 0].to(device))
+
+
 def packed_attention(
     query: Tensor,
     key: Tensor,
@@ -174,33 +206,61 @@ def packed_attention(
     """
     assert packing.tokens == query.shape[1] == key.shape[1], (packing.tokens, query.shape, key.shape)
     assert query.shape[0] % key.shape[0] == 0, (query.shape, key.shape)
-    if softcap is None and flash_serves(query):
+    if softcap is None and flash_supports(query):
         return _flash(query, key, value, packing, scale, window)
-    groups = query.shape[0] // key.shape[0]
-    key, value = key.repeat_interleave(groups, 0), value.repeat_interleave(groups, 0)
-    outputs = [_padded(query, key, value, batch, scale, window, softcap) for batch in packing.padded]
+    if softcap is None and without_scores(query):
+        outputs = [_causal(query, key, value, batch, scale, window) for batch in packing.causal]
+    else:
+        groups = query.shape[0] // key.shape[0]
+        key, value = key.repeat_interleave(groups, 0), value.repeat_interleave(groups, 0)
+        outputs = [_padded(query, key, value, batch, scale, window, softcap) for batch in packing.padded]
     return torch.cat(outputs).index_select(0, packing.order)
 
 
-def flash_serves(query: Tensor) -> bool:
+def flash_supports(query: Tensor) -> bool:
     """Whether torch's variable-length flash attention takes this query and lets the scale and window be set."""
     return (
         query.is_cuda
         and query.dtype in (torch.bfloat16, torch.float16)
         and query.shape[-1] <= LARGEST_FLASH_HEAD
         and {"scale", "window_size"} <= VARLEN_ARGUMENTS
+        and torch.cuda.get_device_capability(query.device) >= FLASH_CAPABILITY
     )
+
+
+def without_scores(query: Tensor) -> bool:
+    """Whether torch's fused attention takes this query and keeps no scores: on a CPU its backward is slow."""
+    return query.is_cuda
 
 
 def _flash(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: float, window: int | None) -> Tensor:
     arguments: dict = {"scale": scale, "window_size": (-1 if window is None else window - 1, 0)}
-    if "enable_gqa" in VARLEN_ARGUMENTS:  # torch 2.11 takes fewer heads of keys without being told
+    if "enable_gqa" in VARLEN_ARGUMENTS:  # torch 2.11 takes fewer heads of keys without this argument
         arguments["enable_gqa"] = key.shape[0] != query.shape[0]
     query, key, value = (part.transpose(0, 1) for part in (query, key, value))
     if packing.shares_prefixes:
-        key, value = laid_out(key, value, packing.places)
+        key, value = gather_keys(key, value, packing.gather_index)
     # With fewer queries than keys, flash attention aligns the causal mask to the last key, as a continuation needs.
     return varlen_attn(query, key, value, packing.query_bounds, packing.key_bounds, *packing.longest, **arguments)
+
+
+def _causal(query: Tensor, key: Tensor, value: Tensor, batch: CausalBatch, scale: float, window: int | None) -> Tensor:
+    """Attention of one batch's own tokens [tokens, heads, dim]. Prompts are computed with each span and left out."""
+    groups = query.shape[0] // key.shape[0]
+    # A prompt's query gets no gradient but from its own row, so that torch's atomics add zeros; its key gets several.
+    query = query.transpose(0, 1).index_select(0, batch.index.sources)
+    key, value = gather_keys(key.transpose(0, 1), value.transpose(0, 1), batch.index)
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    q, k, v = (part.unflatten(0, (batch.spans, -1)).transpose(1, 2) for part in (query, key, value))
+    longest = q.shape[2]
+    if window is None or window >= longest:
+        output = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+    else:
+        place = torch.arange(longest, device=q.device)
+        distance = place[:, None] - place[None, :]
+        visible = (distance >= 0) & (distance < window)
+        output = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale)
+    return output.transpose(1, 2).flatten(0, 1).index_select(0, batch.own)
 
 
 def _padded(

@@ -41,6 +41,11 @@ class Card:
     def unit(self) -> MatrixUnit:
         return matrix_unit(self.architecture)
 
+    @property
+    def dot_is_fast(self) -> bool:
+        """Whether Triton's `dot` of 16-bit tiles uses tensor cores; elsewhere it spills registers by the kilobyte."""
+        return self.architecture >= 80
+
 
 def matrix_unit(architecture: int) -> MatrixUnit:
     """Of an architecture. sm_120 has mma.sync again."""

@@ -19,9 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from grpo.kernels.launch import on_device, portable, round_to
+from grpo.kernels.launch import is_interpreted, on_device, round_to
 from grpo.kernels.lora_factors import LowRank
-from grpo.kernels.split_k import COUNTERS, WORKSPACE_BYTES, dot, hand_in, sum_of_parts, workspace
+from grpo.kernels.split_k import COUNTERS, WORKSPACE_BYTES, dot, store_part, sum_parts, workspace
 
 MOST_ROWS = 64
 """Beyond, cuBLAS and one more kernel take less time (measured on an H200: 128 rows)."""
@@ -67,17 +67,17 @@ def dense_gemm(
 ) -> None:  # fmt: skip
     """out [M, N] = x [M, K] times the transpose of weight [N, K] plus bias [N] plus `low_rank`, rounded once.
 
-    All of one 16-bit dtype, M at most MOST_ROWS; x, weight, out and the adapter's shrunk have a last stride of 1.
+    All of one 16-bit dtype, M at most MOST_ROWS; x, weight, out and the adapter's x_lora_a have a last stride of 1.
     shared_memory: bytes a program may have; that of x's device.
     """
     (rows, columns), features = x.shape, weight.shape[0]
     assert weight.shape[1] == columns and out.shape == (rows, features) and 0 < rows <= MOST_ROWS
     assert x.stride(1) == weight.stride(1) == out.stride(1) == 1 and (bias is None or bias.is_contiguous())
     assert x.dtype == weight.dtype == out.dtype and (bias is None or bias.dtype == x.dtype)
-    shrunk, b, ranks = (x, x, 0) if low_rank is None else (low_rank.shrunk, low_rank.b, low_rank.b.shape[1])
+    x_lora_a, b, ranks = (x, x, 0) if low_rank is None else (low_rank.x_lora_a, low_rank.b, low_rank.b.shape[1])
     if low_rank is not None:
-        assert shrunk.shape == (rows, ranks) and b.shape == (features, ranks) and shrunk.stride(1) == 1
-        assert shrunk.dtype == b.dtype == x.dtype
+        assert x_lora_a.shape == (rows, ranks) and b.shape == (features, ranks) and x_lora_a.stride(1) == 1
+        assert x_lora_a.dtype == b.dtype == x.dtype
     tile_rows = max(16, triton.next_power_of_2(rows))
     split = split_of(features, columns)
     tiles = triton.cdiv(features, FEATURES)
@@ -85,22 +85,22 @@ def dense_gemm(
     assert 4 * tiles * split * tile_rows * FEATURES <= WORKSPACE_BYTES or split == 1
     room = _shared_memory(x.device) if shared_memory is None else shared_memory
     stages = min(MOST_STAGES, room // (2 * COLUMNS * (FEATURES + tile_rows)))
-    scratch, arrived = workspace(x.device)
+    scratch, counters = workspace(x.device)
     with on_device(x):
         _dense_kernel[(tiles, split)](
-            x, weight, x if bias is None else bias, shrunk, b, out, scratch.view(torch.float32), arrived,
-            rows, features, columns, x.stride(0), weight.stride(0), shrunk.stride(0), b.stride(0), b.stride(1),
+            x, weight, x if bias is None else bias, x_lora_a, b, out, scratch.view(torch.float32), counters,
+            rows, features, columns, x.stride(0), weight.stride(0), x_lora_a.stride(0), b.stride(0), b.stride(1),
             out.stride(0), FEATURES, tile_rows, COLUMNS, split, max(1, stages), columns % COLUMNS == 0,
-            bias is not None, ranks, min(64, triton.next_power_of_2(max(ranks, 16))), portable(x), num_warps=4,
+            bias is not None, ranks, min(64, triton.next_power_of_2(max(ranks, 16))), is_interpreted(x), num_warps=4,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _dense_kernel(
-    x, weight, bias, shrunk, b, out, partial, arrived,
-    rows, features, columns, x_stride, weight_stride, shrunk_stride, b_stride, b_rank_stride, out_stride,
+    x_ptr, weight_ptr, bias_ptr, x_lora_a_ptr, b_ptr, out_ptr, partial_ptr, counters_ptr,
+    rows, features, columns, stride_x_m, stride_weight_n, stride_x_lora_a_m, stride_b_n, stride_b_r, stride_out_m,
     BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
-    EVEN: tl.constexpr, HAS_BIAS: tl.constexpr, RANKS: tl.constexpr, BR: tl.constexpr, PORTABLE: tl.constexpr,
+    EVEN: tl.constexpr, HAS_BIAS: tl.constexpr, RANKS: tl.constexpr, BR: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """out^T [BN, BM] = W [BN, part of K] x^T: the long side of the tile is W's, which a matrix unit wants."""
     n = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -109,44 +109,46 @@ def _dense_kernel(
     steps = tl.cdiv(columns, BK)
     share = tl.cdiv(steps, SPLIT)
     first = tl.program_id(1) * share
-    weight_at = weight + tl.minimum(n, features - 1).to(tl.int64)[:, None] * weight_stride + k[None, :]
-    x_at = x + (m * x_stride)[None, :] + k[:, None]
+    weight_ptrs = weight_ptr + tl.minimum(n, features - 1).to(tl.int64)[:, None] * stride_weight_n + k[None, :]
+    x_ptrs = x_ptr + (m * stride_x_m)[None, :] + k[:, None]
     inside = (m < rows)[None, :]
     total = tl.zeros([BN, BM], tl.float32)
     for step in tl.range(first, tl.minimum(first + share, steps), num_stages=STAGES):
         column = step * BK
         if EVEN:
-            left = tl.load(weight_at + column)
-            right = tl.load(x_at + column, mask=inside, other=0.0)
+            left = tl.load(weight_ptrs + column)
+            right = tl.load(x_ptrs + column, mask=inside, other=0.0)
         else:
-            left = tl.load(weight_at + column, mask=(column + k < columns)[None, :], other=0.0)
-            right = tl.load(x_at + column, mask=inside & (column + k < columns)[:, None], other=0.0)
-        total = dot(left, right, total, PORTABLE)
+            left = tl.load(weight_ptrs + column, mask=(column + k < columns)[None, :], other=0.0)
+            right = tl.load(x_ptrs + column, mask=inside & (column + k < columns)[:, None], other=0.0)
+        total = dot(left, right, total, INTERPRETED)
     if RANKS > 0:
         if tl.program_id(1) == SPLIT - 1:
             r = tl.arange(0, BR)
             for start in tl.static_range(0, RANKS, BR):
                 rank = start + r
-                up_at = b + n.to(tl.int64)[:, None] * b_stride + rank[None, :] * b_rank_stride
-                up = tl.load(up_at, mask=(n < features)[:, None] & (rank < RANKS)[None, :], other=0.0)
-                down_at = shrunk + (m * shrunk_stride)[None, :] + rank[:, None]
-                down = tl.load(down_at, mask=inside & (rank < RANKS)[:, None], other=0.0)
-                total = dot(up, down, total, PORTABLE)
+                b_ptrs = b_ptr + n.to(tl.int64)[:, None] * stride_b_n + rank[None, :] * stride_b_r
+                b_tile = tl.load(b_ptrs, mask=(n < features)[:, None] & (rank < RANKS)[None, :], other=0.0)
+                x_lora_a_ptrs = x_lora_a_ptr + (m * stride_x_lora_a_m)[None, :] + rank[:, None]
+                x_lora_a_tile = tl.load(x_lora_a_ptrs, mask=inside & (rank < RANKS)[:, None], other=0.0)
+                total = dot(b_tile, x_lora_a_tile, total, INTERPRETED)
     if SPLIT == 1:
-        _store(total, out, bias, m, n, rows, features, out_stride, HAS_BIAS, PORTABLE)
+        _store(total, out_ptr, bias_ptr, m, n, rows, features, stride_out_m, HAS_BIAS, INTERPRETED)
     else:
         tile = tl.program_id(0)
-        part_at = partial + tile * SPLIT * BN * BM + tl.arange(0, BN)[:, None] * BM + m[None, :]
-        if hand_in(total, part_at + tl.program_id(1) * BN * BM, arrived + tile, SPLIT):
-            total = sum_of_parts(part_at, BN * BM, SPLIT)
-            _store(total, out, bias, m, n, rows, features, out_stride, HAS_BIAS, PORTABLE)
-            tl.store(arrived + tile, 0)
+        part_ptrs = partial_ptr + tile * SPLIT * BN * BM + tl.arange(0, BN)[:, None] * BM + m[None, :]
+        if store_part(total, part_ptrs + tl.program_id(1) * BN * BM, counters_ptr + tile, SPLIT):
+            total = sum_parts(part_ptrs, BN * BM, SPLIT)
+            _store(total, out_ptr, bias_ptr, m, n, rows, features, stride_out_m, HAS_BIAS, INTERPRETED)
+            tl.store(counters_ptr + tile, 0)
 
 
 @triton.jit
-def _store(total, out, bias, m, n, rows, features, out_stride, HAS_BIAS: tl.constexpr, PORTABLE: tl.constexpr):
+def _store(
+    total, out_ptr, bias_ptr, m, n, rows, features, stride_out_m, HAS_BIAS: tl.constexpr, INTERPRETED: tl.constexpr
+):
     if HAS_BIAS:
-        total += tl.load(bias + n, mask=n < features, other=0.0).to(tl.float32)[:, None]
-    at = out + m[None, :] * out_stride + n[:, None]
+        total += tl.load(bias_ptr + n, mask=n < features, other=0.0).to(tl.float32)[:, None]
+    out_ptrs = out_ptr + m[None, :] * stride_out_m + n[:, None]
     mask = (m < rows)[None, :] & (n < features)[:, None]
-    tl.store(at, round_to(total, out.dtype.element_ty, PORTABLE), mask=mask)
+    tl.store(out_ptrs, round_to(total, out_ptr.dtype.element_ty, INTERPRETED), mask=mask)

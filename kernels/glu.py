@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from grpo.kernels.launch import dense_rows, on_device, portable, round_to, triton_serves, wide
+from grpo.kernels.launch import accumulation_dtype, is_interpreted, on_device, round_to, triton_supports, unit_stride
 
 ACTIVATIONS = ("silu", "gelu_tanh")
 ELEMENTS = 2048
@@ -46,7 +46,7 @@ class _Glu(torch.autograd.Function):
         (gate_up,) = ctx.saved_tensors
         flat = gate_up.reshape(-1, gate_up.shape[-1])
         product, out = torch.empty_like(flat[:, : flat.shape[1] // 2]), torch.empty_like(flat)
-        glu_backward(dense_rows(grad).reshape(product.shape), flat, ctx.activation, product, out)
+        glu_backward(unit_stride(grad).reshape(product.shape), flat, ctx.activation, product, out)
         return out.view(gate_up.shape), None
 
 
@@ -55,7 +55,7 @@ def glu_forward(gate_up: Tensor, activation: str, out: Tensor | None = None) -> 
     rows, inner = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty(rows, inner, dtype=gate_up.dtype, device=gate_up.device) if out is None else out
     _check(activation, gate_up, out)
-    if triton_serves(gate_up):
+    if triton_supports(gate_up):
         launch_forward(gate_up, activation, out)
     else:
         gate, up = gate_up.chunk(2, -1)
@@ -70,10 +70,10 @@ def glu_backward(grad: Tensor, gate_up: Tensor, activation: str, product: Tensor
     """
     _check(activation, gate_up, grad, product)
     _check(activation, out, grad, product)
-    if triton_serves(gate_up):
+    if triton_supports(gate_up):
         launch_backward(grad, gate_up, activation, product, out)
         return
-    gate, up = (half.to(wide(gate_up.dtype)) for half in gate_up.chunk(2, -1))
+    gate, up = (half.to(accumulation_dtype(gate_up.dtype)) for half in gate_up.chunk(2, -1))
     incoming = grad.to(gate.dtype)
     value = _activate(gate, activation)
     gradients = torch.cat([incoming * up * _slope(gate, activation), incoming * value], -1)
@@ -123,7 +123,7 @@ def launch_forward(gate_up: Tensor, activation: str, out: Tensor) -> None:
     with on_device(gate_up):
         _forward_kernel[grid](
             gate_up, out, rows, inner, gate_up.stride(0), out.stride(0), activation == "silu", height, columns,
-            portable(gate_up), num_warps=4,
+            is_interpreted(gate_up), num_warps=4,
         )  # fmt: skip
 
 
@@ -137,7 +137,7 @@ def launch_backward(grad: Tensor, gate_up: Tensor, activation: str, product: Ten
     with on_device(gate_up):
         _backward_kernel[grid](
             grad, gate_up, product, out, rows, inner, grad.stride(0), gate_up.stride(0), product.stride(0),
-            out.stride(0), activation == "silu", height, columns, portable(gate_up), num_warps=4,
+            out.stride(0), activation == "silu", height, columns, is_interpreted(gate_up), num_warps=4,
         )  # fmt: skip
 
 
@@ -163,33 +163,34 @@ def _value(gate, curve, SILU: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows"])
 def _forward_kernel(
-    gate_up, out, rows, columns, in_stride, out_stride, SILU: tl.constexpr, HEIGHT: tl.constexpr,
-    COLUMNS: tl.constexpr, PORTABLE: tl.constexpr,
+    gate_up_ptr, out_ptr, rows, columns, stride_gate_up_m, stride_out_m, SILU: tl.constexpr, HEIGHT: tl.constexpr,
+    COLUMNS: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    DTYPE: tl.constexpr = out.dtype.element_ty
+    DTYPE: tl.constexpr = out_ptr.dtype.element_ty
     row = (tl.program_id(0) * HEIGHT + tl.arange(0, HEIGHT)).to(tl.int64)[:, None]
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     inside = (row < rows) & (column < columns)
-    source = gate_up + row * in_stride + column
+    source = gate_up_ptr + row * stride_gate_up_m + column
     gate = tl.load(source, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(source + columns, mask=inside, other=0.0).to(tl.float32)
-    value = round_to(_value(gate, _curve(gate, SILU), SILU), DTYPE, PORTABLE).to(tl.float32)
-    tl.store(out + row * out_stride + column, round_to(value * up, DTYPE, PORTABLE), mask=inside)
+    value = round_to(_value(gate, _curve(gate, SILU), SILU), DTYPE, INTERPRETED).to(tl.float32)
+    tl.store(out_ptr + row * stride_out_m + column, round_to(value * up, DTYPE, INTERPRETED), mask=inside)
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _backward_kernel(
-    grad, gate_up, product, out, rows, columns, grad_stride, in_stride, product_stride, out_stride,
-    SILU: tl.constexpr, HEIGHT: tl.constexpr, COLUMNS: tl.constexpr, PORTABLE: tl.constexpr,
+    grad_ptr, gate_up_ptr, product_ptr, out_ptr, rows, columns,
+    stride_grad_m, stride_gate_up_m, stride_product_m, stride_out_m,
+    SILU: tl.constexpr, HEIGHT: tl.constexpr, COLUMNS: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    DTYPE: tl.constexpr = out.dtype.element_ty
+    DTYPE: tl.constexpr = out_ptr.dtype.element_ty
     row = (tl.program_id(0) * HEIGHT + tl.arange(0, HEIGHT)).to(tl.int64)[:, None]
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     inside = (row < rows) & (column < columns)
-    source = gate_up + row * in_stride + column
+    source = gate_up_ptr + row * stride_gate_up_m + column
     gate = tl.load(source, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(source + columns, mask=inside, other=0.0).to(tl.float32)
-    incoming = tl.load(grad + row * grad_stride + column, mask=inside, other=0.0).to(tl.float32)
+    incoming = tl.load(grad_ptr + row * stride_grad_m + column, mask=inside, other=0.0).to(tl.float32)
     curve = _curve(gate, SILU)
     value = _value(gate, curve, SILU)
     if SILU:
@@ -197,8 +198,8 @@ def _backward_kernel(
     else:
         steepness = (gate * gate * (3.0 * _CUBE) + 1.0) * _SLOPE
         slope = 0.5 * (1.0 + curve) + 0.5 * gate * (1.0 - curve * curve) * steepness
-    rounded = round_to(value, DTYPE, PORTABLE).to(tl.float32)
-    tl.store(product + row * product_stride + column, round_to(rounded * up, DTYPE, PORTABLE), mask=inside)
-    target = out + row * out_stride + column
-    tl.store(target, round_to(incoming * up * slope, DTYPE, PORTABLE), mask=inside)
-    tl.store(target + columns, round_to(incoming * value, DTYPE, PORTABLE), mask=inside)
+    rounded = round_to(value, DTYPE, INTERPRETED).to(tl.float32)
+    tl.store(product_ptr + row * stride_product_m + column, round_to(rounded * up, DTYPE, INTERPRETED), mask=inside)
+    target = out_ptr + row * stride_out_m + column
+    tl.store(target, round_to(incoming * up * slope, DTYPE, INTERPRETED), mask=inside)
+    tl.store(target + columns, round_to(incoming * value, DTYPE, INTERPRETED), mask=inside)

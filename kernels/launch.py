@@ -1,7 +1,7 @@
 """Where a Triton kernel can run, and what differs there.
 
-A kernel's host function asks `triton_serves` and takes its torch form otherwise. Triton's interpreter runs the same
-kernels on CPU tensors for tests; it differs from the compiler in how it rounds, which `portable` tells the kernels.
+A kernel's host function asks `triton_supports` and takes its torch form otherwise. Triton's interpreter runs the same
+kernels on CPU tensors for tests; it rounds otherwise than the compiler does, which kernels get as INTERPRETED.
 """
 
 from __future__ import annotations
@@ -13,26 +13,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-NARROW = (torch.bfloat16, torch.float16, torch.float32)
+KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """Types that the kernels of the training graph take; they compute in float32."""
 
 
-def interpreted() -> bool:
+def interpreter_enabled() -> bool:
     """Whether Triton was imported with TRITON_INTERPRET=1."""
     return bool(triton.knobs.runtime.interpret)
 
 
-def triton_serves(tensor: Tensor) -> bool:
+def triton_supports(tensor: Tensor) -> bool:
     """Whether a kernel can run on `tensor`."""
-    return (tensor.is_cuda or interpreted()) and tensor.dtype in NARROW
+    return (tensor.is_cuda or interpreter_enabled()) and tensor.dtype in KERNEL_DTYPES
 
 
-def portable(tensor: Tensor) -> bool:
+def is_interpreted(tensor: Tensor) -> bool:
     """Whether kernels have to round by themselves (`round_to`): the interpreter truncates to bfloat16."""
     return not tensor.is_cuda
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The type in which statistics of `dtype` are computed."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -42,7 +42,7 @@ def warps(elements: int) -> int:
     return max(1, min(16, triton.next_power_of_2(elements) // 512))
 
 
-def dense_rows(tensor: Tensor) -> Tensor:
+def unit_stride(tensor: Tensor) -> Tensor:
     """`tensor`, or a copy where its last stride is not 1, as autograd's expanded gradients have it."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
@@ -53,7 +53,7 @@ def on_device(tensor: Tensor) -> torch.cuda.device:
 
 
 @lru_cache
-def sum_in_float32() -> None:
+def disable_reduced_precision() -> None:
     """Let cuBLAS add up a product of 16-bit matrices in float32 alone, for the rest of the process.
 
     torch lets it round the parts of a product that it splits along K before it adds them, for speed: more than one
@@ -66,9 +66,9 @@ def sum_in_float32() -> None:
 
 
 @triton.jit
-def round_to(value, DTYPE: tl.constexpr, PORTABLE: tl.constexpr):
-    """float32 -> DTYPE, to nearest even. Triton's interpreter truncates to bf16, so the portable form rounds itself."""
-    if PORTABLE and DTYPE == tl.bfloat16:
+def round_to(value, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
+    """float32 -> DTYPE, to nearest even. Triton's interpreter truncates to bf16, so for it rounding is written out."""
+    if INTERPRETED and DTYPE == tl.bfloat16:
         bits = value.to(tl.uint32, bitcast=True)
         bits += 0x7FFF + ((bits >> 16) & 1)
         return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)

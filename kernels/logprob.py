@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from grpo.kernels.host_matmul import mm, mm_transposed
-from grpo.kernels.launch import on_device, portable, round_to, triton_serves
+from grpo.kernels.launch import is_interpreted, on_device, round_to, triton_supports
 
 CPU_CHUNK_BYTES = 24 << 20
 """Logits at once on a CPU, whatever the caller allows: more leaves the caches, and malloc gives it fresh pages each
@@ -157,7 +157,7 @@ def softmax_stats_(
     One kernel on a GPU. Elsewhere the rows go through a small workspace in float32 (float64 for float64), so a chunk
     exists once, in its dtype.
     """
-    if triton_serves(logits):
+    if triton_supports(logits):
         return launch_softmax_stats(
             logits, targets, temperature, softcap, gradient=gradient, entropy_gradient=entropy_gradient
         )
@@ -214,7 +214,7 @@ def launch_softmax_stats(
         _softmax_stats_kernel[(rows,)](
             logits, targets, second, logprobs, entropy, vocabulary, logits.stride(0), second.stride(0),
             1.0 / temperature, softcap or 1.0, softcap is not None, gradient, entropy_gradient is not None, block,
-            portable(logits), num_warps=8,
+            is_interpreted(logits), num_warps=8,
         )  # fmt: skip
     return SoftmaxStats(logprobs, entropy)
 
@@ -239,14 +239,15 @@ def _tempered(x, cap, inverse_temperature, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def _softmax_stats_kernel(
-    logits, targets, second, logprobs, entropies, vocabulary, stride, second_stride, inverse_temperature, cap,
+    logits_ptr, targets_ptr, entropy_grad_ptr, logprobs_ptr, entropy_ptr, vocabulary,
+    stride_m, stride_entropy_grad_m, inverse_temperature, cap,
     SOFTCAP: tl.constexpr, GRADIENT: tl.constexpr, ENTROPY_GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
-    PORTABLE: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """One row: maximum, sum of exponentials and their weighted sum in one pass, gradients in another."""
     row = tl.program_id(0).to(tl.int64)
-    source = logits + row * stride
-    target = tl.load(targets + row)
+    source = logits_ptr + row * stride_m
+    target = tl.load(targets_ptr + row)
     chosen = _tempered(tl.load(source + target).to(tl.float32), cap, inverse_temperature, SOFTCAP)
     largest = -3e38  # not -inf: the first rescaling multiplies it by 0
     total = 0.0
@@ -266,8 +267,8 @@ def _softmax_stats_kernel(
         largest = higher
     normaliser = largest + tl.log(total)
     entropy = tl.log(total) - weighted / total
-    tl.store(logprobs + row, chosen - normaliser)
-    tl.store(entropies + row, entropy)
+    tl.store(logprobs_ptr + row, chosen - normaliser)
+    tl.store(entropy_ptr + row, entropy)
     if GRADIENT:
         for start in range(0, vocabulary, BLOCK):
             column = start + tl.arange(0, BLOCK)
@@ -283,9 +284,9 @@ def _softmax_stats_kernel(
                 first *= 1.0 - curve * curve
                 other *= 1.0 - curve * curve
             if ENTROPY_GRADIENT:
-                place = second + row * second_stride + column
-                tl.store(place, round_to(other, second.dtype.element_ty, PORTABLE), mask=inside)
-            tl.store(source + column, round_to(first, logits.dtype.element_ty, PORTABLE), mask=inside)
+                target_ptrs = entropy_grad_ptr + row * stride_entropy_grad_m + column
+                tl.store(target_ptrs, round_to(other, entropy_grad_ptr.dtype.element_ty, INTERPRETED), mask=inside)
+            tl.store(source + column, round_to(first, logits_ptr.dtype.element_ty, INTERPRETED), mask=inside)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

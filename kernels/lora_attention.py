@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from grpo.kernels.launch import dense_rows
+from grpo.kernels.launch import unit_stride
 from grpo.kernels.lora_factors import Adapter
-from grpo.kernels.lora_linear import LinearGroup, Product, normalised, row_tiles, through_norm
+from grpo.kernels.lora_linear import LinearGroup, LoraMatmul, norm_backward, normed_input, row_tiles
 from grpo.kernels.rms_norm import Norm
 from grpo.kernels.rope import rotate
 
@@ -74,10 +74,10 @@ class _LoraQkv(torch.autograd.Function):
         adapters: tuple[Adapter, ...],
         *factors: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        product = Product(projection.group, adapters, factors, min(x.shape[0], projection.tile))
+        matmul = LoraMatmul(projection.group, adapters, factors, min(x.shape[0], projection.tile))
         stacked = x.new_empty(x.shape[0], projection.group.out_features)
         for rows in row_tiles(x.shape[0], projection.tile):
-            product.forward(normalised(product, projection.norm, x[rows]), stacked[rows])
+            matmul.forward(normed_input(matmul, projection.norm, x[rows]), stacked[rows])
         q, k, v = projection.split(stacked)
         before = (q, k) if projection.q_norm is not None else ()
         if projection.q_norm is not None and projection.k_norm is not None:
@@ -95,20 +95,20 @@ class _LoraQkv(torch.autograd.Function):
         x, cos, sin, *rest = ctx.saved_tensors
         before, factors = rest[: ctx.normed], rest[ctx.normed :]
         projection: QkvProjection = ctx.projection
-        product = Product(projection.group, ctx.adapters, factors, min(x.shape[0], projection.tile))
-        q_grad, k_grad = dense_rows(q_grad), dense_rows(k_grad)
+        matmul = LoraMatmul(projection.group, ctx.adapters, factors, min(x.shape[0], projection.tile))
+        q_grad, k_grad = unit_stride(q_grad), unit_stride(k_grad)
         x_grad = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         for rows in row_tiles(x.shape[0], projection.tile):
             grads = (q_grad[rows], k_grad[rows], v_grad[rows])
             tile_grad = None if x_grad is None else x_grad[rows]
             unnormed = tuple(part[rows] for part in before)
-            backward_of_rows(projection, product, x[rows], (cos[rows], sin[rows]), grads, unnormed, tile_grad)
-        return x_grad, None, None, None, None, *product.gradients()
+            backward_of_rows(projection, matmul, x[rows], (cos[rows], sin[rows]), grads, unnormed, tile_grad)
+        return x_grad, None, None, None, None, *matmul.gradients()
 
 
 def backward_of_rows(
     projection: QkvProjection,
-    product: Product,
+    matmul: LoraMatmul,
     x: Tensor,
     angles: tuple[Tensor, Tensor],
     grads: tuple[Tensor, Tensor, Tensor],
@@ -119,7 +119,7 @@ def backward_of_rows(
 
     `grads` of q, k and v; `before`: q and k as they were before their norms, if there are any; dL/dx goes to `x_grad`.
     """
-    grad, stacked_grad = product.outputs(x.shape[0])
+    grad, stacked_grad = matmul.outputs(x.shape[0])
     q, k, v = projection.split(stacked_grad)
     rotate(grads[0], *angles, out=q, inverse=True)
     rotate(grads[1], *angles, out=k, inverse=True)
@@ -127,8 +127,8 @@ def backward_of_rows(
     if projection.q_norm is not None and projection.k_norm is not None:
         projection.q_norm.backward(q, before[0], out=q)
         projection.k_norm.backward(k, before[1], out=k)
-    unit = normalised(product, projection.norm, x)
-    unit_grad, shrunk_grad = product.input_gradient(grad)
-    product.adapter_gradient(grad, unit, shrunk_grad)
+    unit = normed_input(matmul, projection.norm, x)
+    unit_grad, x_lora_a_grad = matmul.input_gradient(grad)
+    matmul.adapter_gradient(grad, unit, x_lora_a_grad)
     if x_grad is not None:
-        through_norm(projection.norm, unit_grad, x, x_grad)
+        norm_backward(projection.norm, unit_grad, x, x_grad)

@@ -3,7 +3,7 @@
     y = x W^T + b + (x A^T) (s B)^T, rounded once
 
 `LinearGroup` holds what is frozen: one matrix W made of the stacked rows of its members (q, k, v; gate, up), which is
-dequantised into one short-lived buffer at each use and never saved. `Product` is a group at work in one forward or
+dequantised into one short-lived buffer at each use and never saved. `LoraMatmul` is a group at work in one forward or
 backward: every caller (here, lora_attention.py, lora_mlp.py) goes through its methods, on as many rows at a time as
 it likes. A and B are kept in float32; they are used in x's dtype, s B rounded once, and their gradients are
 accumulated in float32 over all rows. LoRA: Hu et al., 2021 (arXiv:2106.09685).
@@ -33,8 +33,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from grpo.kernels import nf4
-from grpo.kernels.launch import sum_in_float32, wide
-from grpo.kernels.lora_factors import Adapter, LowRank, lay_out
+from grpo.kernels.launch import accumulation_dtype, disable_reduced_precision
+from grpo.kernels.lora_factors import Adapter, LowRank, pack_lora
 from grpo.kernels.lora_sum import dense_linear, round_sum, sums_in_float32
 from grpo.kernels.rms_norm import Norm
 
@@ -89,7 +89,7 @@ class LinearGroup:
         return out
 
 
-class Product:
+class LoraMatmul:
     """One group with its adapters, ready to multiply.
 
     Inputs and output gradients come in buffers that `inputs` and `outputs` made, which have `width` columns more than
@@ -98,7 +98,7 @@ class Product:
 
     def __init__(self, group: LinearGroup, adapters: Sequence[Adapter], factors: Sequence[Tensor], rows: int):
         """factors: A_1, B_1, A_2, B_2, ... of `adapters`. rows: how many of x there will be at once, at most."""
-        sum_in_float32()
+        disable_reduced_precision()
         self.group, self.adapters = group, tuple(adapters)
         bounds = [0, *accumulate(a.shape[0] for a in factors[0::2])]
         self.ranks = [slice(start, end) for start, end in pairwise(bounds)]
@@ -111,20 +111,20 @@ class Product:
         self.b_grad: Tensor | None = None
         if self.width == 0:
             self.weight = group.dense()
-            self.down, self.up = self.weight.new_empty(self.rank, k), self.weight.new_empty(n, self.rank)
+            self.lora_a, self.lora_b = self.weight.new_empty(self.rank, k), self.weight.new_empty(n, self.rank)
         else:
             self.matrix = torch.empty(
                 n + self.width, k + self.width, dtype=group.dtype, device=group.segments[0][0].device
             )
             self.weight = group.dense(out=self.matrix[:n, :k])
-            self.down, self.up = self.matrix[n:, :k], self.matrix[:n, k:]
+            self.lora_a, self.lora_b = self.matrix[n:, :k], self.matrix[:n, k:]
         if self.adapters:
-            lay_out(self.adapters, factors, self.down, self.up)
+            pack_lora(self.adapters, factors, self.lora_a, self.lora_b)
         elif self.width:
-            self.down.zero_()
-            self.up.zero_()
+            self.lora_a.zero_()
+            self.lora_b.zero_()
         if self.width and group.bias is not None:  # as one more column: cuBLAS rounds before it adds a bias
-            self.up[:, self.rank].copy_(group.bias)
+            self.lora_b[:, self.rank].copy_(group.bias)
 
     def inputs(self, rows: int) -> tuple[Tensor, Tensor]:
         """(a buffer for `forward`, its part [rows, K] to fill)."""
@@ -156,10 +156,10 @@ class Product:
         n, k, bias = self.group.out_features, self.group.in_features, self.group.bias
         assert x.shape[1] == k + self.width, (x.shape, k, self.width)
         if self.width == 0:
-            low_rank = LowRank(x @ self.down.t(), self.up) if self.adapters else None
+            low_rank = LowRank(x @ self.lora_a.t(), self.lora_b) if self.adapters else None
             dense_linear(x, self.weight, bias, low_rank, out)
             return
-        torch.mm(x[:, :k], self.down.t(), out=x[:, k:])
+        torch.mm(x[:, :k], self.lora_a.t(), out=x[:, k:])
         if bias is not None:
             x[:, k + self.rank] = 1
         torch.mm(x, self.matrix[:n].t(), out=out)
@@ -169,33 +169,33 @@ class Product:
         n, k = self.group.out_features, self.group.in_features
         assert grad.shape[1] == n + self.width, (grad.shape, n, self.width)
         if self.width:
-            shrunk_grad = torch.mm(grad[:, :n], self.up, out=grad[:, n:])
-            return grad @ self.matrix[:, :k], shrunk_grad
+            x_lora_a_grad = torch.mm(grad[:, :n], self.lora_b, out=grad[:, n:])
+            return grad @ self.matrix[:, :k], x_lora_a_grad
         if not self.adapters:
             return grad @ self.weight, grad.new_empty(grad.shape[0], 0)
-        shrunk_grad = grad @ self.up
+        x_lora_a_grad = grad @ self.lora_b
         x_grad = grad.new_empty(grad.shape[0], k)
         total = torch.mm(grad, self.weight, out_dtype=torch.float32)
-        round_sum(total, None, LowRank(shrunk_grad, self.down.t()), x_grad)
-        return x_grad, shrunk_grad
+        round_sum(total, None, LowRank(x_lora_a_grad, self.lora_a.t()), x_grad)
+        return x_grad, x_lora_a_grad
 
-    def adapter_gradient(self, grad: Tensor, x: Tensor, shrunk_grad: Tensor) -> None:
-        """Add these rows' share of dL/dA and dL/dB. `shrunk_grad` is `input_gradient`'s second result."""
+    def adapter_gradient(self, grad: Tensor, x: Tensor, x_lora_a_grad: Tensor) -> None:
+        """Add these rows' share of dL/dA and dL/dB. `x_lora_a_grad` is `input_gradient`'s second result."""
         if not self.adapters:
             return
         x, grad = x[:, : self.group.in_features], grad[:, : self.group.out_features]
-        self.a_grad = add_product(self.a_grad, shrunk_grad[:, : self.rank].t(), x)
-        self.b_grad = add_product(self.b_grad, grad.t(), x @ self.down[: self.rank].t())
+        self.a_grad = add_product(self.a_grad, x_lora_a_grad[:, : self.rank].t(), x)
+        self.b_grad = add_product(self.b_grad, grad.t(), x @ self.lora_a[: self.rank].t())
 
     def gradients(self) -> list[Tensor | None]:
         """dL/dA_1, dL/dB_1, ... in the order of the factors."""
         if self.a_grad is None or self.b_grad is None:
             return [None] * (2 * len(self.adapters))
-        found: list[Tensor | None] = []
+        result: list[Tensor | None] = []
         for adapter, ranks in zip(self.adapters, self.ranks, strict=True):
             b_grad = self.b_grad[adapter.first : adapter.first + adapter.rows, ranks]
-            found += [self.a_grad[ranks], b_grad * adapter.scale]
-        return found
+            result += [self.a_grad[ranks], b_grad * adapter.scale]
+        return result
 
 
 def add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
@@ -203,7 +203,7 @@ def add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
     if left.dtype in (torch.float32, torch.float64):
         return left @ right if total is None else total.addmm_(left, right)
     if not left.is_cuda:  # the mixed product below exists on CUDA only
-        return add_product(total, left.to(wide(left.dtype)), right.to(wide(right.dtype)))
+        return add_product(total, left.to(accumulation_dtype(left.dtype)), right.to(accumulation_dtype(right.dtype)))
     product = torch.mm(left, right, out_dtype=torch.float32)
     return product if total is None else total.add_(product)
 
@@ -229,24 +229,24 @@ class _LoraLinear(torch.autograd.Function):
         ctx.group, ctx.adapters = group, adapters
         ctx.save_for_backward(x, *factors)
         out = x.new_empty(x.shape[0], group.out_features)
-        product = Product(group, adapters, factors, x.shape[0])
-        product.forward(product.filled_inputs(x), out)
+        matmul = LoraMatmul(group, adapters, factors, x.shape[0])
+        matmul.forward(matmul.filled_inputs(x), out)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *factors = ctx.saved_tensors
-        product = Product(ctx.group, ctx.adapters, factors, x.shape[0])
-        filled = product.filled_outputs(grad)
-        x_grad, shrunk_grad = product.input_gradient(filled)
-        product.adapter_gradient(filled, x, shrunk_grad)
-        return x_grad, None, None, *product.gradients()
+        matmul = LoraMatmul(ctx.group, ctx.adapters, factors, x.shape[0])
+        filled = matmul.filled_outputs(grad)
+        x_grad, x_lora_a_grad = matmul.input_gradient(filled)
+        matmul.adapter_gradient(filled, x, x_lora_a_grad)
+        return x_grad, None, None, *matmul.gradients()
 
 
-def normalised(product: Product, norm: Norm | None, x: Tensor) -> Tensor:
-    """`norm` of x, or x, in a buffer for `product`."""
-    buffer, part = product.inputs(x.shape[0])
+def normed_input(matmul: LoraMatmul, norm: Norm | None, x: Tensor) -> Tensor:
+    """`norm` of x, or x, in a buffer for `matmul`."""
+    buffer, part = matmul.inputs(x.shape[0])
     if norm is None:
         part.copy_(x)
     else:
@@ -254,11 +254,13 @@ def normalised(product: Product, norm: Norm | None, x: Tensor) -> Tensor:
     return buffer
 
 
-def through_norm(norm: Norm | None, unit_grad: Tensor, x: Tensor, out: Tensor, plus: Tensor | None = None) -> None:
-    """dL/dx into `out`, from the gradient of what `normalised` gave, plus the tensor `plus`."""
+def norm_backward(
+    norm: Norm | None, unit_grad: Tensor, x: Tensor, out: Tensor, residual_grad: Tensor | None = None
+) -> None:
+    """dL/dx into `out`, from the gradient of what `normed_input` gave, plus `residual_grad`."""
     if norm is not None:
-        norm.backward(unit_grad, x, plus=plus, out=out)
-    elif plus is not None:
-        torch.add(unit_grad, plus, out=out)
+        norm.backward(unit_grad, x, residual_grad=residual_grad, out=out)
+    elif residual_grad is not None:
+        torch.add(unit_grad, residual_grad, out=out)
     else:
         out.copy_(unit_grad)

@@ -18,9 +18,9 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import increment_version
 
 from grpo.kernels.glu import glu_backward, glu_forward
-from grpo.kernels.launch import dense_rows
+from grpo.kernels.launch import unit_stride
 from grpo.kernels.lora_factors import Adapter
-from grpo.kernels.lora_linear import LinearGroup, Product, normalised, row_tiles, through_norm
+from grpo.kernels.lora_linear import LinearGroup, LoraMatmul, norm_backward, normed_input, row_tiles
 from grpo.kernels.rms_norm import Norm
 
 
@@ -56,11 +56,11 @@ class _Call:
         """Of gate and up together."""
         return self.mlp.gate_up.out_features
 
-    def products(self, factors: Sequence[Tensor], tokens: int) -> tuple[Product, Product]:
+    def matmuls(self, factors: Sequence[Tensor], tokens: int) -> tuple[LoraMatmul, LoraMatmul]:
         first, rows = 2 * len(self.adapters[0]), min(tokens, self.mlp.tile)
         return (
-            Product(self.mlp.gate_up, self.adapters[0], factors[:first], rows),
-            Product(self.mlp.down, self.adapters[1], factors[first:], rows),
+            LoraMatmul(self.mlp.gate_up, self.adapters[0], factors[:first], rows),
+            LoraMatmul(self.mlp.down, self.adapters[1], factors[first:], rows),
         )
 
 
@@ -87,44 +87,44 @@ class _LoraMlp(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, call: _Call, *factors: Tensor) -> Tensor:
         mlp, tokens = call.mlp, x.shape[0]
         out = torch.empty_like(x)
-        kept = x.new_empty(0)
+        saved = x.new_empty(0)
         if call.keep or call.output:
-            products = call.products(factors, tokens)
+            matmuls = call.matmuls(factors, tokens)
             if call.keep:
-                kept, _ = products[0].outputs(tokens)
+                saved, _ = matmuls[0].outputs(tokens)
             for rows in row_tiles(tokens, mlp.tile):
-                inner = kept[rows] if call.keep else None
-                forward_of_rows(call, products, x[rows], inner, out[rows] if call.output else None)
+                inner = saved[rows] if call.keep else None
+                forward_of_rows(call, matmuls, x[rows], inner, out[rows] if call.output else None)
         ctx.call = call
-        ctx.save_for_backward(x, kept, *factors)
+        ctx.save_for_backward(x, saved, *factors)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, kept, *factors = ctx.saved_tensors
+        x, saved, *factors = ctx.saved_tensors
         call: _Call = ctx.call
-        products = call.products(factors, x.shape[0])
+        matmuls = call.matmuls(factors, x.shape[0])
         x_grad = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        grad = dense_rows(grad)
+        grad = unit_stride(grad)
         for rows in row_tiles(x.shape[0], call.mlp.tile):
             tile_grad = None if x_grad is None else x_grad[rows]
-            backward_of_rows(call, products, x[rows], grad[rows], kept[rows] if call.keep else None, tile_grad)
+            backward_of_rows(call, matmuls, x[rows], grad[rows], saved[rows] if call.keep else None, tile_grad)
         if call.keep:
-            increment_version(kept)  # a second backward through this graph is refused rather than wrong
-        gate_up, down = products
+            increment_version(saved)  # a second backward through this graph is refused rather than wrong
+        gate_up, down = matmuls
         return x_grad, None, *gate_up.gradients(), *down.gradients()
 
 
 def forward_of_rows(
-    call: _Call, products: tuple[Product, Product], x: Tensor, inner: Tensor | None, out: Tensor | None
+    call: _Call, matmuls: tuple[LoraMatmul, LoraMatmul], x: Tensor, inner: Tensor | None, out: Tensor | None
 ) -> None:
     """One tile of the forward. `inner`: where to keep gate and up, or None; `out`: where the result goes, or None."""
-    mlp, (gate_up, down) = call.mlp, products
+    mlp, (gate_up, down) = call.mlp, matmuls
     if inner is None:
         inner, _ = gate_up.outputs(x.shape[0])
     inner = inner[:, : call.columns]
-    gate_up.forward(normalised(gate_up, mlp.norm, x), inner)
+    gate_up.forward(normed_input(gate_up, mlp.norm, x), inner)
     if out is not None:
         buffer, product = down.inputs(x.shape[0])
         glu_forward(inner, mlp.activation, out=product)
@@ -134,25 +134,30 @@ def forward_of_rows(
 
 
 def backward_of_rows(
-    call: _Call, products: tuple[Product, Product], x: Tensor, grad: Tensor, inner: Tensor | None, x_grad: Tensor | None
+    call: _Call,
+    matmuls: tuple[LoraMatmul, LoraMatmul],
+    x: Tensor,
+    grad: Tensor,
+    inner: Tensor | None,
+    x_grad: Tensor | None,
 ) -> None:
     """One tile of the backward, in a call of its own so that its tensors are gone before the next one's are made.
 
     `inner`: gate and up as they were kept, which are used up; None computes them again. dL/dx goes to `x_grad`.
     """
-    mlp, (gate_up, down) = call.mlp, products
-    unit = normalised(gate_up, mlp.norm, x)
+    mlp, (gate_up, down) = call.mlp, matmuls
+    unit = normed_input(gate_up, mlp.norm, x)
     if inner is None:
         inner, _ = gate_up.outputs(x.shape[0])
         gate_up.forward(unit, inner[:, : call.columns])
     incoming = down.filled_outputs(grad)
-    product, shrunk_grad = down.input_gradient(incoming)
+    product, x_lora_a_grad = down.input_gradient(incoming)
     # Both buffers change their meaning here: dL/dh becomes h, gate and up become their gradients.
     wide = inner[:, : call.columns]
     glu_backward(product, wide, mlp.activation, product=product, out=wide)
-    down.adapter_gradient(incoming, product, shrunk_grad)
-    del incoming, product, shrunk_grad
-    unit_grad, shrunk_grad = gate_up.input_gradient(inner)
-    gate_up.adapter_gradient(inner, unit, shrunk_grad)
+    down.adapter_gradient(incoming, product, x_lora_a_grad)
+    del incoming, product, x_lora_a_grad
+    unit_grad, x_lora_a_grad = gate_up.input_gradient(inner)
+    gate_up.adapter_gradient(inner, unit, x_lora_a_grad)
     if x_grad is not None:
-        through_norm(mlp.norm, unit_grad, x, x_grad, grad if mlp.residual else None)
+        norm_backward(mlp.norm, unit_grad, x, x_grad, grad if mlp.residual else None)

@@ -16,8 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from grpo.kernels import cards
 from grpo.kernels.launch import on_device, round_to
-from grpo.kernels.split_k import COUNTERS, WORKSPACE_BYTES, dot, hand_in, sum_of_parts, workspace
+from grpo.kernels.split_k import COUNTERS, WORKSPACE_BYTES, dot, store_part, sum_parts, workspace
 
 MOST_ROWS = 512
 """Rows of x up to which our kernel is used: a decoding batch, not a prompt."""
@@ -36,15 +37,21 @@ def lora_shrink(x: Tensor, a: Tensor, scale: Tensor) -> Tensor:
     """scale * (x [M, K] times the transpose of a [R, K]): [M, R], rounded once to x's dtype.
 
     a: contiguous, in x's dtype, R a multiple of RANK_MULTIPLE. scale: one number of x's dtype, read on the device, so
-    that a captured graph follows its changes. Sums are float32. Records no gradient.
+    that a captured graph follows its changes. Sums are float32. Records no gradient. By cuBLAS, as for prompts and on
+    sm_75, a scale other than 0 and 1 would be a second rounding.
     """
-    if not x.is_cuda or x.dtype == torch.float32 or not 0 < x.shape[0] <= MOST_ROWS:
-        return F.linear(x, a) * scale
-    return launch_shrink(x, a, scale)
+    if serves(x):
+        return launch_shrink(x, a, scale)
+    return F.linear(x, a) * scale
 
 
-def launch_shrink(x: Tensor, a: Tensor, scale: Tensor, *, portable: bool = False) -> Tensor:
-    """The kernel. portable: the form for Triton's interpreter."""
+def serves(x: Tensor) -> bool:
+    """Whether the kernel takes x [M, K]: 16 bit, a decoding batch, a GPU on which Triton multiplies."""
+    return x.is_cuda and x.dtype != torch.float32 and 0 < x.shape[0] <= MOST_ROWS and cards.card(x.device).dot_is_fast
+
+
+def launch_shrink(x: Tensor, a: Tensor, scale: Tensor, *, interpreted: bool = False) -> Tensor:
+    """The kernel. interpreted: the form for Triton's interpreter."""
     rows, columns = x.shape
     ranks = a.shape[0]
     assert a.shape[1] == columns and a.dtype == x.dtype == scale.dtype and x.element_size() == 2
@@ -54,27 +61,27 @@ def launch_shrink(x: Tensor, a: Tensor, scale: Tensor, *, portable: bool = False
     grid = (triton.cdiv(rows, ROWS), ranks // block, split)
     assert grid[0] * grid[1] <= COUNTERS and grid[0] * grid[1] * split * ROWS * block * 4 <= WORKSPACE_BYTES
     out = torch.empty(rows, ranks, dtype=x.dtype, device=x.device)
-    scratch, arrived = workspace(x.device)
+    scratch, counters = workspace(x.device)
     with on_device(x):
         _shrink_kernel[grid](
-            x, a, scale, out, scratch.view(torch.float32), arrived, rows, columns, x.stride(0),
-            ranks, block, split, ROWS, COLUMNS, columns % COLUMNS != 0, portable, num_warps=4,
+            x, a, scale, out, scratch.view(torch.float32), counters, rows, columns, x.stride(0),
+            ranks, block, split, ROWS, COLUMNS, columns % COLUMNS != 0, interpreted, num_warps=4,
         )  # fmt: skip
     return out
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _shrink_kernel(
-    x, a, scale, out, partial, arrived, rows, columns, x_stride,
+    x_ptr, a_ptr, scale_ptr, out_ptr, partial_ptr, counters_ptr, rows, columns, stride_x_m,
     RANKS: tl.constexpr, BR: tl.constexpr, SPLIT: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
-    TAIL: tl.constexpr, PORTABLE: tl.constexpr,
+    TAIL: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """out [BM, BR] = x [BM, part of K] a [BR, part of K]^T."""
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     r = tl.program_id(1) * BR + tl.arange(0, BR)
     k = tl.arange(0, BK)
-    x_at = x + (m * x_stride)[:, None] + k[None, :]
-    a_at = a + (r * columns)[None, :] + k[:, None]
+    x_ptrs = x_ptr + (m * stride_x_m)[:, None] + k[None, :]
+    a_ptrs = a_ptr + (r * columns)[None, :] + k[:, None]
     steps = tl.cdiv(columns, BK)
     share = tl.cdiv(steps, SPLIT)
     first = tl.program_id(2) * share
@@ -83,21 +90,21 @@ def _shrink_kernel(
         x_mask = (m < rows)[:, None]
         if TAIL:
             inside = step * BK + k < columns
-            x_tile = tl.load(x_at + step * BK, mask=x_mask & inside[None, :], other=0.0)
-            a_tile = tl.load(a_at + step * BK, mask=inside[:, None], other=0.0)
+            x_tile = tl.load(x_ptrs + step * BK, mask=x_mask & inside[None, :], other=0.0)
+            a_tile = tl.load(a_ptrs + step * BK, mask=inside[:, None], other=0.0)
         else:
-            x_tile = tl.load(x_at + step * BK, mask=x_mask, other=0.0)
-            a_tile = tl.load(a_at + step * BK)
-        total = dot(x_tile, a_tile, total, PORTABLE)
-    out_at = out + (m * RANKS)[:, None] + r[None, :]
+            x_tile = tl.load(x_ptrs + step * BK, mask=x_mask, other=0.0)
+            a_tile = tl.load(a_ptrs + step * BK)
+        total = dot(x_tile, a_tile, total, INTERPRETED)
+    out_ptrs = out_ptr + (m * RANKS)[:, None] + r[None, :]
     if SPLIT == 1:
-        total *= tl.load(scale).to(tl.float32)
-        tl.store(out_at, round_to(total, out.dtype.element_ty, PORTABLE), mask=(m < rows)[:, None])
+        total *= tl.load(scale_ptr).to(tl.float32)
+        tl.store(out_ptrs, round_to(total, out_ptr.dtype.element_ty, INTERPRETED), mask=(m < rows)[:, None])
     else:
         tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-        part_at = partial + tile * SPLIT * BM * BR + tl.arange(0, BM)[:, None] * BR + tl.arange(0, BR)[None, :]
-        if hand_in(total, part_at + tl.program_id(2) * BM * BR, arrived + tile, SPLIT):
-            total = sum_of_parts(part_at, BM * BR, SPLIT)
-            total *= tl.load(scale).to(tl.float32)
-            tl.store(out_at, round_to(total, out.dtype.element_ty, PORTABLE), mask=(m < rows)[:, None])
-            tl.store(arrived + tile, 0)
+        part_ptrs = partial_ptr + tile * SPLIT * BM * BR + tl.arange(0, BM)[:, None] * BR + tl.arange(0, BR)[None, :]
+        if store_part(total, part_ptrs + tl.program_id(2) * BM * BR, counters_ptr + tile, SPLIT):
+            total = sum_parts(part_ptrs, BM * BR, SPLIT)
+            total *= tl.load(scale_ptr).to(tl.float32)
+            tl.store(out_ptrs, round_to(total, out_ptr.dtype.element_ty, INTERPRETED), mask=(m < rows)[:, None])
+            tl.store(counters_ptr + tile, 0)

@@ -22,8 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from grpo.kernels import dense_gemm
-from grpo.kernels.launch import on_device, portable, round_to, sum_in_float32
+from grpo.kernels import cards, dense_gemm
+from grpo.kernels.launch import disable_reduced_precision, is_interpreted, on_device, round_to
 from grpo.kernels.lora_factors import LowRank, with_bias
 from grpo.kernels.split_k import dot
 
@@ -49,7 +49,7 @@ def dense_linear(
     gradient.
     """
     rows, features = x.shape[0], weight.shape[0]
-    sum_in_float32()
+    disable_reduced_precision()
     out = x.new_empty(rows, features) if out is None else out
     if low_rank is None and bias is None:
         return torch.mm(x, weight.t(), out=out)
@@ -67,52 +67,67 @@ def dense_linear(
 
 
 def joined_linear(x: Tensor, weight: Tensor, low_rank: LowRank, out: Tensor) -> None:
-    """out = [x | shrunk] [W | b]^T, from PIECE_BYTES of [W | b] at a time."""
-    beside = low_rank.beside(x)
-    step = max(FEATURES, PIECE_BYTES // (beside.shape[1] * x.element_size()) // FEATURES * FEATURES)
+    """out = [x | x_lora_a] [W | b]^T, from PIECE_BYTES of [W | b] at a time."""
+    x_and_lora = low_rank.concat_to(x)
+    step = max(FEATURES, PIECE_BYTES // (x_and_lora.shape[1] * x.element_size()) // FEATURES * FEATURES)
     for start in range(0, weight.shape[0], step):
         part = slice(start, min(start + step, weight.shape[0]))
-        torch.mm(beside, torch.cat([weight[part], low_rank.b[part]], 1).t(), out=out[:, part])
+        torch.mm(x_and_lora, torch.cat([weight[part], low_rank.b[part]], 1).t(), out=out[:, part])
 
 
 def round_sum(total: Tensor, bias: Tensor | None, low_rank: LowRank | None, out: Tensor) -> None:
     """out = total + bias + s U^T, rounded once. total: float32 [M, N], contiguous; out: 16 bit, its last stride 1."""
     rows, features = total.shape
-    shrunk, b = (out[:, :0], out[:0, :0].new_empty(features, 0)) if low_rank is None else (low_rank.shrunk, low_rank.b)
+    x_lora_a, b = (
+        (out[:, :0], out[:0, :0].new_empty(features, 0)) if low_rank is None else (low_rank.x_lora_a, low_rank.b)
+    )
     ranks = b.shape[1]
     assert total.is_contiguous() and total.dtype == torch.float32 and out.shape == total.shape and out.stride(1) == 1
-    assert shrunk.shape == (rows, ranks) and b.shape == (features, ranks) and shrunk.stride(1) == 1
-    assert shrunk.dtype == b.dtype == out.dtype and (bias is None or bias.is_contiguous())
+    assert x_lora_a.shape == (rows, ranks) and b.shape == (features, ranks) and x_lora_a.stride(1) == 1
+    assert x_lora_a.dtype == b.dtype == out.dtype and (bias is None or bias.is_contiguous())
     tile_rows = 16 if rows <= MOST_ROWS else MOST_ROWS
     grid = (triton.cdiv(rows, tile_rows), triton.cdiv(features, FEATURES))
     with on_device(total):
         _round_sum_kernel[grid](
-            total, out if bias is None else bias, shrunk, b, out, rows, features, shrunk.stride(0), b.stride(0),
+            total, out if bias is None else bias, x_lora_a, b, out, rows, features, x_lora_a.stride(0), b.stride(0),
             b.stride(1), out.stride(0), bias is not None, ranks, min(64, triton.next_power_of_2(max(ranks, 16))),
-            tile_rows, FEATURES, portable(total), num_warps=4,
+            tile_rows, FEATURES, has_dot(total), is_interpreted(total), num_warps=4,
         )  # fmt: skip
+
+
+def has_dot(tensor: Tensor) -> bool:
+    """Whether a kernel on `tensor` adds the adapter by matrix products; otherwise rank by rank."""
+    return not tensor.is_cuda or cards.card(tensor.device).dot_is_fast
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _round_sum_kernel(
-    total, bias, shrunk, b, out, rows, features, shrunk_stride, b_stride, b_rank_stride, out_stride,
+    total_ptr, bias_ptr, x_lora_a_ptr, b_ptr, out_ptr, rows, features,
+    stride_x_lora_a_m, stride_b_n, stride_b_r, stride_out_m,
     HAS_BIAS: tl.constexpr, RANKS: tl.constexpr, BR: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    PORTABLE: tl.constexpr,
+    HAS_DOT: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """A [BM, BN] tile of `out`."""
+    """A [BM, BN] tile of the result."""
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     n = tl.program_id(1) * BN + tl.arange(0, BN)
     r = tl.arange(0, BR)
     inside = (m < rows)[:, None] & (n < features)[None, :]
-    at = m.to(tl.int64)[:, None]
-    value = tl.load(total + at * features + n[None, :], mask=inside, other=0.0)
+    row = m.to(tl.int64)[:, None]
+    value = tl.load(total_ptr + row * features + n[None, :], mask=inside, other=0.0)
     if HAS_BIAS:
-        value += tl.load(bias + n, mask=n < features, other=0.0).to(tl.float32)[None, :]
-    for start in tl.static_range(0, RANKS, BR):
-        kept = start + r < RANKS
-        left_mask, right_mask = (m < rows)[:, None] & kept[None, :], kept[:, None] & (n < features)[None, :]
-        left = tl.load(shrunk + at * shrunk_stride + start + r[None, :], mask=left_mask, other=0.0)
-        right_at = b + n[None, :].to(tl.int64) * b_stride + (start + r[:, None]) * b_rank_stride
-        right = tl.load(right_at, mask=right_mask, other=0.0)
-        value = dot(left, right, value, PORTABLE)
-    tl.store(out + at * out_stride + n[None, :], round_to(value, out.dtype.element_ty, PORTABLE), mask=inside)
+        value += tl.load(bias_ptr + n, mask=n < features, other=0.0).to(tl.float32)[None, :]
+    if not HAS_DOT:
+        for rank in range(RANKS):
+            left_ptrs = x_lora_a_ptr + row * stride_x_lora_a_m + rank
+            left = tl.load(left_ptrs, mask=(m < rows)[:, None], other=0.0).to(tl.float32)
+            b_ptrs = b_ptr + n.to(tl.int64) * stride_b_n + rank * stride_b_r
+            value += left * tl.load(b_ptrs, mask=n < features, other=0.0).to(tl.float32)[None, :]
+    for start in tl.static_range(0, RANKS if HAS_DOT else 0, BR):
+        known = start + r < RANKS
+        left_mask, right_mask = (m < rows)[:, None] & known[None, :], known[:, None] & (n < features)[None, :]
+        left = tl.load(x_lora_a_ptr + row * stride_x_lora_a_m + start + r[None, :], mask=left_mask, other=0.0)
+        b_ptrs = b_ptr + n[None, :].to(tl.int64) * stride_b_n + (start + r[:, None]) * stride_b_r
+        right = tl.load(b_ptrs, mask=right_mask, other=0.0)
+        value = dot(left, right, value, INTERPRETED)
+    out_ptrs = out_ptr + row * stride_out_m + n[None, :]
+    tl.store(out_ptrs, round_to(value, out_ptr.dtype.element_ty, INTERPRETED), mask=inside)

@@ -164,8 +164,8 @@ def dequantize(packed: Tensor, absmax: Tensor, out: Tensor | None = None) -> Ten
     return out.copy_(dequantize_bitsandbytes(codes, scales, (rows, columns), absmax.dtype))
 
 
-def launch_quantize(packed: Tensor, absmax: Tensor, row: int, weight: Tensor, *, portable: bool = False) -> None:
-    """The Triton form of `quantize_rows`. portable: as for `launch_dequantize`."""
+def launch_quantize(packed: Tensor, absmax: Tensor, row: int, weight: Tensor, *, interpreted: bool = False) -> None:
+    """The Triton form of `quantize_rows`. interpreted: as for `launch_dequantize`."""
     rows, columns = weight.shape
     words, pairs = stored_rows(packed, absmax, row, rows, columns)
     assert weight.is_contiguous() and words.is_contiguous() and pairs.is_contiguous()
@@ -174,12 +174,12 @@ def launch_quantize(packed: Tensor, absmax: Tensor, row: int, weight: Tensor, *,
     with on_device(packed):
         _quantize_kernel[grid](
             weight, words.view(torch.int32), pairs, rows, columns, tiles, _TILE_ROWS, columns % TILE != 0,
-            portable, num_warps=4,
+            interpreted, num_warps=4,
         )  # fmt: skip
 
 
-def launch_dequantize(packed: Tensor, absmax: Tensor, out: Tensor, *, portable: bool = False) -> None:
-    """The Triton form of `dequantize`. portable: look codes up without PTX, as Triton's interpreter needs."""
+def launch_dequantize(packed: Tensor, absmax: Tensor, out: Tensor, *, interpreted: bool = False) -> None:
+    """The Triton form of `dequantize`. interpreted: look codes up without PTX, as Triton's interpreter needs."""
     rows, columns = out.shape
     words, pairs = stored_rows(packed, absmax, 0, rows, columns)
     assert out.stride(1) == 1 and words.is_contiguous() and pairs.is_contiguous()
@@ -188,7 +188,7 @@ def launch_dequantize(packed: Tensor, absmax: Tensor, out: Tensor, *, portable: 
     with on_device(packed):
         _dequantize_kernel[grid](
             words.view(torch.int32), pairs, out, rows, columns, out.stride(0), tiles, *byte_tables(out.dtype),
-            _TILE_ROWS, columns % TILE != 0, portable, num_warps=4,
+            _TILE_ROWS, columns % TILE != 0, interpreted, num_warps=4,
         )  # fmt: skip
 
 
@@ -199,10 +199,10 @@ _BOUNDS = tl.constexpr(BOUNDS)
 
 @triton.jit
 def _quantize_kernel(
-    weight, words, scales, rows, columns, tiles, TILE_ROWS: tl.constexpr, HALF_TAIL: tl.constexpr,
-    PORTABLE: tl.constexpr,
+    weight_ptr, words_ptr, scales_ptr, rows, columns, tiles, TILE_ROWS: tl.constexpr, HALF_TAIL: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """A [TILE_ROWS, 128] tile of `weight` -> words [n / 8, tiles, 8, 16] and scales [n / 8, tiles, 8, 2]."""
+    """A [TILE_ROWS, 128] tile of `weight_ptr` -> words [n / 8, tiles, 8, 16] and scales [n / 8, tiles, 8, 2]."""
     tile = tl.program_id(0)
     row = tl.program_id(1) * TILE_ROWS + tl.arange(0, TILE_ROWS)
     inside = (row < rows)[:, None]
@@ -213,7 +213,7 @@ def _quantize_kernel(
         valid = inside
         if HALF_TAIL:
             valid = valid & (column < columns)[None, :]
-        source = weight + row.to(tl.int64)[:, None] * columns + column[None, :]
+        source = weight_ptr + row.to(tl.int64)[:, None] * columns + column[None, :]
         value = tl.load(source, mask=valid, other=0.0).to(tl.float32)
         absmax = tl.max(tl.abs(value), 1)
         divisor = tl.maximum(absmax, tl.full([TILE_ROWS], 1e-38, tl.float32))
@@ -226,34 +226,34 @@ def _quantize_kernel(
         low, high = tl.split(tl.permute(first << 4 | second, [0, 3, 1, 2]))
         word |= tl.reshape(low | high << 8, [TILE_ROWS, 16]) << (16 * half)
         tl.store(
-            scales + group * 16 + row % 8 * 2 + half,
-            round_to(absmax, scales.dtype.element_ty, PORTABLE),
+            scales_ptr + group * 16 + row % 8 * 2 + half,
+            round_to(absmax, scales_ptr.dtype.element_ty, INTERPRETED),
             mask=row < rows,
         )
-    tl.store(words + (group * 128 + row % 8 * 16)[:, None] + tl.arange(0, 16)[None, :], word, mask=inside)
+    tl.store(words_ptr + (group * 128 + row % 8 * 16)[:, None] + tl.arange(0, 16)[None, :], word, mask=inside)
 
 
 @triton.jit
 def _dequantize_kernel(
-    words, scales, out, rows, columns, out_stride, tiles, t0, t1, t2, t3, t4, t5, t6, t7,
-    TILE_ROWS: tl.constexpr, HALF_TAIL: tl.constexpr, PORTABLE: tl.constexpr,
+    words_ptr, scales_ptr, out_ptr, rows, columns, stride_out_m, tiles, t0, t1, t2, t3, t4, t5, t6, t7,
+    TILE_ROWS: tl.constexpr, HALF_TAIL: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Words [n / 8, tiles, 8, 16] and scales [n / 8, tiles, 8, 2] -> a [TILE_ROWS, 128] tile of `out`."""
+    """Words [n / 8, tiles, 8, 16] and scales [n / 8, tiles, 8, 2] -> a [TILE_ROWS, 128] tile of `out_ptr`."""
     tile = tl.program_id(0)
     row = tl.program_id(1) * TILE_ROWS + tl.arange(0, TILE_ROWS)
     inside = (row < rows)[:, None]
     group = tl.minimum(row // 8, rows // 8 - 1) * tiles + tile
-    word = tl.load(words + (group * 128 + row % 8 * 16)[:, None] + tl.arange(0, 16)[None, :])
-    target = out + row.to(tl.int64)[:, None] * out_stride
+    word = tl.load(words_ptr + (group * 128 + row % 8 * 16)[:, None] + tl.arange(0, 16)[None, :])
+    out_ptrs = out_ptr + row.to(tl.int64)[:, None] * stride_out_m
     for half in tl.static_range(2):
-        scale = tl.load(scales + group * 16 + row % 8 * 2 + half)
-        code = lookup_half(word, half, t0, t1, t2, t3, t4, t5, t6, t7, out.dtype.element_ty, PORTABLE)
+        scale = tl.load(scales_ptr + group * 16 + row % 8 * 2 + half)
+        code = lookup_half(word, half, t0, t1, t2, t3, t4, t5, t6, t7, out_ptr.dtype.element_ty, INTERPRETED)
         value = tile_columns(code, TILE_ROWS, 1)
-        value = scaled(value, scale, out.dtype.element_ty, PORTABLE)
+        value = scaled(value, scale, out_ptr.dtype.element_ty, INTERPRETED)
         column = tile * 128 + half * 64 + tl.arange(0, 64)
         if HALF_TAIL:
             inside = inside & (column < columns)[None, :]
-        tl.store(target + column[None, :], value, mask=inside)
+        tl.store(out_ptrs + column[None, :], value, mask=inside)
 
 
 def stored_rows(packed: Tensor, absmax: Tensor, row: int, rows: int, columns: int) -> tuple[Tensor, Tensor]:

@@ -9,8 +9,8 @@ last. Tile sizes, which do depend on the number of rows, do not enter. Two limit
 rows in its plan (128 to 512 on an H100) the product is cuBLAS's, with cuBLAS's bits; and another shape, GPU model or
 measurement may split otherwise.
 
-A LoRA adapter's second half, (x A^T) (s B)^T, is added to the sums before they are rounded, by either way; its first
-half is lora_shrink.py's.
+A LoRA adapter's second half, (x A^T) (s B)^T, is added to the sums before they are rounded, by either way; for its
+first half see lora_shrink.py.
 
 Not here: gradients, products of W with anything on the other side. One stream at a time per device: calls share a
 workspace.
@@ -26,12 +26,12 @@ import triton.language as tl
 from torch import Tensor
 
 from grpo.kernels import cards, nf4
-from grpo.kernels.launch import on_device, round_to, sum_in_float32
+from grpo.kernels.launch import disable_reduced_precision, on_device, round_to
 from grpo.kernels.lora_factors import LowRank, with_bias
 from grpo.kernels.nf4_lookup import byte_tables, fenced, load_rows, lookup_half, scaled, tile_columns
 from grpo.kernels.nf4_plans import find_plan, load_table
 from grpo.kernels.nf4_tiles import LARGEST_PIECE, Tile, fits, piece_bytes
-from grpo.kernels.split_k import dot, hand_in, sum_of_parts, workspace
+from grpo.kernels.split_k import dot, store_part, sum_parts, workspace
 
 
 def nf4_linear(
@@ -74,7 +74,7 @@ def nf4_linear(
         if joined is None:
             torch.mm(x, matrix.t(), out=out)
         else:
-            torch.mm(joined.beside(x), torch.cat([matrix, joined.b], 1).t(), out=out)
+            torch.mm(joined.concat_to(x), torch.cat([matrix, joined.b], 1).t(), out=out)
     return out
 
 
@@ -83,9 +83,9 @@ def dequantized_linear(
 ) -> None:
     """`nf4_linear` by dequantising W piece by piece into the workspace and multiplying each piece by cuBLAS.
 
-    With `low_rank` or a bias a piece has its b in further columns, and x its shrunk: one product, rounded once.
+    With `low_rank` or a bias a piece has its b in further columns, and x its x_lora_a: one product, rounded once.
     """
-    sum_in_float32()
+    disable_reduced_precision()
     features, columns = packed.shape[0], packed.shape[1] * 2
     low_rank = with_bias(low_rank, bias, x.shape[0])
     ranks = 0 if low_rank is None else low_rank.b.shape[1]
@@ -93,14 +93,14 @@ def dequantized_linear(
     most = max(256, dense_bytes(x.device) // (wide * x.element_size()) // 256 * 256)
     step = math.ceil(features / math.ceil(features / most) / 256) * 256
     scratch, _ = workspace(x.device)
-    beside = x if low_rank is None else low_rank.beside(x)
+    x_and_lora = x if low_rank is None else low_rank.concat_to(x)
     for start in range(0, features, step):
         part = slice(start, min(start + step, features))
         matrix = scratch.view(x.dtype)[: (part.stop - start) * wide].view(-1, wide)
         nf4.dequantize(packed[part], absmax[part], out=matrix[:, :columns])
         if low_rank is not None:
             matrix[:, columns:].copy_(low_rank.b[part])
-        torch.mm(beside, matrix.t(), out=out[:, part])
+        torch.mm(x_and_lora, matrix.t(), out=out[:, part])
 
 
 def fused_serves(dtype: torch.dtype, device: torch.device) -> bool:
@@ -134,9 +134,9 @@ def prepare(device: torch.device) -> None:
 
 def launch_gemm(
     x: Tensor, packed: Tensor, absmax: Tensor, bias: Tensor | None, out: Tensor, tile: Tile, split: int,
-    low_rank: LowRank | None = None, *, portable: bool = False,
+    low_rank: LowRank | None = None, *, interpreted: bool = False,
 ) -> None:  # fmt: skip
-    """The fused kernel. Arguments as `nf4_linear` has checked them; portable: the form for Triton's interpreter."""
+    """The fused kernel. Arguments as `nf4_linear` has checked them; interpreted: the form for Triton's interpreter."""
     rows, columns = x.shape
     features = packed.shape[0]
     words, scales = nf4.stored_rows(packed, absmax, 0, features, columns)
@@ -144,43 +144,45 @@ def launch_gemm(
     assert x.stride(1) == 1 and out.stride(1) == 1 and (bias is None or bias.is_contiguous())
     assert x.dtype == absmax.dtype == out.dtype and x.element_size() == 2, "two scales are read as one word"
     grid = (triton.cdiv(rows, tile.m), triton.cdiv(features, tile.n), split)
-    scratch, arrived = workspace(x.device)
+    scratch, counters = workspace(x.device)
     assert fits(tile, split, rows, features), "the workspace holds every partial sum"
-    shrunk, b, ranks = (x, x, 0) if low_rank is None else (low_rank.shrunk, low_rank.b, low_rank.b.shape[1])
+    x_lora_a, b, ranks = (x, x, 0) if low_rank is None else (low_rank.x_lora_a, low_rank.b, low_rank.b.shape[1])
     if low_rank is not None:
-        assert shrunk.shape == (rows, ranks) and b.shape == (features, ranks) and ranks % 16 == 0
-        assert shrunk.is_contiguous() and b.is_contiguous() and shrunk.dtype == b.dtype == x.dtype
+        assert x_lora_a.shape == (rows, ranks) and b.shape == (features, ranks) and ranks % 16 == 0
+        assert x_lora_a.is_contiguous() and b.is_contiguous() and x_lora_a.dtype == b.dtype == x.dtype
     with on_device(x):
         _gemm_kernel[grid](
             x, words.view(torch.int32), scales.view(torch.int32), x if bias is None else bias, out,
-            scratch.view(torch.float32), arrived, shrunk, b,
+            scratch.view(torch.float32), counters, x_lora_a, b,
             rows, features, columns, words.shape[1], x.stride(0), out.stride(0),
             *byte_tables(x.dtype), tile.n, tile.m, split, tile.warps, tile.stages, tile.dots, rows % tile.m != 0,
             columns % nf4.TILE != 0, bias is not None, ranks, min(64, triton.next_power_of_2(max(ranks, 16))),
-            portable, x.is_cuda and cards.card(x.device).unit == "mma", num_warps=tile.warps,
+            interpreted, x.is_cuda and cards.card(x.device).unit == "mma", num_warps=tile.warps,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["rows", "tiles"])
 def _gemm_kernel(
-    x, words, scales, bias, out, partial, arrived, shrunk, b,
-    rows, features, columns, tiles, x_stride, out_stride, t0, t1, t2, t3, t4, t5, t6, t7,
+    x_ptr, words_ptr, scales_ptr, bias_ptr, out_ptr, partial_ptr, counters_ptr, x_lora_a_ptr, b_ptr,
+    rows, features, columns, tiles, stride_x_m, stride_out_m, t0, t1, t2, t3, t4, t5, t6, t7,
     BN: tl.constexpr, BM: tl.constexpr, SPLIT: tl.constexpr, WARPS: tl.constexpr, STAGES: tl.constexpr,
     DOTS: tl.constexpr, RAGGED: tl.constexpr, HALF_TAIL: tl.constexpr, HAS_BIAS: tl.constexpr, RANKS: tl.constexpr,
-    BR: tl.constexpr, PORTABLE: tl.constexpr, FENCED: tl.constexpr,
+    BR: tl.constexpr, INTERPRETED: tl.constexpr, FENCED: tl.constexpr,
 ):  # fmt: skip
-    """out^T [BN, BM] = W [BN, part of K] x^T. words: [N / 8, tiles, 8, 16]; scales: pairs, [N / 8, tiles, 8]."""
-    DTYPE: tl.constexpr = x.dtype.element_ty
+    """out^T [BN, BM] = W [BN, part of K] x^T. Words: [N / 8, tiles, 8, 16]; scales: pairs, [N / 8, tiles, 8]."""
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     WIDTH: tl.constexpr = 128 // DOTS
     n0 = tl.program_id(1) * BN
     last_group = features // 8 - 1
     n = n0 + load_rows(BN, WARPS)
-    word_at = words + (tl.minimum(n // 8, last_group) * tiles * 128 + n % 8 * 16)[:, None] + tl.arange(0, 16)[None, :]
+    word_ptrs = (
+        words_ptr + (tl.minimum(n // 8, last_group) * tiles * 128 + n % 8 * 16)[:, None] + tl.arange(0, 16)[None, :]
+    )
     n = n0 + tl.arange(0, BN)
-    scale_at = scales + tl.minimum(n // 8, last_group) * tiles * 8 + n % 8
+    scale_ptrs = scales_ptr + tl.minimum(n // 8, last_group) * tiles * 8 + n % 8
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     k = tl.arange(0, WIDTH)
-    x_at = x + (m * x_stride)[None, :] + k[:, None]
+    x_ptrs = x_ptr + (m * stride_x_m)[None, :] + k[:, None]
     # Rows past the last are not read. Reading the last row in their place makes every program ask for the same lines
     # of the L2 cache: one row of x then takes longer than sixteen.
     x_mask = (m < rows)[None, :]
@@ -188,74 +190,79 @@ def _gemm_kernel(
     first = tl.program_id(2) * share
     total = tl.zeros([BN, BM], tl.float32)
     for tile in tl.range(first, tl.minimum(first + share, tiles), num_stages=STAGES):
-        word = tl.load(word_at + tile * 128)
-        pair = tl.load(scale_at + tile * 8)
+        word = tl.load(word_ptrs + tile * 128)
+        pair = tl.load(scale_ptrs + tile * 8)
         scale0 = (pair & 0xFFFF).to(tl.int16).to(DTYPE, bitcast=True)
         scale1 = (pair >> 16).to(tl.int16).to(DTYPE, bitcast=True)
-        low = tile_columns(lookup_half(word, 0, t0, t1, t2, t3, t4, t5, t6, t7, DTYPE, PORTABLE), BN, WARPS)
-        low = fenced(scaled(low, scale0, DTYPE, PORTABLE), FENCED)
+        low = tile_columns(lookup_half(word, 0, t0, t1, t2, t3, t4, t5, t6, t7, DTYPE, INTERPRETED), BN, WARPS)
+        low = fenced(scaled(low, scale0, DTYPE, INTERPRETED), FENCED)
         if DOTS == 2:
             total = dot(
-                low, _load_x(x_at + tile * 128, x_mask, tile * 128 + k, columns, RAGGED, False), total, PORTABLE
+                low, _load_x(x_ptrs + tile * 128, x_mask, tile * 128 + k, columns, RAGGED, False), total, INTERPRETED
             )
-        high = tile_columns(lookup_half(word, 1, t0, t1, t2, t3, t4, t5, t6, t7, DTYPE, PORTABLE), BN, WARPS)
-        high = fenced(scaled(high, scale1, DTYPE, PORTABLE), FENCED)
+        high = tile_columns(lookup_half(word, 1, t0, t1, t2, t3, t4, t5, t6, t7, DTYPE, INTERPRETED), BN, WARPS)
+        high = fenced(scaled(high, scale1, DTYPE, INTERPRETED), FENCED)
         if DOTS == 2:
             total = dot(
                 high,
-                _load_x(x_at + tile * 128 + 64, x_mask, tile * 128 + 64 + k, columns, RAGGED, HALF_TAIL),
+                _load_x(x_ptrs + tile * 128 + 64, x_mask, tile * 128 + 64 + k, columns, RAGGED, HALF_TAIL),
                 total,
-                PORTABLE,
+                INTERPRETED,
             )
         else:
             both = fenced(tl.reshape(tl.permute(tl.join(low, high), [0, 2, 1]), [BN, 128]), FENCED)
             total = dot(
-                both, _load_x(x_at + tile * 128, x_mask, tile * 128 + k, columns, RAGGED, HALF_TAIL), total, PORTABLE
+                both,
+                _load_x(x_ptrs + tile * 128, x_mask, tile * 128 + k, columns, RAGGED, HALF_TAIL),
+                total,
+                INTERPRETED,
             )
     if RANKS > 0:
         # Here the sums are still where a matrix product wants them, which those read back from memory would not be.
         if tl.program_id(2) == SPLIT - 1:
-            total = _add_low_rank(total, shrunk, b, m, n, rows, features, RANKS, BR, PORTABLE)
+            total = _add_low_rank(total, x_lora_a_ptr, b_ptr, m, n, rows, features, RANKS, BR, INTERPRETED)
     if SPLIT == 1:
-        _store(total, out, bias, m, n, rows, features, out_stride, HAS_BIAS, PORTABLE)
+        _store(total, out_ptr, bias_ptr, m, n, rows, features, stride_out_m, HAS_BIAS, INTERPRETED)
     else:
         tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-        part_at = tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]
-        part_at += partial + tile * SPLIT * BN * BM
-        if hand_in(total, part_at + tl.program_id(2) * BN * BM, arrived + tile, SPLIT):
-            total = sum_of_parts(part_at, BN * BM, SPLIT)
-            _store(total, out, bias, m, n, rows, features, out_stride, HAS_BIAS, PORTABLE)
-            tl.store(arrived + tile, 0)
+        part_ptrs = tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]
+        part_ptrs += partial_ptr + tile * SPLIT * BN * BM
+        if store_part(total, part_ptrs + tl.program_id(2) * BN * BM, counters_ptr + tile, SPLIT):
+            total = sum_parts(part_ptrs, BN * BM, SPLIT)
+            _store(total, out_ptr, bias_ptr, m, n, rows, features, stride_out_m, HAS_BIAS, INTERPRETED)
+            tl.store(counters_ptr + tile, 0)
 
 
 @triton.jit
-def _load_x(at, mask, column, columns, RAGGED: tl.constexpr, HALF_TAIL: tl.constexpr):
+def _load_x(x_ptrs, mask, column, columns, RAGGED: tl.constexpr, HALF_TAIL: tl.constexpr):
     if HALF_TAIL:  # times a padded block of zeros, so it has to be finite
-        return tl.load(at, mask=mask & (column < columns)[:, None], other=0.0)
+        return tl.load(x_ptrs, mask=mask & (column < columns)[:, None], other=0.0)
     if RAGGED:  # whatever is left in the other rows' place only reaches rows of y that are not stored
-        return tl.load(at, mask=mask)
-    return tl.load(at)
+        return tl.load(x_ptrs, mask=mask)
+    return tl.load(x_ptrs)
 
 
 @triton.jit
 def _add_low_rank(
-    total, shrunk, b, m, n, rows, features, RANKS: tl.constexpr, BR: tl.constexpr, PORTABLE: tl.constexpr
+    total, x_lora_a_ptr, b_ptr, m, n, rows, features, RANKS: tl.constexpr, BR: tl.constexpr, INTERPRETED: tl.constexpr
 ):  # fmt: skip
-    """total [BN, BM] plus b [BN, RANKS] times the transpose of shrunk [BM, RANKS], BR ranks at a time."""
+    """total [BN, BM] plus b [BN, RANKS] times the transpose of x_lora_a [BM, RANKS], BR ranks at a time."""
     r = tl.arange(0, BR)
     for start in tl.static_range(0, RANKS, BR):
         inside = start + r < RANKS
         left_mask, right_mask = (n < features)[:, None] & inside[None, :], (m < rows)[None, :] & inside[:, None]
-        left = tl.load(b + n[:, None] * RANKS + start + r[None, :], mask=left_mask, other=0.0)
-        right = tl.load(shrunk + m[None, :] * RANKS + start + r[:, None], mask=right_mask, other=0.0)
-        total = dot(left, right, total, PORTABLE)
+        left = tl.load(b_ptr + n[:, None] * RANKS + start + r[None, :], mask=left_mask, other=0.0)
+        right = tl.load(x_lora_a_ptr + m[None, :] * RANKS + start + r[:, None], mask=right_mask, other=0.0)
+        total = dot(left, right, total, INTERPRETED)
     return total
 
 
 @triton.jit
-def _store(total, out, bias, m, n, rows, features, out_stride, HAS_BIAS: tl.constexpr, PORTABLE: tl.constexpr):
+def _store(
+    total, out_ptr, bias_ptr, m, n, rows, features, stride_out_m, HAS_BIAS: tl.constexpr, INTERPRETED: tl.constexpr
+):
     if HAS_BIAS:
-        total += tl.load(bias + n, mask=n < features, other=0.0).to(tl.float32)[:, None]
-    at = out + m[None, :] * out_stride + n[:, None]
+        total += tl.load(bias_ptr + n, mask=n < features, other=0.0).to(tl.float32)[:, None]
+    out_ptrs = out_ptr + m[None, :] * stride_out_m + n[:, None]
     mask = (m < rows)[None, :] & (n < features)[:, None]
-    tl.store(at, round_to(total, out.dtype.element_ty, PORTABLE), mask=mask)
+    tl.store(out_ptrs, round_to(total, out_ptr.dtype.element_ty, INTERPRETED), mask=mask)

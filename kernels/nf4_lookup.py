@@ -3,7 +3,7 @@
 A 32-bit word of the stored form (docs/nf4-kernel.md) holds four codes of each of two blocks of 64. On NVIDIA hardware
 four codes are looked up at once by byte permutation: the table of 16-bit values is split into a table of upper and
 one of lower bytes, each 16 bytes or four registers; three `prmt` look up four bytes of one table, and a last pair of
-them interleaves the two tables' bytes. The portable form does the same with shifts, for Triton's interpreter.
+them interleaves the two tables' bytes. For Triton's interpreter the same is done with shifts.
 
 Not here: scales, tiles of a matrix product, anything on the host but the tables.
 """
@@ -62,17 +62,17 @@ set, which chooses between those two choices. $6..$13: `byte_tables`."""
 
 @triton.jit
 def lookup_half(
-    word, HALF: tl.constexpr, t0, t1, t2, t3, t4, t5, t6, t7, DTYPE: tl.constexpr, PORTABLE: tl.constexpr
+    word, HALF: tl.constexpr, t0, t1, t2, t3, t4, t5, t6, t7, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr
 ):  # fmt: skip
     """int32 words [R, 16] -> values [R, 16, 2 (e), 2 (j)] of block HALF of the tile, in DTYPE (bf16 or fp16).
 
     t0..t7: `byte_tables` of DTYPE.
     """
-    if PORTABLE:
-        first = _portable_bits(word, HALF * 16 + 4, t0, t1, t2, t3, t4, t5, t6, t7)
-        second = _portable_bits(word, HALF * 16, t0, t1, t2, t3, t4, t5, t6, t7)
-        third = _portable_bits(word, HALF * 16 + 12, t0, t1, t2, t3, t4, t5, t6, t7)
-        fourth = _portable_bits(word, HALF * 16 + 8, t0, t1, t2, t3, t4, t5, t6, t7)
+    if INTERPRETED:
+        first = _interpreted_bits(word, HALF * 16 + 4, t0, t1, t2, t3, t4, t5, t6, t7)
+        second = _interpreted_bits(word, HALF * 16, t0, t1, t2, t3, t4, t5, t6, t7)
+        third = _interpreted_bits(word, HALF * 16 + 12, t0, t1, t2, t3, t4, t5, t6, t7)
+        fourth = _interpreted_bits(word, HALF * 16 + 8, t0, t1, t2, t3, t4, t5, t6, t7)
     else:
         low = word & 0x77777777
         choice = ((word >> 1) & 0x44444444) | 0x32103210
@@ -85,7 +85,7 @@ def lookup_half(
 
 
 @triton.jit
-def _portable_bits(word, SHIFT: tl.constexpr, t0, t1, t2, t3, t4, t5, t6, t7):
+def _interpreted_bits(word, SHIFT: tl.constexpr, t0, t1, t2, t3, t4, t5, t6, t7):
     code = (word >> SHIFT) & 15
     upper = tl.where(code < 8, tl.where(code < 4, t0, t1), tl.where(code < 12, t2, t3))
     lower = tl.where(code < 8, tl.where(code < 4, t4, t5), tl.where(code < 12, t6, t7))
@@ -94,10 +94,10 @@ def _portable_bits(word, SHIFT: tl.constexpr, t0, t1, t2, t3, t4, t5, t6, t7):
 
 
 @triton.jit
-def scaled(values, scale, DTYPE: tl.constexpr, PORTABLE: tl.constexpr):
+def scaled(values, scale, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
     """values [R, C] times scale [R], rounded once to DTYPE: the product of two 16-bit floats is exact in float32."""
-    if PORTABLE:
-        return round_to(values.to(tl.float32) * scale.to(tl.float32)[:, None], DTYPE, PORTABLE)
+    if INTERPRETED:
+        return round_to(values.to(tl.float32) * scale.to(tl.float32)[:, None], DTYPE, INTERPRETED)
     return values * scale[:, None]
 
 

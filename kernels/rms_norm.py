@@ -19,7 +19,15 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from grpo.kernels.launch import dense_rows, on_device, portable, round_to, triton_serves, warps, wide
+from grpo.kernels.launch import (
+    accumulation_dtype,
+    is_interpreted,
+    on_device,
+    round_to,
+    triton_supports,
+    unit_stride,
+    warps,
+)
 
 MOST_COLUMNS = 1 << 16
 """A program holds a whole row."""
@@ -38,37 +46,39 @@ class Norm(NamedTuple):
         dimension; out: likewise, may be x; None allocates."""
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
         _check(x, self.weight, out)
-        if triton_serves(x):
+        if triton_supports(x):
             launch_forward(x, self, out)
         else:
             out.copy_(self._torch(x))
         return out
 
-    def backward(self, grad: Tensor, x: Tensor, plus: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-        """dL/dx from `grad` = dL/dy, plus the tensor `plus`. Shapes and strides as in `forward`; `out` may be any of
+    def backward(
+        self, grad: Tensor, x: Tensor, residual_grad: Tensor | None = None, out: Tensor | None = None
+    ) -> Tensor:
+        """dL/dx from `grad` = dL/dy, plus `residual_grad`. Shapes and strides as in `forward`; `out` may be any of
         the inputs."""
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
-        _check(x, self.weight, grad, out, *(() if plus is None else (plus,)))
-        if triton_serves(x):
-            launch_backward(grad, x, self, plus, out)
+        _check(x, self.weight, grad, out, *(() if residual_grad is None else (residual_grad,)))
+        if triton_supports(x):
+            launch_backward(grad, x, self, residual_grad, out)
         else:
-            out.copy_(self._torch_backward(grad, x, plus))
+            out.copy_(self._torch_backward(grad, x, residual_grad))
         return out
 
     def _torch(self, x: Tensor) -> Tensor:
-        values = x.to(wide(x.dtype))
+        values = x.to(accumulation_dtype(x.dtype))
         values = values * torch.rsqrt(values.square().mean(-1, keepdim=True) + self.eps)
         if self.unit_offset:
             return (values * (1 + self.weight.to(values.dtype))).to(x.dtype)
         return self.weight * values.to(x.dtype)
 
-    def _torch_backward(self, grad: Tensor, x: Tensor, plus: Tensor | None) -> Tensor:
-        values = x.to(wide(x.dtype))
+    def _torch_backward(self, grad: Tensor, x: Tensor, residual_grad: Tensor | None) -> Tensor:
+        values = x.to(accumulation_dtype(x.dtype))
         scale = torch.rsqrt(values.square().mean(-1, keepdim=True) + self.eps)
         unit = values * scale
         inner = grad.to(values.dtype) * (self.weight.to(values.dtype) + (1 if self.unit_offset else 0))
         result = scale * (inner - unit * (inner * unit).mean(-1, keepdim=True))
-        return result if plus is None else result + plus
+        return result if residual_grad is None else result + residual_grad
 
 
 def rms_norm(x: Tensor, norm: Norm) -> Tensor:
@@ -88,7 +98,7 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
         columns = x.shape[-1]
-        return ctx.norm.backward(dense_rows(grad).reshape(-1, columns), x.reshape(-1, columns)).view(x.shape), None
+        return ctx.norm.backward(unit_stride(grad).reshape(-1, columns), x.reshape(-1, columns)).view(x.shape), None
 
 
 def _check(x: Tensor, weight: Tensor, *others: Tensor) -> None:
@@ -125,69 +135,72 @@ def launch_forward(x: Tensor, norm: Norm, out: Tensor) -> None:
     with on_device(x):
         _forward_kernel[grid](
             x, norm.weight, out, x.numel() // x.shape[-1], heads, x.shape[-1], *_rows(x), *_rows(out), norm.eps,
-            norm.unit_offset, rows, block, portable(x), num_warps=num_warps,
+            norm.unit_offset, rows, block, is_interpreted(x), num_warps=num_warps,
         )  # fmt: skip
 
 
-def launch_backward(grad: Tensor, x: Tensor, norm: Norm, plus: Tensor | None, out: Tensor) -> None:
+def launch_backward(grad: Tensor, x: Tensor, norm: Norm, residual_grad: Tensor | None, out: Tensor) -> None:
     """The Triton form of `Norm.backward`."""
     grid, heads, rows, block, num_warps = _launch_sizes(x)
-    other = x if plus is None else plus
+    other = x if residual_grad is None else residual_grad
     assert grad.stride(-1) == x.stride(-1) == other.stride(-1) == out.stride(-1) == norm.weight.stride(-1) == 1
     if x.numel() == 0:
         return
     with on_device(x):
         _backward_kernel[grid](
             grad, x, norm.weight, other, out, x.numel() // x.shape[-1], heads, x.shape[-1], *_rows(grad), *_rows(x),
-            *_rows(other), *_rows(out), norm.eps, norm.unit_offset, plus is not None, rows, block, portable(x),
-            num_warps=num_warps,
+            *_rows(other), *_rows(out), norm.eps, norm.unit_offset, residual_grad is not None, rows, block,
+            is_interpreted(x), num_warps=num_warps,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _forward_kernel(
-    x, weight, out, rows, heads, columns, x_token, x_head, out_token, out_head, eps,
-    UNIT_OFFSET: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PORTABLE: tl.constexpr,
+    x_ptr, weight_ptr, out_ptr, rows, heads, columns, stride_x_t, stride_x_h, stride_out_t, stride_out_h, eps,
+    UNIT_OFFSET: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """ROWS whole rows; row r is head r % heads of token r // heads."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)[None, :]
     inside = (row < rows)[:, None] & (column < columns)
     token, head = (row // heads).to(tl.int64), row % heads
-    value = tl.load(x + (token * x_token + head * x_head)[:, None] + column, mask=inside, other=0.0).to(tl.float32)
+    x_ptrs = x_ptr + (token * stride_x_t + head * stride_x_h)[:, None] + column
+    value = tl.load(x_ptrs, mask=inside, other=0.0).to(tl.float32)
     scale = 1.0 / tl.sqrt(tl.sum(value * value, 1) / columns + eps)
     unit = value * scale[:, None]
-    w = tl.load(weight + column, mask=column < columns, other=0.0).to(tl.float32)
+    w = tl.load(weight_ptr + column, mask=column < columns, other=0.0).to(tl.float32)
     if UNIT_OFFSET:
         result = unit * (1.0 + w)
     else:
-        result = w * round_to(unit, out.dtype.element_ty, PORTABLE).to(tl.float32)
-    target = out + (token * out_token + head * out_head)[:, None] + column
-    tl.store(target, round_to(result, out.dtype.element_ty, PORTABLE), mask=inside)
+        result = w * round_to(unit, out_ptr.dtype.element_ty, INTERPRETED).to(tl.float32)
+    target = out_ptr + (token * stride_out_t + head * stride_out_h)[:, None] + column
+    tl.store(target, round_to(result, out_ptr.dtype.element_ty, INTERPRETED), mask=inside)
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _backward_kernel(
-    grad, x, weight, plus, out, rows, heads, columns, grad_token, grad_head, x_token, x_head, plus_token, plus_head,
-    out_token, out_head, eps, UNIT_OFFSET: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    PORTABLE: tl.constexpr,
+    grad_ptr, x_ptr, weight_ptr, residual_grad_ptr, out_ptr, rows, heads, columns, stride_grad_t, stride_grad_h,
+    stride_x_t, stride_x_h, stride_residual_t, stride_residual_h, stride_out_t, stride_out_h, eps,
+    UNIT_OFFSET: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """dx = scale * (g - unit * mean(g * unit)) + plus with g = grad * weight and unit = x * scale."""
+    """dx = scale * (g - unit * mean(g * unit)) + residual_grad with g = grad * weight and unit = x * scale."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)[None, :]
     inside = (row < rows)[:, None] & (column < columns)
     token, head = (row // heads).to(tl.int64), row % heads
-    value = tl.load(x + (token * x_token + head * x_head)[:, None] + column, mask=inside, other=0.0).to(tl.float32)
+    x_ptrs = x_ptr + (token * stride_x_t + head * stride_x_h)[:, None] + column
+    value = tl.load(x_ptrs, mask=inside, other=0.0).to(tl.float32)
     scale = (1.0 / tl.sqrt(tl.sum(value * value, 1) / columns + eps))[:, None]
     unit = value * scale
-    w = tl.load(weight + column, mask=column < columns, other=0.0).to(tl.float32)
+    w = tl.load(weight_ptr + column, mask=column < columns, other=0.0).to(tl.float32)
     if UNIT_OFFSET:
         w += 1.0
-    source = grad + (token * grad_token + head * grad_head)[:, None] + column
+    source = grad_ptr + (token * stride_grad_t + head * stride_grad_h)[:, None] + column
     inner = tl.load(source, mask=inside, other=0.0).to(tl.float32) * w
     result = scale * (inner - unit * (tl.sum(inner * unit, 1) / columns)[:, None])
-    if ADD:
-        source = plus + (token * plus_token + head * plus_head)[:, None] + column
+    if HAS_RESIDUAL:
+        source = residual_grad_ptr + (token * stride_residual_t + head * stride_residual_h)[:, None] + column
         result += tl.load(source, mask=inside, other=0.0).to(tl.float32)
-    target = out + (token * out_token + head * out_head)[:, None] + column
-    tl.store(target, round_to(result, out.dtype.element_ty, PORTABLE), mask=inside)
+    target = out_ptr + (token * stride_out_t + head * stride_out_h)[:, None] + column
+    tl.store(target, round_to(result, out_ptr.dtype.element_ty, INTERPRETED), mask=inside)

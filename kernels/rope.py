@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from grpo.kernels.launch import dense_rows, on_device, portable, round_to, triton_serves, wide
+from grpo.kernels.launch import accumulation_dtype, is_interpreted, on_device, round_to, triton_supports, unit_stride
 
 TOKENS = 8
 """Of a program, which goes through their heads and so reads each cosine once."""
@@ -37,7 +37,7 @@ class _Rope(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return rotate(dense_rows(grad), *ctx.saved_tensors, inverse=True), None, None
+        return rotate(unit_stride(grad), *ctx.saved_tensors, inverse=True), None, None
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None = None, *, inverse: bool = False) -> Tensor:
@@ -54,7 +54,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None = None, *, in
         )
     if cos.shape != sin.shape or cos.shape[0] != x.shape[0] or rotated % 2 or rotated > x.shape[-1]:
         raise ValueError(f"rope of {tuple(x.shape)} by cosines of {tuple(cos.shape)} and sines of {tuple(sin.shape)}")
-    if triton_serves(x):
+    if triton_supports(x):
         launch_rotate(x, cos, sin, out, inverse=inverse)
     else:
         out.copy_(_torch(x, cos, sin, inverse))
@@ -63,7 +63,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None = None, *, in
 
 def _torch(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
     rotated = cos.shape[-1]
-    values = x[..., :rotated].to(wide(x.dtype))
+    values = x[..., :rotated].to(accumulation_dtype(x.dtype))
     cos, sin = (part.to(values.dtype)[:, None] for part in (cos, sin))
     first, second = values.chunk(2, -1)
     if inverse:
@@ -85,37 +85,38 @@ def launch_rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, *, inverse: 
         _rotate_kernel[(triton.cdiv(tokens, TOKENS),)](
             x, cos, sin, out, tokens, heads, half, columns - 2 * half, x.stride(0), x.stride(1), out.stride(0),
             out.stride(1), inverse, out.data_ptr() != x.data_ptr(), TOKENS, triton.next_power_of_2(half),
-            triton.next_power_of_2(max(1, columns - 2 * half)), portable(x), num_warps=2,
+            triton.next_power_of_2(max(1, columns - 2 * half)), is_interpreted(x), num_warps=2,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["tokens"])
 def _rotate_kernel(
-    x, cos, sin, out, tokens, heads, half, rest, x_token, x_head, out_token, out_head, INVERSE: tl.constexpr,
-    COPY_REST: tl.constexpr, TOKENS: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, PORTABLE: tl.constexpr,
+    x_ptr, cos_ptr, sin_ptr, out_ptr, tokens, heads, half, rest, stride_x_t, stride_x_h, stride_out_t, stride_out_h,
+    INVERSE: tl.constexpr, COPY_REST: tl.constexpr, TOKENS: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """All heads of TOKENS tokens."""
-    DTYPE: tl.constexpr = out.dtype.element_ty
+    DTYPE: tl.constexpr = out_ptr.dtype.element_ty
     token = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)[:, None]
     column = tl.arange(0, HALF)[None, :]
     inside = (token < tokens) & (column < half)
-    place = token * (2 * half) + column
-    cos1 = tl.load(cos + place, mask=inside, other=0.0).to(tl.float32)
-    cos2 = tl.load(cos + place + half, mask=inside, other=0.0).to(tl.float32)
-    sin1 = tl.load(sin + place, mask=inside, other=0.0).to(tl.float32)
-    sin2 = tl.load(sin + place + half, mask=inside, other=0.0).to(tl.float32)
+    offset = token * (2 * half) + column
+    cos1 = tl.load(cos_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+    cos2 = tl.load(cos_ptr + offset + half, mask=inside, other=0.0).to(tl.float32)
+    sin1 = tl.load(sin_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+    sin2 = tl.load(sin_ptr + offset + half, mask=inside, other=0.0).to(tl.float32)
     if INVERSE:
         # The transposed map is the map with the sines exchanged and negated.
         sin1, sin2 = -sin2, -sin1
     for head in range(heads):
-        source = x + token * x_token + head * x_head + column
+        source = x_ptr + token * stride_x_t + head * stride_x_h + column
         first = tl.load(source, mask=inside, other=0.0).to(tl.float32)
         second = tl.load(source + half, mask=inside, other=0.0).to(tl.float32)
-        target = out + token * out_token + head * out_head + column
-        tl.store(target, round_to(first * cos1 - second * sin1, DTYPE, PORTABLE), mask=inside)
-        tl.store(target + half, round_to(second * cos2 + first * sin2, DTYPE, PORTABLE), mask=inside)
+        target = out_ptr + token * stride_out_t + head * stride_out_h + column
+        tl.store(target, round_to(first * cos1 - second * sin1, DTYPE, INTERPRETED), mask=inside)
+        tl.store(target + half, round_to(second * cos2 + first * sin2, DTYPE, INTERPRETED), mask=inside)
         if COPY_REST:
             other = tl.arange(0, REST)[None, :]
-            kept = (token < tokens) & (other < rest)
-            passed = tl.load(x + token * x_token + head * x_head + 2 * half + other, mask=kept)
-            tl.store(out + token * out_token + head * out_head + 2 * half + other, passed, mask=kept)
+            inside_rest = (token < tokens) & (other < rest)
+            passed = tl.load(x_ptr + token * stride_x_t + head * stride_x_h + 2 * half + other, mask=inside_rest)
+            tl.store(out_ptr + token * stride_out_t + head * stride_out_h + 2 * half + other, passed, mask=inside_rest)

@@ -42,40 +42,41 @@ def launch_sample(logits: Tensor, temperature: Tensor, seed: int) -> tuple[Tenso
     assert logits.stride(1) == 1 and temperature.shape == (rows,) and temperature.is_contiguous()
     assert temperature.dtype == torch.float32 and 0 <= seed < 2**63
     pieces = triton.cdiv(vocabulary, PIECE)
-    found = torch.empty(4, rows, pieces, dtype=torch.float32, device=logits.device)
+    partial = torch.empty(4, rows, pieces, dtype=torch.float32, device=logits.device)
     best = torch.empty(rows, pieces, dtype=torch.int32, device=logits.device)
     tokens = torch.empty(rows, dtype=torch.int32, device=logits.device)
     logprobs = torch.empty(rows, dtype=torch.float32, device=logits.device)
     with on_device(logits):
         _piece_kernel[(pieces, rows)](
-            logits, temperature, *found, best, logits.stride(0), vocabulary, pieces, seed, PIECE, BLOCK
+            logits, temperature, *partial, best, logits.stride(0), vocabulary, pieces, seed, PIECE, BLOCK
         )
-        _combine_kernel[(rows,)](*found, best, tokens, logprobs, pieces, triton.next_power_of_2(pieces))
+        _combine_kernel[(rows,)](*partial, best, tokens, logprobs, pieces, triton.next_power_of_2(pieces))
     return tokens, logprobs
 
 
 @triton.jit(do_not_specialize=["seed"])
 def _piece_kernel(
-    logits, temperature, maxima, sums, scores, chosen, best, stride, vocabulary, pieces, seed,
+    logits_ptr, temperature_ptr, maxima_ptr, sums_ptr, scores_ptr, chosen_ptr, best_ptr,
+    stride_m, vocabulary, pieces, seed,
     PIECE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One piece of a row: largest scaled logit, sum of exponentials below it, best score, its logit and place."""
     row = tl.program_id(1).to(tl.int64)
-    inverse = 1.0 / tl.load(temperature + row)
-    row_at = logits + row * stride
+    inverse = 1.0 / tl.load(temperature_ptr + row)
+    row_ptr = logits_ptr + row * stride_m
     start = tl.program_id(0) * PIECE
     maximum = tl.full([BLOCK], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     score = tl.full([BLOCK], float("-inf"), tl.float32)
-    at_score = tl.full([BLOCK], float("-inf"), tl.float32)
-    place = tl.zeros([BLOCK], tl.int32)
+    best_logit = tl.full([BLOCK], float("-inf"), tl.float32)
+    best_column = tl.zeros([BLOCK], tl.int32)
     lane = tl.arange(0, BLOCK)
     for offset in range(0, PIECE, 4 * BLOCK):
         column = start + offset + lane
         # One call of the generator makes four numbers.
         bits = tl.randint4x(seed, row * (pieces * PIECE) + column)
         for quarter in tl.static_range(4):
-            x = tl.load(row_at + column, mask=column < vocabulary, other=float("-inf")).to(tl.float32) * inverse
+            x = tl.load(row_ptr + column, mask=column < vocabulary, other=float("-inf")).to(tl.float32) * inverse
             higher = tl.maximum(maximum, x)
             shift = tl.where(higher == float("-inf"), 0.0, higher)
             total = total * tl.exp(maximum - shift) + tl.exp(x - shift)
@@ -83,18 +84,18 @@ def _piece_kernel(
             noisy = x - tl.log(_exponential(bits[quarter]))
             better = noisy > score
             score = tl.where(better, noisy, score)
-            at_score = tl.where(better, x, at_score)
-            place = tl.where(better, column, place)
+            best_logit = tl.where(better, x, best_logit)
+            best_column = tl.where(better, column, best_column)
             column += BLOCK
     top = tl.max(maximum, 0)
     shift = tl.where(top == float("-inf"), 0.0, top)
     won = lane == tl.argmax(score, 0)
     out = row * pieces + tl.program_id(0)
-    tl.store(maxima + out, top)
-    tl.store(sums + out, tl.sum(total * tl.exp(maximum - shift), 0))
-    tl.store(scores + out, tl.max(score, 0))
-    tl.store(chosen + out, tl.sum(tl.where(won, at_score, 0.0), 0))
-    tl.store(best + out, tl.sum(tl.where(won, place, 0), 0))
+    tl.store(maxima_ptr + out, top)
+    tl.store(sums_ptr + out, tl.sum(total * tl.exp(maximum - shift), 0))
+    tl.store(scores_ptr + out, tl.max(score, 0))
+    tl.store(chosen_ptr + out, tl.sum(tl.where(won, best_logit, 0.0), 0))
+    tl.store(best_ptr + out, tl.sum(tl.where(won, best_column, 0), 0))
 
 
 @triton.jit
@@ -107,16 +108,18 @@ def _exponential(bits):
 
 
 @triton.jit
-def _combine_kernel(maxima, sums, scores, chosen, best, tokens, logprobs, pieces, WIDTH: tl.constexpr):
+def _combine_kernel(
+    maxima_ptr, sums_ptr, scores_ptr, chosen_ptr, best_ptr, tokens_ptr, logprobs_ptr, pieces, WIDTH: tl.constexpr
+):
     row = tl.program_id(0)
     piece = tl.arange(0, WIDTH)
     inside = piece < pieces
-    at = row * pieces + piece
-    maximum = tl.load(maxima + at, mask=inside, other=float("-inf"))
-    score = tl.load(scores + at, mask=inside, other=float("-inf"))
+    offset = row * pieces + piece
+    maximum = tl.load(maxima_ptr + offset, mask=inside, other=float("-inf"))
+    score = tl.load(scores_ptr + offset, mask=inside, other=float("-inf"))
     top = tl.max(maximum, 0)
-    total = tl.sum(tl.load(sums + at, mask=inside, other=0.0) * tl.exp(maximum - top), 0)
+    total = tl.sum(tl.load(sums_ptr + offset, mask=inside, other=0.0) * tl.exp(maximum - top), 0)
     winner = piece == tl.argmax(score, 0)
-    value = tl.sum(tl.where(winner, tl.load(chosen + at, mask=inside, other=0.0), 0.0), 0)
-    tl.store(tokens + row, tl.sum(tl.where(winner, tl.load(best + at, mask=inside, other=0), 0), 0))
-    tl.store(logprobs + row, value - top - tl.log(total))
+    value = tl.sum(tl.where(winner, tl.load(chosen_ptr + offset, mask=inside, other=0.0), 0.0), 0)
+    tl.store(tokens_ptr + row, tl.sum(tl.where(winner, tl.load(best_ptr + offset, mask=inside, other=0), 0), 0))
+    tl.store(logprobs_ptr + row, value - top - tl.log(total))

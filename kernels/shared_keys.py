@@ -17,78 +17,78 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from grpo.kernels.launch import on_device, portable, round_to, triton_serves, wide
+from grpo.kernels.launch import accumulation_dtype, is_interpreted, on_device, round_to, triton_supports
 
 
-class Places:
-    """Where the rows of the packed row go."""
+class GatherIndex:
+    """Which token of a packed row each key is copied from, and back."""
 
     def __init__(self, sources: Tensor, tokens: int, device: torch.device):
-        """sources: int64 [keys] on the CPU, the token that each place takes, below `tokens`. Everything on `device`."""
+        """sources: int64 [keys] on the CPU, the token that each key is copied from, below `tokens`. On `device`:"""
         self.sources = sources.to(device)
         self.order = torch.argsort(sources, stable=True).to(device, torch.int32)
-        """int32 [keys]: the places of token 0, then of token 1, and so on."""
+        """int32 [keys]: where token 0 is copied to, then of token 1, and so on."""
         counts = torch.bincount(sources, minlength=tokens)
         self.bounds = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(device, torch.int32)
         """int32 [tokens + 1]: where each token's part of `order` begins."""
 
 
-def laid_out(key: Tensor, value: Tensor, places: Places) -> tuple[Tensor, Tensor]:
+def gather_keys(key: Tensor, value: Tensor, index: GatherIndex) -> tuple[Tensor, Tensor]:
     """key, value [tokens, heads, dim] -> [keys, heads, dim], with gradient. Contiguous first where heads lie apart."""
-    return _LaidOut.apply(key, value, places)
+    return _GatherKeys.apply(key, value, index)
 
 
-class _LaidOut(torch.autograd.Function):
+class _GatherKeys(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, key: Tensor, value: Tensor, places: Places) -> tuple[Tensor, Tensor]:
-        ctx.places = places
-        out = key.new_empty(2, places.sources.numel(), *key.shape[1:])
-        if triton_serves(key):
-            launch_copy(in_rows(key), in_rows(value), places, out)
+    def forward(ctx: Any, key: Tensor, value: Tensor, index: GatherIndex) -> tuple[Tensor, Tensor]:
+        ctx.index = index
+        out = key.new_empty(2, index.sources.numel(), *key.shape[1:])
+        if triton_supports(key):
+            launch_copy(contiguous_rows(key), contiguous_rows(value), index, out)
         else:
-            torch.index_select(key, 0, places.sources, out=out[0])
-            torch.index_select(value, 0, places.sources, out=out[1])
+            torch.index_select(key, 0, index.sources, out=out[0])
+            torch.index_select(value, 0, index.sources, out=out[1])
         return out[0], out[1]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, key_grad: Tensor, value_grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        places: Places = ctx.places
-        key_grad, value_grad = in_rows(key_grad), in_rows(value_grad)
-        tokens = places.bounds.numel() - 1
+        index: GatherIndex = ctx.index
+        key_grad, value_grad = contiguous_rows(key_grad), contiguous_rows(value_grad)
+        tokens = index.bounds.numel() - 1
         out = key_grad.new_empty(2, tokens, *key_grad.shape[1:])
-        if triton_serves(key_grad):
-            launch_sum(key_grad, value_grad, places, out)
+        if triton_supports(key_grad):
+            launch_sum(key_grad, value_grad, index, out)
         else:
             for grad, total in zip((key_grad, value_grad), out, strict=True):
-                sums = torch.zeros(total.shape, dtype=wide(grad.dtype), device=grad.device)
-                total.copy_(sums.index_add_(0, places.sources, grad.to(sums.dtype)))
+                sums = torch.zeros(total.shape, dtype=accumulation_dtype(grad.dtype), device=grad.device)
+                total.copy_(sums.index_add_(0, index.sources, grad.to(sums.dtype)))
         return out[0], out[1], None
 
 
-def launch_copy(key: Tensor, value: Tensor, places: Places, out: Tensor) -> None:
+def launch_copy(key: Tensor, value: Tensor, index: GatherIndex, out: Tensor) -> None:
     """The Triton form of the forward."""
     assert key.shape == value.shape and key.dtype == value.dtype and out.is_contiguous()
     columns = row_columns(key, value)
     with on_device(key):
-        _copy_kernel[(places.sources.numel(), 2)](
-            key, value, places.sources, out, out[0].numel(), columns, key.stride(0), value.stride(0),
+        _copy_kernel[(index.sources.numel(), 2)](
+            key, value, index.sources, out, out[0].numel(), columns, key.stride(0), value.stride(0),
             triton.next_power_of_2(columns), num_warps=4,
         )  # fmt: skip
 
 
-def launch_sum(key_grad: Tensor, value_grad: Tensor, places: Places, out: Tensor) -> None:
+def launch_sum(key_grad: Tensor, value_grad: Tensor, index: GatherIndex, out: Tensor) -> None:
     """The Triton form of the backward."""
     assert key_grad.shape == value_grad.shape and key_grad.dtype == value_grad.dtype and out.is_contiguous()
     columns = row_columns(key_grad, value_grad)
     with on_device(key_grad):
-        _sum_kernel[(places.bounds.numel() - 1, 2)](
-            key_grad, value_grad, places.bounds, places.order, out, out[0].numel(), columns, key_grad.stride(0),
-            value_grad.stride(0), triton.next_power_of_2(columns), portable(out), num_warps=4,
+        _sum_kernel[(index.bounds.numel() - 1, 2)](
+            key_grad, value_grad, index.bounds, index.order, out, out[0].numel(), columns, key_grad.stride(0),
+            value_grad.stride(0), triton.next_power_of_2(columns), is_interpreted(out), num_warps=4,
         )  # fmt: skip
 
 
-def in_rows(tensor: Tensor) -> Tensor:
+def contiguous_rows(tensor: Tensor) -> Tensor:
     """`tensor` [rows, heads, dim], or a copy where a row's heads do not lie together."""
     heads, dim = tensor.shape[1:]
     return tensor if tensor.stride(2) == 1 and (heads == 1 or tensor.stride(1) == dim) else tensor.contiguous()
@@ -96,40 +96,42 @@ def in_rows(tensor: Tensor) -> Tensor:
 
 def row_columns(*tensors: Tensor) -> int:
     """Numbers in a row of each: heads times dim, which lie together."""
-    assert all(tensor is in_rows(tensor) for tensor in tensors), [tensor.stride() for tensor in tensors]
+    assert all(tensor is contiguous_rows(tensor) for tensor in tensors), [tensor.stride() for tensor in tensors]
     return tensors[0].shape[1] * tensors[0].shape[2]
 
 
 @triton.jit(do_not_specialize=["half"])
-def _copy_kernel(key, value, sources, out, half, columns, key_row, value_row, COLUMNS: tl.constexpr):
+def _copy_kernel(
+    key_ptr, value_ptr, sources_ptr, out_ptr, half, columns, stride_key_m, stride_value_m, COLUMNS: tl.constexpr
+):
     """One row of the result; `half`: elements of its first half, the keys."""
-    place, which = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    index, which = tl.program_id(0).to(tl.int64), tl.program_id(1)
     column = tl.arange(0, COLUMNS)
     inside = column < columns
-    source = tl.load(sources + place)
+    source = tl.load(sources_ptr + index)
     if which == 0:
-        row = tl.load(key + source * key_row + column, mask=inside)
+        row = tl.load(key_ptr + source * stride_key_m + column, mask=inside)
     else:
-        row = tl.load(value + source * value_row + column, mask=inside)
-    tl.store(out + which.to(tl.int64) * half + place * columns + column, row, mask=inside)
+        row = tl.load(value_ptr + source * stride_value_m + column, mask=inside)
+    tl.store(out_ptr + which.to(tl.int64) * half + index * columns + column, row, mask=inside)
 
 
 @triton.jit(do_not_specialize=["half"])
 def _sum_kernel(
-    key_grad, value_grad, bounds, order, out, half, columns, key_row, value_row, COLUMNS: tl.constexpr,
-    PORTABLE: tl.constexpr,
+    key_grad_ptr, value_grad_ptr, bounds_ptr, order_ptr, out_ptr, half, columns, stride_key_m, stride_value_m,
+    COLUMNS: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """One token's gradient: the sum of the rows it was copied to."""
     token, which = tl.program_id(0).to(tl.int64), tl.program_id(1)
     column = tl.arange(0, COLUMNS)
     inside = column < columns
     total = tl.zeros([COLUMNS], tl.float32)
-    for index in range(tl.load(bounds + token), tl.load(bounds + token + 1)):
-        place = tl.load(order + index).to(tl.int64)
+    for entry in range(tl.load(bounds_ptr + token), tl.load(bounds_ptr + token + 1)):
+        index = tl.load(order_ptr + entry).to(tl.int64)
         if which == 0:
-            row = tl.load(key_grad + place * key_row + column, mask=inside, other=0.0)
+            row = tl.load(key_grad_ptr + index * stride_key_m + column, mask=inside, other=0.0)
         else:
-            row = tl.load(value_grad + place * value_row + column, mask=inside, other=0.0)
+            row = tl.load(value_grad_ptr + index * stride_value_m + column, mask=inside, other=0.0)
         total += row.to(tl.float32)
-    result = round_to(total, out.dtype.element_ty, PORTABLE)
-    tl.store(out + which.to(tl.int64) * half + token * columns + column, result, mask=inside)
+    result = round_to(total, out_ptr.dtype.element_ty, INTERPRETED)
+    tl.store(out_ptr + which.to(tl.int64) * half + token * columns + column, result, mask=inside)

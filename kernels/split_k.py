@@ -27,24 +27,24 @@ def workspace(device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 @triton.jit
-def hand_in(part, at, arrived, SPLIT: tl.constexpr):
-    """Store this program's part of a sum; whether all SPLIT parts are there now. Who finds that clears `arrived`."""
-    tl.store(at, part)
+def store_part(part, part_ptrs, counter_ptr, SPLIT: tl.constexpr):
+    """Store this program's part of a sum; whether all SPLIT parts are there now. Who finds that clears the counter."""
+    tl.store(part_ptrs, part)
     tl.debug_barrier()  # every thread's part is written before one thread says so
-    return tl.atomic_add(arrived, 1, sem="acq_rel") == SPLIT - 1
+    return tl.atomic_add(counter_ptr, 1, sem="acq_rel") == SPLIT - 1
 
 
 @triton.jit
-def sum_of_parts(at, SIZE: tl.constexpr, SPLIT: tl.constexpr):
-    """The SPLIT parts at `at`, `at` + SIZE, ..., added in their order."""
-    total = tl.load(at, cache_modifier=".cg")
+def sum_parts(part_ptrs, SIZE: tl.constexpr, SPLIT: tl.constexpr):
+    """The SPLIT parts at `part_ptrs`, `part_ptrs` + SIZE, ..., added in their order."""
+    total = tl.load(part_ptrs, cache_modifier=".cg")
     for index in tl.static_range(1, SPLIT):
-        total += tl.load(at + index * SIZE, cache_modifier=".cg")
+        total += tl.load(part_ptrs + index * SIZE, cache_modifier=".cg")
     return total
 
 
 @triton.jit
-def dot(a, b, total, PORTABLE: tl.constexpr):
-    if PORTABLE:  # the interpreter multiplies bf16 as if it were integers
+def dot(a, b, total, INTERPRETED: tl.constexpr):
+    if INTERPRETED:  # the interpreter multiplies bf16 as if it were integers
         return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
     return tl.dot(a, b, total)

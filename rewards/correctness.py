@@ -1,4 +1,4 @@
-"""`correctness`: 2.0 for exactly the gold answer. Numbers written differently are `numeric_answer`'s business."""
+"""`correctness`: 2.0 for exactly the gold answer. For numbers written differently see `numeric_answer`."""
 
 from __future__ import annotations
 

@@ -38,8 +38,8 @@ def math_verify(
         if not gold:
             scores.append(None)
             continue
-        found = parse(as_math(xml_answer(completion_text(completion))), parsing_timeout=parsing_timeout)
-        scores.append(float(verify(gold, found, timeout_seconds=timeout_seconds)))
+        answer_parsed = parse(as_math(xml_answer(completion_text(completion))), parsing_timeout=parsing_timeout)
+        scores.append(float(verify(gold, answer_parsed, timeout_seconds=timeout_seconds)))
     return scores
 
 

@@ -228,8 +228,8 @@ def _in_words(text: str) -> Fraction | None:
         return None
     start, end = written[0].span()
     beside = text[max(start - 1, 0) : start] + text[end : end + 1]
-    found = NUMBER.match(text, start)
-    return None if found is None or re.search(r"[A-Za-z_+*/^]", beside) else _signed(_value(found), text[:start])
+    match = NUMBER.match(text, start)
+    return None if match is None or re.search(r"[A-Za-z_+*/^]", beside) else _signed(_value(match), text[:start])
 
 
 def _signed(value: Fraction | None, before: str) -> Fraction | None:

@@ -29,7 +29,7 @@ def reach(row: Any, name: str) -> Any:
     if isinstance(row, Mapping):
         if name in row:
             return row[name]
-        for dot in (place for place in reversed(range(len(name))) if name[place] == "."):
+        for dot in (index for index in reversed(range(len(name))) if name[index] == "."):
             with contextlib.suppress(KeyError):
                 return reach(parsed(row[name[:dot]]), name[dot + 1 :])
     elif isinstance(row, list):

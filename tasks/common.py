@@ -32,7 +32,7 @@ Row = dict[str, Any]
 """One question: "prompt" (a string, or a list of chat messages) and further columns, which rewards receive."""
 
 Make = Callable[[Row, str], Row]
-"""What becomes of a row that was read, told its place as "file:line" or "file, row n"."""
+"""What becomes of a row that was read; it gets the row's place as "file:line" or "file, row n"."""
 
 Verifier = Callable[[str, Row], bool]
 """Is this completion text right for this row?"""
@@ -75,8 +75,8 @@ def load_task(reference: str, options: Mapping[str, Any] | None = None) -> Task:
     except (UserError, MemoryError):
         raise
     except Exception as error:
-        place = location(error)
-        raise UserError(f"task {reference!r} failed at {place}: {described(error)}; mend it, or its options") from error
+        where = location(error)
+        raise UserError(f"task {reference!r} failed at {where}: {described(error)}; mend it, or its options") from error
     if not isinstance(task, Task):
         raise UserError(f"task {reference!r} returned a {type(task).__name__}; its function must return a Task")
     return task
@@ -141,11 +141,11 @@ def read_splits(
 
 def split_files(folder: Path, split: str) -> list[Path]:
     """The file or shards of one split in `folder`, or in its `data` folder."""
-    for place in (folder, folder / "data"):
+    for parent in (folder, folder / "data"):
         for suffix in FORMATS:
-            if (file := place / f"{split}{suffix}").is_file():
+            if (file := parent / f"{split}{suffix}").is_file():
                 return [file]
-            if shards := sorted(place.glob(f"{split}-*{suffix}")):
+            if shards := sorted(parent.glob(f"{split}-*{suffix}")):
                 return shards
     return []
 
@@ -214,7 +214,7 @@ def csv_rows(file: Path) -> Iterator[tuple[str, Row]]:
 
 def check_names(names: Sequence[str], where: str) -> None:
     """Raise UserError when two columns have one name, as only one of them would be read."""
-    twice = next((name for place, name in enumerate(names) if name in names[:place]), None)
+    twice = next((name for index, name in enumerate(names) if name in names[:index]), None)
     if twice is not None:
         raise UserError(f"{where}: two columns are called {twice!r}; rename one")
 
@@ -297,7 +297,7 @@ def read_hub(
             f"data set {name!r} cannot be read from the hub ({type(error).__name__}: {reason}); check its name and "
             "the network, or give the task's `path` a local copy"
         ) from None
-    found: list[list[Row]] = []
+    result: list[list[Row]] = []
     for split in filter(None, (train, held_out)):
         if split not in splits:
             raise UserError(f"data set {name!r} has no split {split!r}; its splits are {', '.join(splits)}")
@@ -308,5 +308,5 @@ def read_hub(
             rows.append(make(row, where))
         if not rows:
             raise UserError(f"data set {name!r}: split {split!r} has no rows; choose another one")
-        found.append(rows)
-    return found[0], found[1] if len(found) > 1 else []
+        result.append(rows)
+    return result[0], result[1] if len(result) > 1 else []

@@ -83,8 +83,8 @@ def test_a_wrong_field_is_refused_with_file_line_and_key(
         lines = text.splitlines()
         header = next(number for number, line in enumerate(lines) if line.strip("[]") == section)
         line = 1 + next(number for number in range(header, len(lines)) if lines[number].startswith(f"{key} = "))
-        told = refused(tmp_path, ["config.toml"], capsys)
-        assert told.startswith(f"grpo.train: config.toml:{line}: ") and key in told and said in told, told
+        message = refused(tmp_path, ["config.toml"], capsys)
+        assert message.startswith(f"grpo.train: config.toml:{line}: ") and key in message and said in message, message
 
 
 # Running the table
@@ -100,10 +100,10 @@ def refused(home: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]
     assert written == [] and not (home / "trapped").exists()
     assert list((home.parent / "cache").glob("grpo/gguf/tmp*")) == []
     assert "Traceback" not in error
-    told = [line for line in error.splitlines() if line.startswith("grpo.train: ")]
-    assert len(told) == 1 and error.rstrip().endswith(told[0]), error
-    assert error.count("\n") == 1 or "reward" in told[0], error  # a reward's own traceback may come before
-    return told[0]
+    message = [line for line in error.splitlines() if line.startswith("grpo.train: ")]
+    assert len(message) == 1 and error.rstrip().endswith(message[0]), error
+    assert error.count("\n") == 1 or "reward" in message[0], error  # a reward's own traceback may come before
+    return message[0]
 
 
 def test_the_set_up_that_is_broken_below_works(home: Path) -> None:
@@ -118,9 +118,9 @@ def test_broken_input_is_refused(broken: Case, home: Path, capsys: pytest.Captur
     config = home / "config.toml"
     if not config.exists():
         write_config(config, run_tables(home, **changes))
-    told = refused(home, [str(config)], capsys)
+    message = refused(home, [str(config)], capsys)
     for part in broken.said:
-        assert part in told, told
+        assert part in message, message
 
 
 def test_the_head_sizes_are_those_of_vllm() -> None:

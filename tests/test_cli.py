@@ -212,9 +212,6 @@ def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) 
     install_trainer(monkeypatch, failing_trainer(ZeroDivisionError()))
     with pytest.raises(ZeroDivisionError):
         train.main([str(MINIMAL)])
-    install_trainer(monkeypatch, failing_trainer(PermissionError(13, "Permission denied", "x")))
-    with pytest.raises(PermissionError):
-        train.main([str(MINIMAL)])
 
 
 def test_a_dry_run_prints_a_configuration_that_is_the_same_run(

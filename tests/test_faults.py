@@ -290,8 +290,8 @@ def test_a_non_finite_step_is_left_out_and_the_run_goes_on(runs: ForkedRuns, hom
     entries = read_metrics(run)
     assert [entry["update_skipped"] for entry in entries] == [0, 1, 0, 0]
     assert entries[1]["grad_norm"] is None, "NaN has no form in JSON"
-    told = " ".join(done.out.split())
-    assert f"step 2: the gradient norm is nan; python -m grpo.replay {run}/nonfinite/step-2 says where" in told
+    printed = " ".join(done.out.split())
+    assert f"step 2: the gradient norm is nan; python -m grpo.replay {run}/nonfinite/step-2 says where" in printed
     assert (run / "nonfinite" / "step-2" / "batch.safetensors").is_file()
     # The first step is the straight run's, the third starts from an adapter that knows nothing of the second.
     same = [name for name in entries[0] if not name.endswith(("seconds", "per_second", "gib"))]

@@ -218,9 +218,9 @@ def test_a_lone_adapter_with_a_moved_base_is_answered_like_its_run(
         assert main([*arguments, "--base", str(home / "model"), *sets]) == 0
     finally:
         (tmp_path / "lone").rename(home / "run/adapter")
-    told = capsys.readouterr()
-    assert told.out == expected + "\n"
-    assert told.err.splitlines() == [f"reading {home / 'model'}", "starting vLLM"]
+    printed = capsys.readouterr()
+    assert printed.out == expected + "\n"
+    assert printed.err.splitlines() == [f"reading {home / 'model'}", "starting vLLM"]
 
 
 @pytest.mark.parametrize(
@@ -244,9 +244,9 @@ def test_what_cannot_be_done_is_one_sentence_and_exit_code_two(
     (home / "empty").mkdir(exist_ok=True)
     (home / "empty/config.toml").write_text('[model]\nname = "model"\n')
     assert main(arguments) == 2
-    told = capsys.readouterr()
-    assert told.out == "" and expected in told.err
-    assert told.err.splitlines()[-1].startswith("grpo.generate: ")
+    printed = capsys.readouterr()
+    assert printed.out == "" and expected in printed.err
+    assert printed.err.splitlines()[-1].startswith("grpo.generate: ")
 
 
 def test_a_model_without_chat_template_asks_for_raw(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -264,11 +264,11 @@ def test_a_model_without_chat_template_asks_for_raw(home: Path, capsys: pytest.C
 
 
 def test_an_adapter_that_this_project_cannot_serve_is_refused_by_its_key(tmp_path: Path) -> None:
-    from grpo.run.model_reference import resolve_target
+    from grpo.run.model_reference import resolve_model
 
     adapter = {"peft_type": "LORA", "r": 4, "target_modules": ["q_proj"], "use_dora": True}
     (tmp_path / "adapter_config.json").write_text(json.dumps(adapter))
     with pytest.raises(ValueError, match="use_dora is not supported"):
-        Lora.model_validate(resolve_target(tmp_path, tmp_path).lora)
+        Lora.model_validate(resolve_model(tmp_path, tmp_path).lora)
     with pytest.raises(UserError, match="use_dora is not supported"):
         opened(parser().parse_args([str(tmp_path), "--base", str(tmp_path)]))

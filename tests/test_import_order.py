@@ -17,7 +17,7 @@ from tests.helpers.paths import ROOT
 
 ORDER = (
     # What everybody may use.
-    "version", "printable", "errors", "references", "special_tokens", "config",
+    "version", "printable", "errors", "command", "references", "special_tokens", "config",
     # The three folders beside grpo/. What runs in a reward's process is among them, so none imports torch but kernels.
     "kernels", "rewards", "rewards.runtime", "environments", "tasks", "data",
     # A model and what it takes, before anything is loaded.
@@ -29,7 +29,7 @@ ORDER = (
     # What is done with them.
     "training", "export", "sft",
     # Ways in: the Python interface, then the commands, none of which imports another.
-    "api", "train", "generate", "evaluate", "init", "replay", "tune",
+    "api", "train", "generate", "evaluate", "init", "replay", "doctor", "tune",
 )  # fmt: skip
 """Packages of `grpo`, and its modules beside them, from what knows least to what knows most."""
 COMMANDS = ORDER[ORDER.index("api") + 1 :]
@@ -123,15 +123,15 @@ def test_no_command_imports_another() -> None:
 
 
 @pytest.mark.parametrize(
-    ("graph", "told"),
+    ("graph", "expected"),
     [
         ({"grpo.run.records": {"grpo.training.trainer"}}, ["grpo.run.records -> grpo.training.trainer"]),
         ({"grpo.rewards.format": {"grpo.rewards.runtime.pool"}}, ["grpo.rewards.format -> grpo.rewards.runtime.pool"]),
         ({"grpo.training.trainer": {"grpo.run.records"}, "grpo.run.a": {"grpo.run.b"}}, []),
     ],
 )
-def test_an_import_against_the_order_is_seen(graph: dict[str, set[str]], told: list[str]) -> None:
-    assert upward(graph) == told
+def test_an_import_against_the_order_is_seen(graph: dict[str, set[str]], expected: list[str]) -> None:
+    assert upward(graph) == expected
 
 
 def test_a_circle_is_seen_also_where_an_import_is_inside_a_function() -> None:

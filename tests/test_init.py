@@ -15,7 +15,7 @@ from grpo.config.schema import read_config
 from grpo.init import FILES, HUB_MODEL, PACKAGED_MODEL, STARTER, default_model, main
 from grpo.rewards.builtin import resolve_reward
 from grpo.rewards.runtime.contract import RewardBatch
-from grpo.rewards.runtime.forms import RewardFunction
+from grpo.rewards.runtime.conventions import RewardFunction
 from grpo.tasks.common import load_task
 from tests.helpers.tiny_run import read_metrics, save_tiny_chat_model
 

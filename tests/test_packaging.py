@@ -299,5 +299,5 @@ def test_the_newest_packages_are_those_that_are_bounded():
     script = [sys.executable, str(ROOT / "requirements" / "bounded.py")]
     names = subprocess.run([*script, "--except", "torch"], capture_output=True, text=True, check=True).stdout.split()
     assert {"transformers", "peft", "trl", "datasets", "bitsandbytes"} <= set(names) and "torch" not in names
-    told = subprocess.run([*script, "--changed", sys.executable, sys.executable], capture_output=True, text=True)
-    assert told.stdout == "newer than tested: nothing\n"
+    done = subprocess.run([*script, "--changed", sys.executable, sys.executable], capture_output=True, text=True)
+    assert done.stdout == "newer than tested: nothing\n"

@@ -70,7 +70,7 @@ class VllmLoraEngine(Engine):
         start = time.perf_counter()
         torch._foreach_copy_(self._a_buffers, self._a_trained)
         torch._foreach_copy_(self._b_buffers, torch._foreach_mul(self._b_trained, self._scales))
-        self._forget_prefixes()
+        self.forget_prefixes()
         if self.base.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - start

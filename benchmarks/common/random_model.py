@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig
 
-from grpo.model.architectures import expected_shapes, fused_linears
 from grpo.model.base_weights import BLOCK
-from grpo.model.sizes import VOCABULARY_PADDING
+from grpo.model.sizes import VOCABULARY_PADDING, linear_shapes
 
 LLAMA3: dict[str, Any] = {
     "vocab_size": 128256,
@@ -101,14 +100,6 @@ def shape_config(shape: str) -> LlamaConfig:
     config = LlamaConfig(**SHAPES[shape])
     config.architectures = ["LlamaForCausalLM"]
     return config
-
-
-def linear_shapes(config: Any) -> dict[str, tuple[int, int]]:
-    """Module name -> (out, in) of every linear layer of a decoder block."""
-    shapes: dict[str, tuple[int, int]] = {}
-    for name, parts in fused_linears(config).items():
-        shapes |= expected_shapes(config, name, parts)
-    return shapes
 
 
 def tensor_shapes(config: Any) -> dict[str, tuple[int, ...]]:

@@ -1,6 +1,6 @@
 """The two systems that sft_peers.py compares, in TRL's trainers: random weights, synthetic rows, steps timed.
 
-    ours   the training graph over `BaseWeights` in NF4, `[train] gradient_checkpointing` in each of its forms
+    ours   the training graph over `BaseWeights` in NF4, `[train] gradient_checkpointing` in each of its modes
     peer   transformers with bitsandbytes' NF4 linears, peft's LoRA, gradient checkpointing, SDPA or another attention
 
 A `System` is loaded once in its process and measures one row after another. Nothing is compared here.
@@ -44,7 +44,8 @@ class Row:
     system: str
     """"ours" or "peer"."""
     form: str
-    """What the backward pass finds: one of `grpo.memory.activations.FORMS`; the peer has "none" and "layer"."""
+    """What the backward pass finds: one of `grpo.memory.activations.CHECKPOINTING_MODES`; the peer has "none" and
+    "layer"."""
     size: int
     """Sequences of a micro-batch; for DPO pairs, of two sequences each."""
 

@@ -156,19 +156,19 @@ def resident_bytes(learner: Learner) -> int:
     return base.nbytes() + trained * (4 + moment_bytes(optim, on_gpu=base.device.type == "cuda"))
 
 
-def predicted_peak(learner: Learner, batch: Sequence[TrainingSequence], form: str) -> int:
+def predicted_peak(learner: Learner, batch: Sequence[TrainingSequence], mode: str) -> int:
     """The plan's peak of a step on `batch`, one micro-batch: weights, adapter, step."""
     row = packed_row([sequence.prompt_ids for sequence in batch], [sequence.completion_ids for sequence in batch])
     keys = sum(span.keys for span in row.spans)
-    return predicted_bytes(learner, len(row.tokens), len(row.predicting), keys, form)
+    return predicted_bytes(learner, len(row.tokens), len(row.predicting), keys, mode)
 
 
-def predicted_bytes(learner: Learner, tokens: int, predicted: int, keys: int, form: str) -> int:
+def predicted_bytes(learner: Learner, tokens: int, predicted: int, keys: int, mode: str) -> int:
     """The same for so many tokens, of which `predicted` are completions."""
     base, config = learner.policy.base, learner.config
     memory = TrainingMemory.of(config, base.config, base.dtype.itemsize, on_gpu=True, tokens=tokens)
     gradients = 4 * sum(parameter.numel() for parameter in learner.parameters)
-    return resident_bytes(learner) + gradients + replace(memory, predicted=predicted, keys=keys).peak(form)
+    return resident_bytes(learner) + gradients + replace(memory, predicted=predicted, keys=keys).peak(mode)
 
 
 def synchronize(device: torch.device) -> None:

@@ -20,8 +20,8 @@ SECTIONS = ("rollout", "train", "loss", "log", "checkpoint", "model")
 """Sections whose names are keywords; of a name that two have, the first is meant."""
 
 
-def tables_of(settings: Mapping[str, Any], call: str, sections: Sequence[str], own: Sequence[str] = ()) -> Tables:
-    """`settings` sorted into the tables of `sections`. `call` is named in errors, `own` are its other arguments.
+def tables_of(settings: Mapping[str, Any], call: str, sections: Sequence[str], arguments: Sequence[str] = ()) -> Tables:
+    """`settings` sorted into the tables of `sections`. `call` is named in errors, `arguments` are its other arguments.
 
     A section outside `SECTIONS`, such as eval, is only taken as a whole.
 
@@ -37,18 +37,18 @@ def tables_of(settings: Mapping[str, Any], call: str, sections: Sequence[str], o
         elif home is not None:
             tables[home] = {**tables.get(home, {}), keyword: value}
         else:
-            raise UserError(f"{call}: {unknown(keyword, sections, own)}")
+            raise UserError(f"{call}: {unknown(keyword, sections, arguments)}")
     return tables
 
 
-def unknown(keyword: str, sections: Sequence[str], own: Sequence[str]) -> str:
+def unknown(keyword: str, sections: Sequence[str], arguments: Sequence[str]) -> str:
     """Why there is no such keyword, and what there is instead."""
     if "model" not in sections and (keyword in ("model", "lora") or keyword in {*keys_of("model"), *keys_of("lora")}):
         return f"{keyword!r} is decided when the model is loaded; pass it to grpo.load"
     for section in ("eval", "lora", "task"):
         if keyword in keys_of(section):
             return f"{keyword!r} belongs to {section}; write {section}={{{keyword!r}: ...}}"
-    known = [*own, *sections, *(key for section in sections for key in keys_of(section))]
+    known = [*arguments, *sections, *(key for section in sections for key in keys_of(section))]
     near = difflib.get_close_matches(keyword, known, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}?" if near else "docs/config.md lists them all"
     return f"there is no keyword {keyword!r}; {hint}"

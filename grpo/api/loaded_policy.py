@@ -6,13 +6,14 @@
     policy.save_lora("adapter")
     policy.close()
 
-Loading builds the training graph, an ordinary peft model, and does not start vLLM; the first generation does. What a
-setting means is `grpo.config`'s: every name of the TOML is a keyword here.
+Loading builds the training graph, an ordinary peft model, and does not start vLLM; the first generation does. For what
+a setting means see `grpo.config`: every name of the TOML is a keyword here.
 """
 
 from __future__ import annotations
 
 import datetime
+import difflib
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from grpo.api.inputs import as_rewards, as_task, reward_table
 from grpo.api.keywords import SECTIONS, Tables, merged, tables_of, with_lengths
 from grpo.api.prompts import Prompts, as_batch, pieces, token_ids
 from grpo.api.result import TrainResult
+from grpo.config.familiar_names import ATTRIBUTES, NotHere, adapter_table, ours
 from grpo.config.schema import Config, Lora, config_toml, parse_config
 from grpo.data import load_data
 from grpo.distributed.launch import refuse_several
@@ -32,14 +34,15 @@ from grpo.monitor.run_log import RunLog
 from grpo.rollout.types import Request, SamplingSettings
 from grpo.run.checkpoint import CONFIG, open_run
 from grpo.run.library_logs import quiet_libraries
-from grpo.run.model_reference import resolve_target
+from grpo.run.model_reference import resolve_model
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from peft import LoraConfig, PeftModel
 
     from grpo.session import Session
 
 LOAD_ARGUMENTS = ("load_in_4bit", "max_seq_length", "lora", "base", "verbose")
+GENERATION_ARGUMENTS = ("temperature", "max_tokens", "top_p", "n", "seed", "adapter", "stream")
 GENERATED_AT_ONCE = 64
 """Sequences that vLLM decodes at once unless training needs more: the KV cache has room for all at full length."""
 NO_TASK = {"task": {"name": "none"}}
@@ -49,11 +52,11 @@ GENERATION = -3
 
 
 def load(
-    model: str | Path,
+    model: str | Path | None = None,
     *,
     load_in_4bit: bool | None = None,
     max_seq_length: int | None = None,
-    lora: Lora | Mapping[str, Any] | None = None,
+    lora: Lora | Mapping[str, Any] | LoraConfig | None = None,
     base: str | Path | None = None,
     verbose: bool = False,
     **settings: Any,
@@ -65,19 +68,26 @@ def load(
             a run or of an adapter, whose base is then loaded with the adapter's values.
         load_in_4bit: hold the base as NF4; a run's own choice, else True.
         max_seq_length: longest prompt plus completion in tokens. Default: that of training, 1,024.
-        lora: the adapter's shape, as `grpo.config.schema.Lora` or a dict of `[lora]` keys; not for an adapter or a run.
+        lora: the adapter's shape, as `grpo.config.schema.Lora`, a dict of `[lora]` keys or peft's LoraConfig; not for
+            an adapter or a run.
         base: where the base of the adapter or run is now, if it has moved.
         verbose: let vLLM and transformers write their logs.
         settings: further names of `[model]`, `[rollout]`, `[train]` and so on. They hold for this policy's
-            generation and are the defaults of its training.
+            generation and are the defaults of its training. Unsloth's names are taken where they mean the same.
 
     Raises UserError for a model, an adapter or a setting that cannot be used.
     """
     refuse_several("grpo.load")
     decline(settings)
     chosen = {"load_in_4bit": load_in_4bit, "max_seq_length": max_seq_length}
+    given = {name: value for name, value in {"model": model, **chosen}.items() if value is not None}
+    settings = ours({**given, **settings}, "grpo.load")
+    model = settings.pop("model", None)
+    if model is None or isinstance(model, Mapping):
+        raise UserError('grpo.load: which model? Write grpo.load("Qwen/Qwen2.5-3B-Instruct"), a folder or a .gguf file')
+    chosen = {name: settings.pop(name, None) for name in chosen}
     tables = merged(
-        {} if lora is None else {"lora": lora.model_dump() if isinstance(lora, Lora) else dict(lora)},
+        {} if lora is None else {"lora": lora.model_dump() if isinstance(lora, Lora) else adapter_table(lora)},
         tables_of(settings, "grpo.load", SECTIONS, LOAD_ARGUMENTS),
         {"model": {key: value for key, value in chosen.items() if value is not None}},
     )
@@ -100,11 +110,11 @@ def open_policy(
     `at_most`: let sequences be so long, or as long as the model takes them. `source` and `overrides` are where
     `tables` came from, for errors.
     """
-    target = resolve_target(model, base)
-    if "lora" in tables and target.adapter is not None:
+    reference = resolve_model(model, base)
+    if "lora" in tables and reference.adapter is not None:
         raise UserError(f"{model}: the adapter brings its own shape; leave lora out")
-    kept = ("model", "lora", "rollout")
-    tables = merged({name: table for name, table in target.tables.items() if name in kept}, tables)
+    sections = ("model", "lora", "rollout")
+    tables = merged({name: table for name, table in reference.tables.items() if name in sections}, tables)
     first = merged({"rollout": {"max_num_seqs": GENERATED_AT_ONCE}}, tables, NO_TASK)
     config = parse_config(with_lengths(first), source, overrides=overrides)
     quiet_libraries(verbose)
@@ -115,7 +125,7 @@ def open_policy(
         longest = getattr(files.source.config.get_text_config(), "max_position_embeddings", at_most)
         longest = max(min(longest, at_most), config.max_seq_length)
         config = parse_config(with_lengths(merged(first, {"model": {"max_seq_length": longest}})), source)
-    session = open_session(config, adapter=target.adapter, status=status, start_engine=False, files=files)
+    session = open_session(config, adapter=reference.adapter, status=status, start_engine=False, files=files)
     return LoadedPolicy(session, tables)
 
 
@@ -133,6 +143,17 @@ def decline(settings: Mapping[str, Any]) -> None:
         )
 
 
+def generation_arguments(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """`settings` as arguments of `LoadedPolicy.generate`. Raises UserError for what it has none for."""
+    found = ours(settings, "policy.generate")
+    for name in found:
+        if name not in GENERATION_ARGUMENTS:
+            near = difflib.get_close_matches(name, GENERATION_ARGUMENTS, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(GENERATION_ARGUMENTS)}"
+            raise UserError(f"policy.generate: there is no argument {name!r}; {hint}")
+    return found
+
+
 class LoadedPolicy:
     """A model with its adapter, made by `grpo.load`. A context manager: leaving it frees the memory."""
 
@@ -143,6 +164,15 @@ class LoadedPolicy:
         self._first_config = session.config
         self._calls = 0
         self._stream: Iterator[list[int]] | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        """Only of what a policy has not: methods of other libraries' models, each with what to write instead."""
+        if name in ATTRIBUTES:
+            raise NotHere(f"a policy has no {name!r}: {ATTRIBUTES[name]}")
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __iter__(self) -> Iterator[Any]:
+        raise UserError("grpo.load gives one policy: write policy = grpo.load(...); its tokenizer is policy.tokenizer")
 
     @property
     def session(self) -> Session:
@@ -181,6 +211,7 @@ class LoadedPolicy:
         seed: int | None = None,
         adapter: bool = True,
         stream: bool = False,
+        **settings: Any,
     ) -> Any:
         """Sample completions with vLLM, which the first call starts.
 
@@ -193,12 +224,18 @@ class LoadedPolicy:
             seed: the same seed gives the same completions. Default: another one every call.
             adapter: False asks the base.
             stream: return an iterator over the text in pieces, for one prompt. Another call ends it.
+            settings: the same by names that other libraries have for it, such as `max_new_tokens`.
 
         Returns the text; a list of `n` texts for `n` above 1; for a list of prompts a list of these, in its order.
         Raises UserError for settings out of range and for what does not fit `max_seq_length`.
         """
         from grpo.rollout.sampler import sample_seed
 
+        if settings:
+            chosen = dict(
+                zip(GENERATION_ARGUMENTS, (temperature, max_tokens, top_p, n, seed, adapter, stream), strict=True)
+            )
+            return self.generate(prompts, **chosen | generation_arguments(settings))
         batch, single = as_batch(prompts)
         if stream and (len(batch) > 1 or n > 1):
             raise UserError("stream=True takes one prompt and n=1; leave stream out, or call once for each prompt")
@@ -221,8 +258,8 @@ class LoadedPolicy:
         texts = [""] * len(requests)
         for done in session.engine.generate(requests, sampling, adapter=adapter):
             texts[done.request_id] = session.decode(done.token_ids)
-        found = texts if n == 1 else [texts[start : start + n] for start in range(0, len(texts), n)]
-        return found[0] if single else found
+        completions = texts if n == 1 else [texts[start : start + n] for start in range(0, len(texts), n)]
+        return completions[0] if single else completions
 
     def _ready(
         self, longest_prompt: int, temperature: float, max_tokens: int, top_p: float, adapter: bool
@@ -249,7 +286,7 @@ class LoadedPolicy:
             self._stream.close()  # type: ignore[attr-defined]
             self._stream = None
 
-    def train(self, task: Any, rewards: Any = None, *, verbose: bool = False, **settings: Any) -> TrainResult:
+    def train(self, task: Any = None, rewards: Any = None, *, verbose: bool = False, **settings: Any) -> TrainResult:
         """Train the adapter from where it is, with GRPO; the optimiser starts afresh at every call.
 
         Args:
@@ -259,12 +296,18 @@ class LoadedPolicy:
                 Default: the task's own. Each runs in a process of its own; closures and lambdas are sent there.
             verbose: print a line a step instead of a live display.
             settings: names of `[rollout]`, `[loss]`, `[train]`, `[log]`, `[checkpoint]` such as `max_steps=30`,
-                `learning_rate=1e-4` or `output_dir="runs/mine"`, and whole sections: `eval={"every": 10}`.
+                `learning_rate=1e-4` or `output_dir="runs/mine"`, and whole sections: `eval={"every": 10}`. TRL's names
+                are taken where they mean the same, and `args=GRPOConfig(...)`.
 
         The record is in the run folder, by default a new one below `runs/`, as on the command line. Raises UserError
         for a setting, task or reward that cannot be used.
         """
         session = self.session
+        given = {name: value for name, value in {"task": task, "rewards": rewards}.items() if value is not None}
+        settings = ours({**given, **settings}, "policy.train")
+        task, rewards = settings.pop("task", None), settings.pop("rewards", None)
+        if task is None:
+            raise UserError("policy.train: on what? Write policy.train(rows, rewards=[...]), or the name of a task")
         loaded, task_table = as_task(task)
         specs = as_rewards(rewards) if rewards is not None else []
         config = self._training_config(task_table, [reward_table(spec) for spec in specs], settings)
@@ -276,7 +319,7 @@ class LoadedPolicy:
         self._end_stream()
         with open_run(config) as run:
             log = RunLog(run.path, config, max_steps=config.train.max_steps or 0, verbose=verbose)
-            told, session.status = session.status, log.status
+            previous_status, session.status = session.status, log.status
             try:
                 with log:
                     from grpo.training.trainer import train_session
@@ -286,17 +329,17 @@ class LoadedPolicy:
                         session.engine.sync_adapter()
                     train_session(session, data, run.path, log)
             finally:
-                session.status = told
+                session.status = previous_status
         return TrainResult.read(run.path)
 
     def _training_config(self, task: Tables, rewards: list[Tables], settings: Mapping[str, Any]) -> Config:
         """The configuration of one run. Raises UserError for a setting that is unknown or out of range."""
-        own = ("task", "rewards", "verbose")
+        arguments = ("task", "rewards", "verbose")
         sections = tuple(name for name in SECTIONS if name != "model") + ("eval",)
         tables = merged(
             {"checkpoint": {"output_dir": str(unused_folder(task["name"]))}},
             self._tables,
-            tables_of(settings, "policy.train", sections, own),
+            tables_of(settings, "policy.train", sections, arguments),
             {"task": task, "rewards": rewards},
         )
         return parse_config(with_lengths(tables), "policy.train")
@@ -344,8 +387,8 @@ class LoadedPolicy:
         if self._session is None:
             return "<closed policy>"
         base, lora = self._session.base, self.config.lora
-        form = "NF4" if base.load_in_4bit else str(base.dtype).removeprefix("torch.")
-        return f"<{self.config.model.name} in {form} on {base.device.type}, LoRA of rank {lora.r}>"
+        storage = "NF4" if base.load_in_4bit else str(base.dtype).removeprefix("torch.")
+        return f"<{self.config.model.name} in {storage} on {base.device.type}, LoRA of rank {lora.r}>"
 
 
 def check_sampling(temperature: float, max_tokens: int, top_p: float, n: int) -> None:

@@ -25,8 +25,8 @@ def as_batch(prompts: Any) -> tuple[list[str | Messages], bool]:
     batch = [prompts] if single else prompts
     if not isinstance(batch, Sequence) or not batch:
         raise UserError("nothing to generate from; pass a text, a list of messages, or a list of these")
-    places = ["the prompt"] if single else [f"prompt {number}" for number in range(1, len(batch) + 1)]
-    return [checked_prompt(one, place) for one, place in zip(batch, places, strict=True)], single
+    labels = ["the prompt"] if single else [f"prompt {number}" for number in range(1, len(batch) + 1)]
+    return [checked_prompt(one, where) for one, where in zip(batch, labels, strict=True)], single
 
 
 def token_ids(prompts: Sequence[str | Messages], tokenizer: Any, chat_template_kwargs: Mapping[str, Any]) -> list[Any]:

@@ -15,6 +15,7 @@ import annotated_types
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from grpo.config.familiar_names import INSTEAD, RENAMED
 from grpo.config.toml import NONE, Location, line_of, split_override, write_value
 from grpo.errors import UserError
 
@@ -196,6 +197,10 @@ def _nearest(key: str, section: type[BaseModel], root: type[BaseModel]) -> str:
     }
     if key in homes:
         return f"it belongs in {homes[key]}"
+    if key in RENAMED and RENAMED[key] in {*homes, *section.model_fields}:
+        return f"here it is {RENAMED[key]!r}" + (f" of {homes[RENAMED[key]]}" if RENAMED[key] in homes else "")
+    if key in INSTEAD:
+        return INSTEAD[key]
     known = list(section.model_fields)
     if near := difflib.get_close_matches(key, known, n=1, cutoff=0.6):
         return f"did you mean {near[0]!r}?"

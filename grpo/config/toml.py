@@ -60,27 +60,27 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     Raises UserError for a malformed override and for a path that leads through a plain value.
     """
     parts, value = split_override(override)
-    place: Any = values
+    table: Any = values
     for depth, part in enumerate(parts):
         last = depth == len(parts) - 1
-        if isinstance(place, list):
+        if isinstance(table, list):
             index = int(part) if part.isdecimal() else 0
-            if index >= len(place):
-                raise UserError(f"--set {override}: there is no entry {index} in a list of {len(place)}")
+            if index >= len(table):
+                raise UserError(f"--set {override}: there is no entry {index} in a list of {len(table)}")
             if part.isdecimal() and last:
-                place[index] = value
+                table[index] = value
                 return
-            place = place[index]
+            table = table[index]
             if part.isdecimal():
                 continue
-        if not isinstance(place, dict):
+        if not isinstance(table, dict):
             raise UserError(f"--set {override}: {parts[depth - 1]!r} is a value, not a section")
         if last:
-            place[part] = value
-        elif part not in place and parts[depth + 1].isdecimal():
+            table[part] = value
+        elif part not in table and parts[depth + 1].isdecimal():
             raise UserError(f"--set {override}: the file has no {part!r} whose entry could be set")
         else:
-            place = place.setdefault(part, {})
+            table = table.setdefault(part, {})
 
 
 def write_toml(tables: Mapping[str, Any]) -> str:
@@ -129,7 +129,7 @@ def _key(key: str) -> str:
 
 
 def line_of(text: str, location: Location) -> int | None:
-    """The line, from 1, on which the key at `location` stands in TOML `text`; None where it cannot be told.
+    """The line, from 1, on which the key at `location` stands in TOML `text`; None where that is not known.
 
     `location` is a path of keys; a number in it counts the entries of a `[[table]]`. The text is taken by the line,
     so that keys inside a multi-line inline table are not found: the line is a help in a message, no more.

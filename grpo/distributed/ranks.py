@@ -64,7 +64,7 @@ class Ranks:
         pairs = zip(received, sizes, strict=True)
         return [unpacked(data[: int(length)].numpy().tobytes()) for data, length in pairs]
 
-    def of_first(self, value: Any = None) -> Any:
+    def broadcast(self, value: Any = None) -> Any:
         """Rank 0's `value`."""
         if self.size == 1:
             return value
@@ -80,17 +80,17 @@ class Ranks:
             return value
         return unpacked(data.numpy().tobytes())
 
-    def merged(self, own: dict[int, Any], count: int) -> list[Any]:
-        """The `count` values of all ranks in order, of which this one has `own`, by place."""
-        places = {place: value for values in self.gather(own) for place, value in values.items()}
-        return [places[place] for place in range(count)]
+    def gather_indexed(self, local: dict[int, Any], count: int) -> list[Any]:
+        """The `count` values of all ranks in order, of which this one has `local`, by place."""
+        indexed = {index: value for values in self.gather(local) for index, value in values.items()}
+        return [indexed[index] for index in range(count)]
 
     @torch.no_grad()
     def copy_first(self, parameters: Sequence[nn.Parameter]) -> None:
         """Give `parameters` the values that rank 0 has."""
         if self.size == 1:
             return
-        values = self.of_first([parameter.detach() for parameter in parameters])
+        values = self.broadcast([parameter.detach() for parameter in parameters])
         for parameter, value in zip(parameters, values, strict=True):
             parameter.copy_(value)
 
@@ -155,14 +155,14 @@ def connect(launch: Launch, device: torch.device) -> Ranks:
     return Ranks(launch.rank, launch.size, control, gradients)
 
 
-def owners(count: int, parts: int, size: int) -> list[int]:
+def owners(count: int, optimizer_steps: int, size: int) -> list[int]:
     """Which of `size` ranks samples each of `count` prompts.
 
-    The prompts are used in `parts` runs, one for each optimiser step; of every run each rank has neighbouring ones,
-    their numbers differing by at most one, so that every optimiser step has work for all ranks.
+    The prompts are used in `optimizer_steps` runs, one for each; of every run each rank has neighbouring ones, their
+    numbers differing by at most one, so that every optimiser step has work for all ranks.
     """
-    lengths = [end - begin for begin, end in runs(count, parts)]
-    return [place * size // length for length in lengths for place in range(length)]
+    lengths = [end - begin for begin, end in runs(count, optimizer_steps)]
+    return [index * size // length for length in lengths for index in range(length)]
 
 
 def runs(count: int, parts: int) -> list[tuple[int, int]]:

@@ -20,7 +20,7 @@ import sys
 from typing import Any
 
 from grpo.environments.link import receive, send
-from grpo.environments.program import Program, play, told
+from grpo.environments.program import Program, error_message, play
 from grpo.environments.ways_in import load
 
 SUBREAPER, PARENT_DEATH = 36, 1
@@ -40,7 +40,7 @@ def main(control: socket.socket) -> None:
     try:
         program = load(setup)
     except BaseException as error:
-        send(control, {"refused": told(error, f"environment {setup['name']!r} failed to load")})
+        send(control, {"refused": error_message(error, f"environment {setup['name']!r} failed to load")})
         return
     send(control, {"loaded": program.facts})
     on_linux(PARENT_DEATH, 0)

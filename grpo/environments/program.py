@@ -105,7 +105,7 @@ def play(program: Program, start: Mapping[str, Any], link: socket.socket) -> Non
     except BadResult as error:
         answer = {"failed": str(error)}
     except BaseException as error:
-        answer = {"failed": told(error, "raised"), "traceback": traceback.format_exc()[-4000:]}
+        answer = {"failed": error_message(error, "raised"), "traceback": traceback.format_exc()[-4000:]}
     import sys
 
     sys.stdout.flush()
@@ -117,7 +117,7 @@ async def _awaited(result: Any) -> Any:
     return await result
 
 
-def told(error: BaseException, what: str) -> str:
+def error_message(error: BaseException, what: str) -> str:
     """`error` in one clause, with the place where it was raised."""
     return f"{what} {described(error)} at {location(error)}"
 

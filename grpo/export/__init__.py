@@ -1,1 +1,1 @@
-"""A trained adapter in the forms that other programs read."""
+"""A trained adapter in the formats that other programs read."""

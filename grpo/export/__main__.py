@@ -7,32 +7,30 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from grpo.errors import INTERRUPTED, UserError, fail
-from grpo.export.build import FORMS, GGUF_TYPES, export
+from grpo.command import command
+from grpo.export.build import EXPORT_FORMATS, GGUF_TYPES, export
+from grpo.run.library_logs import quiet_libraries
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line `arguments` (those of the process by default) and return its exit code."""
     parsed = parser().parse_args(arguments)
-    from grpo.run.library_logs import quiet_libraries
+    return command("grpo.export", lambda: run(parsed), interrupted=lambda: "interrupted; nothing was exported")
 
+
+def run(parsed: argparse.Namespace) -> None:
+    """Export as the command line says. Raises UserError."""
     quiet_libraries(parsed.verbose)
-    try:
-        export(
-            parsed.source,
-            parsed.to,
-            parsed.out,
-            parsed.base,
-            checkpoint=parsed.checkpoint,
-            gguf_type=parsed.gguf_type,
-            llama_quantize=parsed.llama_quantize,
-            check=parsed.check,
-        )
-    except UserError as error:
-        return fail("grpo.export", error)
-    except KeyboardInterrupt:
-        return fail("grpo.export", "interrupted; nothing was exported", INTERRUPTED)
-    return 0
+    export(
+        parsed.source,
+        parsed.to,
+        parsed.out,
+        parsed.base,
+        checkpoint=parsed.checkpoint,
+        gguf_type=parsed.gguf_type,
+        llama_quantize=parsed.llama_quantize,
+        check=parsed.check,
+    )
 
 
 def parser() -> argparse.ArgumentParser:
@@ -40,13 +38,13 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         prog="python -m grpo.export",
         description="Write a trained adapter alone, merged into its base, or as GGUF.",
-        epilog="What loads each form, and how it was checked: docs/export.md.",
+        epilog="What loads each format, and how it was checked: docs/export.md.",
         allow_abbrev=False,
     )
     result.add_argument("source", metavar="RUN|ADAPTER", help="a run folder, or the folder of a peft adapter")
-    result.add_argument("--to", choices=FORMS, required=True, help="the form to write")
+    result.add_argument("--to", choices=EXPORT_FORMATS, required=True, help="the format to write")
     result.add_argument(
-        "--out", type=Path, metavar="FOLDER", help="the folder to make (default: exports/FORM in the run)"
+        "--out", type=Path, metavar="FOLDER", help="the folder to make (default: exports/FORMAT in the run)"
     )
     result.add_argument("--base", metavar="PATH", help="the base, where it has moved, or its 16-bit original")
     result.add_argument("--checkpoint", metavar="step-N|best", help="this adapter of the run, instead of its final one")

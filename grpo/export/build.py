@@ -5,9 +5,7 @@
     python -m grpo.export my_adapter --base models/Qwen2.5-3B-Instruct --to merged-4bit --out served
 
 This file finds adapter and base, gives the export a folder that appears only when it is whole, and compares what was
-written with base + adapter. The forms themselves are written by `hf_folder.py` and `gguf.py`.
-
-Exit codes: 0, done; 2, bad input, told in one sentence, and nothing written; 130, interrupted from the keyboard.
+written with base + adapter. The formats themselves are written by `hf_folder.py` and `gguf.py`.
 """
 
 from __future__ import annotations
@@ -26,7 +24,7 @@ from grpo.config.schema import Model
 from grpo.errors import UserError
 from grpo.model.locate import BASE_SAMPLE, lasting_name, local_path
 from grpo.run.checkpoint import CONFIG, step_numbers
-from grpo.run.model_reference import ADAPTER_CONFIG, Target, resolve_target
+from grpo.run.model_reference import ADAPTER_CONFIG, ModelReference, resolve_model
 from grpo.run.records import TRAINING, completions_files, read_entries
 
 if TYPE_CHECKING:
@@ -34,12 +32,12 @@ if TYPE_CHECKING:
     from grpo.export.modelfile import Chat
     from grpo.model.weight_source import Source
 
-FORMS = ("adapter", "merged-16bit", "merged-4bit", "gguf")
+EXPORT_FORMATS = ("adapter", "merged-16bit", "merged-4bit", "gguf")
 GGUF_TYPES = ("f16", "bf16", "q8_0", "q4_k_m")
 FAITHFUL_SHARE = 0.9
 """Of an adapter's effect, below which an export says what would keep more."""
 FAITHFUL_KL = 0.05
-"""Nats by which a form that is not quantised to 4 bit may differ from base + adapter; rounding costs a hundredth."""
+"""Nats by which a format that is not quantised to 4 bit may differ from base + adapter; rounding costs a hundredth."""
 
 
 def export(
@@ -54,11 +52,11 @@ def export(
     check: bool = True,
     notice: Callable[[str], None] = print,
 ) -> Path:
-    """Write the adapter of `source` in the form `to` and return the folder.
+    """Write the adapter of `source` in the format `to` and return the folder.
 
     Args:
         source: a run folder (its final adapter, or that of its newest checkpoint), or the folder of a peft adapter.
-        to: one of `FORMS`.
+        to: one of `EXPORT_FORMATS`.
         out: the folder to make. Default: `exports/FORM` in the run, or a folder beside the adapter.
         base: the base's folder, file or hub id, where it is not the recorded one: it has moved, or the recorded one
             is 4-bit and this is its 16-bit original.
@@ -66,45 +64,45 @@ def export(
         gguf_type: one of `GGUF_TYPES`.
         llama_quantize: llama.cpp's quantiser, which q4_k_m needs; else LLAMA_QUANTIZE, else the one on the PATH.
         check: compare the logits of what was written with those of base + adapter.
-        notice: is told what is done and found, a sentence at a time.
+        notice: called with what is done and found, a sentence at a time.
 
     Raises UserError, with nothing written, for whatever cannot be exported as asked.
     """
-    check_choice("to", to, FORMS)
+    check_choice("to", to, EXPORT_FORMATS)
     check_choice("gguf_type", gguf_type, GGUF_TYPES)
-    target = find_adapter(Path(source).expanduser(), checkpoint, base)
-    form = f"gguf-{gguf_type}" if to == "gguf" else to
-    place = Path(out).expanduser() if out is not None else default_place(target, form, checkpoint)
+    reference = find_adapter(Path(source).expanduser(), checkpoint, base)
+    export_format = f"gguf-{gguf_type}" if to == "gguf" else to
+    target = Path(out).expanduser() if out is not None else default_folder(reference, export_format, checkpoint)
     started = time.monotonic()
-    with made_whole(place) as folder:
+    with made_whole(target) as folder:
         if to == "adapter":
-            write_adapter(target, folder, notice)
+            write_adapter(reference, folder, notice)
         else:
-            merged = open_merged(target, notice)
+            merged = open_merged(reference, notice)
             if to == "gguf":
                 from grpo.export.gguf import find_quantizer, write_gguf
 
                 quantizer = find_quantizer(llama_quantize) if gguf_type == "q4_k_m" else None
-                write_gguf(merged, folder, gguf_type, chat_of(target, merged), quantizer, notice)
+                write_gguf(merged, folder, gguf_type, chat_of(reference, merged), quantizer, notice)
             else:
-                write_folder(target, merged, folder, to, notice)
+                write_folder(reference, merged, folder, to, notice)
             if check:
-                compare(merged, folder, form, notice)
+                compare(merged, folder, export_format, notice)
         size = sum(file.stat().st_size for file in folder.iterdir())
-    notice(f"wrote {place}: {size / 1e9:.2f} GB in {time.monotonic() - started:.0f} s")
-    return place
+    notice(f"wrote {target}: {size / 1e9:.2f} GB in {time.monotonic() - started:.0f} s")
+    return target
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     """Raise UserError unless `value` is one of `choices`."""
     if value not in choices:
-        raise UserError(f"{name} = {value!r} is no form of export; take one of {', '.join(choices)}")
+        raise UserError(f"{name} = {value!r} is no export format; take one of {', '.join(choices)}")
 
 
 # What is exported
 
 
-def find_adapter(source: Path, checkpoint: str | None, base: str | Path | None) -> Target:
+def find_adapter(source: Path, checkpoint: str | None, base: str | Path | None) -> ModelReference:
     """The adapter that is meant, and the tables that name its base. Raises UserError where there is none."""
     if checkpoint is not None:
         source = adapter_of_checkpoint(source, checkpoint)
@@ -112,7 +110,7 @@ def find_adapter(source: Path, checkpoint: str | None, base: str | Path | None) 
         raise UserError(
             f"{source}: neither a run nor the folder of an adapter (no {CONFIG}, no {ADAPTER_CONFIG}); pass one of them"
         )
-    return resolve_target(source, base)
+    return resolve_model(source, base)
 
 
 def adapter_of_checkpoint(run: Path, checkpoint: str) -> Path:
@@ -125,36 +123,36 @@ def adapter_of_checkpoint(run: Path, checkpoint: str) -> Path:
     return folder
 
 
-def run_of(target: Target) -> Path | None:
+def run_of(reference: ModelReference) -> Path | None:
     """The run that the adapter belongs to."""
-    return Path(target.source).parent if Path(target.source).name == CONFIG else None
+    return Path(reference.source).parent if Path(reference.source).name == CONFIG else None
 
 
-def default_place(target: Target, form: str, checkpoint: str | None) -> Path:
+def default_folder(reference: ModelReference, export_format: str, checkpoint: str | None) -> Path:
     """Where the export goes unless it is said."""
-    run, suffix = run_of(target), f"-{checkpoint}" if checkpoint else ""
-    assert target.adapter is not None
+    run, suffix = run_of(reference), f"-{checkpoint}" if checkpoint else ""
+    assert reference.adapter is not None
     if run is not None:
-        return run / "exports" / f"{form}{suffix}"
-    adapter = target.adapter.resolve()
-    return adapter.with_name(f"{adapter.name}-{form}")
+        return run / "exports" / f"{export_format}{suffix}"
+    adapter = reference.adapter.resolve()
+    return adapter.with_name(f"{adapter.name}-{export_format}")
 
 
-def title(target: Target) -> str:
+def title(reference: ModelReference) -> str:
     """What to call the model, and its file: the run's name, else the adapter's."""
-    assert target.adapter is not None
-    return re.sub(r"[^\w.-]+", "-", (run_of(target) or target.adapter).resolve().name)
+    assert reference.adapter is not None
+    return re.sub(r"[^\w.-]+", "-", (run_of(reference) or reference.adapter).resolve().name)
 
 
-def base_model(target: Target) -> Model:
+def base_model(reference: ModelReference) -> Model:
     """The [model] table of the base, without what only training needs."""
-    table = target.tables["model"]
-    kept = ("name", "revision", "trust_remote_code", "chat_template")
-    values = {key: table[key] for key in kept if table.get(key) is not None and table[key] != "none"}
+    table = reference.tables["model"]
+    keys = ("name", "revision", "trust_remote_code", "chat_template")
+    values = {key: table[key] for key in keys if table.get(key) is not None and table[key] != "none"}
     return Model.model_validate(values)
 
 
-def open_merged(target: Target, notice: Callable[[str], None]) -> MergedSource:
+def open_merged(reference: ModelReference, notice: Callable[[str], None]) -> MergedSource:
     """The base with the adapter folded in; says which weights it is made of."""
     from grpo.export.merge import MergedSource
     from grpo.model.adapter_config import read_adapter_config
@@ -164,30 +162,30 @@ def open_merged(target: Target, notice: Callable[[str], None]) -> MergedSource:
     from grpo.model.source import open_source
     from grpo.policy.adapter_files import AdapterFile
 
-    model = base_model(target)
-    assert target.adapter is not None
-    adapter = AdapterFile(read_adapter_config(target.adapter))
+    model = base_model(reference)
+    assert reference.adapter is not None
+    adapter = AdapterFile(read_adapter_config(reference.adapter))
     base = open_source(model)
     check_supported(base.config, str(base.path))
     for sentence in account(base):
         notice(sentence)
     merged = MergedSource(base, adapter)
-    check_base(target.adapter, Fingerprint.of(base), model.name)
+    check_base(reference.adapter, Fingerprint.of(base), model.name)
     if base.stored_as in UNQUANTISED:
-        notice(f"merging {target.adapter} into the {base.stored_as} weights of {model.name}")
+        notice(f"merging {reference.adapter} into the {base.stored_as} weights of {model.name}")
     else:
         notice(
-            f"merging {target.adapter} into the dequantised {base.stored_as} weights of {model.name}; where you have "
-            "its 16-bit original, name it with --base"
+            f"merging {reference.adapter} into the dequantised {base.stored_as} weights of {model.name}; where you "
+            "have its 16-bit original, name it with --base"
         )
     return merged
 
 
-def chat_template(target: Target) -> str | None:
+def chat_template(reference: ModelReference) -> str | None:
     """The template that the run replaced its model's by."""
     from grpo.model.source import read_template
 
-    path = base_model(target).chat_template
+    path = base_model(reference).chat_template
     return None if path is None else read_template(path)
 
 
@@ -195,33 +193,33 @@ def chat_template(target: Target) -> str | None:
 
 
 @contextmanager
-def made_whole(place: Path) -> Iterator[Path]:
-    """An empty folder that becomes `place` when the block ends well, and vanishes when it does not."""
-    if place.is_file() or (place.is_dir() and any(place.iterdir())):
-        raise UserError(f"{place} already exists; name another folder with --out, or remove it")
-    partial = place.with_name(f".{place.name}.partial")
+def made_whole(folder: Path) -> Iterator[Path]:
+    """An empty folder that becomes `folder` when the block ends well, and vanishes when it does not."""
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise UserError(f"{folder} already exists; name another folder with --out, or remove it")
+    partial = folder.with_name(f".{folder.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         yield partial
-        if place.is_dir():
-            place.rmdir()
-        partial.rename(place)
+        if folder.is_dir():
+            folder.rmdir()
+        partial.rename(folder)
     except OSError as error:
-        raise UserError(f"{error.filename or place}: {error.strerror or error}; nothing was exported") from None
+        raise UserError(f"{error.filename or folder}: {error.strerror or error}; nothing was exported") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def write_adapter(target: Target, folder: Path, notice: Callable[[str], None]) -> None:
+def write_adapter(reference: ModelReference, folder: Path, notice: Callable[[str], None]) -> None:
     """The adapter in peft's format, with its base named so that it is found from anywhere."""
     from grpo.model.adapter_config import ADAPTER_WEIGHTS, read_adapter_config
     from grpo.model.fingerprint import Fingerprint, check_base
     from grpo.policy.adapter_files import AdapterFile
 
-    assert target.adapter is not None
-    adapter = AdapterFile(read_adapter_config(target.adapter))
-    model = base_model(target)
+    assert reference.adapter is not None
+    adapter = AdapterFile(read_adapter_config(reference.adapter))
+    model = base_model(reference)
     if local_path(model.name) is not None:
         from grpo.model.inventory import account
         from grpo.model.source import open_source
@@ -229,69 +227,71 @@ def write_adapter(target: Target, folder: Path, notice: Callable[[str], None]) -
         base = open_source(model)
         account(base)
         adapter.check(base.config.get_text_config())
-        check_base(target.adapter, Fingerprint.of(base), model.name)
+        check_base(reference.adapter, Fingerprint.of(base), model.name)
     config = {**adapter.saved.values, "base_model_name_or_path": lasting_name(model.name), "inference_mode": True}
     config["revision"] = model.revision
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     for name in (ADAPTER_WEIGHTS, BASE_SAMPLE):
-        if (target.adapter / name).is_file():
-            shutil.copyfile(target.adapter / name, folder / name)
-    notice(f"{len(adapter.names) // 2} layers of {target.adapter}, for {config['base_model_name_or_path']}")
+        if (reference.adapter / name).is_file():
+            shutil.copyfile(reference.adapter / name, folder / name)
+    notice(f"{len(adapter.names) // 2} layers of {reference.adapter}, for {config['base_model_name_or_path']}")
 
 
-def write_folder(target: Target, merged: MergedSource, folder: Path, to: str, notice: Callable[[str], None]) -> None:
+def write_folder(
+    reference: ModelReference, merged: MergedSource, folder: Path, to: str, notice: Callable[[str], None]
+) -> None:
     """A merged model in Hugging Face format."""
     from grpo.export.hf_folder import write_4bit, write_16bit
 
     if to == "merged-16bit":
-        write_16bit(merged, folder, chat_template(target))
+        write_16bit(merged, folder, chat_template(reference))
         return
-    kept = target.tables["model"].get("keep_16bit", [])
-    if kept == "auto":
-        kept = chosen_16bit(target)
-    lost = write_4bit(merged, folder, chat_template(target), kept)
+    in_16bit = reference.tables["model"].get("keep_16bit", [])
+    if in_16bit == "auto":
+        in_16bit = chosen_16bit(reference)
+    lost = write_4bit(merged, folder, chat_template(reference), in_16bit)
     notice(f"quantising to NF4 changed the weights by {lost:.1%} of their norm")
 
 
-def chosen_16bit(target: Target) -> list[str]:
+def chosen_16bit(reference: ModelReference) -> list[str]:
     """What `keep_16bit = "auto"` came to in the run. Raises UserError where it was not asked."""
     from grpo.model.fingerprint import read
 
-    assert target.adapter is not None
-    found = read(target.adapter)
-    if found is None or found.kept_16bit is None:
+    assert reference.adapter is not None
+    fingerprint = read(reference.adapter)
+    if fingerprint is None or fingerprint.kept_16bit is None:
         raise UserError(
-            f'{target.source}: keep_16bit = "auto" is decided when a 4-bit base is loaded, and {target.adapter} '
+            f'{reference.source}: keep_16bit = "auto" is decided when a 4-bit base is loaded, and {reference.adapter} '
             "records no decision; name the layers in its place"
         )
-    return found.kept_16bit
+    return fingerprint.kept_16bit
 
 
-def chat_of(target: Target, merged: MergedSource) -> Chat:
+def chat_of(reference: ModelReference, merged: MergedSource) -> Chat:
     """What a chat with the exported model needs: the base's tokenizer and template, the run's system prompt."""
     from grpo.export.gguf_metadata import starts_with_bos
     from grpo.export.modelfile import Chat
 
     tokenizer = tokenizer_of(merged)
-    template = chat_template(target) or getattr(tokenizer, "chat_template", None)
-    run = run_of(target)
+    template = chat_template(reference) or getattr(tokenizer, "chat_template", None)
+    run = run_of(reference)
     system = None if run is None else trained_system_prompt(run)
     template = template if isinstance(template, str) else None
-    return Chat(title(target), tokenizer, template, system, starts_with_bos(merged.base, tokenizer))
+    return Chat(title(reference), tokenizer, template, system, starts_with_bos(merged.base, tokenizer))
 
 
 def trained_system_prompt(run: Path) -> str | None:
     """The system prompt of the questions that the run kept; None where they had none, or several."""
-    found = set()
+    prompts = set()
     for file in completions_files(run, TRAINING).values():
         for entry in read_entries(file):
             prompt = entry.get("prompt")
             first = prompt[0] if isinstance(prompt, list) and prompt else {}
-            found.add(first.get("content") if first.get("role") == "system" else None)
-    return found.pop() if len(found) == 1 else None
+            prompts.add(first.get("content") if first.get("role") == "system" else None)
+    return prompts.pop() if len(prompts) == 1 else None
 
 
-def compare(merged: MergedSource, folder: Path, form: str, notice: Callable[[str], None]) -> None:
+def compare(merged: MergedSource, folder: Path, export_format: str, notice: Callable[[str], None]) -> None:
     """Say how far what was written is from base + adapter in float32, and how much of the adapter it shows.
 
     Raises UserError where it is not the same model.
@@ -302,17 +302,17 @@ def compare(merged: MergedSource, folder: Path, form: str, notice: Callable[[str
     config = merged.config.get_text_config()
     tokens = sample_tokens(tokenizer_of(merged), config.vocab_size)
     expected, base = streamed_logits(merged, tokens), streamed_logits(merged.base, tokens)
-    found = streamed_logits(written, tokens, config)
-    distance = Distance.between(expected, found)
+    written_logits = streamed_logits(written, tokens, config)
+    distance = Distance.between(expected, written_logits)
     notice(f"read back and compared with base + adapter on {len(tokens)} texts: {distance}")
-    if form in ("merged-4bit", "gguf-q4_k_m"):
+    if export_format in ("merged-4bit", "gguf-q4_k_m"):
         moved = Distance.between(expected, base)
         notice(f"for comparison, base without adapter: {moved}")
         if distance.kl > moved.kl:
             notice("quantising moved the model further than training did; prefer more bits, or the adapter on its base")
     elif not distance.kl < FAITHFUL_KL:
         raise UserError(f"{folder.name}: the export does not compute what base + adapter do; nothing was exported")
-    share = adapter_share(base, expected, found)
+    share = adapter_share(base, expected, written_logits)
     if not math.isnan(share):
         notice(f"of what the adapter does to these texts in float32, {share:.0%} is in what was written")
     if share < FAITHFUL_SHARE:

@@ -1,4 +1,4 @@
-"""Logits of a checkpoint of any form, with one weight in memory at a time, and how far two sets of them are apart.
+"""Logits of a checkpoint of any format, with one weight in memory at a time, and how far two sets of them are apart.
 
 The model is transformers' own, built without weights; each module reads its weights as it runs and drops them again.
 Slow and small: it is for comparing what was exported with what was trained, on any machine, not for generating.
@@ -92,10 +92,10 @@ def adapter_share(base: Tensor, with_adapter: Tensor, written: Tensor) -> float:
     The effect is what the adapter adds to log-probabilities in float32; what the written model adds to those of the
     base is projected onto it, every token weighed by its probability. nan for an adapter without effect.
     """
-    start, target, found = (torch.log_softmax(logits, -1) for logits in (base, with_adapter, written))
+    start, target, exported = (torch.log_softmax(logits, -1) for logits in (base, with_adapter, written))
     effect, weight = target - start, target.exp()
     size = float((weight * effect.square()).sum())
-    return float((weight * (found - start) * effect).sum()) / size if size else float("nan")
+    return float((weight * (exported - start) * effect).sum()) / size if size else float("nan")
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from grpo.errors import UserError
 from grpo.export.gguf_metadata import ARCHITECTURE, add_from_config, add_from_gguf, add_tokenizer
 from grpo.export.merge import MergedSource
 from grpo.export.modelfile import Chat, modelfile
-from grpo.model.architectures import ARCHITECTURES
+from grpo.model.architectures import causal_class
 from grpo.model.gguf_source import GGUFSource
 
 FILE_TYPES = {"f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
@@ -37,10 +37,10 @@ HOW_TO_GET_IT = (
 def find_quantizer(named: str | Path | None) -> Path:
     """llama.cpp's quantiser: `named`, else LLAMA_QUANTIZE, else llama-quantize on the PATH. Raises UserError."""
     named = named or os.environ.get("LLAMA_QUANTIZE")
-    found = shutil.which(Path(named).expanduser() if named else "llama-quantize")
-    if found is None:
+    program = shutil.which(Path(named).expanduser() if named else "llama-quantize")
+    if program is None:
         raise UserError(f"{named}: no such program; {HOW_TO_GET_IT}" if named else HOW_TO_GET_IT)
-    return Path(found)
+    return Path(program)
 
 
 def write_gguf(
@@ -85,15 +85,15 @@ def write_file(source: MergedSource, file: Path, kind: str, chat: Chat, notice: 
     tensors = list(planned(source, kind))
     for name, tensor in extra.items():
         writer.add_tensor_info(name, tensor.shape, np.dtype(np.float32), tensor.nbytes)
-    for _, stored, shape, form in tensors:
-        add_info(writer, stored, shape, form)
+    for _, stored, shape, gguf_type in tensors:
+        add_info(writer, stored, shape, gguf_type)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for tensor in extra.values():
         writer.write_tensor_data(tensor.numpy())
-    for name, stored, _, form in tensors:
-        writer.write_tensor_data(encoded(as_stored(source, name), form, stored))
+    for name, stored, _, gguf_type in tensors:
+        writer.write_tensor_data(encoded(as_stored(source, name), gguf_type, stored))
     writer.close()
 
 
@@ -107,7 +107,7 @@ def unnamed_tensors(base: GGUFSource) -> dict[str, Tensor]:
 
 
 def planned(source: MergedSource, kind: str) -> Iterator[tuple[str, str, tuple[int, ...], str]]:
-    """(transformers' name, llama.cpp's name, shape, form) of every tensor, in the order of the model."""
+    """(transformers' name, llama.cpp's name, shape, GGUF type) of every tensor, in the order of the model."""
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
     config = source.config.get_text_config()
@@ -116,7 +116,7 @@ def planned(source: MergedSource, kind: str) -> Iterator[tuple[str, str, tuple[i
     for name in sorted(source.names, key=in_model_order):
         stored = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if stored is None:
-            raise UserError(f"{source.path}: llama.cpp's {ARCHITECTURES[config.model_type]} has no tensor {name}")
+            raise UserError(f"{source.path}: llama.cpp's {causal_class(config.model_type)} has no tensor {name}")
         shape = source.shape(name)
         yield name, stored, shape, form_of(shape, kind)
 
@@ -135,33 +135,33 @@ def form_of(shape: tuple[int, ...], kind: str) -> str:
     return "f16" if kind == "q8_0" and shape[-1] % Q8_BLOCK else kind
 
 
-def add_info(writer: Any, name: str, shape: tuple[int, ...], form: str) -> None:
+def add_info(writer: Any, name: str, shape: tuple[int, ...], gguf_type: str) -> None:
     """Announce a tensor whose data come later."""
     import gguf
 
-    kind = gguf.GGMLQuantizationType[form.upper()]
-    if form in ("f16", "f32"):
-        dtype = np.dtype(np.float16 if form == "f16" else np.float32)
+    kind = gguf.GGMLQuantizationType[gguf_type.upper()]
+    if gguf_type in ("f16", "f32"):
+        dtype = np.dtype(np.float16 if gguf_type == "f16" else np.float32)
         writer.add_tensor_info(name, shape, dtype, int(np.prod(shape)) * dtype.itemsize)
         return
     stored = gguf.quant_shape_to_byte_shape(shape, kind)
     writer.add_tensor_info(name, stored, np.dtype(np.uint8), int(np.prod(stored)), raw_dtype=kind)
 
 
-def encoded(weight: Tensor, form: str, name: str) -> np.ndarray:
-    """`weight` float32 as the bytes or numbers of `form`. Raises UserError for a value beyond float16."""
+def encoded(weight: Tensor, gguf_type: str, name: str) -> np.ndarray:
+    """`weight` float32 as the bytes or numbers of `gguf_type`. Raises UserError for a value beyond float16."""
     import gguf
 
     numbers = weight.contiguous().numpy()
-    if form == "f32":
+    if gguf_type == "f32":
         return numbers
-    if form == "f16":
+    if gguf_type == "f16":
         with np.errstate(over="ignore"):
             halves = numbers.astype(np.float16)
         if not np.isfinite(halves).all():
             raise UserError(f"{name} has values that float16 cannot hold; take --gguf-type bf16")
         return halves
-    return gguf.quants.quantize(numbers, gguf.GGMLQuantizationType[form.upper()])
+    return gguf.quants.quantize(numbers, gguf.GGMLQuantizationType[gguf_type.upper()])
 
 
 def as_stored(source: MergedSource, name: str) -> Tensor:

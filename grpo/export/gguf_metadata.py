@@ -30,7 +30,7 @@ ARCHITECTURE = {
 }
 """transformers' `model_type` to llama.cpp's name of the computation."""
 WINDOWED = {"gemma2": 2, "gemma3_text": 6}
-"""Families whose layers llama.cpp lets see a window only, all but every so-manieth."""
+"""Families in which llama.cpp gives every layer a sliding window, but for one in so many, which sees everything."""
 WITHOUT_HEAD = ("gemma", "gemma2", "gemma3_text")
 """Families for which llama.cpp takes the embedding as output head."""
 BOS_BY_DEFAULT = ("llama3", "llama-v3", "llama-bpe", "tekken")

@@ -21,8 +21,9 @@ from grpo.errors import UserError
 from grpo.export.bnb_format import packed_entries, quantization_config, unpacked
 from grpo.export.merge import MergedSource
 from grpo.kernels import nf4
-from grpo.model.architectures import ARCHITECTURES, HEAD, fused_linears
+from grpo.model.architectures import causal_class
 from grpo.model.base_weights import is_named
+from grpo.model.layout import HEAD, fused_linears
 
 SHARD_BYTES = 2 << 30
 COPIED = (
@@ -67,14 +68,14 @@ class Shards:
         if self._held:
             self._write()
         count = len(self._written)
-        places: dict[str, str] = {}
+        shard_of: dict[str, str] = {}
         for number, names in enumerate(self._written):
             many = f"model-{number + 1:05}-of-{count:05}.safetensors"
             file = many if count > 1 else "model.safetensors"
             (self.folder / f"shard-{number}").rename(self.folder / file)
-            places |= dict.fromkeys(names, file)
+            shard_of |= dict.fromkeys(names, file)
         if count > 1:
-            index = {"metadata": {"total_size": self._total}, "weight_map": dict(sorted(places.items()))}
+            index = {"metadata": {"total_size": self._total}, "weight_map": dict(sorted(shard_of.items()))}
             write_json(self.folder / "model.safetensors.index.json", index)
 
 
@@ -92,16 +93,16 @@ def write_16bit(source: MergedSource, folder: Path, template: str | None, shard_
 
 
 def write_4bit(
-    source: MergedSource, folder: Path, template: str | None, kept: list[str], shard_bytes: int = SHARD_BYTES
+    source: MergedSource, folder: Path, template: str | None, in_16bit: list[str], shard_bytes: int = SHARD_BYTES
 ) -> float:
     """Write `source` to the empty `folder` with its linear layers in NF4; ||NF4(W) - W|| / ||W|| over them all.
 
-    kept: layers that are not quantised, as `keep_16bit` of `[model]` names them; neither are embedding and head, nor
+    in_16bit: layers that are not quantised, as `keep_16bit` of `[model]` names them; nor are embedding and head, and
     layers of which a row is no whole number of blocks.
     """
     dtype = half_type(source)
     linears = [part for parts in fused_linears(source.config.get_text_config()).values() for part in parts]
-    dense = [part for part in linears if stays_dense(source, part, kept)]
+    dense = [part for part in linears if stays_dense(source, part, in_16bit)]
     shards, lost, whole = Shards(folder, shard_bytes), 0.0, 0.0
     for name in sorted(source.names):
         weight = source.read(name)
@@ -120,9 +121,9 @@ def write_4bit(
     return (lost / whole) ** 0.5 if whole else 0.0
 
 
-def stays_dense(source: MergedSource, part: str, kept: list[str]) -> bool:
+def stays_dense(source: MergedSource, part: str, in_16bit: list[str]) -> bool:
     """Whether the linear layer `part` is left out of quantisation."""
-    return source.shape(f"{part}.weight")[1] % nf4.BLOCK != 0 or any(is_named(part, name) for name in kept)
+    return source.shape(f"{part}.weight")[1] % nf4.BLOCK != 0 or any(is_named(part, name) for name in in_16bit)
 
 
 def half_type(source: MergedSource) -> torch.dtype:
@@ -137,7 +138,7 @@ def rounded(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     """`tensor` in `dtype`. Raises UserError for a value beyond its range."""
     result = tensor.to(dtype)
     if dtype == torch.float16 and not result.isfinite().all():
-        raise UserError(f"{name} has values that float16 cannot hold; export another form, bfloat16 holds them")
+        raise UserError(f"{name} has values that float16 cannot hold; export another format, bfloat16 holds them")
     return result
 
 
@@ -149,7 +150,7 @@ def model_config(source: MergedSource, dtype: torch.dtype) -> dict[str, Any]:
         values.pop(stale, None)
     values["torch_dtype" if "torch_dtype" in values else "dtype"] = str(dtype).removeprefix("torch.")
     values["tie_word_embeddings"] = HEAD not in source.names
-    values["architectures"] = [ARCHITECTURES[source.config.model_type]]
+    values["architectures"] = [causal_class(source.config.model_type)]
     return values
 
 
@@ -169,7 +170,7 @@ def write_companions(source: MergedSource, folder: Path, config: dict[str, Any],
 
 
 def companions(folder: Path) -> Iterator[Path]:
-    """The files of a model folder that go with any form of its weights."""
+    """The files of a model folder that go with any format of its weights."""
     yield from sorted({file for pattern in COPIED for file in folder.glob(pattern) if file.is_file()})
 
 

@@ -99,12 +99,12 @@ CONVERSATION: list[Message] = [
 def modelfile(file: str, chat: Chat, notice: Callable[[str], None]) -> str:
     """The Modelfile for the GGUF file `file` beside it; says what it leaves out."""
     lines = [f"# ollama create {chat.name} -f Modelfile", f"FROM ./{file}"]
-    found = translated(chat)
-    if found is None:
+    translation = translated(chat)
+    if translation is None:
         notice(why_left_out(chat))
         system, stops = chat.system, end_tokens(chat)
     else:
-        turns, system = found
+        turns, system = translation
         lines.append(f'TEMPLATE """{turns.ollama()}"""')
         stops = [*end_tokens(chat), turns.assistant[1].strip()]
     lines += [f'PARAMETER stop "{stop}"' for stop in dict.fromkeys(stops) if stop]

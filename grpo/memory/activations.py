@@ -15,8 +15,8 @@ from grpo.config.schema import Config, Lora
 from grpo.model.adapter_layers import adapted_layers
 from grpo.model.sizes import linear_shapes
 
-FORMS = ("none", "mlp", "layer", "offload")
-"""Forms of gradient checkpointing, from the fastest to the one that needs least memory on the device. "mlp", which
+CHECKPOINTING_MODES = ("none", "mlp", "layer", "offload")
+"""Modes of gradient checkpointing, from the fastest to the one that needs least memory on the device. "mlp", which
 computes gate and up again and keeps the rest, is the kernels' alone."""
 MLP_TILE, QKV_TILE = 4096, 8192
 """Tokens whose intermediate tensors the kernels hold at once (kernels/lora_mlp.py, kernels/lora_attention.py)."""
@@ -139,10 +139,12 @@ class TrainingMemory:
     """Whether linear layers dequantise their weight at each use."""
     head_on_host: bool
     """Whether the output head is in host memory, of which slices come to the GPU."""
+    flash: bool = True
+    """Whether attention is flash attention's; on a GPU before Ampere it is torch's memory-efficient one."""
 
     @classmethod
     def of(
-        cls, config: Config, shape: Any, itemsize: int, *, on_gpu: bool, tokens: int | None = None
+        cls, config: Config, shape: Any, itemsize: int, *, on_gpu: bool, tokens: int | None = None, flash: bool = True
     ) -> TrainingMemory:
         """Of the largest micro-batch of `config`, or of one of `tokens` tokens."""
         tokens = tokens or max(config.train.tokens_per_micro_batch, config.max_seq_length)
@@ -158,42 +160,44 @@ class TrainingMemory:
             kernels=config.train.kernels != "torch" and on_gpu and not config.lora.lora_dropout,
             packed_weights=config.model.load_in_4bit and on_gpu,
             head_on_host=on_gpu and config.model.offload_head,
+            flash=flash,
         )
 
     @property
-    def forms(self) -> tuple[str, ...]:
-        """Those of FORMS that the layers have."""
-        return FORMS if self.kernels else tuple(form for form in FORMS if form != "mlp")
+    def modes(self) -> tuple[str, ...]:
+        """Those of CHECKPOINTING_MODES that the layers have."""
+        return CHECKPOINTING_MODES if self.kernels else tuple(mode for mode in CHECKPOINTING_MODES if mode != "mlp")
 
     # What layers keep
 
     def kept_by_layer(self) -> int:
         """Bytes that one layer saves, its input among them, where nothing is computed again."""
         per_token = self._fused_per_token() if self.kernels else self._plain_per_token()
-        return self.tokens * per_token + self._gathered() + self._factors()
+        return self.tokens * per_token + self._attention() + self._factors()
 
-    def _attention_per_token(self) -> int:
-        """q, k, v, the output and its log-sum-exp (float32), which flash attention saves."""
+    def _attention(self) -> int:
+        """q, k, v, the output and its log-sum-exp (float32), which flash attention saves, and keys and values laid out
+        anew where completions have a copy of their prompt's. Without flash attention all of it laid out anew, with
+        keys and values for every head, and the output in the order of the row."""
         s = self.sizes
-        return (2 * s.query + 2 * s.key) * self.itemsize + 4 * s.heads
-
-    def _gathered(self) -> int:
-        """Keys and values laid out anew, with each completion's copy of its prompt's."""
-        return 2 * self.keys * self.sizes.key * self.itemsize if self.keys > self.tokens else 0
+        if not self.flash:
+            return self.keys * (4 * s.query * self.itemsize + 4 * s.heads) + self.tokens * s.query * self.itemsize
+        gathered = 2 * self.keys * s.key * self.itemsize if self.keys > self.tokens else 0
+        return self.tokens * ((2 * s.query + 2 * s.key) * self.itemsize + 4 * s.heads) + gathered
 
     def _fused_per_token(self) -> int:
         """Layer input, attention, MLP input, gate and up; inputs of the norms that follow attention and MLP."""
         s = self.sizes
         numbers = 2 * s.hidden + 2 * s.inner + s.beside(GATE_UP) + (2 * s.hidden if s.norms == 4 else 0)
         if s.normed_heads:
-            # Beside the rotated q and k, the stacked product, of which v is a view, stays.
-            numbers += s.query + s.key
-        return numbers * self.itemsize + self._attention_per_token()
+            # Beside the rotated q and k, the stacked product stays; the v that flash attention saves is a view of it.
+            numbers += s.query + s.key * (1 if self.flash else 2)
+        return numbers * self.itemsize
 
     def _plain_per_token(self) -> int:
         """transformers' modules with LoRA: each norm keeps its input in float32, and every linear layer its own."""
         s = self.sizes
-        size = s.norms * (4 * s.hidden + 4) + self._attention_per_token()
+        size = s.norms * (4 * s.hidden + 4)
         if s.normed_heads:
             size += 4 * (s.query + s.key) + 4 * (s.query + s.key) // s.head_dim
         numbers = s.hidden * s.has(*QKV)
@@ -223,42 +227,42 @@ class TrainingMemory:
     def layer_input(self) -> int:
         return self.tokens * self.sizes.hidden * self.itemsize
 
-    def kept(self, form: str) -> int:
+    def kept(self, mode: str) -> int:
         """Bytes that all layers keep on the device between their forward and their backward."""
-        if form == "none":
+        if mode == "none":
             return self.sizes.layers * self.kept_by_layer() - self._absent_in_first_layer()
-        if form == "mlp":
+        if mode == "mlp":
             return self.sizes.layers * (self.kept_by_layer() - self._gate_and_up())
         # Offloaded, one is still here when the backward begins, and later one is on its way.
-        return self.layer_input() * (self.sizes.layers if form == "layer" else 2)
+        return self.layer_input() * (self.sizes.layers if mode == "layer" else 2)
 
-    def on_host(self, form: str) -> int:
+    def on_host(self, mode: str) -> int:
         """Bytes of host memory."""
-        return self.layer_input() * (self.sizes.layers - 1) if form == "offload" else 0
+        return self.layer_input() * (self.sizes.layers - 1) if mode == "offload" else 0
 
     # Peaks
 
-    def peak(self, form: str) -> int:
+    def peak(self, mode: str) -> int:
         """Most bytes that the forward and backward of this micro-batch hold at once on the device."""
-        return max(self.phases(form).values()) + (LIBRARIES if self.on_gpu else self.on_host(form))
+        return max(self.phases(mode).values()) + (LIBRARIES if self.on_gpu else self.on_host(mode))
 
-    def phases(self, form: str) -> dict[str, int]:
+    def phases(self, mode: str) -> dict[str, int]:
         """Bytes at the moments that may be the peak: the head, and the backward through the last layer."""
         index = INDEX_BYTES * self.tokens + 2 * self.tokens * self.sizes.head_dim * self.itemsize
-        found = self._head(form) | (self._fused_backward(form) if self.kernels else self._plain_backward(form))
-        return {name: size + index for name, size in found.items()}
+        moments = self._head(mode) | (self._fused_backward(mode) if self.kernels else self._plain_backward(mode))
+        return {name: size + index for name, size in moments.items()}
 
     def logits(self) -> int:
         """One chunk of logits, a second one where the entropy has a gradient, and a CPU's workspace."""
         chunk = min(self.chunk, self.predicted) * self.sizes.vocabulary * self.itemsize
         return chunk * (1 + self.entropy_gradient) + (0 if self.on_gpu else LOGIT_WORKSPACE)
 
-    def _head(self, form: str) -> dict[str, int]:
+    def _head(self, mode: str) -> dict[str, int]:
         """The last norm's input, its output, the rows of it that predict, and their gradients, made with the logits."""
         s = self.sizes
         rows = self.predicted * s.hidden * self.itemsize
         norm = self.layer_input() if self.kernels else 4 * self.tokens * s.hidden
-        before = self.kept(form) + norm
+        before = self.kept(mode) + norm
         gradients = rows * (1 + self.entropy_gradient)
         return {
             "logits": before + self.layer_input() + rows + gradients + self.logits() + self._head_slices(),
@@ -270,6 +274,17 @@ class TrainingMemory:
         s = self.sizes
         slice_bytes = min(HEAD_SLICE, s.vocabulary * s.hidden * self.itemsize)
         return slice_bytes + 8 * min(self.chunk, self.predicted) * s.hidden if self.head_on_host else 0
+
+    def _attention_backward(self) -> int:
+        """What the backward of attention allocates."""
+        return self._flash_backward() if self.flash else self._efficient_backward()
+
+    def _efficient_backward(self) -> int:
+        """Gradients of the output, q, k and v as they are laid out, and torch's sums of the last three in float32; then
+        those three in the order of the row."""
+        s = self.sizes
+        laid_out = self.keys * (4 * s.query * self.itemsize + 12 * s.query + 4 * s.heads)
+        return laid_out + self.tokens * (2 * s.query + 2 * s.key) * self.itemsize
 
     def _flash_backward(self) -> int:
         """Gradients of the output, q, k and v, and what the kernel allocates: dq in float32, and where heads share
@@ -291,14 +306,14 @@ class TrainingMemory:
         beside = self.sizes.beside(endings)
         return (rows + beside) * (columns + beside) * self.itemsize if self.packed_weights or beside else 0
 
-    def _fused_backward(self, form: str) -> dict[str, int]:
+    def _fused_backward(self, mode: str) -> dict[str, int]:
         s, one = self.sizes, self.layer_input()
-        replayed = form in ("layer", "offload")
+        replayed = mode in ("layer", "offload")
         attention = self.kept_by_layer() - self._gate_and_up() - 2 * one
         mlp_rows, qkv_rows = min(self.tokens, MLP_TILE), min(self.tokens, QKV_TILE)
         # Beside the gradient of the product: the normed input and, where adapters multiply with W, a wider gradient.
         mlp_numbers = (
-            s.inner + (1 + self._weights_copied) * s.hidden + (0 if form == "none" else 2 * s.inner + s.beside(GATE_UP))
+            s.inner + (1 + self._weights_copied) * s.hidden + (0 if mode == "none" else 2 * s.inner + s.beside(GATE_UP))
         )
         mlp_tile = mlp_rows * mlp_numbers * self.itemsize
         mlp_tile += self._matrix(2 * s.inner, s.hidden, GATE_UP) + self._matrix(s.hidden, s.inner, DOWN)
@@ -306,12 +321,12 @@ class TrainingMemory:
         qkv_tile = qkv_rows * (qkv + 2 * s.hidden) * self.itemsize + self._matrix(qkv, s.hidden, QKV)
         # A layer that keeps everything has its part in `kept`; one that is replayed adds what its replay keeps, and
         # the gradient of its output stays in the caller's frame to the end.
-        before = self.kept(form) + (attention + 2 * one if replayed else 0)
+        before = self.kept(mode) + (attention + 2 * one if replayed else 0)
         # Gone by then: the MLP's input, and the inputs of norms behind attention and MLP.
-        mlp_gone = one + (self._gate_and_up() if form == "none" else 0) + (2 * one if s.norms == 4 else 0)
+        mlp_gone = one + (self._gate_and_up() if mode == "none" else 0) + (2 * one if s.norms == 4 else 0)
         return {
             "mlp backward": before + (1 if replayed else 2) * one + mlp_tile + 8 * s.adapter,
-            "attention backward": before - mlp_gone + one + self._flash_backward(),
+            "attention backward": before - mlp_gone + one + self._attention_backward(),
             "projection backward": before - mlp_gone - attention + 2 * one
             + self.tokens * qkv * self.itemsize + qkv_tile + 8 * s.adapter,
         }  # fmt: skip
@@ -320,23 +335,23 @@ class TrainingMemory:
         """The largest of the MLP's weights, dequantised."""
         return self.sizes.inner * self.sizes.hidden * self.itemsize if self.packed_weights else 0
 
-    def _plain_backward(self, form: str) -> dict[str, int]:
+    def _plain_backward(self, mode: str) -> dict[str, int]:
         s, one = self.sizes, self.layer_input()
         inner, wide = self.tokens * s.inner * self.itemsize, 4 * self.tokens * s.hidden
-        own = self.kept_by_layer()
-        before = self.kept(form) + (0 if form == "none" else own + one)
+        layer_bytes = self.kept_by_layer()
+        before = self.kept(mode) + (0 if mode == "none" else layer_bytes + one)
         return {
-            "last norm backward": self.kept(form) + 6 * wide,
+            "last norm backward": self.kept(mode) + 6 * wide,
             "mlp backward": before + one + 2 * inner + self._packed_weight(),
-            "attention backward": before - 4 * inner - wide + self._flash_backward(),
+            "attention backward": before - 4 * inner - wide + self._attention_backward(),
         }
 
     # Choosing
 
     def first_that_fits(self, free: int, host: int) -> str:
-        """The first form whose peak is within `free` bytes of the device and `host` bytes of the host, or that
+        """The first mode whose peak is within `free` bytes of the device and `host` bytes of the host, or that
         with the lowest peak for which the host has room."""
         share = FREE_SHARE if self.on_gpu else CPU_SHARE
-        hosted = [form for form in self.forms if self.on_host(form) <= HOST_SHARE * host]
-        fitting = [form for form in hosted if self.peak(form) <= share * free]
+        hosted = [mode for mode in self.modes if self.on_host(mode) <= HOST_SHARE * host]
+        fitting = [mode for mode in hosted if self.peak(mode) <= share * free]
         return fitting[0] if fitting else min(hosted, key=self.peak)

@@ -16,7 +16,7 @@ from grpo.config.schema import Config
 from grpo.errors import UserError
 from grpo.memory.activations import TrainingMemory, moment_bytes
 from grpo.model.adapter_layers import adapted_layers
-from grpo.model.architectures import fused_linears
+from grpo.model.layout import fused_linears
 from grpo.model.sizes import AUTO_SHARE, embedding_bytes, linear_shapes, nf4_bytes, pinned_bytes, weights_on_host
 
 CPU_BLOCK, GPU_BLOCK = 32, 16
@@ -83,7 +83,7 @@ class MemoryPlan:
     sampling: int
     """What a step of vLLM takes on top, and gives back."""
     peaks: dict[str, int]
-    """What training takes on top for its largest micro-batch, and gives back, by form of gradient checkpointing."""
+    """What training takes on top for its largest micro-batch, and gives back, by mode of gradient checkpointing."""
     logits: int
     """The part of every peak that is logits, where the head is that peak."""
     gradient_checkpointing: str
@@ -92,15 +92,15 @@ class MemoryPlan:
     """Pinned host memory for what the GPU reads in place; in none of the other figures."""
 
     @property
-    def form(self) -> str:
-        """The form of checkpointing that is set, or the least demanding one where it is chosen."""
+    def mode(self) -> str:
+        """The mode of checkpointing that is set, or the least demanding one where it is chosen."""
         chosen = self.gradient_checkpointing
         return min(self.peaks, key=self.peaks.__getitem__) if chosen == "auto" else chosen
 
     @property
     def training(self) -> int:
         """What a training step takes, at the least."""
-        return self.peaks.get(self.form, self.peaks["none"])
+        return self.peaks.get(self.mode, self.peaks["none"])
 
     @property
     def always(self) -> int:
@@ -139,7 +139,7 @@ def plan_memory(config: Config, shape: Any, itemsize: int, *, on_gpu: bool) -> M
         kv_one_sequence=kv(1),
         vllm=VLLM_KEEPS if on_gpu else 0,
         sampling=sampling_bytes(shape, itemsize, length, sequences),
-        peaks={form: training.peak(form) for form in training.forms},
+        peaks={mode: training.peak(mode) for mode in training.modes},
         logits=training.logits(),
         gradient_checkpointing=str(config.train.gradient_checkpointing),
         release_kv_cache=config.rollout.release_kv_cache and on_gpu,
@@ -156,15 +156,15 @@ def sequence_limits(config: Config) -> tuple[int, int]:
 
 def weight_bytes(config: Config, shape: Any, itemsize: int, *, on_gpu: bool) -> int:
     """The one copy on the device: NF4 codes with a scale per 64 weights (on a GPU), the rest in `itemsize` bytes."""
-    kept, packed = config.model.keep_16bit, on_gpu and config.model.load_in_4bit
+    in_16bit, packed = config.model.keep_16bit, on_gpu and config.model.load_in_4bit
     size = 0.0
     for name, (rows, columns) in linear_shapes(shape).items():
         dense = rows * columns * itemsize
         nf4 = nf4_bytes(rows, columns, itemsize)
-        if not packed or (kept != "auto" and any(name == end or name.endswith(f".{end}") for end in kept)):
+        if not packed or (in_16bit != "auto" and any(name == end or name.endswith(f".{end}") for end in in_16bit)):
             size += dense
         else:
-            size += AUTO_SHARE * dense + (1 - AUTO_SHARE) * nf4 if kept == "auto" else nf4
+            size += AUTO_SHARE * dense + (1 - AUTO_SHARE) * nf4 if in_16bit == "auto" else nf4
     tables = 1 if shape.tie_word_embeddings else 2
     norms = (2 * shape.num_hidden_layers + 1) * shape.hidden_size
     plain = tables * embedding_bytes(shape, itemsize) + norms * itemsize
@@ -192,8 +192,8 @@ def adapter_bytes(config: Config, shape: Any, itemsize: int, *, on_gpu: bool) ->
         ranks = sum(adapters[part].rank for part in parts if part in adapters)
         ranks = -(-ranks // SERVED_RANKS) * SERVED_RANKS
         engine += ranks * (sizes[parts[0]][1] + sum(sizes[part][0] for part in parts))
-    kept = config.loss.beta > 0 and config.loss.reference == "start" and config.lora.init is not None
-    return trained * (4 + 4 + 4 * kept + moment_bytes(config.train.optim, on_gpu=on_gpu)) + engine * itemsize
+    has_reference = config.loss.beta > 0 and config.loss.reference == "start" and config.lora.init is not None
+    return trained * (4 + 4 + 4 * has_reference + moment_bytes(config.train.optim, on_gpu=on_gpu)) + engine * itemsize
 
 
 def kv_bytes_per_token(shape: Any, itemsize: int, kv_cache_dtype: str) -> int:

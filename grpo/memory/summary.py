@@ -8,8 +8,9 @@ from pathlib import Path
 from grpo.config.schema import Config
 from grpo.memory.plan import MemoryPlan, Shape, hosted, plan_memory, sequence_limits
 from grpo.model.adapter_layers import adapted_layers
-from grpo.model.architectures import ARCHITECTURES, EMBEDDING, HEAD
+from grpo.model.families.table import listed
 from grpo.model.gguf_header import read_header
+from grpo.model.layout import EMBEDDING, HEAD
 from grpo.model.locate import local_path
 
 
@@ -25,7 +26,7 @@ def model_shape(config: Config) -> Shape | None:
         shape = Shape.of(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    return shape if shape.model_type in ARCHITECTURES else None
+    return shape if shape.model_type in listed() else None
 
 
 def cached_config(name: str, revision: str | None) -> Path | None:
@@ -34,33 +35,33 @@ def cached_config(name: str, revision: str | None) -> Path | None:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        found = try_to_load_from_cache(name, "config.json", revision=revision)
+        cached = try_to_load_from_cache(name, "config.json", revision=revision)
     except HFValidationError:
         return None
-    return Path(found) if isinstance(found, str) else None
+    return Path(cached) if isinstance(cached, str) else None
 
 
 def gguf_shape(path: Path) -> Shape | None:
     """The sizes that a GGUF file states."""
     metadata, tensors = read_header(path)
     family = metadata.get("general.architecture", "")
-    own = {key.removeprefix(f"{family}."): value for key, value in metadata.items()}
+    family_keys = {key.removeprefix(f"{family}."): value for key, value in metadata.items()}
     values = {
         "model_type": {"gemma3": "gemma3_text"}.get(family, family),
-        "hidden_size": own.get("embedding_length"),
-        "intermediate_size": own.get("feed_forward_length"),
-        "num_hidden_layers": own.get("block_count"),
-        "num_attention_heads": own.get("attention.head_count"),
-        "num_key_value_heads": own.get("attention.head_count_kv"),
-        "head_dim": own.get("attention.key_length"),
-        "vocab_size": own.get("tokenizer.ggml.tokens") or own.get("vocab_size"),
+        "hidden_size": family_keys.get("embedding_length"),
+        "intermediate_size": family_keys.get("feed_forward_length"),
+        "num_hidden_layers": family_keys.get("block_count"),
+        "num_attention_heads": family_keys.get("attention.head_count"),
+        "num_key_value_heads": family_keys.get("attention.head_count_kv"),
+        "head_dim": family_keys.get("attention.key_length"),
+        "vocab_size": family_keys.get("tokenizer.ggml.tokens") or family_keys.get("vocab_size"),
         "tie_word_embeddings": "output.weight" not in tensors,
     }
     try:
         shape = Shape.of(values)
     except TypeError:
         return None
-    return shape if shape.model_type in ARCHITECTURES else None
+    return shape if shape.model_type in listed() else None
 
 
 def memory_plan(config: Config) -> list[str]:
@@ -70,13 +71,13 @@ def memory_plan(config: Config) -> list[str]:
         return [f"Memory: {config.model.name} is not on this machine, or of an unknown kind, so nothing is planned."]
     on_gpu = config.model.device == "cuda" or (config.model.device == "auto" and has_gpu())
     plan = plan_memory(config, shape, compute_itemsize(config, on_gpu), on_gpu=on_gpu)
-    form = "NF4" if config.model.load_in_4bit else "unquantised"
+    storage = "NF4" if config.model.load_in_4bit else "unquantised"
     if config.model.load_in_4bit and not on_gpu:
-        form = "NF4 values, dequantised"
+        storage = "NF4 values, dequantised"
     tokens = max(config.train.tokens_per_micro_batch, config.max_seq_length)
     lines = [
         f"Memory on the {'GPU' if on_gpu else 'CPU'}, planned, in GB of 10^9 bytes:",
-        f"  {gb(plan.weights)}  weights, {form}, one copy for sampling and training",
+        f"  {gb(plan.weights)}  weights, {storage}, one copy for sampling and training",
         f"  {kv_line(config, plan, on_gpu)}",
         f"  {gb(plan.adapter)}  adapter of {ranks(config, shape)}: values, gradients, moments, vLLM's copy",
         f"  {gb(plan.sampling)}  at most, while sampling",
@@ -86,9 +87,9 @@ def memory_plan(config: Config) -> list[str]:
         lines.insert(3, f"  {gb(plan.vllm)}  vLLM's buffers and CUDA graphs")
     if plan.host:
         names = {EMBEDDING: "the token embedding", HEAD: "the output head"}
-        kept = " and ".join(names[name] for name in hosted(config, shape, on_gpu=on_gpu))
+        hosted_names = " and ".join(names[name] for name in hosted(config, shape, on_gpu=on_gpu))
         tied = ", which is the output head too" if shape.tie_word_embeddings else ""
-        lines.append(f"  {gb(plan.host)}  of host memory, pinned, for {kept}{tied}")
+        lines.append(f"  {gb(plan.host)}  of host memory, pinned, for {hosted_names}{tied}")
     return lines
 
 
@@ -110,8 +111,8 @@ def kv_line(config: Config, plan: MemoryPlan, on_gpu: bool) -> str:
 
 
 def training_line(plan: MemoryPlan) -> str:
-    """The peak of every form that training may take."""
-    peaks = ", ".join(f"{form} {peak / 1e9:.2f}" for form, peak in plan.peaks.items())
+    """The peak of every mode that training may take."""
+    peaks = ", ".join(f"{mode} {peak / 1e9:.2f}" for mode, peak in plan.peaks.items())
     return f'gradient_checkpointing = "{plan.gradient_checkpointing}": {peaks}'
 
 

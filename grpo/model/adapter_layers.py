@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 from grpo.config.schema import Lora
 from grpo.errors import UserError
-from grpo.model.architectures import HEAD, adapter_targets, fused_linears
+from grpo.model.architectures import adapter_targets
+from grpo.model.layout import HEAD, fused_linears
 
 
 class LayerAdapter(NamedTuple):

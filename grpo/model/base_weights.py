@@ -3,7 +3,7 @@
 `BaseWeights` reads a `Source` tensor by tensor, quantises where asked, and owns the result. q, k, v (and gate, up)
 are rows of one tensor, because vLLM multiplies them at once and NF4 blocks never cross a row. Nothing here computes a
 layer: `policy.py` and `engine.py` borrow the storage. On a CPU a 4-bit base is kept dequantised, since nothing there
-multiplies packed weights fast; the values are those of the packed form.
+multiplies packed weights fast; the values are those of the packed weights.
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ from torch import Tensor
 from grpo.config.schema import Model
 from grpo.errors import UserError
 from grpo.kernels import nf4
-from grpo.kernels.launch import sum_in_float32
+from grpo.kernels.launch import disable_reduced_precision
 from grpo.model import host_memory
-from grpo.model.architectures import EMBEDDING, HEAD, check_supported, expected_shapes, fused_linears
+from grpo.model.architectures import check_supported
 from grpo.model.config_keys import check_keys, settle
 from grpo.model.fingerprint import Fingerprint
+from grpo.model.head import Head
 from grpo.model.inventory import account
+from grpo.model.layout import EMBEDDING, HEAD, Layout, LinearLayout
 from grpo.model.sizes import VOCABULARY_PADDING, embedding_bytes, pinned_bytes, weights_on_host
 from grpo.model.weight_source import NF4Tensor, Source
 
@@ -36,7 +38,7 @@ BLOCK = 64
 
 @dataclass
 class Segment:
-    """Consecutive rows of a fused linear layer, held in one form.
+    """Consecutive rows of a fused linear layer, stored in one way.
 
     Dense: `weight` [rows, in] in the compute dtype, `absmax` None. NF4: `weight` packed uint8 [rows, in / 2] and
     `absmax` [rows, in / 64] in the compute dtype.
@@ -91,11 +93,13 @@ class BaseWeights:
         settle(self.config)
         for sentence in account(source):  # nothing is left to say where `read_model` has been
             logger.warning(sentence)
+        self.layout = Layout.of(self.config)
+        self.head_form = Head.of(self.config)
         self.source_path = source.path
         self.fingerprint = Fingerprint.of(source)
         self.device, self.dtype = device, dtype
         if device.type == "cuda":
-            sum_in_float32()
+            disable_reduced_precision()
         self.load_in_4bit = model.load_in_4bit
         self.packed = model.load_in_4bit and device.type == "cuda"
         wanted = weights_on_host(model, self.config)
@@ -106,22 +110,20 @@ class BaseWeights:
             host_memory.check_room(size, *self._on_host.values())
         self.kept_16bit: list[str] = []
         self._keep_16bit = self._chosen_16bit(model)
-        self.linears = {
-            name: self._load_linear(source, name, parts) for name, parts in fused_linears(self.config).items()
-        }
+        self.linears = {name: self._load_linear(source, name, layout) for name, layout in self.layout.linears.items()}
         self.tensors = self._load_plain(source)
 
     def _chosen_16bit(self, model: Model) -> list[str]:
         """Names or endings of the parts that stay unquantised. Raises UserError for one that names no part."""
         if not model.load_in_4bit:
             return []
-        parts = [part for group in fused_linears(self.config).values() for part in group]
+        parts = [part for linear in self.layout.linears.values() for part in linear.parts]
         if model.keep_16bit == "auto":
             raise ValueError('keep_16bit = "auto" is resolved by grpo.policy.keep_16bit.load_base')
-        for kept in model.keep_16bit:
-            if not any(is_named(part, kept) for part in parts):
+        for ending in model.keep_16bit:
+            if not any(is_named(part, ending) for part in parts):
                 raise UserError(
-                    f"model.keep_16bit names {kept!r}, which is no linear layer of this model; name one such "
+                    f"model.keep_16bit names {ending!r}, which is no linear layer of this model; name one such "
                     f"as {parts[0]!r} or its ending"
                 )
         return list(model.keep_16bit)
@@ -131,27 +133,17 @@ class BaseWeights:
         self._keep_16bit = parts
         for name, linear in self.linears.items():
             if any(part in parts for part in linear.parts):
-                self.linears[name] = self._load_linear(source, name, list(linear.parts))
+                self.linears[name] = self._load_linear(source, name, self.layout.linears[name])
 
     def _load_plain(self, source: Source) -> dict[str, Tensor]:
-        in_linears = {part for linear in self.linears.values() for part in linear.parts}
-        tensors = {}
-        for name in sorted(source.names):
-            if name.rpartition(".")[0] not in in_linears:
-                tensors[name] = self._load_one(source, name)
-        return tensors
+        return {name: self._load_one(source, name) for name in sorted(self.layout.tensors)}
 
     def _load_one(self, source: Source, name: str) -> Tensor:
         tensor = source.read(name)
         if isinstance(tensor, NF4Tensor):
             tensor = nf4.dequantize_bitsandbytes(tensor.codes, tensor.absmax, tensor.shape, self.dtype)
         if name in (EMBEDDING, HEAD):
-            vocabulary, width = self.config.vocab_size, self.config.hidden_size
-            if tensor.shape != (vocabulary, width):
-                raise UserError(
-                    f"{source.path}: {name} has shape {tuple(tensor.shape)}, config.json says "
-                    f"{(vocabulary, width)}; pass a model whose files belong together"
-                )
+            vocabulary, width = tensor.shape
             padded = -(-vocabulary // VOCABULARY_PADDING) * VOCABULARY_PADDING
             key = self._on_host.get(name)
             if key is None:
@@ -163,18 +155,14 @@ class BaseWeights:
             return storage if key is None else host_memory.seen_by(self.device, storage)
         return tensor.to(self.device, self.dtype, copy=True)
 
-    def _load_linear(self, source: Source, name: str, parts: list[str]) -> FusedLinear:
-        shapes = expected_shapes(self.config, name, parts)
-        linear = FusedLinear(name, {}, next(iter(shapes.values()))[1], 0)
-        for part in parts:
-            linear.parts[part] = (linear.out_features, shapes[part][0])
-            linear.out_features += shapes[part][0]
-        for segment_parts in self._same_form(source, parts):
+    def _load_linear(self, source: Source, name: str, layout: LinearLayout) -> FusedLinear:
+        linear = FusedLinear(name, dict(layout.parts), layout.in_features, layout.out_features)
+        for segment_parts in self._same_storage(source, list(layout.parts)):
             linear.segments.append(self._load_segment(source, linear, segment_parts))
-        linear.bias = self._load_bias(source, linear)
+        linear.bias = self._load_bias(source, linear, layout.biased)
         return linear
 
-    def _same_form(self, source: Source, parts: list[str]) -> Iterator[list[str]]:
+    def _same_storage(self, source: Source, parts: list[str]) -> Iterator[list[str]]:
         """Runs of neighbouring parts that are all quantised or all kept."""
         run: list[str] = []
         for part in parts:
@@ -185,28 +173,28 @@ class BaseWeights:
         yield run
 
     def _is_kept(self, part: str) -> bool:
-        return not self.load_in_4bit or any(is_named(part, kept) for kept in self._keep_16bit)
+        return not self.load_in_4bit or any(is_named(part, ending) for ending in self._keep_16bit)
 
     def _load_segment(self, source: Source, linear: FusedLinear, parts: list[str]) -> Segment:
         first = linear.parts[parts[0]][0]
         rows = sum(linear.parts[part][1] for part in parts)
         columns = linear.in_features
-        kept = self._is_kept(parts[0])
-        if self.load_in_4bit and kept:
+        in_16bit = self._is_kept(parts[0])
+        if self.load_in_4bit and in_16bit:
             self.kept_16bit += parts
-        if not kept and columns % BLOCK:
+        if not in_16bit and columns % BLOCK:
             raise UserError(
                 f"{source.path}: {parts[0]} has {columns} inputs, not a multiple of {BLOCK}, so NF4 blocks "
                 "would cross rows; set model.load_in_4bit = false"
             )
-        if not kept and self.packed:
+        if not in_16bit and self.packed:
             packed, absmax = nf4.allocate(rows, columns, self.dtype, self.device)
             segment = Segment(first, rows, packed, absmax)
         else:
             segment = Segment(first, rows, torch.empty(rows, columns, dtype=self.dtype, device=self.device))
         for part in parts:
             offset, count = linear.parts[part]
-            self._fill(source, part, segment, offset - first, (count, columns), quantize=not kept)
+            self._fill(source, part, segment, offset - first, (count, columns), quantize=not in_16bit)
         return segment
 
     def _fill(
@@ -226,22 +214,13 @@ class BaseWeights:
                 weight = nf4.dequantize_bitsandbytes(weight.codes, weight.absmax, shape, self.dtype)
             segment.weight[row : row + shape[0]].copy_(weight)
 
-    def _load_bias(self, source: Source, linear: FusedLinear) -> Tensor | None:
-        names = {part: f"{part}.bias" for part in linear.parts}
-        if not any(name in source.names for name in names.values()):
+    def _load_bias(self, source: Source, linear: FusedLinear, biased: tuple[str, ...]) -> Tensor | None:
+        if not biased:
             return None
         bias = torch.zeros(linear.out_features, dtype=self.dtype, device=self.device)
-        for part, name in names.items():
+        for part in biased:
             first, rows = linear.parts[part]
-            if name not in source.names:
-                raise UserError(f"{source.path}: tensor {name} is missing; pass a complete model")
-            stored = source.read(name)
-            if tuple(stored.shape) != (rows,):
-                raise UserError(
-                    f"{source.path}: {name} has shape {tuple(stored.shape)}, config.json says {(rows,)}; "
-                    "pass a model whose files belong together"
-                )
-            bias[first : first + rows].copy_(stored)
+            bias[first : first + rows].copy_(source.read(f"{part}.bias"))
         return bias
 
     def nbytes(self) -> int:

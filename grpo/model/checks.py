@@ -26,6 +26,9 @@ LIMITS = {
 }
 """The largest believable sizes. Far above any model, and small enough that no loop or name list runs away."""
 
+BEYOND_FLOAT16 = ("gemma2", "gemma3_text")
+"""Families that vLLM does not compute in float16."""
+
 HEAD_SIZES_ON_CPU = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """What vLLM's attention on a CPU has kernels for."""
 
@@ -81,13 +84,22 @@ def check_head_size(config: Any, where: Path, on_cpu: bool) -> None:
         )
 
 
+def check_float16(config: Any, where: Path) -> None:
+    """Raise UserError for a text model whose activations leave the range of float16, in which it is to be computed."""
+    if config.model_type in BEYOND_FLOAT16:
+        raise UserError(
+            f"{where / 'config.json'}: the activations of {config.model_type} overflow in float16, which vLLM refuses; "
+            'use another model, or model.dtype = "bfloat16" on a GPU that computes in it (compute capability 8.0 on)'
+        )
+
+
 def end_tokens(file: Path, vocabulary: int) -> list[int]:
     """`eos_token_id` of a generation configuration, which may be missing. Raises UserError for what is no token."""
-    found = read_object(file).get("eos_token_id") if file.is_file() else None
-    tokens = found if isinstance(found, list) else [] if found is None else [found]
+    eos = read_object(file).get("eos_token_id") if file.is_file() else None
+    tokens = eos if isinstance(eos, list) else [] if eos is None else [eos]
     for token in tokens:
         if not isinstance(token, int) or not 0 <= token < vocabulary:
-            raise UserError(f"{file}: eos_token_id = {json.dumps(found)[:60]}: no token of the vocabulary; correct it")
+            raise UserError(f"{file}: eos_token_id = {json.dumps(eos)[:60]}: no token of the vocabulary; correct it")
     return tokens
 
 

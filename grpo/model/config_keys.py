@@ -5,11 +5,12 @@ never heard of changes the policy in silence. So every key is one that both obey
 a few values that both compute, one that has no part in the computation, or one that transformers' class does not have,
 which is named in a notice and reaches neither. Anything else is refused in a sentence that names it.
 
-Sizes are `checks.py`'s, and how rotary frequencies reach both graphs is `rope.py`'s.
+For sizes see `checks.py`, for how rotary frequencies reach both graphs `rope.py`.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Iterator
@@ -17,8 +18,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from grpo.errors import UserError
-from grpo.model.architectures import ARCHITECTURES
+from grpo.model.architectures import causal_class, vllm_class
 from grpo.model.checks import one_line
+from grpo.model.families.table import family_of
 from grpo.model.rope import (
     by_layer_type,
     frequencies,
@@ -29,22 +31,6 @@ from grpo.model.rope import (
     unread_parameters,
 )
 
-ACTIVATIONS = {
-    "gemma": ("hidden_act", ("gelu_pytorch_tanh",)),
-    "gemma2": ("hidden_activation", ("gelu_pytorch_tanh",)),
-    "gemma3_text": ("hidden_activation", ("gelu_pytorch_tanh", "gelu", "silu")),
-}
-"""model_type -> the key of the MLP's activation, and what vLLM computes of it; for the others OTHER_ACTIVATIONS."""
-OTHER_ACTIVATIONS = ("hidden_act", ("silu",))
-
-PARTLY_ROTATED = ("phi3",)
-"""Families of which transformers can rotate a part of each head."""
-HEAD_OF_HIDDEN_SIZE = ("qwen2",)
-"""Families whose heads are, to vLLM, the hidden size over their number, whatever `head_dim` says."""
-ALWAYS_TIED = ("gemma", "gemma2")
-"""Families for which some vLLM from 0.26 on has no output head beside the embedding."""
-WINDOW_IN_ALL_OR_NONE = ("qwen2", "qwen3")
-"""Families that vLLM gives a sliding window in all layers or in none."""
 LAYER_TYPES = ("full_attention", "sliding_attention")
 
 DROPOUTS = ("attention_dropout", "resid_pdrop", "embd_pdrop")
@@ -70,7 +56,7 @@ class Complaint(NamedTuple):
 def check_keys(config: Any, where: str) -> None:
     """Raise UserError, naming file and key, unless both graphs compute what `config` says.
 
-    config: transformers', of a text model in ARCHITECTURES; `where`: its model's folder or file.
+    config: transformers', of a text model; `where`: its model's folder or file.
     """
     file = str(Path(where) / "config.json") if Path(where).is_dir() else where
     for key, value, reason in complaints(config):
@@ -78,7 +64,7 @@ def check_keys(config: Any, where: str) -> None:
 
 
 def complaints(config: Any) -> Iterator[Complaint]:
-    """What `check_keys` refuses, in the order in which it is best told."""
+    """What `check_keys` refuses, the most telling first."""
     yield from attention_complaints(config)
     yield from activation_complaints(config)
     yield from layer_complaints(config)
@@ -96,17 +82,20 @@ def attention_complaints(config: Any) -> Iterator[Complaint]:
         yield Complaint("use_bidirectional_attention", True, causal)
     if getattr(config, "is_causal", True) is False:
         yield Complaint("is_causal", False, causal)
-    if config.model_type in ALWAYS_TIED and not config.tie_word_embeddings:
+    if family_of(config.model_type).always_tied and not config.tie_word_embeddings:
         reason = f"the output head of {vllms(config)} is always the embedding; use a model whose weights are tied"
         yield Complaint("tie_word_embeddings", False, reason)
     head, derived = getattr(config, "head_dim", None), config.hidden_size // config.num_attention_heads
-    if config.model_type in HEAD_OF_HIDDEN_SIZE and head not in (None, derived):
+    if family_of(config.model_type).head_of_hidden_size and head not in (None, derived):
         yield Complaint("head_dim", head, f"{vllms(config)} has heads of {derived}; use another model")
 
 
 def activation_complaints(config: Any) -> Iterator[Complaint]:
     """About the MLP's activation."""
-    key, known = ACTIVATIONS.get(config.model_type, OTHER_ACTIVATIONS)
+    activation = family_of(config.model_type).activation
+    if activation is None:
+        return
+    key, known = activation
     value, legacy = getattr(config, key), getattr(config, "hidden_activation", None)
     if value not in known:
         computed = " or ".join(map(repr, known))
@@ -130,7 +119,7 @@ def layer_complaints(config: Any) -> Iterator[Complaint]:
     if sliding and window is None:
         lacking = "sliding_window (or use_sliding_window) says that there is no window"
         yield Complaint("layer_types", kinds, f"{lacking}; set one, or make all layers full_attention")
-    elif config.model_type in WINDOW_IN_ALL_OR_NONE and 0 < sliding < layers:
+    elif family_of(config.model_type).window_in_all_or_none and 0 < sliding < layers:
         reason = f"{sliding} of {layers} layers have the window, and {vllms(config)} gives it to all or to none"
         remedy = f"set it to false, which is the same for sequences of at most {window} tokens, or use another model"
         yield Complaint("use_sliding_window", True, f"{reason}; {remedy}")
@@ -145,8 +134,10 @@ def number_complaints(config: Any) -> Iterator[Complaint]:
         value = getattr(config, key, None)
         if value is not None and not is_number(value, above=0):
             yield Complaint(key, value, "must be a number above 0; correct it")
-    if not (config.rms_norm_eps == 0 or is_number(config.rms_norm_eps, above=0)):
-        yield Complaint("rms_norm_eps", config.rms_norm_eps, "must be a number, 0 or above; correct it")
+    for key in ("rms_norm_eps", "layer_norm_eps", "norm_eps"):
+        value = getattr(config, key, None)
+        if value is not None and not (value == 0 or is_number(value, above=0)):
+            yield Complaint(key, value, "must be a number, 0 or above; correct it")
     window = getattr(config, "sliding_window", None)
     if window is not None and (not isinstance(window, int) or window < 1):
         yield Complaint("sliding_window", window, "must be a whole number above 0, or null for none; correct it")
@@ -174,23 +165,32 @@ def rotary_complaints(config: Any) -> Iterator[Complaint]:
         part, theta = values.get("partial_rotary_factor"), values.get("rope_theta")
         if part is not None and not (is_number(part, above=0) and part <= 1):
             yield Complaint(f"{key}.partial_rotary_factor", part, "must be above 0 and at most 1; correct it")
-        elif config.model_type not in PARTLY_ROTATED and part not in (None, 1):
-            whole = f"transformers' {ARCHITECTURES[config.model_type]} rotates whole heads, vLLM's a part of them"
+        elif part not in (None, 1) and rotates_whole_heads(config):
+            whole = f"transformers' {causal_class(config.model_type)} rotates whole heads, vLLM's a part of them"
             yield Complaint(f"{key}.partial_rotary_factor", part, f"{whole}; use a model of another family")
         elif not is_number(theta, above=0):
             yield Complaint(f"{key}.rope_theta", theta, "must be a number above 0; correct it")
     try:
-        found = [*frequencies(config, 1).values(), *frequencies(config).values()]
-    except Exception as error:  # whatever transformers' functions make of a stranger's numbers
+        computed = [*frequencies(config, 1).values(), *frequencies(config).values()]
+    except Exception as error:  # whatever transformers' functions make of untrusted numbers
         reason = f"transformers finds no rotary frequencies in it ({type(error).__name__}: {one_line(error)})"
         yield Complaint("rope_parameters", config.rope_parameters, f"{reason}; correct it")
         return
     widths = {rotated(config, values) for _, values in rotary_parameters(config)}
-    for inverse, scaling in found:
+    for inverse, scaling in computed:
         usable = bool(inverse.isfinite().all()) and bool((inverse >= 0).all()) and is_number(scaling, above=0)
         if not usable or 2 * len(inverse) not in widths:
             reason = "the rotary frequencies that follow are not finite, or do not fit the heads; correct it"
             yield Complaint("rope_parameters", config.rope_parameters, reason)
+
+
+def rotates_whole_heads(config: Any) -> bool:
+    """Whether transformers rotates all of each head, whatever part the configuration names."""
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    plain = copy.deepcopy(config)
+    for _, values in rotary_parameters(plain):
+        values |= {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+    return all(2 * len(inverse) == head for inverse, _ in frequencies(plain, 1).values())
 
 
 def settle(config: Any) -> list[str]:
@@ -228,13 +228,15 @@ def settle(config: Any) -> list[str]:
 
 def served_values(config: Any) -> dict[str, Any]:
     """The configuration that vLLM gets: the family's keys with the rotary scaling left to `rope.share_positions`."""
-    kept = own_keys(config) | {"head_dim"}
-    values = {key: value for key, value in config.to_dict().items() if key in kept}
-    return values | {
+    keys_served = own_keys(config) | {"head_dim"}
+    values = {key: value for key, value in config.to_dict().items() if key in keys_served}
+    values |= {
         "model_type": config.model_type,
-        "architectures": [ARCHITECTURES[config.model_type]],
+        "architectures": [vllm_class(config.model_type)],
         "rope_parameters": plain_parameters(config),
     }
+    served = family_of(config.model_type).served
+    return values if served is None else values | served(config)
 
 
 def own_keys(config: Any) -> set[str]:
@@ -256,7 +258,7 @@ def is_number(value: Any, above: float) -> bool:
 
 def vllms(config: Any) -> str:
     """vLLM's class, in a sentence."""
-    return f"vLLM's {ARCHITECTURES[config.model_type]}"
+    return f"vLLM's {vllm_class(config.model_type)}"
 
 
 def shown(value: Any) -> str:

@@ -1,8 +1,8 @@
 """By which an adapter knows its base again: some weights of it, kept beside the adapter, and how it was held.
 
-Sizes alone do not tell a model from its instruction-tuned sister, and an adapter on the wrong one loads and only
+Sizes alone do not tell a model from its instruction-tuned variant, and an adapter on the wrong one loads and only
 answers worse. A hash would not do: the base of a 4-bit run is often exported, or served, in 16 bit. So values are kept,
-and compared as closely as the forms allow.
+and compared as closely as their storage allows.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from grpo.model.weight_source import NF4Tensor, Source
 SAMPLED = 64
 """Values of each weight."""
 UNQUANTISED = ("float32", "bfloat16", "float16")
-SAME_FORM, OTHER_FORM = 0.003, 0.35
+SAME_STORAGE, OTHER_STORAGE = 0.003, 0.35
 """Largest distance, relative to the norm: rounding to bfloat16 makes 0.001, quantising to 4 bit some 0.1."""
 SAME_WEIGHTS = 1e-6
-"""As `SAME_FORM`, for equal values that were written and read."""
+"""As `SAME_STORAGE`, for equal values that were written and read."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,9 @@ class Fingerprint:
         return float((ours - theirs).norm() / ours.norm())
 
     def admits(self, other: Fingerprint) -> bool:
-        """Whether `other` can be the same model, in the same or another form."""
+        """Whether `other` can be the same model, stored in the same or another way."""
         plain = self.stored_as in UNQUANTISED and other.stored_as in UNQUANTISED
-        return self.distance(other) < (SAME_FORM if plain or self.stored_as == other.stored_as else OTHER_FORM)
+        return self.distance(other) < (SAME_STORAGE if plain or self.stored_as == other.stored_as else OTHER_STORAGE)
 
 
 def sampled(source: Source, name: str) -> list[float]:
@@ -67,8 +67,8 @@ def sampled(source: Source, name: str) -> list[float]:
     if isinstance(weight, NF4Tensor):
         weight = nf4.dequantize_bitsandbytes(weight.codes, weight.absmax, weight.shape, torch.float32)
     flat = weight.reshape(-1)
-    places = torch.linspace(0, len(flat) - 1, SAMPLED, dtype=torch.float64).long()
-    return [round(value, 8) for value in flat[places].tolist()]
+    indices = torch.linspace(0, len(flat) - 1, SAMPLED, dtype=torch.float64).long()
+    return [round(value, 8) for value in flat[indices].tolist()]
 
 
 def read(folder: Path) -> Fingerprint | None:
@@ -77,10 +77,12 @@ def read(folder: Path) -> Fingerprint | None:
     if not file.is_file():
         return None
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        values = {name: [float(number) for number in numbers] for name, numbers in found["values"].items()}
-        kept = found.get("kept_16bit")
-        return Fingerprint(str(found["stored_as"]), values, None if kept is None else [str(name) for name in kept])
+        saved = json.loads(file.read_text(encoding="utf-8"))
+        values = {name: [float(number) for number in numbers] for name, numbers in saved["values"].items()}
+        in_16bit = saved.get("kept_16bit")
+        return Fingerprint(
+            str(saved["stored_as"]), values, None if in_16bit is None else [str(name) for name in in_16bit]
+        )
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{file}: damaged ({error}); copy the adapter again, or remove this file") from None
 

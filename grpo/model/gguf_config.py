@@ -73,15 +73,15 @@ def attention_scale(config: Any) -> int:
 
 def rotary_scaling(known: Any, config: Any) -> dict[str, Any]:
     """transformers' entries for linear and YaRN scaling, and for rotating a part of the head only."""
-    found: dict[str, Any] = {}
+    entries: dict[str, Any] = {}
     width, head = known("rope.dimension_count"), getattr(config, "head_dim", None)
     head = head or config.hidden_size // config.num_attention_heads
     if width is not None and width != head:
-        found["partial_rotary_factor"] = width / head
+        entries["partial_rotary_factor"] = width / head
     kind, factor = known("rope.scaling.type"), known("rope.scaling.factor")
     if kind not in ("linear", "yarn") or not factor:
-        return found
-    found |= {"rope_type": kind, "factor": factor}
+        return entries
+    entries |= {"rope_type": kind, "factor": factor}
     if kind == "yarn":
         optional = {
             "original_max_position_embeddings": known("rope.scaling.original_context_length"),
@@ -89,8 +89,8 @@ def rotary_scaling(known: Any, config: Any) -> dict[str, Any]:
             "beta_fast": known("rope.scaling.yarn_beta_fast"),
             "beta_slow": known("rope.scaling.yarn_beta_slow"),
         }
-        found |= {key: entry for key, entry in optional.items() if entry is not None}
-    return found
+        entries |= {key: entry for key, entry in optional.items() if entry is not None}
+    return entries
 
 
 def frequency_divisors(config: Any) -> Tensor:

@@ -1,6 +1,6 @@
 """The metadata of a GGUF file and the names of its tensors, read without numpy, so that a dry run answers at once.
 
-Layout: `docs/gguf.md` of the ggml project, versions 2 and 3, little-endian. Weights are `source.py`'s business.
+Layout: `docs/gguf.md` of the ggml project, versions 2 and 3, little-endian. For weights see `source.py`.
 """
 
 from __future__ import annotations

@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from grpo.errors import UserError
-from grpo.model.architectures import check_supported, fused_linears
+from grpo.model.architectures import check_supported
 from grpo.model.checks import check_sizes, one_line
 from grpo.model.gguf_config import ROTARY_TENSORS, complete_config
 from grpo.model.gguf_header import read_header
+from grpo.model.layout import HEAD
+from grpo.model.meta_graph import graph_tensors
 
 
 class GGUFSource:
@@ -57,13 +59,13 @@ class GGUFSource:
         check_supported(text_config, str(self.path))
         names = get_tensor_name_map(by_name[self._architecture], text_config.num_hidden_layers)
         tensors = {tensor.name: tensor for tensor in self.reader.tensors}
-        found = {}
+        named = {}
         for candidate in candidate_names(text_config):
             stored = names.get_name(candidate, try_suffixes=(".weight", ".bias"))
             if stored in tensors:
-                found[candidate] = tensors.pop(stored)
+                named[candidate] = tensors.pop(stored)
         # What has no name in transformers keeps its own, but for rotary factors: these are in the configuration.
-        return found | {name: tensor for name, tensor in tensors.items() if name not in ROTARY_TENSORS}
+        return named | {name: tensor for name, tensor in tensors.items() if name not in ROTARY_TENSORS}
 
     @property
     def stored_as(self) -> str:
@@ -76,7 +78,7 @@ class GGUFSource:
 
         stored = self._tensors[name]
         try:
-            dequantize(stored.data[:0], stored.tensor_type)
+            dequantize(stored.data[:1], stored.tensor_type)
         except NotImplementedError:
             raise UserError(
                 f"{self.path}: {name} is kept as {stored.tensor_type.name}, which the gguf package does not read; "
@@ -142,20 +144,7 @@ def metadata_folder(path: Path) -> Path:
 
 def candidate_names(config: Any) -> Iterator[str]:
     """Every parameter name that a supported decoder with transformers' `config` may have."""
-    yield from ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
-    for parts in fused_linears(config).values():
-        for part in parts:
-            yield from (f"{part}.weight", f"{part}.bias")
-    for layer in range(config.num_hidden_layers):
-        for norm in NORMS:
-            yield f"model.layers.{layer}.{norm}.weight"
-
-
-NORMS = (
-    "input_layernorm",
-    "post_attention_layernorm",
-    "pre_feedforward_layernorm",
-    "post_feedforward_layernorm",
-    "self_attn.q_norm",
-    "self_attn.k_norm",
-)
+    found = graph_tensors(config)
+    yield from (*found.plain, HEAD)
+    for part in found.linears:
+        yield from (f"{part}.weight", f"{part}.bias")

@@ -28,27 +28,27 @@ def pinned_zeros(*shape: int, dtype: torch.dtype, wanted_by: str) -> Tensor:
 
     Raises UserError, which says that `wanted_by` (a key) asked for it, where the host has not so much memory to pin.
     """
-    told = check_room(pinned_bytes(torch.Size(shape).numel() * dtype.itemsize), wanted_by)
+    message = check_room(pinned_bytes(torch.Size(shape).numel() * dtype.itemsize), wanted_by)
     try:
         return torch.zeros(shape, dtype=dtype, pin_memory=True)
     except RuntimeError as error:
-        raise UserError(f"{told} but gives none ({str(error).splitlines()[0]}); do without") from None
+        raise UserError(f"{message} but gives none ({str(error).splitlines()[0]}); do without") from None
 
 
 def check_room(size: int, *wanted_by: str) -> str:
     """A sentence's beginning: that the keys `wanted_by` pin `size` bytes, and what the host has. Raises UserError with
     it where the host has less."""
     keys, free = " and ".join(wanted_by), psutil.virtual_memory().available
-    told = f"{keys}: {size / 1e9:.1f} GB of host memory would be pinned, and the host has {free / 1e9:.1f} GB free"
+    message = f"{keys}: {size / 1e9:.1f} GB of host memory would be pinned, and the host has {free / 1e9:.1f} GB free"
     if size > free:
-        raise UserError(f"{told}; do without, or free some")
-    return told
+        raise UserError(f"{message}; do without, or free some")
+    return message
 
 
 def seen_by(device: torch.device, pinned: Tensor) -> Tensor:
     """The memory of `pinned`, contiguous and on the CPU, as a tensor on `device`. Keeps it alive.
 
-    Write to `pinned`, not to the result: a copy between the two would be told a direction that is not its own.
+    Write to `pinned`, not to the result: a copy between the two would be given the wrong direction.
     """
     index = torch.cuda.current_device() if device.index is None else device.index
     bytes_there = torch.as_tensor(PinnedBytes(pinned), device=torch.device("cuda", index))

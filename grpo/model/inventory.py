@@ -16,9 +16,10 @@ from torch import Tensor
 
 from grpo.errors import UserError
 from grpo.kernels import nf4
-from grpo.model.architectures import ARCHITECTURES, EMBEDDING, HEAD
+from grpo.model.architectures import causal_class, vllm_class
 from grpo.model.checks import one_line
-from grpo.model.config_keys import ALWAYS_TIED
+from grpo.model.families.table import family_of
+from grpo.model.layout import EMBEDDING, HEAD
 from grpo.model.weight_source import NF4Tensor, Source
 
 EXTRAS = {
@@ -99,7 +100,7 @@ def extras(source: Source, config: Any, surplus: set[str]) -> Iterator[str]:
             kind = list(EXTRAS)[-1]
         if kind is None:
             raise UserError(
-                f"{source.path}: tensor {name} has no use in transformers' {ARCHITECTURES[config.model_type]} as "
+                f"{source.path}: tensor {name} has no use in transformers' {causal_class(config.model_type)} as "
                 "config.json describes it; pass a model whose files belong together, or convert it to plain weights"
             )
         found.setdefault(kind, []).append(name)
@@ -119,15 +120,15 @@ def predicts_more(config: Any, name: str) -> bool:
 
 def settled_head(source: Source, config: Any) -> list[str]:
     """Let the configuration say whether the output head is the embedding, by their values; a sentence if it changes."""
-    if HEAD not in source.names or not (config.tie_word_embeddings or config.model_type in ALWAYS_TIED):
+    if HEAD not in source.names or not (config.tie_word_embeddings or family_of(config.model_type).always_tied):
         return []
     if same_values(source.read(HEAD), source.read(EMBEDDING)):
         source.names.discard(HEAD)
         config.tie_word_embeddings = True
         return []
-    if config.model_type in ALWAYS_TIED:
+    if family_of(config.model_type).always_tied:
         raise UserError(
-            f"{source.path}: {HEAD} differs from {EMBEDDING}, and vLLM's {ARCHITECTURES[config.model_type]} has the "
+            f"{source.path}: {HEAD} differs from {EMBEDDING}, and vLLM's {vllm_class(config.model_type)} has the "
             "embedding for its output head; remove the head from the file, or use another model"
         )
     config.tie_word_embeddings = False

@@ -43,6 +43,7 @@ class Rotary(nn.Module):
         super().__init__()
         self.config = config
         self.scalings: dict[str, float] = {}
+        self.in_pairs = turns_pairs(config)
         for kind, (inverse, scaling) in frequencies(config, longest).items():
             self.register_buffer(prefixed(kind, "inv_freq"), inverse.to(device), persistent=False)
             self.scalings[kind] = scaling
@@ -55,7 +56,7 @@ class Rotary(nn.Module):
         """
         kind = layer_type if layer_type in self.scalings else EVERYWHERE
         angles = position_ids[..., None].float() * self.get_buffer(prefixed(kind, "inv_freq"))
-        angles = torch.cat((angles, angles), dim=-1)
+        angles = angles.repeat_interleave(2, dim=-1) if self.in_pairs else torch.cat((angles, angles), dim=-1)
         return tuple((part * self.scalings[kind]).to(x.dtype) for part in (angles.cos(), angles.sin()))
 
     @torch.no_grad()
@@ -73,11 +74,26 @@ class Rotary(nn.Module):
     def table(self, length: int, layer_type: str | None = None) -> Tensor:
         """float32 [length, rotated dimensions]: the cosines of one half, then the sines, as vLLM keeps them."""
         halves = self(torch.empty(0, dtype=torch.float32), torch.arange(length), layer_type)
-        return torch.cat([part[:, : part.shape[1] // 2] for part in halves], dim=1)
+        once = slice(None, None, 2) if self.in_pairs else slice(len(halves[0][0]) // 2)
+        return torch.cat([part[:, once] for part in halves], dim=1)
+
+
+def turns_pairs(config: Any) -> bool:
+    """Whether transformers' module of the family gives each angle to two neighbours, not to both halves of a head."""
+    with torch.device("cpu"):
+        module = rotary_class(config)(copy.deepcopy(config))
+    kind = next(iter(frequencies(config, 1)), None)
+    if kind is None:
+        return False
+    more = {"layer_type": kind} if kind else {}
+    sines = module(torch.empty(0), torch.arange(1, 3)[None], **more)[1][0]
+    return bool((sines[:, 0] == sines[:, 1]).all()) and not bool((sines[:, 0] == sines[:, sines.shape[1] // 2]).all())
 
 
 def frequencies(config: Any, longest: int | None = None) -> Frequencies:
     """transformers' rotary frequencies for sequences of at most `longest` tokens (None: what the model allows)."""
+    if getattr(config, "rope_parameters", None) is None:
+        return {}
     settled = copy.deepcopy(config)
     longest = config.max_position_embeddings if longest is None else longest
     for _, parameters in rotary_parameters(settled):
@@ -87,17 +103,19 @@ def frequencies(config: Any, longest: int | None = None) -> Frequencies:
             parameters |= {"short_factor": chosen, "long_factor": chosen}
     with torch.device("cpu"):
         module = rotary_class(config)(settled)
-    found = {}
+    result = {}
     for kind, _ in rotary_parameters(settled):
         inverse = getattr(module, prefixed(kind, "inv_freq"), None)
         if inverse is not None:  # there are none of a layer type that no layer has
-            found[kind] = inverse.float(), float(getattr(module, prefixed(kind, "attention_scaling")))
-    return found
+            result[kind] = inverse.float(), float(getattr(module, prefixed(kind, "attention_scaling")))
+    return result
 
 
 def rotary_parameters(config: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     """(layer type or EVERYWHERE, transformers' `rope_parameters` for it)."""
-    parameters = config.rope_parameters
+    parameters = getattr(config, "rope_parameters", None)
+    if parameters is None:  # positions are known otherwise, or not at all
+        return
     if not by_layer_type(config):
         yield EVERYWHERE, parameters
         return
@@ -111,10 +129,13 @@ def by_layer_type(config: Any) -> bool:
 
 def unread_parameters(config: Any) -> dict[str, Any]:
     """Entries of `rope_parameters` in a form that is not the family's: for layer types where it has none, or not."""
+    parameters = getattr(config, "rope_parameters", None)
+    if parameters is None:
+        return {}
     wanted = by_layer_type(config)
     return {
         key: value
-        for key, value in config.rope_parameters.items()
+        for key, value in parameters.items()
         if isinstance(value, dict) != wanted and (key, value) != ("rope_type", "default")
     }
 

@@ -17,13 +17,16 @@ from torch import Tensor
 from grpo.config.schema import Model
 from grpo.errors import UserError
 from grpo.kernels.nf4_lookup import CODE
-from grpo.model.architectures import ARCHITECTURES
+from grpo.model.architectures import check_supported
 from grpo.model.checks import check_quantization, check_sizes, one_line, read_object
+from grpo.model.layout import HEAD
+from grpo.model.meta_graph import graph_tensors
+from grpo.model.text_decoder import decoder_names, text_config
 from grpo.model.weight_files import stored_names, unique, unread_files, weights_entry
 from grpo.model.weight_source import NF4Tensor
 
 NF4_STATE = ".quant_state.bitsandbytes__nf4"
-"""What bitsandbytes appends to a weight's name for the description of its NF4 form."""
+"""What bitsandbytes appends to a weight's name for the description of its NF4 storage."""
 NF4_ENTRIES = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", NF4_STATE.removeprefix("."))
 """What bitsandbytes keeps beside the codes of a weight, under its name."""
 DENSE_TYPES = ("F64", "F32", "F16", "BF16")
@@ -35,6 +38,7 @@ class SafetensorsSource:
 
     def __init__(self, path: Path, model: Model):
         from transformers import AutoConfig
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
         if not (path / "config.json").is_file():
             raise UserError(f"{path}: no config.json; pass a model folder in Hugging Face format or a .gguf file")
@@ -45,21 +49,32 @@ class SafetensorsSource:
         check_sizes(values, file)
         check_quantization(values, file)
         # Of a family that transformers has, its own class is used, whatever code lies beside the weights.
-        brings_code = "auto_map" in values and values.get("model_type") not in ARCHITECTURES
+        brings_code = "auto_map" in values and values.get("model_type") not in CONFIG_MAPPING_NAMES
         if brings_code and not model.trust_remote_code:
             raise UserError(
                 f"{file}: the model brings Python code of its own, which is not run; set model.trust_remote_code = "
                 "true if you trust it"
             )
         try:
-            self.config = AutoConfig.from_pretrained(path, trust_remote_code=brings_code)
-        except Exception as error:  # whatever transformers' checks of a stranger's file raise
+            whole = AutoConfig.from_pretrained(path, trust_remote_code=brings_code)
+            self.config = text_config(whole)
+        except Exception as error:  # whatever transformers' checks of an untrusted file raise
             raise UserError(f"{file}: {one_line(error)}; correct it, or download the model again") from None
-        entry = weights_entry(path, getattr(self.config, "transformers_weights", None))
+        entry = weights_entry(path, getattr(whole, "transformers_weights", None))
         self._shard_of = self._index(entry)
         self.notices = unread_files(path, set(self._shard_of.values()))
+        self._stored_name: dict[str, str] = {}
+        if self.config is not whole:
+            self._name_decoder()
         self.names = {logical_name(name, self._shard_of) for name in self._shard_of}
         self._open: dict[Path, Any] = {}
+
+    def _name_decoder(self) -> None:
+        """Call the tensors of the decoder of text as a model has them that is nothing else."""
+        check_supported(self.config, str(self.path))
+        self._stored_name = decoder_names(self._shard_of, set(graph_tensors(self.config).shapes()) | {HEAD})
+        renamed = {stored: name for name, stored in self._stored_name.items()}
+        self._shard_of = {renamed.get(stored, stored): file for stored, file in self._shard_of.items()}
 
     def _index(self, entry: Path) -> dict[str, Path]:
         """Name -> file of everything in the safetensors file `entry`, or in the shards of the index `entry`."""
@@ -103,9 +118,9 @@ class SafetensorsSource:
             with damage_named(self._shard_of[name]):
                 return self._nf4_shape(name)
         with damage_named(self._shard_of[name]):
-            stored = self._handle(name).get_slice(name)
+            stored = self._handle(name).get_slice(self._stored_name.get(name, name))
             if stored.get_dtype() not in DENSE_TYPES:
-                raise self._unknown_form(name, stored.get_dtype())
+                raise self._unknown_storage(name, stored.get_dtype())
             return tuple(stored.get_shape())
 
     def _nf4_shape(self, name: str) -> tuple[int, ...]:
@@ -128,7 +143,7 @@ class SafetensorsSource:
         self.shape(name)  # the form is one that is read
         return self._raw(name)
 
-    def _unknown_form(self, name: str, stored: str) -> UserError:
+    def _unknown_storage(self, name: str, stored: str) -> UserError:
         return UserError(
             f"{self._shard_of[name]}: {name} is quantised in a form other than bitsandbytes NF4 ({stored}); use an NF4 "
             "or an unquantised checkpoint"
@@ -144,7 +159,7 @@ class SafetensorsSource:
 
     def _raw(self, name: str) -> Tensor:
         with damage_named(self._shard_of[name]):
-            return self._handle(name).get_tensor(name)
+            return self._handle(name).get_tensor(self._stored_name.get(name, name))
 
     def _nf4_state(self, name: str) -> dict[str, Any]:
         with damage_named(self._shard_of[name]):

@@ -1,6 +1,6 @@
 """Bytes and shapes of a model's weights, by arithmetic from its configuration.
 
-Torch is not imported, for a dry run. What a run takes beside its weights is `grpo.memory`'s.
+Torch is not imported, for a dry run. For what a run takes beside its weights see `grpo.memory`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 from grpo.config.schema import Model
 from grpo.errors import UserError
-from grpo.model.architectures import EMBEDDING, HEAD, expected_shapes, fused_linears
+from grpo.model.layout import EMBEDDING, HEAD, fused_linears
 
 AUTO_SHARE = 0.05
 """What `keep_16bit = "auto"` may take, of the memory that all linear layers in 16 bit would take beyond NF4."""
@@ -37,8 +37,8 @@ def weights_on_host(model: Model, shape: Any) -> dict[str, str]:
             f"model.offload_embedding: the token embedding of {model.name} is its output head too, all of which the "
             "GPU needs for every token; leave it out, or set model.offload_head = true, which moves both and is slow"
         )
-    found = {EMBEDDING: "model.offload_embedding"} if model.offload_embedding else {}
-    return found | ({EMBEDDING if tied else HEAD: "model.offload_head"} if model.offload_head else {})
+    on_host = {EMBEDDING: "model.offload_embedding"} if model.offload_embedding else {}
+    return on_host | ({EMBEDDING if tied else HEAD: "model.offload_head"} if model.offload_head else {})
 
 
 def pinned_bytes(size: int) -> int:
@@ -47,8 +47,27 @@ def pinned_bytes(size: int) -> int:
 
 
 def linear_shapes(shape: Any) -> dict[str, tuple[int, int]]:
-    """Module name -> (out, in) of every linear layer of the decoder's blocks."""
-    found: dict[str, tuple[int, int]] = {}
-    for name, parts in fused_linears(shape).items():
-        found |= expected_shapes(shape, name, parts)
-    return found
+    """Module name -> (out, in) of every linear layer of the decoder's blocks.
+
+    Of transformers' configuration as its graph has them; of a plan's Shape, for which nothing is imported, by the sizes
+    that decoders of the usual kind have.
+    """
+    if hasattr(shape, "to_dict"):
+        from grpo.model.meta_graph import graph_tensors
+
+        return {name: (linear.rows, linear.columns) for name, linear in graph_tensors(shape).linears.items()}
+    hidden, inner = shape.hidden_size, shape.intermediate_size
+    query, key_value = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
+    by_leaf = {
+        "q_proj": (query, hidden),
+        "k_proj": (key_value, hidden),
+        "v_proj": (key_value, hidden),
+        "qkv_proj": (query + 2 * key_value, hidden),
+        "o_proj": (hidden, query),
+        "gate_proj": (inner, hidden),
+        "up_proj": (inner, hidden),
+        "gate_up_proj": (2 * inner, hidden),
+        "down_proj": (hidden, inner),
+    }
+    parts = [part for group in fused_linears(shape).values() for part in group]
+    return {part: by_leaf[part.rpartition(".")[2]] for part in parts}

@@ -64,7 +64,7 @@ def unread_files(folder: Path, read: Iterable[Path]) -> list[str]:
     """A sentence about the safetensors in `folder` that are not among those `read`; empty where there are none."""
     read = sorted(read)
     others = sorted(set(folder.glob("*.safetensors")) - set(read))
-    if not others:
+    if not others or not read:
         return []
     more = f" and {len(others) - 1} more" if len(others) > 1 else ""
     also = f"not read: {others[0].name}{more}"

@@ -30,7 +30,7 @@ class Source(Protocol):
 
     path: Path
     config: Any
-    """transformers' configuration of the model."""
+    """transformers' configuration of the decoder of text."""
     names: set[str]
     notices: list[str]
     """A sentence each about what of the checkpoint is not read."""

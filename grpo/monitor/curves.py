@@ -63,8 +63,8 @@ def draw(panels: Mapping[str, Mapping[str, Curve]], x_label: str = "step") -> Pl
     rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(INCHES[0] * columns, INCHES[1] * rows), dpi=DOTS_PER_INCH, layout="constrained")
     labels = list(dict.fromkeys(run for curves in panels.values() for run in curves))
-    for place, (title, curves) in enumerate(panels.items(), 1):
-        axes = figure.add_subplot(rows, columns, place)
+    for index, (title, curves) in enumerate(panels.items(), 1):
+        axes = figure.add_subplot(rows, columns, index)
         axes.set_title(title, fontsize=10)
         axes.set_xlabel(x_label, fontsize=8)
         axes.tick_params(labelsize=8)
@@ -75,7 +75,7 @@ def draw(panels: Mapping[str, Mapping[str, Curve]], x_label: str = "step") -> Pl
             colour = COLOURS[labels.index(run) % len(COLOURS)]
             axes.plot(steps, values, ".", color=colour, alpha=0.35, markersize=5)
             axes.plot(steps, rolling_mean(values), color=colour, linewidth=1.8, label=run)
-        if place == 1 and len(labels) > 1:
+        if index == 1 and len(labels) > 1:
             axes.legend(fontsize=8, frameon=False)
     return Plot(figure, list(panels))
 

@@ -3,7 +3,7 @@
 On a terminal a table of the figures stays below the notices and samples, in a notebook a line and a plot above them;
 elsewhere (a pipe, a file, `--verbose`) each step is one line. Completions are text by an untrusted model: markup in
 them is not interpreted, and control characters are shown as escapes, never sent to the terminal. Curves and HTML are
-made by `grpo.report`, which is told of each step.
+made by `grpo.report`, which is updated at each step.
 """
 
 from __future__ import annotations
@@ -125,9 +125,9 @@ class RunLog:
         self._last, self._series = {"step": step}, {}
         for path in (self.run_folder / METRICS, self.run_folder / EVALUATIONS):
             if path.exists():
-                kept = [entry for entry in read_entries(path) if entry["step"] <= step]
-                write_atomically(path, "".join(map(json_line, kept)).encode())
-                for entry in kept:
+                selected = [entry for entry in read_entries(path) if entry["step"] <= step]
+                write_atomically(path, "".join(map(json_line, selected)).encode())
+                for entry in selected:
                     self._remember(entry)
         for kind in (TRAINING, HELD_OUT):
             for sampled, path in completions_files(self.run_folder, kind).items():

@@ -1,7 +1,7 @@
 """The log of every rank but the first: what one rank writes for all is not written again.
 
-Only notices are passed on, since memory may run out on one rank alone. The record and the display are
-grpo/monitor/run_log.py's.
+Only notices are passed on, since memory may run out on one rank alone. For the record and the display see
+grpo/monitor/run_log.py.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Each is an optional install and starts with the first step. Sent are numbers and the resolved configuration, without
 the text under keys such as `api_key`: no completions, no code, nothing of the environment or the machine. Where it goes
-is the tracker's own affair (`WANDB_MODE=offline`, `TRACKIO_SPACE_ID`, ...); TensorBoard writes to the run folder. After
-`--resume` a tracker gets a second run of the same name.
+is set with the tracker's own variables (`WANDB_MODE=offline`, `TRACKIO_SPACE_ID`, ...); TensorBoard writes to the run
+folder. After `--resume` a tracker gets a second run of the same name.
 """
 
 from __future__ import annotations

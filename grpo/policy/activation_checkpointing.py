@@ -2,7 +2,7 @@
 
 "none" keeps what autograd saves, "mlp" all but what the kernels' MLP computes again by itself, "layer" only the input
 of each layer, and "offload" moves those inputs to host memory (pinned, on a stream of its own, overlapping the
-computation) and fetches each while the layer after it is still in its backward. All give the same bits. Which form a
+computation) and fetches each while the layer after it is still in its backward. All give the same bits. Which mode a
 run takes is decided in `activations.py`; the layers know of this through transformers' checkpointing hook, and trainers
 that switch checkpointing on and off as transformers has it get the same.
 """
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge
 
-from grpo.memory.activations import FORMS
+from grpo.memory.activations import CHECKPOINTING_MODES
 from grpo.policy.fused_layers import for_backward_alone
 from grpo.policy.rng import RandomState
 
@@ -31,22 +31,22 @@ HOST_BLOCK = 64 << 20
 Layer = Callable[[Tensor], Tensor]
 
 
-def recompute_layers(layers: Sequence[nn.Module], form: str) -> None:
-    """Let `layers`, decoder layers that run one after another in training mode, use `form` of FORMS from now on."""
-    assert form in FORMS, form
-    store = HostStore() if form == "offload" else None
+def recompute_layers(layers: Sequence[nn.Module], mode: str) -> None:
+    """Let `layers`, decoder layers that run one after another in training mode, use `mode`, of CHECKPOINTING_MODES."""
+    assert mode in CHECKPOINTING_MODES, mode
+    store = HostStore() if mode == "offload" else None
     for index, layer in enumerate(layers):
         if hasattr(layer, "keep_mlp"):
-            layer.keep_mlp = form != "mlp"
-        assert form != "mlp" or hasattr(layer, "keep_mlp"), "transformers' own layers have no such form"
-        layer.gradient_checkpointing = form in ("layer", "offload")
+            layer.keep_mlp = mode != "mlp"
+        assert mode != "mlp" or hasattr(layer, "keep_mlp"), "transformers' own layers have no such mode"
+        layer.gradient_checkpointing = mode in ("layer", "offload")
         layer._gradient_checkpointing_func = partial(recomputed, layer, store, index == 0)
 
 
-def answer_trainers(graph: nn.Module) -> None:
+def patch_checkpointing_switch(graph: nn.Module) -> None:
     """Let `graph.gradient_checkpointing_enable()` and `_disable()`, as trainers call them, switch this recomputation.
 
-    Enabling takes the form that was chosen last if it recomputes layers, else "layer". DPO in TRL disables it for the
+    Enabling takes the mode that was chosen last if it recomputes layers, else "layer". DPO in TRL disables it for the
     reference and enables it again at every step: transformers' own way would put torch's function in its place.
     """
     graph._set_gradient_checkpointing = types.MethodType(switch_layers, graph)
@@ -90,7 +90,7 @@ class _Recomputed(torch.autograd.Function):
         if store is None:
             ctx.save_for_backward(x)
         else:
-            ctx.kept = store.keep(x, first)
+            ctx.offloaded = store.keep(x, first)
         return run(x)
 
     @staticmethod
@@ -99,7 +99,7 @@ class _Recomputed(torch.autograd.Function):
         if ctx.saved_tensors:
             (x,) = ctx.saved_tensors
         else:
-            x, ctx.kept = ctx.kept.load(), None
+            x, ctx.offloaded = ctx.offloaded.load(), None
         x = x.detach().requires_grad_(ctx.needs_input_grad[4])
         with torch.enable_grad(), ctx.random.restored(), for_backward_alone():
             # The edge alone: the layer's output would otherwise live as long as its graph.
@@ -128,19 +128,19 @@ class HostStore:
         before = None if first else self.newest()
         if before is not None:
             before.let_go()
-        kept = Offloaded(self, x, before)
-        self.newest = weakref.ref(kept)
-        return kept
+        offloaded = Offloaded(self, x, before)
+        self.newest = weakref.ref(offloaded)
+        return offloaded
 
     def take(self, size: int, device: torch.device) -> list[Tensor]:
         """Blocks for `size` bytes."""
         pinned = device.type == "cuda"
         block = HOST_BLOCK if pinned else size
         count = -(-size // block)
-        found = [self.free.pop() for _ in range(min(count, len(self.free)))] if pinned else []
-        while len(found) < count:
-            found.append(torch.empty(block, dtype=torch.uint8, pin_memory=pinned))
-        return found
+        result = [self.free.pop() for _ in range(min(count, len(self.free)))] if pinned else []
+        while len(result) < count:
+            result.append(torch.empty(block, dtype=torch.uint8, pin_memory=pinned))
+        return result
 
     def copying(self) -> Any:
         """Inside, copies are queued behind what the current stream has been given so far."""

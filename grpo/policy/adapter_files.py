@@ -1,7 +1,7 @@
 """The tensors of a saved LoRA adapter that nobody vouches for: each accounted for before any is used.
 
 Only safetensors are read; a pickled adapter is refused. Which tensors there have to be follows from the adapter's
-configuration (`grpo.model.adapter_config`) and its base; what the values become is up to who asks for them.
+configuration (`grpo.model.adapter_config`) and its base; for what becomes of the values see `policy.py`.
 """
 
 from __future__ import annotations

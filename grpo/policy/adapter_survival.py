@@ -20,9 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from grpo.model.architectures import EMBEDDING, HEAD
+from grpo.model.head import Head
+from grpo.model.layout import EMBEDDING, HEAD
 from grpo.model.rope import Rotary
-from grpo.policy.graph import ATTENTION, rebuild_buffers, set_module, set_parameter
+from grpo.policy.graph import ATTENTION, rebuild_buffers, set_module, set_tensor
 from grpo.policy.lora_linear import ADAPTER, BaseLinear, LoraLinear
 from grpo.policy.packing import predictors
 from grpo.policy.policy import Policy
@@ -40,16 +41,16 @@ def adapter_survival(
 ) -> float | None:
     """The share of the adapter's effect that shows in 16 bit, on the first of `completions` (SEQUENCES, TOKENS).
 
-    None where there is nothing to measure: a float32 policy, an idle adapter, no completion, or no memory for it.
+    None where there is nothing to measure: a float32 policy, an adapter of zeros, no completion, or no memory for it.
     """
     heads, tails = measured_sequences(prompts, completions)
-    if policy.base.dtype == torch.float32 or not tails or policy.adapter_is_idle():
+    if policy.base.dtype == torch.float32 or not tails or policy.adapter_is_zero():
         return None
     try:
         truth = float32_effect(policy, heads, tails)
         with policy.model.disable_adapter():
-            idle = policy.score(heads, tails, temperature=1.0).logprobs
-        effect = policy.score(heads, tails, temperature=1.0).logprobs.float() - idle.float()
+            without = policy.score(heads, tails, temperature=1.0).logprobs
+        effect = policy.score(heads, tails, temperature=1.0).logprobs.float() - without.float()
     except torch.OutOfMemoryError:
         return None
     size = float(truth @ truth)
@@ -121,7 +122,7 @@ def float32_graph(policy: Policy) -> nn.Module:
     graph.model.embed_tokens = WideEmbedding(base.tensors[EMBEDDING], scale)
     for name, tensor in base.tensors.items():
         if name not in (EMBEDDING, HEAD):
-            set_parameter(graph, name, tensor.float())
+            set_tensor(graph, name, tensor.float())
     rebuild_buffers(graph, config, base.device, torch.float32)
     for name, module in policy.decoder.named_modules():
         if isinstance(module, Rotary):  # with the frequencies of the run's longest sequence
@@ -134,17 +135,15 @@ def float32_logprobs(
 ) -> Tensor:
     """Logprob of every completion token [tokens], in the order of `Policy.score`."""
     hidden, targets = predictors(graph, prompts, completions, policy.base.device)
-    softcap = getattr(policy.base.config, "final_logit_softcapping", None)
-    return head_logprobs(hidden, policy.head_weight(), targets, softcap)
+    return head_logprobs(hidden, policy.head_weight(), targets, policy.base.head_form)
 
 
-def head_logprobs(hidden: Tensor, head: Tensor, targets: Tensor, softcap: float | None) -> Tensor:
+def head_logprobs(hidden: Tensor, head: Tensor, targets: Tensor, form: Head) -> Tensor:
     """log softmax of hidden [tokens, width] head^T at `targets` [tokens], from HEAD_ROWS rows of `head` at a time."""
     normaliser = torch.full(targets.shape, float("-inf"), device=hidden.device)
     chosen = torch.zeros(targets.shape, device=hidden.device)
     for start in range(0, head.shape[0], HEAD_ROWS):
-        logits = F.linear(hidden, head[start : start + HEAD_ROWS].to(hidden.device).float())
-        logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+        logits = form.logits(F.linear(hidden, head[start : start + HEAD_ROWS].to(hidden.device).float()))
         normaliser = torch.logaddexp(normaliser, logits.logsumexp(-1))
         inside = (targets >= start) & (targets < start + logits.shape[1])
         index = (targets - start).clamp(0, logits.shape[1] - 1)

@@ -1,7 +1,7 @@
 """Short texts on which the layers of a model are compared when `model.keep_16bit = "auto"` chooses among them.
 
 Mathematics, code, dialogue and prose, written for this purpose: a choice does not depend on the task, and none of it is
-in anybody's test set. How they are used is `keep_16bit.py`'s affair.
+in anybody's test set. For how they are used see `keep_16bit.py`.
 """
 
 TEXTS = (

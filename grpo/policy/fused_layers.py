@@ -2,7 +2,7 @@
 
 A `FusedLayer` takes the place of one transformers decoder layer and holds the same children under the same names, so
 adapters, checkpoints and whoever looks a weight up see no difference; only its forward is our own. It computes what
-transformers' layer computes for the families in `architectures.py`: norm, q/k/v, q/k norm, rotary embedding;
+transformers' layer computes for the families listed for it in `families/`: norm, q/k/v, q/k norm, rotary embedding;
 attention; output projection with the residual; the gated MLP with its norm and residual. Between these only what the
 next one needs is kept. A layer that does anything else (another activation, dropout on the residual) stays as it is.
 
@@ -24,18 +24,21 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from grpo.errors import UserError
 from grpo.kernels.attention import Packing, packed_attention
 from grpo.kernels.glu import glu
-from grpo.kernels.launch import interpreted
+from grpo.kernels.launch import interpreter_enabled
 from grpo.kernels.lora_attention import QkvProjection, lora_qkv
 from grpo.kernels.lora_factors import Adapter
 from grpo.kernels.lora_linear import LinearGroup, lora_linear
 from grpo.kernels.lora_mlp import GatedMlp, lora_mlp
 from grpo.kernels.rms_norm import Norm, rms_norm
 from grpo.kernels.rope import rope
-from grpo.model.architectures import ALREADY_FUSED, FUSED_PARTS
 from grpo.model.base_weights import BaseWeights, FusedLinear
+from grpo.model.families.table import family_of
 
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 """transformers' names of the activations that kernels/glu.py has."""
+
+PRODUCTS = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
+"""The linear layers of a decoder layer, as vLLM stacks them."""
 
 _for_backward_alone: ContextVar[bool] = ContextVar("for_backward_alone", default=False)
 
@@ -52,7 +55,7 @@ def for_backward_alone() -> Iterator[None]:
 
 def wants_kernels(kernels: str, device: torch.device) -> bool:
     """Whether `train.kernels` asks for them on `device`. Raises UserError where they cannot run."""
-    if kernels == "triton" and device.type != "cuda" and not interpreted():
+    if kernels == "triton" and device.type != "cuda" and not interpreter_enabled():
         raise UserError('train.kernels = "triton" needs a GPU; set "auto" or "torch"')
     return kernels == "triton" or (kernels == "auto" and device.type == "cuda")
 
@@ -65,13 +68,15 @@ def install(decoder: nn.Module, base: BaseWeights) -> int:
         if serves(layer, base.config):
             layers[index] = FusedLayer(layer, index, base)
             replaced += 1
-    decoder.model.norm = FusedNorm(decoder.model.norm, base.config)
+    if family_of(base.config.model_type).fused_layers:
+        decoder.model.norm = FusedNorm(decoder.model.norm, base.config)
     return replaced
 
 
 def serves(layer: nn.Module, config: Any) -> bool:
     """Whether a FusedLayer computes what `layer` does."""
-    return activation_of(config) in ACTIVATIONS and not getattr(config, "resid_pdrop", 0)
+    listed = family_of(config.model_type).fused_layers
+    return listed and activation_of(config) in ACTIVATIONS and not getattr(config, "resid_pdrop", 0)
 
 
 def activation_of(config: Any) -> str:
@@ -82,7 +87,7 @@ def activation_of(config: Any) -> str:
 def norm_of(module: nn.Module, config: Any) -> Norm:
     """A transformers RMSNorm as the kernels take it."""
     eps = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
-    return Norm(module.weight.detach(), float(eps), config.model_type.startswith("gemma"))
+    return Norm(module.weight.detach(), float(eps), family_of(config.model_type).norm_adds_one)
 
 
 class FusedNorm(nn.Module):
@@ -103,21 +108,21 @@ class Group:
     def __init__(self, linear: FusedLinear, modules: Sequence[nn.Module]):
         self.frozen = LinearGroup(tuple((segment.weight, segment.absmax) for segment in linear.segments), linear.bias)
         self.modules = tuple(modules)
-        self.places = tuple(linear.parts.values())
+        self.row_ranges = tuple(linear.parts.values())
 
     def active(self) -> Iterator[tuple[tuple[int, int], LoraLayer, str]]:
         """(place, module, adapter name) of every adapter that is on."""
-        for place, module in zip(self.places, self.modules, strict=True):
+        for rows, module in zip(self.row_ranges, self.modules, strict=True):
             if isinstance(module, LoraLayer) and not module.disable_adapters:
-                yield from ((place, module, name) for name in module.active_adapters if name in module.lora_A)
+                yield from ((rows, module, name) for name in module.active_adapters if name in module.lora_A)
 
     def adapters(self) -> tuple[list[Adapter], list[Tensor]]:
         """For the kernels: where each acts, and A, B of each."""
-        found, factors = [], []
+        listed, factors = [], []
         for (first, rows), module, name in self.active():
-            found.append(Adapter(first, rows, float(module.scaling[name])))
+            listed.append(Adapter(first, rows, float(module.scaling[name])))
             factors += [module.lora_A[name].weight, module.lora_B[name].weight]
-        return found, factors
+        return listed, factors
 
     @property
     def drops(self) -> bool:
@@ -150,7 +155,7 @@ class FusedLayer(GradientCheckpointingLayer):
         self.after_attention = norm_of(self.post_attention_layernorm, config) if sandwich else None
         self.after_mlp = norm_of(self.post_feedforward_layernorm, config) if sandwich else None
         before_mlp = self.pre_feedforward_layernorm if sandwich else self.post_attention_layernorm
-        self.qkv, self.out, self.gate_up, self.down = (self._group(name, index, base) for name in FUSED_PARTS)
+        self.qkv, self.out, self.gate_up, self.down = (self._group(name, index, base) for name in PRODUCTS)
         q_norm, k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
         self.projection = QkvProjection(
             self.qkv.frozen,
@@ -169,8 +174,9 @@ class FusedLayer(GradientCheckpointingLayer):
         )
 
     def _group(self, name: str, index: int, base: BaseWeights) -> Group:
-        parts = (name,) if base.config.model_type in ALREADY_FUSED else FUSED_PARTS[name]
-        return Group(base.linears[f"model.layers.{index}.{name}"], [self.get_submodule(part) for part in parts])
+        layer = f"model.layers.{index}."
+        linear = base.linears[layer + name]
+        return Group(linear, [self.get_submodule(part.removeprefix(layer)) for part in linear.parts])
 
     def forward(
         self,

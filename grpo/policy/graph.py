@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -20,6 +21,14 @@ from grpo.policy.lora_linear import BaseLinear, LoraLinear
 
 ATTENTION = "grpo_packed"
 
+_packing: ContextVar[Packing | None] = ContextVar("packing", default=None)
+"""That of the layer which runs: some families' layers do not pass on to attention what they are called with."""
+
+
+def remember_packing(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """A hook before a decoder layer."""
+    _packing.set(kwargs.get("packing"))
+
 
 def attend(
     module: nn.Module,
@@ -36,7 +45,7 @@ def attend(
 ) -> tuple[Tensor, None]:
     """transformers' attention interface over `packed_attention`. query, key, value [1, heads, tokens, dim]."""
     assert attention_mask is None and query.shape[0] == 1, "sequences come packed in one row, without a mask"
-    packing = packing or Packing.of_lengths([query.shape[2]], query.device)
+    packing = packing or _packing.get() or Packing.of_lengths([query.shape[2]], query.device)
     output = packed_attention(
         query[0], key[0], value[0], packing, scale=scaling, window=sliding_window, softcap=softcap
     )
@@ -77,8 +86,10 @@ def build_graph(base: BaseWeights) -> nn.Module:
         for part in linear.parts:
             set_module(graph, part, BaseLinear(*linear.part(part)))
     for name, tensor in base.tensors.items():
-        rows = base.config.vocab_size if name in ("model.embed_tokens.weight", "lm_head.weight") else tensor.shape[0]
-        set_parameter(graph, name, tensor[:rows])
+        # Embedding and head have rows that only vLLM's vocabulary has.
+        set_tensor(graph, name, tensor[: base.layout.shapes[name][0]] if tensor.ndim else tensor)
+    for layer in graph.model.layers:
+        layer.register_forward_pre_hook(remember_packing, with_kwargs=True)
     graph.tie_weights()
     rebuild_buffers(graph, config, base.device, base.dtype)
     left = [name for name, tensor in [*graph.named_parameters(), *graph.named_buffers()] if tensor.is_meta]
@@ -106,22 +117,11 @@ def set_module(root: nn.Module, name: str, module: nn.Module) -> None:
     setattr(root.get_submodule(parent), leaf, module)
 
 
-def set_parameter(root: nn.Module, name: str, tensor: Tensor) -> None:
-    """Make `tensor` the frozen parameter at the dotted `name`."""
+def set_tensor(root: nn.Module, name: str, tensor: Tensor) -> None:
+    """Make `tensor` the frozen parameter, or the buffer, at the dotted `name`."""
     parent, _, leaf = name.rpartition(".")
-    try:
-        owner = root.get_submodule(parent)
-    except AttributeError:
-        owner = nn.Module()
-    expected = owner._parameters.get(leaf)
-    if expected is None:
-        raise UserError(
-            f"the checkpoint has a tensor {name} that the model's architecture lacks; pass a model whose "
-            "files belong together"
-        )
-    if expected.shape != tensor.shape:
-        raise UserError(
-            f"the checkpoint's {name} has shape {tuple(tensor.shape)}, config.json says "
-            f"{tuple(expected.shape)}; pass a model whose files belong together"
-        )
-    owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    owner = root.get_submodule(parent)
+    if leaf in owner._buffers:
+        owner._buffers[leaf] = tensor
+    else:
+        owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)

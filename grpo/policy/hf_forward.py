@@ -21,7 +21,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from grpo.errors import UserError
 from grpo.kernels.attention import Packing
 from grpo.kernels.logprob import selected_logprobs
-from grpo.policy.activation_checkpointing import answer_trainers
+from grpo.model.head import Head
+from grpo.policy.activation_checkpointing import patch_checkpointing_switch
 from grpo.policy.shared_prefix import pairs_of
 
 IGNORED = -100
@@ -30,11 +31,11 @@ DERIVED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "se
 """What TRL's collator adds for other attention kernels; position ids say the same."""
 
 
-def accept_batches(graph: nn.Module) -> None:
+def patch_hf_forward(graph: nn.Module) -> None:
     """Let `graph`, a causal LM over packed rows, be called like transformers' own of its class."""
     for module, forward in ((graph.model, backbone_forward), (graph, causal_lm_forward)):
         module.forward = types.MethodType(method(forward, type(module).forward), module)
-    answer_trainers(graph)
+    patch_checkpointing_switch(graph)
     graph.config.use_cache = graph.generation_config.use_cache = False
 
 
@@ -108,26 +109,26 @@ class Rows:
     def __init__(self, given: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None):
         self.shape = batch, length = given.shape[:2]
         device = given.device
-        self.kept: Tensor | None = None
-        self.taken: Tensor | None = None
-        """Flat places in the order of the packed row; None where it is that of `kept`."""
-        self.places: Tensor | None = None
-        """Where in the packed row each of `kept` is; None where it is in order."""
-        kept = None if attention_mask is None else attention_mask.to(device).bool()
+        self.present: Tensor | None = None
+        self.sources: Tensor | None = None
+        """Flat places in the order of the packed row; None where it is that of `present`."""
+        self.positions_in_row: Tensor | None = None
+        """Where in the packed row each of `present` is; None where it is in order."""
+        present = None if attention_mask is None else attention_mask.to(device).bool()
         positions = torch.arange(length, device=device) if position_ids is None else position_ids.to(device)
         positions = positions.expand(batch, length)
-        pairs = pairs_of(given, kept) if position_ids is None and given.ndim == 2 else None
+        pairs = pairs_of(given, present) if position_ids is None and given.ndim == 2 else None
         if pairs is not None:
-            self.kept, self.taken, self.places = pairs.kept, pairs.taken, pairs.places
+            self.present, self.sources, self.positions_in_row = pairs.present, pairs.sources, pairs.positions_in_row
             self.positions = self.pack(positions)
             self.packing = Packing(pairs.spans, device)
             return
         starts = torch.zeros(batch, length, dtype=torch.bool, device=device)
         starts[:, 0] = True
-        if kept is None:
+        if present is None:
             starts[:, 1:] = positions.diff(dim=1) != 1
-        elif not bool(kept.all()):
-            self.kept = kept.flatten().nonzero()[:, 0]
+        elif not bool(present.all()):
+            self.present = present.flatten().nonzero()[:, 0]
         sequence = starts.flatten().cumsum(0).view(batch, length)
         self.positions = self.pack(positions)
         lengths = torch.unique_consecutive(self.pack(sequence)[0], return_counts=True)[1]
@@ -136,16 +137,16 @@ class Rows:
     def pack(self, x: Tensor) -> Tensor:
         """[batch, length, ...] to [1, tokens, ...]."""
         flat = x.flatten(0, 1)
-        taken = self.kept if self.taken is None else self.taken
-        return (flat if taken is None else flat.index_select(0, taken))[None]
+        sources = self.present if self.sources is None else self.sources
+        return (flat if sources is None else flat.index_select(0, sources))[None]
 
     def unpack(self, x: Tensor) -> Tensor:
         """[1, tokens, ...] to [batch, length, ...], 0 at padding."""
-        if self.kept is None:
+        if self.present is None:
             return x[0].unflatten(0, self.shape)
-        tokens = x[0] if self.places is None else x[0].index_select(0, self.places)
+        tokens = x[0] if self.positions_in_row is None else x[0].index_select(0, self.positions_in_row)
         rows = x.new_zeros(self.shape[0] * self.shape[1], *x.shape[2:])
-        return rows.index_copy(0, self.kept, tokens).unflatten(0, self.shape)
+        return rows.index_copy(0, self.present, tokens).unflatten(0, self.shape)
 
 
 def causal_lm_forward(
@@ -178,7 +179,7 @@ def causal_lm_forward(
             hidden[chosen],
             self.get_output_embeddings().weight,
             targets[chosen],
-            softcap=getattr(self.config, "final_logit_softcapping", None),
+            **Head.of(self.config).arguments(),
         )
     loss = -logprobs.sum() / (len(logprobs) if num_items_in_batch is None else num_items_in_batch)
     output = CausalLMOutputWithPast(loss=loss)

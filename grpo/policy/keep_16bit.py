@@ -33,6 +33,7 @@ from grpo.kernels.host_matmul import mm_transposed
 from grpo.kernels.logprob import selected_logprobs
 from grpo.model import fingerprint
 from grpo.model.base_weights import BaseWeights
+from grpo.model.head import Head
 from grpo.model.sizes import AUTO_SHARE, linear_shapes, nf4_bytes
 from grpo.model.weight_source import NF4Tensor, Source
 from grpo.policy.calibration_texts import TEXTS
@@ -68,18 +69,18 @@ def load_base(
         return BaseWeights(source, model, device=device, dtype=dtype)
     if source.stored_as == "NF4":
         raise UserError(f'{source.path}: keep_16bit = "auto" needs an unquantised checkpoint; this one is NF4')
-    kept = agree(recorded(like, linear_shapes(source.config.get_text_config())))
-    if kept is None:
+    in_16bit = agree(recorded(like, linear_shapes(source.config.get_text_config())))
+    if in_16bit is None:
         base = BaseWeights(source, model.model_copy(update={"keep_16bit": []}), device=device, dtype=dtype)
         status("choosing the layers to keep in 16 bit")
         costs = rounding_costs(source, base, calibration(tokenizer, base))
-        kept = agree(choose(costs, base.config, dtype.itemsize))
-        base.keep_16bit(source, kept)
+        in_16bit = agree(choose(costs, base.config, dtype.itemsize))
+        base.keep_16bit(source, in_16bit)
         if device.type == "cuda":
             torch.cuda.empty_cache()  # vLLM takes what the driver calls free
     else:
-        base = BaseWeights(source, model.model_copy(update={"keep_16bit": kept}), device=device, dtype=dtype)
-    base.fingerprint = replace(base.fingerprint, kept_16bit=kept)
+        base = BaseWeights(source, model.model_copy(update={"keep_16bit": in_16bit}), device=device, dtype=dtype)
+    base.fingerprint = replace(base.fingerprint, kept_16bit=in_16bit)
     return base
 
 
@@ -87,9 +88,9 @@ def recorded(folders: Sequence[Path], layers: Collection[str]) -> list[str] | No
     """What "auto" chose for the run or the adapter in the first of `folders` that says so. Names beside `layers` are
     another model's: loading its adapter will be refused in better words."""
     for folder in folders:
-        found = fingerprint.read(folder)
-        if found is not None and found.kept_16bit is not None and set(found.kept_16bit) <= set(layers):
-            return found.kept_16bit
+        record = fingerprint.read(folder)
+        if record is not None and record.kept_16bit is not None and set(record.kept_16bit) <= set(layers):
+            return record.kept_16bit
     return None
 
 
@@ -114,12 +115,12 @@ def choose(costs: dict[str, float], config: Any, itemsize: int, share: float = A
         for part, (rows, columns) in linear_shapes(config).items()
     }
     left = share * sum(sizes.values())
-    kept = set()
+    selected = set()
     for part in sorted(costs, key=lambda part: costs[part] / sizes[part], reverse=True):
         if costs[part] > 0 and sizes[part] <= left:
-            kept.add(part)
+            selected.add(part)
             left -= sizes[part]
-    return [part for part in sizes if part in kept]
+    return [part for part in sizes if part in selected]
 
 
 def rounding_costs(
@@ -135,8 +136,8 @@ def rounding_costs(
     gradients = label_gradients(graph.model.norm, base, last, labels)
     costs: dict[str, float] = {}
     for call in reversed(calls):
-        found, gradients = through_layer(source, call, gradients, lengths)
-        costs |= found
+        layer_costs, gradients = through_layer(source, call, gradients, lengths)
+        costs |= layer_costs
     return costs
 
 
@@ -181,26 +182,25 @@ def walk(graph: nn.Module, sequences: Sequence[Sequence[int]], device: torch.dev
 def label_gradients(norm: nn.Module, base: BaseWeights, last: Tensor, labels: int) -> list[Tensor]:
     """Gradients with respect to `last`, the last layer's output, of the log-likelihood of `labels` draws of labels."""
     last = last.detach().requires_grad_()
-    hidden, head, softcap = norm(last)[0], base.head(), getattr(base.config, "final_logit_softcapping", None)
+    hidden, head, form = norm(last)[0], base.head(), base.head_form
     gradients = []
-    for targets in draw(hidden.detach(), head, labels, softcap).unbind(1):
-        logprobs, _ = selected_logprobs(hidden, head, targets, softcap=softcap, chunk_tokens=CHUNK_TOKENS)
+    for targets in draw(hidden.detach(), head, labels, form).unbind(1):
+        logprobs, _ = selected_logprobs(hidden, head, targets, **form.arguments(), chunk_tokens=CHUNK_TOKENS)
         gradients += torch.autograd.grad(logprobs.sum(), [last], retain_graph=True)
     return gradients
 
 
 @torch.no_grad()
-def draw(hidden: Tensor, head: Tensor, count: int, softcap: float | None) -> Tensor:
+def draw(hidden: Tensor, head: Tensor, count: int, form: Head) -> Tensor:
     """int64 [tokens, count], drawn from the model's own distribution at every one of `hidden` [tokens, hidden]."""
     generator = torch.Generator(hidden.device).manual_seed(LABEL_SEED)
     drawn = []
     for rows in hidden.split(CHUNK_TOKENS):
         logits = torch.empty(len(rows), len(head), dtype=hidden.dtype, device=hidden.device)
         mm_transposed(rows, head, logits)
-        wide = logits.float()
-        if softcap is not None:
-            wide = softcap * torch.tanh(wide / softcap)
-        drawn.append(torch.multinomial(wide.softmax(-1), count, replacement=True, generator=generator))
+        drawn.append(
+            torch.multinomial(form.logits(logits.float()).softmax(-1), count, replacement=True, generator=generator)
+        )
     return torch.cat(drawn)
 
 

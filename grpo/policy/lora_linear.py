@@ -54,22 +54,22 @@ class FrozenLinear(torch.autograd.Function):
 
 
 class RoundedOnce(torch.autograd.Function):
-    """x W^T + b + shrunk up^T, rounded once (kernels/lora_sum.py). W is made again in the backward, not saved."""
+    """x W^T + b + x_lora_a lora_b^T, rounded once (kernels/lora_sum.py). W is made again in the backward, not saved."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, shrunk: Tensor, up: Tensor, layer: BaseLinear) -> Tensor:
+    def forward(ctx: Any, x: Tensor, x_lora_a: Tensor, lora_b: Tensor, layer: BaseLinear) -> Tensor:
         ctx.layer = layer
-        ctx.save_for_backward(shrunk, up)
-        low_rank = LowRank(shrunk.flatten(0, -2), up)
+        ctx.save_for_backward(x_lora_a, lora_b)
+        low_rank = LowRank(x_lora_a.flatten(0, -2), lora_b)
         y = dense_linear(x.flatten(0, -2), layer.dense(), layer.bias, low_rank)
         return y.unflatten(0, x.shape[:-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        shrunk, up = ctx.saved_tensors
+        x_lora_a, lora_b = ctx.saved_tensors
         x_grad = grad @ ctx.layer.dense() if ctx.needs_input_grad[0] else None
-        return x_grad, grad @ up, grad.flatten(0, -2).t() @ shrunk.flatten(0, -2), None
+        return x_grad, grad @ lora_b, grad.flatten(0, -2).t() @ x_lora_a.flatten(0, -2), None
 
 
 class LoraLinear(nn.Module, LoraLayer):
@@ -100,12 +100,12 @@ class LoraLinear(nn.Module, LoraLayer):
         active = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.lora_A]
         if not active:
             return self.base_layer(x)
-        shrunk, up = [], []
+        x_lora_a, lora_b = [], []
         for adapter in active:
             a, b = self.scaled(adapter)
-            shrunk.append(F.linear(self.lora_dropout[adapter](x), a.to(x.dtype)))
-            up.append(b.to(x.dtype))
-        return RoundedOnce.apply(x, joined(shrunk), joined(up), self.base_layer)
+            x_lora_a.append(F.linear(self.lora_dropout[adapter](x), a.to(x.dtype)))
+            lora_b.append(b.to(x.dtype))
+        return RoundedOnce.apply(x, joined(x_lora_a), joined(lora_b), self.base_layer)
 
     def merge(self, *args: Any, **kwargs: Any) -> None:
         raise UserError(

@@ -27,8 +27,8 @@ class PackedRow:
         """Add `tokens` as a span that continues `prefix`."""
         if not tokens:
             return
-        place = (prefix.start, prefix.length) if prefix else (0, 0)
-        self.spans.append(Span(len(self.tokens), len(tokens), *place))
+        prefix_span = (prefix.start, prefix.length) if prefix else (0, 0)
+        self.spans.append(Span(len(self.tokens), len(tokens), *prefix_span))
         self.positions += range(first_position, first_position + len(tokens))
         self.tokens += tokens
 
@@ -47,9 +47,9 @@ def packed_row(
             continue
         row.append(prompt, 0)
         shared = row.spans[-1]
-        for own in fed:
-            row.predicting += [shared.start + shared.length - 1, *range(len(row.tokens), len(row.tokens) + len(own))]
-            row.append(own, len(prompt), prefix=shared)
+        for suffix in fed:
+            row.predicting += [shared.start + shared.length - 1, *range(len(row.tokens), len(row.tokens) + len(suffix))]
+            row.append(suffix, len(prompt), prefix=shared)
     if sampled is not None:
         row.predicting = list(compress(row.predicting, sampled))
     return row

@@ -1,7 +1,7 @@
 """The training graph: transformers' model over the one copy of the base, with LoRA through peft.
 
 Built on the `meta` device and then given views of `BaseWeights`, so it owns nothing but the adapter. It turns token
-ids into logprobs; sampling is `engine.py`'s, and how other trainers call the graph is `hf_forward.py`'s. Sequences are
+ids into logprobs; for sampling see `engine.py`, for how other trainers call the graph `hf_forward.py`. Sequences are
 packed one after another without padding, and logits exist only for a chunk of tokens at a time.
 """
 
@@ -29,13 +29,13 @@ from grpo.policy.activation_checkpointing import recompute_layers
 from grpo.policy.adapter_files import open_adapter
 from grpo.policy.fused_layers import install, wants_kernels
 from grpo.policy.graph import build_graph, peft_config
-from grpo.policy.hf_forward import accept_batches
+from grpo.policy.hf_forward import patch_hf_forward
 from grpo.policy.lora_linear import ADAPTER, LoraLinear
 from grpo.policy.packing import predictors
 
 
 @dataclass(frozen=True)
-class Scored:
+class TokenLogprobs:
     """Logprob and entropy of every completion token, sequences one after another; float32 [tokens]."""
 
     logprobs: Tensor
@@ -58,7 +58,7 @@ class Policy:
         self.model.peft_config[ADAPTER].base_model_name_or_path = base_name  # peft put the configuration's folder there
         if wants_kernels(kernels, base.device):
             install(self.decoder, base)
-        accept_batches(self.decoder)
+        patch_hf_forward(self.decoder)
         self.model.eval()
         self._reference: list[Tensor] | None = None
         self._check_layers()
@@ -98,11 +98,11 @@ class Policy:
         """Rotate positions as for sequences of at most `tokens`, whichever share a row. Whether that is a change."""
         return self.decoder.model.rotary_emb.set_longest(tokens)
 
-    def recompute_layers(self, form: str) -> None:
-        """What training keeps of each layer for the backward pass: one of `memory.FORMS`."""
-        recompute_layers(self.decoder.model.layers, form)
+    def recompute_layers(self, mode: str) -> None:
+        """What training keeps of each layer for the backward pass: one of `activations.CHECKPOINTING_MODES`."""
+        recompute_layers(self.decoder.model.layers, mode)
 
-    def adapter_is_idle(self) -> bool:
+    def adapter_is_zero(self) -> bool:
         """Whether the adapter changes nothing, as a fresh one."""
         return not any(bool(layer.lora_B[ADAPTER].weight.any()) for layer in self.adapter_layers().values())
 
@@ -142,7 +142,7 @@ class Policy:
         chunk_tokens: int = 1024,
         entropy_gradient: bool = False,
         sampled: Sequence[bool] | None = None,
-    ) -> Scored:
+    ) -> TokenLogprobs:
         """Logprob of every completion token under `softmax(logits / temperature)`, and the entropy there.
 
         Neighbours with the same prompt share one computation of it. The last completion token predicts nothing and is
@@ -153,12 +153,11 @@ class Policy:
             hidden,
             self.head_weight(),
             targets,
-            temperature=temperature,
-            softcap=getattr(self.base.config, "final_logit_softcapping", None),
+            **self.base.head_form.arguments(temperature),
             chunk_tokens=chunk_tokens,
             entropy_gradient=entropy_gradient,
         )
-        return Scored(logprobs, entropy)
+        return TokenLogprobs(logprobs, entropy)
 
     def head_weight(self) -> Tensor:
         """The output head [vocabulary, hidden]; on the CPU, pinned, where `model.offload_head` keeps it from a GPU."""

@@ -21,12 +21,12 @@ FEWEST = 16
 class Pairs:
     """A batch [2 n, length] as one packed row, flat places being `row * length + column`."""
 
-    taken: Tensor
+    sources: Tensor
     """int64 [packed tokens]: the flat place that each packed token is taken from."""
-    kept: Tensor
+    present: Tensor
     """int64 [tokens]: the flat places that are not padding, in order."""
-    places: Tensor
-    """int64 [tokens]: where in the packed row each of `kept` is computed."""
+    positions_in_row: Tensor
+    """int64 [tokens]: where in the packed row each of `present` is computed."""
     spans: list[Span]
 
 
@@ -53,16 +53,16 @@ def pairs_of(ids: Tensor, mask: Tensor | None) -> Pairs | None:
 def layout(shares: list[int], lengths: list[int], width: int, device: torch.device) -> Pairs:
     """`shares`: tokens at which each pair's rows begin alike, below FEWEST for none; `lengths` of all rows."""
     spans: list[Span] = []
-    taken: list[Tensor] = []
-    places = torch.full((len(lengths), width), -1)
+    sources: list[Tensor] = []
+    positions_in_row = torch.full((len(lengths), width), -1)
     size = 0
 
     def add(row: int, begin: int, end: int, prefix: Span | None = None) -> Span:
         nonlocal size
         span = Span(size, end - begin, *((prefix.start, prefix.length) if prefix else (0, 0)))
         spans.append(span)
-        taken.append(torch.arange(row * width + begin, row * width + end))
-        places[row, begin:end] = torch.arange(size, size + end - begin)
+        sources.append(torch.arange(row * width + begin, row * width + end))
+        positions_in_row[row, begin:end] = torch.arange(size, size + end - begin)
         size += end - begin
         return span
 
@@ -75,7 +75,7 @@ def layout(shares: list[int], lengths: list[int], width: int, device: torch.devi
         prefix = add(first, 0, share)
         add(first, share, lengths[first], prefix)
         add(second, share, lengths[second], prefix)
-        places[second, :share] = places[first, :share]
-    flat = places.flatten()
-    kept = (flat >= 0).nonzero()[:, 0]
-    return Pairs(torch.cat(taken).to(device), kept.to(device), flat[kept].to(device), spans)
+        positions_in_row[second, :share] = positions_in_row[first, :share]
+    flat = positions_in_row.flatten()
+    selected = (flat >= 0).nonzero()[:, 0]
+    return Pairs(torch.cat(sources).to(device), selected.to(device), flat[selected].to(device), spans)

@@ -7,7 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from grpo.errors import UserError, fail
+from grpo.command import command
+from grpo.errors import UserError
 from grpo.report.page import COMPARISON, write_report
 from grpo.run.records import REPORT
 
@@ -15,15 +16,17 @@ from grpo.run.records import REPORT
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line `arguments` (those of the process by default) and return its exit code."""
     parsed = parser().parse_args(arguments)
+    return command("grpo.report", lambda: run(parsed))
+
+
+def run(parsed: argparse.Namespace) -> None:
+    """Write the page and print where it is. Raises UserError."""
     out = parsed.out or (parsed.runs[0] / REPORT if len(parsed.runs) == 1 else COMPARISON)
     try:
         write_report(parsed.runs, out)
-    except UserError as error:
-        return fail("grpo.report", error)
     except OSError as error:
-        return fail("grpo.report", f"{out}: cannot be written ({error.strerror}); choose another --out")
+        raise UserError(f"{out}: cannot be written ({error.strerror}); choose another --out") from None
     print(out)
-    return 0
 
 
 def parser() -> argparse.ArgumentParser:

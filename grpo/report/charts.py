@@ -175,7 +175,7 @@ SEGMENTS = [*TIMES.values(), OTHER_TIME, EVALUATION_TIME]
 
 def sections(runs: Sequence[RunData]) -> list[dict[str, Any]]:
     """The report's charts by section, {"id", "title", "charts"}; sections without figures are left out."""
-    found = [
+    titled = [
         ("reward", "Reward", reward_charts(runs)),
         ("evaluation", "Held-out questions", evaluation_charts(runs)),
         ("lengths", "Completions", line_charts(runs, COMPLETIONS)),
@@ -184,7 +184,7 @@ def sections(runs: Sequence[RunData]) -> list[dict[str, Any]]:
         ("time", "Time and memory", [*time_charts(runs), *line_charts(runs, RESOURCES)]),
         ("more", "Everything else", other_charts(runs)),
     ]
-    return [{"id": name, "title": title, "charts": charts} for name, title, charts in found if charts]
+    return [{"id": name, "title": title, "charts": charts} for name, title, charts in titled if charts]
 
 
 def chart(spec: Spec, series: list[Series], runs: Sequence[RunData], **more: Any) -> Chart:
@@ -217,9 +217,9 @@ def drawn(runs: Sequence[RunData], spec: Spec) -> list[Series]:
     """The curves of `spec`: one a metric for a single run, one a run for several."""
     if len(runs) == 1:
         present = [(key, label) for key, label in spec.keys.items() if runs[0].known(key)]
-        return [curve(runs[0], key, label, place, spec.noisy) for place, (key, label) in enumerate(present)]
+        return [curve(runs[0], key, label, index, spec.noisy) for index, (key, label) in enumerate(present)]
     key = next(iter(spec.keys))
-    return [curve(run, key, run.name, place, spec.noisy) for place, run in enumerate(runs) if run.known(key)]
+    return [curve(run, key, run.name, index, spec.noisy) for index, run in enumerate(runs) if run.known(key)]
 
 
 def curve(run: RunData, key: str, label: str, colour: int, noisy: bool = False, spread: str = "") -> Series:
@@ -270,7 +270,7 @@ def largest(values: Sequence[float | None]) -> float | None:
 def smoothed(values: Sequence[float | None], width: int) -> list[float | None]:
     """Means over `width` values around each, fewer at the ends."""
     half = width // 2
-    return [mean_of(values[max(place - half, 0) : place + half + 1]) for place in range(len(values))]
+    return [mean_of(values[max(index - half, 0) : index + half + 1]) for index in range(len(values))]
 
 
 # Reward
@@ -295,8 +295,8 @@ def reward_charts(runs: Sequence[RunData]) -> list[Chart]:
 def reward_curves(runs: Sequence[RunData], key: str, spread: str) -> list[Series]:
     one = len(runs) == 1
     return [
-        curve(run, key, "mean" if one else run.name, place, noisy=True, spread=spread if one else "")
-        for place, run in enumerate(runs)
+        curve(run, key, "mean" if one else run.name, index, noisy=True, spread=spread if one else "")
+        for index, run in enumerate(runs)
         if run.known(key)
     ]
 
@@ -322,7 +322,7 @@ def evaluation_charts(runs: Sequence[RunData]) -> list[Chart]:
             for run in runs
             for metric, label in (accuracies(run, prefix) if len(runs) == 1 else {"strict_accuracy": ""}).items()
         ]
-        series = [{**one, "colour": place} for place, one in enumerate(one for one in series if one["x"])]
+        series = [{**one, "colour": index} for index, one in enumerate(one for one in series if one["x"])]
         task = prefix.removeprefix("eval/").rstrip("/")
         charts.append(
             {
@@ -344,7 +344,7 @@ def evaluation_charts(runs: Sequence[RunData]) -> list[Chart]:
 def held_out_loss(runs: Sequence[RunData]) -> list[Chart]:
     """What a supervised run measures, below the loss of its own steps."""
     series = [points(run, "eval/loss", run.name if len(runs) > 1 else "held out") for run in runs]
-    series = [{**one, "colour": place} for place, one in enumerate(one for one in series if one["x"])]
+    series = [{**one, "colour": index} for index, one in enumerate(one for one in series if one["x"])]
     about = "On examples that are not trained on. Where it rises again, the run has begun to learn them by heart."
     marks = {"kind": "points", "format": "number", "from_zero": False, "log": False, "marks": []}
     made = {"title": "Held-out loss", "unit": "nats per token", "about": about, "series": series, **marks}
@@ -357,12 +357,12 @@ def accuracy_prefixes(entry: dict[str, Any]) -> list[str]:
 
 def accuracies(run: RunData, prefix: str) -> dict[str, str]:
     """Metric -> label of the accuracies below `prefix`; pass@1 is the accuracy itself."""
-    found = {"strict_accuracy": "strict", "flexible_accuracy": "flexible"}
+    names = {"strict_accuracy": "strict", "flexible_accuracy": "flexible"}
     for key in dict.fromkeys(key for entry in run.evaluations for key in entry):
         name = key.removeprefix(prefix)
         if key.startswith(prefix) and "/" not in name and "pass@" in name and not name.endswith("pass@1"):
-            found[name] = name.replace("flexible_pass", "flexible pass")
-    return found
+            names[name] = name.replace("flexible_pass", "flexible pass")
+    return names
 
 
 def points(run: RunData, key: str, label: str) -> Series:
@@ -390,11 +390,11 @@ def time_charts(runs: Sequence[RunData]) -> list[Chart]:
     if not run.known("step_seconds"):
         return []
     series = []
-    for place, (label, values) in enumerate(step_times(run).items()):
+    for index, (label, values) in enumerate(step_times(run).items()):
         size = -(-len(values) // POINTS)
         ys = list(map(rounded, thinned(values, size, mean_of)))
         if any(ys):
-            series.append({"label": label, "colour": place, "x": thinned(run.steps, size, last), "y": ys})
+            series.append({"label": label, "colour": index, "x": thinned(run.steps, size, last), "y": ys})
             if size > 1:
                 series[-1]["span"] = size
     return [chart(spec, series, runs, kind="stack", wide=True)]

@@ -129,10 +129,10 @@ def read_config_file(path: Path) -> Entry:
 
 def read_summary(path: Path) -> Entry:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        summary = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return summary if isinstance(summary, dict) else {}
 
 
 # Completions
@@ -142,7 +142,7 @@ def spread_evenly(items: Sequence[Any], count: int) -> list[Any]:
     """At most `count` of `items` in their order: the first, the last, and evenly between them."""
     if len(items) <= count:
         return list(items)
-    return [items[round(place * (len(items) - 1) / (count - 1))] for place in range(count)]
+    return [items[round(index * (len(items) - 1) / (count - 1))] for index in range(count)]
 
 
 def sampled_groups(files: Mapping[int, Path], kind: str, most_steps: int, share: float = 1.0) -> list[Entry]:
@@ -232,18 +232,18 @@ def improvements(groups: Sequence[Entry], most: int = 40) -> list[Entry]:
     "first" and "last" are places in `groups`. Prompts of training and of evaluation are compared apart.
     """
     seen: dict[str, list[int]] = {}
-    for place, group in enumerate(groups):
+    for index, group in enumerate(groups):
         if group["mean"] is not None:
             key = json.dumps([group.get("run"), group["kind"], group["task"], group["prompt"]])
-            seen.setdefault(key, []).append(place)
-    found: list[Entry] = []
-    for places in seen.values():
-        first, last = min(places, key=lambda p: groups[p]["step"]), max(places, key=lambda p: groups[p]["step"])
+            seen.setdefault(key, []).append(index)
+    entries: list[Entry] = []
+    for indices in seen.values():
+        first, last = min(indices, key=lambda p: groups[p]["step"]), max(indices, key=lambda p: groups[p]["step"])
         if groups[first]["step"] < groups[last]["step"]:
             change = groups[last]["mean"] - groups[first]["mean"]
-            found.append({"first": first, "last": last, "change": rounded(change)})
+            entries.append({"first": first, "last": last, "change": rounded(change)})
     # Those that fell are shown too, last: what was unlearned is worth a look.
-    ranked = sorted(found, key=lambda entry: -entry["change"])
+    ranked = sorted(entries, key=lambda entry: -entry["change"])
     return ranked if len(ranked) <= most else [*ranked[: most - most // 4], *ranked[-(most // 4) :]]
 
 
@@ -267,7 +267,7 @@ def flattened(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
         if isinstance(value, dict) and value:
             yield from flattened(value, f"{path}.")
         elif tables:
-            for place, entry in enumerate(value):
-                yield from flattened(entry, f"{path}.{place}." if len(value) > 1 else f"{path}.")
+            for index, entry in enumerate(value):
+                yield from flattened(entry, f"{path}.{index}." if len(value) > 1 else f"{path}.")
         else:
             yield path, value

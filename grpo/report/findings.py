@@ -34,7 +34,7 @@ def findings(run: RunData) -> list[Finding]:
     """What is worth saying of `run`, the good first; nothing for a run of a few steps."""
     if len(run.steps) < FEWEST_STEPS:
         return []
-    found = [
+    sentences = [
         *reward_trend(run),
         *held_out(run),
         *comparisons(run),
@@ -43,7 +43,7 @@ def findings(run: RunData) -> list[Finding]:
         *survival(run),
         *speed(run),
     ]
-    return sorted(found, key=lambda finding: not finding.good)
+    return sorted(sentences, key=lambda finding: not finding.good)
 
 
 def fifths(run: RunData, key: str) -> tuple[float, float] | None:
@@ -169,11 +169,11 @@ def stability(run: RunData) -> Iterator[Finding]:
 
 def survival(run: RunData) -> Iterator[Finding]:
     measured = zip(run.steps, run.series.get("adapter_survival", ()), strict=False)
-    found = [(step, share) for step, share in measured if share is not None and step >= SURVIVAL_FROM]
-    if found and found[-1][1] < LEAST_SURVIVAL:
+    shares = [(step, share) for step, share in measured if share is not None and step >= SURVIVAL_FROM]
+    if shares and shares[-1][1] < LEAST_SURVIVAL:
         yield Finding(
             False,
-            f"At step {found[-1][0]} the 16-bit policy shows {100 * found[-1][1]:.0f} % of the "
+            f"At step {shares[-1][0]} the 16-bit policy shows {100 * shares[-1][1]:.0f} % of the "
             "adapter's effect: rounding takes back what is learned. A higher train.learning_rate, or model.dtype = "
             '"float16", lets more of it through.',
         )

@@ -6,8 +6,6 @@
 A report is a function of the run folder alone. What a model wrote is data in it, never markup: it is JSON that cannot
 end its script element, read by a script that makes text nodes, under a policy that allows nothing but this file's own
 style and scripts. Reading is `grpo.report.data`'s, the choice of charts `grpo.report.charts`'.
-
-Exit codes: 0, done; 2, bad input, told in one sentence.
 """
 
 from __future__ import annotations
@@ -64,7 +62,7 @@ class LiveReport:
             self.flush()
 
     def flush(self) -> None:
-        """Write what is not written yet. A failure is told once and never ends the run."""
+        """Write what is not written yet. A failure is printed once and never ends the run."""
         if self._pending is None or self._failed:
             return
         started = self._clock()
@@ -91,12 +89,12 @@ def write_report(folders: Sequence[Path], out: Path, *, max_steps: int | None = 
 
 def tell_apart(runs: Sequence[RunData], folders: Sequence[Path]) -> None:
     """Give runs of one name their parent folder's as well, or else a number."""
-    for wider in (lambda place: f"{folders[place].resolve().parent.name}/{runs[place].name}", lambda n: str(n + 1)):
+    for wider in (lambda index: f"{folders[index].resolve().parent.name}/{runs[index].name}", lambda n: str(n + 1)):
         names = [run.name for run in runs]
         if len(set(names)) == len(names):
             return
-        for place, run in enumerate(runs):
-            run.name = printable(wider(place)) if names.count(names[place]) > 1 else run.name
+        for index, run in enumerate(runs):
+            run.name = printable(wider(index)) if names.count(names[index]) > 1 else run.name
 
 
 # The page
@@ -245,7 +243,7 @@ def duration(seconds: float) -> str:
     """Two units at most: "1 h 12 min", "45 s"."""
     whole = round(seconds)
     parts = ((whole // 86400, "d"), (whole // 3600 % 24, "h"), (whole // 60 % 60, "min"), (whole % 60, "s"))
-    start = next((place for place, (count, _) in enumerate(parts) if count), len(parts) - 1)
+    start = next((index for index, (count, _) in enumerate(parts) if count), len(parts) - 1)
     return " ".join(f"{count} {unit}" for count, unit in parts[start : start + 2] if count or start == 3) or "0 s"
 
 
@@ -296,8 +294,8 @@ def time_bar(run: RunData, *, named: bool) -> Page | None:
     for part in time_shares(run):
         width = 100 * part["share"]
         share, spent = f"{width:.1f} %", duration(part["seconds"])
-        place = {"x": round(at, 3), "width": round(width, 3), "colour": part["colour"]}
-        parts.append({**place, "label": part["label"], "share": share, "time": spent})
+        bar = {"x": round(at, 3), "width": round(width, 3), "colour": part["colour"]}
+        parts.append({**bar, "label": part["label"], "share": share, "time": spent})
         at += width
     if not parts:
         return None

@@ -2,21 +2,14 @@
 
 This file starts vLLM, asks it for completions, refreshes the adapter and lends its KV cache's memory. What vLLM gets
 from us is in two more: `vllm_model.py` (its layers' storage and products) and `vllm_scheduler.py` (its scheduler and
-sampler). Only these three know vLLM's insides. Token ids go in and come out; text is none of their business.
+sampler). Only these three know vLLM's insides. Token ids go in and come out, never text.
 """
 
 from __future__ import annotations
 
-import os
+import grpo.rollout.vllm_environment  # noqa: F401  (before vllm)
 
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # one process: the storage is shared by address
-os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
-os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
-os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-os.environ.setdefault("DO_NOT_TRACK", "1")
-os.environ.setdefault("VLLM_PLUGINS", "")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-
+# isort: split
 import gc
 import sys
 import tempfile
@@ -37,12 +30,15 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from grpo.errors import UserError
 from grpo.kernels.nf4_gemm import prepare
 from grpo.memory.plan import CPU_BLOCK, GPU_BLOCK, VLLM_BUFFERS, kv_cache_bytes
+from grpo.model.architectures import vllm_class
 from grpo.model.base_weights import BaseWeights
 from grpo.policy.policy import Policy
-from grpo.rollout.lora_buffers import ServedAdapter
+from grpo.rollout.attention_backend import choose_backend
+from grpo.rollout.lora_buffers import RolloutAdapter
 from grpo.rollout.types import Completion, EngineSettings, Request, SamplingSettings
+from grpo.rollout.vllm_backend import leave_classes_alone
 from grpo.rollout.vllm_model import SERVED, SHARED, write_model_folder
-from grpo.rollout.vllm_scheduler import Collected, OnePassSampler, rollout_scheduler
+from grpo.rollout.vllm_scheduler import LogprobCollector, OnePassSampler, rollout_scheduler
 from grpo.run.tiles import prepare_tiles
 
 VLLM_TESTED = ((0, 26), (0, 33))
@@ -56,10 +52,10 @@ class Engine:
         """Start vLLM. `policy` supplies the adapter; None serves the base alone. Stop strings need `tokenizer`."""
         check_version()
         self.base, self.policy, self.settings = base, policy, settings
-        self.adapter = ServedAdapter(base, policy)
+        self.adapter = RolloutAdapter(base, policy)
         if policy is not None:
             policy.set_longest(settings.max_seq_length)
-        self.collected = Collected()
+        self.collector = LogprobCollector()
         self.between_steps: Callable[[], None] = lambda: None  # may raise, which ends a generation
         self._kv_cache_is_released = False
         self._folder = tempfile.TemporaryDirectory(prefix="grpo-model-")
@@ -69,11 +65,12 @@ class Engine:
         self._handle = handle
         if base.device.type == "cuda":
             prepare(base.device)
-            prepare_tiles(base.device, nf4_shapes(base), base.dtype, told)
+            prepare_tiles(base.device, nf4_shapes(base), base.dtype, announce)
             torch.cuda.synchronize()  # vLLM changes the stream, and its new one does not wait for the weights
         if base.device.type == "cpu":
             # vLLM compiles a helper of its sampler: seconds at the first rollout, and a C++ compiler needed.
             torch.compiler.set_stance("force_eager")
+        leave_classes_alone(vllm_class(base.config.model_type))
         self.llm = vllm.LLM(**self._arguments(handle))
         if base.device.type == "cuda":
             self._runner.sampler = self.sampler = OnePassSampler(logprobs_mode="processed_logprobs")
@@ -99,7 +96,7 @@ class Engine:
             "seed": settings.seed,
             "disable_log_stats": True,
             "enable_prefix_caching": True,
-            "scheduler_cls": rollout_scheduler(Scheduler if on_cpu else AsyncScheduler, self.collected),
+            "scheduler_cls": rollout_scheduler(Scheduler if on_cpu else AsyncScheduler, self.collector),
             "enforce_eager": settings.enforce_eager or on_cpu,
         }
         if on_cpu:
@@ -109,6 +106,10 @@ class Engine:
             arguments["enable_chunked_prefill"] = False
         else:
             arguments["gpu_memory_utilization"] = 0.05
+            major, minor = torch.cuda.get_device_capability(self.base.device)
+            backend = choose_backend(settings.attention_backend, settings.kv_cache_dtype, 10 * major + minor)
+            arguments["attention_config"] = {"backend": backend.upper()}
+            announce(f"attention while sampling: {backend}")
             if settings.release_kv_cache:
                 arguments["enable_cumem_allocator"] = True
             if not settings.enforce_eager:
@@ -192,7 +193,7 @@ class Engine:
             self.sampler.begin(sampling, seed)
         self._sampling, self._kind = sampling, kind
         self._open: set[str] = set()
-        self.collected.begin(whole=kind == RequestOutputKind.FINAL_ONLY and not sampling.stop)
+        self.collector.begin(deliver_on_finish=kind == RequestOutputKind.FINAL_ONLY and not sampling.stop)
 
     def add(self, request: Request) -> None:
         """Begin `request`, whose id no other since `begin` has; it is computed from the next step on."""
@@ -202,7 +203,7 @@ class Engine:
             params.max_tokens = request.max_tokens
         prompt = {"prompt_token_ids": list(request.prompt_ids)}
         name = self.llm.llm_engine.add_request(str(request.id), prompt, params)
-        self.collected.enter(str(request.id), name)
+        self.collector.enter(str(request.id), name)
         self._open.add(str(request.id))
 
     @property
@@ -247,7 +248,7 @@ class Engine:
         sample = output.outputs[0]
         if sample.finish_reason not in ("stop", "length"):
             raise RuntimeError(f"vLLM ended a completion with {sample.finish_reason!r}")
-        token_ids, logprobs = list(sample.token_ids), self.collected.take(output.request_id)
+        token_ids, logprobs = list(sample.token_ids), self.collector.take(output.request_id)
         if len(logprobs) < len(token_ids):
             raise RuntimeError(f"vLLM gave {len(token_ids)} tokens and {len(logprobs)} logprobs")
         # A stop string is found when the token after it may have been sampled.
@@ -273,20 +274,20 @@ class Engine:
         )
 
     def _switch_adapter(self, enabled: bool) -> None:
-        if self.adapter.switch(enabled):
-            self._forget_prefixes()
+        if self.adapter.set_enabled(enabled):
+            self.forget_prefixes()
 
     @torch.no_grad()
     def sync_adapter(self) -> float:
         """Copy the trained adapter into the buffers and forget cached prefixes; returns seconds."""
         start = time.perf_counter()
-        self.adapter.copy_trained()
-        self._forget_prefixes()
+        self.adapter.refresh()
+        self.forget_prefixes()
         if self.base.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - start
 
-    def _forget_prefixes(self) -> None:
+    def forget_prefixes(self) -> None:
         """Cached keys and values belong to the adapter that computed them."""
         if hasattr(self, "llm") and not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM kept its prefix cache because requests are in flight; completions would be stale")
@@ -302,7 +303,7 @@ class Engine:
         core = self.llm.llm_engine.engine_core.engine_core
         while core.batch_queue:  # asynchronous scheduling may have launched one step too many
             core.step_fn()
-        self._forget_prefixes()
+        self.forget_prefixes()
         torch.cuda.synchronize()
         for allocation in kv_cache_allocations():
             cumem.unmap_and_release(allocation.handle)
@@ -354,7 +355,7 @@ def nf4_shapes(base: BaseWeights) -> list[tuple[int, int]]:
     return [(one.weight.shape[0], one.weight.shape[1] * 2) for one in segments if one.absmax is not None]
 
 
-def told(text: str) -> None:
+def announce(text: str) -> None:
     """Say what takes a while."""
     print(f"grpo: {text}", file=sys.stderr, flush=True)
 

@@ -1,8 +1,7 @@
 """The adapter as the rollout reads it: two buffers a layer at fixed addresses, refreshed after every optimiser step.
 
 The trained A and B belong to the optimiser; sampling reads copies, with B scaled, so that an update in progress cannot
-reach a completion and CUDA graphs find their operands where they were. Who multiplies with the buffers is
-engine_model.py's business.
+reach a completion and CUDA graphs find their operands where they were. For the products see `vllm_model.py`.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ class AdapterBuffers:
     b: Tensor
 
 
-class Places(NamedTuple):
+class CopyPairs(NamedTuple):
     """Where every trained A and B goes; the lists run in parallel."""
 
     a_buffers: list[Tensor]
@@ -42,7 +41,7 @@ class Places(NamedTuple):
     scales: list[float]
 
 
-class ServedAdapter:
+class RolloutAdapter:
     """`buffers`: fused linear's name -> AdapterBuffers, for those that have an adapter. `on`: 1.0 or 0.0, a scalar
     tensor that every product of the adapter is multiplied by."""
 
@@ -52,9 +51,9 @@ class ServedAdapter:
         self.buffers = allocate(base, policy) if policy is not None else {}
         self.on = torch.ones((), dtype=base.dtype, device=base.device)
         self._enabled = True
-        self._found: Places | None = None
+        self._pairs: CopyPairs | None = None
 
-    def switch(self, enabled: bool) -> bool:
+    def set_enabled(self, enabled: bool) -> bool:
         """Let the adapter act or not; returns whether that is a change."""
         changed = enabled != self._enabled
         if changed:
@@ -63,27 +62,27 @@ class ServedAdapter:
         return changed
 
     @torch.no_grad()
-    def copy_trained(self) -> None:
+    def refresh(self) -> None:
         """Bring the buffers up to date."""
         if self.policy is not None:
-            places = self._places(self.policy)
-            torch._foreach_copy_(places.a_buffers, places.a_trained)
-            torch._foreach_copy_(places.b_buffers, torch._foreach_mul(places.b_trained, places.scales))
+            pairs = self._copy_pairs(self.policy)
+            torch._foreach_copy_(pairs.a_buffers, pairs.a_trained)
+            torch._foreach_copy_(pairs.b_buffers, torch._foreach_mul(pairs.b_trained, pairs.scales))
 
-    def _places(self, policy: Policy) -> Places:
+    def _copy_pairs(self, policy: Policy) -> CopyPairs:
         """Views of the buffers beside the trained tensors that belong there."""
-        if self._found is None:
-            places, layers = Places([], [], [], [], []), policy.adapter_layers()
+        if self._pairs is None:
+            pairs, layers = CopyPairs([], [], [], [], []), policy.adapter_layers()
             for name, buffers in self.buffers.items():
                 for part, ranks, rows in parts_with_adapter(self.base.linears[name], layers):
                     layer = layers[part]
-                    places.a_buffers.append(buffers.a[ranks])
-                    places.b_buffers.append(buffers.b[rows, ranks])
-                    places.a_trained.append(layer.lora_A[ADAPTER].weight)
-                    places.b_trained.append(layer.lora_B[ADAPTER].weight)
-                    places.scales.append(layer.scaling[ADAPTER])
-            self._found = places
-        return self._found
+                    pairs.a_buffers.append(buffers.a[ranks])
+                    pairs.b_buffers.append(buffers.b[rows, ranks])
+                    pairs.a_trained.append(layer.lora_A[ADAPTER].weight)
+                    pairs.b_trained.append(layer.lora_B[ADAPTER].weight)
+                    pairs.scales.append(layer.scaling[ADAPTER])
+            self._pairs = pairs
+        return self._pairs
 
 
 def allocate(base: BaseWeights, policy: Policy) -> dict[str, AdapterBuffers]:

@@ -2,7 +2,8 @@
 
 Which tokens are sampled depends on the seeds alone: every completion has its own, made from the run's seed, the step,
 the prompt and its place in the group. What is submitted never depends on when a reward returns. Several ranks sample a
-share of the prompts each; a group is never divided, and of the others' completions a rank learns an outline.
+share of the prompts each; a group is never divided, and of the others' completions a rank learns the length, the
+rewards and whether they were cut.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class Sample:
 
 
 @dataclass
-class Outline:
+class RemoteSample:
     """What is known here of a completion that another rank has."""
 
     length: int
@@ -65,13 +66,13 @@ class Outline:
 
 @dataclass
 class Group:
-    """A prompt and its completions, in the order of their seeds. Those of another rank are outlines."""
+    """A prompt and its completions, in the order of their seeds. Those of another rank are without tokens."""
 
     prompt: Prompt
-    samples: Sequence[Sample | Outline]
+    samples: Sequence[Sample | RemoteSample]
 
     @property
-    def own(self) -> list[Sample]:
+    def local(self) -> list[Sample]:
         """The completions, if they were sampled here; else none."""
         return [sample for sample in self.samples if isinstance(sample, Sample)]
 
@@ -85,9 +86,9 @@ class Rollout:
     """Of each group; another rank's without extras."""
     seconds: float
     """Until the last completion was generated."""
-    waited: float
+    reward_wait_seconds: float
     """Seconds spent waiting for rewards after that."""
-    idle: float = 0.0
+    wait_seconds: float = 0.0
     """Seconds, on average, that ranks waited for the slowest."""
 
     @property
@@ -111,13 +112,13 @@ class Sampler:
         decode: Callable[[list[int]], str],
         check: Callable[[], None] = lambda: None,
         ranks: Ranks | None = None,
-        parts: int = 1,
+        optimizer_steps: int = 1,
     ):
-        """`check` is called while rewards are waited for, and may raise to abandon the rollout. `parts`: of so many
-        optimiser steps every one has work for each of `ranks`."""
+        """`check` is called while rewards are waited for, and may raise to abandon the rollout. Each of
+        `optimizer_steps` has work for each of `ranks`."""
         self.engine, self.pool, self.sampling, self.check = engine, pool, sampling, check
         self.num_generations, self.seed, self.max_steps = num_generations, seed, max_steps
-        self.decode, self.ranks, self.parts = decode, ranks or Ranks(), parts
+        self.decode, self.ranks, self.optimizer_steps = decode, ranks or Ranks(), optimizer_steps
 
     def sample(self, prompts: Sequence[Prompt], step: int, round: int = 0) -> Rollout:
         """`num_generations` completions of every prompt, scored. `round` tells repeated calls of one step apart.
@@ -125,20 +126,22 @@ class Sampler:
         Raises UserError when a reward function fails, after the running requests are aborted.
         """
         started = time.perf_counter()
-        owning = owners(len(prompts), self.parts, self.ranks.size)
-        places = [place for place, rank in enumerate(owning) if rank == self.ranks.rank]
-        groups, results, generated = self._sample_own(prompts, set(places), step, round)
-        seconds, waited = generated - started, time.perf_counter() - generated
+        owning = owners(len(prompts), self.optimizer_steps, self.ranks.size)
+        indices = [index for index, rank in enumerate(owning) if rank == self.ranks.rank]
+        groups, results, generated = self._sample_local(prompts, set(indices), step, round)
+        seconds, reward_wait_seconds = generated - started, time.perf_counter() - generated
         if self.ranks.size > 1:
-            return self._exchange(prompts, groups, results, seconds, waited)
-        return Rollout([groups[place] for place in places], [results[place] for place in places], seconds, waited)
+            return self._exchange(prompts, groups, results, seconds, reward_wait_seconds)
+        return Rollout(
+            [groups[index] for index in indices], [results[index] for index in indices], seconds, reward_wait_seconds
+        )
 
-    def _sample_own(
-        self, prompts: Sequence[Prompt], places: set[int], step: int, round: int
+    def _sample_local(
+        self, prompts: Sequence[Prompt], indices: set[int], step: int, round: int
     ) -> tuple[dict[int, Group], dict[int, RewardResult], float]:
-        """The groups at `places` and their scores, and when the last completion was generated."""
+        """The groups at `indices` and their scores, and when the last completion was generated."""
         requests = [
-            request for request in self._requests(prompts, step, round) if request.id // self.num_generations in places
+            request for request in self._requests(prompts, step, round) if request.id // self.num_generations in indices
         ]
         finished: dict[int, Sample] = {}
         futures: dict[int, Future[RewardResult]] = {}
@@ -154,7 +157,7 @@ class Sampler:
                 raise_early_failures(futures.values())
         generated = time.perf_counter()
         results = {}
-        for index in sorted(places):
+        for index in sorted(indices):
             scored = self._result(futures[index]) if index in futures else RewardResult({}, {}, {}, {})
             results[index] = self._whole_result(groups[index], scored)
             for name, scores in results[index].scores.items():
@@ -177,25 +180,25 @@ class Sampler:
         groups: dict[int, Group],
         results: dict[int, RewardResult],
         seconds: float,
-        waited: float,
+        reward_wait_seconds: float,
     ) -> Rollout:
         """The whole rollout from this rank's part: here the ranks wait for the slowest."""
-        outlines = {place: outlined(group, results[place]) for place, group in groups.items()}
-        told = self.ranks.gather({"groups": outlines, "seconds": seconds, "waited": waited})
-        others = {place: entry for part in told for place, entry in part["groups"].items()}
-        for place, entry in others.items():
-            if place not in groups:
-                samples = [Outline(**sample) for sample in entry["samples"]]
+        remote = {index: as_remote(group, results[index]) for index, group in groups.items()}
+        gathered = self.ranks.gather({"groups": remote, "seconds": seconds, "waited": reward_wait_seconds})
+        others = {index: entry for part in gathered for index, entry in part["groups"].items()}
+        for index, entry in others.items():
+            if index not in groups:
+                samples = [RemoteSample(**sample) for sample in entry["samples"]]
                 scores = {name: [sample.rewards[name] for sample in samples] for name in entry["seconds"]}
-                groups[place] = Group(prompts[place], samples)
-                results[place] = RewardResult(scores, entry["metrics"], {}, entry["seconds"])
-        taken = [part["seconds"] + part["waited"] for part in told]
+                groups[index] = Group(prompts[index], samples)
+                results[index] = RewardResult(scores, entry["metrics"], {}, entry["seconds"])
+        taken = [part["seconds"] + part["waited"] for part in gathered]
         return Rollout(
-            groups=[groups[place] for place in range(len(prompts))],
-            results=[results[place] for place in range(len(prompts))],
-            seconds=max(part["seconds"] for part in told),
-            waited=max(part["waited"] for part in told),
-            idle=max(taken) - sum(taken) / len(taken),
+            groups=[groups[index] for index in range(len(prompts))],
+            results=[results[index] for index in range(len(prompts))],
+            seconds=max(part["seconds"] for part in gathered),
+            reward_wait_seconds=max(part["waited"] for part in gathered),
+            wait_seconds=max(taken) - sum(taken) / len(taken),
         )
 
     def _result(self, future: Future[RewardResult]) -> RewardResult:
@@ -223,7 +226,7 @@ class Sampler:
         )
 
     def _batch(self, group: Group, step: int) -> RewardBatch:
-        samples = group.own
+        samples = group.local
         count = len(samples)
         return RewardBatch(
             prompts=[group.prompt.prompt] * count,
@@ -235,8 +238,8 @@ class Sampler:
         )
 
 
-def outlined(group: Group, result: RewardResult) -> dict[str, Any]:
-    """What other ranks are told of a scored group, as `Outline` and `RewardResult` take it."""
+def as_remote(group: Group, result: RewardResult) -> dict[str, Any]:
+    """What other ranks get of a scored group, as `RemoteSample` and `RewardResult` take it."""
     samples = [
         {"length": one.length, "truncated": one.truncated, "finite": one.finite, "rewards": one.rewards}
         for one in group.samples

@@ -72,6 +72,7 @@ class EngineSettings:
     gpu_memory_utilization: float | None = None
     """Share of the GPU that weights, KV cache and vLLM's buffers may take; decides the KV cache instead."""
     kv_cache_dtype: str = "auto"
+    attention_backend: str = "auto"
     enforce_eager: bool = False
     seed: int = 0
     stop_strings: bool = False

@@ -29,12 +29,12 @@ from grpo.kernels.nf4_gemm import nf4_linear
 from grpo.model.base_weights import BaseWeights, FusedLinear, Segment
 from grpo.model.config_keys import served_values
 from grpo.model.rope import EVERYWHERE, Rotary
-from grpo.rollout.lora_buffers import ServedAdapter
+from grpo.rollout.lora_buffers import RolloutAdapter
 
 SHARED = "grpo_shared"
 """Name of our quantisation method and load format in vLLM."""
 
-SERVED: dict[str, ServedAdapter] = {}
+SERVED: dict[str, RolloutAdapter] = {}
 """What an engine serves, by the handle that reaches our loader through vLLM's configuration."""
 
 
@@ -56,11 +56,11 @@ class SharedLinearMethod(LinearMethodBase):
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
         adapter = layer.adapter
-        shrunk = None if adapter is None else lora_shrink(flat, adapter.a, layer.adapter_on)
+        x_lora_a = None if adapter is None else lora_shrink(flat, adapter.a, layer.adapter_on)
         y = torch.empty(flat.shape[0], layer.shared.out_features, dtype=x.dtype, device=x.device)
         for segment in layer.shared.segments:
             rows = slice(segment.first_row, segment.first_row + segment.rows)
-            low_rank = None if adapter is None else LowRank(shrunk, adapter.b[rows])
+            low_rank = None if adapter is None else LowRank(x_lora_a, adapter.b[rows])
             segment_linear(flat, segment, None if bias is None else bias[rows], y[:, rows], low_rank)
         return y.reshape(*x.shape[:-1], -1)
 
@@ -110,24 +110,40 @@ class SharedLoader(BaseModelLoader):
         adapter = SERVED[self.load_config.model_loader_extra_config["engine"]]
         base = adapter.base
         attached = set()
-        for module in model.modules():
+        for path, module in model.named_modules():
             if isinstance(getattr(module, "quant_method", None), SharedLinearMethod):
-                attach(module, base.linears[module.prefix], adapter)
-                attached.add(module.prefix)
-        if attached != set(base.linears):
-            missing = sorted(set(base.linears) - attached)
-            raise UserError(f"{base.source_path}: vLLM {vllm.__version__} builds this model without {missing[0]}")
-        in_linears = tuple(f"{name}." for name in base.linears)
-        for name, parameter in model.named_parameters():
-            if name.startswith(in_linears):
-                continue
-            tensor = base.tensors[name]
-            assert parameter.dtype == tensor.dtype and parameter.shape == tensor.shape, (name, parameter.shape)
-            parameter.data = tensor
+                if path not in base.linears:
+                    raise unlike(base, f"with {path}, which the training graph has not")
+                attach(module, base.linears[path], adapter)
+                attached.add(path)
+        if missing := sorted(set(base.linears) - attached):
+            raise unlike(base, f"without {missing[0]}")
+        attach_tensors(model, base)
         share_positions(model, base.config, model_config.max_model_len)
 
 
-def attach(module: nn.Module, linear: FusedLinear, adapter: ServedAdapter) -> None:
+def unlike(base: BaseWeights, how: str) -> UserError:
+    """An error about a model that vLLM builds otherwise than its layout says."""
+    return UserError(f"{base.source_path}: vLLM {vllm.__version__} builds this model {how}; use another vLLM or model")
+
+
+def attach_tensors(model: nn.Module, base: BaseWeights) -> None:
+    """Hand every tensor outside linear layers to vLLM's parameter or buffer. Raises UserError for what does not fit."""
+    wanted = {theirs: base.tensors[ours] for ours, theirs in base.layout.tensors.items()}
+    in_linears = tuple(f"{name}." for name in base.linears)
+    parameters = {name: each for name, each in model.named_parameters() if not name.startswith(in_linears)}
+    if empty := sorted(set(parameters) - set(wanted)):
+        raise unlike(base, f"with {empty[0]}, which the training graph has not")
+    held = parameters | {name: each for name, each in model.named_buffers() if name in wanted}
+    for name, tensor in wanted.items():
+        if name not in held:
+            raise unlike(base, f"without {name}")
+        if held[name].dtype != tensor.dtype or held[name].shape != tensor.shape:
+            raise unlike(base, f"with {name} as {held[name].dtype} of shape {tuple(held[name].shape)}")
+        held[name].data = tensor
+
+
+def attach(module: nn.Module, linear: FusedLinear, adapter: RolloutAdapter) -> None:
     """Hand `linear`'s storage, and the adapter's buffers if it has any, to vLLM's layer `module`."""
     module.shared = linear
     module.weight = nn.Parameter(linear.segments[0].weight, requires_grad=False)
@@ -148,7 +164,8 @@ def write_model_folder(folder: Path, base: BaseWeights, tokenizer: Any) -> None:
 def share_positions(model: nn.Module, config: Any, longest: int) -> None:
     """Replace the rotary caches of `model`, vLLM's, by ones with the training graph's frequencies.
 
-    Every layer gets its module anew: vLLM shares them with other engines of the process.
+    Every layer gets its module anew: vLLM shares them with other engines of the process. Where vLLM runs transformers'
+    own rotary embedding, the training graph's takes its place.
     """
     rotary = Rotary(config, longest)
     layer_types = getattr(config, "layer_types", None)
@@ -156,6 +173,9 @@ def share_positions(model: nn.Module, config: Any, longest: int) -> None:
     for name, attention in list(model.named_modules()):
         theirs = getattr(attention, "rotary_emb", None)
         if not isinstance(theirs, nn.Module):
+            continue
+        if not hasattr(theirs, "cos_sin_cache"):
+            attention.rotary_emb = Rotary(config, longest, next(model.parameters()).device)
             continue
         layer = int(name.split(".layers.")[1].split(".")[0])
         kind = layer_types[layer] if layer_types and layer_types[layer] in rotary.scalings else EVERYWHERE

@@ -20,7 +20,7 @@ from grpo.kernels.sample import sample_tokens
 from grpo.rollout.types import SamplingSettings
 
 
-class PatientBlocks:
+class BlockBoundaryManager:
     """vLLM's manager of KV blocks, asked only at the first and the last token of a block.
 
     vLLM asks at every token of every sequence, a fifth of what the host does in a step; in between the answer is always
@@ -44,19 +44,19 @@ class PatientBlocks:
             self._manager.cache_blocks(request, num_computed_tokens)
 
 
-class Collected:
+class LogprobCollector:
     """What the scheduler gathers for the engine in one call of `generate`, and how it is to hand tokens on.
 
-    `whole`: a request's tokens are handed on when it has finished, all at once. `logprobs`: those of the sampled
-    tokens, by vLLM's own name of a request.
+    `deliver_on_finish`: a request's tokens are handed on when it has finished, all at once. `logprobs`: those of the
+    sampled tokens, by vLLM's own name of a request.
     """
 
     def __init__(self) -> None:
-        self.begin(whole=False)
+        self.begin(deliver_on_finish=False)
 
-    def begin(self, *, whole: bool) -> None:
+    def begin(self, *, deliver_on_finish: bool) -> None:
         """Forget every request."""
-        self.whole = whole
+        self.deliver_on_finish = deliver_on_finish
         self.logprobs: dict[str, list[float]] = {}
         self._names: dict[str, str] = {}
 
@@ -70,8 +70,8 @@ class Collected:
         return self.logprobs.pop(self._names.pop(request_id))
 
 
-def rollout_scheduler(kind: type, collected: Collected) -> type:
-    """A subclass of vLLM's scheduler class `kind` (Scheduler or AsyncScheduler) that fills `collected`."""
+def rollout_scheduler(kind: type, collector: LogprobCollector) -> type:
+    """A subclass of vLLM's scheduler class `kind` (Scheduler or AsyncScheduler) that fills `collector`."""
 
     class RolloutScheduler(kind):
         def __init__(self, *arguments: Any, **options: Any):
@@ -79,12 +79,12 @@ def rollout_scheduler(kind: type, collected: Collected) -> type:
             groups = self.kv_cache_config.kv_cache_groups
             self._blocks_end_together = {group.kv_cache_spec.block_size for group in groups} == {self.block_size}
             if self._blocks_end_together:
-                self.kv_cache_manager: Any = PatientBlocks(self.kv_cache_manager, self.block_size)
+                self.kv_cache_manager: Any = BlockBoundaryManager(self.kv_cache_manager, self.block_size)
 
         def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> dict[int, Any]:
             requests = self.requests.copy()  # vLLM forgets those that finish
-            collect_logprobs(model_runner_output, requests, collected.logprobs)
-            if not collected.whole:
+            collect_logprobs(model_runner_output, requests, collector.logprobs)
+            if not collector.deliver_on_finish:
                 return super().update_from_output(scheduler_output, model_runner_output)
             if self._blocks_end_together:
                 rest = self._append_tokens(scheduler_output.num_scheduled_tokens, model_runner_output)

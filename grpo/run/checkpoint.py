@@ -1,7 +1,7 @@
 """The run folder and the checkpoints in it: whole or absent, never half-written, and free of pickle.
 
 A checkpoint is written beside its final place, flushed to the disk, described in a manifest with the SHA-256 of every
-file, and renamed. `latest` takes the newest whose manifest holds. What a checkpoint contains is the trainer's affair;
+file, and renamed. `latest` takes the newest whose manifest holds. For what a checkpoint contains see the trainer;
 this file has the rules for the folder, and a lock against a second process.
 
     runs/NAME/
@@ -263,11 +263,11 @@ def check_base_of_run(run: Path, saved: Model, now: Model) -> None:
     found = fingerprint.Fingerprint.of(open_source(now))
     if known.distance(found) <= fingerprint.SAME_WEIGHTS:
         return
-    told = f"weights sampled from both are {known.distance(found):.1%} apart"
+    message = f"weights sampled from both are {known.distance(found):.1%} apart"
     if known.admits(found):
-        told = f"it is the same model in another form, {found.stored_as} and not {known.stored_as}: {told}"
+        message = f"it is the same model stored otherwise, {found.stored_as} and not {known.stored_as}: {message}"
     raise UserError(
-        f"--resume: {now.name} is not the base of the run in {run} ({told}); name what {saved.name} was, or start a "
+        f"--resume: {now.name} is not the base of the run in {run} ({message}); name what {saved.name} was, or start a "
         "new run with another --output"
     )
 
@@ -330,8 +330,8 @@ def _prune(run: Path, step: int, keep: int | None) -> None:
 def step_numbers(run: Path) -> list[int]:
     """The steps of which `run` has a checkpoint folder, in order; none of them verified."""
     folder = run / "checkpoints"
-    found = (STEP.fullmatch(entry.name) for entry in folder.iterdir()) if folder.is_dir() else ()
-    return sorted(int(match[1]) for match in found if match)
+    matches = (STEP.fullmatch(entry.name) for entry in folder.iterdir()) if folder.is_dir() else ()
+    return sorted(int(match[1]) for match in matches if match)
 
 
 def latest(run: Path, notice: Callable[[str], None] = logger.warning) -> Path | None:

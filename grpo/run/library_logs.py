@@ -22,7 +22,7 @@ LIBRARIES = (
 
 
 def quiet_libraries(verbose: bool) -> None:
-    """Silence what vLLM, transformers and their kin write, errors excepted; with `verbose`, change nothing.
+    """Silence what vLLM, transformers and libraries like them write, errors excepted; with `verbose`, change nothing.
 
     Call it before they are imported: most read these variables then. A variable that the user has set stays.
     """

@@ -1,8 +1,8 @@
 """Whether this machine is ready for what `model.device` asks, asked before anything is loaded.
 
 A missing driver, a hidden GPU, a vLLM for other hardware or no C compiler end a run late and with somebody else's
-traceback. Here each becomes a sentence. With `device = "cpu"` CUDA is not touched. How much memory there is, is
-`plan.py`'s question.
+traceback. Here each becomes a sentence. With `device = "cpu"` CUDA is not touched. For how much memory there is see
+`plan.py`.
 """
 
 from __future__ import annotations
@@ -70,9 +70,9 @@ def gpu_problem() -> str | None:
     )
     supported = cuda_of_driver()
     if supported is not None and needed is not None and supported[0] < int(cuda.split(".")[0]):
-        found = driver_version() or "installed"
+        driver = driver_version() or "installed"
         return (
-            f"the NVIDIA driver {found} is for CUDA {supported[0]}.{supported[1]} at most, and {needs}; update the "
+            f"the NVIDIA driver {driver} is for CUDA {supported[0]}.{supported[1]} at most, and {needs}; update the "
             f"driver, or install torch and vLLM for CUDA {supported[0]}; {CPU_ONLY}"
         )
     if torch.cuda.is_available() and torch.cuda.device_count() > 0:
@@ -91,10 +91,10 @@ def gpu_problem() -> str | None:
 def driver_version() -> str | None:
     """The kernel driver's version, as "535.154.05"; None where there is none."""
     try:
-        found = re.search(r"\b(\d{3}\.\d+(?:\.\d+)?)\b", DRIVER_FILE.read_text())
+        match = re.search(r"\b(\d{3}\.\d+(?:\.\d+)?)\b", DRIVER_FILE.read_text())
     except OSError:
         return None
-    return found[1] if found else None
+    return match[1] if match else None
 
 
 def cuda_of_driver() -> tuple[int, int] | None:

@@ -21,7 +21,7 @@ ADAPTER, BASE = "with adapter", "model alone"
 
 
 @dataclass(frozen=True)
-class Target:
+class ModelReference:
     """Tables of a configuration that open the model, and the adapter to put on it."""
 
     tables: dict[str, Any]
@@ -33,7 +33,7 @@ class Target:
     """The adapter's shape as a [lora] table."""
 
 
-def resolve_target(name: str | Path, base: str | Path | None = None) -> Target:
+def resolve_model(name: str | Path, base: str | Path | None = None) -> ModelReference:
     """`name`: a run folder, the folder of an adapter, or whatever `model.name` may be. `base`: where the base of an
     adapter or run is now, if it has moved.
 
@@ -49,10 +49,10 @@ def resolve_target(name: str | Path, base: str | Path | None = None) -> Target:
     if base is not None:
         raise UserError(f"{name}: this is neither an adapter nor a run, so it has no other base; leave {base} out")
     local_path(str(name))
-    return Target({"model": {"name": str(name)}}, "the model")
+    return ModelReference({"model": {"name": str(name)}}, "the model")
 
 
-def of_run(run: Path, adapter: Path, base: str | Path | None) -> Target:
+def of_run(run: Path, adapter: Path, base: str | Path | None) -> ModelReference:
     """A run's configuration with one of its adapters."""
     values, _ = read_toml(run / CONFIG)
     values.pop("sft", None)  # a supervised run's own section
@@ -60,10 +60,10 @@ def of_run(run: Path, adapter: Path, base: str | Path | None) -> Target:
     model["name"] = found_base(model.get("name"), adapter, base)
     if base is not None:
         model.pop("revision", None)  # of the name that was recorded
-    return Target(values, str(run / CONFIG), adapter, values.get("lora", {}))
+    return ModelReference(values, str(run / CONFIG), adapter, values.get("lora", {}))
 
 
-def of_adapter(folder: Path, base: str | Path | None) -> Target:
+def of_adapter(folder: Path, base: str | Path | None) -> ModelReference:
     """An adapter that stands alone; its base is held as the defaults say, but for what "auto" once kept in 16 bit."""
     from grpo.model import fingerprint
 
@@ -74,7 +74,7 @@ def of_adapter(folder: Path, base: str | Path | None) -> Target:
     trained_on = fingerprint.read(folder)
     if trained_on is not None and trained_on.kept_16bit:
         model["keep_16bit"] = trained_on.kept_16bit
-    return Target({"model": model, "lora": saved.table}, str(saved.file), folder, saved.table)
+    return ModelReference({"model": model, "lora": saved.table}, str(saved.file), folder, saved.table)
 
 
 def folder_of_adapter(run: Path) -> Path:

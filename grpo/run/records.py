@@ -7,7 +7,7 @@
     summary.json, report.html
     base_sample.json          beside an adapter too: by which it knows its base (`grpo.model.fingerprint`)
 
-What is in them is the run log's; checkpoints are `grpo.run.checkpoint`'s. Reading passes over what a crash cut short.
+For what is in them see the run log, for checkpoints `grpo.run.checkpoint`. Reading passes over what a crash cut short.
 """
 
 from __future__ import annotations
@@ -87,9 +87,9 @@ def completions_file(run: Path, kind: str, step: int) -> Path:
 
 def completions_files(run: Path, kind: str) -> dict[int, Path]:
     """Step -> file of the completions of one kind, in the order of the steps."""
-    found = {}
+    files = {}
     for path in (run / COMPLETIONS).glob(f"{kind}-*.jsonl"):
         number = path.stem.removeprefix(f"{kind}-")
         if number.isdecimal():
-            found[int(number)] = path
-    return dict(sorted(found.items()))
+            files[int(number)] = path
+    return dict(sorted(files.items()))

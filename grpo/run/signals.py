@@ -3,7 +3,7 @@
 `Interrupts` is the trainer's half: within `deferred()` a signal is only noted, and `check()`, called where nothing is
 half done, raises. `leaving_at_once()` is the command line's half: a thread that the interpreter's C handler wakes, so
 that a second signal, or the end of the grace period, ends the process even while the main thread is deep in C code.
-What is saved before leaving is the trainer's affair.
+For what is saved before leaving see the trainer.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Nested state (dicts, lists, tensors, plain values) as a file or as a message to another process, free of pickle.
 
-The structure is JSON, the tensors are safetensors: reading either back runs no code. What a checkpoint holds is
-grpo/training/trainer.py's affair, and who sends what to whom grpo/distributed/ranks.py's.
+The structure is JSON, the tensors are safetensors: reading either back runs no code. For what a checkpoint holds
+see grpo/training/trainer.py, and for who sends what to whom grpo/distributed/ranks.py.
 """
 
 from __future__ import annotations

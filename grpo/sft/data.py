@@ -53,18 +53,22 @@ def load_data(config: SftConfig, tokenizer: Any, stop_token_ids: Sequence[int]) 
     settings, seed = config.sft, config.train.seed
     rows = read_rows(settings, settings.split)[: settings.limit]
     held_out: list[Row] = []
-    told = []
+    held_out_notices = []
     if config.eval.every is not None and settings.eval_split is not None:
         held_out = read_rows(settings, settings.eval_split)[: config.eval.limit]
-    elif kept := config.rows_held_out:
-        if kept >= len(rows):
-            raise UserError(f"eval.limit = {kept} would hold out all {len(rows)} rows; lower it, or set sft.eval_split")
-        rows, held_out = rows[:-kept], rows[-kept:]
-        told = [f"the last {kept} rows are held out and not trained on; sft.eval_split names a split instead"]
+    elif held_out_count := config.rows_held_out:
+        if held_out_count >= len(rows):
+            raise UserError(
+                f"eval.limit = {held_out_count} would hold out all {len(rows)} rows; lower it, or set sft.eval_split"
+            )
+        rows, held_out = rows[:-held_out_count], rows[-held_out_count:]
+        held_out_notices = [
+            f"the last {held_out_count} rows are held out and not trained on; sft.eval_split names a split instead"
+        ]
     data = load_examples(settings, rows, tokenizer, stop_token_ids, seed)
     if held_out:
         data.held_out = load_examples(settings, held_out, tokenizer, stop_token_ids, seed, "held-out ").examples
-    data.notices = told + data.notices
+    data.notices = held_out_notices + data.notices
     return data
 
 
@@ -193,11 +197,11 @@ def joined(chats: Sequence[Messages], turns: int, seed: int) -> list[Messages]:
     # Sorting by random() and not shuffle(): only the former's values are promised for later Pythons.
     generator = random.Random(f"{seed} turns")
     order = sorted(range(len(chats)), key=lambda _: generator.random())
-    found = []
+    conversations = []
     for start in range(0, len(order), turns):
-        first, *others = (chats[place] for place in order[start : start + turns])
-        found.append([*first, *(m for chat in others for m in chat if m["role"] != "system")])
-    return found
+        first, *others = (chats[index] for index in order[start : start + turns])
+        conversations.append([*first, *(m for chat in others for m in chat if m["role"] != "system")])
+    return conversations
 
 
 # Tokens
@@ -229,15 +233,15 @@ class Encoder:
         chosen = [False] * len(ids)
         ended = True
         for begin, end in answers:
-            inside = [place for place, (_, last) in enumerate(encoded["offset_mapping"]) if begin < last <= end]
-            stop = next((place for place in inside if ids[place] in self.stops), None)
+            inside = [index for index, (_, last) in enumerate(encoded["offset_mapping"]) if begin < last <= end]
+            stop = next((index for index in inside if ids[index] in self.stops), None)
             ended = stop is not None
             self.unended_inside += not ended and (begin, end) != answers[-1]
-            for place in inside:
+            for index in inside:
                 # What a template writes after the end token is never sampled.
-                chosen[place] = stop is None or place <= stop
+                chosen[index] = stop is None or index <= stop
         if not ended:
-            last = max(place for place, trained in enumerate(chosen) if trained)
+            last = max(index for index, trained in enumerate(chosen) if trained)
             ids, chosen = [*ids[: last + 1], self.eos], [*chosen[: last + 1], True]
             self.unended += 1
         if not self.settings.completion_only_loss:
@@ -248,11 +252,11 @@ class Encoder:
         """The conversation as text, and where in it each answer is, what ends the turn included."""
         text = self.template(messages, where)
         answers = []
-        for place, turn in enumerate(messages):
+        for index, turn in enumerate(messages):
             if turn["role"] != "assistant":
                 continue
-            before = self.template(messages[:place], where, add_generation_prompt=True) if place else ""
-            through = self.template(messages[: place + 1], where)
+            before = self.template(messages[:index], where, add_generation_prompt=True) if index else ""
+            through = self.template(messages[: index + 1], where)
             if not (text.startswith(through) and through.startswith(before)):
                 raise UserError(
                     f"{where}: the chat template renders an earlier answer otherwise once others follow, so that "
@@ -275,20 +279,20 @@ class Encoder:
 
     def notices(self) -> list[str]:
         """What a person should know about the end of answers."""
-        found = []
+        sentences = []
         name = self.tokenizer.convert_ids_to_tokens(self.eos)
         if self.unended and self.settings.chat:
-            found.append(
+            sentences.append(
                 f"the chat template ends {self.unended} answers without an end token, from which the model would never "
                 f"learn to stop; {name} is appended to them, and model.chat_template with it after each answer is the "
                 "lasting remedy"
             )
         if self.unended_inside:
-            found.append(
+            sentences.append(
                 f"{self.unended_inside} answers inside conversations have no end token either, and none can be added "
                 "there; use one answer a conversation, or such a template"
             )
-        return found
+        return sentences
 
 
 def plain(messages: Messages) -> tuple[str, list[tuple[int, int]]]:

@@ -53,7 +53,7 @@ def trained_logprobs(policy: Policy, batch: Sequence[Example]) -> torch.Tensor:
     """Logprob of every trained token of `batch` from the tokens before it in its example; float32 [tokens]."""
     device = policy.base.device
     tokens = [token for example in batch for token in example.input_ids]
-    positions = [place for example in batch for place in range(len(example.input_ids))]
+    positions = [position for example in batch for position in range(len(example.input_ids))]
     targets = torch.tensor([label for example in batch for label in (*example.labels[1:], IGNORED)], device=device)
     hidden = policy.decoder.model(
         input_ids=torch.tensor([tokens], device=device),
@@ -66,6 +66,6 @@ def trained_logprobs(policy: Policy, batch: Sequence[Example]) -> torch.Tensor:
         hidden[chosen],
         policy.head_weight(),
         targets[chosen],
-        softcap=getattr(policy.base.config, "final_logit_softcapping", None),
+        **policy.base.head_form.arguments(),
     )
     return logprobs

@@ -53,35 +53,35 @@ class TrainingGroup:
     lengths: list[int]
     """Tokens of every completion, here or elsewhere."""
     truncated: list[bool]
-    idle: bool = False
+    zero_advantage: bool = False
     """Counts in the normaliser only."""
 
     @classmethod
-    def of(cls, sequences: list[TrainingSequence], *, idle: bool = False) -> TrainingGroup:
+    def of(cls, sequences: list[TrainingSequence], *, zero_advantage: bool = False) -> TrainingGroup:
         """A group whose completions are all here."""
         lengths = [sequence.trained for sequence in sequences]
-        return cls(sequences, lengths, [sequence.truncated for sequence in sequences], idle)
+        return cls(sequences, lengths, [sequence.truncated for sequence in sequences], zero_advantage)
 
 
-def training_group(group: Group, advantages: Tensor, *, idle: bool = False) -> TrainingGroup:
+def training_group(group: Group, advantages: Tensor, *, zero_advantage: bool = False) -> TrainingGroup:
     """`group` with its `advantages` [G]."""
     return TrainingGroup(
-        training_sequences(group, advantages) if group.own else [],
+        training_sequences(group, advantages) if group.local else [],
         [sample.length for sample in group.samples],
         [sample.truncated for sample in group.samples],
-        idle,
+        zero_advantage,
     )
 
 
 def active_sequences(groups: Sequence[TrainingGroup]) -> list[TrainingSequence]:
     """What there is to compute here for `groups`."""
-    return [sequence for group in groups if not group.idle for sequence in group.sequences]
+    return [sequence for group in groups if not group.zero_advantage for sequence in group.sequences]
 
 
 def training_sequences(group: Group, advantages: Tensor) -> list[TrainingSequence]:
     """The completions of `group`, sampled here, with their `advantages` [G]; an episode that was lost is left out."""
     sequences = []
-    for sample, advantage in zip(group.own, advantages, strict=True):
+    for sample, advantage in zip(group.local, advantages, strict=True):
         if not sample.length:
             continue
         first, *others = sample.segments(group.prompt.token_ids)

@@ -19,7 +19,7 @@ from grpo.run.checkpoint import replace_folder
 from grpo.run.tensor_state import save_tensors
 from grpo.run.versions import hardware, versions
 from grpo.training.batch import TrainingGroup, TrainingSequence
-from grpo.training.update_check import Batch, UnusableUpdate
+from grpo.training.update_check import Batch, SkippedUpdate
 
 KEPT_DUMPS = 3
 
@@ -32,7 +32,7 @@ def dump_folder(run: Path, step: int) -> Path:
     return run / "nonfinite" / f"step-{step}"
 
 
-def write_dump(run: Path, step: int, config: Config, policy: Any, unusable: UnusableUpdate) -> Path:
+def write_dump(run: Path, step: int, config: Config, policy: Any, skipped: SkippedUpdate) -> Path:
     """Write what it takes to compute the update again to its `dump_folder`, and return that.
 
     Holds the batch and the adapter as safetensors, the configuration, and `report.json`. Only the newest
@@ -43,16 +43,16 @@ def write_dump(run: Path, step: int, config: Config, policy: Any, unusable: Unus
     def write(partial: Path) -> None:
         policy.save_adapter(partial / "adapter")
         (partial / "config.toml").write_text(config_toml(config))
-        save_tensors(partial / BATCH, encoded(unusable.batch))
-        figures = {name: value if value is None else repr(value) for name, value in unusable.figures.items()}
-        report = {"step": step, "problem": unusable.problem, "figures": figures}
+        save_tensors(partial / BATCH, encoded(skipped.batch))
+        figures = {name: value if value is None else repr(value) for name, value in skipped.figures.items()}
+        report = {"step": step, "problem": skipped.problem, "figures": figures}
         report |= {"versions": versions(), "hardware": hardware()}
         (partial / REPORT).write_text(json.dumps(report, indent=1))
 
     folder.parent.mkdir(exist_ok=True)
     replace_folder(folder, write)
-    found = (re.fullmatch(r"step-(\d+)", entry.name) for entry in folder.parent.iterdir())
-    for number in sorted(int(match[1]) for match in found if match)[:-KEPT_DUMPS]:
+    matches = (re.fullmatch(r"step-(\d+)", entry.name) for entry in folder.parent.iterdir())
+    for number in sorted(int(match[1]) for match in matches if match)[:-KEPT_DUMPS]:
         shutil.rmtree(folder.parent / f"step-{number}")
     return folder
 
@@ -61,7 +61,7 @@ def encoded(batch: Batch) -> dict[str, Any]:
     """`batch` as `save_tensors` takes it."""
     return {
         "prompts": [[sequence_state(sequence) for sequence in group.sequences] for group in batch.groups],
-        "idle": [group.idle for group in batch.groups],
+        "idle": [group.zero_advantage for group in batch.groups],
         "rng": batch.rng,
     }
 
@@ -70,16 +70,19 @@ def decoded(state: Mapping[str, Any]) -> Batch:
     """The batch that `encoded` made `state` of."""
     prompts = [[restored_sequence(sequence) for sequence in prompt] for prompt in state["prompts"]]
     pairs = zip(prompts, state["idle"], strict=True)
-    return Batch([TrainingGroup.of(sequences, idle=idle) for sequences, idle in pairs], state["rng"])
+    return Batch(
+        [TrainingGroup.of(sequences, zero_advantage=zero_advantage) for sequences, zero_advantage in pairs],
+        state["rng"],
+    )
 
 
-def whole(batch: Batch, ranks: Ranks) -> Batch:
+def gather_batch(batch: Batch, ranks: Ranks) -> Batch:
     """`batch` with the sequences that other ranks computed. Every rank calls it; what differs is only the rng."""
     if ranks.size == 1:
         return batch
-    here = {place: group for place, group in enumerate(batch.groups) if group.sequences}
-    own = {place: [sequence_state(sequence) for sequence in group.sequences] for place, group in here.items()}
-    prompts = ranks.merged(own, len(batch.groups))
+    here = {index: group for index, group in enumerate(batch.groups) if group.sequences}
+    local = {index: [sequence_state(sequence) for sequence in group.sequences] for index, group in here.items()}
+    prompts = ranks.gather_indexed(local, len(batch.groups))
     groups = [
         replace(group, sequences=[restored_sequence(sequence) for sequence in prompt])
         for group, prompt in zip(batch.groups, prompts, strict=True)

@@ -109,7 +109,7 @@ def make_sampler(
         "decode": session.decode,
         "check": check,
         "ranks": ranks,
-        "parts": config.train.optimizer_steps_per_rollout,
+        "optimizer_steps": config.train.optimizer_steps_per_rollout,
     }
     if environment is None:
         return Sampler(session.engine, pool, sampling, **named)

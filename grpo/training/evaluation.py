@@ -121,12 +121,12 @@ class EvalResult:
         by_question = [list(group) for _, group in itertools.groupby(self.samples, lambda sample: sample.prompt.index)]
         return [
             SampleGroup(
-                own[0].prompt.prompt,
-                own[0].prompt.columns.get("answer"),
-                [sample.logged() for sample in own],
-                own[0].prompt.task,
+                answers[0].prompt.prompt,
+                answers[0].prompt.columns.get("answer"),
+                [sample.logged() for sample in answers],
+                answers[0].prompt.task,
             )
-            for own in by_question[:limit]
+            for answers in by_question[:limit]
         ]
 
 
@@ -151,8 +151,8 @@ def evaluate(
     if not prompts:
         raise UserError("there are no held-out questions to evaluate on; give the task some, or unset eval.every")
     started = time.perf_counter()
-    own = prompts if ranks is None else prompts[ranks.rank :: ranks.size]
-    samples = sample_and_check(session, own, tasks, settings, adapter=adapter, stream=stream, player=player)
+    local = prompts if ranks is None else prompts[ranks.rank :: ranks.size]
+    samples = sample_and_check(session, local, tasks, settings, adapter=adapter, stream=stream, player=player)
     if ranks is not None:
         samples = of_all_ranks(samples, prompts, settings.num_generations, ranks)
     seconds, tokens = time.perf_counter() - started, sum(sample.tokens for sample in samples)
@@ -160,11 +160,13 @@ def evaluate(
     return EvalResult(summarise(samples, settings) | timing, samples)
 
 
-def of_all_ranks(own: Sequence[Sample], prompts: Sequence[Prompt], count: int, ranks: Ranks) -> list[Sample]:
-    """The samples of all `prompts`, `count` of each, of which this rank has those of every so many-th prompt."""
-    checked = [[one.text, one.tokens, one.truncated, one.strict, one.flexible] for one in own]
+def of_all_ranks(local: Sequence[Sample], prompts: Sequence[Prompt], count: int, ranks: Ranks) -> list[Sample]:
+    """The samples of all `prompts`, `count` of each, of which this rank has those of prompts rank, rank + size, ..."""
+    checked = [[one.text, one.tokens, one.truncated, one.strict, one.flexible] for one in local]
     groups = [checked[start : start + count] for start in range(0, len(checked), count)]
-    answers = ranks.merged(dict(zip(range(ranks.rank, len(prompts), ranks.size), groups, strict=True)), len(prompts))
+    answers = ranks.gather_indexed(
+        dict(zip(range(ranks.rank, len(prompts), ranks.size), groups, strict=True)), len(prompts)
+    )
     return [
         Sample(prompt, member, *values)
         for prompt, answered in zip(prompts, answers, strict=True)
@@ -276,8 +278,8 @@ def summarise(samples: Sequence[Sample], settings: Eval) -> dict[str, float]:
         by_task.setdefault(sample.prompt.task, []).append(sample)
     metrics = accuracies(samples, settings, "eval/")
     if len(by_task) > 1:
-        for task, own in by_task.items():
-            metrics |= accuracies(own, settings, f"eval/{task}/")
+        for task, of_task in by_task.items():
+            metrics |= accuracies(of_task, settings, f"eval/{task}/")
     metrics["eval/completion_length"] = statistics.fmean(sample.tokens for sample in samples)
     metrics["eval/clipped_ratio"] = statistics.fmean(sample.truncated for sample in samples)
     metrics["eval_prompts"] = len(samples) // settings.num_generations

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from grpo.config.schema import Config
 from grpo.distributed.ranks import Ranks, runs
-from grpo.policy.policy import Policy, Scored
+from grpo.policy.policy import Policy, TokenLogprobs
 from grpo.policy.rng import RandomState, current_states
 from grpo.rollout.sampler import Group
 from grpo.training.advantages import Advantages, may_skip_equal_groups
@@ -31,9 +31,9 @@ from grpo.training.batch import (
 )
 from grpo.training.loss import BatchTotals, LossInputs, batch_totals, resolve_loss
 from grpo.training.loss_metrics import Metrics, as_message, from_message, joined, merge_metrics
-from grpo.training.micro_batch import Headroom, largest_batch
-from grpo.training.optim import LossScaler, Snapshot, build_optimizer, learning_rate, moments_like
-from grpo.training.update_check import Batch, Guard
+from grpo.training.micro_batch import MicroBatchBudget, largest_batch
+from grpo.training.optim import LossScaler, OptimizerBackup, build_optimizer, learning_rate, moments_like
+from grpo.training.update_check import Batch, UpdateCheck
 
 
 class Learner:
@@ -52,17 +52,17 @@ class Learner:
         """`check` is called before every micro-batch, and may raise to abandon the update."""
         self.policy, self.config, self.max_steps, self.check = policy, config, max_steps, check
         self.ranks = ranks or Ranks()
-        self.guard = Guard(config.train)
+        self.update_check = UpdateCheck(config.train)
         self.loss = resolve_loss(config.loss)
         self.parameters = policy.parameters()
-        self.headroom = Headroom(policy, config, notice)
+        self.budget = MicroBatchBudget(policy, config, notice)
         self.optimizer = build_optimizer(self.parameters, config.train, policy.base.device, notice)
         self.scaler = LossScaler(policy.base.dtype)
 
     def update(self, groups: Sequence[Group], advantages: Advantages, step: int) -> dict[str, float | None]:
         """All optimiser steps of one rollout, or none: what raises leaves the adapter and the optimiser as they were.
 
-        Returns the step's training metrics. Raises UnusableUpdate for numbers that must not be trained on.
+        Returns the step's training metrics. Raises SkippedUpdate for numbers that must not be trained on.
         """
         train = self.config.train
         rate = learning_rate(step, self.max_steps, train)
@@ -70,17 +70,17 @@ class Learner:
             group["lr"] = rate
         may_skip = may_skip_equal_groups(self.config.loss)
         prompts = [
-            training_group(group, values, idle=may_skip and bool(equal))
+            training_group(group, values, zero_advantage=may_skip and bool(equal))
             for group, values, equal in zip(groups, advantages.values, advantages.zero_std, strict=True)
         ]
         updates = train.num_iterations * train.optimizer_steps_per_rollout
-        before = Snapshot(self.parameters, self.optimizer) if updates > 1 else None
-        guard, scaler = self.guard.state_dict(), self.scaler.state_dict()
+        before = OptimizerBackup(self.parameters, self.optimizer) if updates > 1 else None
+        update_check, scaler = self.update_check.state_dict(), self.scaler.state_dict()
         self.policy.model.train()
         try:
             if updates > 1:
                 active = active_sequences(prompts)
-                self.headroom.within(lambda: self.remember_old_logprobs(active), self.clear_gradients)
+                self.budget.retry_on_oom(lambda: self.remember_old_logprobs(active), self.clear_gradients)
             figures = [
                 self.optimizer_step(part)
                 for _ in range(train.num_iterations)
@@ -88,7 +88,7 @@ class Learner:
             ]
         except BaseException:
             self.clear_gradients()
-            self.guard.load_state_dict(guard)
+            self.update_check.load_state_dict(update_check)
             self.scaler.load_state_dict(scaler)
             if before is not None:
                 before.restore()
@@ -102,7 +102,7 @@ class Learner:
         active = active_sequences(groups)
         computed = Batch(groups, current_states(self.policy.base.device))
         totals = self.totals(groups, self.entropies(groups))
-        metrics = self.headroom.within(lambda: self.backpropagate(active, totals), self.clear_gradients)
+        metrics = self.budget.retry_on_oom(lambda: self.backpropagate(active, totals), self.clear_gradients)
         metrics = self.sum_over_ranks(metrics)
         norm = self.clip_gradients()
         figures = {**UNMEASURED, "grad_norm": norm, **merge_metrics(metrics)}
@@ -113,14 +113,14 @@ class Learner:
             if overflowed:
                 self.clear_gradients()
                 return {**figures, "grad_norm": None}
-        self.guard.check_update(figures, computed)
+        self.update_check.check_update(figures, computed)
         self.apply_gradients()
         return figures
 
     def backpropagate(self, active: list[TrainingSequence], totals: BatchTotals) -> list[Metrics]:
         """Accumulate the gradient of one optimiser step on `active`."""
         metrics = []
-        for batch in pack(active, self.headroom.tokens):
+        for batch in pack(active, self.budget.tokens):
             self.check()
             loss, measured = self.micro_batch(batch, totals)
             self.scaler.backward(loss)
@@ -131,22 +131,22 @@ class Learner:
         """Every rank's metrics; afterwards each gradient is the sum over ranks, if there is any."""
         if self.ranks.size == 1:
             return metrics
-        told = self.ranks.gather({"any": self.has_gradients(), "metrics": as_message(joined(metrics))})
-        if any(entry["any"] for entry in told):
+        gathered = self.ranks.gather({"any": self.has_gradients(), "metrics": as_message(joined(metrics))})
+        if any(entry["any"] for entry in gathered):
             self.ranks.sum_gradients(self.parameters)
-        return [from_message(entry["metrics"]) for entry in told]
+        return [from_message(entry["metrics"]) for entry in gathered]
 
     def probe_memory(self) -> None:
         """Try the largest micro-batch that the configuration allows, and discard what it gives.
 
         Run before the first step, beside the gradients and moments of later ones, so that memory runs out here or
-        never. Where the configuration leaves the form of checkpointing open, one that does not fit gives way to the
+        never. Where the configuration leaves the mode of checkpointing open, one that does not fit gives way to the
         next. Raises UserError where the last does not fit with half the tokens either.
         """
         random = RandomState(self.policy.base.device)
         self.policy.model.train()
         try:
-            self.headroom.settle(self.try_largest, self.clear_gradients)
+            self.budget.fit_checkpointing(self.try_largest, self.clear_gradients)
         finally:
             self.policy.model.eval()
             self.clear_gradients()
@@ -154,7 +154,7 @@ class Learner:
 
     def try_largest(self) -> None:
         """Gradients of the largest micro-batch, with the optimiser's moments in memory."""
-        batch = largest_batch(self.config, self.headroom.tokens)
+        batch = largest_batch(self.config, self.budget.tokens)
         moments = [] if self.optimizer.state else moments_like(self.parameters, self.config.train)
         entropy = self.entropy(batch) if self.needs_entropies else None
         self.backpropagate(batch, self.totals([TrainingGroup.of(batch)], entropy))
@@ -166,7 +166,7 @@ class Learner:
         scored = self.score(batch, entropy_gradient=self.config.loss.entropy_coef != 0)
         return self.loss(self.loss_inputs(batch, tokens, scored), totals, self.config.loss)
 
-    def loss_inputs(self, batch: list[TrainingSequence], tokens: PackedTokens, scored: Scored) -> LossInputs:
+    def loss_inputs(self, batch: list[TrainingSequence], tokens: PackedTokens, scored: TokenLogprobs) -> LossInputs:
         reference = None
         if self.config.loss.beta > 0:
             with self.policy.reference():
@@ -203,29 +203,29 @@ class Learner:
         """Entropy at every completion token of `groups`, from all ranks; None where the loss does not need it."""
         if not self.needs_entropies:
             return None
-        here = {place: group for place, group in enumerate(groups) if group.sequences}
+        here = {index: group for index, group in enumerate(groups) if group.sequences}
         sequences = [sequence for group in here.values() for sequence in group.sequences]
-        found = self.headroom.within(lambda: self.entropy(sequences), self.clear_gradients)
-        parts = found.split([sum(group.lengths) for group in here.values()])
-        everywhere = self.ranks.merged(dict(zip(here, parts, strict=True)), len(groups))
-        return torch.cat([part.to(found.device) for part in everywhere])
+        entropy = self.budget.retry_on_oom(lambda: self.entropy(sequences), self.clear_gradients)
+        parts = entropy.split([sum(group.lengths) for group in here.values()])
+        everywhere = self.ranks.gather_indexed(dict(zip(here, parts, strict=True)), len(groups))
+        return torch.cat([part.to(entropy.device) for part in everywhere])
 
     @torch.no_grad()
     def entropy(self, sequences: Sequence[TrainingSequence]) -> Tensor:
         """Entropy at every completion token, from an extra forward pass."""
-        batches = pack(sequences, self.headroom.tokens)
+        batches = pack(sequences, self.budget.tokens)
         none = torch.empty(0, device=self.policy.base.device)  # a rank may have no sequences
         return torch.cat([none, *(self.score(batch).entropy for batch in batches)])
 
     @torch.no_grad()
     def remember_old_logprobs(self, sequences: list[TrainingSequence]) -> None:
         """Store each sequence's logprobs under the policy as it is now."""
-        for batch in pack(sequences, self.headroom.tokens):
+        for batch in pack(sequences, self.budget.tokens):
             lengths = [sequence.trained for sequence in batch]
             for sequence, logprobs in zip(batch, self.score(batch).logprobs.split(lengths), strict=True):
                 sequence.old_logprobs = logprobs
 
-    def score(self, batch: Sequence[TrainingSequence], *, entropy_gradient: bool = False) -> Scored:
+    def score(self, batch: Sequence[TrainingSequence], *, entropy_gradient: bool = False) -> TokenLogprobs:
         segments = [segment for sequence in batch for segment in sequence.segments]
         whole = all(segment.sampled is None for segment in segments)
         return self.policy.score(
@@ -263,14 +263,19 @@ class Learner:
         return all(bool(parameter.isfinite().all()) for parameter in self.parameters)
 
     def state_dict(self) -> dict[str, Any]:
-        parts = {"optimizer": self.optimizer, "guard": self.guard, "scaler": self.scaler, "headroom": self.headroom}
+        parts = {
+            "optimizer": self.optimizer,
+            "guard": self.update_check,
+            "scaler": self.scaler,
+            "headroom": self.budget,
+        }
         return {name: part.state_dict() for name, part in parts.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state["optimizer"])
-        self.guard.load_state_dict(state["guard"])
+        self.update_check.load_state_dict(state["guard"])
         self.scaler.load_state_dict(state["scaler"])
-        self.headroom.load_state_dict(state["headroom"])
+        self.budget.load_state_dict(state["headroom"])
 
 
 def split(prompts: list[TrainingGroup], parts: int) -> list[list[TrainingGroup]]:

@@ -102,14 +102,14 @@ def batch_totals(
     entropy: of all those tokens in that order, [sum of lengths]; needed for `top_entropy_quantile` < 1.
     """
     sizes = torch.as_tensor(lengths, dtype=torch.int64)
-    kept = torch.ones_like(sizes, dtype=torch.bool)
+    selected = torch.ones_like(sizes, dtype=torch.bool)
     if settings.mask_truncated_completions:
-        kept = ~torch.as_tensor(_needed(truncated, "truncated", "mask_truncated_completions"), dtype=torch.bool)
-    num_tokens = int((sizes * kept).sum())
+        selected = ~torch.as_tensor(_needed(truncated, "truncated", "mask_truncated_completions"), dtype=torch.bool)
+    num_tokens = int((sizes * selected).sum())
     if settings.top_entropy_quantile == 1:
         return BatchTotals(len(lengths), num_tokens, max_completion_length)
     entropy = _needed(entropy, "entropy", "top_entropy_quantile")
-    entropy = entropy[kept.repeat_interleave(sizes).to(entropy.device)]
+    entropy = entropy[selected.repeat_interleave(sizes).to(entropy.device)]
     threshold = entropy_quantile(entropy, settings.top_entropy_quantile)
     count = int((entropy >= threshold).sum())
     return BatchTotals(len(lengths), num_tokens, max_completion_length, threshold, count)
@@ -275,7 +275,7 @@ def without_truncated(inputs: LossInputs, settings: Loss) -> LossInputs:
 
 def _terms(inputs: LossInputs, totals: BatchTotals, settings: Loss) -> tuple[Terms, Metrics]:
     """Ratios, corrections and penalty of a micro-batch, and the metrics that come with them."""
-    logprobs, old, rollout_gap = _neutral(inputs)
+    logprobs, old, rollout_log_ratio = _neutral(inputs)
     sequence, count = inputs.sequence, inputs.num_sequences
     mask = inputs.mask.to(logprobs.dtype)
     lengths = sequence_sum(mask, sequence, count).clamp(min=1)
@@ -293,16 +293,16 @@ def _terms(inputs: LossInputs, totals: BatchTotals, settings: Loss) -> tuple[Ter
 
     weight = mask
     if settings.off_policy_mask_threshold is not None:
-        drift = old - rollout_gap - logprobs.detach()
-        kept = keeps_on_policy(advantages, drift, lengths, sequence, settings.off_policy_mask_threshold)
-        weight = weight * per_token(kept, sequence)
-        metrics["off_policy_masked"] = Mean.of((~kept).double(), torch.ones_like(advantages))
+        drift = old - rollout_log_ratio - logprobs.detach()
+        on_policy = keeps_on_policy(advantages, drift, lengths, sequence, settings.off_policy_mask_threshold)
+        weight = weight * per_token(on_policy, sequence)
+        metrics["off_policy_masked"] = Mean.of((~on_policy).double(), torch.ones_like(advantages))
     if settings.top_entropy_quantile < 1:
         weight = weight * _is_uncertain(inputs, totals)
     if settings.importance_sampling_correction != "none":
         bounds = settings.importance_sampling_clip_min, settings.importance_sampling_clip_max
         weights, outside = rollout_weights(
-            rollout_gap, sequence, count, settings.importance_sampling_correction, *bounds
+            rollout_log_ratio, sequence, count, settings.importance_sampling_correction, *bounds
         )
         weight = weight * weights
         metrics["correction_weight_mean"] = Mean.of(weights, mask)
@@ -326,8 +326,8 @@ def _neutral(inputs: LossInputs) -> tuple[Tensor, Tensor, Tensor]:
     old = logprobs if inputs.old_logprobs is None else torch.where(inputs.mask, inputs.old_logprobs, zero)
     old = old.detach().to(logprobs.dtype)
     known = inputs.mask & ~inputs.rollout_logprobs.isnan()
-    gap = torch.where(known, old - inputs.rollout_logprobs.detach(), zero)
-    return logprobs, old, gap.to(logprobs.dtype)
+    log_ratio = torch.where(known, old - inputs.rollout_logprobs.detach(), zero)
+    return logprobs, old, log_ratio.to(logprobs.dtype)
 
 
 def _is_uncertain(inputs: LossInputs, totals: BatchTotals) -> Tensor:
@@ -364,13 +364,13 @@ def diagnostics(inputs: LossInputs) -> Metrics:
     """What is measured under every loss: mean entropy, and how far the rollout's log-probabilities are from the
     trainer's, with w = exp(log pi_old - log pi_rollout) of each token: mean and largest |log w|, the k3 estimate of
     KL(rollout || trainer), mean of w - log w - 1, and the effective sample size of w."""
-    _, _, gap = _neutral(inputs)
+    _, _, log_ratio = _neutral(inputs)
     known = inputs.mask & ~inputs.rollout_logprobs.isnan()
-    weights = capped_exp(gap)
+    weights = capped_exp(log_ratio)
     metrics: Metrics = {
-        "mismatch_logp_mean": Mean.of(gap.abs(), known),
-        "mismatch_logp_max": Maximum.of(gap.abs(), known),
-        "mismatch_kl": Mean.of(weights - gap - 1, known),
+        "mismatch_logp_mean": Mean.of(log_ratio.abs(), known),
+        "mismatch_logp_max": Maximum.of(log_ratio.abs(), known),
+        "mismatch_kl": Mean.of(weights - log_ratio - 1, known),
         "mismatch_ess": EffectiveSampleSize.of(weights, known),
     }
     if inputs.entropy is not None:

@@ -28,8 +28,8 @@ class Mean:
     def of(cls, values: Tensor, weights: Tensor) -> Self:
         """Mean of `values` with `weights`, both [T]; where the weight is 0 the value may be anything."""
         weights = weights.detach().double()
-        kept = torch.where(weights > 0, values.detach().double(), 0.0)
-        return cls((kept * weights).sum(), weights.sum())
+        selected = torch.where(weights > 0, values.detach().double(), 0.0)
+        return cls((selected * weights).sum(), weights.sum())
 
     def merge(self, other: Mean) -> Mean:
         return Mean(self.total + other.total, self.count + other.count)
@@ -60,8 +60,8 @@ class Maximum:
     @classmethod
     def of(cls, values: Tensor, weights: Tensor) -> Self:
         """Largest of `values` [T] where `weights` [T] are not 0."""
-        kept = torch.where(weights > 0, values.detach().double(), float("-inf"))
-        return cls(kept.max() if len(kept) else kept.new_full((), float("-inf")))
+        selected = torch.where(weights > 0, values.detach().double(), float("-inf"))
+        return cls(selected.max() if len(selected) else selected.new_full((), float("-inf")))
 
     def merge(self, other: Maximum) -> Maximum:
         return Maximum(torch.maximum(torch.as_tensor(self.largest), torch.as_tensor(other.largest)))
@@ -81,8 +81,8 @@ class EffectiveSampleSize:
     @classmethod
     def of(cls, weights: Tensor, counted: Tensor) -> Self:
         """Of `weights` [T] where `counted` [T] is not 0."""
-        kept = torch.where(counted > 0, weights.detach().double(), 0.0)
-        return cls(kept.sum(), kept.square().sum(), (counted > 0).double().sum())
+        selected = torch.where(counted > 0, weights.detach().double(), 0.0)
+        return cls(selected.sum(), selected.square().sum(), (counted > 0).double().sum())
 
     def merge(self, other: EffectiveSampleSize) -> EffectiveSampleSize:
         return EffectiveSampleSize(self.total + other.total, self.squares + other.squares, self.count + other.count)

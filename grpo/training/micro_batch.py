@@ -24,7 +24,7 @@ from grpo.training.batch import TrainingSequence, pack
 T = TypeVar("T")
 
 
-class Headroom:
+class MicroBatchBudget:
     """The budget of a micro-batch of `policy`, and the one time that it may shrink."""
 
     def __init__(self, policy: Policy, config: Config, notice: Callable[[str], None]):
@@ -32,15 +32,15 @@ class Headroom:
         self.tokens = config.train.tokens_per_micro_batch
         base = policy.base
         training = TrainingMemory.of(config, base.config, base.dtype.itemsize, on_gpu=base.device.type == "cuda")
-        self.forms = training.forms
-        self.use(checkpointing_form(training, policy, config))
+        self.modes = training.modes
+        self.set_checkpointing(checkpointing_mode(training, policy, config))
 
-    def use(self, form: str) -> None:
-        """Let layers keep what `form` of memory.FORMS says."""
-        self.form = form
-        self.policy.recompute_layers(form)
+    def set_checkpointing(self, mode: str) -> None:
+        """Let layers keep what `mode` of activations.CHECKPOINTING_MODES says."""
+        self.mode = mode
+        self.policy.recompute_layers(mode)
 
-    def within(self, work: Callable[[], T], discard: Callable[[], None]) -> T:
+    def retry_on_oom(self, work: Callable[[], T], discard: Callable[[], None]) -> T:
         """`work()`; where memory runs out for the first time, `discard()` and `work()` with half the tokens.
 
         The generators are as they were, so that the second attempt is what it would have been with that budget from
@@ -71,16 +71,16 @@ class Headroom:
         """What to change, in a sentence."""
         longest = self.config.max_seq_length
         smaller = "rollout.max_completion_length" if longest > self.tokens else "train.tokens_per_micro_batch"
-        offload = "" if self.form == "offload" else ', or set train.gradient_checkpointing = "offload"'
+        offload = "" if self.mode == "offload" else ', or set train.gradient_checkpointing = "offload"'
         return (
             f"memory ran out again with micro-batches of {self.tokens:,} tokens, half of train.tokens_per_micro_batch "
             f"(the longest sequence has {longest:,}); lower {smaller} or the memory of the KV cache "
             f"(rollout.kv_cache_memory_bytes){offload}"
         )
 
-    def settle(self, work: Callable[[], object], discard: Callable[[], None]) -> None:
-        """Find what `work` fits into: of the forms, where the configuration leaves them open, the first that does."""
-        while self.config.train.gradient_checkpointing == "auto" and self.form != self.forms[-1]:
+    def fit_checkpointing(self, work: Callable[[], object], discard: Callable[[], None]) -> None:
+        """Find what `work` fits into: of the modes, where the configuration leaves them open, the first that does."""
+        while self.config.train.gradient_checkpointing == "auto" and self.mode != self.modes[-1]:
             try:
                 work()
                 return
@@ -88,9 +88,9 @@ class Headroom:
                 pass
             discard()
             free_cached(self.policy.base.device)
-            self.use(self.forms[self.forms.index(self.form) + 1])
-            self.notice(f'the largest micro-batch did not fit; train.gradient_checkpointing = "{self.form}" is used')
-        self.within(work, discard)
+            self.set_checkpointing(self.modes[self.modes.index(self.mode) + 1])
+            self.notice(f'the largest micro-batch did not fit; train.gradient_checkpointing = "{self.mode}" is used')
+        self.retry_on_oom(work, discard)
 
     def state_dict(self) -> dict[str, Any]:
         return {"tokens": self.tokens}
@@ -100,14 +100,14 @@ class Headroom:
         self.tokens = min(self.tokens, state["tokens"])
 
 
-def checkpointing_form(training: TrainingMemory, policy: Policy, config: Config) -> str:
-    """`train.gradient_checkpointing`; "auto": the first form of `training` that fits into the memory that is free now.
+def checkpointing_mode(training: TrainingMemory, policy: Policy, config: Config) -> str:
+    """`train.gradient_checkpointing`; "auto": the first mode of `training` that fits into the memory that is free now.
 
-    Raises UserError for a form that this run's layers have not.
+    Raises UserError for a mode that this run's layers have not.
     """
     chosen = str(config.train.gradient_checkpointing)
     if chosen != "auto":
-        if chosen not in training.forms:
+        if chosen not in training.modes:
             raise UserError(
                 f'train.gradient_checkpointing = "{chosen}" needs the Triton kernels, so a GPU and no '
                 'lora.lora_dropout; set "auto"'

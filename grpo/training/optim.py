@@ -19,7 +19,7 @@ from grpo.errors import UserError
 def build_optimizer(
     parameters: Sequence[nn.Parameter], train: Train, device: torch.device, notice: Callable[[str], None]
 ) -> torch.optim.Optimizer:
-    """AdamW over `parameters` as `[train]` says. The 8-bit forms run on a GPU; elsewhere `notice` is told."""
+    """AdamW over `parameters` as `[train]` says. The 8-bit ones run on a GPU; elsewhere `notice` says so."""
     arguments = {
         "lr": train.learning_rate,
         "betas": (train.adam_beta1, train.adam_beta2),
@@ -112,7 +112,7 @@ class LossScaler:
         self.scale, self.good_steps = state["scale"], state["good_steps"]
 
 
-class Snapshot:
+class OptimizerBackup:
     """A copy of `parameters` and of `optimizer`'s state, made when it is created."""
 
     def __init__(self, parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer):

@@ -1,7 +1,7 @@
 """The model that the KL penalty holds the policy to: the adapter as the run found it, or the base.
 
 The starting adapter is kept in the run folder, so that a resumed run has the same reference. A fresh adapter changes
-nothing, and then there is nothing to keep. How the reference takes the adapter's place is `Policy.reference`'s.
+nothing, and then there is nothing to keep. For how the reference takes the adapter's place see `Policy.reference`.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ def set_reference(policy: Policy, settings: Loss, run: Path, *, resume: bool, ra
     policy.forget_reference()
     if settings.beta == 0 or settings.reference == "base":
         return
-    kept = run / REFERENCE
-    if resume and ranks.first and kept.exists():
-        policy.load_adapter(kept)
+    folder = run / REFERENCE
+    if resume and ranks.first and folder.exists():
+        policy.load_adapter(folder)
     if resume:
         ranks.copy_first(policy.parameters())
-    if policy.adapter_is_idle():
+    if policy.adapter_is_zero():
         return
     policy.remember_reference()
     if not resume and ranks.first:
-        replace_folder(kept, policy.save_adapter)
+        replace_folder(folder, policy.save_adapter)

@@ -1,14 +1,21 @@
-"""The start-up check that generation uses the adapter that is being trained.
+"""The gate at the start of a run: generation and the training graph compute the same model, with the adapter that is
+being trained.
 
-A stale or unsynchronised adapter raises no error anywhere: the run merely learns from the wrong policy. So before the
-first step the adapter is moved, and vLLM must follow. How far it should go is known from the training graph: tokens
-that vLLM samples with the moved adapter are scored there with the adapter as it was and as it is. The move is made as
-small as stands out from the rounding of the two graphs, whatever modules have an adapter.
+Nothing else would tell. A stale adapter, a window that is one token longer, a multiplier that one of the two leaves out
+raise no error anywhere: the run merely learns from the wrong policy. No list says which families of models are alike in
+both; each model is compared, in two ways.
+
+Logprobs: what vLLM samples after a long prompt is scored by the training graph, with the adapter as it is and moved.
+vLLM must follow the move, and how far is known from the training graph. The move is made as small as stands out from
+the rounding of the two graphs, whatever modules have an adapter.
+
+Modules (`module_check.py`): one by one, each on vLLM's input, with an adapter that acts on all of them. It sees what is
+too small for logprobs to tell from rounding, and it names what differs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -16,13 +23,20 @@ import torch
 from torch import Tensor
 
 from grpo.errors import UserError
-from grpo.policy.lora_linear import ADAPTER
+from grpo.model.families.table import listed
+from grpo.policy.lora_linear import ADAPTER, LoraLinear
 from grpo.policy.policy import Policy
 from grpo.rollout.engine import Request, SamplingSettings
 from grpo.session import Session
+from grpo.training.module_check import Difference, first_difference
 
-PROMPT = 16
-TOKENS = 16
+LONGEST_PROMPT = 1024
+"""Tokens of the prompt, where the run's sequences are that long: windows and rotary factors show with distance."""
+TEMPERATURES, UNCERTAIN = (1.0, 2.0), 0.5
+"""Tried in this order, until tokens cost that much on average: some models are sure of what follows noise. vLLM allows
+no more than 2."""
+COMPLETIONS, TOKENS = 2, 16
+"""How many completions of the prompt are compared, and their tokens."""
 NUDGES = tuple(0.02 * 2**power for power in range(8))
 """Standard deviations of what is added to B, tried in this order."""
 STANDS_OUT = 4.0
@@ -31,65 +45,137 @@ LEAST_FOLLOWED = 0.5
 """Share of the effect that vLLM must show. A stale adapter shows none, a served one all."""
 TOLERANCE = {torch.float32: 2e-3, torch.float16: 0.05, torch.bfloat16: 0.25}
 """Largest allowed mean |logprob difference| between vLLM and the training graph."""
+FLOAT32_ON_CPU = 2e-4
+"""The same where nothing is rounded to less than float32 on the way: ten times what was seen."""
+EVEN_MOVE = 1.5
+"""Standard deviation of the noise in B, times the adapter's scale and root of its rank, under which modules are
+compared: what an adapter adds is then about the size of its input, and stands out from a module's rounding."""
+
+
+Noise = Callable[[LoraLinear], float]
+"""What is added to the B of an adapter's module, as a standard deviation."""
 
 
 class Sampled(NamedTuple):
-    """A completion, and vLLM's logprobs of its tokens [tokens], float32."""
+    """Completions of one prompt, and vLLM's logprobs of all their tokens [tokens], float32."""
 
-    tokens: list[int]
+    tokens: list[list[int]]
     logprobs: Tensor
+    temperature: float
 
 
-def check_rollout_follows_adapter(session: Session) -> None:
-    """Raise UserError unless vLLM serves the adapter as it is now. The adapter is left as it was."""
-    policy, limit = session.policy, TOLERANCE[session.base.dtype]
+def check_start(session: Session) -> str | None:
+    """Raise UserError unless vLLM computes what the training graph does, with the adapter as it is now; the adapter is
+    left as it was. Returns a notice about a family that no test of this project compares."""
+    prompt = gate_prompt(session)
+    check_logprobs(session, prompt)
+    check_modules(session, prompt)
+    family = session.base.config.model_type
+    if family in listed():
+        return None
+    return (
+        f"the family {family!r} is none of those that this project's tests compare; with the installed packages "
+        "generation and training agree on it"
+    )
+
+
+def gate_prompt(session: Session) -> list[int]:
+    """Random tokens, as many as the run's sequences may have, up to LONGEST_PROMPT."""
+    length = max(1, min(LONGEST_PROMPT, session.engine.settings.max_seq_length - TOKENS))
     generator = torch.Generator().manual_seed(0)
-    prompt = torch.randint(0, session.base.config.vocab_size, (PROMPT,), generator=generator).tolist()
-    before = sample(session, prompt)
-    gap = distance(before.logprobs, scored(policy, prompt, before))
-    refuse_difference(gap, limit, "")
-    nudge = nudge_that_stands_out(policy, prompt, before, max(STANDS_OUT * gap, limit / STANDS_OUT))
-    try:
-        with moved(policy, nudge):
-            session.engine.sync_adapter()
-            after = sample(session, prompt)
-            here = scored(policy, prompt, after)
-        there = scored(policy, prompt, after)
-    finally:
-        session.engine.sync_adapter()
+    return torch.randint(0, session.base.config.vocab_size, (length,), generator=generator).tolist()
+
+
+def check_logprobs(session: Session, prompt: list[int]) -> None:
+    """Raise UserError unless sampled and trained logprobs agree and vLLM follows a move of the adapter."""
+    policy, limit = session.policy, tolerance(session)
+    before = sample_with_choice(session, prompt)
+    gap = mean_abs_diff(before.logprobs, scored(policy, prompt, before))
+    refuse_difference(session, prompt, gap, limit, "")
+    least = max(STANDS_OUT * gap, limit / STANDS_OUT)
+    nudge = nudge_that_stands_out(policy, prompt, before, least)
+    if nudge is None:
+        check_modules(session, prompt)  # the two may differ by more than an adapter can
+        raise UserError(
+            f"self-test: moving the adapter on {policy.adapted()} changes no logprob by "
+            f"{least:.3g}, so it cannot be trained; name other lora.target_modules"
+        )
+    with served_move(session, everywhere(nudge)):
+        after = sample(session, prompt, before.temperature)
+        here = scored(policy, prompt, after)
+    there = scored(policy, prompt, after)
     effect = here - there
     followed = float((after.logprobs - there) @ effect / (effect @ effect))
     if not followed > LEAST_FOLLOWED:
         raise UserError(
             f"self-test: of the effect that moving the adapter has on the training graph, generation shows "
-            f"{followed:.0%}: vLLM samples from another adapter; please report this with the model and the versions"
+            f"{followed:.0%}: vLLM samples from another adapter{named_difference(session, prompt)}; please report this "
+            "with the model and the versions"
         )
     # A larger move makes larger activations, and rounding errors with them.
-    refuse_difference(distance(after.logprobs, here), max(limit, float(effect.abs().mean()) / STANDS_OUT), "moved ")
-
-
-def nudge_that_stands_out(policy: Policy, prompt: list[int], sampled: Sampled, least: float) -> float:
-    """The first of NUDGES that changes the training graph's logprobs by `least` on average. Raises UserError."""
-    start = scored(policy, prompt, sampled)
-    for nudge in NUDGES:
-        with moved(policy, nudge):
-            if distance(scored(policy, prompt, sampled), start) >= least:
-                return nudge
-    raise UserError(
-        f"self-test: moving the adapter on {policy.adapted()} changes no logprob by {least:.3g}, "
-        "so it cannot be trained; name other lora.target_modules"
+    refuse_difference(
+        session,
+        prompt,
+        mean_abs_diff(after.logprobs, here),
+        max(limit, float(effect.abs().mean()) / STANDS_OUT),
+        "moved ",
     )
 
 
+def check_modules(session: Session, prompt: list[int]) -> None:
+    """Raise UserError for the first module that the two graphs do not compute alike, with an adapter that acts."""
+    different = different_module(session, prompt)
+    if different is not None:
+        raise UserError(
+            f"self-test: {different}, in vLLM beside the training graph, so completions would not come from the "
+            "trained policy; use another vLLM or a model of another family, and please report this"
+        )
+
+
+def different_module(session: Session, prompt: list[int]) -> Difference | None:
+    """The first module that is not alike on `prompt`, with an adapter that acts on all of them."""
+    with served_move(session, even_move):
+        return first_difference(session, prompt)
+
+
+def everywhere(noise: float) -> Noise:
+    """The same noise for every module."""
+    return lambda layer: noise
+
+
+def even_move(layer: LoraLinear) -> float:
+    """The noise in B with which an adapter adds about as much as its input is large, whatever its rank and scale."""
+    scale, rank = abs(layer.scaling[ADAPTER]), layer.r[ADAPTER]
+    return EVEN_MOVE / (scale * rank**0.5) if scale else 0.0
+
+
+def tolerance(session: Session) -> float:
+    """The largest allowed mean |logprob difference| for the session's device and dtype."""
+    dtype = session.base.dtype
+    on_cpu = session.base.device.type == "cpu"
+    return FLOAT32_ON_CPU if on_cpu and dtype == torch.float32 else TOLERANCE[dtype]
+
+
+def nudge_that_stands_out(policy: Policy, prompt: list[int], sampled: Sampled, least: float) -> float | None:
+    """The first of NUDGES that changes the training graph's logprobs by `least` on average; None if none does."""
+    start = scored(policy, prompt, sampled)
+    for nudge in NUDGES:
+        with moved(policy, everywhere(nudge)):
+            if mean_abs_diff(scored(policy, prompt, sampled), start) >= least:
+                return nudge
+    return None
+
+
 @contextmanager
-def moved(policy: Policy, nudge: float) -> Iterator[None]:
-    """Inside, every B has noise of standard deviation `nudge` added: the same at each call, in proportion."""
-    tensors = [layer.lora_B[ADAPTER].weight for layer in policy.adapter_layers().values()]
+def moved(policy: Policy, noise: Noise) -> Iterator[None]:
+    """Inside, every B has noise of that standard deviation added: the same at each call, in proportion."""
+    layers = list(policy.adapter_layers().values())
+    tensors = [layer.lora_B[ADAPTER].weight for layer in layers]
     kept = [tensor.detach().clone() for tensor in tensors]
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for tensor in tensors:
-            tensor.add_(torch.randn(tensor.shape, generator=generator).to(tensor) * nudge)
+        for layer, tensor in zip(layers, tensors, strict=True):
+            tensor.add_(torch.randn(tensor.shape, generator=generator).to(tensor) * noise(layer))
     try:
         yield
     finally:
@@ -98,29 +184,59 @@ def moved(policy: Policy, nudge: float) -> Iterator[None]:
                 tensor.copy_(old)
 
 
-def refuse_difference(gap: float, limit: float, which: str) -> None:
+@contextmanager
+def served_move(session: Session, noise: Noise) -> Iterator[None]:
+    """`moved`, in generation too."""
+    try:
+        with moved(session.policy, noise):
+            session.engine.sync_adapter()
+            yield
+    finally:
+        session.engine.sync_adapter()
+
+
+def refuse_difference(session: Session, prompt: list[int], gap: float, limit: float, which: str) -> None:
     """Raise UserError for a difference between the two graphs that rounding does not explain."""
     if not gap <= limit:
         raise UserError(
             f"self-test: with the {which}adapter vLLM's logprobs differ from the training graph's by {gap:.3g} on "
-            f"average, over {limit:.3g}, so completions would not come from the trained policy; please report this "
-            "with the model and the versions"
+            f"average, over {limit:.3g}, so completions would not come from the trained policy"
+            f"{named_difference(session, prompt)}; please report this with the model and the versions"
         )
 
 
-def sample(session: Session, prompt: list[int]) -> Sampled:
-    """A short completion from vLLM."""
-    request = Request(0, prompt, seed=0)
-    (done,) = session.engine.generate([request], SamplingSettings(temperature=1.0, max_tokens=TOKENS))
-    return Sampled(done.token_ids, torch.tensor(done.logprobs))
+def named_difference(session: Session, prompt: list[int]) -> str:
+    """The module to which a difference of logprobs is due, as a part of a sentence."""
+    different = different_module(session, prompt)
+    return f": {different or 'all layers agree, so it is the last norm or the output head'}"
+
+
+def sample_with_choice(session: Session, prompt: list[int]) -> Sampled:
+    """Short completions from vLLM at the first of TEMPERATURES at which tokens are not certain: a logprob of 0 says
+    nothing."""
+    for temperature in TEMPERATURES:
+        sampled = sample(session, prompt, temperature)
+        if float(sampled.logprobs.mean()) < -UNCERTAIN:
+            break
+    return sampled
+
+
+def sample(session: Session, prompt: list[int], temperature: float) -> Sampled:
+    """Short completions from vLLM."""
+    requests = [Request(index, prompt, seed=index) for index in range(COMPLETIONS)]
+    sampling = SamplingSettings(temperature=temperature, max_tokens=TOKENS)
+    done = sorted(session.engine.generate(requests, sampling), key=lambda completion: completion.request_id)
+    logprobs = [logprob for completion in done for logprob in completion.logprobs]
+    return Sampled([completion.token_ids for completion in done], torch.tensor(logprobs), temperature)
 
 
 @torch.no_grad()
 def scored(policy: Policy, prompt: list[int], sampled: Sampled) -> Tensor:
     """The training graph's logprobs of the same tokens, on the CPU."""
-    return policy.score([prompt], [sampled.tokens], temperature=1.0).logprobs.float().cpu()
+    prompts = [prompt] * len(sampled.tokens)
+    return policy.score(prompts, sampled.tokens, temperature=sampled.temperature).logprobs.float().cpu()
 
 
-def distance(one: Tensor, other: Tensor) -> float:
+def mean_abs_diff(one: Tensor, other: Tensor) -> float:
     """Mean |difference|."""
     return float((one - other).abs().mean())

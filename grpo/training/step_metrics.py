@@ -47,10 +47,10 @@ def sampling_metrics(
 
 def logged(groups: Sequence[Group], weights: dict[str, float], ranks: Ranks) -> list[SampleGroup]:
     """`groups`, each sampled on some rank, as the sample log keeps them. `weights`: of each reward."""
-    own = {
-        place: [asdict(logged_sample(sample, weights)) for sample in group.own]
-        for place, group in enumerate(groups)
-        if group.own
+    local = {
+        index: [asdict(logged_sample(sample, weights)) for sample in group.local]
+        for index, group in enumerate(groups)
+        if group.local
     }
     return [
         SampleGroup(
@@ -59,7 +59,7 @@ def logged(groups: Sequence[Group], weights: dict[str, float], ranks: Ranks) -> 
             [LoggedSample(**values) for values in samples],
             group.prompt.task,
         )
-        for group, samples in zip(groups, ranks.merged(own, len(groups)), strict=True)
+        for group, samples in zip(groups, ranks.gather_indexed(local, len(groups)), strict=True)
     ]
 
 

@@ -45,15 +45,15 @@ from grpo.run.tensor_state import load_tensors, save_tensors
 from grpo.run.versions import versions
 from grpo.session import Session, open_session, read_model
 from grpo.training.advantages import Advantages, compute_advantages
-from grpo.training.dump import dump_folder, whole, write_dump
+from grpo.training.dump import dump_folder, gather_batch, write_dump
 from grpo.training.environment import check_conversation, make_sampler, own_rewards, start_environment
 from grpo.training.evaluation import evaluate, measure_pass_rates
 from grpo.training.learner import UNMEASURED, Learner
 from grpo.training.loss import resolve_loss
 from grpo.training.reference_policy import set_reference
-from grpo.training.self_check import check_rollout_follows_adapter
+from grpo.training.self_check import check_start
 from grpo.training.step_metrics import logged, reward_table, sampling_metrics
-from grpo.training.update_check import UnusableUpdate
+from grpo.training.update_check import SkippedUpdate
 
 STATE = "trainer.safetensors"
 PASS_RATES = "pass_rates.json"
@@ -86,7 +86,7 @@ class Trainer:
             ranks = connect(self.launch, resolve_device(config.model.device))
             ranks.check = interrupts.check
             ranks.require_same(facts(config))
-            own = own_share(config, ranks.size)
+            share = config_of_rank(config, ranks.size)
             folder = config.checkpoint.output_dir
             resumed = folder if self.resume else None
             check_conversation(config, files.tokenizer, files.stop_token_ids)
@@ -94,7 +94,7 @@ class Trainer:
             with (
                 start_rewards(data, log) as pool,
                 start_environment(config, show) as environment,
-                open_session(own, files=files, status=log.status, resumed=resumed, agree=ranks.of_first) as session,
+                open_session(share, files=files, status=log.status, resumed=resumed, agree=ranks.broadcast) as session,
             ):
                 return train_session(session, data, folder, log, self.resume, pool, ranks, environment)
 
@@ -122,7 +122,7 @@ def uneven_share(config: Config, ranks: int) -> str | None:
     )
 
 
-def own_share(config: Config, ranks: int) -> Config:
+def config_of_rank(config: Config, ranks: int) -> Config:
     """`config` with vLLM sized for what one of `ranks` samples at once, unless it says how many that are."""
     rollout = config.rollout
     if ranks == 1 or rollout.max_num_seqs is not None:
@@ -178,8 +178,9 @@ def train_session(
     ranks.copy_first(session.policy.parameters())
     if ranks.first:
         remember_base(session.base, folder)
-    log.status("checking that vLLM follows the adapter")
-    check_rollout_follows_adapter(session)
+    log.status("checking that vLLM computes what is trained")
+    if (unlisted := check_start(session)) is not None:
+        log.notice(unlisted)
     with Interrupts() as interrupts, interrupts.deferred():
         session.engine.between_steps = interrupts.check
         try:
@@ -193,7 +194,7 @@ class Run:
     """The live parts of a run. `step` is the last whole one; they count from 1.
 
     A step happens or does not: what raises within one leaves the adapter, the optimiser and the place in the data as
-    they were before it, until the adapter has moved; from then on `whole` is false until the step is recorded.
+    they were before it, until the adapter has moved; from then on `step_complete` is false until the step is recorded.
     """
 
     def __init__(
@@ -228,7 +229,7 @@ class Run:
             session, pool, environment, max_steps=self.max_steps, check=check, ranks=self.ranks, notice=log.notice
         )
         self.step = self.saved = 0
-        self.whole = True
+        self.step_complete = True
         self.accuracies: dict[int, float] = {}
 
     def chosen_prompts(self) -> list[Prompt]:
@@ -241,7 +242,7 @@ class Run:
             return self.data.train
         file = self.folder / PASS_RATES
         measured = [prompt for prompt in self.data.train if prompt.task in windows]
-        found = self.ranks.of_first(json.loads(file.read_text()) if self.ranks.first and file.exists() else None)
+        found = self.ranks.broadcast(json.loads(file.read_text()) if self.ranks.first and file.exists() else None)
         if found is None:
             self.log.status("measuring pass rates")
             samples = max(self.data.settings[name].pass_rate_samples for name in windows)
@@ -270,7 +271,7 @@ class Run:
             self.evaluate()
             while self.step < self.max_steps:
                 self.log.step(self.one_step(self.step + 1))
-                self.step, self.whole = self.step + 1, True
+                self.step, self.step_complete = self.step + 1, True
                 last = self.step == self.max_steps
                 if last or self.step % self.config.checkpoint.save_steps == 0:
                     self.save()
@@ -284,7 +285,7 @@ class Run:
         """Sample, score, weigh, update, sync. Returns the step's metrics."""
         started = time.perf_counter()
         self.ranks.bytes_sent = 0
-        torch.manual_seed(sample_seed(self.config.train.seed, step, *self.own_rank()))
+        torch.manual_seed(sample_seed(self.config.train.seed, step, *self.seed_suffix()))
         taken = self.stream.taken.copy()
         try:
             rollouts = self.sample(step)
@@ -296,7 +297,7 @@ class Run:
         except BaseException:
             self.stream.taken = taken
             raise
-        self.whole = False
+        self.step_complete = False
         sync_seconds = self.session.engine.sync_adapter()
         now = time.perf_counter()
         survival = self.adapter_survival(groups, step)
@@ -314,7 +315,7 @@ class Run:
             "tokens": tokens,
             "tokens_per_second": tokens / rollout_seconds,
             "rollout_seconds": rollout_seconds,
-            "reward_seconds": sum(rollout.waited for rollout in rollouts),
+            "reward_seconds": sum(rollout.reward_wait_seconds for rollout in rollouts),
             "train_seconds": now - sampled - sync_seconds,
             "sync_seconds": sync_seconds,
             "step_seconds": now - started,
@@ -327,14 +328,14 @@ class Run:
         every = self.config.log.adapter_survival_every
         if not self.ranks.first or every is None or (step > 1 and step % every):
             return {}
-        turns = zip_longest(*([one.segments(group.prompt.token_ids) for one in group.own] for group in groups))
+        turns = zip_longest(*([one.segments(group.prompt.token_ids) for one in group.local] for group in groups))
         firsts = [one[0] for turn in turns for one in turn if one]  # one of each group, then another
         share = adapter_survival(
             self.session.policy, [one.prompt_ids for one in firsts], [one.token_ids for one in firsts]
         )
         return {} if share is None else {"adapter_survival": share}
 
-    def own_rank(self) -> tuple[int, ...]:
+    def seed_suffix(self) -> tuple[int, ...]:
         """What tells this rank's random numbers from those of the first, which are a lone process's."""
         return () if self.ranks.first else (self.ranks.rank,)
 
@@ -342,35 +343,35 @@ class Run:
         """Of several ranks: what one sent in this step, and how long they waited for the slowest on average."""
         if self.ranks.size == 1:
             return {}
-        idle = sum(rollout.idle for rollout in rollouts)
-        return {"ranks": self.ranks.size, "sent_bytes": self.ranks.bytes_sent, "idle_seconds": idle}
+        wait_seconds = sum(rollout.wait_seconds for rollout in rollouts)
+        return {"ranks": self.ranks.size, "sent_bytes": self.ranks.bytes_sent, "idle_seconds": wait_seconds}
 
     def update(self, groups: list[Group], advantages: Advantages, step: int) -> dict[str, float | None]:
         """Train on `groups`; returns the training metrics, also of an update that had to be left out.
 
         Raises UserError when the configuration says that the run is to stop for it.
         """
-        guard = self.learner.guard
+        update_check = self.learner.update_check
         try:
-            guard.check_sampled(groups, advantages)
+            update_check.check_sampled(groups, advantages)
             return {**self.learner.update(groups, advantages, step), "update_skipped": 0.0}
-        except UnusableUpdate as unusable:
-            dump = self.dump(step, unusable)
-            told = f"step {step}: {unusable.problem}; python -m grpo.replay {dump} says where that begins"
-            if guard.gives_up():
+        except SkippedUpdate as skipped:
+            dump = self.dump(step, skipped)
+            message = f"step {step}: {skipped.problem}; python -m grpo.replay {dump} says where that begins"
+            if update_check.ends_run():
                 raise UserError(
-                    f"{told}; {guard.skipped} such steps in a row end the run: lower train.learning_rate, or mend what "
-                    "it shows, and continue with --resume"
+                    f"{message}; {update_check.skipped} such steps in a row end the run: lower train.learning_rate, or "
+                    "mend what it shows, and continue with --resume"
                 ) from None
-            self.log.notice(f"{told}; the update was left out")
-            return {**UNMEASURED, **unusable.figures, "update_skipped": 1.0}
+            self.log.notice(f"{message}; the update was left out")
+            return {**UNMEASURED, **skipped.figures, "update_skipped": 1.0}
 
-    def dump(self, step: int, unusable: UnusableUpdate) -> Path:
+    def dump(self, step: int, skipped: SkippedUpdate) -> Path:
         """Keep what it takes to compute the update again; returns where."""
-        unusable.batch = whole(unusable.batch, self.ranks)
+        skipped.batch = gather_batch(skipped.batch, self.ranks)
         if not self.ranks.first:
             return dump_folder(self.folder, step)
-        return write_dump(self.folder, step, self.config, self.session.policy, unusable)
+        return write_dump(self.folder, step, self.config, self.session.policy, skipped)
 
     def sample(self, step: int) -> list[Rollout]:
         """One rollout or, with dynamic sampling, as many as it takes to fill the batch with unequal rewards."""
@@ -389,8 +390,8 @@ class Run:
         if not self.config.loss.dynamic_sampling:
             return groups, advantages
         unequal = [group for group, equal in zip(groups, advantages.zero_std, strict=True) if not equal]
-        kept = unequal[: self.config.rollout.prompts_per_step] or groups[: self.config.rollout.prompts_per_step]
-        return kept, self.advantages(kept)
+        selected = unequal[: self.config.rollout.prompts_per_step] or groups[: self.config.rollout.prompts_per_step]
+        return selected, self.advantages(selected)
 
     def advantages(self, groups: list[Group]) -> Advantages:
         table = reward_table(groups, self.reward_names)
@@ -433,7 +434,7 @@ class Run:
 
     def save_what_is_not(self) -> None:
         """Write a checkpoint of the last step if it is whole and has none; where that fails, say so and no more."""
-        if not self.whole or self.step == self.saved:
+        if not self.step_complete or self.step == self.saved:
             return
         self.log.status("saving a checkpoint")
         try:
@@ -443,12 +444,12 @@ class Run:
 
     def restore(self) -> None:
         """Continue from the newest good checkpoint, or from the beginning if the run ended before its first."""
-        where, state = self.ranks.of_first(self.last_checkpoint() if self.ranks.first else None)
+        where, state = self.ranks.broadcast(self.last_checkpoint() if self.ranks.first else None)
         if state is not None:
             self.load(where, state)
         self.log.resume(self.step)
         entries = read_entries(self.folder / EVALUATIONS) if self.ranks.first else []
-        self.accuracies = self.ranks.of_first({entry["step"]: entry["eval/strict_accuracy"] for entry in entries})
+        self.accuracies = self.ranks.broadcast({entry["step"]: entry["eval/strict_accuracy"] for entry in entries})
 
     def last_checkpoint(self) -> tuple[str, Any]:
         """Where the newest good checkpoint is and its state, without the adapter, which is loaded; or "" and None."""

@@ -1,8 +1,8 @@
 """When an update must not be applied: NaN or infinity, a rollout that the trainer does not recognise, a gradient spike.
 
-`Guard` judges the numbers of every optimiser step before anything moves, and keeps count. An update that is left out
-is dumped with all that it takes to compute it again: `python -m grpo.replay DUMP`, which says where the first
-non-finite value appears. The arithmetic is the learner's, and whether a run goes on the trainer's.
+`UpdateCheck` judges the numbers of every optimiser step before anything moves, and keeps count. An update that is left
+out is dumped with all that it takes to compute it again: `python -m grpo.replay DUMP`, which says where the first
+non-finite value appears. For the arithmetic see the learner; whether a run goes on is decided in the trainer.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Batch:
     """States of torch's generators before the first forward pass, by device."""
 
 
-class UnusableUpdate(Exception):
+class SkippedUpdate(Exception):
     """An optimiser step that was not applied. `problem` is a clause, such as "the gradient norm is nan"."""
 
     def __init__(self, problem: str, figures: Mapping[str, float | None], batch: Batch):
@@ -45,7 +45,7 @@ class UnusableUpdate(Exception):
         self.problem, self.figures, self.batch = problem, dict(figures), batch
 
 
-class Guard:
+class UpdateCheck:
     """Judges updates by `[train]`, and counts those left out in a row."""
 
     def __init__(self, train: Train):
@@ -54,7 +54,7 @@ class Guard:
         self.norms: deque[float] = deque(maxlen=WINDOW)
 
     def check_sampled(self, groups: Sequence[Group], advantages: Advantages) -> None:
-        """Raise UnusableUpdate for what no loss can be computed from."""
+        """Raise SkippedUpdate for what no loss can be computed from."""
         problem = None
         if advantages.reward.isinf().any() or not advantages.values.isfinite().all():
             problem = "a weighted sum of rewards is infinite"
@@ -63,12 +63,12 @@ class Guard:
         if problem:
             pairs = zip(groups, advantages.values, strict=True)
             batch = Batch([training_group(*pair) for pair in pairs], current_states(torch.device("cpu")))
-            raise UnusableUpdate(problem, {}, batch)
+            raise SkippedUpdate(problem, {}, batch)
 
     def check_update(self, figures: Mapping[str, float | None], batch: Batch) -> None:
-        """Raise UnusableUpdate unless `figures`, with "loss" and "grad_norm", are those of a sound optimiser step."""
+        """Raise SkippedUpdate unless `figures`, with "loss" and "grad_norm", are those of a sound optimiser step."""
         if problem := self._problem(figures):
-            raise UnusableUpdate(problem, figures, batch)
+            raise SkippedUpdate(problem, figures, batch)
         self.skipped = 0
         if norm := figures["grad_norm"]:
             self.norms.append(norm)
@@ -86,7 +86,7 @@ class Guard:
             return f"the gradient norm is {norm:.3g}, more than train.grad_norm_spike = {spike:g} times {usual:.3g}"
         return None
 
-    def gives_up(self) -> bool:
+    def ends_run(self) -> bool:
         """Count one more update that was left out; whether the run is to stop for it."""
         self.skipped += 1
         return self.train.on_nonfinite == "stop" or self.skipped >= self.train.max_nonfinite_steps

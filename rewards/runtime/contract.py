@@ -1,6 +1,6 @@
 """What goes into a reward function and what comes out: the batch, the result, and the checks on returned scores.
 
-How a function wants to be called is `forms.py`, where it comes from `references.py`, who calls it `pool.py`.
+How a function wants to be called: `conventions.py`; where it comes from: `references.py`; who calls it: `pool.py`.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ import socket
 import time
 from dataclasses import asdict
 
-from grpo.rewards.runtime.forms import RewardFunction
+from grpo.rewards.runtime.conventions import RewardFunction
 from grpo.rewards.runtime.protocol import Setup, encode, failure, receive, reply, unpack
 
 

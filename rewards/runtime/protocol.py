@@ -1,4 +1,4 @@
-"""What a reward process and its parent say to each other: messages, their lengths, and how an error is told."""
+"""What a reward process and its parent say to each other: messages, their lengths, and how an error is passed on."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 from grpo.errors import UserError
 from grpo.references import described, location
 from grpo.rewards.runtime.contract import BadReturn, RewardBatch
-from grpo.rewards.runtime.forms import RewardFunction
+from grpo.rewards.runtime.conventions import RewardFunction
 
 HEADER = 8
 MEND = 'mend the function, or set on_error = "skip" to score such batches as missing'
@@ -96,9 +96,9 @@ def failure(error: BaseException, function: RewardFunction, setup: Setup) -> dic
         what = f"ran out of the {setup.memory_limit / 1e9:.3g} GB of memory that it may use"
         remedy = f"raise its memory_limit_gb, or {MEND}"
     code = code_of(function.function)
-    place = location(error, code[0] if code else None)
+    where = location(error, code[0] if code else None)
     trace = "".join(traceback.format_exception(error))
-    return {"error": f"{subject(function)} {what} at {place}", "remedy": remedy, "traceback": trace}
+    return {"error": f"{subject(function)} {what} at {where}", "remedy": remedy, "traceback": trace}
 
 
 def subject(function: RewardFunction) -> str:

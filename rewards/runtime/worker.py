@@ -28,7 +28,7 @@ from dataclasses import asdict
 from grpo.errors import UserError
 from grpo.references import described, location
 from grpo.rewards.builtin import ALIASES, BUILTIN, resolve_reward
-from grpo.rewards.runtime.forms import RewardFunction
+from grpo.rewards.runtime.conventions import RewardFunction
 from grpo.rewards.runtime.protocol import Setup, encode, failure, receive, reply, subject, unpack
 
 PR_SET_PDEATHSIG = 1

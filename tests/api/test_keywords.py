@@ -1,4 +1,4 @@
-"""Keyword arguments become tables of the configuration; one that is none is told with the nearest."""
+"""Keyword arguments become tables of the configuration; an unknown one is refused with the nearest."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ import grpo
 from grpo.api.loaded_policy import LoadedPolicy
 from grpo.api.result import TrainResult
 from grpo.errors import UserError
-from grpo.run.model_reference import resolve_target
+from grpo.run.model_reference import resolve_model
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny_run import save_tiny_chat_model
 
@@ -148,13 +148,22 @@ def test_what_other_loaders_offer_is_declined_with_a_reason_and_a_way_out(settin
     sentence(error)
 
 
-@pytest.mark.parametrize("entry", [{"vision_config": {}}, {"audio_config": {}}])
-def test_vision_and_speech_models_are_declined(tmp_path: Path, entry: dict[str, Any]) -> None:
-    kind = "llava" if "vision_config" in entry else "qwen2_audio"
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind, **entry}))
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("t5", "has an encoder beside its decoder; use"),
+        ("whisper", "has an encoder beside its decoder; use"),
+        ("distilbert", "transformers has no causal language model of it.*; use"),
+        ("deepseek_v3", r"latent form \(MLA\); use"),
+        ("mixtral", "mixture of experts.*; use a dense model"),
+    ],
+)
+def test_what_is_no_decoder_that_both_graphs_have_is_declined(tmp_path: Path, kind: str, reason: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
     (tmp_path / "model.safetensors").write_bytes(b"\2\0\0\0\0\0\0\0{}")
-    with pytest.raises(UserError, match=f"'{kind}' is not supported because it takes images or sound.* text models"):
+    with pytest.raises(UserError, match=f"'{kind}' is not supported: .*{reason}") as error:
         grpo.load(tmp_path)
+    sentence(error)
 
 
 def test_a_path_that_does_not_exist_is_told_before_anything_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -359,11 +368,11 @@ def test_a_result_is_a_table_and_a_picture(run: TrainResult, tmp_path: Path) -> 
 @vllm
 def test_a_run_and_its_adapter_lead_to_base_and_values(run: TrainResult, home: Path, tmp_path: Path) -> None:
     for name in (run.folder, run.folder / "adapter", run.folder / "checkpoints/step-2/adapter"):
-        target = resolve_target(name)
+        target = resolve_model(name)
         assert target.tables["model"]["name"] == str(home / "model") and target.lora["r"] == 4
     lone = tmp_path / "lone"
     shutil.copytree(run.folder / "adapter", lone)
-    assert resolve_target(lone).tables["lora"]["lora_alpha"] == 8
+    assert resolve_model(lone).tables["lora"]["lora_alpha"] == 8
     with grpo.load(lone, **TINY) as policy:
         found = policy.model.state_dict()
         for key, tensor in load_file(lone / "adapter_model.safetensors").items():

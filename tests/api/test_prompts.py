@@ -1,4 +1,4 @@
-"""Prompts are told apart, and tokens that come one at a time give the text of all of them."""
+"""Texts, chats and lists of them are distinguished, and tokens that come one at a time give the text of all of them."""
 
 from __future__ import annotations
 

@@ -137,7 +137,7 @@ SENTENCES = [
     (MINIMAL + "max_steps = 4\n", "file.toml:5: unknown key 'task.max_steps'; it belongs in [train]"),
     (
         MINIMAL + "[train]\nvllm_gpu_memory_utilization = 0.5\n",
-        "file.toml:6: unknown key 'train.vllm_gpu_memory_utilization'; did you mean 'gpu_memory_utilization' in",
+        "file.toml:6: unknown key 'train.vllm_gpu_memory_utilization'; here it is 'gpu_memory_utilization' of",
     ),
     (MINIMAL + "[train]\noptim = 'sgd'\n", 'file.toml:6: train.optim = "sgd": must be "adamw", "adamw_8bit" or "paged'),
     (

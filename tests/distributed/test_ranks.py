@@ -27,7 +27,7 @@ from grpo.errors import UserError
 from grpo.model.base_weights import BaseWeights
 from grpo.model.source import open_source
 from grpo.policy.policy import Policy
-from grpo.rollout.sampler import Group, Outline
+from grpo.rollout.sampler import Group, RemoteSample
 from grpo.training.loss_metrics import EffectiveSampleSize, Maximum, Mean, Total, as_message, from_message
 from grpo.training.trainer import uneven_share
 from tests.helpers.forked_runs import Finished, ForkedRuns
@@ -123,13 +123,13 @@ def test_every_optimiser_step_has_work_for_every_rank(prompts: int, parts: int, 
     assert owners(prompts, parts, 1) == [0] * prompts
 
 
-def config_with(prompts: int, parts: int = 1) -> Any:
+def config_with(prompts: int, optimizer_steps: int = 1) -> Any:
     return parse_config(
         {
             "model": {"name": "m"},
             "task": {"name": "t"},
             "rollout": {"prompts_per_step": prompts},
-            "train": {"optimizer_steps_per_rollout": parts},
+            "train": {"optimizer_steps_per_rollout": optimizer_steps},
         }
     )
 
@@ -137,7 +137,7 @@ def config_with(prompts: int, parts: int = 1) -> Any:
 def test_more_ranks_than_prompts_are_refused_and_uneven_shares_are_said() -> None:
     assert uneven_share(config_with(8), 4) is None and uneven_share(config_with(7), 1) is None
     assert "6 does not divide evenly among 4 ranks:" in str(uneven_share(config_with(6), 4))
-    assert "among 4 ranks in each of 4 optimiser steps" in str(uneven_share(config_with(8, parts=4), 4))
+    assert "among 4 ranks in each of 4 optimiser steps" in str(uneven_share(config_with(8, optimizer_steps=4), 4))
     check_share(4, 4)
     with pytest.raises(UserError, match="prompts_per_step = 3: 4 ranks were started"):
         check_share(3, 4)
@@ -149,12 +149,16 @@ def test_more_ranks_than_prompts_are_refused_and_uneven_shares_are_said() -> Non
 def test_every_rank_gets_what_every_rank_says() -> None:
     def say(ranks: Ranks) -> Any:
         mine = {"rank": ranks.rank, "text": "x" * 10 * ranks.rank, "tensor": torch.arange(ranks.rank)}
-        return ranks.gather(mine), ranks.of_first(f"from {ranks.rank}"), ranks.merged({2 - ranks.rank: ranks.rank}, 3)
+        return (
+            ranks.gather(mine),
+            ranks.broadcast(f"from {ranks.rank}"),
+            ranks.gather_indexed({2 - ranks.rank: ranks.rank}, 3),
+        )
 
-    for told, first, merged in together(3, say):  # type: ignore[misc]
-        assert [entry["rank"] for entry in told] == [0, 1, 2]
-        assert [len(entry["text"]) for entry in told] == [0, 10, 20]
-        assert [entry["tensor"].tolist() for entry in told] == [[], [0], [0, 1]]
+    for gathered, first, merged in together(3, say):  # type: ignore[misc]
+        assert [entry["rank"] for entry in gathered] == [0, 1, 2]
+        assert [len(entry["text"]) for entry in gathered] == [0, 10, 20]
+        assert [entry["tensor"].tolist() for entry in gathered] == [[], [0], [0, 1]]
         assert first == "from 0" and merged == [2, 1, 0]
 
 
@@ -204,7 +208,8 @@ def shared_out(rank: int, size: int, parts: int) -> list[Group]:
         group
         if owner == rank
         else Group(
-            group.prompt, [Outline(sample.length, sample.truncated, True, sample.rewards) for sample in group.samples]
+            group.prompt,
+            [RemoteSample(sample.length, sample.truncated, True, sample.rewards) for sample in group.samples],
         )
         for group, owner in zip(everything, owners(len(everything), parts, size), strict=True)
     ]

@@ -70,12 +70,12 @@ def a_model_of_an_unknown_type(home: Path) -> None:
     edit_json(home / "model" / "config.json", model_type="not_a_model")
 
 
-@case("architecture 'gpt2' is not supported", "supported are the text models llama")
+@case("architecture 'gpt2' is not supported", "use a model of another family")
 def a_model_that_is_not_supported(home: Path) -> None:
     edit_json(home / "model" / "config.json", model_type="gpt2")
 
 
-@case("architecture 'mixtral' is not supported", "supported are the text models llama")
+@case("architecture 'mixtral' is not supported", "use a dense model")
 def a_mixture_of_experts(home: Path) -> None:
     edit_json(home / "model" / "config.json", model_type="mixtral")
 

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from grpo.kernels import nf4, nf4_gemm
+from grpo.kernels import lora_sum, nf4, nf4_gemm
 from grpo.kernels.dense_gemm import dense_gemm, split_of
 from grpo.kernels.lora_factors import LowRank
 from grpo.kernels.lora_shrink import launch_shrink
@@ -36,7 +36,7 @@ def test_quantise_kernel_writes_what_the_torch_form_writes(shape, source, dtype)
         nf4.allocate(shape[0] + 16, shape[1], dtype, "cpu"),
     )
     nf4.quantize_rows(*expected, 8, weight)
-    nf4.launch_quantize(*result, 8, weight, portable=True)
+    nf4.launch_quantize(*result, 8, weight, interpreted=True)
     for mine, theirs in zip(result, expected, strict=True):
         whole = [
             tensor.as_strided((tensor.untyped_storage().size() // tensor.element_size(),), (1,))
@@ -52,7 +52,7 @@ def test_dequantise_kernel_writes_what_the_torch_form_writes(shape, dtype):
     nf4.quantize_rows(packed, absmax, 0, random_weight(*shape))
     guarded = torch.full((shape[0] * shape[1] + 64,), 7.0, dtype=dtype)
     out = guarded[: shape[0] * shape[1]].view(shape)
-    nf4.launch_dequantize(packed, absmax, out, portable=True)
+    nf4.launch_dequantize(packed, absmax, out, interpreted=True)
     assert torch.equal(out.view(torch.int16), nf4.dequantize(packed, absmax).view(torch.int16))
     assert bool((guarded[-64:] == 7).all())
 
@@ -84,7 +84,7 @@ def test_fused_product_equals_the_product_of_dequantised_weights(
     guarded = torch.full((rows + 1, features + 3), 7.0, dtype=dtype)
     out = guarded[:rows, :features]
     out.fill_(float("nan"))
-    nf4_gemm.launch_gemm(x, packed, absmax, bias, out, tile, split, portable=True)
+    nf4_gemm.launch_gemm(x, packed, absmax, bias, out, tile, split, interpreted=True)
     expected = x.float() @ nf4.dequantize(packed, absmax).float().T + (bias.float() if with_bias else 0.0)
     assert (out.float() - expected).norm() <= TOLERANCE[dtype] * expected.norm()
     assert bool((guarded[rows:] == 7).all()) and bool((guarded[:, features:] == 7).all())
@@ -96,8 +96,8 @@ def test_a_slice_of_rows_multiplies_like_the_whole():
     nf4.quantize_rows(packed, absmax, 0, random_weight(48, 192))
     x = torch.randn(5, 192).bfloat16()
     whole, part = torch.empty(5, 48, dtype=torch.bfloat16), torch.empty(5, 24, dtype=torch.bfloat16)
-    nf4_gemm.launch_gemm(x, packed, absmax, None, whole, Tile(64, 16, 4, 3, 1), 1, portable=True)
-    nf4_gemm.launch_gemm(x, packed[16:40], absmax[16:40], None, part, Tile(64, 16, 4, 3, 1), 1, portable=True)
+    nf4_gemm.launch_gemm(x, packed, absmax, None, whole, Tile(64, 16, 4, 3, 1), 1, interpreted=True)
+    nf4_gemm.launch_gemm(x, packed[16:40], absmax[16:40], None, part, Tile(64, 16, 4, 3, 1), 1, interpreted=True)
     torch.testing.assert_close(part, whole[:, 16:40], rtol=8e-3, atol=1e-3)
 
 
@@ -109,7 +109,7 @@ def test_shrink_kernel_equals_the_product(rows, columns, ranks, scale, dtype):
     wide = torch.randn(rows, columns + 8).to(dtype)
     wide[:, columns:] = float("nan")
     x, a = wide[:, :columns], torch.randn(ranks, columns).to(dtype)
-    out = launch_shrink(x, a, torch.tensor(scale, dtype=dtype), portable=True)
+    out = launch_shrink(x, a, torch.tensor(scale, dtype=dtype), interpreted=True)
     expected = x.float() @ a.float().T * scale
     assert (out.float() - expected).norm() <= TOLERANCE[dtype] * expected.norm()
     assert not nf4_gemm.workspace(x.device)[1].any()
@@ -122,26 +122,28 @@ def test_an_adapter_is_added_before_the_result_is_rounded(split, ranks, dtype):
     packed, absmax = nf4.allocate(features, columns, dtype, "cpu")
     nf4.quantize_rows(packed, absmax, 0, random_weight(features, columns))
     x, bias = torch.randn(rows, columns).to(dtype), torch.randn(features).to(dtype)
-    shrunk, b = torch.randn(rows, ranks).to(dtype), torch.randn(features, ranks).to(dtype)
+    x_lora_a, b = torch.randn(rows, ranks).to(dtype), torch.randn(features, ranks).to(dtype)
     out = torch.full((rows, features), float("nan"), dtype=dtype)
     tile = Tile(64, 16, 4, 3, 1)
-    nf4_gemm.launch_gemm(x, packed, absmax, bias, out, tile, split, LowRank(shrunk, b), portable=True)
-    expected = x.float() @ nf4.dequantize(packed, absmax).float().T + bias.float() + shrunk.float() @ b.float().T
+    nf4_gemm.launch_gemm(x, packed, absmax, bias, out, tile, split, LowRank(x_lora_a, b), interpreted=True)
+    expected = x.float() @ nf4.dequantize(packed, absmax).float().T + bias.float() + x_lora_a.float() @ b.float().T
     assert (out.float() - expected).norm() <= TOLERANCE[dtype] * expected.norm()
 
 
 @pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("has_dot", [True, False])
 @pytest.mark.parametrize(
     ("rows", "features", "ranks", "bias"), [(1, 8, 4, True), (17, 136, 48, False), (20, 130, 80, True)]
 )
-def test_sum_kernel_adds_bias_and_adapter_and_rounds_once(rows, features, ranks, bias, dtype):
+def test_sum_kernel_adds_bias_and_adapter_and_rounds_once(rows, features, ranks, bias, has_dot, dtype, monkeypatch):
+    monkeypatch.setattr(lora_sum, "has_dot", lambda tensor: has_dot)
     total = torch.randn(rows, features)
     given = torch.randn(features).to(dtype) if bias else None
-    shrunk = torch.randn(rows, ranks).to(dtype)
+    x_lora_a = torch.randn(rows, ranks).to(dtype)
     b = (torch.randn(ranks, features) * 1e-2).to(dtype).t()
     whole = torch.full((rows, features + 8), float("nan"), dtype=dtype)
-    round_sum(total, given, LowRank(shrunk, b), whole[:, :features])
-    exact = total.double() + shrunk.double() @ b.double().T + (0 if given is None else given.double())
+    round_sum(total, given, LowRank(x_lora_a, b), whole[:, :features])
+    exact = total.double() + x_lora_a.double() @ b.double().T + (0 if given is None else given.double())
     assert share_rounded_more_than_once(whole[:, :features], exact) <= 0.005
     assert whole[:, features:].isnan().all()
 
@@ -169,10 +171,10 @@ def test_the_product_of_sm_75_equals_the_product_of_dequantised_weights(
     guarded = torch.full((rows + 1, features + 3), 7.0, dtype=dtype)
     out = guarded[:rows, :features]
     out.fill_(float("nan"))
-    launch_turing(x, packed, absmax, bias, out, tile, split, low_rank, portable=True)
+    launch_turing(x, packed, absmax, bias, out, tile, split, low_rank, interpreted=True)
     expected = x.double() @ nf4.dequantize(packed, absmax).double().T + (bias.double() if with_bias else 0.0)
     if low_rank is not None:
-        expected += low_rank.shrunk.double() @ low_rank.b.double().T
+        expected += low_rank.x_lora_a.double() @ low_rank.b.double().T
     assert (out.double() - expected).norm() <= TOLERANCE[dtype] * expected.norm()
     assert share_rounded_more_than_once(out, expected) <= 0.005
     assert bool((guarded[rows:] == 7).all()) and bool((guarded[:, features:] == 7).all())
@@ -188,10 +190,10 @@ def test_dense_kernel_adds_bias_and_adapter_and_rounds_once(rows, features, colu
     weight = random_weight(features, columns + 8, dtype)[:, :columns]
     x = torch.randn(rows, columns + 8).to(dtype)[:, :columns]
     given = torch.randn(features).to(dtype) if bias else None
-    shrunk, b = torch.randn(rows, ranks).to(dtype), (torch.randn(ranks, features) * 1e-2).to(dtype).t()
+    x_lora_a, b = torch.randn(rows, ranks).to(dtype), (torch.randn(ranks, features) * 1e-2).to(dtype).t()
     whole = torch.full((rows, features + 8), float("nan"), dtype=dtype)
-    dense_gemm(x, weight, given, LowRank(shrunk, b) if ranks else None, whole[:, :features], 100_000)
-    exact = x.double() @ weight.double().T + shrunk.double() @ b.double().T + (0 if given is None else given.double())
+    dense_gemm(x, weight, given, LowRank(x_lora_a, b) if ranks else None, whole[:, :features], 100_000)
+    exact = x.double() @ weight.double().T + x_lora_a.double() @ b.double().T + (0 if given is None else given.double())
     assert share_rounded_more_than_once(whole[:, :features], exact) <= 0.005
     assert whole[:, features:].isnan().all()
 
@@ -205,5 +207,5 @@ def test_a_row_of_a_dense_product_has_the_same_bits_whatever_other_rows_there_ar
     for row in (0, 17, 39):
         alone = torch.empty(1, 72, dtype=torch.bfloat16)
         part = slice(row, row + 1)
-        dense_gemm(x[part], weight, None, LowRank(low_rank.shrunk[part], low_rank.b), alone, 100_000)
+        dense_gemm(x[part], weight, None, LowRank(low_rank.x_lora_a[part], low_rank.b), alone, 100_000)
         assert torch.equal(alone, together[part])

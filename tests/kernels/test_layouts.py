@@ -8,9 +8,9 @@ import torch
 
 from grpo.kernels import lora_factors, shared_keys
 from grpo.kernels.attention import Packing, Span, packed_attention
-from grpo.kernels.launch import interpreted
-from grpo.kernels.lora_factors import Adapter, lay_out
-from grpo.kernels.shared_keys import laid_out
+from grpo.kernels.launch import interpreter_enabled
+from grpo.kernels.lora_factors import Adapter, pack_lora
+from grpo.kernels.shared_keys import gather_keys
 from tests.helpers.hopper import compile_for_hopper
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -29,20 +29,23 @@ def seed():
 # What a GPU would be given
 
 KERNELS = {
-    lora_factors._lay_out_kernel: {"TILE": 64, "PORTABLE": False},
+    lora_factors._pack_lora_kernel: {"TILE": 64, "INTERPRETED": False},
     shared_keys._copy_kernel: {"COLUMNS": 1024},
-    shared_keys._sum_kernel: {"COLUMNS": 1024, "PORTABLE": False},
+    shared_keys._sum_kernel: {"COLUMNS": 1024, "INTERPRETED": False},
 }
-POINTERS = {"a0", "b0", "a1", "b1", "a2", "b2", "down", "up", "key", "value", "key_grad", "value_grad", "out"}
+POINTERS = {
+    "a0_ptr", "b0_ptr", "a1_ptr", "b1_ptr", "a2_ptr", "b2_ptr", "lora_a_ptr", "lora_b_ptr", "key_ptr", "value_ptr",
+    "key_grad_ptr", "value_grad_ptr", "out_ptr",
+}  # fmt: skip
 SCALES = ("scale0", "scale1", "scale2")
-INDICES = {"sources": "*i64", "bounds": "*i32", "order": "*i32"}
+INDICES = {"sources_ptr": "*i64", "bounds_ptr": "*i32", "order_ptr": "*i32"}
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.__name__ if hasattr(kernel, "__name__") else "")
 @pytest.mark.parametrize("element", ["bf16", "fp32"])
 def test_kernels_compile_for_hopper(kernel, element, device):
     """The interpreter takes what the compiler refuses, such as branches that give one name two types."""
-    if interpreted() or device != "cpu":
+    if interpreter_enabled() or device != "cpu":
         return
     types = dict.fromkeys(POINTERS, f"*{element}") | INDICES | dict.fromkeys(SCALES, "fp32")
     assert ".target sm_90" in compile_for_hopper(kernel, KERNELS[kernel], types)["ptx"]
@@ -77,26 +80,26 @@ def test_factors_lie_in_their_own_rows_and_columns_with_zeros_around(parts, dtyp
     rank = sum(part[2] for part in parts)
     width = -(-rank // 64) * 64
     matrix = torch.full((rows + width, columns + width), torch.nan, dtype=dtype, device=device)
-    down, up = matrix[rows:, :columns], matrix[:rows, columns:]
-    lay_out(adapters, factors, down, up)
+    lora_a, lora_b = matrix[rows:, :columns], matrix[:rows, columns:]
+    pack_lora(adapters, factors, lora_a, lora_b)
     start = 0
-    expected_down, expected_up = torch.zeros_like(down), torch.zeros_like(up)
+    expected_down, expected_up = torch.zeros_like(lora_a), torch.zeros_like(lora_b)
     for (first, count, of_one, scale), a, b in zip(parts, factors[0::2], factors[1::2], strict=True):
         expected_down[start : start + of_one] = a.to(dtype)
         expected_up[first : first + count, start : start + of_one] = (b * scale).to(dtype)
         start += of_one
-    assert torch.equal(down, expected_down) and torch.equal(up, expected_up)
+    assert torch.equal(lora_a, expected_down) and torch.equal(lora_b, expected_up)
     assert matrix[:rows, :columns].isnan().all() and matrix[rows:, columns:].isnan().all()
 
 
 def test_one_launch_lays_out_three_adapters(device, monkeypatch):
-    if device == "cpu" and not interpreted():
+    if device == "cpu" and not interpreter_enabled():
         return
     launched = []
-    launch = lora_factors.launch_lay_out
-    monkeypatch.setattr(lora_factors, "launch_lay_out", lambda *given: launched.append(launch(*given)))
+    launch = lora_factors.launch_pack_lora
+    monkeypatch.setattr(lora_factors, "launch_pack_lora", lambda *given: launched.append(launch(*given)))
     adapters, factors = factors_of([(0, 8, 2, 1.0), (8, 8, 2, 1.0), (16, 8, 2, 1.0)], 16, device)
-    lay_out(adapters, factors, torch.empty(6, 16, device=device), torch.empty(24, 6, device=device))
+    pack_lora(adapters, factors, torch.empty(6, 16, device=device), torch.empty(24, 6, device=device))
     assert len(launched) == 1
 
 
@@ -114,7 +117,7 @@ def keys_and_values(heads, dim, dtype, device, tokens=27):
 def test_keys_are_copied_and_their_gradients_summed_once_rounded(heads, dim, dtype, device):
     packing = Packing(SPANS, torch.device(device))
     stacked, key, value = keys_and_values(heads, dim, dtype, device)
-    found = laid_out(key, value, packing.places)
+    found = gather_keys(key, value, packing.gather_index)
     sources = packing.key_positions.to(device)
     for result, given in zip(found, (key, value), strict=True):
         assert torch.equal(result, given[sources])
@@ -133,7 +136,7 @@ def test_keys_are_copied_and_their_gradients_summed_once_rounded(heads, dim, dty
 def test_gradients_of_keys_have_the_same_bits_every_time(device):
     packing = Packing(SPANS, torch.device(device))
     stacked, key, value = keys_and_values(2, 16, torch.bfloat16, device)
-    found = laid_out(key, value, packing.places)
+    found = gather_keys(key, value, packing.gather_index)
     gradients = [torch.randn(result.shape, device=device).bfloat16() for result in found]
     first, again = (torch.autograd.grad(found, stacked, gradients, retain_graph=True)[0] for _ in range(2))
     assert torch.equal(first, again)
@@ -142,8 +145,8 @@ def test_gradients_of_keys_have_the_same_bits_every_time(device):
 def test_expanded_gradients_of_keys_are_taken(device):
     packing = Packing(SPANS, torch.device(device))
     stacked, key, value = keys_and_values(1, 8, torch.float32, device)
-    places = packing.places
-    sum(part.sum() for part in laid_out(key, value, places)).backward()
+    gather_index = packing.gather_index
+    sum(part.sum() for part in gather_keys(key, value, gather_index)).backward()
     counts = torch.bincount(packing.key_positions).float().to(device)
     torch.testing.assert_close(stacked.grad[:, 1:], counts[:, None, None].expand(27, 2, 8))
 
@@ -153,14 +156,14 @@ def test_keys_whose_heads_lie_apart_are_taken(device):
     packing = Packing(SPANS, torch.device(device))
     by_head = torch.randn(2, 3, 27, 8, device=device).requires_grad_()
     key, value = by_head.transpose(1, 2)
-    found = laid_out(key, value, packing.places)
+    found = gather_keys(key, value, packing.gather_index)
     for result, given in zip(found, (key, value), strict=True):
         assert torch.equal(result, given[packing.key_positions.to(device)])
     sum(part.sum() for part in found).backward()
     counts = torch.bincount(packing.key_positions).float().to(device)
     torch.testing.assert_close(by_head.grad, counts[:, None].expand(2, 3, 27, 8))
     with pytest.raises(AssertionError):
-        shared_keys.launch_copy(key, value, packing.places, torch.stack(found))
+        shared_keys.launch_copy(key, value, packing.gather_index, torch.stack(found))
 
 
 # Attention

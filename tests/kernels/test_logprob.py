@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from grpo.kernels import logprob
-from grpo.kernels.launch import interpreted
+from grpo.kernels.launch import interpreter_enabled
 from grpo.kernels.logprob import selected_logprobs
 from tests.helpers.paths import ROOT
 
@@ -234,7 +234,7 @@ def test_kernel_equals_the_torch_form_on_the_gpu(vocabulary, softcap, dtype):
 @pytest.mark.slow
 def test_kernel_in_the_interpreter():
     """Triton reads TRITON_INTERPRET when it is imported, hence a process of its own."""
-    if interpreted():
+    if interpreter_enabled():
         return
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(

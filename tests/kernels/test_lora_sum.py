@@ -49,7 +49,7 @@ class Case:
 
     def exact(self, weight: Tensor | None = None) -> Tensor:
         weight = self.weight if weight is None else weight
-        y = self.x.double() @ weight.double().T + self.low_rank.shrunk.double() @ self.b.double().T
+        y = self.x.double() @ weight.double().T + self.low_rank.x_lora_a.double() @ self.b.double().T
         return y if self.bias is None else y + self.bias.double()
 
 
@@ -74,7 +74,7 @@ def test_a_dense_product_with_an_adapter_is_rounded_once(rows, columns, features
 def test_adding_to_a_rounded_product_fails_the_same_comparison(dtype):
     case = Case(64, 576, 520, 16, dtype, "cpu")
     rounded = F.linear(case.x, case.weight, case.bias)
-    twice = rounded.addmm(case.low_rank.shrunk, case.b.t())
+    twice = rounded.addmm(case.low_rank.x_lora_a, case.b.t())
     assert share_rounded_more_than_once(twice, case.exact()) > 0.1
 
 
@@ -100,11 +100,11 @@ def test_either_way_of_a_dense_product_rounds_once(strided, float32_bytes, rows,
 @pytest.mark.parametrize(("rows", "features", "ranks"), [(1, 8, 4), (37, 1000, 24), (300, 576, 384)])
 def test_the_rounding_kernel_adds_bias_and_adapter(rows, features, ranks, dtype):
     total = torch.randn(rows, features, device="cuda")
-    bias, shrunk = torch.randn(features, device="cuda").to(dtype), torch.randn(rows, ranks, device="cuda").to(dtype)
+    bias, x_lora_a = torch.randn(features, device="cuda").to(dtype), torch.randn(rows, ranks, device="cuda").to(dtype)
     b = (torch.randn(ranks, features, device="cuda") * 1e-2).to(dtype).t()  # strides the other way round
     out = torch.empty(rows, features, device="cuda", dtype=dtype)
-    round_sum(total, bias, LowRank(shrunk, b), out)
-    exact = total.double() + bias.double() + shrunk.double() @ b.double().T
+    round_sum(total, bias, LowRank(x_lora_a, b), out)
+    exact = total.double() + bias.double() + x_lora_a.double() @ b.double().T
     assert half_units(out, exact).quantile(0.99) <= 1.03
 
 
@@ -132,8 +132,8 @@ def test_the_rollouts_linear_rounds_once_at_every_number_of_rows(rows, form, dty
     case = Case(rows, 576, 960, 48, dtype, device)
     layer, segments, dense = served_layer(case, form, device)
     result = SharedLinearMethod().apply(layer, case.x, case.bias)
-    shrunk = LowRank(F.linear(case.x, case.a), case.b)  # by another kernel than the layer's, so rounded elsewhere
-    exact = case.x.double() @ dense.double().T + case.bias.double() + shrunk.shrunk.double() @ shrunk.b.double().T
+    x_lora_a = LowRank(F.linear(case.x, case.a), case.b)  # by another kernel than the layer's, so rounded elsewhere
+    exact = case.x.double() @ dense.double().T + case.bias.double() + x_lora_a.x_lora_a.double() @ x_lora_a.b.double().T
     assert share_rounded_more_than_once(result, exact) <= (0.02 if device == "cuda" else NEARLY_NONE)
 
 

@@ -63,11 +63,11 @@ def gemm_for_hopper(tile, split, element):
     constants = {
         "BN": tile.n, "BM": tile.m, "SPLIT": split, "WARPS": tile.warps, "STAGES": tile.stages, "DOTS": tile.dots,
         "RAGGED": True, "HALF_TAIL": False, "HAS_BIAS": False, "RANKS": 0,
-        "BR": 16, "PORTABLE": False, "FENCED": False,
+        "BR": 16, "INTERPRETED": False, "FENCED": False,
     }  # fmt: skip
-    pointers = dict.fromkeys(("x", "bias", "out", "shrunk", "b"), f"*{element}")
-    pointers |= {"words": "*i32", "scales": "*i32", "partial": "*fp32", "arrived": "*i32"}
-    aligned = {*pointers, "features", "columns", "x_stride", "out_stride"}
+    pointers = dict.fromkeys(("x_ptr", "bias_ptr", "out_ptr", "x_lora_a_ptr", "b_ptr"), f"*{element}")
+    pointers |= {"words_ptr": "*i32", "scales_ptr": "*i32", "partial_ptr": "*fp32", "counters_ptr": "*i32"}
+    aligned = {*pointers, "features", "columns", "stride_x_m", "stride_out_m"}
     made = compile_for_hopper(nf4_gemm._gemm_kernel, constants, pointers, aligned=aligned, warps=tile.warps)
     return made["ttgir"], made["ptx"]
 
@@ -116,8 +116,8 @@ def test_on_a_cpu_an_adapter_is_added_to_the_product(dtype):
     weight = stored(24, 192, dtype)
     x, a, b = torch.randn(5, 192).to(dtype), torch.randn(16, 192).to(dtype), torch.randn(24, 16).to(dtype)
     on = torch.ones((), dtype=dtype)
-    shrunk = lora_shrink(x, a, on)
-    result = nf4_gemm.nf4_linear(x, *weight, low_rank=LowRank(shrunk, b))
+    x_lora_a = lora_shrink(x, a, on)
+    result = nf4_gemm.nf4_linear(x, *weight, low_rank=LowRank(x_lora_a, b))
     dense = nf4.dequantize(*weight).double() + b.double() @ a.double()
     expected = x.double() @ dense.T
     assert (result.double() - expected).norm() < {torch.float32: 1e-6, torch.bfloat16: 6e-3}[dtype] * expected.norm()
@@ -136,15 +136,15 @@ def test_on_the_gpu_an_adapter_is_added_and_rows_do_not_depend_on_the_batch(shap
     b = (torch.randn(features, ranks, device="cuda") * 0.3).to(dtype)
     on = torch.ones((), device="cuda", dtype=dtype)
     reference = x.float() @ nf4.dequantize(*weight).float().T + (x.float() @ a.float().T) @ b.float().T
-    shrunk_whole, fused = lora_shrink(x[:512], a, on), {}
+    x_lora_a_whole, fused = lora_shrink(x[:512], a, on), {}
     plan = nf4_plans.find_plan(x.device, features, columns)
     for rows in (1, 3, 16, 33, 128, 200, 512, 600):
-        shrunk = lora_shrink(x[:rows], a, on)
-        out = nf4_gemm.nf4_linear(x[:rows], *weight, low_rank=LowRank(shrunk, b))
+        x_lora_a = lora_shrink(x[:rows], a, on)
+        out = nf4_gemm.nf4_linear(x[:rows], *weight, low_rank=LowRank(x_lora_a, b))
         error = (out.float() - reference[:rows]).norm() / reference[:rows].norm()
         assert error < {torch.bfloat16: 5e-3, torch.float16: 7e-4}[dtype], rows
         if rows <= 512:
-            assert torch.equal(shrunk, shrunk_whole[:rows]), rows
+            assert torch.equal(x_lora_a, x_lora_a_whole[:rows]), rows
         if plan is not None and plan.tile(rows) is not None:
             fused[rows] = out
     for rows, out in fused.items():

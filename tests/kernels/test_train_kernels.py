@@ -16,7 +16,7 @@ from torch import nn
 
 from grpo.kernels import nf4
 from grpo.kernels.glu import glu, glu_backward, glu_forward
-from grpo.kernels.launch import interpreted
+from grpo.kernels.launch import interpreter_enabled
 from grpo.kernels.lora_attention import QkvProjection, lora_qkv
 from grpo.kernels.lora_factors import Adapter
 from grpo.kernels.lora_linear import WIDTH, LinearGroup, lora_linear, row_tiles
@@ -120,10 +120,10 @@ def test_norm_of_strided_heads_in_place_with_a_second_gradient(dtype, device):
     x, untouched = stacked[:, 1:5], stacked[:, 5:].clone()
     reference = wide(x).requires_grad_()
     expected = norm_reference(reference, norm)
-    grad, plus = randn(7, 4, 40, dtype=dtype, device=device), randn(7, 4, 40, dtype=dtype, device=device)
+    grad, residual_grad = randn(7, 4, 40, dtype=dtype, device=device), randn(7, 4, 40, dtype=dtype, device=device)
     expected.backward(grad.double())
-    result = norm.backward(grad, x, plus=plus, out=grad)
-    assert_close(result, reference.grad + plus.double(), dtype)
+    result = norm.backward(grad, x, residual_grad=residual_grad, out=grad)
+    assert_close(result, reference.grad + residual_grad.double(), dtype)
     assert_close(norm.forward(x, out=x), expected, dtype)
     assert torch.equal(stacked[:, 5:], untouched)
 
@@ -453,7 +453,7 @@ def test_gradcheck_in_float64(device):
 @pytest.mark.slow
 def test_kernels_in_the_interpreter(device):
     """Triton reads TRITON_INTERPRET when it is imported, hence a process of its own."""
-    if device != "cpu" or interpreted():
+    if device != "cpu" or interpreter_enabled():
         return
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     layouts = Path(__file__).with_name("test_layouts.py")

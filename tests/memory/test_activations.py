@@ -19,9 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from grpo.config.schema import Config, parse_config
-from grpo.kernels import lora_attention, lora_linear, lora_mlp
+from grpo.kernels import attention, lora_attention, lora_linear, lora_mlp
 from grpo.kernels.rms_norm import Norm
-from grpo.memory.activations import FORMS, TrainingMemory, moment_bytes
+from grpo.memory.activations import CHECKPOINTING_MODES, TrainingMemory, moment_bytes
 from grpo.model.base_weights import BaseWeights
 from grpo.model.source import open_source
 from grpo.policy import fused_layers as graph_kernels
@@ -60,6 +60,24 @@ class FlashLike(torch.autograd.Function):
         return tuple(grads)
 
 
+class EfficientLike(torch.autograd.Function):
+    """Saves and allocates as torch's memory-efficient attention; computes nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out, lse = torch.zeros_like(query), query.new_zeros(query.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, out, lse)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        query, key, value, out, lse = ctx.saved_tensors
+        grads = tuple(torch.zeros_like(part) for part in (query, key, value))
+        sums = [torch.zeros(part.shape, dtype=torch.float32) for part in grads]
+        del sums
+        return grads
+
+
 def place(x: Tensor, out: Tensor | None) -> Tensor:
     return torch.zeros(x.shape, dtype=x.dtype) if out is None else out
 
@@ -69,7 +87,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (graph, graph_kernels):
         monkeypatch.setattr(module, "packed_attention", lambda q, k, v, packing, **rest: FlashLike.apply(q, k, v))
     monkeypatch.setattr(Norm, "forward", lambda self, x, out=None: place(x, out))
-    monkeypatch.setattr(Norm, "backward", lambda self, grad, x, plus=None, out=None: place(x, out))
+    monkeypatch.setattr(Norm, "backward", lambda self, grad, x, residual_grad=None, out=None: place(x, out))
     monkeypatch.setattr(lora_attention, "rotate", lambda x, cos, sin, out=None, inverse=False: place(x, out))
     monkeypatch.setattr(lora_mlp, "glu_forward", lambda gate_up, kind, out=None: place(gate_up.chunk(2, 1)[0], out))
     monkeypatch.setattr(lora_mlp, "glu_backward", lambda grad, gate_up, kind, product, out: None)
@@ -160,9 +178,9 @@ def test_what_layers_keep_is_counted_to_the_byte(
     policy, memory = made(tmp_path, family, kernels=kernels, dtype=dtype, targets=targets)
     outside = saved_outside_of_layers(policy, memory)
     found = {}
-    for form in memory.forms:
-        policy.recompute_layers(form)
-        found[form] = saved_bytes(policy) - outside
+    for mode in memory.modes:
+        policy.recompute_layers(mode)
+        found[mode] = saved_bytes(policy) - outside
     rotation = 2 * TOKENS * memory.sizes.head_dim * memory.itemsize
     assert found["none"] == memory.kept("none") + rotation
     assert not kernels or found["mlp"] == memory.kept("mlp") + rotation
@@ -193,8 +211,8 @@ class Allocations(TorchDispatchMode):
         self.now -= self.live.pop(key)
 
 
-def measured_peak(policy: Policy, form: str) -> int:
-    policy.recompute_layers(form)
+def measured_peak(policy: Policy, mode: str) -> int:
+    policy.recompute_layers(mode)
     known = [*policy.base.storages(), *policy.model.parameters(), *policy.model.buffers()]
     known += [parameter.grad for parameter in policy.parameters() if parameter.grad is not None]
     with Allocations(known) as allocations:
@@ -210,11 +228,34 @@ def test_the_peak_of_every_form_is_that_of_the_allocations(
     family: str, kernels: bool, tolerance: float, tmp_path: Path, as_on_a_gpu: None
 ) -> None:
     policy, memory = made(tmp_path, family, kernels=kernels)
-    for form in memory.forms:
+    for mode in memory.modes:
         # On a CPU the host's copies count too.
-        host = memory.layer_input() * (memory.sizes.layers - 2 if form == "offload" else 0)
-        planned = max(memory.phases(form).values()) + host
-        assert planned == pytest.approx(measured_peak(policy, form), rel=tolerance), form
+        host = memory.layer_input() * (memory.sizes.layers - 2 if mode == "offload" else 0)
+        planned = max(memory.phases(mode).values()) + host
+        assert planned == pytest.approx(measured_peak(policy, mode), rel=tolerance), mode
+
+
+@pytest.mark.parametrize(("family", "kernels"), [("llama", True), ("qwen3", True), ("llama", False)])
+def test_attention_that_keeps_no_scores_is_counted_too(
+    family: str, kernels: bool, tmp_path: Path, as_on_a_gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (graph, graph_kernels):
+        monkeypatch.setattr(module, "packed_attention", attention.packed_attention)
+    monkeypatch.setattr(attention, "without_scores", lambda query: True)
+    monkeypatch.setattr(
+        attention.F, "scaled_dot_product_attention", lambda q, k, v, **rest: EfficientLike.apply(q, k, v)
+    )
+    policy, memory = made(tmp_path, family, kernels=kernels)
+    memory = replace(memory, flash=False)
+    policy.recompute_layers("none")
+    index = 8 * TOKENS * memory.sizes.layers  # which rows attention's output has
+    assert saved_bytes(policy) - saved_outside_of_layers(policy, memory) == pytest.approx(
+        memory.kept("none") + 2 * TOKENS * memory.sizes.head_dim * memory.itemsize + index, rel=0.01
+    )
+    for form in ("none", "layer"):
+        planned = max(memory.phases(form).values())
+        assert planned >= 0.97 * measured_peak(policy, form), form
+        assert planned < 1.35 * measured_peak(policy, form), form
 
 
 # Choosing
@@ -245,7 +286,7 @@ def test_completions_that_share_a_prompt_each_have_a_copy_of_its_keys() -> None:
 
 def test_the_fastest_form_that_fits_is_chosen() -> None:
     memory = planned(tokens=16_384)
-    none, mlp, layer, offload = (memory.peak(form) / 0.95 for form in FORMS)
+    none, mlp, layer, offload = (memory.peak(mode) / 0.95 for mode in CHECKPOINTING_MODES)
     host = 10**12
     assert none > mlp > layer > offload
     assert memory.first_that_fits(int(none) + 1, host) == "none"

@@ -14,12 +14,12 @@ import torch
 from grpo.config.schema import Config, Lora, parse_config
 from grpo.errors import UserError
 from grpo.memory import plan, summary
-from grpo.memory.activations import FORMS, TrainingMemory
+from grpo.memory.activations import CHECKPOINTING_MODES, TrainingMemory
 from grpo.model.base_weights import BaseWeights
 from grpo.model.gguf_header import read_header
 from grpo.model.source import open_source
 from grpo.policy.policy import Policy
-from grpo.rollout.lora_buffers import ServedAdapter
+from grpo.rollout.lora_buffers import RolloutAdapter
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny import FAMILIES, save_tiny
 
@@ -46,7 +46,7 @@ def test_weights_and_adapter_are_planned_as_they_are_stored(family: str, tmp_pat
         planned = plan.weight_bytes(settings, shape, 4, on_gpu=False)
         assert planned == pytest.approx(base.nbytes(), rel=0.01)
         trained = sum(parameter.numel() for parameter in Policy(base, lora).parameters())
-        served = ServedAdapter(base, Policy(base, lora)).buffers.values()
+        served = RolloutAdapter(base, Policy(base, lora)).buffers.values()
         copies = sum(buffers.a.nbytes + buffers.b.nbytes for buffers in served)
         assert plan.adapter_bytes(settings, shape, 4, on_gpu=False) == 16 * trained + copies
 
@@ -89,7 +89,7 @@ def test_a_dry_run_shows_every_part_and_their_sizes(tmp_path: Path, monkeypatch:
     assert "vLLM's buffers" in text and "at most, while sampling" in text
     training = TrainingMemory.of(config(), LLAMA_8B, 2, on_gpu=True)
     assert f"{training.peak('offload') / 1e9:.2f}  at most, while training on 8,192 tokens" in text
-    assert all(f"{form} {training.peak(form) / 1e9:.2f}" in text for form in FORMS)
+    assert all(f"{mode} {training.peak(mode) / 1e9:.2f}" in text for mode in CHECKPOINTING_MODES)
     assert "adapter of rank 16" in text
 
 
@@ -242,19 +242,19 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def measured_peaks() -> list[Any]:
-    """What steps of Llama-3.1-8B's shape took on a GPU: form, tokens, rank, bytes of a moment, chunk, peak."""
+    """What steps of Llama-3.1-8B's shape took on a GPU: mode, tokens, rank, bytes of a moment, chunk, peak."""
     longest = json.loads((RESULTS / "longest_context.json").read_text())
     rows = [("offload", row["tokens"], 32, 2, 256, row["max_allocated"]) for row in longest["rows"] if row.get("fits")]
     steps = json.loads((RESULTS / "train_step_8b.json").read_text())["step"]
-    return rows + [(form, 16384, 16, 8, 2048, steps[f"triton/{form}"]["peak_bytes"]) for form in ("none", "mlp")]
+    return rows + [(mode, 16384, 16, 8, 2048, steps[f"triton/{mode}"]["peak_bytes"]) for mode in ("none", "mlp")]
 
 
 @pytest.mark.parametrize("row", measured_peaks(), ids=lambda row: f"{row[0]}-{row[1]}")
 def test_the_peak_of_a_step_is_what_a_gpu_measured(row: Any) -> None:
     """Weights, adapter, gradients, moments and the phases of the step, within 1 %."""
-    form, tokens, rank, moments, chunk, peak = row
+    mode, tokens, rank, moments, chunk, peak = row
     settings = config(lora={"r": rank}, train={"tokens_per_micro_batch": tokens, "logprob_chunk_tokens": chunk})
     training = replace(TrainingMemory.of(settings, LLAMA_8B, 2, on_gpu=True, tokens=tokens), keys=tokens)
     adapter = training.sizes.adapter * training.sizes.layers * (4 + 4 + moments)
-    planned = plan.weight_bytes(settings, LLAMA_8B, 2, on_gpu=True) + adapter + training.peak(form)
+    planned = plan.weight_bytes(settings, LLAMA_8B, 2, on_gpu=True) + adapter + training.peak(mode)
     assert planned == pytest.approx(peak, rel=0.01)

@@ -190,21 +190,21 @@ def test_every_key_that_transformers_documents_is_varied():
 
 def test_what_has_no_part_in_the_computation_is_told(tmp_path):
     config = AutoConfig.for_model("phi3", **COMMON, resid_pdrop=0.1, attention_dropout=0.2, invented=1, logit_scale=2.0)
-    told = settle(config)
-    assert config.resid_pdrop == config.attention_dropout == 0 and settle(config) == told[-1:]
-    assert [sentence.split(" = ")[0] for sentence in told[:2]] == [
+    notices = settle(config)
+    assert config.resid_pdrop == config.attention_dropout == 0 and settle(config) == notices[-1:]
+    assert [sentence.split(" = ")[0] for sentence in notices[:2]] == [
         "the model's attention_dropout",
         "the model's resid_pdrop",
     ]
-    assert told[2].endswith("Phi3Config does not have are not used: invented, logit_scale") and len(told) == 3
+    assert notices[2].endswith("Phi3Config does not have are not used: invented, logit_scale") and len(notices) == 3
     assert not {"invented", "logit_scale"} & set(served_values(config))
 
 
 def test_rotary_entries_that_text_does_not_need_are_told():
     parameters = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 4, 4]}
     config = AutoConfig.for_model("qwen2", **COMMON, rope_parameters=parameters)
-    (told,) = settle(config)
-    assert told.endswith("are not used: mrope_section")
+    (notices,) = settle(config)
+    assert notices.endswith("are not used: mrope_section")
 
 
 def test_code_beside_a_family_that_transformers_has_is_not_run(tmp_path):

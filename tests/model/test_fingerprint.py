@@ -1,4 +1,4 @@
-"""An adapter knows its base again in any form, and tells it from another of the same shape."""
+"""An adapter knows its base again however it is stored, and tells it from another of the same shape."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_every_form_of_the_base_is_known_again(tmp_path: Path, monkeypatch: pyte
 def test_another_model_is_told_as_far_as_the_forms_allow(
     share: float, quantised: bool, known: bool, tmp_path: Path
 ) -> None:
-    """Two per cent is what fine-tuning changes: seen between equal forms, hidden by quantisation otherwise."""
+    """Two per cent is what fine-tuning changes: seen between equal storages, hidden by quantisation otherwise."""
     save_tiny(tmp_path / "base")
     other = altered(tmp_path / "other", share)
     if quantised:
@@ -79,8 +79,8 @@ def test_a_saved_adapter_is_refused_by_another_base(tmp_path: Path, capsys: pyte
     arguments = [str(tmp_path / "adapter"), "--to", "adapter", "--base"]
     capsys.readouterr()
     assert main([*arguments, str(tmp_path / "other"), "--out", str(tmp_path / "wrong")]) == 2
-    told = capsys.readouterr().err
-    assert told.count("\n") == 1 and "is not the model that this adapter was trained on" in told
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "is not the model that this adapter was trained on" in message
     assert not (tmp_path / "wrong").exists()
     assert main([*arguments, str(tmp_path / "base"), "--out", str(tmp_path / "right")]) == 0
     assert (tmp_path / "right" / BASE_SAMPLE).read_text() == (tmp_path / "adapter" / BASE_SAMPLE).read_text()

@@ -106,8 +106,8 @@ def test_fp8_with_scales_is_refused_by_name(tmp_path: Path) -> None:
     weight = load_file(tmp_path / "model.safetensors")[name]
     fp8 = {name: (weight * 100).to(torch.float8_e4m3fn), f"{name}_scale": torch.tensor(0.01)}
     edit_tensors(tmp_path, **{key.replace(".", "__"): tensor for key, tensor in fp8.items()})
-    told = refusal(tmp_path)
-    assert f"model.safetensors: {name} is quantised" in told and "(F8_E4M3)" in told
+    message = refusal(tmp_path)
+    assert f"model.safetensors: {name} is quantised" in message and "(F8_E4M3)" in message
 
 
 def test_known_extras_are_named_once(tmp_path: Path) -> None:
@@ -116,9 +116,9 @@ def test_known_extras_are_named_once(tmp_path: Path) -> None:
     surplus = ("model__rotary_emb__inv_freq", "vision_tower__a__weight", "vision_tower__b__weight", "mtp__fc__weight")
     edit_tensors(tmp_path, **{name: torch.ones(2) for name in surplus})
     source = open_source(Model(name=str(tmp_path)))
-    told = account(source)
-    assert len(told) == 3
-    assert any("not used: vision_tower.a.weight and 1 more, a part for images or sound" in each for each in told)
+    message = account(source)
+    assert len(message) == 3
+    assert any("not used: vision_tower.a.weight and 1 more, a part for images or sound" in each for each in message)
     assert account(source) == [] and not any(name.startswith(("vision", "mtp")) for name in source.names)
     assert logprobs(load(tmp_path)).equal(plain)
 
@@ -127,8 +127,8 @@ def test_a_head_that_is_not_the_embedding_is_kept_with_a_notice(tmp_path: Path) 
     reference = save_tiny(tmp_path, "qwen2", tie_word_embeddings=True)
     head = reference.get_input_embeddings().weight.detach().flip(0).contiguous()
     edit_tensors(tmp_path, lm_head__weight=head)
-    (told,) = read(tmp_path)
-    assert "lm_head.weight has other values; the two are kept apart" in told
+    (message,) = read(tmp_path)
+    assert "lm_head.weight has other values; the two are kept apart" in message
     assert (logprobs(load(tmp_path)) - transformers_logprobs(tmp_path)).abs().max() < 1e-4
     edit_tensors(tmp_path, lm_head__weight=reference.get_input_embeddings().weight.detach().clone())
     source = open_source(Model(name=str(tmp_path)))
@@ -182,8 +182,8 @@ def test_the_whole_file_counts_before_the_index(tmp_path: Path) -> None:
     save_file(other, tmp_path / "model-00001-of-00001.safetensors")
     places = dict.fromkeys(names, "model-00001-of-00001.safetensors")
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
-    (told,) = read(tmp_path)
-    assert "those of model.safetensors, as for transformers; not read: model-00001-of-00001.safetensors" in told
+    (message,) = read(tmp_path)
+    assert "those of model.safetensors, as for transformers; not read: model-00001-of-00001.safetensors" in message
     assert (logprobs(load(tmp_path)) - transformers_logprobs(tmp_path)).abs().max() < 1e-4
 
 
@@ -265,8 +265,8 @@ def test_what_a_gguf_file_has_beyond_its_model_is_accounted_for(
         file = tmp_path / f"{name}.gguf"
         write_gguf(file, tiny_model("llama"), {name: torch.ones(32)})
         if said is None:
-            (told,) = read(file)
-            assert f"not used: {name}" in told
+            (message,) = read(file)
+            assert f"not used: {name}" in message
         else:
             assert said in refusal(file)
 

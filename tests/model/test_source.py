@@ -1,4 +1,4 @@
-"""Where weights come from: every form is read to the same tensors, every kind of damage is told in a sentence."""
+"""Where weights come from: every form is read to the same tensors, every kind of damage is refused in a sentence."""
 
 from __future__ import annotations
 
@@ -124,9 +124,9 @@ def refusal(folder: Path | str, **keys: Any) -> str:
     """The sentence with which loading `folder` fails."""
     with pytest.raises(UserError) as caught:
         Policy(load(folder, **keys), Lora(r=2))
-    told = str(caught.value)
-    assert "\n" not in told and len(told) < 500
-    return told
+    message = str(caught.value)
+    assert "\n" not in message and len(message) < 500
+    return message
 
 
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:
@@ -141,8 +141,8 @@ def test_a_truncated_file_is_named(shard: str, tmp_path: Path) -> None:
     tiny_model("llama").save_pretrained(tmp_path, max_shard_size=shard)
     file = sorted(tmp_path.glob("*.safetensors"))[0]
     file.write_bytes(file.read_bytes()[:-1000])
-    told = refusal(tmp_path)
-    assert str(file) in told and "damaged" in told
+    message = refusal(tmp_path)
+    assert str(file) in message and "damaged" in message
 
 
 def test_a_shard_without_a_tensor_that_the_index_lists_is_named(tmp_path: Path) -> None:
@@ -191,8 +191,8 @@ def test_a_missing_tensor_is_named(name: str, tmp_path: Path) -> None:
 def test_a_tensor_of_another_shape_is_named(name: str, tmp_path: Path) -> None:
     save_tiny(tmp_path, "qwen2")
     edit_tensors(tmp_path, **{name: torch.zeros(40)})
-    told = refusal(tmp_path)
-    assert name.replace("__", ".") in told and "(40,)" in told
+    message = refusal(tmp_path)
+    assert name.replace("__", ".") in message and "(40,)" in message
 
 
 def test_a_missing_bias_of_a_group_that_has_them_is_named(tmp_path: Path) -> None:
@@ -241,8 +241,8 @@ def test_what_is_not_a_gguf_file_is_a_sentence(tmp_path: Path) -> None:
 
 
 def test_a_hub_model_out_of_reach_is_a_sentence() -> None:
-    told = refusal("nobody/has-this-model")
-    assert told.startswith("model.name = 'nobody/has-this-model': not a local path")
+    message = refusal("nobody/has-this-model")
+    assert message.startswith("model.name = 'nobody/has-this-model': not a local path")
 
 
 def test_a_local_path_is_not_looked_for_on_the_hub() -> None:

@@ -41,9 +41,9 @@ def policy_of(base: BaseWeights, **lora: object) -> Policy:
     return policy
 
 
-def learn(policy: Policy, form: str, times: int = 1) -> tuple[Tensor, list[Tensor]]:
+def learn(policy: Policy, mode: str, times: int = 1) -> tuple[Tensor, list[Tensor]]:
     """The logprobs and the gradients of `times` micro-batches, accumulated."""
-    policy.recompute_layers(form)
+    policy.recompute_layers(mode)
     policy.model.train()
     torch.manual_seed(5)
     for _ in range(times):
@@ -66,8 +66,8 @@ def test_every_form_gives_the_same_bits(family: str, tmp_path: Path) -> None:
     policy = policy_of(base_of(tmp_path, family))
     expected = learn(policy, "none", times=2)
     assert expected[1][0].abs().max() > 0
-    for form in ("layer", "offload"):
-        assert_same_bits(learn(policy, form, times=2), expected)
+    for mode in ("layer", "offload"):
+        assert_same_bits(learn(policy, mode, times=2), expected)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
@@ -76,15 +76,15 @@ def test_every_form_gives_the_same_bits_with_the_kernels_layers(family: str, tmp
     policy = policy_of(base)
     assert install(policy.decoder, base) == 3
     expected = learn(policy, "none", times=2)
-    for form in ("mlp", "layer", "offload"):
-        assert_same_bits(learn(policy, form, times=2), expected)
+    for mode in ("mlp", "layer", "offload"):
+        assert_same_bits(learn(policy, mode, times=2), expected)
 
 
-@pytest.mark.parametrize("form", ["none", "offload"])
-def test_what_trainers_switch_is_this_recomputation_in_the_form_that_was_chosen(base: BaseWeights, form: str) -> None:
+@pytest.mark.parametrize("mode", ["none", "offload"])
+def test_what_trainers_switch_is_this_recomputation_in_the_mode_that_was_chosen(base: BaseWeights, mode: str) -> None:
     """TRL's DPOTrainer switches it off and on again at every step."""
     policy = policy_of(base)
-    policy.recompute_layers(form)
+    policy.recompute_layers(mode)
     layers = policy.decoder.model.layers
     chosen = [layer._gradient_checkpointing_func for layer in layers]
     policy.model.gradient_checkpointing_disable()
@@ -97,23 +97,23 @@ def test_what_trainers_switch_is_this_recomputation_in_the_form_that_was_chosen(
     assert all(layer._gradient_checkpointing_func.func is recomputed for layer in fresh.decoder.model.layers)
 
 
-@pytest.mark.parametrize("form", ["layer", "offload"])
-def test_dropout_is_the_same_when_a_layer_runs_again(base: BaseWeights, form: str) -> None:
+@pytest.mark.parametrize("mode", ["layer", "offload"])
+def test_dropout_is_the_same_when_a_layer_runs_again(base: BaseWeights, mode: str) -> None:
     policy = policy_of(base, lora_dropout=0.4)
     expected = learn(policy, "none", times=2)
     assert not expected[0].equal(learn(policy_of(base), "none", times=2)[0]), "no dropout was drawn"
-    assert_same_bits(learn(policy, form, times=2), expected)
+    assert_same_bits(learn(policy, mode, times=2), expected)
 
 
-@pytest.mark.parametrize("form", ["layer", "offload"])
-def test_layers_without_an_adapter_pass_the_gradient_on(base: BaseWeights, form: str) -> None:
+@pytest.mark.parametrize("mode", ["layer", "offload"])
+def test_layers_without_an_adapter_pass_the_gradient_on(base: BaseWeights, mode: str) -> None:
     policy = policy_of(base, target_modules=["q_proj"])
     for name, layer in policy.adapter_layers().items():
         if ".0." not in name:
             layer.requires_grad_(False)
     expected = learn(policy, "none")
     assert len(expected[1]) == 2
-    assert_same_bits(learn(policy, form), expected)
+    assert_same_bits(learn(policy, mode), expected)
 
 
 def test_offloaded_inputs_leave_the_device_and_come_back_once(base: BaseWeights) -> None:
@@ -163,8 +163,8 @@ def test_less_is_saved_for_the_backward(base: BaseWeights) -> None:
     policy = policy_of(base)
     tokens = 4 + 2 + 1 + 3 + 4
     found = {}
-    for form in ("none", "layer", "offload"):
-        policy.recompute_layers(form)
+    for mode in ("none", "layer", "offload"):
+        policy.recompute_layers(mode)
         policy.model.train()
         seen: dict[int, int] = {}
 
@@ -175,7 +175,7 @@ def test_less_is_saved_for_the_backward(base: BaseWeights) -> None:
 
         with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
             scored = policy.score(PROMPTS, COMPLETIONS, temperature=1.0)
-        found[form] = len(seen)
+        found[mode] = len(seen)
         del scored
     assert found["none"] > 2 * found["layer"] > 0
     assert found["layer"] - found["offload"] == 3

@@ -21,8 +21,8 @@ from grpo.kernels import host_matmul
 from grpo.memory import activations as memory
 from grpo.memory import plan, summary
 from grpo.model import host_memory
-from grpo.model.architectures import EMBEDDING, HEAD
 from grpo.model.base_weights import BaseWeights
+from grpo.model.layout import EMBEDDING, HEAD
 from grpo.model.source import open_source
 from grpo.policy.policy import Policy
 from tests.helpers.tiny import VOCABULARY, save_tiny

@@ -12,11 +12,13 @@ import torch
 
 from grpo.config.schema import Lora, Model
 from grpo.errors import UserError
-from grpo.kernels.launch import interpreted
+from grpo.kernels import attention
+from grpo.kernels.launch import interpreter_enabled
 from grpo.model.base_weights import BaseWeights
 from grpo.model.source import open_source
 from grpo.policy.fused_layers import FusedLayer, install, wants_kernels
 from grpo.policy.policy import Policy
+from grpo.training.optim import LossScaler
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny import FAMILIES, save_tiny
 
@@ -25,7 +27,7 @@ COMPLETIONS = [[8, 15, 99], [3, 4], [9, 8, 7, 6]]
 MANY = [[(7 * i * i + 13 * i * j + 5 * j) % 150 + 5 for i in range(20)] for j in range(1, 6)]
 """Completions enough for rounding errors to average out."""
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-FORMS = ["none", "layer"]
+CHECKPOINTING_MODES = ["none", "layer"]
 
 
 def build(folder, *, kernels, dtype=torch.float32, device="cpu", four_bit=True, **lora):
@@ -42,10 +44,10 @@ def build(folder, *, kernels, dtype=torch.float32, device="cpu", four_bit=True, 
     return policy
 
 
-def loss_and_gradients(policy, form="none", prompts=PROMPTS, completions=COMPLETIONS):
+def loss_and_gradients(policy, mode="none", prompts=PROMPTS, completions=COMPLETIONS):
     """A loss with a different weight for every token; gradients as one vector, in the order of the names."""
     policy.model.train()
-    policy.recompute_layers(form)
+    policy.recompute_layers(mode)
     torch.manual_seed(3)
     logprobs = policy.score(prompts, completions, temperature=0.7).logprobs
     loss = (logprobs * torch.linspace(0.5, 1.5, len(logprobs), device=logprobs.device)).sum()
@@ -64,12 +66,12 @@ def distance(result, expected):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_kernels_and_torch_agree_in_float32(family, device, tmp_path):
-    changes = {"num_hidden_layers": 1} if interpreted() else {}
+    changes = {"num_hidden_layers": 1} if interpreter_enabled() else {}
     save_tiny(tmp_path, family, **changes)
     loss, gradient = loss_and_gradients(build(tmp_path, kernels=False, device=device))
     policy = build(tmp_path, kernels=True, device=device)
-    for form in FORMS[-1:] if interpreted() else FORMS:
-        result, result_gradient = loss_and_gradients(policy, form)
+    for mode in CHECKPOINTING_MODES[-1:] if interpreter_enabled() else CHECKPOINTING_MODES:
+        result, result_gradient = loss_and_gradients(policy, mode)
         assert abs(result / loss - 1) < 1e-5
         assert distance(result_gradient, gradient) < 2e-5
 
@@ -79,9 +81,9 @@ def test_kernels_and_torch_agree_in_float32(family, device, tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_kernels_are_as_near_to_float32_as_torch_is(family, dtype, device, tmp_path):
     """The reference is float32 arithmetic over the same weights."""
-    completions = MANY[::3] if interpreted() else MANY
+    completions = MANY[::3] if interpreter_enabled() else MANY
     many = {"prompts": [[5, 9]] * len(completions), "completions": completions}
-    if interpreted() and dtype == torch.float16:
+    if interpreter_enabled() and dtype == torch.float16:
         return
     save_tiny(tmp_path, family, num_hidden_layers=1)
     reference = build(tmp_path, kernels=False, four_bit=False)
@@ -95,6 +97,39 @@ def test_kernels_are_as_near_to_float32_as_torch_is(family, dtype, device, tmp_p
     assert abs(fused[0] - expected) < abs(plain[0] - expected) + unit * abs(expected)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gemma2"])
+@pytest.mark.parametrize("kernels", [False, True])
+def test_attention_of_a_gpu_without_flash_trains_the_same(family, kernels, tmp_path, monkeypatch):
+    save_tiny(tmp_path, family)
+    loss, gradient = loss_and_gradients(build(tmp_path, kernels=kernels))
+    monkeypatch.setattr(attention, "without_scores", lambda query: True)
+    result, result_gradient = loss_and_gradients(build(tmp_path, kernels=kernels))
+    assert abs(result / loss - 1) < 1e-5
+    assert distance(result_gradient, gradient) < 2e-5
+
+
+def test_a_scaled_loss_gives_its_float16_gradients_there(tmp_path, monkeypatch):
+    save_tiny(tmp_path, "llama")
+    expected = loss_and_gradients(build(tmp_path, kernels=True))[1]
+    monkeypatch.setattr(attention, "without_scores", lambda query: True)
+    policy, scaler = build(tmp_path, kernels=True, dtype=torch.float16), LossScaler(torch.float16)
+    policy.model.train()
+    trained = {name: p for name, p in policy.model.named_parameters() if p.requires_grad}
+    overflows = 0
+    while True:
+        logprobs = policy.score(PROMPTS, COMPLETIONS, temperature=0.7).logprobs
+        scaler.backward((logprobs * torch.linspace(0.5, 1.5, len(logprobs))).sum())
+        scaler.unscale([p.grad for p in trained.values()])
+        gradient = torch.cat([trained[name].grad.flatten() for name in sorted(trained)]).double()
+        assert overflows < 16, "the loss scale ends at 1"
+        scaler.update(overflowed=not gradient.isfinite().all())
+        if gradient.isfinite().all():
+            break
+        overflows += 1
+        policy.model.zero_grad()
+    assert overflows > 0 and distance(gradient, expected) < 0.02
+
+
 def settle(policy, dtype):
     """Round the base's float32 values to `dtype`, which the policies compared with hold."""
     for tensor in policy.base.storages():
@@ -105,8 +140,8 @@ def settle(policy, dtype):
 def test_dropout_is_that_of_the_plain_graph(family, tmp_path):
     save_tiny(tmp_path, family)
     plain, fused = (
-        loss_and_gradients(build(tmp_path, kernels=kernels, lora_dropout=0.3), form)
-        for kernels, form in ((False, "none"), (True, "layer"))
+        loss_and_gradients(build(tmp_path, kernels=kernels, lora_dropout=0.3), mode)
+        for kernels, mode in ((False, "none"), (True, "layer"))
     )
     without = loss_and_gradients(build(tmp_path, kernels=True))
     assert distance(fused[1], plain[1]) < 2e-5 and distance(fused[1], without[1]) > 0.05
@@ -178,7 +213,7 @@ def test_a_layer_that_the_kernels_do_not_know_stays(tmp_path):
 def test_the_switch():
     assert not wants_kernels("auto", torch.device("cpu")) and wants_kernels("auto", torch.device("cuda"))
     assert not wants_kernels("torch", torch.device("cuda")) and wants_kernels("triton", torch.device("cuda"))
-    if not interpreted():
+    if not interpreter_enabled():
         with pytest.raises(UserError, match="needs a GPU"):
             wants_kernels("triton", torch.device("cpu"))
 

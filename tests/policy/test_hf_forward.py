@@ -139,14 +139,14 @@ def test_greedy_generation_by_transformers_is_that_of_the_plain_model(tmp_path):
 
 def test_what_the_graph_has_not_is_refused_in_a_sentence(tmp_path):
     _, policy = pair(tmp_path, "llama")
-    for call, told in (
+    for call, message in (
         ({"past_key_values": object()}, "use_cache=False"),
         ({"cache": object()}, "use_cache=False"),
         ({"output_attentions": True}, "leave it out"),
         ({"output_hidden_states": True}, "leave it out"),
         ({"attention_mask": torch.ones(3, 1, 24, 24)}, r"\[batch, length\]"),
     ):
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             policy.model(input_ids=IDS, **call)
 
 

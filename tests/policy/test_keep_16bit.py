@@ -27,7 +27,7 @@ from grpo.policy import keep_16bit
 from grpo.policy.keep_16bit import choose, load_base, rounding_costs
 from grpo.policy.policy import Policy
 from grpo.rewards.runtime.pool import RewardPool
-from grpo.run.model_reference import resolve_target
+from grpo.run.model_reference import resolve_model
 from grpo.session import open_session
 from grpo.sft.config import parse_sft_config
 from grpo.sft.trainer import run_sft
@@ -295,11 +295,11 @@ def test_the_first_process_decides_for_all(tmp_path: Path) -> None:
     theirs = ["model.layers.1.self_attn.k_proj"]
     asked: list[Any] = []
 
-    def of_first(value: Any) -> Any:
+    def broadcast(value: Any) -> Any:
         asked.append(value)
         return None if len(asked) == 1 else theirs
 
-    base = auto_base(tmp_path, agree=of_first)
+    base = auto_base(tmp_path, agree=broadcast)
     assert asked[0] is None and asked[1] and base.kept_16bit == theirs == base.fingerprint.kept_16bit
     assert auto_base(tmp_path, agree=lambda value: theirs).kept_16bit == theirs, "a record that only the first has"
 
@@ -312,7 +312,7 @@ def test_an_adapter_a_further_training_and_a_resumed_run_find_the_choice_that_wa
     auto = {"load_in_4bit": True, "keep_16bit": "auto"}
     config = parse_config(run_tables(tmp_path, model=auto))
     (tmp_path / "run").mkdir()
-    monkeypatch.setattr("grpo.training.trainer.check_rollout_follows_adapter", lambda session: refuse("far enough"))
+    monkeypatch.setattr("grpo.training.trainer.check_start", lambda session: refuse("far enough"))
     with open_session(config, start_engine=False) as session:
         chosen = session.base.kept_16bit
         session.policy.save_adapter(tmp_path / "adapter")
@@ -320,7 +320,7 @@ def test_an_adapter_a_further_training_and_a_resumed_run_find_the_choice_that_wa
         with RunLog(tmp_path / "run", config, max_steps=1) as log, pytest.raises(UserError, match="far enough"):
             train_session(session, data, tmp_path / "run", log, pool=cast(RewardPool, object()))
     assert chosen
-    alone = resolve_target(tmp_path / "adapter", tmp_path / "model")
+    alone = resolve_model(tmp_path / "adapter", tmp_path / "model")
     assert alone.tables["model"]["keep_16bit"] == chosen
     forbid(monkeypatch)
     init = parse_config(run_tables(tmp_path, model=auto, lora={"init": str(tmp_path / "adapter")}))

@@ -78,8 +78,8 @@ def test_a_changed_schedule_is_refused_on_resume(
     home: Path, straight: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([str(home / "straight.toml"), "--resume", "--set", "environment.latency_steps=5"]) == 2
-    told = capsys.readouterr().err
-    assert "environment.latency_steps = 5 does not fit the run in" in told and "which has 3" in told
+    message = capsys.readouterr().err
+    assert "environment.latency_steps = 5 does not fit the run in" in message and "which has 3" in message
 
 
 def test_lost_episodes_are_left_out_and_named(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -104,8 +104,8 @@ def test_a_run_of_which_nothing_is_left_ends(
 ) -> None:
     environment = {"program": f"{FILE}:raises", "on_error": on_error}
     assert start(home, f"raises-{on_error}", environment, train={"max_steps": 2}) == 2
-    told = capsys.readouterr().err
-    assert sentence in told and "no such luck" in told
+    message = capsys.readouterr().err
+    assert sentence in message and "no such luck" in message
 
 
 class Played:
@@ -258,8 +258,10 @@ def test_ways_in_exclude_each_other(
 
 def test_a_template_without_tools_is_refused_with_tools(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert start(home, "no-tools", {"tools": [f"{FILE}:add"]}) == 2
-    told = capsys.readouterr().err
-    assert "chat template cannot continue a conversation after a tool's message: it does not show which tools" in told
+    message = capsys.readouterr().err
+    assert (
+        "chat template cannot continue a conversation after a tool's message: it does not show which tools" in message
+    )
 
 
 def test_dumps_bring_episodes_back() -> None:

@@ -71,7 +71,7 @@ def vllm_config(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 class Driven:
-    """A scheduler with requests, stepped as vLLM's engine steps it. `trace`: what every step was told to compute."""
+    """A scheduler with requests, stepped as vLLM's engine steps it. `trace`: what every step had to compute."""
 
     def __init__(self, scheduler_class: type, config: Any, blocks: int, requests: list[dict[str, Any]], ahead: int):
         from vllm.sampling_params import SamplingParams
@@ -171,39 +171,41 @@ class Driven:
         return ModelRunnerOutput(req_ids=names, req_id_to_index=places, sampled_token_ids=tokens, logprobs=lists)
 
 
-def drive(config: Any, ahead: int, blocks: int, requests: list[dict[str, Any]], whole: bool) -> tuple[Driven, Any, Any]:
+def drive(
+    config: Any, ahead: int, blocks: int, requests: list[dict[str, Any]], deliver_on_finish: bool
+) -> tuple[Driven, Any, Any]:
     """vLLM's own scheduler and ours over the same requests, and what ours collected."""
     from vllm.v1.core.sched.async_scheduler import AsyncScheduler
     from vllm.v1.core.sched.scheduler import Scheduler
 
-    from grpo.rollout.vllm_scheduler import Collected, rollout_scheduler
+    from grpo.rollout.vllm_scheduler import LogprobCollector, rollout_scheduler
 
     kind = AsyncScheduler if ahead else Scheduler
     config.scheduler_config.async_scheduling = bool(ahead)
-    collected = Collected()
-    collected.begin(whole=whole)
+    collector = LogprobCollector()
+    collector.begin(deliver_on_finish=deliver_on_finish)
     for request in requests:
-        collected.enter(request["name"].split("-")[0], request["name"])
+        collector.enter(request["name"].split("-")[0], request["name"])
     vllms = Driven(kind, config, blocks, requests, ahead)
-    ours = Driven(rollout_scheduler(kind, collected), config, blocks, requests, ahead)
-    return vllms, ours, collected
+    ours = Driven(rollout_scheduler(kind, collector), config, blocks, requests, ahead)
+    return vllms, ours, collector
 
 
-@pytest.mark.parametrize("whole", [True, False], ids=["whole", "token by token"])
+@pytest.mark.parametrize("deliver_on_finish", [True, False], ids=["on finish", "token by token"])
 @pytest.mark.parametrize("ahead", [0, 1], ids=["synchronous", "asynchronous"])
 @pytest.mark.parametrize("blocks", [200, 14], ids=["roomy", "preempting"])
 def test_every_step_is_the_one_that_vllms_scheduler_makes(
-    vllm_config: Any, blocks: int, ahead: int, whole: bool
+    vllm_config: Any, blocks: int, ahead: int, deliver_on_finish: bool
 ) -> None:
     parts = preemptions = 0
     for seed in range(6):
-        vllms, ours, _ = drive(vllm_config, ahead, blocks, random_requests(seed), whole)
+        vllms, ours, _ = drive(vllm_config, ahead, blocks, random_requests(seed), deliver_on_finish)
         assert ours.trace == vllms.trace
         assert ours.tokens == vllms.tokens and ours.reasons == vllms.reasons
         assert set(ours.reasons.values()) == {"stop", "length"}
         in_flight = [request.num_in_flight_tokens for request in ours.requests]
         assert in_flight == [request.num_in_flight_tokens for request in vllms.requests]
-        assert ours.handed_on == (12 if whole else vllms.handed_on)
+        assert ours.handed_on == (12 if deliver_on_finish else vllms.handed_on)
         parts, preemptions = parts + ours.parts_of_prompts, preemptions + ours.preemptions
     assert parts > 0, "no prompt was computed in pieces"
     assert (preemptions > 0) == (blocks == 14)
@@ -214,13 +216,13 @@ def test_every_step_is_the_one_that_vllms_scheduler_makes(
 def test_every_token_has_the_logprob_that_it_was_sampled_with(vllm_config: Any, blocks: int, ahead: int) -> None:
     for seed in range(6):
         requests = random_requests(seed)
-        _, ours, collected = drive(vllm_config, ahead, blocks, requests, True)
+        _, ours, collector = drive(vllm_config, ahead, blocks, requests, True)
         for request in requests:
             name, start = request["name"], len(request["prompt"])
             count = len(ours.tokens[name])
             expected = [sampled(name, position) for position in range(start, start + count)]
             assert ours.tokens[name] == [token for token, _ in expected]
-            assert collected.take(name.split("-")[0])[:count] == [logprob for _, logprob in expected]
+            assert collector.take(name.split("-")[0])[:count] == [logprob for _, logprob in expected]
 
 
 def test_a_token_that_vllm_drops_takes_its_logprob_with_it() -> None:

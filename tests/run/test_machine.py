@@ -1,4 +1,4 @@
-"""grpo/run/machine.py: a machine that is not ready is told in a sentence, before anything is loaded; "cpu" leaves
+"""grpo/run/machine.py: a machine that is not ready is refused in a sentence, before anything is loaded; "cpu" leaves
 CUDA."""
 
 from __future__ import annotations

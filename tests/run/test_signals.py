@@ -99,6 +99,6 @@ def test_a_process_that_is_stuck_in_c_leaves(grace: float, signals: list[int], c
     for number in signals:
         process.send_signal(number)
         time.sleep(0.1)
-    _, told = process.communicate(timeout=10)
+    _, printed = process.communicate(timeout=10)
     assert process.returncode == code
-    assert told.count("saving, then leaving; once more to leave at once") == 1
+    assert printed.count("saving, then leaving; once more to leave at once") == 1

@@ -118,13 +118,16 @@ def test_long_rows_are_dropped_and_counted_never_cut(tmp_path, tokenizer):
     rows = [{"prompt": "q", "completion": "a" * n} for n in (5, 500)]
     data = examples(tmp_path, rows, tokenizer, max_length=100)
     assert len(data.examples) == 1 and "1 of 2 sequences" in data.notices[0]
-    for settings, told in (({"max_length": 100, "overlong": "error"}, "conversation 2"), ({"max_length": 9}, "all 2")):
-        with pytest.raises(UserError, match=told):
+    for settings, message in (
+        ({"max_length": 100, "overlong": "error"}, "conversation 2"),
+        ({"max_length": 9}, "all 2"),
+    ):
+        with pytest.raises(UserError, match=message):
             examples(tmp_path, rows, tokenizer, **settings)
 
 
 @pytest.mark.parametrize(
-    ("row", "told"),
+    ("row", "message"),
     [
         ({"question": "?", "reply": "!"}, "set sft.prompt and sft.completion"),
         ({"messages": CHAT[:1]}, "does not end with an answer"),
@@ -132,8 +135,8 @@ def test_long_rows_are_dropped_and_counted_never_cut(tmp_path, tokenizer):
         ({"conversations": [{"from": "tool", "value": "x"}]}, "human"),
     ],
 )
-def test_a_row_that_is_no_conversation_is_named(row, told, tmp_path, tokenizer):
-    with pytest.raises(UserError, match=told) as error:
+def test_a_row_that_is_no_conversation_is_named(row, message, tmp_path, tokenizer):
+    with pytest.raises(UserError, match=message) as error:
         examples(tmp_path, [row], tokenizer)
     assert "row 1" in str(error.value)
 
@@ -155,7 +158,7 @@ def tables(folder, model, **sft):
 
 
 @pytest.mark.parametrize(
-    ("section", "key", "value", "told"),
+    ("section", "key", "value", "message"),
     [
         ("train", "num_iterations", 2, "belongs to GRPO"),
         ("log", "samples", 2, "belongs to GRPO"),
@@ -167,10 +170,10 @@ def tables(folder, model, **sft):
         ("sft", "pakking", True, "packing"),
     ],
 )
-def test_what_has_no_meaning_in_a_supervised_run_is_refused(section, key, value, told, tmp_path):
+def test_what_has_no_meaning_in_a_supervised_run_is_refused(section, key, value, message, tmp_path):
     values = tables(tmp_path, "m")
     values[section] = {**values.get(section, {}), key: value}
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         parse_sft_config(values)
 
 
@@ -197,16 +200,16 @@ def test_a_run_learns_resumes_as_one_and_leaves_an_adapter(tmp_path, model, caps
     rows_file(tmp_path, rows)
     whole = write_config(tmp_path / "c.toml", {**tables(tmp_path, model), "eval": {"every": 3, "limit": 3}})
     assert main([str(whole)]) == 0
-    told = capsys.readouterr().out
+    message = capsys.readouterr().out
     run = tmp_path / "run"
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in metrics] == [1, 2, 3, 4] and metrics[-1]["loss"] < metrics[0]["loss"]
-    assert "step 4/4  loss" in told and "ends 30 answers" in told
+    assert "step 4/4  loss" in message and "ends 30 answers" in message
     summary = json.loads((run / "summary.json").read_text())
     assert summary["steps"] == 4 and summary["sequences"] == 30 and "loss" in summary["last"]
     assert "Held-out loss" in (run / "report.html").read_text()
     held_out = [json.loads(line) for line in (run / "eval.jsonl").read_text().splitlines()]
-    assert [entry["step"] for entry in held_out] == [0, 3, 4] and "the last 3 rows are held out" in told
+    assert [entry["step"] for entry in held_out] == [0, 3, 4] and "the last 3 rows are held out" in message
     sft = read_sft_config(whole).sft
     expected = load_examples(sft, rows[-3:], AutoTokenizer.from_pretrained(model), [EOS], seed=0).examples
     assert held_out[0]["eval/loss"] == pytest.approx(loss_of(model, expected), rel=1e-5)
@@ -240,8 +243,12 @@ def test_held_out_rows_are_a_split_or_the_last_ones_and_never_trained_on(tmp_pat
     folder = str(tmp_path / "data")
     assert counts() == (4, 2) and counts(every=None) == (6, 0) and counts(path=folder, eval_split="dev") == (4, 2)
     assert counts(path=folder, eval_split="dev", limit=None) == (4, 3) and counts(limit=1) == (5, 1)
-    for told, wrong in (("all 6", {"limit": 6}), ("one file", {"eval_split": "dev"}), ("every row", {"limit": None})):
-        with pytest.raises(UserError, match=told):
+    for message, wrong in (
+        ("all 6", {"limit": 6}),
+        ("one file", {"eval_split": "dev"}),
+        ("every row", {"limit": None}),
+    ):
+        with pytest.raises(UserError, match=message):
             counts(**wrong)
 
 

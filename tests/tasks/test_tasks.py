@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from grpo.rewards.builtin import resolve_reward
 from grpo.rewards.runtime.contract import RewardBatch, RewardSpec
-from grpo.rewards.runtime.forms import RewardFunction
+from grpo.rewards.runtime.conventions import RewardFunction
 from grpo.tasks import arithmetic, countdown, expression, gsm8k
 from grpo.tasks.common import load_task
 from tests.helpers.task_files import refusal, write_lines

@@ -243,7 +243,7 @@ def run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     save_adapter(run / "adapter")
     (run / "config.toml").write_text('[model]\nname = "m"\n[task]\nname = "t"\n[eval]\nlimit = 7\n')
     (run / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
-    monkeypatch.setattr(module, "evaluate_target", fake_target)
+    monkeypatch.setattr(module, "evaluate_model", fake_target)
     return run
 
 
@@ -277,7 +277,7 @@ def test_a_run_is_evaluated_with_its_adapter_and_recorded(run_folder: Path, caps
 
 def test_a_model_is_evaluated_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "evaluate_target", fake_target)
+        patch.setattr(module, "evaluate_model", fake_target)
         output = tmp_path / "out.jsonl"
         assert module.main(["some/model", "--task", "gsm8k", "--output", str(output)]) == 0
     config, adapter, _ = OPENED[-1]
@@ -333,7 +333,7 @@ def reported_run(folder: Path) -> Path:
 
 
 def test_an_evaluation_of_a_finished_run_is_in_its_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "evaluate_target", fake_target)
+    monkeypatch.setattr(module, "evaluate_model", fake_target)
     run, other = reported_run(tmp_path / "run"), tmp_path / "other.jsonl"
     before = (run / "report.html").read_bytes()
     assert b"afterwards:" not in before
@@ -354,7 +354,7 @@ def test_a_report_that_cannot_be_written_takes_nothing_from_an_evaluation(
     def unwritable(*arguments: Any) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr(module, "evaluate_target", fake_target)
+    monkeypatch.setattr(module, "evaluate_model", fake_target)
     monkeypatch.setattr(module, "write_report", unwritable)
     run = reported_run(tmp_path / "run")
     assert module.main([str(run)]) == 0

@@ -150,7 +150,7 @@ def test_skipping_groups_of_equal_rewards_leaves_the_gradient(
     score = Policy.score
     monkeypatch.setattr(Policy, "score", lambda self, p, *a, **k: (seen.append(len(p)), score(self, p, *a, **k))[1])
     skipped, _ = gradients(base, loss={"loss_type": loss_type})
-    assert sum(seen) == 9, "the idle group was computed"
+    assert sum(seen) == 9, "the group without advantage was computed"
     monkeypatch.setattr("grpo.training.learner.may_skip_equal_groups", lambda settings: False)
     full, _ = gradients(base, loss={"loss_type": loss_type})
     assert sum(seen) == 9 + 12
@@ -158,7 +158,7 @@ def test_skipping_groups_of_equal_rewards_leaves_the_gradient(
 
 
 def test_groups_are_not_skipped_where_they_have_a_gradient(base: BaseWeights) -> None:
-    """With a reference or an entropy term an idle group still pulls."""
+    """With a reference or an entropy term a group without advantage still pulls."""
     for loss in ({"beta": 0.1}, {"entropy_coef": 0.01}):
         (found,), _ = gradients(base, slice(1, 2), loss=loss)
         assert any(tensor.abs().max() > 0 for tensor in found)

@@ -15,7 +15,7 @@ from grpo.errors import UserError
 from grpo.model.base_weights import BaseWeights
 from grpo.model.source import open_source
 from grpo.policy.policy import Policy
-from grpo.training import micro_batch as headroom
+from grpo.training import micro_batch as micro_batches
 from grpo.training.batch import pack
 from grpo.training.learner import Learner
 from grpo.training.micro_batch import largest_batch
@@ -130,7 +130,7 @@ def test_a_resumed_run_keeps_the_smaller_micro_batch(base: BaseWeights, monkeypa
             parameter.copy_(value)
     resumed.load_state_dict(state)
     step(resumed, 2)
-    assert resumed.headroom.tokens == BUDGET // 2
+    assert resumed.budget.tokens == BUDGET // 2
     assert all(mine.equal(other) for mine, other in zip(adapter(resumed), adapter(learner), strict=True))
 
 
@@ -189,10 +189,10 @@ def test_a_form_that_does_not_fit_gives_way_before_the_first_step(
 ) -> None:
     notices: list[str] = []
     learner = learner_of(base, notices.append)
-    assert learner.headroom.form == "none"
+    assert learner.budget.mode == "none"
     fail(learner, monkeypatch, 1)
     learner.probe_memory()
-    assert learner.headroom.form == "layer" and learner.headroom.tokens == BUDGET
+    assert learner.budget.mode == "layer" and learner.budget.tokens == BUDGET
     assert notices == ['the largest micro-batch did not fit; train.gradient_checkpointing = "layer" is used']
 
 
@@ -202,26 +202,26 @@ def test_a_form_that_is_set_stays_and_the_micro_batch_gives_way(
     learner = learner_of(base, gradient_checkpointing="none")
     fail(learner, monkeypatch, 1)
     learner.probe_memory()
-    assert learner.headroom.form == "none" and learner.headroom.tokens == BUDGET // 2
+    assert learner.budget.mode == "none" and learner.budget.tokens == BUDGET // 2
     other = learner_of(base)
     fail(other, monkeypatch, 1, 2, 3, 4)
     with pytest.raises(UserError, match="ran out again"):
         other.probe_memory()
-    assert other.headroom.form == "offload"
+    assert other.budget.mode == "offload"
 
 
 def test_what_is_planned_decides_the_form(base: BaseWeights, monkeypatch: pytest.MonkeyPatch) -> None:
     class Memory:
         available = 10**12
 
-    monkeypatch.setattr(headroom.psutil, "virtual_memory", lambda: Memory)
-    assert learner_of(base).headroom.form == "none"
+    monkeypatch.setattr(micro_batches.psutil, "virtual_memory", lambda: Memory)
+    assert learner_of(base).budget.mode == "none"
     with pytest.raises(UserError, match="needs the Triton kernels"):
         learner_of(base, gradient_checkpointing="mlp")
-    planned = headroom.TrainingMemory.of(learner_of(base).config, base.config, 4, on_gpu=False)
+    planned = micro_batches.TrainingMemory.of(learner_of(base).config, base.config, 4, on_gpu=False)
     Memory.available = 2 * planned.peak("none") - 1
-    assert learner_of(base).headroom.form == "layer"
-    assert learner_of(base, gradient_checkpointing="offload").headroom.form == "offload"
+    assert learner_of(base).budget.mode == "layer"
+    assert learner_of(base, gradient_checkpointing="offload").budget.mode == "offload"
 
 
 def test_moments_are_those_of_the_optimiser(base: BaseWeights) -> None:

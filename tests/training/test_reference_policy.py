@@ -92,15 +92,15 @@ def test_a_resumed_run_has_the_reference_that_it_began_with(new_policy, tmp_path
 
 
 @pytest.mark.parametrize("kernels", [False, True])
-@pytest.mark.parametrize("form", ["none", "layer"])
-def test_the_reference_between_a_forward_and_its_backward_changes_no_gradient(kernels, form, new_policy):
+@pytest.mark.parametrize("mode", ["none", "layer"])
+def test_the_reference_between_a_forward_and_its_backward_changes_no_gradient(kernels, mode, new_policy):
     policy = new_policy()
     if kernels:
         install(policy.decoder, policy.base)
     move(policy, 1)
     policy.remember_reference()
     move(policy, 2)
-    policy.recompute_layers(form)
+    policy.recompute_layers(mode)
     policy.model.train()
 
     def gradients(between):

@@ -11,7 +11,7 @@ import torch
 from grpo.config.schema import parse_config
 from grpo.errors import UserError
 from grpo.session import open_session
-from grpo.training.self_check import check_rollout_follows_adapter
+from grpo.training.self_check import check_start
 from tests.helpers.tiny_run import SMOLLM2
 
 TARGETS = [["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"], ["o_proj"]]
@@ -35,7 +35,7 @@ def adapter(session):
 def test_an_adapter_on_any_subset_of_modules_passes_and_is_left_as_it_was(targets):
     with session_of(targets, "bfloat16") as session:
         before = adapter(session)
-        check_rollout_follows_adapter(session)
+        check_start(session)
         assert all(torch.equal(one, other) for one, other in zip(adapter(session), before, strict=True))
 
 
@@ -43,7 +43,7 @@ def test_an_adapter_that_generation_does_not_get_is_a_sentence(monkeypatch):
     with session_of(["q_proj", "v_proj"], "float32") as session:
         monkeypatch.setattr(session.engine, "sync_adapter", lambda: None)
         with pytest.raises(UserError, match="generation shows .* another adapter"):
-            check_rollout_follows_adapter(session)
+            check_start(session)
 
 
 def test_a_rollout_with_other_weights_is_a_sentence():
@@ -52,7 +52,7 @@ def test_a_rollout_with_other_weights_is_a_sentence():
         graph = session.policy.decoder.model.norm
         graph.weight = torch.nn.Parameter(norm * 1.1, requires_grad=False)
         with pytest.raises(UserError, match="vLLM's logprobs differ from the training graph's by"):
-            check_rollout_follows_adapter(session)
+            check_start(session)
 
 
 def test_an_adapter_without_any_effect_is_a_sentence():
@@ -61,7 +61,7 @@ def test_an_adapter_without_any_effect_is_a_sentence():
             for layer in session.policy.adapter_layers().values():
                 layer.lora_A["default"].weight.zero_()
         with pytest.raises(UserError, match="moving the adapter on q_proj changes no logprob"):
-            check_rollout_follows_adapter(session)
+            check_start(session)
 
 
 @pytest.mark.gpu
@@ -70,7 +70,7 @@ def test_an_adapter_without_any_effect_is_a_sentence():
 @pytest.mark.parametrize("targets", [["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]], ids="-".join)
 def test_on_a_gpu_every_dtype_and_base_passes(targets, four_bit, dtype, smollm2):
     with session_of(targets, dtype, device="cuda", model=smollm2, four_bit=four_bit) as session:
-        check_rollout_follows_adapter(session)
+        check_start(session)
 
 
 @pytest.fixture

@@ -141,7 +141,9 @@ def test_a_base_that_has_moved_is_missed_before_anything_is_loaded(home: Path, c
     tables = run_tables(home, model={"name": str(home / "gone")}, checkpoint={"output_dir": str(run)})
     write_config(run / "config.toml", tables)
     assert main(["--resume", str(run)]) == 2
-    assert "the base of this run has moved" in (told := sentence(capsys)) and "say where it is with --base" in told
+    assert (
+        "the base of this run has moved" in (message := sentence(capsys)) and "say where it is with --base" in message
+    )
 
 
 def test_an_existing_run_folder_is_refused_and_left_alone(straight: Path, home: Path, capsys: Any) -> None:
@@ -178,7 +180,7 @@ def session(straight: Path, resumed: Path, home: Path) -> Iterator[Any]:
 
 @pytest.fixture
 def train(session: Any, home: Path, monkeypatch: pytest.MonkeyPatch) -> Train:
-    """`start` on the shared vLLM, from the fresh adapter, with one step unless told otherwise."""
+    """`start` on the shared vLLM, from the fresh adapter, with one step by default."""
 
     @contextmanager
     def opened(config: Any, **_: Any) -> Iterator[Any]:
@@ -291,8 +293,8 @@ def test_a_bad_reward_function_ends_the_run_with_a_sentence(
     train: Train, home: Path, capsys: Any, function: str, expected: str
 ) -> None:
     assert train("bad", rewards=[{"function": f"{home / 'scores.py'}:{function}"}]) == 2
-    told = sentence(capsys)
-    assert expected in told and function in told
+    message = sentence(capsys)
+    assert expected in message and function in message
     assert not (home / "bad").exists()
 
 

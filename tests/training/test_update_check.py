@@ -25,7 +25,7 @@ from grpo.rollout.sampler import Group, Sample
 from grpo.training.advantages import Advantages, compute_advantages
 from grpo.training.dump import KEPT_DUMPS, write_dump
 from grpo.training.learner import Learner
-from grpo.training.update_check import FEWEST, Guard, UnusableUpdate
+from grpo.training.update_check import FEWEST, SkippedUpdate, UpdateCheck
 from tests.helpers.small_chat import save_small_chat_model
 from tests.helpers.tiny_run import run_tables
 
@@ -87,8 +87,8 @@ def update(learner: Learner, step: int = 1, sampled: list[Group] | None = None) 
     return learner.update(sampled or groups(), advantages(learner.config), step)
 
 
-def refused(learner: Learner) -> UnusableUpdate:
-    with pytest.raises(UnusableUpdate) as caught:
+def refused(learner: Learner) -> SkippedUpdate:
+    with pytest.raises(SkippedUpdate) as caught:
         update(learner)
     return caught.value
 
@@ -135,7 +135,7 @@ def test_a_non_finite_update_changes_nothing(
     learner = learner_for(base, config_for(home, num_iterations=updates))
     update(learner)  # so that the optimiser has moments
     poison(learner)
-    before, norms = everything(learner), list(learner.guard.norms)
+    before, norms = everything(learner), list(learner.update_check.norms)
     assert refused(learner).problem == problem
     if poison is poison_weight:  # NaN equals nothing
         before, learner.parameters[0].data = (
@@ -143,7 +143,7 @@ def test_a_non_finite_update_changes_nothing(
             learner.parameters[0].nan_to_num(),
         )
     assert same(everything(learner), before)
-    assert list(learner.guard.norms) == norms
+    assert list(learner.update_check.norms) == norms
     assert all(parameter.grad is None for parameter in learner.parameters)
 
 
@@ -186,48 +186,48 @@ def test_a_mismatch_beyond_its_limit_is_refused(base: BaseWeights, home: Path) -
 
 
 def test_a_spike_of_the_gradient_norm_is_refused_once_there_are_norms_to_compare_with() -> None:
-    def check(guard: Guard, norm: float) -> None:
-        guard.check_update({"loss": 0.0, "grad_norm": norm, "mismatch_kl": None}, None)  # type: ignore[arg-type]
+    def check(update_check: UpdateCheck, norm: float) -> None:
+        update_check.check_update({"loss": 0.0, "grad_norm": norm, "mismatch_kl": None}, None)  # type: ignore[arg-type]
 
     train = parse_config({"model": {"name": "m"}, "task": {"name": "t"}, "train": {"grad_norm_spike": 5.0}}).train
-    guard = Guard(train)
-    check(guard, 1000.0)
+    update_check = UpdateCheck(train)
+    check(update_check, 1000.0)
     for number in range(FEWEST - 1):
-        check(guard, 1.0 + number / 10)
-        check(guard, 0.0)  # a step without gradient says nothing about the usual norm
-    check(guard, 6.0)
-    with pytest.raises(UnusableUpdate, match="the gradient norm is 8, more than train.grad_norm_spike = 5 times 1.5"):
-        check(guard, 8.0)
-    copy = Guard(train)
-    copy.load_state_dict(json.loads(json.dumps(guard.state_dict())))
-    with pytest.raises(UnusableUpdate):
+        check(update_check, 1.0 + number / 10)
+        check(update_check, 0.0)  # a step without gradient says nothing about the usual norm
+    check(update_check, 6.0)
+    with pytest.raises(SkippedUpdate, match="the gradient norm is 8, more than train.grad_norm_spike = 5 times 1.5"):
+        check(update_check, 8.0)
+    copy = UpdateCheck(train)
+    copy.load_state_dict(json.loads(json.dumps(update_check.state_dict())))
+    with pytest.raises(SkippedUpdate):
         check(copy, 8.0)
 
 
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
 def test_logprobs_of_the_rollout_that_are_not_finite_are_refused(learner: Learner, value: float) -> None:
     sampled = groups()
-    learner.guard.check_sampled(sampled, advantages(learner.config))
+    learner.update_check.check_sampled(sampled, advantages(learner.config))
     sampled[1].samples[2].logprobs[0] = value
-    with pytest.raises(UnusableUpdate, match="vLLM reported a logprob that is not finite"):
-        learner.guard.check_sampled(sampled, advantages(learner.config))
+    with pytest.raises(SkippedUpdate, match="vLLM reported a logprob that is not finite"):
+        learner.update_check.check_sampled(sampled, advantages(learner.config))
 
 
 def test_an_infinite_sum_of_rewards_is_refused(learner: Learner) -> None:
     rewards = [[1.0, 0.0, INF, 0.5], REWARDS[1]]
-    with pytest.raises(UnusableUpdate, match="a weighted sum of rewards is infinite"):
-        learner.guard.check_sampled(groups(), advantages(learner.config, rewards))
+    with pytest.raises(SkippedUpdate, match="a weighted sum of rewards is infinite"):
+        learner.update_check.check_sampled(groups(), advantages(learner.config, rewards))
 
 
 def test_a_run_stops_at_once_or_after_so_many_in_a_row(learner: Learner) -> None:
-    def guard(**train: Any) -> Guard:
-        return Guard(parse_config({"model": {"name": "m"}, "task": {"name": "t"}, "train": train}).train)
+    def update_check(**train: Any) -> UpdateCheck:
+        return UpdateCheck(parse_config({"model": {"name": "m"}, "task": {"name": "t"}, "train": train}).train)
 
-    assert guard(on_nonfinite="stop").gives_up()
-    patient = guard(max_nonfinite_steps=3)
-    assert [patient.gives_up(), patient.gives_up()] == [False, False]
+    assert update_check(on_nonfinite="stop").ends_run()
+    patient = update_check(max_nonfinite_steps=3)
+    assert [patient.ends_run(), patient.ends_run()] == [False, False]
     patient.check_update({"loss": 0.0, "grad_norm": 1.0, "mismatch_kl": 0.0}, None)  # type: ignore[arg-type]
-    assert [patient.gives_up() for _ in range(3)] == [False, False, True]
+    assert [patient.ends_run() for _ in range(3)] == [False, False, True]
 
 
 # What is dumped
@@ -274,8 +274,8 @@ def test_replay_says_where_the_first_non_finite_value_is(
 def test_what_vllm_reported_is_named_by_replay(learner: Learner, home: Path, tmp_path: Path) -> None:
     sampled = groups()
     sampled[1].samples[2].logprobs[0] = NAN
-    with pytest.raises(UnusableUpdate) as caught:
-        learner.guard.check_sampled(sampled, advantages(learner.config))
+    with pytest.raises(SkippedUpdate) as caught:
+        learner.update_check.check_sampled(sampled, advantages(learner.config))
     dump = write_dump(tmp_path, 1, learner.config, learner.policy, caught.value)
     first = replay(dump).first
     assert first is not None and first.startswith("the rollout's logprobs of sequence 7: 1 of ")

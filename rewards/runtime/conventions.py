@@ -1,9 +1,9 @@
 """How a reward function wants to be called, recognised by its parameters' names, and the call itself.
 
-A function gets the arguments it names, and all of them if it takes `**kwargs`. The forms, with the names that give
-them away; the first that fits is taken:
+A function gets the arguments it names, and all of them if it takes `**kwargs`. The conventions, with the names that
+give them away; the first that fits is taken:
 
-| form | recognised by | gets |
+| convention | recognised by | gets |
 | --- | --- | --- |
 | OpenRLHF | `queries` | lists `queries, prompts, labels`; returns a dict with "rewards" |
 | TRL, the native one | `completions`, `completion_ids` or `prompts`; also if nothing else fits | lists `prompts,
@@ -15,8 +15,8 @@ them away; the first that fits is taken:
   and every column |
 
 verifiers' group functions, known by a plural (`answers, infos, states, tasks`), get those lists besides TRL's.
-The gold answer of the forms that name it differently (`ground_truth`, `labels`, `target`) is the column of that name,
-or else `answer`. Nothing here knows about processes or timeouts.
+The gold answer of the conventions that name it differently (`ground_truth`, `labels`, `target`) is the column of that
+name, or else `answer`. Nothing here knows about processes or timeouts.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ class RewardFunction:
         return self._scores(returned, batch, log)
 
     async def score_async(self, batch: RewardBatch) -> Scores:
-        """As `score`, for a coroutine function; the calls of a per-completion form run concurrently."""
+        """As `score`, for a coroutine function; the calls of a per-completion convention run concurrently."""
         import asyncio  # here, as most functions need no event loop: it is slow to import
 
         log = Log()
@@ -275,7 +275,7 @@ def _prompt_text(prompt: Prompt) -> str:
 
 
 def _gold(row: Mapping[str, Any], name: str) -> Arguments:
-    """The gold answer under the form's own name, from that column or from `answer`; nothing without either."""
+    """The gold answer under the convention's own name, from that column or from `answer`; nothing without either."""
     for column in (name, "answer"):
         if column in row:
             return {name: row[column]}

@@ -17,7 +17,7 @@ import torch
 
 from grpo.errors import UserError
 from grpo.rewards.runtime.contract import BadReturn, RewardBatch, RewardResult, RewardSpec, check_scores, merge_results
-from grpo.rewards.runtime.forms import RewardFunction
+from grpo.rewards.runtime.conventions import RewardFunction
 
 QUESTIONS = ["2+2?", "3+3?"]
 TEXTS = ["<answer>4</answer>", "six: <answer>7</answer>"]

@@ -1,0 +1,1 @@
+"""Families of models that are exceptions, and those that are tested: one short file for each kind."""

@@ -1,0 +1,36 @@
+"""What can be particular about a family of models.
+
+What transformers' configuration and vLLM's own loading say about a family needs no entry: its layout is traced and the
+start-up gate compares the two graphs. An entry says what neither tells: another class in vLLM, a part of a
+configuration that one of the two reads differently, layers that our kernels may compute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Family:
+    """What is particular about the models of one `model_type`; the defaults are those of a family without an entry."""
+
+    vllm_class: str = ""
+    """vLLM's name of its class; empty for transformers'."""
+    text_as: str = ""
+    """The family whose graph is this one's, for a text decoder that transformers has no causal LM of."""
+    activation: tuple[str, tuple[str, ...]] | None = None
+    """The key of the MLP's activation, and what vLLM computes of it; None where vLLM reads the key."""
+    head_of_hidden_size: bool = False
+    """Heads are, to vLLM, the hidden size over their number, whatever `head_dim` says."""
+    always_tied: bool = False
+    """Some vLLM from 0.26 on has no output head beside the embedding."""
+    window_in_all_or_none: bool = False
+    """vLLM gives a sliding window to all layers or to none."""
+    served: Callable[[Any], dict[str, Any]] | None = None
+    """What vLLM's configuration says otherwise than transformers', of which it is made."""
+    fused_layers: bool = False
+    """kernels/ compute what the decoder's layers do (`graph_kernels.py`)."""
+    norm_adds_one: bool = False
+    """RMSNorm multiplies by the weight plus one."""

@@ -1,0 +1,21 @@
+"""Gemma 1 to 3: RMSNorm multiplies by its weight plus one, and the MLP's activation is GELU."""
+
+from grpo.model.families.family import Family
+
+FAMILIES = {
+    "gemma": Family(
+        activation=("hidden_act", ("gelu_pytorch_tanh",)), always_tied=True, fused_layers=True, norm_adds_one=True
+    ),
+    "gemma2": Family(
+        activation=("hidden_activation", ("gelu_pytorch_tanh",)),
+        always_tied=True,
+        fused_layers=True,
+        norm_adds_one=True,
+    ),
+    "gemma3_text": Family(
+        vllm_class="Gemma3ForCausalLM",
+        activation=("hidden_activation", ("gelu_pytorch_tanh", "gelu", "silu")),
+        fused_layers=True,
+        norm_adds_one=True,
+    ),
+}

@@ -1,0 +1,5 @@
+"""Granite's dense models: multipliers on embedding, residuals, attention and logits, all read by both graphs."""
+
+from grpo.model.families.family import Family
+
+FAMILIES = {"granite": Family()}

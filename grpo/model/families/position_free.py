@@ -1,0 +1,5 @@
+"""SmolLM3: some layers know no positions. Only vLLM's Transformers backend has it."""
+
+from grpo.model.families.family import Family
+
+FAMILIES = {"smollm3": Family()}

@@ -1,0 +1,17 @@
+"""Qwen 2 and 3, and the text decoders of Qwen's vision models.
+
+For text alone the three rows of a vision model's positions are equal, and turning by them is the plain rotation: the
+decoder is that of the text model.
+"""
+
+from grpo.model.families.family import Family
+
+SILU = ("hidden_act", ("silu",))
+
+FAMILIES = {
+    "qwen2": Family(activation=SILU, head_of_hidden_size=True, window_in_all_or_none=True, fused_layers=True),
+    "qwen3": Family(activation=SILU, window_in_all_or_none=True, fused_layers=True),
+    "qwen2_5_vl_text": Family(text_as="qwen2"),
+    "qwen2_vl_text": Family(text_as="qwen2"),
+    "qwen3_vl_text": Family(text_as="qwen3"),
+}

@@ -1,0 +1,29 @@
+"""Every family with an entry, out of the files of this folder."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import import_module
+
+from grpo.model.families.family import Family
+
+FILES = ("plain", "gemma", "qwen", "phi3", "ministral3", "granite", "cohere", "position_free")
+"""The modules of this package, each with FAMILIES: model_type -> Family."""
+
+
+def family_of(model_type: str) -> Family:
+    """The entry of a family; one of defaults where it has none."""
+    return _families().get(model_type, Family())
+
+
+def listed() -> tuple[str, ...]:
+    """Every family with an entry: those that tests compare."""
+    return tuple(_families())
+
+
+@cache
+def _families() -> dict[str, Family]:
+    found: dict[str, Family] = {}
+    for name in FILES:
+        found |= import_module(f"grpo.model.families.{name}").FAMILIES
+    return found

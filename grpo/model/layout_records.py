@@ -1,0 +1,112 @@
+"""How vLLM lays out the tested families, traced and written by `make layouts`; nothing here is edited by hand."""
+
+from typing import Any
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "3a23b0a393fb": {
+        "linears": {
+            "model.layers.*.self_attn.qkv_proj": (
+                "model.layers.*.self_attn.q_proj",
+                "model.layers.*.self_attn.k_proj",
+                "model.layers.*.self_attn.v_proj",
+            ),
+            "model.layers.*.self_attn.o_proj": ("model.layers.*.self_attn.o_proj",),
+            "model.layers.*.mlp.gate_up_proj": ("model.layers.*.mlp.gate_up_proj",),
+            "model.layers.*.mlp.down_proj": ("model.layers.*.mlp.down_proj",),
+        },
+        "renamed": {},
+    },
+    "6b15e33fe2ee": {
+        "linears": {
+            "model.layers.*.self_attn.qkv_proj": (
+                "model.layers.*.self_attn.q_proj",
+                "model.layers.*.self_attn.k_proj",
+                "model.layers.*.self_attn.v_proj",
+            ),
+            "model.layers.*.self_attn.o_proj": ("model.layers.*.self_attn.o_proj",),
+            "model.layers.*.mlp.gate_up_proj": (
+                "model.layers.*.mlp.gate_proj",
+                "model.layers.*.mlp.up_proj",
+            ),
+            "model.layers.*.mlp.down_proj": ("model.layers.*.mlp.down_proj",),
+        },
+        "renamed": {},
+    },
+    "e04eaf2f8d69": {
+        "linears": {
+            "model.layers.*.self_attn.qkv_proj": (
+                "model.layers.*.self_attn.q_proj",
+                "model.layers.*.self_attn.k_proj",
+                "model.layers.*.self_attn.v_proj",
+            ),
+            "model.layers.*.self_attn.o_proj": ("model.layers.*.self_attn.o_proj",),
+            "model.layers.*.mlp.up_proj": ("model.layers.*.mlp.up_proj",),
+            "model.layers.*.mlp.down_proj": ("model.layers.*.mlp.down_proj",),
+        },
+        "renamed": {},
+    },
+    "fbda1e2bf193": {
+        "linears": {
+            "model.layers.*.self_attn.o_proj": ("model.layers.*.self_attn.o_proj",),
+            "model.layers.*.self_attn.qkv_proj": ("model.layers.*.self_attn.qkv_proj",),
+            "model.layers.*.mlp.gate_up_proj": ("model.layers.*.mlp.gate_up_proj",),
+            "model.layers.*.mlp.down_proj": ("model.layers.*.mlp.down_proj",),
+        },
+        "renamed": {},
+    },
+}
+"""What vLLM stacks: its linear layers, each with the graph's in order."""
+
+FAMILIES: dict[str, str] = {
+    "arcee": "e04eaf2f8d69",
+    "cohere": "6b15e33fe2ee",
+    "ernie4_5": "6b15e33fe2ee",
+    "exaone4": "6b15e33fe2ee",
+    "gemma": "6b15e33fe2ee",
+    "gemma2": "6b15e33fe2ee",
+    "gemma3_text": "6b15e33fe2ee",
+    "glm": "3a23b0a393fb",
+    "glm4": "3a23b0a393fb",
+    "granite": "6b15e33fe2ee",
+    "llama": "6b15e33fe2ee",
+    "ministral3": "6b15e33fe2ee",
+    "mistral": "6b15e33fe2ee",
+    "nemotron": "e04eaf2f8d69",
+    "olmo2": "6b15e33fe2ee",
+    "olmo3": "6b15e33fe2ee",
+    "phi3": "fbda1e2bf193",
+    "qwen2": "6b15e33fe2ee",
+    "qwen3": "6b15e33fe2ee",
+    "seed_oss": "6b15e33fe2ee",
+    "smollm3": "6b15e33fe2ee",
+    "stablelm": "6b15e33fe2ee",
+}
+"""model_type -> its layout."""
+
+SEEN: dict[str, dict[str, str]] = {
+    "0.32": {
+        "arcee": "e04eaf2f8d69",
+        "cohere": "6b15e33fe2ee",
+        "ernie4_5": "6b15e33fe2ee",
+        "exaone4": "6b15e33fe2ee",
+        "gemma": "6b15e33fe2ee",
+        "gemma2": "6b15e33fe2ee",
+        "gemma3_text": "6b15e33fe2ee",
+        "glm": "3a23b0a393fb",
+        "glm4": "3a23b0a393fb",
+        "granite": "6b15e33fe2ee",
+        "llama": "6b15e33fe2ee",
+        "ministral3": "6b15e33fe2ee",
+        "mistral": "6b15e33fe2ee",
+        "nemotron": "e04eaf2f8d69",
+        "olmo2": "6b15e33fe2ee",
+        "olmo3": "6b15e33fe2ee",
+        "phi3": "fbda1e2bf193",
+        "qwen2": "6b15e33fe2ee",
+        "qwen3": "6b15e33fe2ee",
+        "seed_oss": "6b15e33fe2ee",
+        "smollm3": "6b15e33fe2ee",
+        "stablelm": "6b15e33fe2ee",
+    },
+}
+"""vLLM's version -> model_type -> the layout that was traced with it."""

@@ -1,0 +1,96 @@
+"""What a training graph consists of, asked of the graph itself: transformers' model built on the meta device.
+
+Names, shapes and biases of its linear layers, and every other tensor, for any configuration, without weights and
+without formulas of ours. How vLLM stacks them is `layout.py`'s.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from grpo.errors import UserError
+
+FRAME = ("model.embed_tokens", "model.layers.0", "model.norm", "lm_head")
+"""Modules around and in the stack of layers."""
+
+
+@dataclass(frozen=True)
+class GraphLinear:
+    """A linear layer of the graph: weight [rows, columns], perhaps a bias [rows]."""
+
+    rows: int
+    columns: int
+    bias: bool
+
+
+@dataclass(frozen=True)
+class GraphTensors:
+    """Every tensor that a graph reads from a checkpoint."""
+
+    linears: dict[str, GraphLinear]
+    """Module name -> its sizes; the output head is not among them."""
+    plain: dict[str, tuple[int, ...]]
+    """Name -> shape of everything else, the output head only where it is not the embedding."""
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of every tensor, those of linear layers too."""
+        found: dict[str, tuple[int, ...]] = dict(self.plain)
+        for name, linear in self.linears.items():
+            found[f"{name}.weight"] = (linear.rows, linear.columns)
+            if linear.bias:
+                found[f"{name}.bias"] = (linear.rows,)
+        return found
+
+
+def meta_graph(config: Any, dtype: torch.dtype = torch.float32, attention: str | None = None) -> nn.Module:
+    """transformers' causal LM of `config`, the text model's, without memory."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, attn_implementation=attention)
+
+
+def check_frame(config: Any) -> None:
+    """Raise UserError unless the graph of `config` has the frame that the training graph runs."""
+    graph = meta_graph(config)
+    for name in FRAME:
+        try:
+            graph.get_submodule(name)
+        except AttributeError:
+            raise UserError(
+                f"transformers' {type(graph).__name__} has no {name}, as the decoders have that are trained here; use "
+                "a model of another family"
+            ) from None
+
+
+def graph_tensors(config: Any) -> GraphTensors:
+    """The tensors of the graph of `config`, transformers' of a text model."""
+    kind: Any = type(config)
+    return _graph_tensors(kind, json.dumps(config.to_dict(), sort_keys=True, default=str))
+
+
+@lru_cache(maxsize=8)
+def _graph_tensors(kind: Any, values: str) -> GraphTensors:
+    config = kind.from_dict(json.loads(values) | {"pad_token_id": None})  # which may be no row of the embedding
+    graph = meta_graph(config)
+    head = graph.get_output_embeddings()
+    linears = {
+        name: GraphLinear(module.out_features, module.in_features, module.bias is not None)
+        for name, module in graph.named_modules()
+        if isinstance(module, nn.Linear) and module is not head
+    }
+    inside = {f"{name}.{kind}" for name in linears for kind in ("weight", "bias")}
+    tied = {name for name, module in graph.named_modules() if module is head} if config.tie_word_embeddings else set()
+    plain = {
+        name: tuple(tensor.shape)
+        for name, tensor in graph.state_dict().items()
+        if name not in inside and name.rpartition(".")[0] not in tied
+    }
+    return GraphTensors(linears, plain)

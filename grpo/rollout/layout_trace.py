@@ -1,0 +1,260 @@
+"""How vLLM lays out a model, found by watching vLLM load one that has no weights. For the engine's side alone.
+
+Both models are built on the meta device. vLLM's own `load_weights` is fed the training graph's parameters, and every
+copy into one of vLLM's parameters says from which rows of which tensor they come. Nothing is computed, and no table
+names a tensor. What a copy does not explain (a value that vLLM computes, rows in another order) is not shared storage,
+and is refused here by name.
+"""
+
+from __future__ import annotations
+
+import grpo.rollout.vllm_environment  # noqa: F401  (before vllm)
+
+# isort: split
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+import vllm
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from vllm.config import set_current_vllm_config
+from vllm.distributed import parallel_state
+from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.layers import rotary_embedding
+from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase
+from vllm.model_executor.layers.quantization import register_quantization_config
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.model_executor.model_loader.utils import initialize_model
+from vllm.model_executor.utils import set_weight_attrs
+
+from grpo.errors import UserError
+from grpo.model.architectures import vllm_class
+from grpo.model.checks import one_line
+from grpo.model.config_keys import served_values
+from grpo.model.layout import Record, pattern_of
+from grpo.model.meta_graph import meta_graph
+from grpo.rollout.vllm_backend import leave_classes_alone
+
+TRACED = "grpo_traced"
+"""Name of the quantisation method whose layers are watched."""
+
+
+class TracedMethod(LinearMethodBase):
+    """A plain weight [out, in] with what vLLM's loaders ask of one."""
+
+    def create_weights(
+        self,
+        layer: nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        size = (sum(output_partition_sizes), input_size_per_partition)
+        weight = nn.Parameter(torch.empty(size, dtype=params_dtype), requires_grad=False)
+        set_weight_attrs(weight, {"input_dim": 1, "output_dim": 0, **extra_weight_attrs})
+        layer.register_parameter("weight", weight)
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        raise NotImplementedError("a traced model is not run")
+
+
+@register_quantization_config(TRACED)
+class TracedConfig(QuantizationConfig):
+    """Gives every linear layer a `TracedMethod`."""
+
+    def get_name(self) -> str:
+        return TRACED
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 0
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> TracedConfig:
+        return cls()
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
+        return TracedMethod() if isinstance(layer, LinearBase) else None
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Whole rows of a tensor that `count` of its elements, from `offset` on, are."""
+
+    name: str
+    offset: int
+    count: int
+
+
+@dataclass
+class Copies(TorchDispatchMode):
+    """Inside, what is copied into `targets` from `sources`; both name -> tensor on meta."""
+
+    sources: dict[str, Tensor]
+    targets: dict[str, Tensor]
+    found: list[tuple[Rows, Rows | None]] = field(default_factory=list)
+    """(where in a target, where in a source or None for what was computed)."""
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        self._known = {storage(tensor): Rows(name, 0, tensor.numel()) for name, tensor in self.sources.items()}
+        self._targets = {storage(tensor): name for name, tensor in self.targets.items()}
+        self._alive: list[Tensor] = []  # a storage's address must not be used twice
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        operator = func.overloadpacket.__name__
+        if operator == "_local_scalar_dense":  # loaders ask whether a value is, say, 1
+            return 1.0
+        if operator == "equal":
+            return True
+        if operator == "copy_" and storage(args[0]) in self._targets:
+            place = Rows(self._targets[storage(args[0])], args[0].storage_offset(), args[0].numel())
+            self.found.append((place, self.where(args[1]) if args[0].is_contiguous() else None))
+            return args[0]
+        result = func(*args, **(kwargs or {}))
+        if operator in ("clone", "_to_copy", "contiguous") and args[0].numel() == result.numel():
+            copied = self.where(args[0])
+            if copied is not None:
+                self._alive.append(result)
+                self._known[storage(result)] = copied
+        return result
+
+    def where(self, tensor: Tensor) -> Rows | None:
+        """Where in a source the elements of `tensor` are, one after another."""
+        known = self._known.get(storage(tensor))
+        if known is None or not tensor.is_contiguous():
+            return None
+        return Rows(known.name, known.offset + tensor.storage_offset(), tensor.numel())
+
+
+def storage(tensor: Tensor) -> int:
+    """The identity of the memory of a tensor, also of one that has none."""
+    return tensor.untyped_storage()._cdata
+
+
+def trace(config: Any, dtype: torch.dtype = torch.bfloat16) -> Record:
+    """How vLLM lays out the model of `config`, transformers' of a text model. Raises UserError naming a tensor that
+    cannot be shared, or what vLLM says of a model that it cannot build."""
+    sources = checkpoint_tensors(config, dtype)
+    with traced_model(config, dtype) as model:
+        targets = dict(model.named_parameters()) | dict(model.named_buffers())
+        with torch.no_grad(), Copies(sources, {name: tensor.data for name, tensor in targets.items()}) as copies:
+            model.load_weights(iter(sources.items()))
+        layers = {name for name, each in model.named_modules() if isinstance(quant_method(each), TracedMethod)}
+        widths = {name: model.get_submodule(name).weight.shape[1] for name in layers}
+    return record(copies.found, sources, widths)
+
+
+def quant_method(module: nn.Module) -> Any:
+    return getattr(module, "quant_method", None)
+
+
+def checkpoint_tensors(config: Any, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The graph's parameters on meta, without an output head that is the embedding."""
+    graph = meta_graph(config, dtype)
+    tensors = graph.state_dict()
+    if config.tie_word_embeddings:
+        tensors.pop("lm_head.weight", None)
+    return dict(tensors)
+
+
+@contextmanager
+def traced_model(config: Any, dtype: torch.dtype) -> Iterator[nn.Module]:
+    """vLLM's model of `config` on meta; inside, vLLM's configuration is the current one."""
+    with tempfile.TemporaryDirectory(prefix="grpo-layout-") as folder, one_process():
+        leave_classes_alone(vllm_class(config.model_type))
+        (Path(folder) / "config.json").write_text(json.dumps(served_values(config), default=str))
+        try:
+            settings = EngineArgs(
+                model=folder, skip_tokenizer_init=True, dtype=str(dtype).removeprefix("torch."), quantization=TRACED,
+                max_model_len=64, enforce_eager=True, generation_config="vllm",
+            ).create_engine_config()  # fmt: skip
+            with set_current_vllm_config(settings), default_dtype(dtype):
+                with torch.device("meta"):
+                    model = initialize_model(settings)
+                yield model
+        except UserError:
+            raise
+        except Exception as error:  # whatever vLLM makes of a family that nobody tried
+            reason = f"vLLM {vllm.__version__} cannot build it ({one_line(error)})"
+            raise UserError(f"{reason}; use a model of another family or another vLLM") from None
+        finally:
+            rotary_embedding._ROPE_DICT.clear()  # rotary caches on meta are not to be met by an engine
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextmanager
+def one_process() -> Iterator[None]:
+    """Inside, vLLM takes this process to be the only one; no group of processes is made."""
+    alone = SimpleNamespace(
+        world_size=1, rank=0, rank_in_group=0, local_rank=0, is_first_rank=True, is_last_rank=True, ranks=[0],
+        device_group=None, cpu_group=None,
+    )  # fmt: skip
+    names = [name for name in ("_WORLD", "_TP", "_PP", "_DP", "_EP", "_DCP", "_PCP") if hasattr(parallel_state, name)]
+    with ExitStack() as patches:
+        for name in names:
+            patches.enter_context(mock.patch.object(parallel_state, name, alone))
+        yield
+
+
+def record(copies: list[tuple[Rows, Rows | None]], sources: dict[str, Tensor], widths: dict[str, int]) -> Record:
+    """The copies as a Record. `widths`: columns of vLLM's linear layers."""
+    starts: dict[str, dict[str, int]] = {}
+    renamed: dict[str, str] = {}
+    for name, tensor in sources.items():
+        target, offset = destination(name, tensor, copies)
+        layer, _, kind = target.rpartition(".")
+        if layer not in widths:
+            if offset:
+                reason = f"vLLM {vllm.__version__} keeps {name} inside {target}"
+                raise UserError(f"{reason}, which is no linear layer of ours; use a model of another family")
+            if target != name:
+                renamed[pattern_of(name)] = pattern_of(target)
+        elif kind == "weight":
+            starts.setdefault(layer, {})[name.removesuffix(".weight")] = offset // widths[layer]
+    linears: dict[str, tuple[str, ...]] = {}
+    for layer, parts in starts.items():
+        linears[pattern_of(layer)] = tuple(pattern_of(part) for part in sorted(parts, key=parts.__getitem__))
+    return Record(linears, renamed)
+
+
+def destination(name: str, tensor: Tensor, copies: list[tuple[Rows, Rows | None]]) -> tuple[str, int]:
+    """(vLLM's parameter, the element of it) where the whole of the graph's `tensor` begins.
+
+    Raises UserError where it is nowhere, or not one run of elements.
+    """
+    places = [(to, source) for to, source in copies if source is not None and source.name == name]
+    runs = {(to.name, to.offset - source.offset) for to, source in places if source is not None}
+    copied = {source for _, source in places}
+    if len(runs) != 1 or sum(source.count for source in copied if source is not None) != tensor.numel():
+        what = "reads nothing from" if not places else "keeps another form of"
+        reason = f"vLLM {vllm.__version__} {what} {name}, so the two graphs cannot share it"
+        raise UserError(f"{reason}; use a model of another family")
+    return runs.pop()

@@ -1,0 +1,131 @@
+"""Which module of the two graphs is the first to differ, and whether any does.
+
+Logprobs say that something differs, not what, and they hide what is small beside the rounding of all layers. So the
+modules are compared one by one, each on what vLLM gave it: the training graph is run over a prompt with every linear
+layer's result replaced by vLLM's. What reaches the next linear layer has then come through one attention, one norm or
+one activation since the two were the same, and differs by their rounding alone; and every linear layer is given vLLM's
+input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from grpo.policy.packing import predictors
+from grpo.policy.policy import Policy
+from grpo.rollout.watch import Seen, watched_linears
+from grpo.session import Session
+
+PLACES = 32
+"""Tokens of the prompt that are compared: the last half of these, and others spread over it."""
+BY_A_LINEAR = {torch.float32: 2e-3, torch.float16: 2e-3, torch.bfloat16: 0.01}
+"""Largest relative difference that a linear layer may make from the same input: a rounding or two; in float32 a GPU
+may multiply in TF32."""
+BEFORE_A_LINEAR = {torch.float32: 2e-3, torch.float16: 0.012, torch.bfloat16: 0.08}
+"""Largest relative difference of what reaches a linear layer. What lies between two of them rounds several times, and
+attention's weights are exponentials of rounded scores: 0.024 in bfloat16 and 1e-6 in float32 were seen, in a real model
+on a CPU."""
+
+
+class Difference(NamedTuple):
+    """A module that the two graphs do not compute alike."""
+
+    module: str
+    reached: bool
+    """Whether it is in what reaches the module, by what comes before; otherwise the module makes it."""
+    size: float
+    limit: float
+
+    def __str__(self) -> str:
+        what = f"what reaches {self.module}" if self.reached else f"the result of {self.module}"
+        return f"{what} differs by {self.size:.2g} of its size, over {self.limit:.2g}"
+
+
+def first_difference(session: Session, prompt: Sequence[int]) -> Difference | None:
+    """The first module that differs on `prompt` with the adapter as it is; None if none does."""
+    places = compared_places(len(prompt))
+    seen = watched_linears(session.engine, prompt, places)
+    reaching = differences_before(session.policy, seen, prompt, places)
+    for module, difference in reaching.items():
+        for found in (difference, difference_by(session.policy, module, seen, places)):
+            if found is not None:
+                return found
+    called = set(reaching)
+    others = (part for linear in session.base.linears.values() for part in linear.parts if part not in called)
+    return next((found for part in others if (found := difference_by(session.policy, part, seen, places))), None)
+
+
+def compared_places(tokens: int) -> list[int]:
+    """At most PLACES places in a prompt of so many tokens."""
+    last = range(max(0, tokens - PLACES // 2), tokens)
+    spread = range(0, last.start, max(1, -(-last.start // (PLACES // 2))))
+    return [*spread, *last]
+
+
+def difference_by(policy: Policy, part: str, seen: dict[str, Seen], places: list[int]) -> Difference | None:
+    """What the linear module `part` makes of vLLM's input, beside what vLLM makes of it."""
+    name, (first, rows) = place_of(policy, part)
+    with torch.no_grad():
+        ours = policy.decoder.get_submodule(part)(seen[name].x[None].to(policy.base.device))[0].cpu()
+    size = relative(ours, seen[name].y[places, first : first + rows])
+    limit = BY_A_LINEAR[policy.base.dtype]
+    return None if size <= limit else Difference(part, False, size, limit)
+
+
+def place_of(policy: Policy, part: str) -> tuple[str, tuple[int, int]]:
+    """(vLLM's linear layer, (first row, rows)) of the graph's linear module `part`."""
+    for name, linear in policy.base.linears.items():
+        if part in linear.parts:
+            return name, linear.parts[part]
+    raise KeyError(part)
+
+
+def differences_before(
+    policy: Policy, seen: dict[str, Seen], prompt: Sequence[int], places: list[int]
+) -> dict[str, Difference | None]:
+    """The graph's linear modules in the order that they run, each with what is different in its input.
+
+    Modules that a fused layer computes do not run, and are not among them.
+    """
+    found: dict[str, Difference | None] = {}
+    hooks = []
+    for name, linear in policy.base.linears.items():
+        for part, rows in linear.parts.items():
+            hook = replace_result(found, part, seen[name], rows, places, BEFORE_A_LINEAR[policy.base.dtype])
+            hooks.append(policy.decoder.get_submodule(part).register_forward_hook(hook))
+    try:
+        with torch.no_grad():
+            predictors(policy.decoder.model, [list(prompt)], [[0]], policy.base.device)
+    finally:
+        for handle in hooks:
+            handle.remove()
+    return found
+
+
+def replace_result(
+    found: dict[str, Difference | None],
+    part: str,
+    seen: Seen,
+    rows: tuple[int, int],
+    places: list[int],
+    limit: float,
+) -> Callable[..., Tensor]:
+    """A hook on the module `part` that notes what is different in its input, and gives vLLM's result."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        size = relative(args[0].reshape(-1, args[0].shape[-1])[places].cpu(), seen.x)
+        found[part] = None if size <= limit else Difference(part, True, size, limit)
+        return seen.y[:, rows[0] : rows[0] + rows[1]].to(output).reshape(output.shape)
+
+    return hook
+
+
+def relative(ours: Tensor, theirs: Tensor) -> float:
+    """The largest difference of a row of [places, features], in root mean square, over a usual row's size."""
+    gap = (ours.float() - theirs.float()).pow(2).mean(-1).sqrt().max()
+    size = theirs.float().pow(2).mean(-1).sqrt().median()
+    return float(gap / size.clamp_min(1e-30))

@@ -1,0 +1,306 @@
+"""Every launch of every kernel with a model's real shapes, compiled for a card that is not there.
+
+Tensors are torch's fake ones that call themselves tensors of a GPU, so the kernels' own host functions choose tiles,
+strides and specialisations as they would; Triton compiles for the card's architecture and runs nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import PropertyMock, patch
+
+import torch
+import triton
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from triton.runtime.jit import JITFunction
+
+from grpo.kernels import (
+    cards,
+    dense_gemm,
+    glu,
+    logprob,
+    lora_factors,
+    lora_shrink,
+    lora_sum,
+    nf4,
+    nf4_gemm,
+    nf4_plans,
+    nf4_tiles,
+    nf4_turing,
+    rms_norm,
+    rope,
+    sample,
+    shared_keys,
+    split_k,
+)
+from grpo.kernels.cards import MB, SHARED_MEMORY, Card
+from grpo.kernels.compile_only import compiling_for
+from grpo.kernels.lora_factors import Adapter, LowRank
+from grpo.kernels.nf4_lookup import byte_tables
+
+MODULES = (
+    dense_gemm, glu, logprob, lora_factors, lora_shrink, lora_sum, nf4, nf4_gemm, nf4_turing, rms_norm, rope, sample,
+    shared_keys,
+)  # fmt: skip
+CARDS = (
+    Card("Tesla T4", 75, SHARED_MEMORY[75], 40, 4 * MB),
+    Card("NVIDIA A100-SXM4-80GB", 80, SHARED_MEMORY[80], 108, 40 * MB),
+    Card("NVIDIA GeForce RTX 3090", 86, SHARED_MEMORY[86], 82, 6 * MB),
+    Card("NVIDIA GeForce RTX 4090", 89, SHARED_MEMORY[89], 128, 72 * MB),
+    Card("NVIDIA H100 80GB HBM3", 90, SHARED_MEMORY[90], 132, 50 * MB),
+    Card("NVIDIA B200", 100, SHARED_MEMORY[100], 148, 126 * MB),
+    Card("NVIDIA GeForce RTX 5090", 120, SHARED_MEMORY[120], 170, 96 * MB),
+)
+"""One of every architecture that is served."""
+DECODING = (1, 16, 17, 40, 128, 200, 512)
+"""Numbers of sequences that decode together: whole tiles and ragged ones."""
+TOKENS = 1000
+"""Of a training micro-batch."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model, as far as kernels see it."""
+
+    hidden: int
+    intermediate: int
+    heads: int
+    key_value_heads: int
+    head: int
+    vocabulary: int
+    bias: bool = False
+    activation: str = "silu"
+    unit_offset: bool = False
+    head_norms: bool = False
+    softcap: float | None = None
+
+    @property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """Fused layer -> (rows of W, columns)."""
+        queries = self.heads * self.head
+        return {
+            "qkv": (queries + 2 * self.key_value_heads * self.head, self.hidden),
+            "o": (self.hidden, queries),
+            "gate_up": (2 * self.intermediate, self.hidden),
+            "down": (self.hidden, self.intermediate),
+        }
+
+
+MODELS = {
+    "SmolLM2-135M": Shape(576, 1536, 9, 3, 64, 49152),
+    "Qwen2.5-3B": Shape(2048, 11008, 16, 2, 128, 151936, bias=True),
+    "Llama-3.1-8B": Shape(4096, 14336, 32, 8, 128, 128256),
+    "Gemma-3-4B": Shape(2560, 10240, 8, 4, 256, 262208, activation="gelu_tanh", unit_offset=True, head_norms=True),
+    "Phi-4": Shape(5120, 17920, 40, 10, 128, 100352),
+}
+
+
+@dataclass
+class Collected:
+    """What was compiled: (kernel, shared memory in bytes, bytes a thread keeps in memory for want of registers)."""
+
+    kernels: list[tuple[str, int, int]] = field(default_factory=list)
+
+    def add(self, name: str, binary: bytes, shared: int) -> None:
+        self.kernels.append((name, shared, stack_bytes(binary)))
+
+    @property
+    def names(self) -> set[str]:
+        return {name for name, _, _ in self.kernels}
+
+    def most_spilled(self) -> dict[str, int]:
+        return {name: max(stack for other, _, stack in self.kernels if other == name) for name in sorted(self.names)}
+
+
+def stack_bytes(binary: bytes) -> int:
+    """Local memory that a thread of this kernel has."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found = re.search(r"STACK:(\d+)", text)
+    assert found is not None, text
+    return int(found[1])
+
+
+def kernels_of(module: Any) -> dict[str, JITFunction]:
+    """The kernels that a module launches."""
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if isinstance(value, JITFunction) and name.endswith("_kernel") and value.fn.__module__ == module.__name__
+    }
+
+
+@contextlib.contextmanager
+def pretended(card: Card) -> Iterator[Collected]:
+    """New tensors are ones of `card`'s, and launches compile for it; yields what they compile."""
+    collected = Collected()
+    for dtype in (torch.bfloat16, torch.float16):
+        byte_tables(dtype)
+    caches = nf4_plans.find_plan, dense_gemm._shared_memory
+    properties = SimpleNamespace(major=card.architecture // 10, shared_memory_per_block_optin=card.shared_memory)
+    patches = (
+        patch.object(
+            FakeTensor, "data_ptr", lambda tensor: tensor.storage_offset() * tensor.element_size(), create=True
+        ),
+        patch.object(FakeTensor, "is_cuda", PropertyMock(return_value=True), create=True),
+        patch.object(torch.cuda, "get_device_properties", lambda device: properties),
+        patch.object(torch.cuda, "device", lambda device: contextlib.nullcontext()),
+        patch.object(cards, "card", lambda device: card),
+        patch.object(split_k, "_workspaces", {}),
+        patch.object(nf4_plans, "_added", {}),
+    )
+    with contextlib.ExitStack() as stack:
+        for cache in caches:
+            cache.cache_clear()
+            stack.callback(cache.cache_clear)
+        for one in patches:
+            stack.enter_context(one)
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        stack.enter_context(compiling_for(card.architecture, loaded=collected.add))
+        forget(card.architecture)
+        stack.callback(forget, card.architecture)  # while Triton has a driver to unload them with
+        yield collected
+
+
+def forget(architecture: int) -> None:
+    """Let go of what was compiled, so that it is compiled, or found on disk, and reported again."""
+    for kernel in (kernel for module in MODULES for kernel in kernels_of(module).values()):
+        kernel.device_caches.pop(architecture, None)
+
+
+def dtypes(card: Card) -> tuple[torch.dtype, ...]:
+    """The 16-bit types that the card multiplies."""
+    return (torch.float16,) if card.architecture < 80 else (torch.bfloat16, torch.float16)
+
+
+# Launches: each function makes those of one kernel or of a few, for a model's shape
+
+
+def adapter(rows: int, features: int, ranks: int, dtype: torch.dtype) -> LowRank:
+    return LowRank(torch.empty(rows, ranks, dtype=dtype), torch.empty(features, ranks, dtype=dtype))
+
+
+def packed_weights(shape: Shape, dtype: torch.dtype) -> None:
+    for rows, columns in shape.linears.values():
+        packed, absmax = nf4.allocate(rows, columns, dtype, "cpu")
+        for stored in (dtype, torch.float32):
+            nf4.quantize_rows(packed, absmax, 0, torch.empty(rows, columns, dtype=stored))
+        nf4.dequantize(packed, absmax)
+
+
+def packed_products(shape: Shape, dtype: torch.dtype) -> None:
+    for name, (features, columns) in shape.linears.items():
+        packed, absmax = nf4.allocate(features, columns, dtype, "cpu")
+        bias = torch.empty(features, dtype=dtype) if shape.bias and name == "qkv" else None
+        for rows in DECODING:
+            x = torch.empty(rows, columns, dtype=dtype)
+            for ranks in (0, 48 if name == "qkv" else 16):
+                low_rank = adapter(rows, features, ranks, dtype) if ranks else None
+                nf4_gemm.nf4_linear(x, packed, absmax, bias, low_rank=low_rank)
+
+
+def dense_products(shape: Shape, dtype: torch.dtype) -> None:
+    for name, (features, columns) in shape.linears.items():
+        weight = torch.empty(features, columns, dtype=dtype)
+        bias = torch.empty(features, dtype=dtype) if shape.bias and name == "qkv" else None
+        for rows in DECODING:
+            low_rank = adapter(rows, features, 48 if name == "qkv" else 16, dtype)
+            lora_sum.dense_linear(torch.empty(rows, columns, dtype=dtype), weight, bias, low_rank)
+
+
+def shrinks(shape: Shape, dtype: torch.dtype) -> None:
+    scale = torch.empty(1, dtype=dtype)
+    for _, columns in shape.linears.values():
+        for rows in DECODING:
+            for ranks in (16, 48, 64):
+                x, a = torch.empty(rows, columns, dtype=dtype), torch.empty(ranks, columns, dtype=dtype)
+                lora_shrink.lora_shrink(x, a, scale)
+
+
+def factors(shape: Shape, dtype: torch.dtype) -> None:
+    queries, pairs = shape.heads * shape.head, shape.key_value_heads * shape.head
+    for parts in ((queries, pairs, pairs), (shape.intermediate, shape.intermediate), (shape.hidden,)):
+        firsts = [sum(parts[:index]) for index in range(len(parts))]
+        adapters = [Adapter(first, rows, 2.0) for first, rows in zip(firsts, parts, strict=True)]
+        made = [torch.empty(size) for rows in parts for size in ((16, shape.hidden), (rows, 16))]
+        width = 16 * len(parts)
+        down, up = torch.empty(width, shape.hidden, dtype=dtype), torch.empty(sum(parts), width, dtype=dtype)
+        lora_factors.pack_lora(adapters, made, down, up)
+
+
+def heads_of(shape: Shape, dtype: torch.dtype) -> list[Tensor]:
+    """Queries and keys [tokens, heads, dim] where they lie in the fused projection's output."""
+    rows = torch.empty(TOKENS, shape.linears["qkv"][0], dtype=dtype)
+    queries, pairs = shape.heads * shape.head, shape.key_value_heads * shape.head
+    return [part.unflatten(1, (-1, shape.head)) for part in rows.split([queries, pairs, pairs], 1)[:2]]
+
+
+def norms(shape: Shape, dtype: torch.dtype) -> None:
+    wide = torch.empty(TOKENS, shape.hidden, dtype=dtype)
+    for x in (wide, *(heads_of(shape, dtype) if shape.head_norms else ())):
+        norm = rms_norm.Norm(torch.empty(x.shape[-1], dtype=dtype), 1e-6, shape.unit_offset)
+        norm.forward(x)
+        for plus in (None, torch.empty_like(x)):
+            norm.backward(torch.empty_like(x), x, plus)
+
+
+def rotations(shape: Shape, dtype: torch.dtype) -> None:
+    cos, sin = (torch.empty(TOKENS, shape.head, dtype=torch.float32) for _ in range(2))
+    for x in heads_of(shape, dtype):
+        for inverse in (False, True):
+            rope.rotate(x, cos, sin, inverse=inverse)
+
+
+def gated_units(shape: Shape, dtype: torch.dtype) -> None:
+    gate_up = torch.empty(TOKENS, 2 * shape.intermediate, dtype=dtype)
+    product = glu.glu_forward(gate_up, shape.activation)
+    glu.glu_backward(torch.empty_like(product), gate_up, shape.activation, product, torch.empty_like(gate_up))
+
+
+def logprobs(shape: Shape, dtype: torch.dtype) -> None:
+    logits, targets = torch.empty(256, shape.vocabulary, dtype=dtype), torch.empty(256, dtype=torch.int64)
+    for gradient, entropy in ((False, None), (True, None), (True, torch.empty_like(logits))):
+        logprob.softmax_stats_(logits, targets, 0.9, shape.softcap, gradient=gradient, entropy_gradient=entropy)
+
+
+def samples(shape: Shape, dtype: torch.dtype) -> None:
+    for kind in (torch.float32, dtype):
+        sample.sample_tokens(torch.empty(16, shape.vocabulary, dtype=kind), torch.empty(16), 3)
+
+
+def keys_of_prefixes(shape: Shape, dtype: torch.dtype) -> None:
+    rows = torch.empty(TOKENS, shape.key_value_heads, shape.head, dtype=dtype)
+    numbers = torch.empty(2 * TOKENS, dtype=torch.int64)
+    places: Any = SimpleNamespace(sources=numbers, order=numbers, bounds=numbers[: TOKENS + 1])
+    out = torch.empty(2, 2 * TOKENS, *rows.shape[1:], dtype=dtype)
+    shared_keys.launch_copy(rows, rows, places, out)
+    shared_keys.launch_sum(out[0], out[1], places, torch.empty(2, *rows.shape, dtype=dtype))
+
+
+LAUNCHES: tuple[Callable[[Shape, torch.dtype], None], ...] = (
+    packed_weights, packed_products, dense_products, shrinks, factors, norms, rotations, gated_units, logprobs, samples,
+    keys_of_prefixes,
+)  # fmt: skip
+
+
+def tuned_products(shape: Shape, dtype: torch.dtype, card: Card) -> None:
+    """Those that a search may launch, short or thorough."""
+    for features, columns in shape.linears.values():
+        packed, absmax = nf4.allocate(features, columns, dtype, "cpu")
+        jobs = set(nf4_tiles.shortlist(card, (features, columns)))
+        jobs |= {(rows, 2, tile) for rows in nf4_tiles.ROWS for tile in nf4_tiles.candidates(card, rows)}
+        for rows, split, tile in jobs:
+            if nf4_tiles.fits(tile, split, rows, features):
+                x, out = torch.empty(rows, columns, dtype=dtype), torch.empty(rows, features, dtype=dtype)
+                nf4_gemm.launch_fused(x, packed, absmax, None, out, tile, split)

@@ -1,0 +1,126 @@
+"""Tiny models of the families beyond those of `tiny.py`: what makes each particular, in sizes that a test can run.
+
+Windows and original lengths are shorter than the sequences of the tests, multipliers are not 1, and layer types differ
+where the family has several.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+from tests.helpers.tiny import COMMON
+
+KINDS = ["sliding_attention", "full_attention"]
+
+
+def rotary(part: float = 1.0, **more: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": part, **more}}
+
+
+YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16, beta_fast=32.0, beta_slow=1.0,
+            mscale=1.0, mscale_all_dim=1.0, llama_4_scaling_beta=0.3)  # fmt: skip
+LONG = dict(rope_type="longrope", original_max_position_embeddings=16, short_factor=[1.1] * 12,
+            long_factor=[1.5] * 12)  # fmt: skip
+WIDE = {"head_dim": 64}
+
+NEWCOMERS: dict[str, dict[str, Any]] = {
+    "ministral3": {**WIDE, "rope_parameters": {"rope_theta": 1e4, **YARN}},
+    "granite": {
+        "embedding_multiplier": 2.0,
+        "attention_multiplier": 0.1,
+        "residual_multiplier": 0.5,
+        "logits_scaling": 2.0,
+    },
+    "smollm3": {"no_rope_layers": [1, 0], "tie_word_embeddings": True},
+    "olmo2": {},
+    "olmo3": {"sliding_window": 16, "layer_types": KINDS},
+    "glm4": {**WIDE, **rotary(0.5)},
+    "exaone4": {**WIDE, "sliding_window": 16, "sliding_window_pattern": "LG", "layer_types": KINDS},
+    "seed_oss": WIDE,
+    "phi3": {
+        "tie_word_embeddings": True,
+        "original_max_position_embeddings": 16,
+        "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.75, **LONG},
+    },
+    "glm": {**WIDE, **rotary(0.5)},
+    "ernie4_5": WIDE,
+    "stablelm": rotary(0.25),
+    "nemotron": rotary(0.5),
+    "arcee": WIDE,
+    "cohere": {"use_qk_norm": False, "logit_scale": 0.25},
+}
+"""model_type -> entries of its configuration beside those of all tiny models."""
+
+
+def family_config(family: str, **changes: Any) -> Any:
+    """transformers' configuration of a tiny model."""
+    return AutoConfig.for_model(family, **{**COMMON, **NEWCOMERS[family], **changes})
+
+
+def save_family(folder: Path, family: str, **changes: Any) -> Any:
+    """Write a random float32 model whose logits are far from uniform to `folder`, and return it."""
+    torch.manual_seed(0)
+    config = family_config(family, **changes)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+    spread(model).save_pretrained(folder)
+    return model
+
+
+TOWER: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 32}
+LAYERED = {**TOWER, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+BLOCKS = {**TOWER, "depth": 1, "num_heads": 2, "out_hidden_size": COMMON["hidden_size"]}
+TOKENS = {
+    "image_token_id": 150, "video_token_id": 151, "vision_start_token_id": 152, "vision_end_token_id": 153,
+}  # fmt: skip
+
+
+def sections(*sizes: int) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": list(sizes)}}
+
+
+WITH_IMAGES: dict[str, dict[str, Any]] = {
+    "gemma3": {
+        "text_config": {**COMMON, **WIDE, "sliding_window": 16, "query_pre_attn_scalar": 64},
+        "vision_config": LAYERED,
+        "mm_tokens_per_image": 4,
+        "image_token_index": 150,
+        "boi_token_index": 151,
+        "eoi_token_index": 152,
+    },
+    "qwen2_5_vl": {"text_config": {**COMMON, **sections(4, 6, 6)}, "vision_config": BLOCKS, **TOKENS},
+    "qwen3_vl": {
+        "text_config": {**COMMON, **WIDE, **sections(12, 10, 10)},
+        "vision_config": {**BLOCKS, "deepstack_visual_indexes": [0]},
+        **TOKENS,
+    },
+    "mistral3": {
+        "text_config": {"model_type": "mistral", **COMMON, **WIDE},
+        "vision_config": {"model_type": "pixtral", **LAYERED},
+        "image_token_index": 150,
+    },
+}
+"""model_type of models that take images too -> their configuration."""
+
+
+def save_with_images(folder: Path, family: str) -> Any:
+    """Write a random float32 model that takes images to `folder`, and return it."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **WITH_IMAGES[family])
+    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32, attn_implementation="eager")
+    spread(model).save_pretrained(folder)
+    return model
+
+
+def spread(model: Any) -> Any:
+    """`model` with random weights that make its logits far from uniform."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name or parameter.ndim < 2:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+            else:
+                parameter.copy_(torch.randn_like(parameter) * (0.5 if "embed" in name or "lm_head" in name else 0.12))
+    return model.eval()

@@ -1,0 +1,107 @@
+"""kernels/attention.py where flash attention does not run: a GPU older than Ampere, and heads that it does not take."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from grpo.kernels import attention
+from grpo.kernels.attention import Packing, Span, packed_attention
+
+CPU = torch.device("cpu")
+
+
+def spans_of(groups: list[tuple[int, list[int]]]) -> list[Span]:
+    """Prompts, each followed by the completions that share it, or alone."""
+    spans: list[Span] = []
+    place = 0
+    for prompt, completions in groups:
+        first = place
+        for length, prefix in ((prompt, 0), *((length, prompt) for length in completions)):
+            spans.append(Span(place, length, first if prefix else 0, prefix))
+            place += length
+    return spans
+
+
+GROUPS = st.lists(st.tuples(st.integers(1, 9), st.lists(st.integers(1, 12), max_size=4)), min_size=1, max_size=4)
+
+
+def reference(query, key, value, spans, scale, window):
+    """softmax(q k^T) v in float64, token by token: [tokens, heads, dim]."""
+    groups = query.shape[0] // key.shape[0]
+    key, value = key.repeat_interleave(groups, 0), value.repeat_interleave(groups, 0)
+    rows = []
+    for span in spans:
+        own = list(range(span.start, span.start + span.length))
+        seen = [*range(span.prefix_start, span.prefix_start + span.prefix_length), *own]
+        for index, place in enumerate(own):
+            keys = seen[: span.prefix_length + index + 1][-(window or len(seen)) :]
+            weights = (scale * key[:, keys] @ query[:, place, :, None]).softmax(1)
+            rows.append((weights * value[:, keys]).sum(1))
+    return torch.stack(rows)
+
+
+@settings(max_examples=40, deadline=None)
+@given(GROUPS, st.sampled_from([1, 2, 4]), st.one_of(st.none(), st.integers(1, 14)), st.integers(0, 1000))
+def test_outputs_and_gradients_are_those_of_the_definition(groups, key_heads, window, seed):
+    spans, generator = spans_of(groups), torch.Generator().manual_seed(seed)
+    tokens = sum(span.length for span in spans)
+    leaf = torch.randn(4 + 2 * key_heads, tokens, 8, generator=generator, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(tokens, 4, 8, generator=generator, dtype=torch.float64)
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "without_scores", lambda query: True)
+        patch.setattr(attention, "PADDED_SCORES", 200)  # several batches
+        for attend in (packed_attention, reference):
+            parts = leaf.split([4, key_heads, key_heads])
+            if attend is reference:
+                output = reference(*parts, spans, 8**-0.5, window)
+            else:
+                output = packed_attention(*parts, Packing(spans, CPU), scale=8**-0.5, window=window)
+            found.append((output, *torch.autograd.grad((output * weight).sum(), leaf)))
+    for ours, exact in zip(*found, strict=True):
+        torch.testing.assert_close(ours, exact)
+
+
+def test_nothing_of_the_size_of_scores_is_kept_without_a_window(monkeypatch):
+    monkeypatch.setattr(attention, "without_scores", lambda query: True)
+    spans, saved = spans_of([(256, [512, 512])]), []
+    parts = [torch.randn(2, 1280, 16, requires_grad=True) for _ in range(3)]
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: saved.append(tensor.numel()) or tensor, lambda one: one
+    ):
+        packed_attention(*parts, Packing(spans, CPU), scale=0.25)
+    # Gathered: two spans of 768 tokens, and one of 256 padded or apart.
+    assert max(saved) <= 3 * 768 * 2 * 16
+
+
+@pytest.mark.parametrize(("capability", "flash"), [((7, 5), False), ((8, 0), True), ((8, 6), True), ((12, 0), True)])
+def test_flash_attention_is_left_to_ampere_and_later(monkeypatch, capability, flash):
+    monkeypatch.setattr(attention, "VARLEN_ARGUMENTS", frozenset({"scale", "window_size"}))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+
+    class OnGpu(torch.Tensor):
+        is_cuda = True
+
+    query = torch.empty(1, 4, 64, dtype=torch.float16).as_subclass(OnGpu)
+    assert attention.flash_supports(query) is flash
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("window", [None, 300])
+def test_on_a_gpu_it_agrees_with_flash_attention(dim, window, monkeypatch):
+    device = torch.device("cuda")
+    spans = spans_of([(256, [512, 512, 300]), (40, [700])])
+    tokens = sum(span.length for span in spans)
+    leaf = torch.randn(8 + 2 * 2, tokens, dim, device=device, dtype=torch.float16, requires_grad=True)
+    weight = torch.randn(tokens, 8, dim, device=device, dtype=torch.float16)
+    found = []
+    for capability in ((8, 0), (99, 0)):
+        monkeypatch.setattr(attention, "FLASH_CAPABILITY", capability)
+        output = packed_attention(*leaf.split([8, 2, 2]), Packing(spans, device), scale=dim**-0.5, window=window)
+        found.append((output, *torch.autograd.grad((output * weight).sum(), leaf)))
+    for one, other in zip(*found, strict=True):
+        assert (one.double() - other.double()).norm() < 5e-3 * one.double().norm()

@@ -1,0 +1,184 @@
+"""The gate at the start tells apart what rounding does and what a fault does, in every precision, and names the fault.
+
+Each fault is planted in one of the two graphs, as a family that one of them computes otherwise would have it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from grpo.config.schema import Lora, Model
+from grpo.errors import UserError
+from grpo.model.base_weights import BaseWeights
+from grpo.model.layout import Layout
+from grpo.model.source import open_source
+from grpo.policy.policy import Policy
+from grpo.training.self_check import check_start, gate_prompt
+from tests.helpers.families import save_family
+from tests.helpers.tiny import save_tiny
+
+pytestmark = pytest.mark.vllm
+
+
+@contextmanager
+def changed(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Inside, an attribute has another value."""
+    kept = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, kept)
+
+
+def graphs(folder: Path, dtype: str) -> Any:
+    """What the gate needs of a session, with an adapter on every linear layer."""
+    from grpo.rollout.engine import Engine, EngineSettings
+
+    model = Model(name=str(folder), load_in_4bit=False, dtype=dtype)
+    source = open_source(model)
+    parts = {part.rpartition(".")[2] for each in Layout.of(source.config).linears.values() for part in each.parts}
+    base = BaseWeights(source, model, device=torch.device("cpu"), dtype=getattr(torch, dtype))
+    policy = Policy(base, Lora(r=4, lora_alpha=8, target_modules=sorted(parts)), seed=1)
+    engine = Engine(base, policy, EngineSettings(max_seq_length=96, max_num_seqs=4))
+    return SimpleNamespace(policy=policy, base=base, engine=engine)
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def windowed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Gemma 3: a window in its first layer, scaled embeddings, norms of q and k, rotary factors by kinds of layers."""
+    folder = tmp_path_factory.mktemp("gemma3")
+    model = save_tiny(folder, "gemma3_text", sliding_window=40)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(0.2)  # or it is sure of repeating every token
+    model.save_pretrained(folder)
+    session = graphs(folder, request.param)
+    yield session
+    session.engine.close()
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def multiplied(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Granite: multipliers of the embedding, the residuals, attention's scores and the logits."""
+    folder = tmp_path_factory.mktemp("granite")
+    save_family(folder, "granite")
+    session = graphs(folder, request.param)
+    yield session
+    session.engine.close()
+
+
+def decoder(session: Any) -> nn.Module:
+    return session.policy.decoder.model
+
+
+def window_one_longer(session: Any) -> Any:
+    attention = decoder(session).layers[0].self_attn
+    return changed(attention, "sliding_window", attention.sliding_window + 1)
+
+
+def window_one_shorter(session: Any) -> Any:
+    attention = decoder(session).layers[0].self_attn
+    return changed(attention, "sliding_window", attention.sliding_window - 1)
+
+
+def no_window(session: Any) -> Any:
+    return changed(decoder(session).layers[0].self_attn, "sliding_window", None)
+
+
+def a_rotary_factor(session: Any) -> Any:
+    frequencies = decoder(session).rotary_emb.sliding_attention_inv_freq
+    return changed(decoder(session).rotary_emb, "sliding_attention_inv_freq", frequencies / 1.25)
+
+
+def scores_without_their_scale(session: Any) -> Any:
+    return changed(decoder(session).layers[1].self_attn, "scaling", 1.0)
+
+
+def embeddings_without_their_scale(session: Any) -> Any:
+    embedding = decoder(session).embed_tokens
+    return changed(embedding, "embed_scale", torch.ones_like(embedding.embed_scale))
+
+
+def a_norm_that_does_not_add_one(session: Any) -> Any:
+    norm = decoder(session).layers[1].self_attn.k_norm
+    return changed(norm, "weight", nn.Parameter(norm.weight.detach() - 1, requires_grad=False))
+
+
+def vllm_without_the_adapter_of_a_module(session: Any) -> Any:
+    return changed(session.engine.vllm_model().model.layers[1].mlp.down_proj, "adapter", None)
+
+
+def the_graph_without_the_adapter_of_a_module(session: Any) -> Any:
+    return changed(decoder(session).layers[0].self_attn.k_proj, "_disable_adapters", True)
+
+
+@pytest.mark.parametrize(
+    ("fault", "module"),
+    [
+        (window_one_longer, "layers.0.self_attn.o_proj"),
+        (window_one_shorter, "layers.0.self_attn.o_proj"),
+        (no_window, "layers.0.self_attn.o_proj"),
+        (a_rotary_factor, "layers.0.self_attn.o_proj"),
+        (scores_without_their_scale, "layers.1.self_attn.o_proj"),
+        (embeddings_without_their_scale, "layers.0.self_attn.o_proj|layers.0.mlp.gate_proj"),
+        (a_norm_that_does_not_add_one, "layers.1.self_attn.o_proj"),
+        (vllm_without_the_adapter_of_a_module, "result of model.layers.1.mlp.down_proj differs"),
+        (the_graph_without_the_adapter_of_a_module, "result of model.layers.0.self_attn.k_proj differs"),
+    ],
+)
+def test_a_fault_in_one_graph_is_a_sentence_that_names_the_module(
+    windowed: Any, fault: Callable[[Any], Any], module: str
+) -> None:
+    assert len(gate_prompt(windowed)) > windowed.base.config.sliding_window
+    with fault(windowed), pytest.raises(UserError, match=f"self-test: .*({module})") as error:
+        check_start(windowed)
+    assert "\n" not in str(error.value)
+
+
+def test_without_a_fault_gemma_passes(windowed: Any) -> None:
+    assert check_start(windowed) is None
+
+
+def embeddings_without_a_multiplier(session: Any) -> Any:
+    return changed(decoder(session), "embedding_multiplier", 1.0)
+
+
+def residuals_without_a_multiplier(session: Any) -> Any:
+    return changed(decoder(session).layers[1], "residual_multiplier", 1.0)
+
+
+def scores_without_a_multiplier(session: Any) -> Any:
+    attention = decoder(session).layers[0].self_attn
+    return changed(attention, "scaling", attention.head_dim**-0.5)
+
+
+def logits_without_a_divisor(session: Any) -> Any:
+    return changed(session.engine.vllm_model().logits_processor, "scale", 1.0)
+
+
+@pytest.mark.parametrize(
+    ("fault", "module"),
+    [
+        (embeddings_without_a_multiplier, "layers.0"),
+        (residuals_without_a_multiplier, "layers.1.mlp.gate_proj"),
+        (scores_without_a_multiplier, "layers.0.self_attn.o_proj"),
+        (logits_without_a_divisor, "the last norm or the output head"),
+    ],
+)
+def test_a_multiplier_left_out_is_a_sentence_that_names_the_module(
+    multiplied: Any, fault: Callable[[Any], Any], module: str
+) -> None:
+    with fault(multiplied), pytest.raises(UserError, match=f"self-test: .*{module}"):
+        check_start(multiplied)
+
+
+def test_without_a_fault_granite_passes(multiplied: Any) -> None:
+    assert check_start(multiplied) is None
