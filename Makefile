@@ -7,7 +7,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test test-quick test-wide test-long test-newest lint types docs site clean browser
+.PHONY: demo test test-quick test-wide test-long test-newest lint types docs site resolve clean browser environment-packages
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
@@ -35,6 +35,12 @@ test-quick: $(INSTALLED)
 # `make test` and `make lint` it has to end within the hour that .ci/run has.
 test-wide: $(INSTALLED) site
 	$(PYTEST) -m wide $(PYTEST_ARGS)
+
+# An environment of its own for tests of other people's packages, which `make test-wide` uses where it is there.
+environment-packages:
+	@[ -x build/environment-packages/bin/python ] || $(PYTHON) -m venv build/environment-packages
+	build/environment-packages/bin/pip install -qq -r requirements/environments.txt
+	build/environment-packages/bin/pip install -qq --no-deps -r requirements/environments-bare.txt
 
 # What takes an hour: 50 kills, misbehaving rewards for 200 steps, fuzzing, a soak. Their results are in
 # benchmarks/results, as are the ones of whoever ran it last.
@@ -82,6 +88,10 @@ docs: $(INSTALLED)
 site: $(INSTALLED)
 	@$(BIN)/pip install -qq --no-deps -r requirements/site.txt
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+
+# Whether the packages for a GPU fit together on Python 3.11 to 3.13; it asks the package index, for minutes.
+resolve: $(INSTALLED)
+	$(BIN)/python requirements/resolve.py
 
 clean:
 	rm -rf $(NEWEST) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -12,6 +12,7 @@ For the exit codes see `grpo.command`.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -110,20 +111,23 @@ def adapter_folder(parsed: argparse.Namespace, run: Path | None) -> Path | None:
 def evaluate_model(config: Config, adapter: Path | None, *, with_base: bool) -> dict[str, EvalResult]:
     """Results by label: with the adapter if there is one, and without it if there is none or it is asked for."""
     from grpo.session import open_session, read_model
-    from grpo.training.environment import held_out_player
+    from grpo.training.environment import check_conversation, held_out_player, load_tasks, start_environment
 
     files = read_model(config)
-    data = load_data(config, files.tokenizer, train=False)
-    check_tokens(data.texts(), files.tokenizer, files.source.config)
-    if data.eval_dropped:
-        print(f"{data.eval_dropped} questions longer than rollout.max_prompt_length left out", file=sys.stderr)
-    with open_session(config, adapter=adapter, files=files) as session:
+    check_conversation(config, files.tokenizer, files.stop_token_ids)
+    with contextlib.ExitStack() as ending:
+        environment = ending.enter_context(start_environment(config))
+        data = load_data(config, files.tokenizer, train=False, tasks=load_tasks(config, environment))
+        check_tokens(data.texts(), files.tokenizer, files.source.config)
+        if data.eval_dropped:
+            print(f"{data.eval_dropped} questions longer than rollout.max_prompt_length left out", file=sys.stderr)
+        session = ending.enter_context(open_session(config, adapter=adapter, files=files))
         kinds = ([ADAPTER] if adapter else []) + ([BASE] if with_base or not adapter else [])
-        with held_out_player(session) as player:
-            return {
-                kind: evaluate(session, data.eval, data.tasks, config.eval, adapter=kind == ADAPTER, player=player)
-                for kind in kinds
-            }
+        player = held_out_player(session, environment)
+        return {
+            kind: evaluate(session, data.eval, data.tasks, config.eval, adapter=kind == ADAPTER, player=player)
+            for kind in kinds
+        }
 
 
 def entry(config: Config, run: Path | None, adapter: Path | None, label: str, result: EvalResult) -> dict[str, Any]:

@@ -13,16 +13,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from grpo.config.schema import Config, Lora
 from grpo.errors import UserError
-from grpo.memory.plan import MemoryPlan, check_memory, lighter_weights, plan_memory, sequence_limits, weight_bytes
+from grpo.memory.fit import check_memory, lighter_weights
+from grpo.memory.gpus import as_found
+from grpo.memory.plan import MemoryPlan, plan_memory, sequence_limits, weight_bytes
 from grpo.model.adapter_layers import check_selected
 from grpo.model.architectures import check_supported
-from grpo.model.checks import check_float16, check_head_size, end_tokens
+from grpo.model.checks import check_float16, check_head_size, end_tokens, no_bfloat16
 from grpo.model.config_keys import check_keys, settle
 from grpo.model.host_memory import give_back_pinned
 from grpo.model.inventory import account
@@ -46,6 +48,9 @@ if TYPE_CHECKING:
     EngineNeeds = tuple[EngineSettings, MemoryPlan | None]
 
 logger = logging.getLogger("grpo")
+T = TypeVar("T")
+SMALLER_CACHE = 0.75
+"""Of the KV cache with which memory ran out, in the second attempt."""
 
 
 def open_session(
@@ -196,7 +201,13 @@ class Session:
         self.status("starting vLLM")
         from grpo.rollout.engine import Engine
 
-        self._engine = Engine(self.base, self.policy, engine_settings(self.config, kv_bytes), self.tokenizer)
+        def start(kv_bytes: int | None) -> Engine:
+            return Engine(self.base, self.policy, engine_settings(self.config, kv_bytes), self.tokenizer)
+
+        least = self.config.rollout.kv_cache_memory_bytes  # what is set is obeyed
+        if least is None:
+            least = plan_memory(self.config, self.base.config, self.base.dtype.itemsize, on_gpu=True).kv_one_sequence
+        self._engine = with_smaller_cache(start, kv_bytes, least)
         self._engine_needs = self._needs(self.config)
 
     def configure(self, config: Config) -> None:
@@ -221,7 +232,8 @@ class Session:
         settings = engine_settings(config, config.rollout.kv_cache_memory_bytes)
         if self.base.device.type != "cuda":
             return settings, None
-        return settings, plan_memory(config, self.base.config, self.base.dtype.itemsize, on_gpu=True)
+        flash = architecture_of(self.base.device) >= 80
+        return settings, plan_memory(config, self.base.config, self.base.dtype.itemsize, on_gpu=True, flash=flash)
 
     def sampling(self, temperature: float, max_tokens: int, top_p: float = 1.0) -> SamplingSettings:
         """Sampling settings with this model's end tokens and the configuration's stop strings."""
@@ -263,6 +275,43 @@ class Session:
         self.close()
 
 
+def with_smaller_cache(start: Callable[[int | None], T], kv_bytes: int | None, least: int) -> T:
+    """`start(kv_bytes)`; where memory runs out, once more with SMALLER_CACHE of them, but not below `least`.
+
+    Raises UserError where memory runs out again, or the size is not for us to choose.
+    """
+    try:
+        return start(kv_bytes)
+    except (torch.OutOfMemoryError, RuntimeError, ValueError) as error:
+        if not out_of_memory(error):
+            raise
+    smaller = None if kv_bytes is None else int(SMALLER_CACHE * kv_bytes)
+    remedy = "lower rollout.max_num_seqs, rollout.kv_cache_memory_bytes or rollout.gpu_memory_utilization"
+    if smaller is None or smaller < least:
+        raise UserError(f"the GPU's memory ran out while vLLM started; {remedy}, or end what else uses the GPU")
+    # Not in the handler: the exception holds the frames, and they the tensors, of the attempt.
+    gc.collect()
+    torch.cuda.empty_cache()
+    logger.warning(
+        "the GPU's memory ran out while vLLM started with a KV cache of %.1f GB; started again with %.1f GB",
+        (kv_bytes or 0) / 1e9, smaller / 1e9,
+    )  # fmt: skip
+    try:
+        return start(smaller)
+    except (torch.OutOfMemoryError, RuntimeError, ValueError) as error:
+        if not out_of_memory(error):
+            raise
+    raise UserError(
+        f"the GPU's memory ran out while vLLM started, with a KV cache of {smaller / 1e9:.1f} GB too; {remedy}, or end "
+        "what else uses the GPU"
+    )
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether torch, or vLLM in words of its own, ran out of a GPU's memory."""
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower()
+
+
 def covers(running: EngineNeeds, wanted: EngineNeeds) -> bool:
     """Whether vLLM as it was started for `running` serves `wanted`, and leaves as much memory for training."""
     settings, plan = running
@@ -281,6 +330,8 @@ def covers(running: EngineNeeds, wanted: EngineNeeds) -> bool:
 
 def resolve_dtype(wanted: str, device: torch.device) -> torch.dtype:
     """The compute type that `model.dtype` asks for; "auto" is bfloat16 where the hardware computes in it."""
+    if wanted == "bfloat16" and device.type == "cuda" and architecture_of(device) < 80:
+        raise UserError(no_bfloat16(torch.cuda.get_device_name(device)))
     if wanted != "auto":
         return getattr(torch, wanted)
     if device.type == "cuda":
@@ -336,7 +387,8 @@ def fitted_kv_bytes(
     if device.type != "cuda":
         return config.rollout.kv_cache_memory_bytes
     free, total = torch.cuda.mem_get_info(device)
-    return check_memory(config, model.get_text_config(), dtype.itemsize, free + loaded, total)
+    gpu = as_found(torch.cuda.get_device_name(device), architecture_of(device), total)
+    return check_memory(config, model.get_text_config(), dtype.itemsize, free + loaded, total, gpu)
 
 
 def check_weights(config: Config, model: Any, device: torch.device, dtype: torch.dtype) -> None:

@@ -25,7 +25,11 @@ from grpo.config.schema import Config, config_toml, read_config
 from grpo.config.toml import write_value
 from grpo.distributed.launch import Launch, RankLost, check_share, take_launch
 from grpo.errors import UserError
+from grpo.memory.gpus import Gpu, gpu_named
+from grpo.memory.shapes import model_shape
 from grpo.memory.summary import memory_plan
+from grpo.model.checks import BEYOND_FLOAT16, beyond_float16, no_bfloat16
+from grpo.rollout.attention_backend import choose_backend
 from grpo.run.checkpoint import check_run, moved_base, saved_config, step_numbers
 from grpo.run.machine import check_machine
 from grpo.run.signals import leaving_at_once
@@ -48,6 +52,8 @@ class Job:
 
     def run(self) -> None:
         """Train, or print what a run would be. Raises UserError, CommandEnd for a rank that ends with another one."""
+        if self.parsed.card is not None and not self.parsed.dry_run:
+            raise UserError("--card plans for a GPU that is not here; add --dry-run")
         self.launch = take_launch()
         try:
             config = self.config = configuration(self.parsed)
@@ -59,7 +65,7 @@ class Job:
             raise
         if self.parsed.dry_run:
             if self.launch.first:
-                print(dry_run(config))
+                print(dry_run(config, card(self.parsed, config)))
             return
         try:
             train(config, self.launch, resume=self.parsed.resume is not None, verbose=self.parsed.verbose)
@@ -100,6 +106,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--dry-run", action="store_true", help="print the whole configuration, what a step is, and its memory; stop"
     )
+    result.add_argument("--card", metavar="GPU", help="with --dry-run: plan for this GPU, such as 3090, T4 or A100")
     result.add_argument(
         "--resume",
         nargs="?",
@@ -149,9 +156,25 @@ def train(config: Config, launch: Launch, *, resume: bool, verbose: bool) -> Non
         Trainer(config, resume=resume, verbose=verbose, launch=launch).run()
 
 
-def dry_run(config: Config) -> str:
+def card(parsed: argparse.Namespace, config: Config) -> Gpu | None:
+    """The GPU that --card names. Raises UserError for one that is not known, or does not serve `config`."""
+    if parsed.card is None:
+        return None
+    found = gpu_named(parsed.card)
+    choose_backend(config.rollout.attention_backend, config.rollout.kv_cache_dtype, found.architecture)
+    shape = model_shape(config.model, network=True)
+    if found.architecture < 80 and config.model.dtype == "bfloat16":
+        raise UserError(no_bfloat16(found.name))
+    if shape is not None and shape.model_type in BEYOND_FLOAT16 and found.architecture < 80:
+        raise UserError(
+            f"{config.model.name}: {beyond_float16(shape.model_type)}, and the {found.name} has no bfloat16"
+        )
+    return found
+
+
+def dry_run(config: Config, gpu: Gpu | None = None) -> str:
     """The resolved configuration as TOML, and below it, as TOML comments, what a step, the run and its memory are."""
-    comments = "\n".join(f"# {line}".rstrip() for line in (*arithmetic(config), *memory_plan(config)))
+    comments = "\n".join(f"# {line}".rstrip() for line in (*arithmetic(config), *memory_plan(config, gpu)))
     return f"{config_toml(config)}\n{comments}"
 
 

@@ -77,14 +77,16 @@ def wanted_shapes(parsed: argparse.Namespace) -> list[Shape]:
         return [read_shape(text) for text in parsed.shapes.split(",")]
     if parsed.config is None:
         return list(USUAL)
-    from grpo.memory.summary import model_shape
-    from grpo.model.architectures import fused_linears
+    from grpo.memory.shapes import model_shape
+    from grpo.model.layout import fused_linears
     from grpo.model.sizes import linear_shapes
 
     config = read_config(parsed.config, [])
-    shape = model_shape(config)
+    shape = model_shape(config.model)
     if shape is None:
-        raise UserError(f"{parsed.config}: {config.model.name} is not on this machine; give --shapes instead")
+        raise UserError(
+            f"{parsed.config}: {config.model.name} is not on this machine nor well known; give --shapes instead"
+        )
     sizes = linear_shapes(shape)
     fused = [(sum(sizes[part][0] for part in parts), sizes[parts[0]][1]) for parts in fused_linears(shape).values()]
     return list(dict.fromkeys(fused))

@@ -19,7 +19,8 @@ import pytest
 
 from grpo.config.schema import Config, read_config
 from grpo.data import load_data
-from grpo.memory.plan import Shape, check_memory, plan_memory, sequence_limits
+from grpo.memory.fit import check_memory
+from grpo.memory.plan import Shape, plan_memory, sequence_limits
 from grpo.memory.summary import model_shape
 from grpo.references import resolve
 from grpo.rewards.builtin import resolve_reward
@@ -92,7 +93,7 @@ every_carded = pytest.mark.parametrize("path", carded, ids=[path.stem for path i
 
 def shape_of(config: Config) -> Shape:
     stated = MODELS.get(config.model.name)
-    shape = Shape.of(stated[1]) if stated else model_shape(config)
+    shape = Shape.of(stated[1]) if stated else model_shape(config.model)
     assert shape is not None, f"{config.model.name}: add its sizes to MODELS"
     return shape
 
@@ -112,15 +113,13 @@ def test_a_dry_run_tells_the_step_the_run_and_the_memory(
     assert f"{plan.weights / 1e9:.2f}  weights" in done.out
 
 
-def test_a_dry_run_without_the_model_says_so_and_still_tells_the_step(tmp_path: Path) -> None:
+def test_a_dry_run_without_the_model_plans_by_the_table_of_known_ones(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "grpo.train", "configs/gsm8k-24gb.toml", "--dry-run"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0
-    model = "meta-llama/Llama-3.1-8B-Instruct"
-    assert done.stdout.splitlines()[-1] == (
-        f"# Memory: {model} is not on this machine, or of an unknown kind, so nothing is planned."
-    )
+    assert re.search(r"^# Memory on the .PU, planned", done.stdout, re.MULTILINE)
+    assert re.match(r"# A GPU of 1\d GB would do; --card ", done.stdout.splitlines()[-1])
     assert "# A step: 16 prompts x 8 generations = 128 completions" in done.stdout
     assert "# The run: 250 steps" in done.stdout
 
@@ -139,7 +138,7 @@ def test_it_fits_its_card_with_room_for_a_good_part_of_its_sequences(path: Path)
     assert kv is not None, "the KV cache is planned"
     plan = plan_memory(config, shape, 2, on_gpu=True)
     _, sequences = sequence_limits(config)
-    assert kv / plan.kv_one_sequence > 0.4 * sequences, f"room for {kv / plan.kv_one_sequence:.0f} of {sequences}"
+    assert kv / plan.kv_one_sequence > 0.35 * sequences, f"room for {kv / plan.kv_one_sequence:.0f} of {sequences}"
 
 
 def test_there_is_one_for_every_card_and_every_task() -> None:

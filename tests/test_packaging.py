@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -301,3 +302,34 @@ def test_the_newest_packages_are_those_that_are_bounded():
     assert {"transformers", "peft", "trl", "datasets", "bitsandbytes"} <= set(names) and "torch" not in names
     done = subprocess.run([*script, "--changed", sys.executable, sys.executable], capture_output=True, text=True)
     assert done.stdout == "newer than tested: nothing\n"
+
+
+def stages() -> dict[str, str]:
+    """Name -> text of each stage of the Dockerfile."""
+    found = re.split(r"^FROM \S+ AS (\w+)\n", (ROOT / "Dockerfile").read_text(), flags=re.MULTILINE)[1:]
+    return dict(zip(found[0::2], found[1::2], strict=True))
+
+
+def test_the_container_for_gpus_copies_what_the_wheel_is_built_from() -> None:
+    copied = [line.split()[1:-1] for line in stages()["cuda"].splitlines() if line.startswith("COPY")]
+    sources = {name for names in copied for name in names}
+    assert sources == {*FOLDERS, "pyproject.toml", "README.md", "LICENSE", "configs", "requirements/cuda.txt"}
+
+
+def test_what_containers_install_exists() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (extras,) = re.findall(r'pip install --no-cache-dir -c cuda.txt "\.\[([\w,]+)\]"', stages()["cuda"])
+    assert set(extras.split(",")) <= set(project["optional-dependencies"])
+    assert "RUN make .venv/.installed" in stages()["cpu"] and "$(VENV)/.installed" in (ROOT / "Makefile").read_text()
+    for stage in stages().values():
+        assert "-m" in stage and "grpo.doctor" in stage and (ROOT / "grpo" / "doctor.py").is_file()
+
+
+def test_the_constraints_for_gpus_are_within_what_the_project_allows() -> None:
+    lines = (ROOT / "requirements/cuda.txt").read_text().splitlines()
+    pinned = dict(line.split("==") for line in lines if not line.startswith("#"))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["cuda"]]
+    for requirement in map(Requirement, wanted):
+        name = requirement.name.replace("_", "-")
+        assert requirement.specifier.contains(pinned[name]), requirement

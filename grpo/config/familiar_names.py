@@ -213,7 +213,7 @@ INSTEAD: dict[str, str] = {
     "max_tool_calling_iterations": "write max_turns in the table of the environment (docs/environments.md)",
     "tools": 'tools are an environment\'s; write environment = {"tools": [...]} (docs/environments.md)',
     "environment_factory": 'write environment = {"factory": ...} (docs/environments.md)',
-    "rollout_func": 'write environment = {"rollout_func": ...} (docs/environments.md)',
+    "rollout_func": 'write the same loop as environment = {"program": "my_file.py:play"} (docs/environments.md)',
     "do_sample": "write temperature=0.0 for the likeliest token each time",
     "sampling_params": "pass temperature, top_p, max_tokens, n and seed themselves",
     "vllm_sampling_params": "pass temperature, top_p, top_k, min_p and max_completion_length themselves",

@@ -447,9 +447,13 @@ class Checkpoint(Section):
     """Keep only the newest so many checkpoints."""
 
 
+WAYS_IN = ("program", "tools", "factory", "verifiers", "skyrl_gym", "gem", "command")
+"""The keys of `[environment]` of which one is set."""
+
+
 class Environment(Section):
     """`[environment]`: what the model talks to, in turns, where a completion is more than one answer. Set exactly one
-    of the first three."""
+    of the first seven."""
 
     program: str | None = None
     """A function `async def play(row, sample)` that returns the reward: "package.module:function" or
@@ -458,10 +462,18 @@ class Environment(Section):
     """Functions that the model may call, as TRL's `tools`; each is written as `program` is."""
     factory: str | None = None
     """A class as TRL's `environment_factory`: its public methods are tools, `get_reward` gives the reward."""
+    verifiers: str | None = None
+    """An environment of verifiers 0.1 to 0.3: a file or a module with `load_environment`."""
+    skyrl_gym: str | None = None
+    """The id of an environment that SkyRL-gym has registered, as "gsm8k_multi_turn"."""
+    gem: str | None = None
+    """The id of an environment that GEM has registered, as "game:GuessTheNumber-v0-easy"."""
+    command: str | None = None
+    """A command line whose process talks to an OpenAI-compatible endpoint and writes its reward as its last line."""
     rollout_func: str | None = None
     """Not supported; present so that a copied configuration gets an explanation."""
     options: dict[str, Any] = {}
-    """Keyword arguments of the program or the class."""
+    """Keyword arguments of the program, the class, `load_environment` or `gem.make`; SkyRL-gym's `env_config`."""
     max_turns: PositiveInt = 8
     """The policy's turns in an episode, at most."""
     max_turn_tokens: PositiveInt = 256
@@ -482,6 +494,8 @@ class Environment(Section):
     not depend on how long tools take; or at once."""
     latency_steps: PositiveInt = 16
     """Decoding steps from the end of a turn until its answer is taken up. A slower answer is waited for."""
+    tool_parser: Literal["auto", "hermes", "qwen3_coder", "glm45", "lfm2"] = "auto"
+    """The form in which the model writes calls, by vLLM's names; "auto": the one of its chat template."""
     python: str | None = None
     """Another Python interpreter to run the environment with, which has packages of its own."""
 
@@ -496,22 +510,24 @@ class Environment(Section):
 
     @model_validator(mode="after")
     def exactly_one_way_in(self) -> Environment:
-        chosen = [name for name in ("program", "tools", "factory") if getattr(self, name)]
+        chosen = [name for name in WAYS_IN if getattr(self, name)]
         if len(chosen) != 1:
             have = " and ".join(chosen) + " are" if chosen else "none of them is"
-            raise ValueError(f"an environment must be exactly one of program, tools and factory; {have} set")
+            raise ValueError(f"an environment must be exactly one of {', '.join(WAYS_IN)}; {have} set")
         return self
 
     @property
     def kind(self) -> str:
         """Which of the ways in is set."""
-        return next(name for name in ("program", "tools", "factory") if getattr(self, name))
+        return next(name for name in WAYS_IN if getattr(self, name))
 
     @property
     def column(self) -> str:
-        """Its name in metrics: the function's or the class's, or "tools"."""
-        reference = self.program or self.factory or "tools"
-        return reference.rpartition(":")[2].rpartition(".")[2]
+        """Its name in metrics: the function's, class's or environment's, or "tools"."""
+        if self.kind in ("tools", "command"):
+            return self.kind
+        reference = str(getattr(self, self.kind)).removesuffix(".py")
+        return re.split(r"[:./]", reference)[-1]
 
 
 class Config(Section):

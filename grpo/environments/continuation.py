@@ -7,10 +7,11 @@ small conversations whose true rendering is known; a template for which it does 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from grpo.environments.tool_calls import read_calls
+from grpo.environments.tool_calls import FORMS, HERMES, Form, read_calls
 from grpo.errors import UserError
 from grpo.references import described
 
@@ -18,8 +19,10 @@ Message = dict[str, Any]
 SENTINEL = "\u2063said\u2063"
 REPLIES = ("yes", "Two lines:\n2 + 3 = 5", "<think>\nhm\n</think>\n\nyes")
 """What an assistant may have said, in the proofs."""
-QUESTION, OBSERVED = "What is it, and why?", "Seen 42."
+QUESTION, OBSERVED, OBSERVED_TOO = "What is it, and why?", "Seen 42.", "Seen 43."
+ASKED: Message = {"role": "user", "content": QUESTION}
 CALL: Message = {"type": "function", "id": "c12345678", "function": {"name": "look", "arguments": {"at": 1}}}
+OTHER_CALL: Message = {"type": "function", "id": "c12345679", "function": {"name": "look", "arguments": {"at": 2}}}
 TOOL: Message = {
     "type": "function",
     "function": {
@@ -37,18 +40,32 @@ class Unprovable(Exception):
 class Continuer:
     """Openings and continuations of conversations, as tokens."""
 
-    def __init__(self, tokenizer: Any, end_tokens: Sequence[int], template_kwargs: Mapping[str, Any]):
+    def __init__(
+        self,
+        tokenizer: Any,
+        end_tokens: Sequence[int],
+        template_kwargs: Mapping[str, Any],
+        tool_parser: str = "auto",
+    ):
+        """`tool_parser`: the name of a form of calls, or "auto" for the one that the template writes."""
         self.tokenizer, self.end_tokens, self.kwargs = tokenizer, frozenset(end_tokens), dict(template_kwargs)
+        self.tool_parser, self.form = tool_parser, HERMES
+        self._doubt_of_tools: str | None = None
 
     def render(self, messages: Sequence[Message], tools: Any, *, opens: bool) -> str:
         """The conversation as text; with `opens` also the opening of the policy's turn. Raises as the template does."""
+        shown = [clean(message) for message in messages]
         text = self.tokenizer.apply_chat_template(
-            list(messages), tools=tools, tokenize=False, add_generation_prompt=opens, **self.kwargs
+            shown, tools=tools, tokenize=False, add_generation_prompt=opens, **self.kwargs
         )
         return str(text)
 
     def tokens(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def opens_thought(self, prompt_ids: Sequence[int]) -> bool:
+        """Whether a prompt ends within a thought, as the generation prompts of some templates do."""
+        return bool(self.tokenizer.decode(prompt_ids[-8:]).rstrip().endswith("<think>"))
 
     def opening(self, messages: Sequence[Message], tools: Any) -> list[int]:
         """Tokens of a whole conversation up to where the policy speaks."""
@@ -57,88 +74,168 @@ class Continuer:
     def continuation(
         self, history: Sequence[Message], new: Sequence[Message], tools: Any, last_token: int
     ) -> list[int]:
-        """Tokens from the last sampled one to the policy's next turn. `history` ends with the assistant's message."""
-        ids = self.tokens(self.text_after(history, new, tools))
-        # The end of the turn stands once: the policy has sampled it, or was cut before it.
-        return self.without_end(ids) if last_token in self.end_tokens else ids
+        """Tokens from the last sampled one to the policy's next turn. `history` ends with the assistant's message.
 
-    def without_end(self, ids: list[int]) -> list[int]:
-        """`ids` after their first end token, where nothing but white space is before it."""
-        for place, token in enumerate(ids):
-            if token in self.end_tokens:
-                blank = not self.tokenizer.decode(ids[:place]).strip()
-                return ids[place + 1 :] if blank else ids
-        return ids
+        Raises Unprovable where they are not clear, or would leave out what a message says.
+        """
+        text = self.text_after(history, new, tools)
+        for message in new:
+            if not shows(text, message.get("content")):
+                raise Unprovable(f"it does not show a {message['role']}'s message")
+        ids = self.tokens(text)
+        # The end of the turn stands once: the policy has sampled it, or was cut before it.
+        return self.without_end(ids, history, tools, last_token) if last_token in self.end_tokens else ids
+
+    def without_end(self, ids: list[int], history: Sequence[Message], tools: Any, sampled: int) -> list[int]:
+        """`ids` after the end of the turn, where they begin with that or with the end token that was `sampled`.
+
+        Another end token there opens what follows, as GLM's names of roles do, and stays.
+        """
+        place = self.leading_end(ids)
+        if place is None:
+            return ids
+        if ids[place] != sampled:
+            alone = self.tokens(self.after_sentinel([*history[:-1], said(history[-1])], tools, opens=False))
+            own = self.leading_end(alone)
+            if own is None or alone[own] != ids[place]:
+                return ids
+        return ids[place + 1 :]
+
+    def leading_end(self, ids: list[int]) -> int | None:
+        """The place of the first end token in `ids`, where nothing but white space is before it."""
+        place = next((place for place, token in enumerate(ids) if token in self.end_tokens), None)
+        return place if place is not None and not self.tokenizer.decode(ids[:place]).strip() else None
 
     def text_after(self, history: Sequence[Message], new: Sequence[Message], tools: Any) -> str:
         """What the template writes after the assistant's last message. Raises Unprovable where that is not clear."""
-        last = {key: value for key, value in history[-1].items() if key in ("role", "tool_calls")}
-        said = {**last, "content": SENTINEL}
-        rest = self.after_sentinel([*history[:-1], said, *new], tools, opens=True)
-        if "tool_calls" in said:
+        before, last = list(history[:-1]), history[-1]
+        calls = {"tool_calls": last["tool_calls"]} if last.get("tool_calls") else {}
+        rest = self.after_sentinel([*before, {**said(last), **calls}, *new], tools, opens=True)
+        if calls:
             # The calls come after the text, and were sampled: they are dropped, the turn's end is kept.
-            with_calls = self.after_sentinel([*history[:-1], said], tools, opens=False)
-            end = self.after_sentinel([*history[:-1], {**said, "tool_calls": None}], tools, opens=False)
-            calls = with_calls[: len(with_calls) - len(end)]
-            if not with_calls.endswith(end) or not rest.startswith(calls):
+            shown = self.after_sentinel([*before, {**said(last), **calls}], tools, opens=False)
+            end = self.after_sentinel([*before, said(last)], tools, opens=False)
+            own = shown[: len(shown) - len(end)]
+            if not shown.endswith(end) or not rest.startswith(own):
                 raise Unprovable("where a turn with tool calls ends is not clear")
-            rest = rest[len(calls) :]
+            rest = rest[len(own) :]
         return rest
 
     def after_sentinel(self, messages: Sequence[Message], tools: Any, *, opens: bool) -> str:
-        text = self.render([clean(message) for message in messages], tools, opens=opens)
+        text = self.render(messages, tools, opens=opens)
         before, found, rest = text.partition(SENTINEL)
         if not found or SENTINEL in rest:
             raise Unprovable("it does not show the assistant's text exactly once")
         return rest
 
     def prove(self, *, tools: bool) -> None:
-        """Raise UserError unless continuations hold for this template: after users' and, with `tools`, tools' turns."""
-        wanted: list[tuple[str, list[Message]]] = [("user", [{"role": "user", "content": "And now?"}])]
-        if tools:
-            wanted.append(("tool", [{"role": "tool", "name": "look", "tool_call_id": CALL["id"], "content": OBSERVED}]))
-        for kind, new in wanted:
-            for reply in REPLIES:
-                try:
-                    self.prove_one(kind, new, reply)
-                except Unprovable as problem:
-                    why = str(problem)
-                except Exception as error:  # a template is a program, and not ours
-                    why = described(error)
-                else:
-                    continue
+        """Raise UserError unless continuations hold for this template: after users' and, with `tools`, tools' turns.
+
+        With `tools` it becomes known in which form the template writes calls.
+        """
+        for kind in ("user", "tool") if tools else ("user",):
+            if why := self.doubt_of_tools() if kind == "tool" else self.doubt(kind):
                 raise UserError(
                     f"the model's chat template cannot continue a conversation after a {kind}'s message: {why}; set "
                     "model.chat_template to one that can, such as TRL's training templates"
                 )
 
-    def prove_one(self, kind: str, new: list[Message], reply: str) -> None:
-        """Raise Unprovable where a continuation is not what the whole conversation shows."""
+    def doubt_of_tools(self) -> str:
+        """Why a conversation with tools cannot be continued; "" where it can. Tried once."""
+        if self._doubt_of_tools is None:
+            self._doubt_of_tools = self.doubt("tool")
+        return self._doubt_of_tools
+
+    def doubt(self, kind: str) -> str:
+        """Why continuations after turns of `kind` are not proven; "" where they are."""
         schemas = [TOOL] if kind == "tool" else None
-        said: Message = {"role": "assistant", "content": reply}
-        if kind == "tool":
-            said["tool_calls"] = [CALL]
-        history = [{"role": "user", "content": QUESTION}, said]
+        try:
+            for history, new in conversations(kind):
+                self.prove_one(history, new, schemas)
+            if kind == "tool":
+                self.form = self.form_of_calls()
+        except Unprovable as problem:
+            return str(problem)
+        except Exception as error:  # a template is a program, and not ours
+            return described(error)
+        return ""
+
+    def prove_one(self, history: list[Message], new: list[Message], schemas: Any) -> None:
+        """Raise Unprovable where a continuation is not what the whole conversation shows."""
         rest = self.text_after(history, new, schemas)
         whole = self.render([*history, *new], schemas, opens=True)
         if not rest or not whole.endswith(rest):
             raise Unprovable("what follows a turn depends on what was said in it")
-        if new[0]["content"] not in rest:
-            raise Unprovable(f"it does not show a {kind}'s message")
-        if kind == "tool":
-            self.prove_calls(history, schemas)
+        for message in new:
+            if not shows(rest, message["content"]):
+                raise Unprovable(f"it does not show a {message['role']}'s message")
         if self.tokenizer.decode(self.tokens(rest), skip_special_tokens=False) != rest:
             raise Unprovable("its tokens are not its text")
 
-    def prove_calls(self, history: list[Message], schemas: Any) -> None:
-        """Raise Unprovable where the template shows no tools, or calls in a form that is not read."""
-        if CALL["function"]["name"] not in self.render(history[:1], schemas, opens=True):
+    def form_of_calls(self) -> Form:
+        """The form that the template writes calls in. Raises Unprovable where it shows no tools, or calls otherwise."""
+        opening = self.render([ASKED], [TOOL], opens=True)
+        if CALL["function"]["name"] not in opening:
             raise Unprovable("it does not show which tools there are")
-        shown = self.render(history, schemas, opens=False).rpartition(QUESTION)[2]
-        if read_calls(shown)[0] != [CALL["function"]]:
-            raise Unprovable("it writes calls in another form than JSON between <tool_call> and </tool_call>")
+        called = [ASKED, {**reply("yes"), "tool_calls": [CALL]}]
+        shown = self.render(called, [TOOL], opens=False).rpartition(QUESTION)[2]
+        for name, form in FORMS.items():
+            if self.tool_parser in ("auto", name) and read_calls(shown, form, [TOOL]) == ([CALL["function"]], []):
+                return form
+        wanted = "none that is known" if self.tool_parser == "auto" else f"not {self.tool_parser}'s"
+        raise Unprovable(f"the form in which it writes calls is {wanted}; known are {', '.join(FORMS)}")
+
+
+def reply(text: str) -> Message:
+    return {"role": "assistant", "content": text}
+
+
+def said(message: Message) -> Message:
+    """An assistant's `message` with the sentinel as its text, and without its calls."""
+    return {"role": message["role"], "content": SENTINEL}
+
+
+def conversations(kind: str) -> Iterator[tuple[list[Message], list[Message]]]:
+    """(history that ends with the assistant, new messages) that continuations are proven on."""
+    user: Message = {"role": "user", "content": "And now?"}
+    seen: Message = {"role": "tool", "name": "look", "tool_call_id": CALL["id"], "content": OBSERVED}
+    more: Message = {**seen, "tool_call_id": OTHER_CALL["id"], "content": OBSERVED_TOO}
+    for text in REPLIES:
+        if kind == "user":
+            yield [ASKED, reply(text)], [user]
+            yield [ASKED, reply("Earlier."), user, reply(text)], [{**user, "content": "And then?"}]
+            continue
+        called = {**reply(text), "tool_calls": [CALL]}
+        yield [ASKED, called], [seen]
+        yield [ASKED, {**called, "tool_calls": [CALL, OTHER_CALL]}], [seen, more]
+        yield [ASKED, called, seen, {**called, "tool_calls": [OTHER_CALL]}], [more]
+        yield [ASKED, called, seen, reply(text)], [user]
+
+
+def shows(text: str, content: Any) -> bool:
+    """Whether a template's `text` has what a message says: as it is, or as a JSON string."""
+    if not isinstance(content, str):
+        return True
+    bare = content.strip()
+    escaped = (json.dumps(bare, ensure_ascii=ascii)[1:-1] for ascii in (True, False))
+    return bare in text or any(form in text for form in escaped)
 
 
 def clean(message: Message) -> Message:
-    """`message` without what is None."""
-    return {key: value for key, value in message.items() if value is not None}
+    """`message` as templates take it: without what is None, and with arguments of calls as objects."""
+    kept = {key: value for key, value in message.items() if value is not None}
+    if isinstance(calls := kept.get("tool_calls"), list):
+        kept["tool_calls"] = [with_object(call) for call in calls]
+    return kept
+
+
+def with_object(call: Any) -> Any:
+    """A call whose arguments are an object, where they are one as JSON text, as OpenAI's are."""
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        arguments = json.loads(function["arguments"])
+    except (ValueError, RecursionError):
+        return call
+    return {**call, "function": {**function, "arguments": arguments}} if isinstance(arguments, dict) else call

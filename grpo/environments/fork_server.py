@@ -39,13 +39,20 @@ def main(control: socket.socket) -> None:
     on_linux(PARENT_DEATH, signal.SIGKILL)  # loading may hang, and then nobody reads the control link
     try:
         program = load(setup)
+        facts = {**program.facts, "questions": questions_of(program, setup)}
     except BaseException as error:
-        send(control, {"refused": error_message(error, f"environment {setup['name']!r} failed to load")})
+        send(control, {"refused": error_message(error, f"environment {setup['name']!r} failed to load with")})
         return
-    send(control, {"loaded": program.facts})
+    send(control, {"loaded": facts})
     on_linux(PARENT_DEATH, 0)
     on_linux(SUBREAPER, 1)  # what an episode starts and leaves behind comes here, and is ended here
-    Nursery(control, program, setup).serve()
+    ForkServer(control, program, setup).serve()
+
+
+def questions_of(program: Program, setup: dict[str, Any]) -> Any:
+    """[rows to train on, held-out rows] of the environment's own, where it has any and they are wanted."""
+    wanted = setup["questions"]
+    return None if program.questions is None or wanted is None else program.questions(*wanted)
 
 
 def on_linux(option: int, value: int) -> None:
@@ -54,7 +61,7 @@ def on_linux(option: int, value: int) -> None:
         ctypes.CDLL(None).prctl(option, value)
 
 
-class Nursery:
+class ForkServer:
     """Forks episodes, ends them, and tells how they ended."""
 
     def __init__(self, control: socket.socket, program: Program, setup: dict[str, Any]):
@@ -165,7 +172,7 @@ def run_episode(program: Program, setup: dict[str, Any], link: int, others: tupl
             own.set_inheritable(False)
             start = receive(own)
             if start is not None:
-                random.seed(start["seed"])
+                random.seed(start.get("seed", 0))
                 play(program, start, own)
         code = 0
     finally:

@@ -1,4 +1,4 @@
-"""The trainer's side of environments: starts the nursery, passes messages to and from episodes, ends what hangs.
+"""The trainer's side of environments: starts the fork server, passes messages to and from episodes, ends what hangs.
 
 Nothing here blocks longer than it is told to, and no thread is used: who plays episodes calls `collect` often. What an
 episode says is in `inbox` until it is taken. An episode that dies, hangs or talks nonsense says `Lost`.
@@ -17,7 +17,7 @@ import sys
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,8 @@ class Asked:
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None
     max_tokens: int | None
+    prompt_ids: list[int] | None = None
+    """Tokens in place of messages, which are none then."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,16 @@ class Ended:
     success: bool
     metrics: Mapping[str, float]
     over: str = ""
+    turn_rewards: list[float] | None = None
+    state: str | None = None
+    """What its group is scored by, where that is done together."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The results of a group's episodes."""
+
+    results: list[Ended]
 
 
 @dataclass(frozen=True)
@@ -67,7 +79,7 @@ class Lost:
     traceback: str = ""
 
 
-Said = Asked | Ended | Lost
+Said = Asked | Ended | Scored | Lost
 
 
 @dataclass
@@ -90,6 +102,8 @@ class EnvironmentPool:
         timeout: seconds from what an episode is told until it speaks.
         memory_limit: bytes that an episode's process may allocate.
         on_output: called with each line that it prints.
+        max_turns: what environments are told that count turns themselves.
+        questions: how many rows of the environment's own `facts["questions"]` shall have, and how many held-out ones.
 
     Raises UserError where the environment cannot be loaded; then no process is left.
     """
@@ -106,21 +120,23 @@ class EnvironmentPool:
         timeout: float,
         memory_limit: int,
         on_output: Callable[[str], None],
+        max_turns: int = 8,
+        questions: tuple[int, int] | None = None,
     ):
         self.name, self.timeout, self.processes, self.on_output = name, timeout, processes, on_output
-        setup = {"kind": kind, "reference": reference, "options": dict(options)}
-        self._setup = {**setup, "name": name, "memory_limit": memory_limit}
+        setup = {"name": name, "kind": kind, "reference": reference, "options": dict(options)}
+        self._setup = {**setup, "memory_limit": memory_limit, "max_turns": max_turns, "questions": questions}
         self._python = python
         self.inbox: dict[int, Said] = {}
         self._episodes: dict[int, _Episode] = {}
         self._waiting: deque[tuple[int, bytes]] = deque()
         self._selector = selectors.DefaultSelector()
         self._sweeps = 0
-        self._start_nursery()
+        self._start_server()
 
-    # The nursery
+    # The fork server
 
-    def _start_nursery(self) -> None:
+    def _start_server(self) -> None:
         self._control, theirs = socket.socketpair()
         home = Path(__file__).resolve().parents[1] / "__init__.py"
         path = [entry or os.getcwd() for entry in sys.path] if self._python is None else None
@@ -149,7 +165,7 @@ class EnvironmentPool:
         os.set_blocking(self._process.stdout.fileno(), False)
         self._selector.register(self._process.stdout, selectors.EVENT_READ, "output")
         self._selector.register(self._control, selectors.EVENT_READ, "control")
-        self._finalizer = weakref.finalize(self, end_nursery, self._process, self._control)
+        self._finalizer = weakref.finalize(self, end_server, self._process, self._control)
         self._control.sendall(packed(self._setup))
         self.facts = self._load()
 
@@ -176,6 +192,13 @@ class EnvironmentPool:
 
     def start(self, episode: int, row: Mapping[str, Any], seed: int) -> None:
         """Begin `episode`, a number that no other since the last `sweep` has."""
+        self._begin(episode, {"row": dict(row), "seed": seed})
+
+    def score(self, episode: int, states: Sequence[str]) -> None:
+        """Score the episodes of one group by what they ended with; `episode` is a new number, and says `Scored`."""
+        self._begin(episode, {"states": list(states)})
+
+    def _begin(self, episode: int, message: dict[str, Any]) -> None:
         if self._gone:
             self._restart()
         mine, theirs = socket.socketpair()
@@ -184,12 +207,12 @@ class EnvironmentPool:
         mine.setblocking(False)
         self._episodes[episode] = _Episode(mine, Inbox(), bytearray())
         self._selector.register(mine, selectors.EVENT_READ, episode)
-        self.tell(episode, {"row": dict(row), "seed": seed})
+        self.tell(episode, message)
 
     def _restart(self) -> None:
-        """Another nursery, after the last one was killed."""
-        self._close_nursery()
-        self._start_nursery()
+        """Another fork server, after the last one was killed."""
+        self._close_server()
+        self._start_server()
 
     def tell(self, episode: int, message: dict[str, Any]) -> None:
         """Hand `message` to an episode as soon as it may work."""
@@ -216,7 +239,7 @@ class EnvironmentPool:
         except BlockingIOError:
             pass
         except OSError:
-            one.outgoing.clear()  # gone, which the nursery tells
+            one.outgoing.clear()  # gone, which the fork server tells
         events = selectors.EVENT_READ | (selectors.EVENT_WRITE if one.outgoing else 0)
         with contextlib.suppress(KeyError):
             self._selector.modify(one.link, events, number)
@@ -251,7 +274,7 @@ class EnvironmentPool:
                     self._take(number, message)
                     if number not in self._episodes:
                         return
-            self._selector.unregister(one.link)  # closed; how the process ended the nursery will tell
+            self._selector.unregister(one.link)  # closed; how the process ended the fork server will tell
         except BlockingIOError:
             return
         except (KeyError, OSError):
@@ -267,7 +290,10 @@ class EnvironmentPool:
         one.deadline = None
         try:
             if "turn" in message:
-                self.inbox[number] = Asked(messages_of(message["turn"]), message["tools"], message["max_tokens"])
+                self.inbox[number] = asked_of(message)
+            elif "scored" in message:
+                self.inbox[number] = Scored([Ended(**each) for each in message["scored"]])
+                self._forget(number)
             elif "end" in message:
                 self.inbox[number] = Ended(**message["end"])
                 self._forget(number)
@@ -344,7 +370,7 @@ class EnvironmentPool:
                 raise RuntimeError(f"environment {self.name!r}: processes of its episodes could not be ended")
         self.inbox.clear()
 
-    def _close_nursery(self) -> None:
+    def _close_server(self) -> None:
         for stream in (self._control, self._process.stdout):
             with contextlib.suppress(KeyError, ValueError):
                 self._selector.unregister(stream)  # type: ignore[arg-type]
@@ -354,13 +380,27 @@ class EnvironmentPool:
         """End all processes. May be called twice."""
         for number in list(self._episodes):
             self._forget(number)
-        self._close_nursery()
+        self._close_server()
 
     def __enter__(self) -> EnvironmentPool:
         return self
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def asked_of(message: dict[str, Any]) -> Asked:
+    """What an episode asks for. Raises LookupError or TypeError for anything that no program asks for."""
+    tools, limit, ids = message["tools"], message["max_tokens"], message.get("prompt_ids")
+    if limit is not None and type(limit) is not int:
+        raise TypeError("no limit")
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise TypeError("no tools")
+    if ids is None:
+        return Asked(messages_of(message["turn"]), tools, limit)
+    if not isinstance(ids, list) or not ids or not all(type(one) is int and one >= 0 for one in ids):
+        raise TypeError("no tokens")
+    return Asked([], tools, limit, ids)
 
 
 def messages_of(value: Any) -> list[dict[str, Any]]:
@@ -373,8 +413,8 @@ def messages_of(value: Any) -> list[dict[str, Any]]:
     return value
 
 
-def end_nursery(process: subprocess.Popen[bytes], control: socket.socket) -> None:
-    """Close the link, upon which the nursery ends all that descends from it; kill it where it does not."""
+def end_server(process: subprocess.Popen[bytes], control: socket.socket) -> None:
+    """Close the link, upon which the fork server ends all that descends from it; kill it where it does not."""
     control.close()
     try:
         process.wait(SWEEP_SECONDS)

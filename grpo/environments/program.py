@@ -1,25 +1,32 @@
 """What runs in an episode's process: the user's program, and `sample`, by which it asks the policy for a turn.
 
 A program is `async def program(row, sample)` or the same without `async`; it returns the episode's reward, or a dict
-with "reward" and, if it likes, "success" and "metrics". Other ways to write an environment become programs in
-`ways_in.py`.
+with "reward" or "turn_rewards" and, if it likes, "success" and "metrics". Other ways to write an environment become
+programs in `ways_in.py`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import importlib
 import inspect
 import math
 import socket
+import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from grpo.environments.link import receive, send
+from grpo.errors import UserError
 from grpo.references import described, location
 
 Message = dict[str, Any]
+
+
+RESULT = ("reward", "success", "metrics", "turn_rewards", "state")
+"""What a program's result may hold; the last is for `Program.score_group` alone."""
 
 
 class EpisodeOver(Exception):
@@ -49,12 +56,46 @@ class Turn:
     logprobs: list[float]
 
 
+Questions = tuple[list[dict[str, Any]], list[dict[str, Any]]]
+"""Rows to train on, and held-out ones."""
+
+
 @dataclass
 class Program:
     """A loaded environment: `run(row, sample, start)` plays an episode; `facts` are told to the trainer."""
 
     run: Callable[..., Any]
     facts: dict[str, Any] = field(default_factory=dict)
+    questions: Callable[[int, int], Questions] | None = None
+    """So many rows of its own, and held-out ones."""
+    score_group: Callable[[Sequence[str]], Any] | None = None
+    """Results of episodes of one group, from the "state" that each `run` returned."""
+
+
+def package(name: str, requirement: str) -> Any:
+    """The module `name`. Raises UserError where it is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise
+        raise UserError(
+            f"{name} is not installed for {sys.executable}; pip install {requirement!r} there, or set "
+            "environment.python to an interpreter that has it"
+        ) from None
+
+
+def check_options(
+    function: Callable[..., Any], reference: str, options: dict[str, Any], given: tuple[str, ...]
+) -> None:
+    """Raise UserError unless `function` can be called with what is `given` and `options`."""
+    try:
+        inspect.signature(function).bind(*given, **options)
+    except TypeError as error:
+        raise UserError(
+            f"environment {reference!r} cannot be called with {', '.join(given) or 'nothing'} and its options "
+            f"({error}); mend its parameters or environment.options"
+        ) from None
 
 
 class Sampling:
@@ -74,14 +115,20 @@ class Sampling:
         return await asyncio.to_thread(self.now, messages, tools, max_tokens)
 
     def now(
-        self, messages: Sequence[Message], tools: Sequence[Message] | None = None, max_tokens: int | None = None
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Message] | None = None,
+        max_tokens: int | None = None,
+        *,
+        prompt_ids: Sequence[int] | None = None,
     ) -> Turn:
-        """The same, for programs that are not asynchronous."""
+        """The same, for programs that are not asynchronous. `prompt_ids`: tokens in place of messages."""
         if self._asked:
             raise RuntimeError("an episode asks for one turn at a time; await the one before")
         self._asked = True
         try:
-            send(self._link, {"turn": list(messages), "tools": tools and list(tools), "max_tokens": max_tokens})
+            asked = {"turn": list(messages), "tools": tools and list(tools), "max_tokens": max_tokens}
+            send(self._link, asked if prompt_ids is None else {**asked, "prompt_ids": list(prompt_ids)})
             answer = receive(self._link)
         finally:
             self._asked = False
@@ -93,28 +140,32 @@ class Sampling:
 
 
 def play(program: Program, start: Mapping[str, Any], link: socket.socket) -> None:
-    """Play one episode and send its result, or why there is none."""
-    sample = Sampling(link)
+    """Play one episode, or score those of a group, and send what came of it, or why nothing did."""
     try:
-        result = program.run(start["row"], sample, start)
-        if inspect.isawaitable(result):
-            result = asyncio.run(_awaited(result))
-        answer: dict[str, Any] = {"end": checked(result)}
+        if "states" in start:
+            assert program.score_group is not None
+            results = finished_now(program.score_group(start["states"]))
+            answer: dict[str, Any] = {"scored": [checked(each) for each in results]}
+        else:
+            answer = {"end": checked(finished_now(program.run(start["row"], Sampling(link), start)))}
     except EpisodeOver as over:
-        answer = {"end": {"reward": None, "success": False, "metrics": {}, "over": str(over)}}
+        answer = {"end": {**checked(None), "over": str(over)}}
     except BadResult as error:
         answer = {"failed": str(error)}
     except BaseException as error:
         answer = {"failed": error_message(error, "raised"), "traceback": traceback.format_exc()[-4000:]}
-    import sys
-
     sys.stdout.flush()
     sys.stderr.flush()
     send(link, answer)
 
 
-async def _awaited(result: Any) -> Any:
-    return await result
+def finished_now(result: Any) -> Any:
+    """`result`, or what it comes to where it is a coroutine."""
+
+    async def awaited() -> Any:
+        return await result
+
+    return asyncio.run(awaited()) if inspect.isawaitable(result) else result
 
 
 def error_message(error: BaseException, what: str) -> str:
@@ -125,15 +176,23 @@ def error_message(error: BaseException, what: str) -> str:
 def checked(result: Any) -> dict[str, Any]:
     """A program's result in its full form. Raises BadResult for what is none."""
     table = result if isinstance(result, Mapping) else {"reward": result}
-    unknown = sorted(map(str, table.keys() - {"reward", "success", "metrics"}))
+    unknown = sorted(map(str, table.keys() - set(RESULT)))
     if unknown:
-        raise BadResult(f"returned a dict with the key {unknown[0]!r}; return reward, success and metrics")
-    reward = number(table.get("reward"), "reward")
+        raise BadResult(f"returned a dict with the key {unknown[0]!r}; it may have {', '.join(RESULT[:-1])}")
+    turns = table.get("turn_rewards")
+    if turns is not None and not isinstance(turns, list | tuple):
+        raise BadResult(f"returned a {type(turns).__name__} as its turn_rewards; return a list of numbers")
+    turn_rewards = None if turns is None else [number(value, "turn reward") or 0.0 for value in turns]
+    reward = number(table.get("reward", None if turn_rewards is None else math.fsum(turn_rewards)), "reward")
     success = table.get("success")
     metrics = {str(name): number(value, f"metric {name!r}") for name, value in dict(table.get("metrics") or {}).items()}
-    right = bool(success) if success is not None else reward is not None and reward >= 1
-    known = {name: value for name, value in metrics.items() if value is not None}
-    return {"reward": reward, "success": right, "metrics": known}
+    return {
+        "reward": reward,
+        "success": bool(success) if success is not None else reward is not None and reward >= 1,
+        "metrics": {name: value for name, value in metrics.items() if value is not None},
+        "turn_rewards": turn_rewards,
+        "state": table.get("state"),
+    }
 
 
 def number(value: Any, what: str) -> float | None:

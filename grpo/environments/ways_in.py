@@ -7,8 +7,11 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from grpo.environments.program import EpisodeOver, Message, Program, Sampling
+from grpo.environments.command import command
+from grpo.environments.gyms import gem, skyrl_gym
+from grpo.environments.program import BadResult, EpisodeOver, Message, Program, Sampling, check_options
 from grpo.environments.schemas import tool_schema
+from grpo.environments.verifiers_v0 import verifiers
 from grpo.errors import UserError
 from grpo.references import resolve
 
@@ -16,7 +19,7 @@ RESERVED = ("reset", "get_reward")
 """Methods of a TRL environment that are no tools."""
 
 
-def program(reference: str, options: dict[str, Any]) -> Program:
+def program(reference: str, options: dict[str, Any], setup: Mapping[str, Any]) -> Program:
     """`[environment] program`: a function of a row and `sample`."""
     function = resolve(reference, "environment", {})
     if not callable(function):
@@ -30,20 +33,7 @@ def program(reference: str, options: dict[str, Any]) -> Program:
     return Program(run, {"rewards": True})
 
 
-def check_options(
-    function: Callable[..., Any], reference: str, options: dict[str, Any], given: tuple[str, ...]
-) -> None:
-    """Raise UserError unless `function` can be called with what is `given` and `options`."""
-    try:
-        inspect.signature(function).bind(*given, **options)
-    except TypeError as error:
-        raise UserError(
-            f"environment {reference!r} cannot be called with {', '.join(given) or 'nothing'} and its options "
-            f"({error}); mend its parameters or environment.options"
-        ) from None
-
-
-def tools(references: list[str], options: dict[str, Any]) -> Program:
+def tools(references: list[str], options: dict[str, Any], setup: Mapping[str, Any]) -> Program:
     """`[environment] tools`: functions that the model may call, in TRL's form."""
     functions = {}
     for reference in references:
@@ -64,7 +54,7 @@ def tools(references: list[str], options: dict[str, Any]) -> Program:
     return Program(run, {"rewards": False, "tools": schemas})
 
 
-def factory(reference: str, options: dict[str, Any]) -> Program:
+def factory(reference: str, options: dict[str, Any], setup: Mapping[str, Any]) -> Program:
     """`[environment] factory`: TRL's `environment_factory`, whose public methods are tools."""
     make = resolve(reference, "environment", {})
     if not callable(make):
@@ -120,40 +110,62 @@ async def converse(
             messages.append(turn.message)
             calls = turn.message.get("tool_calls") or []
             counts["malformed_calls"] += len(turn.malformed)
-            if not calls or turn.finish_reason == "length":
+            if not (calls or turn.malformed) or turn.finish_reason == "length":
                 return counts
             for call in calls:
                 answer, failed = await called(call["function"], functions)
                 counts["calls"] += 1
                 counts["call_errors"] += failed
                 messages.append({"role": "tool", "name": call["function"]["name"], "content": answer})
+            messages += [unread(problem) for problem in turn.malformed]
             if turn.last:
                 return counts
     except EpisodeOver:
         return counts
 
 
+def unread(problem: str) -> Message:
+    """What the model is told of a call that cannot be read."""
+    return {"role": "tool", "name": "unknown", "content": str({"error": f"this call cannot be read: {problem}"})}
+
+
 async def called(call: Mapping[str, Any], functions: Mapping[str, Callable[..., Any]]) -> tuple[str, bool]:
-    """What a tool answers as text, and whether it failed. What it raises becomes its answer, as in TRL."""
+    """What a tool answers as text, and whether it failed. What it raises becomes its answer, as in TRL.
+
+    Raises BadResult for an image.
+    """
     name, arguments = call["name"], call["arguments"]
     try:
         if name not in functions:
-            raise ValueError(f"there is no tool {name!r}; there are {', '.join(functions)}")
+            raise ValueError(f"Tool {name} not found.")  # TRL's words
         answer = await finished(functions[name](**(json.loads(arguments) if isinstance(arguments, str) else arguments)))
     except Exception as error:
         return str({"error": str(error)}), True
-    if isinstance(answer, list) and any(isinstance(part, dict) and part.get("type") == "image" for part in answer):
-        return str({"error": f"tool {name!r} returned an image, and this model reads text only"}), True
-    return str(answer), False
+    return text_of(answer, name), False
 
 
-WAYS_IN: dict[str, Callable[[Any, dict[str, Any]], Program]] = {
+def text_of(answer: Any, tool: str) -> str:
+    """What `tool` returned as the text of its message; blocks of text are joined. Raises BadResult for an image."""
+    blocks = isinstance(answer, list) and answer and all(isinstance(part, dict) and "type" in part for part in answer)
+    if not blocks:
+        return str(answer)
+    if strange := next((part["type"] for part in answer if part["type"] != "text"), None):
+        raise BadResult(f"returned a block of type {strange!r} from its tool {tool!r}; only text can be trained on")
+    return "".join(str(part.get("text", "")) for part in answer)
+
+
+WAYS_IN: dict[str, Callable[[Any, dict[str, Any], Mapping[str, Any]], Program]] = {
     "program": program,
     "tools": tools,
     "factory": factory,
+    "verifiers": verifiers,
+    "skyrl_gym": skyrl_gym,
+    "gem": gem,
+    "command": command,
 }
+"""Key of `[environment]` -> what makes a program of its value and the options."""
 
 
 def load(setup: Mapping[str, Any]) -> Program:
     """The environment that `setup` names. Raises UserError, or what its file raises."""
-    return WAYS_IN[setup["kind"]](setup["reference"], dict(setup["options"]))
+    return WAYS_IN[setup["kind"]](setup["reference"], dict(setup["options"]), setup)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from grpo.errors import UserError
 from grpo.kernels import nf4
+from grpo.model.decoder_config import DecoderConfig
 from grpo.model.weight_source import NF4Tensor, Source
 from grpo.policy.graph import rebuild_buffers
 
@@ -28,7 +29,7 @@ TEXTS = (
 
 
 @torch.no_grad()
-def streamed_logits(source: Source, tokens: Tensor, config: Any = None) -> Tensor:
+def streamed_logits(source: Source, tokens: Tensor, config: DecoderConfig | None = None) -> Tensor:
     """Logits float32 [sequences, length, vocabulary] of `tokens` long [sequences, length], on the CPU.
 
     config: transformers' configuration of the model, where the source's own does not say everything (a GGUF file's).

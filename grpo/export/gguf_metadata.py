@@ -14,6 +14,7 @@ from torch import Tensor
 
 from grpo.errors import UserError
 from grpo.export.gguf_vocab import read_vocabulary
+from grpo.model.decoder_config import DecoderConfig
 from grpo.model.gguf_config import attention_scale, frequency_divisors, value
 from grpo.model.gguf_source import GGUFSource
 from grpo.model.weight_source import Source
@@ -39,7 +40,7 @@ NOT_COPIED = ("general.architecture", "general.type", "general.file_type", "gene
               "general.name", "general.alignment", "tokenizer.chat_template", "split.")  # fmt: skip
 
 
-def add_from_config(writer: Any, config: Any, notice: Callable[[str], None]) -> dict[str, Tensor]:
+def add_from_config(writer: Any, config: DecoderConfig, notice: Callable[[str], None]) -> dict[str, Tensor]:
     """Add sizes and rotary embedding of transformers' `config`; the tensors that belong to them, by name.
 
     Raises UserError for what llama.cpp would compute otherwise.
@@ -66,12 +67,12 @@ def add_from_config(writer: Any, config: Any, notice: Callable[[str], None]) -> 
     return add_rotary(writer, config, head)
 
 
-def head_size(config: Any) -> int:
+def head_size(config: DecoderConfig) -> int:
     """Dimensions of an attention head."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def check_computed_alike(config: Any, notice: Callable[[str], None]) -> None:
+def check_computed_alike(config: DecoderConfig, notice: Callable[[str], None]) -> None:
     """Raise UserError for a variant that llama.cpp has not; say where long texts are attended otherwise."""
     family, layers = config.model_type, config.num_hidden_layers
     if family in WITHOUT_HEAD and not config.tie_word_embeddings:
@@ -91,7 +92,7 @@ def check_computed_alike(config: Any, notice: Callable[[str], None]) -> None:
         notice(f"llama.cpp attends to the whole text; this model was trained to see its last {window} tokens")
 
 
-def add_rotary(writer: Any, config: Any, head: int) -> dict[str, Tensor]:
+def add_rotary(writer: Any, config: DecoderConfig, head: int) -> dict[str, Tensor]:
     """Add the rotary embedding; the tensors in which llama.cpp keeps scaled frequencies, by name."""
     from gguf import RopeScalingType
 
@@ -128,7 +129,7 @@ def add_yarn(writer: Any, rope: dict[str, Any], longest: int) -> None:
             getattr(writer, f"add_rope_scaling_yarn_{theirs}")(rope[ours])
 
 
-def add_longrope(writer: Any, rope: dict[str, Any], config: Any) -> dict[str, Tensor]:
+def add_longrope(writer: Any, rope: dict[str, Any], config: DecoderConfig) -> dict[str, Tensor]:
     """Phi-3's two lists of divisors, for texts within and beyond the original length."""
     from gguf import RopeScalingType
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -153,7 +154,7 @@ def add_from_gguf(writer: Any, reader: Any) -> None:
         writer.add_key_value(key, field.contents(), field.types[0], inner)
 
 
-def add_tokenizer(writer: Any, tokenizer: Any, config: Any) -> None:
+def add_tokenizer(writer: Any, tokenizer: Any, config: DecoderConfig) -> None:
     """Add the vocabulary of transformers' `tokenizer`. Raises UserError where llama.cpp has no equal of it."""
     read_vocabulary(tokenizer, config.vocab_size).write(writer)
 

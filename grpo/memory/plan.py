@@ -1,9 +1,9 @@
 """The memory of a run by arithmetic, before anything is loaded: weights, KV cache, adapter, sampling, training.
 
-`check_memory` decides before vLLM starts whether a GPU is large enough, and how large the KV cache may be. The formulas
-of a training step are in `activations.py`, the words of a dry run in `summary.py`; neither torch nor transformers is
-imported in any of them. What the CUDA context and libraries take outside of torch (0.5 GB or so) is in none of the
-figures. GB is 10^9 bytes. Nothing here allocates.
+Whether a GPU is large enough for it, and how large the KV cache may be, is decided in `fit.py`. The formulas of a
+training step are in `activations.py`, the words of a dry run in `summary.py`; neither torch nor transformers is
+imported in any of them. What the CUDA context and libraries take outside of torch is in none of the figures here. GB is
+10^9 bytes. Nothing here allocates.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from grpo.config.schema import Config
-from grpo.errors import UserError
 from grpo.memory.activations import TrainingMemory, moment_bytes
 from grpo.model.adapter_layers import adapted_layers
 from grpo.model.layout import fused_linears
@@ -107,31 +106,38 @@ class MemoryPlan:
         """What stays, besides the KV cache."""
         return self.weights + self.adapter + self.vllm
 
-    def peak(self, kv_cache: int) -> int:
-        """Most bytes at once with a KV cache of so many. Sampling and training take turns; the KV cache stays during
-        training, unless it is released."""
+    def peak(self, kv_cache: int, mode: str | None = None) -> int:
+        """Most bytes at once with a KV cache of so many, training in `mode` or in `self.mode`. Sampling and training
+        take turns; the KV cache stays during training, unless it is released."""
+        training = self.training if mode is None else self.peaks[mode]
         if self.release_kv_cache:
-            return self.always + max(kv_cache + self.sampling, self.training)
-        return self.always + kv_cache + max(self.sampling, self.training)
+            return self.always + max(kv_cache + self.sampling, training)
+        return self.always + kv_cache + max(self.sampling, training)
 
-    def room_for_kv(self, usable: int) -> int:
-        """The largest KV cache with which `usable` bytes suffice."""
-        taken = self.sampling if self.release_kv_cache else max(self.sampling, self.training)
-        return usable - self.always - taken
+    def room_for_kv(self, usable: int, mode: str, share: float = 1.0) -> int:
+        """The largest KV cache with which `usable` bytes suffice, where training in `mode` may fill `share` of what it
+        has; below 0 where they do not."""
+        training = int(self.peaks[mode] / share)
+        if self.release_kv_cache:
+            return usable - self.always - self.sampling if self.always + training <= usable else -1
+        return usable - self.always - max(self.sampling, training)
 
 
 # What it takes
 
 
-def plan_memory(config: Config, shape: Any, itemsize: int, *, on_gpu: bool) -> MemoryPlan:
-    """The plan for a model of `shape` (a Shape or transformers' configuration), computed in `itemsize` bytes."""
+def plan_memory(config: Config, shape: Any, itemsize: int, *, on_gpu: bool, flash: bool = True) -> MemoryPlan:
+    """The plan for a model of `shape` (a Shape or transformers' configuration), computed in `itemsize` bytes.
+
+    flash: as `TrainingMemory.flash`.
+    """
     length, sequences = sequence_limits(config)
     block = GPU_BLOCK if on_gpu else CPU_BLOCK
 
     def kv(count: int) -> int:
         return kv_cache_bytes(shape, itemsize, config.rollout.kv_cache_dtype, length, count, block)
 
-    training = TrainingMemory.of(config, shape, itemsize, on_gpu=on_gpu)
+    training = TrainingMemory.of(config, shape, itemsize, on_gpu=on_gpu, flash=flash)
     return MemoryPlan(
         weights=weight_bytes(config, shape, itemsize, on_gpu=on_gpu),
         adapter=adapter_bytes(config, shape, itemsize, on_gpu=on_gpu),
@@ -214,72 +220,3 @@ def sampling_bytes(shape: Any, itemsize: int, length: int, sequences: int) -> in
     norm, gate, up and their product), or the logits of all sequences."""
     prefill = max(BATCHED_TOKENS, length) * (3 * shape.hidden_size + 3 * shape.intermediate_size) * itemsize
     return max(prefill, SAMPLER_BYTES * sequences * shape.vocab_size)
-
-
-# Refusing
-
-
-def check_memory(config: Config, shape: Any, itemsize: int, free: int, total: int) -> int | None:
-    """Bytes for the KV cache on a GPU with `free` of `total` bytes, nothing of the model being loaded yet.
-
-    What the configuration sets is obeyed: None for `gpu_memory_utilization`, which the engine works out. Planned
-    otherwise: room for every sequence, or what the rest leaves, at least for one sequence. Raises UserError, with
-    the plan and what to lower, where the run cannot fit.
-    """
-    plan = plan_memory(config, shape, itemsize, on_gpu=True)
-    usable = int(free * (1 - MARGIN))
-    share = config.rollout.gpu_memory_utilization
-    if share is not None:
-        kv = max(int(share * total) - plan.weights - VLLM_BUFFERS, plan.kv_one_sequence)
-        needed = plan.peak(kv)
-    elif config.rollout.kv_cache_memory_bytes is not None:
-        needed = plan.peak(plan.kv_cache)
-    else:
-        needed = plan.peak(plan.kv_one_sequence)
-    if needed > usable:
-        raise UserError(refusal(config, shape, plan, needed, free))
-    if share is not None:
-        return None
-    return config.rollout.kv_cache_memory_bytes or min(plan.kv_cache, plan.room_for_kv(usable))
-
-
-def lighter_weights(config: Config, shape: Any) -> str:
-    """What would make the weights less, the cheapest first."""
-    model = config.model
-    if not model.load_in_4bit:
-        return "set model.load_in_4bit = true"
-    embedding = not (shape.tie_word_embeddings or model.offload_embedding)
-    steps = ["set model.offload_embedding = true"] if embedding else []
-    if not model.offload_head:
-        slowly = "model.offload_head = true, which is slow"
-        steps.append(f"and if that is not enough {slowly}" if embedding else f"set {slowly}")
-    return ", ".join([*steps, "or use a smaller model" if steps else "use a smaller model"])
-
-
-def refusal(config: Config, shape: Any, plan: MemoryPlan, needed: int, free: int) -> str:
-    """One sentence: what is needed, of what it consists, and what would make it less."""
-    share, fixed = config.rollout.gpu_memory_utilization, config.rollout.kv_cache_memory_bytes
-    kv = plan.kv_cache if fixed else plan.kv_one_sequence
-    parts = {"weights": plan.weights, "KV cache": kv, "vLLM's buffers": plan.vllm, "adapter": plan.adapter}
-    if plan.sampling > plan.training:
-        parts |= {"sampling": plan.sampling}
-    else:
-        logits = min(plan.logits, plan.training)
-        parts |= {"activations": plan.training - logits, "logits": logits}
-    remedies = {
-        "weights": lighter_weights(config, shape),
-        "KV cache": "lower rollout.kv_cache_memory_bytes" if fixed else "lower rollout.max_completion_length",
-        "vLLM's buffers": "use a smaller model",
-        "adapter": "lower lora.r",
-        "sampling": "lower rollout.max_num_seqs or rollout.max_completion_length",
-        "activations": "lower train.tokens_per_micro_batch or rollout.max_completion_length"
-        if plan.gradient_checkpointing in ("auto", "offload")
-        else 'set train.gradient_checkpointing = "auto"',
-        "logits": "lower train.logprob_chunk_tokens",
-    }
-    remedy = "lower rollout.gpu_memory_utilization" if share else remedies[max(parts, key=parts.__getitem__)]
-    listed = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items())
-    return (
-        f"the GPU has {free / 1e9:.1f} GB free, and the run needs {needed / 1e9:.1f} GB "
-        f"({listed}{f'; gpu_memory_utilization = {share:g}' if share else ''}); {remedy}"
-    )

@@ -1,87 +1,57 @@
-"""The memory plan as a dry run prints it, for a model of which it reads no more than the sizes."""
+"""The memory plan as a dry run prints it, for a model of which it reads no more than the sizes: what takes how much,
+whether it fits a GPU, and how fast it would be there."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from grpo.config.schema import Config
+from grpo.memory.fit import CONTEXT, DESKTOP, DESKTOP_BELOW, Fit, best_fit, least_bytes, refusal, usable_bytes
+from grpo.memory.gpus import GPUS, Gpu, gpu_here
 from grpo.memory.plan import MemoryPlan, Shape, hosted, plan_memory, sequence_limits
+from grpo.memory.shapes import model_shape
 from grpo.model.adapter_layers import adapted_layers
-from grpo.model.families.table import listed
-from grpo.model.gguf_header import read_header
 from grpo.model.layout import EMBEDDING, HEAD
-from grpo.model.locate import local_path
 
 
-def model_shape(config: Config) -> Shape | None:
-    """The sizes of the model that `config` names, or None where it is not on this machine or of an unknown kind."""
-    path = local_path(config.model.name) or cached_config(config.model.name, config.model.revision)
-    if path is None:
-        return None
-    if path.suffix == ".gguf":
-        return gguf_shape(path)
-    file = path if path.suffix == ".json" else path / "config.json"
-    try:
-        shape = Shape.of(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-    return shape if shape.model_type in listed() else None
+def memory_plan(config: Config, gpu: Gpu | None = None) -> list[str]:
+    """The plan in words, one part a line, or one line that says why there is none.
 
-
-def cached_config(name: str, revision: str | None) -> Path | None:
-    """config.json of a hub model that was downloaded before; the network is not asked."""
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        cached = try_to_load_from_cache(name, "config.json", revision=revision)
-    except HFValidationError:
-        return None
-    return Path(cached) if isinstance(cached, str) else None
-
-
-def gguf_shape(path: Path) -> Shape | None:
-    """The sizes that a GGUF file states."""
-    metadata, tensors = read_header(path)
-    family = metadata.get("general.architecture", "")
-    family_keys = {key.removeprefix(f"{family}."): value for key, value in metadata.items()}
-    values = {
-        "model_type": {"gemma3": "gemma3_text"}.get(family, family),
-        "hidden_size": family_keys.get("embedding_length"),
-        "intermediate_size": family_keys.get("feed_forward_length"),
-        "num_hidden_layers": family_keys.get("block_count"),
-        "num_attention_heads": family_keys.get("attention.head_count"),
-        "num_key_value_heads": family_keys.get("attention.head_count_kv"),
-        "head_dim": family_keys.get("attention.key_length"),
-        "vocab_size": family_keys.get("tokenizer.ggml.tokens") or family_keys.get("vocab_size"),
-        "tie_word_embeddings": "output.weight" not in tensors,
-    }
-    try:
-        shape = Shape.of(values)
-    except TypeError:
-        return None
-    return shape if shape.model_type in listed() else None
-
-
-def memory_plan(config: Config) -> list[str]:
-    """The plan in words, one part a line, or one line that says why there is none."""
-    shape = model_shape(config)
+    gpu: to plan for; else the one of this machine, where `model.device` may be a GPU.
+    """
+    shape = model_shape(config.model, network=True)
     if shape is None:
-        return [f"Memory: {config.model.name} is not on this machine, or of an unknown kind, so nothing is planned."]
-    on_gpu = config.model.device == "cuda" or (config.model.device == "auto" and has_gpu())
-    plan = plan_memory(config, shape, compute_itemsize(config, on_gpu), on_gpu=on_gpu)
+        return [f"Memory: the sizes of {config.model.name} are not known here, so nothing is planned."]
+    may = config.model.device != "cpu"
+    gpu = gpu or (gpu_here() if may else None)
+    on_gpu = gpu is not None or config.model.device == "cuda" or (may and has_gpu())
+    itemsize = compute_itemsize(config, on_gpu)
+    plan = plan_memory(config, shape, itemsize, on_gpu=on_gpu, flash=gpu is None or gpu.flash)
+    if gpu is None:
+        return parts(config, shape, plan, None, on_gpu=on_gpu) + (smallest(config, shape) if may else [])
+    fit = None
+    if config.rollout.gpu_memory_utilization is None:
+        fit = best_fit(config, shape, itemsize, plan, usable_bytes(gpu.memory - CONTEXT, gpu.memory), gpu)
+    where = f"the {gpu.name} of {gpu.memory / 1e9:.1f} GB"
+    return parts(config, shape, plan, fit, on_gpu=True, where=where) + verdict(config, shape, plan, fit, gpu)
+
+
+def parts(
+    config: Config, shape: Shape, plan: MemoryPlan, fit: Fit | None, *, on_gpu: bool, where: str = ""
+) -> list[str]:
+    """What takes memory, a line each. fit: how a certain GPU's is shared out."""
     storage = "NF4" if config.model.load_in_4bit else "unquantised"
     if config.model.load_in_4bit and not on_gpu:
         storage = "NF4 values, dequantised"
     tokens = max(config.train.tokens_per_micro_batch, config.max_seq_length)
+    training = plan.peaks[fit.mode] if fit else plan.training
     lines = [
-        f"Memory on the {'GPU' if on_gpu else 'CPU'}, planned, in GB of 10^9 bytes:",
+        f"Memory on {where or ('the GPU' if on_gpu else 'the CPU')}, planned, in GB of 10^9 bytes:",
         f"  {gb(plan.weights)}  weights, {storage}, one copy for sampling and training",
-        f"  {kv_line(config, plan, on_gpu)}",
+        f"  {kv_line(config, plan, fit, on_gpu)}",
         f"  {gb(plan.adapter)}  adapter of {ranks(config, shape)}: values, gradients, moments, vLLM's copy",
         f"  {gb(plan.sampling)}  at most, while sampling",
-        f"  {gb(plan.training)}  at most, while training on {tokens:,} tokens ({training_line(plan)})",
+        f"  {gb(training)}  at most, while training on {tokens:,} tokens ({training_line(plan, fit)})",
     ]
     if on_gpu:
         lines.insert(3, f"  {gb(plan.vllm)}  vLLM's buffers and CUDA graphs")
@@ -93,27 +63,72 @@ def memory_plan(config: Config) -> list[str]:
     return lines
 
 
+def verdict(config: Config, shape: Shape, plan: MemoryPlan, fit: Fit | None, gpu: Gpu) -> list[str]:
+    """What the plan comes to on `gpu`: the total, whether it fits, and how fast it would be."""
+    free = gpu.memory - CONTEXT
+    usable = usable_bytes(free, gpu.memory)
+    others = gpu.memory - usable
+    desktop = f", and {DESKTOP / 1e9:.0f} GB to a desktop" if gpu.memory < DESKTOP_BELOW else ""
+    lines = [f"  {gb(others)}  left to the CUDA context, kernels loaded later, fragments{desktop}"]
+    share = config.rollout.gpu_memory_utilization
+    if share is not None:
+        return [*lines, f"What rollout.gpu_memory_utilization = {share:g} leaves to training is seen when it starts."]
+    if fit is None:
+        return [*lines, f"Does not fit: {refusal(config, shape, plan, least_bytes(config, plan), free, usable)}."]
+    taken = plan.peak(fit.kv_cache, fit.mode) + others
+    return [
+        *lines,
+        f"  {gb(taken)}  at once, sampling and training taking turns",
+        f"Fits the {gpu.name} with {(gpu.memory - taken) / 1e9:.1f} GB to spare.",
+        f"Predicted, not measured, for completions of {config.rollout.max_completion_length:,} tokens: "
+        f"sampling {speed(config, fit.rollout_seconds)} and training {speed(config, fit.training_seconds)} of them a "
+        f"second, a step in {fit.seconds:,.0f} s.",
+    ]
+
+
+def smallest(config: Config, shape: Shape) -> list[str]:
+    """The least memory of the known GPUs that would do, in a line; none where none would."""
+    for gpu in sorted(GPUS, key=lambda gpu: gpu.memory):
+        itemsize = compute_itemsize(config, True)
+        plan = plan_memory(config, shape, itemsize, on_gpu=True, flash=gpu.flash)
+        usable = usable_bytes(gpu.memory - CONTEXT, gpu.memory)
+        if best_fit(config, shape, itemsize, plan, usable, gpu) is not None:
+            name = gpu.name.removeprefix("RTX ")
+            return [f'A GPU of {gpu.memory / 1e9:.0f} GB would do; --card "{name}" plans for the {gpu.name}.']
+    return []
+
+
 def ranks(config: Config, shape: Shape) -> str:
     """The ranks of the adapter's layers, in words."""
-    found = sorted({adapter.rank for adapter in adapted_layers(shape, config.lora).values()})
-    return f"rank {found[0]}" if len(found) == 1 else f"ranks {found[0]} to {found[-1]}"
+    every = sorted({adapter.rank for adapter in adapted_layers(shape, config.lora).values()})
+    return f"rank {every[0]}" if len(every) == 1 else f"ranks {every[0]} to {every[-1]}"
 
 
-def kv_line(config: Config, plan: MemoryPlan, on_gpu: bool) -> str:
+def speed(config: Config, seconds: float) -> str:
+    """Sampled tokens a second of a step that takes so long for them."""
+    return f"{config.completions_per_step * config.rollout.max_completion_length / seconds:,.0f}"
+
+
+def kv_line(config: Config, plan: MemoryPlan, fit: Fit | None, on_gpu: bool) -> str:
     length, sequences = sequence_limits(config)
     share = config.rollout.gpu_memory_utilization
     if share is not None and on_gpu:
         return f"   rest  KV cache: what {share:g} of the GPU leaves beside weights and vLLM's buffers"
     if config.rollout.kv_cache_memory_bytes is not None:
         return f"{gb(plan.kv_cache)}  KV cache, as rollout.kv_cache_memory_bytes says"
+    if fit is not None:
+        return (
+            f"{gb(fit.kv_cache)}  KV cache: {fit.sequences:,} of {sequences:,} sequences of {length:,} tokens at once"
+        )
     fitted = "; less where the GPU has less" if on_gpu else ""
     return f"{gb(plan.kv_cache)}  KV cache: {sequences:,} sequences of {length:,} tokens{fitted}"
 
 
-def training_line(plan: MemoryPlan) -> str:
-    """The peak of every mode that training may take."""
+def training_line(plan: MemoryPlan, fit: Fit | None) -> str:
+    """The peak of every mode that training may take, and which it takes."""
     peaks = ", ".join(f"{mode} {peak / 1e9:.2f}" for mode, peak in plan.peaks.items())
-    return f'gradient_checkpointing = "{plan.gradient_checkpointing}": {peaks}'
+    taken = f', here "{fit.mode}"' if fit and plan.gradient_checkpointing == "auto" else ""
+    return f'gradient_checkpointing = "{plan.gradient_checkpointing}"{taken}: {peaks}'
 
 
 def gb(size: int) -> str:

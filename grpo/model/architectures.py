@@ -6,9 +6,8 @@ refused here, before anything is read, is what cannot work whatever the gate wou
 
 from __future__ import annotations
 
-from typing import Any
-
 from grpo.errors import UserError
+from grpo.model.decoder_config import DecoderConfig
 from grpo.model.families.table import family_of
 from grpo.model.layout import fused_linears
 
@@ -32,14 +31,14 @@ def vllm_class(model_type: str) -> str:
     return family_of(model_type).vllm_class or causal_class(model_type) or model_type
 
 
-def check_supported(config: Any, where: str) -> None:
+def check_supported(config: DecoderConfig, where: str) -> None:
     """Raise UserError unless `config`, transformers' of a text model, is of a decoder that both graphs can build."""
     reason = unsuited(config)
     if reason:
         raise UserError(f"{where}: architecture {config.model_type!r} is not supported: {reason}")
 
 
-def unsuited(config: Any) -> str | None:
+def unsuited(config: DecoderConfig) -> str | None:
     """Why models of this configuration cannot be trained, and what to do; None for what the gate decides."""
     other = "use a decoder of text"
     if getattr(config, "is_encoder_decoder", False):
@@ -53,7 +52,7 @@ def unsuited(config: Any) -> str | None:
     return None
 
 
-def adapter_targets(config: Any, target_modules: list[str] | str) -> list[str] | str:
+def adapter_targets(config: DecoderConfig, target_modules: list[str] | str) -> list[str] | str:
     """`target_modules` in the family's own names: where q, k, v (gate, up) are one module, naming any names it.
 
     config: a plan's Shape or transformers'. "all-linear" names all; any other text is a pattern and stays as it is.

@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +22,7 @@ from grpo.kernels.launch import disable_reduced_precision
 from grpo.model import host_memory
 from grpo.model.architectures import check_supported
 from grpo.model.config_keys import check_keys, settle
+from grpo.model.decoder_config import DecoderConfig
 from grpo.model.fingerprint import Fingerprint
 from grpo.model.head import Head
 from grpo.model.inventory import account
@@ -88,7 +88,7 @@ class BaseWeights:
     def __init__(self, source: Source, model: Model, *, device: torch.device, dtype: torch.dtype):
         """Load `source`. Peak memory is the result plus one tensor. Raises UserError for what does not fit."""
         check_supported(source.config, str(source.path))
-        self.config: Any = source.config.get_text_config()
+        self.config: DecoderConfig = source.config.get_text_config()
         check_keys(self.config, str(source.path))
         settle(self.config)
         for sentence in account(source):  # nothing is left to say where `read_model` has been

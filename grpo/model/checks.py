@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo.errors import UserError
+from grpo.model.decoder_config import DecoderConfig
 from grpo.model.weight_files import unique
 
 LIMITS = {
@@ -26,7 +27,7 @@ LIMITS = {
 }
 """The largest believable sizes. Far above any model, and small enough that no loop or name list runs away."""
 
-BEYOND_FLOAT16 = ("gemma2", "gemma3_text")
+BEYOND_FLOAT16 = ("gemma2", "gemma3_text", "glm4")
 """Families that vLLM does not compute in float16."""
 
 HEAD_SIZES_ON_CPU = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
@@ -74,7 +75,7 @@ def check_quantization(values: Mapping[str, Any], file: Path) -> None:
         )
 
 
-def check_head_size(config: Any, where: Path, on_cpu: bool) -> None:
+def check_head_size(config: DecoderConfig, where: Path, on_cpu: bool) -> None:
     """Raise UserError for attention heads that vLLM has no kernel for. `config`: the text model's."""
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if on_cpu and size not in HEAD_SIZES_ON_CPU:
@@ -84,13 +85,23 @@ def check_head_size(config: Any, where: Path, on_cpu: bool) -> None:
         )
 
 
-def check_float16(config: Any, where: Path) -> None:
+def check_float16(config: DecoderConfig, where: Path) -> None:
     """Raise UserError for a text model whose activations leave the range of float16, in which it is to be computed."""
     if config.model_type in BEYOND_FLOAT16:
         raise UserError(
-            f"{where / 'config.json'}: the activations of {config.model_type} overflow in float16, which vLLM refuses; "
-            'use another model, or model.dtype = "bfloat16" on a GPU that computes in it (compute capability 8.0 on)'
+            f"{where / 'config.json'}: {beyond_float16(config.model_type)}; use another model, or model.dtype = "
+            '"bfloat16" on a GPU that computes in it (compute capability 8.0 on)'
         )
+
+
+def beyond_float16(family: str) -> str:
+    """Why a family is not computed in float16."""
+    return f"the activations of {family} overflow in float16, which vLLM refuses"
+
+
+def no_bfloat16(gpu: str) -> str:
+    """What to do about `model.dtype = "bfloat16"` on a GPU before Ampere."""
+    return f'model.dtype = "bfloat16": the {gpu} computes in float16 alone; set "auto" or "float16"'
 
 
 def end_tokens(file: Path, vocabulary: int) -> list[int]:

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from grpo.errors import UserError
 from grpo.model.architectures import causal_class, vllm_class
 from grpo.model.checks import one_line
+from grpo.model.decoder_config import DecoderConfig
 from grpo.model.families.table import family_of
 from grpo.model.rope import (
     by_layer_type,
@@ -53,7 +54,7 @@ class Complaint(NamedTuple):
     """What is wrong with the value, and what to do."""
 
 
-def check_keys(config: Any, where: str) -> None:
+def check_keys(config: DecoderConfig, where: str) -> None:
     """Raise UserError, naming file and key, unless both graphs compute what `config` says.
 
     config: transformers', of a text model; `where`: its model's folder or file.
@@ -63,7 +64,7 @@ def check_keys(config: Any, where: str) -> None:
         raise UserError(f"{file}: {key} = {shown(value)}: {reason}")
 
 
-def complaints(config: Any) -> Iterator[Complaint]:
+def complaints(config: DecoderConfig) -> Iterator[Complaint]:
     """What `check_keys` refuses, the most telling first."""
     yield from attention_complaints(config)
     yield from activation_complaints(config)
@@ -73,7 +74,7 @@ def complaints(config: Any) -> Iterator[Complaint]:
     yield from rotary_complaints(config)
 
 
-def attention_complaints(config: Any) -> Iterator[Complaint]:
+def attention_complaints(config: DecoderConfig) -> Iterator[Complaint]:
     """About who sees whom, and heads."""
     if getattr(config, "is_heterogeneous", False):
         yield Complaint("per_layer_config", "...", "layers that differ in shape are not served; use a model without it")
@@ -90,7 +91,7 @@ def attention_complaints(config: Any) -> Iterator[Complaint]:
         yield Complaint("head_dim", head, f"{vllms(config)} has heads of {derived}; use another model")
 
 
-def activation_complaints(config: Any) -> Iterator[Complaint]:
+def activation_complaints(config: DecoderConfig) -> Iterator[Complaint]:
     """About the MLP's activation."""
     activation = family_of(config.model_type).activation
     if activation is None:
@@ -105,7 +106,7 @@ def activation_complaints(config: Any) -> Iterator[Complaint]:
         yield Complaint("hidden_activation", legacy, f"hidden_act is {value!r}; remove one of the two")
 
 
-def layer_complaints(config: Any) -> Iterator[Complaint]:
+def layer_complaints(config: DecoderConfig) -> Iterator[Complaint]:
     """About which layers have a sliding window."""
     window, layers = getattr(config, "sliding_window", None), config.num_hidden_layers
     kinds = getattr(config, "layer_types", None)
@@ -128,7 +129,7 @@ def layer_complaints(config: Any) -> Iterator[Complaint]:
         yield Complaint("layer_types", kinds, f"{alike}; remove it, or name the family that the model is of")
 
 
-def number_complaints(config: Any) -> Iterator[Complaint]:
+def number_complaints(config: DecoderConfig) -> Iterator[Complaint]:
     """About numbers that would make every value infinite or none."""
     for key in ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"):
         value = getattr(config, key, None)
@@ -143,7 +144,7 @@ def number_complaints(config: Any) -> Iterator[Complaint]:
         yield Complaint("sliding_window", window, "must be a whole number above 0, or null for none; correct it")
 
 
-def token_complaints(config: Any) -> Iterator[Complaint]:
+def token_complaints(config: DecoderConfig) -> Iterator[Complaint]:
     """About tokens that the embedding has no row for."""
     rows, pad, ends = config.vocab_size, config.pad_token_id, config.eos_token_id
     reason = f"no token of the vocabulary, whose embedding has {rows} rows"
@@ -154,7 +155,7 @@ def token_complaints(config: Any) -> Iterator[Complaint]:
             yield Complaint("eos_token_id", ends, f"{reason}; correct it")
 
 
-def rotary_complaints(config: Any) -> Iterator[Complaint]:
+def rotary_complaints(config: DecoderConfig) -> Iterator[Complaint]:
     """About rotary positions: transformers' functions are tried on what the configuration says."""
     for key, value in unread_parameters(config).items():
         read = "for each of its layer types" if by_layer_type(config) else "for all layers at once"
@@ -184,7 +185,7 @@ def rotary_complaints(config: Any) -> Iterator[Complaint]:
             yield Complaint("rope_parameters", config.rope_parameters, reason)
 
 
-def rotates_whole_heads(config: Any) -> bool:
+def rotates_whole_heads(config: DecoderConfig) -> bool:
     """Whether transformers rotates all of each head, whatever part the configuration names."""
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     plain = copy.deepcopy(config)
@@ -193,7 +194,7 @@ def rotates_whole_heads(config: Any) -> bool:
     return all(2 * len(inverse) == head for inverse, _ in frequencies(plain, 1).values())
 
 
-def settle(config: Any) -> list[str]:
+def settle(config: DecoderConfig) -> list[str]:
     """Set in `config` what has to be the same for both graphs, and say, a sentence each, what is not obeyed."""
     notices = []
     for key in DROPOUTS:
@@ -226,7 +227,7 @@ def settle(config: Any) -> list[str]:
     return notices
 
 
-def served_values(config: Any) -> dict[str, Any]:
+def served_values(config: DecoderConfig) -> dict[str, Any]:
     """The configuration that vLLM gets: the family's keys with the rotary scaling left to `rope.share_positions`."""
     keys_served = own_keys(config) | {"head_dim"}
     values = {key: value for key, value in config.to_dict().items() if key in keys_served}
@@ -239,7 +240,7 @@ def served_values(config: Any) -> dict[str, Any]:
     return values if served is None else values | served(config)
 
 
-def own_keys(config: Any) -> set[str]:
+def own_keys(config: DecoderConfig) -> set[str]:
     """The keys that transformers' class of `config` adds to those of all models."""
     return (set(type(config)().to_dict()) - base_keys()) | {"tie_word_embeddings"}
 
@@ -256,7 +257,7 @@ def is_number(value: Any, above: float) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > above
 
 
-def vllms(config: Any) -> str:
+def vllms(config: DecoderConfig) -> str:
     """vLLM's class, in a sentence."""
     return f"vLLM's {vllm_class(config.model_type)}"
 

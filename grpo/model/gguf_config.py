@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from grpo.errors import UserError
+from grpo.model.decoder_config import DecoderConfig
 
 LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 8192}  # fmt: skip
@@ -24,7 +25,7 @@ LARGEST_GEMMA = {"gemma2": 46, "gemma3_text": 62}
 """Layers of the 27B models, whose attention is scaled by hidden size over heads instead of the head size."""
 
 
-def complete_config(config: Any, reader: Any, where: str) -> None:
+def complete_config(config: DecoderConfig, reader: Any, where: str) -> None:
     """Set in `config` (transformers', of the text model) what `reader` (gguf's) knows and transformers did not read.
 
     Raises UserError, naming `where`, for rotary frequencies that no known scaling gives.
@@ -64,14 +65,14 @@ def value(reader: Any, key: str) -> Any:
     return None if field is None else field.contents()
 
 
-def attention_scale(config: Any) -> int:
+def attention_scale(config: DecoderConfig) -> int:
     """Gemma's `query_pre_attn_scalar` as llama.cpp takes it from the sizes."""
     if config.num_hidden_layers == LARGEST_GEMMA.get(config.model_type):
         return config.hidden_size // config.num_attention_heads
     return config.head_dim
 
 
-def rotary_scaling(known: Any, config: Any) -> dict[str, Any]:
+def rotary_scaling(known: Any, config: DecoderConfig) -> dict[str, Any]:
     """transformers' entries for linear and YaRN scaling, and for rotating a part of the head only."""
     entries: dict[str, Any] = {}
     width, head = known("rope.dimension_count"), getattr(config, "head_dim", None)
@@ -93,7 +94,7 @@ def rotary_scaling(known: Any, config: Any) -> dict[str, Any]:
     return entries
 
 
-def frequency_divisors(config: Any) -> Tensor:
+def frequency_divisors(config: DecoderConfig) -> Tensor:
     """By what `config`'s scaling divides each rotary frequency, float32 [rotated dimensions / 2]."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -105,7 +106,7 @@ def frequency_divisors(config: Any) -> Tensor:
     return (plain / scaled.double()).float()
 
 
-def apply_llama3(config: Any, divisors: Tensor, where: str) -> None:
+def apply_llama3(config: DecoderConfig, divisors: Tensor, where: str) -> None:
     """Set the Llama 3 scaling that gives `divisors`. Raises UserError where none does."""
     if bool((divisors == 1).all()):
         return
@@ -117,7 +118,7 @@ def apply_llama3(config: Any, divisors: Tensor, where: str) -> None:
     config.rope_parameters = candidate.rope_parameters
 
 
-def apply_longrope(config: Any, tensors: dict[str, Any], original: int | None) -> None:
+def apply_longrope(config: DecoderConfig, tensors: dict[str, Any], original: int | None) -> None:
     """Set Phi-3's long-context scaling from its two lists of divisors."""
     config.rope_parameters = {
         **config.rope_parameters,

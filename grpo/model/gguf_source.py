@@ -16,6 +16,7 @@ from torch import Tensor
 from grpo.errors import UserError
 from grpo.model.architectures import check_supported
 from grpo.model.checks import check_sizes, one_line
+from grpo.model.decoder_config import DecoderConfig
 from grpo.model.gguf_config import ROTARY_TENSORS, complete_config
 from grpo.model.gguf_header import read_header
 from grpo.model.layout import HEAD
@@ -25,7 +26,7 @@ from grpo.model.meta_graph import graph_tensors
 class GGUFSource:
     """A GGUF file: metadata and tokenizer through transformers, tensors dequantised one by one through `gguf`."""
 
-    def __init__(self, path: Path, config: Any = None):
+    def __init__(self, path: Path, config: DecoderConfig | None = None):
         """config: the model's, where it is known better than from the file (and of families that transformers does
         not read from GGUF)."""
         from transformers import AutoConfig
@@ -142,7 +143,7 @@ def metadata_folder(path: Path) -> Path:
         return folder if folder.is_dir() else scratch
 
 
-def candidate_names(config: Any) -> Iterator[str]:
+def candidate_names(config: DecoderConfig) -> Iterator[str]:
     """Every parameter name that a supported decoder with transformers' `config` may have."""
     found = graph_tensors(config)
     yield from (*found.plain, HEAD)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from grpo.model.config_keys import own_keys
+from grpo.model.decoder_config import DecoderConfig
 
 MULTIPLIERS = ("logit_scale", "lm_head_multiplier")
 """Keys of configurations whose value logits are multiplied by."""
@@ -28,7 +29,7 @@ class Head:
     cap: float | None = None
 
     @classmethod
-    def of(cls, config: Any) -> Head:
+    def of(cls, config: DecoderConfig) -> Head:
         """As transformers' `config` of a text model says. Keys that its class does not have say nothing."""
         known, scale = own_keys(config), 1.0
         for key in known & {*MULTIPLIERS, *DIVISORS}:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +17,7 @@ from grpo.errors import UserError
 from grpo.kernels import nf4
 from grpo.model.architectures import causal_class, vllm_class
 from grpo.model.checks import one_line
+from grpo.model.decoder_config import DecoderConfig
 from grpo.model.families.table import family_of
 from grpo.model.layout import EMBEDDING, HEAD
 from grpo.model.weight_source import NF4Tensor, Source
@@ -58,7 +58,7 @@ def account(source: Source) -> list[str]:
     return notices + settled_head(source, config)
 
 
-def parameters(source: Source, config: Any) -> dict[str, tuple[int, ...]]:
+def parameters(source: Source, config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     """Name -> shape of everything that transformers' model of `config` keeps in a checkpoint."""
     from transformers import AutoModelForCausalLM
 
@@ -91,7 +91,7 @@ def in_place_of(source: Source, name: str) -> str:
     return f" (there is {others[0]}, and only plain and NF4 weights are read)" if others else ""
 
 
-def extras(source: Source, config: Any, surplus: set[str]) -> Iterator[str]:
+def extras(source: Source, config: DecoderConfig, surplus: set[str]) -> Iterator[str]:
     """A sentence about each kind of `surplus` tensors that may be left out. Raises UserError for any other."""
     found: dict[str, list[str]] = {}
     for name in sorted(surplus):
@@ -109,7 +109,7 @@ def extras(source: Source, config: Any, surplus: set[str]) -> Iterator[str]:
         yield f"{source.path}: not used: {names[0]}{rest}, {kind}"
 
 
-def predicts_more(config: Any, name: str) -> bool:
+def predicts_more(config: DecoderConfig, name: str) -> bool:
     """Whether `name` is of one of the layers after the last that `num_nextn_predict_layers` announces."""
     layer = re.match(r"model\.layers\.(\d+)\.", name)
     further = getattr(config, "num_nextn_predict_layers", None)
@@ -118,7 +118,7 @@ def predicts_more(config: Any, name: str) -> bool:
     return config.num_hidden_layers <= int(layer[1]) < config.num_hidden_layers + further
 
 
-def settled_head(source: Source, config: Any) -> list[str]:
+def settled_head(source: Source, config: DecoderConfig) -> list[str]:
     """Let the configuration say whether the output head is the embedding, by their values; a sentence if it changes."""
     if HEAD not in source.names or not (config.tie_word_embeddings or family_of(config.model_type).always_tied):
         return []

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from grpo.errors import UserError
+from grpo.model.decoder_config import DecoderConfig
 from grpo.model.layout_records import FAMILIES, LAYOUTS, SEEN
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -65,7 +66,7 @@ class Layout:
     """The graph's name of every tensor -> its shape."""
 
     @classmethod
-    def of(cls, config: Any) -> Layout:
+    def of(cls, config: DecoderConfig) -> Layout:
         """Of transformers' `config` of a text model whose family has a record. Raises UserError for one without."""
         from grpo.model.meta_graph import graph_tensors
 

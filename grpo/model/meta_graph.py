@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from grpo.errors import UserError
+from grpo.model.decoder_config import DecoderConfig
 
 FRAME = ("model.embed_tokens", "model.layers.0", "model.norm", "lm_head")
 """Modules around and in the stack of layers."""
@@ -49,7 +50,7 @@ class GraphTensors:
         return found
 
 
-def meta_graph(config: Any, dtype: torch.dtype = torch.float32, attention: str | None = None) -> nn.Module:
+def meta_graph(config: DecoderConfig, dtype: torch.dtype = torch.float32, attention: str | None = None) -> nn.Module:
     """transformers' causal LM of `config`, the text model's, without memory."""
     from transformers import AutoModelForCausalLM
 
@@ -57,7 +58,7 @@ def meta_graph(config: Any, dtype: torch.dtype = torch.float32, attention: str |
         return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, attn_implementation=attention)
 
 
-def check_frame(config: Any) -> None:
+def check_frame(config: DecoderConfig) -> None:
     """Raise UserError unless the graph of `config` has the frame that the training graph runs."""
     graph = meta_graph(config)
     for name in FRAME:
@@ -70,7 +71,7 @@ def check_frame(config: Any) -> None:
             ) from None
 
 
-def graph_tensors(config: Any) -> GraphTensors:
+def graph_tensors(config: DecoderConfig) -> GraphTensors:
     """The tensors of the graph of `config`, transformers' of a text model."""
     kind: Any = type(config)
     return _graph_tensors(kind, json.dumps(config.to_dict(), sort_keys=True, default=str))

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from grpo.model.decoder_config import DecoderConfig
+
 EVERYWHERE = ""
 """Stands for the layer type where all layers have the same frequencies."""
 
@@ -38,7 +40,7 @@ Frequencies = dict[str, tuple[Tensor, float]]
 class Rotary(nn.Module):
     """In a training graph, transformers' rotary embedding with frequencies that no position changes."""
 
-    def __init__(self, config: Any, longest: int | None = None, device: torch.device | None = None):
+    def __init__(self, config: DecoderConfig, longest: int | None = None, device: torch.device | None = None):
         """config: transformers', of the text model; sequences have at most `longest` tokens (None: what it allows)."""
         super().__init__()
         self.config = config
@@ -78,7 +80,7 @@ class Rotary(nn.Module):
         return torch.cat([part[:, once] for part in halves], dim=1)
 
 
-def turns_pairs(config: Any) -> bool:
+def turns_pairs(config: DecoderConfig) -> bool:
     """Whether transformers' module of the family gives each angle to two neighbours, not to both halves of a head."""
     with torch.device("cpu"):
         module = rotary_class(config)(copy.deepcopy(config))
@@ -90,7 +92,7 @@ def turns_pairs(config: Any) -> bool:
     return bool((sines[:, 0] == sines[:, 1]).all()) and not bool((sines[:, 0] == sines[:, sines.shape[1] // 2]).all())
 
 
-def frequencies(config: Any, longest: int | None = None) -> Frequencies:
+def frequencies(config: DecoderConfig, longest: int | None = None) -> Frequencies:
     """transformers' rotary frequencies for sequences of at most `longest` tokens (None: what the model allows)."""
     if getattr(config, "rope_parameters", None) is None:
         return {}
@@ -111,7 +113,7 @@ def frequencies(config: Any, longest: int | None = None) -> Frequencies:
     return result
 
 
-def rotary_parameters(config: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+def rotary_parameters(config: DecoderConfig) -> Iterator[tuple[str, dict[str, Any]]]:
     """(layer type or EVERYWHERE, transformers' `rope_parameters` for it)."""
     parameters = getattr(config, "rope_parameters", None)
     if parameters is None:  # positions are known otherwise, or not at all
@@ -122,12 +124,12 @@ def rotary_parameters(config: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     yield from ((kind, values) for kind, values in parameters.items() if isinstance(values, dict))
 
 
-def by_layer_type(config: Any) -> bool:
+def by_layer_type(config: DecoderConfig) -> bool:
     """Whether transformers has rotary frequencies for each type of layer in the family."""
     return "layer_type" in inspect.signature(rotary_class(config).forward).parameters
 
 
-def unread_parameters(config: Any) -> dict[str, Any]:
+def unread_parameters(config: DecoderConfig) -> dict[str, Any]:
     """Entries of `rope_parameters` in a form that is not the family's: for layer types where it has none, or not."""
     parameters = getattr(config, "rope_parameters", None)
     if parameters is None:
@@ -140,7 +142,7 @@ def unread_parameters(config: Any) -> dict[str, Any]:
     }
 
 
-def unknown_parameters(config: Any) -> list[str]:
+def unknown_parameters(config: DecoderConfig) -> list[str]:
     """Entries of `rope_parameters` that transformers' function of their `rope_type` has no use for."""
     found: dict[str, None] = {}
     for _, values in rotary_parameters(config):
@@ -154,7 +156,7 @@ def prefixed(kind: str, name: str) -> str:
     return f"{kind}_{name}" if kind else name
 
 
-def rotary_class(config: Any) -> Any:
+def rotary_class(config: DecoderConfig) -> Any:
     """transformers' rotary embedding of the family."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -162,13 +164,13 @@ def rotary_class(config: Any) -> Any:
     return getattr(sys.modules[decoder.__module__], decoder.__name__.replace("ForCausalLM", "RotaryEmbedding"))
 
 
-def rotated(config: Any, parameters: dict[str, Any]) -> int:
+def rotated(config: DecoderConfig, parameters: dict[str, Any]) -> int:
     """How many dimensions of a head turn, by `parameters`."""
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return int(head * (parameters.get("partial_rotary_factor") or 1.0))
 
 
-def plain_parameters(config: Any) -> dict[str, Any]:
+def plain_parameters(config: DecoderConfig) -> dict[str, Any]:
     """`rope_parameters` for vLLM: unscaled ones of the same sizes, whose caches `share_positions` replaces."""
     plain = {
         kind: {

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from grpo.model.decoder_config import DecoderConfig
 from grpo.model.families.table import family_of
 
 WRAPPERS = ("language_model", "text_model")
@@ -19,7 +20,7 @@ OF_IMAGES = ("mrope_section", "mrope_interleaved")
 """Entries of `rope_parameters` about positions in images."""
 
 
-def text_config(config: Any) -> Any:
+def text_config(config: DecoderConfig) -> DecoderConfig:
     """The configuration of the decoder in the model of `config`, transformers'; `config` itself where that is all."""
     text = config.get_text_config(decoder=True)
     if text is not config:
@@ -32,7 +33,7 @@ def text_config(config: Any) -> Any:
     return as_family(text, plain) if plain else text
 
 
-def as_family(config: Any, model_type: str) -> Any:
+def as_family(config: DecoderConfig, model_type: str) -> Any:
     """`config`, of a decoder that computes what the family `model_type` does, as that family's."""
     from transformers import AutoConfig
 

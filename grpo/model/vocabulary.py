@@ -10,9 +10,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from grpo.errors import UserError
+from grpo.model.decoder_config import DecoderConfig
 
 
-def check_tokens(texts: Iterable[tuple[str, Sequence[int]]], tokenizer: Any, config: Any) -> None:
+def check_tokens(texts: Iterable[tuple[str, Sequence[int]]], tokenizer: Any, config: DecoderConfig) -> None:
     """Raise UserError for the first of `texts`, (what to call it, token ids), with a token that has no row.
 
     config: transformers', of the model.

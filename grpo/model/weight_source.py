@@ -12,6 +12,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from grpo.model.decoder_config import DecoderConfig
+
 
 @dataclass(frozen=True)
 class NF4Tensor:
@@ -29,7 +31,7 @@ class Source(Protocol):
     """A checkpoint that can be read tensor by tensor."""
 
     path: Path
-    config: Any
+    config: DecoderConfig
     """transformers' configuration of the decoder of text."""
     names: set[str]
     notices: list[str]

@@ -12,7 +12,6 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -203,7 +202,7 @@ class RunLog:
     def _keep(self, kind: str, step: int, groups: Sequence[SampleGroup]) -> None:
         path = completions_file(self.run_folder, kind, step)
         path.parent.mkdir(exist_ok=True)
-        lines = (json_line({"step": step, **asdict(group)}) for group in groups)
+        lines = (json_line({"step": step, **group.entry()}) for group in groups)
         write_atomically(path, "".join(lines).encode())
 
     def finish(self, summary: Mapping[str, Any]) -> None:

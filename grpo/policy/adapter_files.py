@@ -7,7 +7,6 @@ configuration (`grpo.model.adapter_config`) and its base; for what becomes of th
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -25,6 +24,7 @@ from grpo.model.adapter_config import (
 from grpo.model.adapter_layers import LayerAdapter, adapted_layers
 from grpo.model.architectures import adapter_targets
 from grpo.model.checks import one_line
+from grpo.model.decoder_config import DecoderConfig
 from grpo.model.safetensors_source import DENSE_TYPES
 from grpo.model.sizes import linear_shapes
 from grpo.model.weight_files import stored_names
@@ -50,7 +50,7 @@ class AdapterFile:
         except (SafetensorError, OSError, ValueError) as error:
             raise UserError(f"{self.file}: damaged safetensors ({one_line(error)}); copy the adapter again") from None
 
-    def check(self, config: Any) -> dict[str, LayerAdapter]:
+    def check(self, config: DecoderConfig) -> dict[str, LayerAdapter]:
         """The adapter of each linear layer of the base, whose A and B are there and of the right size; and no others.
 
         config: transformers', of the base. Raises UserError naming the tensor.
@@ -71,7 +71,7 @@ class AdapterFile:
             )
         return layers
 
-    def _layers(self, config: Any) -> dict[str, LayerAdapter]:
+    def _layers(self, config: DecoderConfig) -> dict[str, LayerAdapter]:
         try:
             return adapted_layers(config, self.saved.lora)
         except UserError as error:  # speaks of `[lora]`, and how to correct that
@@ -96,7 +96,7 @@ class AdapterFile:
         return {name: self._handle.get_tensor(name) for name in sorted(self.names)}
 
 
-def open_adapter(folder: Path, lora: Lora, config: Any) -> AdapterFile:
+def open_adapter(folder: Path, lora: Lora, config: DecoderConfig) -> AdapterFile:
     """The adapter in `folder`, which has to be one of the shape `lora` on the base that transformers' `config` is of.
 
     Raises UserError for any other.

@@ -32,6 +32,7 @@ from grpo.kernels.lora_mlp import GatedMlp, lora_mlp
 from grpo.kernels.rms_norm import Norm, rms_norm
 from grpo.kernels.rope import rope
 from grpo.model.base_weights import BaseWeights, FusedLinear
+from grpo.model.decoder_config import DecoderConfig
 from grpo.model.families.table import family_of
 
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
@@ -73,18 +74,18 @@ def install(decoder: nn.Module, base: BaseWeights) -> int:
     return replaced
 
 
-def serves(layer: nn.Module, config: Any) -> bool:
+def serves(layer: nn.Module, config: DecoderConfig) -> bool:
     """Whether a FusedLayer computes what `layer` does."""
     listed = family_of(config.model_type).fused_layers
     return listed and activation_of(config) in ACTIVATIONS and not getattr(config, "resid_pdrop", 0)
 
 
-def activation_of(config: Any) -> str:
+def activation_of(config: DecoderConfig) -> str:
     """transformers' name of the MLP's activation; Gemma's configurations have a key of their own."""
     return getattr(config, "hidden_activation", None) or config.hidden_act
 
 
-def norm_of(module: nn.Module, config: Any) -> Norm:
+def norm_of(module: nn.Module, config: DecoderConfig) -> Norm:
     """A transformers RMSNorm as the kernels take it."""
     eps = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
     return Norm(module.weight.detach(), float(eps), family_of(config.model_type).norm_adds_one)
@@ -93,7 +94,7 @@ def norm_of(module: nn.Module, config: Any) -> Norm:
 class FusedNorm(nn.Module):
     """An RMSNorm outside the layers, under the names of transformers'."""
 
-    def __init__(self, module: nn.Module, config: Any):
+    def __init__(self, module: nn.Module, config: DecoderConfig):
         super().__init__()
         self.weight = module.weight
         self.norm = norm_of(module, config)

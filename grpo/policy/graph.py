@@ -16,6 +16,7 @@ from grpo.errors import UserError
 from grpo.kernels.attention import Packing, packed_attention
 from grpo.model.architectures import adapter_targets
 from grpo.model.base_weights import BaseWeights
+from grpo.model.decoder_config import DecoderConfig
 from grpo.model.rope import Rotary
 from grpo.policy.lora_linear import BaseLinear, LoraLinear
 
@@ -99,7 +100,7 @@ def build_graph(base: BaseWeights) -> nn.Module:
 
 
 def rebuild_buffers(
-    graph: nn.Module, config: Any, device: torch.device, dtype: torch.dtype, longest: int | None = None
+    graph: nn.Module, config: DecoderConfig, device: torch.device, dtype: torch.dtype, longest: int | None = None
 ) -> None:
     """Compute what a checkpoint has not: rotary frequencies, for `longest` tokens, and Gemma's embedding scale."""
     for name, module in list(graph.named_modules()):

@@ -33,6 +33,7 @@ from grpo.kernels.host_matmul import mm_transposed
 from grpo.kernels.logprob import selected_logprobs
 from grpo.model import fingerprint
 from grpo.model.base_weights import BaseWeights
+from grpo.model.decoder_config import DecoderConfig
 from grpo.model.head import Head
 from grpo.model.sizes import AUTO_SHARE, linear_shapes, nf4_bytes
 from grpo.model.weight_source import NF4Tensor, Source
@@ -105,7 +106,7 @@ def calibration(tokenizer: Any, base: BaseWeights) -> list[list[int]]:
     return [tokenizer(text)["input_ids"][:longest] for text in TEXTS]
 
 
-def choose(costs: dict[str, float], config: Any, itemsize: int, share: float = AUTO_SHARE) -> list[str]:
+def choose(costs: dict[str, float], config: DecoderConfig, itemsize: int, share: float = AUTO_SHARE) -> list[str]:
     """The layers that are worth most for the memory they take, within `share` of what all of them would take.
 
     `costs`: layer -> what rounding it costs. `config`: transformers', of the text model. In the order of the model.

@@ -34,6 +34,8 @@ CHARACTERS = 600_000
 """Of completions and prompts in the report, for training and for held-out questions each."""
 GROUP_SAMPLES = 8
 """Completions of a group that are kept: the best, the worst, and evenly by rank."""
+EPISODE_TURNS = 24
+"""Of an episode, in the report."""
 HEAD, TAIL = 2000, 1000
 """Characters of a longer text that are kept from its beginning and its end, where answers stand."""
 
@@ -211,7 +213,23 @@ def reduced_sample(sample: Entry) -> Entry:
         "extracted": None if extracted is None else cut(extracted)["text"],
         "tokens": number(sample.get("tokens")),
         "truncated": sample.get("finish_reason") == "length",
+        **({"turns": reduced_turns(sample["turns"])} if isinstance(sample.get("turns"), list) else {}),
     }
+
+
+def reduced_turns(turns: Sequence[Any]) -> list[Entry]:
+    """An episode's turns, cut to size: {"role", "sampled", "reward", "calls"} and a text each."""
+    return [
+        {
+            "role": printable(str(turn.get("role", ""))),
+            "sampled": bool(turn.get("sampled")),
+            "reward": rounded(number(turn.get("reward"))),
+            "calls": [cut(json.dumps(call, ensure_ascii=False)) for call in turn.get("calls") or ()],
+            **cut(turn.get("text")),
+        }
+        for turn in spread_evenly(turns, EPISODE_TURNS)
+        if isinstance(turn, dict)
+    ]
 
 
 def rewarded(sample: Entry) -> float | None:

@@ -20,6 +20,7 @@ FEWEST_STEPS = 15
 EQUAL_GROUPS, CUT_SHARE, WAITING_SHARE = 0.5, 0.2, 0.25
 COLLAPSED_LENGTH, COLLAPSED_ENTROPY = 0.3, 0.1
 STEEP_GRADIENT = 5
+FEWEST_CALLS, FAILED_CALLS, LOST_EPISODES = 0.02, 0.3, 0.05
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ def findings(run: RunData) -> list[Finding]:
         *stability(run),
         *survival(run),
         *speed(run),
+        *episodes(run),
     ]
     return sorted(sentences, key=lambda finding: not finding.good)
 
@@ -186,4 +188,37 @@ def speed(run: RunData) -> Iterator[Finding]:
             False,
             f"{100 * waited / step:.0f} % of a step is waiting for rewards after the last completion: a reward "
             "function is the bottleneck.",
+        )
+
+
+def episodes(run: RunData) -> Iterator[Finding]:
+    """What the figures of `[environment]` say."""
+    calls, errors = recent(run, "environment/calls"), recent(run, "environment/call_errors")
+    if calls is not None and calls < FEWEST_CALLS:
+        yield Finding(
+            False,
+            "The tool is as good as never called. Show a call in the prompt, reward one, or warm up with examples "
+            "(python -m grpo.sft).",
+        )
+    elif calls and errors is not None and errors > FAILED_CALLS * calls:
+        yield Finding(False, f"{100 * errors / calls:.0f} % of the calls fail. Read some: is it the tool or its use?")
+    lost = recent(run, "environment/lost")
+    if lost is not None and lost > LOST_EPISODES:
+        yield Finding(
+            False, f"{100 * lost:.0f} % of the episodes are lost to errors of the environment; the output names them."
+        )
+    full = recent(run, "environment/out_of_room")
+    if full is not None and full > CUT_SHARE:
+        yield Finding(
+            False,
+            f"{100 * full:.0f} % of the episodes end because nothing fits any more; rollout.max_completion_length is "
+            "for all turns together.",
+        )
+    waited, rollout = recent(run, "environment_wait_seconds"), recent(run, "rollout_seconds")
+    if waited and rollout and waited > WAITING_SHARE * rollout:
+        latency = run.setting("environment", "latency_steps")
+        yield Finding(
+            False,
+            f"environment.latency_steps = {latency} is too small: the engine waits for the environment in "
+            f"{100 * waited / rollout:.0f} % of a rollout. A larger one lets others' turns go on meanwhile.",
         )

@@ -2,28 +2,24 @@
 
 `EpisodePlayer` lets requests join vLLM's batch as environments answer. By its deterministic schedule an answer is taken
 up exactly `latency_steps` engine steps after it was asked for, and the engine waits for a slower one: what is in a
-batch, and so every token and logprob, does not depend on how long tools take. `EpisodeSampler` makes groups of scored
-episodes for training. Environments themselves are `grpo/environments/`.
+batch, and so every token and logprob, does not depend on how long tools take. Groups of scored episodes are made of
+them in `episode_sampler.py`; environments themselves are `grpo/environments/`.
 """
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from grpo.config.schema import Environment
 from grpo.data import Prompt
 from grpo.environments.continuation import Continuer, Unprovable
-from grpo.environments.pool import Asked, Ended, EnvironmentPool, Lost, Said
+from grpo.environments.pool import Asked, Ended, EnvironmentPool, Lost, Said, Scored
 from grpo.environments.tool_calls import assistant_message
-from grpo.errors import UserError
-from grpo.rewards.runtime.contract import RewardResult
 from grpo.rollout.engine import Completion, Engine, Request, SamplingSettings
-from grpo.rollout.sampler import Group, Sample, Sampler, sample_seed
-from grpo.rollout.types import Segment
+from grpo.rollout.sampler import sample_seed
 
 Message = dict[str, Any]
 CHECK_SECONDS = 0.2
@@ -58,13 +54,27 @@ class Transcript:
 
 
 @dataclass
+class Thread:
+    """A conversation as an episode's program has it, and its tokens."""
+
+    messages: list[Message]
+    transcript: Transcript
+
+
+@dataclass
 class Episode:
-    """One episode as it goes on. `messages`: the conversation as its program has it."""
+    """One episode as it goes on."""
 
     number: int
     seed: int
-    transcripts: list[Transcript] = field(default_factory=list)
-    messages: list[Message] = field(default_factory=list)
+    threads: list[Thread] = field(default_factory=list)
+    """One, unless its history was rewritten or it holds several conversations."""
+    thread: Thread | None = None
+    """The one that spoke last."""
+    tools: list[Message] | None = None
+    """Those that the policy was offered last."""
+    prompt_messages: int = 0
+    """So many opened the conversation."""
     turns: int = 0
     cut_observations: int = 0
     malformed: list[str] = field(default_factory=list)
@@ -74,6 +84,16 @@ class Episode:
     result: Ended | Lost | None = None
     judged: bool = True
     """Whether its environment gives rewards."""
+
+    @property
+    def transcripts(self) -> list[Transcript]:
+        """The tokens of each conversation."""
+        return [thread.transcript for thread in self.threads]
+
+    @property
+    def messages(self) -> list[Message]:
+        """The conversation that was spoken in last."""
+        return [] if self.thread is None else self.thread.messages
 
     @property
     def text(self) -> str:
@@ -98,20 +118,6 @@ class Episode:
         return bool(self.over) or self.finish_reason == "length"
 
 
-@dataclass
-class EpisodeSample(Sample):
-    """A finished episode: `token_ids` and `logprobs` are of what was sampled."""
-
-    transcripts: list[Transcript] = field(default_factory=list)
-    messages: list[Message] = field(default_factory=list)
-    metrics: dict[str, float] = field(default_factory=dict)
-    success: bool = False
-
-    def segments(self, prompt_ids: Sequence[int]) -> list[Segment]:
-        """What is trained on; the prompt is the conversation's own."""
-        return [Segment(one.prompt_ids, one.tokens, one.sampled) for one in self.transcripts]
-
-
 class EpisodePlayer:
     """Plays episodes of one environment on one engine."""
 
@@ -134,15 +140,24 @@ class EpisodePlayer:
         self.waited = 0.0
 
     def play(
-        self, starts: Sequence[tuple[int, Mapping[str, Any], int]], sampling: SamplingSettings, *, adapter: bool = True
+        self,
+        starts: Sequence[tuple[int, Mapping[str, Any], int]],
+        sampling: SamplingSettings,
+        *,
+        adapter: bool = True,
+        members: int = 1,
     ) -> Iterator[Episode]:
-        """Episodes from `starts`, (number, row, seed) each, as they finish: in an order of the schedule's."""
+        """Episodes from `starts`, (number, row, seed) each, as they finish: in an order of the schedule's.
+
+        So many `members` of adjacent numbers are a group; those that are scored together come last.
+        """
         self.engine.begin(sampling, starts[0][2] if starts else 0, adapter=adapter)
-        self.steps, self.waited, self.requests = 0, 0.0, 0
+        self.steps, self.requests = 0, 0
         self.due = {number: 0 for number, _, _ in starts}  # whose program is to speak, and when it is taken up
         judged = bool(self.pool.facts["rewards"])
         self.open = {number: Episode(number, seed, judged=judged) for number, _, seed in starts}
         self.asking: dict[int, Episode] = {}
+        self.unscored: list[Episode] = []
         try:
             for number, row, seed in starts:
                 self.pool.start(number, row, seed)
@@ -155,6 +170,7 @@ class EpisodePlayer:
                         self.steps += 1
                         for completion in sorted(self.engine.step(), key=lambda one: one.request_id):
                             self.take(completion)
+            yield from self.scored_together(members)
         finally:
             self.pool.sweep()
 
@@ -196,31 +212,56 @@ class EpisodePlayer:
                 return
             except Unusable as problem:
                 said = Lost(str(problem))
+        assert isinstance(said, Ended | Lost)
         episode.result = said
         if isinstance(said, Ended):
             episode.over = episode.over or said.over
         del self.open[episode.number]
-        yield episode
+        if isinstance(said, Ended) and said.state is not None:
+            self.unscored.append(episode)
+        else:
+            yield episode
+
+    def scored_together(self, members: int) -> Iterator[Episode]:
+        """The episodes that wait for their group, with its scores."""
+        groups: dict[int, list[Episode]] = {}
+        for episode in sorted(self.unscored, key=lambda one: one.number):
+            groups.setdefault(episode.number // members, []).append(episode)
+        for group in groups.values():
+            number = -1 - group[0].number  # no episode's
+            self.pool.score(number, [one.result.state for one in group])  # type: ignore[misc, union-attr]
+            while number not in self.pool.inbox:
+                self.wait()
+            said = self.pool.inbox.pop(number)
+            if isinstance(said, Scored) and len(said.results) != len(group):
+                said = Lost(f"scored {len(said.results)} episodes of a group of {len(group)}")
+            for place, episode in enumerate(group):
+                episode.result = said.results[place] if isinstance(said, Scored) else Lost(getattr(said, "problem", ""))
+                yield episode
 
     def ask(self, episode: Episode, asked: Asked) -> None:
         """Begin the policy's next turn, or tell the program that none fits. Raises Unusable for what cannot be."""
         if episode.turns >= self.settings.max_turns:
             return self.refuse(episode, f"all {self.settings.max_turns} turns are taken")
         try:
-            transcript, observed = self.context(episode, asked)
+            thread, observed = self.context(episode, asked)
         except Unprovable as problem:
             raise Unusable(f"has a conversation that the chat template cannot continue: {problem}") from None
+        transcript = thread.transcript
         room = self.room(episode, transcript, len(observed))
         if room < 1:
             if not episode.turns:
                 raise Unusable(f"opens with {len(transcript.prompt_ids)} tokens, which leaves no room for a turn")
             return self.refuse(episode, "there is no room for another turn")
-        if not episode.transcripts or transcript is not episode.transcripts[-1]:
-            episode.transcripts.append(transcript)
+        episode.tools = asked.tools
+        episode.prompt_messages = episode.prompt_messages or len(asked.messages)
+        if all(thread is not known for known in episode.threads):
+            episode.threads.append(thread)
+        episode.thread = thread
         transcript.observe(observed)
-        episode.messages = list(asked.messages)
+        thread.messages = list(asked.messages)
         seed = episode.seed if episode.turns == 0 else sample_seed(episode.seed, episode.turns)
-        limit = min(room, self.settings.max_turn_tokens, asked.max_tokens or room)
+        limit = min(room, self.settings.max_turn_tokens, max(asked.max_tokens or room, 1))
         self.engine.add(Request(self.requests, transcript.ids, seed, limit))
         self.asking[self.requests] = episode
         self.requests += 1
@@ -239,29 +280,43 @@ class EpisodePlayer:
         left = self.episode_tokens - episode.tokens - observed
         return min(left, self.max_seq_length - len(transcript.ids) - observed)
 
-    def context(self, episode: Episode, asked: Asked) -> tuple[Transcript, list[int]]:
-        """The transcript that the next turn belongs to, and what the environment said before it."""
-        known = episode.messages
-        new = asked.messages[len(known) :]
-        extends = known and new and all(map(same, known, asked.messages))
-        if not extends or any(message["role"] == "assistant" for message in new):
-            return Transcript(self.opening(asked)), []
-        transcript = episode.transcripts[-1]
-        return transcript, self.observation(episode, new, asked.tools, transcript.tokens[-1])
+    def context(self, episode: Episode, asked: Asked) -> tuple[Thread, list[int]]:
+        """The conversation that the next turn belongs to, and what the environment said in it before."""
+        if asked.prompt_ids is not None:
+            return self.context_of_tokens(episode, asked.prompt_ids)
+        for thread in sorted(episode.threads, key=lambda one: len(one.messages), reverse=True):
+            known = thread.messages
+            new = asked.messages[len(known) :]
+            own = any(message["role"] == "assistant" for message in new)
+            if known and new and not own and all(map(same, known, asked.messages)):
+                return thread, self.observation(thread, new, asked.tools, episode)
+        return Thread([], Transcript(self.opening(asked))), []
+
+    def context_of_tokens(self, episode: Episode, ids: list[int]) -> tuple[Thread, list[int]]:
+        """The same for a program that says itself which tokens it wants continued."""
+        if max(ids) >= self.engine.base.config.vocab_size:
+            raise Unusable(f"asks for token {max(ids)}, which the model does not have")
+        for thread in reversed(episode.threads):
+            known = thread.transcript.ids
+            if len(ids) > len(known) and ids[: len(known)] == known:
+                return thread, ids[len(known) :]
+        return Thread([], Transcript(ids)), []
 
     def opening(self, asked: Asked) -> list[int]:
+        if asked.tools and (why := self.continuer.doubt_of_tools()):
+            raise Unusable(f"offers tools, with which the model's chat template cannot continue a conversation: {why}")
         try:
             return self.continuer.opening(asked.messages, asked.tools)
         except Exception as error:  # a template is a program, and not ours
             raise Unprovable(f"{type(error).__name__}: {error}") from None
 
-    def observation(self, episode: Episode, new: list[Message], tools: Any, last_token: int) -> list[int]:
+    def observation(self, thread: Thread, new: list[Message], tools: Any, episode: Episode) -> list[int]:
         """The tokens of `new` messages; too long ones are cut, the longest first."""
-        most = self.settings.max_observation_tokens
+        most, last_token = self.settings.max_observation_tokens, thread.transcript.tokens[-1]
         kept = [len(str(message.get("content") or "")) for message in new]
         while True:
             try:
-                ids = self.continuer.continuation(episode.messages, shortened(new, kept), tools, last_token)
+                ids = self.continuer.continuation(thread.messages, shortened(new, kept), tools, last_token)
             except Unprovable:
                 raise
             except Exception as error:
@@ -277,17 +332,18 @@ class EpisodePlayer:
     def take(self, completion: Completion) -> None:
         """A finished turn: keep its tokens and hand it to the program."""
         episode = self.asking.pop(completion.request_id)
-        transcript = episode.transcripts[-1]
+        assert episode.thread is not None
+        transcript = episode.thread.transcript
         prompt_ids = transcript.ids
         transcript.draw(completion)
         episode.turns += 1
         episode.finish_reason = completion.finish_reason
         text = self.decode(completion.token_ids)
-        message, malformed = assistant_message(text)
+        message, malformed = self.message(text, prompt_ids, episode.tools)
         episode.malformed += malformed
         for place, call in enumerate(message.get("tool_calls", ())):
             call["id"] = f"call{episode.turns:03d}{place:02d}"
-        episode.messages = [*episode.messages, message]
+        episode.thread.messages = [*episode.thread.messages, message]
         last = episode.turns >= self.settings.max_turns or self.room(episode, transcript, 0) < 1
         said = {
             "message": message,
@@ -300,6 +356,13 @@ class EpisodePlayer:
             "logprobs": completion.logprobs,
         }
         self.hand_over(episode, {"said": said})
+
+    def message(self, text: str, prompt_ids: Sequence[int], tools: Any) -> tuple[Message, list[str]]:
+        """What was said as a message, with the calls in it where `tools` were offered; and why others are none."""
+        if not tools:
+            return {"role": "assistant", "content": text}, []
+        thinks = self.continuer.opens_thought(prompt_ids)
+        return assistant_message(text, self.continuer.form, tools, thinks=thinks)
 
 
 class Unusable(Exception):
@@ -318,94 +381,3 @@ def shortened(messages: list[Message], kept: Sequence[int]) -> list[Message]:
         message if count >= len(text) else {**message, "content": text[:count] + CUT.format(len(text) - count)}
         for message, text, count in zip(messages, texts, kept, strict=True)
     ]
-
-
-class EpisodeSampler(Sampler):
-    """Draws groups of episodes. The environment's reward comes first, then those of the reward functions."""
-
-    def __init__(self, *arguments: Any, player: EpisodePlayer, notice: Callable[[str], None], **named: Any):
-        """`player` plays on the sampler's engine; the other arguments are `Sampler`'s, whose pool may be None."""
-        super().__init__(*arguments, **named)
-        self.player, self.notice = player, notice
-        self.scores = bool(player.pool.facts["rewards"])
-
-    @property
-    def column(self) -> str:
-        return self.player.settings.column
-
-    def _draw(self, requests: list[Request], prompts: Sequence[Prompt]) -> Iterator[tuple[int, Sample]]:
-        rows = [self.player.row(prompt) for prompt in prompts]
-        starts = [(one.id, rows[one.id // self.num_generations], one.seed) for one in requests]
-        lost: dict[str, int] = {}
-        for episode in self.player.play(starts, self.sampling):
-            if isinstance(episode.result, Lost):
-                self._lost(episode.result, lost)
-            yield episode.number, self.finished(episode)
-        for problem, count in lost.items():
-            self.notice(f"environment {self.column!r}: {count} of {len(starts)} episodes are left out: it {problem}")
-        if starts and sum(lost.values()) == len(starts):
-            raise UserError(f"environment {self.column!r}: every episode of a step failed, the last: it {problem}")
-
-    def _lost(self, result: Lost, lost: dict[str, int]) -> None:
-        """Count an episode that was lost. Raises UserError where the run is to stop for it."""
-        for line in result.traceback.splitlines() if result.problem not in lost else ():
-            self.player.pool.on_output(line)
-        lost[result.problem] = lost.get(result.problem, 0) + 1
-        if self.player.settings.on_error == "stop":
-            raise UserError(
-                f'environment {self.column!r} {result.problem}; mend it, or set environment.on_error = "mask" to leave '
-                "such episodes out"
-            )
-
-    def finished(self, episode: Episode) -> EpisodeSample:
-        """`episode` as a member of its group; of a lost one nothing is trained on."""
-        result = episode.result
-        transcripts = episode.transcripts if isinstance(result, Ended) else []
-        drawn = [(token, own) for one in transcripts for token, own in zip(one.tokens, one.sampled, strict=True)]
-        sample = EpisodeSample(
-            token_ids=[token for token, own in drawn if own],
-            logprobs=[logprob for one in transcripts for logprob in one.logprobs],
-            truncated=episode.truncated,
-            text=episode.text,
-            transcripts=transcripts,
-            messages=episode.messages,
-        )
-        sample.metrics = {
-            "turns": float(episode.turns),
-            "environment_tokens": float(sum(not own for _, own in drawn)),
-            "cut_observations": float(episode.cut_observations),
-            "malformed": float(len(episode.malformed)),
-            "lost": float(isinstance(result, Lost)),
-            "out_of_room": float(bool(episode.over)),
-        }
-        if isinstance(result, Ended):
-            sample.metrics |= result.metrics
-            sample.success = result.success
-            sample.rewards = {self.column: result.reward} if self.scores else {}
-        elif self.scores:
-            sample.rewards = {self.column: None}
-        return sample
-
-    def _whole_result(self, group: Group, scored: RewardResult) -> RewardResult:
-        """`scored` with the environment's own reward and figures; a lost episode has no scores."""
-        samples = [sample for sample in group.samples if isinstance(sample, EpisodeSample)]
-        scores = {self.column: [one.rewards[self.column] for one in samples]} if self.scores else {}
-        scores |= {
-            name: [value if one.length else None for one, value in zip(samples, values, strict=True)]
-            for name, values in scored.scores.items()
-        }
-        seconds = {self.column: 0.0} if self.scores else {}
-        return replace(
-            scored,
-            scores=scores,
-            metrics={**scored.metrics, **means(samples)},
-            seconds=seconds | scored.seconds,
-        )
-
-
-def means(samples: Sequence[EpisodeSample]) -> dict[str, float]:
-    """The mean of each figure over the episodes that have it, as `environment/NAME`."""
-    names = dict.fromkeys(name for sample in samples for name in sample.metrics)
-    found = {name: [one.metrics[name] for one in samples if name in one.metrics] for name in names}
-    result = {f"environment/{name}": math.fsum(values) / len(values) for name, values in found.items()}
-    return result | {"environment/success": math.fsum(one.success for one in samples) / len(samples)}

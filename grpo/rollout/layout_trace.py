@@ -39,6 +39,7 @@ from grpo.errors import UserError
 from grpo.model.architectures import vllm_class
 from grpo.model.checks import one_line
 from grpo.model.config_keys import served_values
+from grpo.model.decoder_config import DecoderConfig
 from grpo.model.layout import Record, pattern_of
 from grpo.model.meta_graph import meta_graph
 from grpo.rollout.vllm_backend import leave_classes_alone
@@ -150,7 +151,7 @@ def storage(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def trace(config: Any, dtype: torch.dtype = torch.bfloat16) -> Record:
+def trace(config: DecoderConfig, dtype: torch.dtype = torch.bfloat16) -> Record:
     """How vLLM lays out the model of `config`, transformers' of a text model. Raises UserError naming a tensor that
     cannot be shared, or what vLLM says of a model that it cannot build."""
     sources = checkpoint_tensors(config, dtype)
@@ -167,7 +168,7 @@ def quant_method(module: nn.Module) -> Any:
     return getattr(module, "quant_method", None)
 
 
-def checkpoint_tensors(config: Any, dtype: torch.dtype) -> dict[str, Tensor]:
+def checkpoint_tensors(config: DecoderConfig, dtype: torch.dtype) -> dict[str, Tensor]:
     """The graph's parameters on meta, without an output head that is the embedding."""
     graph = meta_graph(config, dtype)
     tensors = graph.state_dict()
@@ -177,7 +178,7 @@ def checkpoint_tensors(config: Any, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 @contextmanager
-def traced_model(config: Any, dtype: torch.dtype) -> Iterator[nn.Module]:
+def traced_model(config: DecoderConfig, dtype: torch.dtype) -> Iterator[nn.Module]:
     """vLLM's model of `config` on meta; inside, vLLM's configuration is the current one."""
     with tempfile.TemporaryDirectory(prefix="grpo-layout-") as folder, one_process():
         leave_classes_alone(vllm_class(config.model_type))

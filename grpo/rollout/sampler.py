@@ -48,6 +48,10 @@ class Sample:
         """What is trained on, where `prompt_ids` are the tokens of its group's prompt."""
         return [Segment(prompt_ids, self.token_ids)]
 
+    def conversation(self) -> list[dict[str, Any]] | None:
+        """The turns of an episode, as the sample log keeps them."""
+        return None
+
     @property
     def finite(self) -> bool:
         """Whether every logprob is a number."""
@@ -164,6 +168,10 @@ class Sampler:
                 for member, score in zip(groups[index].samples, scores, strict=True):
                     member.rewards[name] = score
         return groups, results, generated
+
+    def timing(self) -> dict[str, float]:
+        """What took time in the rollouts since the last call, besides what a rollout knows."""
+        return {}
 
     def _draw(self, requests: list[Request], prompts: Sequence[Prompt]) -> Iterator[tuple[int, Sample]]:
         """A sample for each of `requests`, with its number, as they are finished."""

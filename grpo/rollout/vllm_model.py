@@ -28,6 +28,7 @@ from grpo.kernels.lora_sum import dense_linear
 from grpo.kernels.nf4_gemm import nf4_linear
 from grpo.model.base_weights import BaseWeights, FusedLinear, Segment
 from grpo.model.config_keys import served_values
+from grpo.model.decoder_config import DecoderConfig
 from grpo.model.rope import EVERYWHERE, Rotary
 from grpo.rollout.lora_buffers import RolloutAdapter
 
@@ -161,7 +162,7 @@ def write_model_folder(folder: Path, base: BaseWeights, tokenizer: Any) -> None:
         tokenizer.save_pretrained(folder)
 
 
-def share_positions(model: nn.Module, config: Any, longest: int) -> None:
+def share_positions(model: nn.Module, config: DecoderConfig, longest: int) -> None:
     """Replace the rotary caches of `model`, vLLM's, by ones with the training graph's frequencies.
 
     Every layer gets its module anew: vLLM shares them with other engines of the process. Where vLLM runs transformers'

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 
@@ -17,6 +17,15 @@ class Sample:
     extracted: str | None = None
     tokens: int | None = None
     finish_reason: str | None = None
+    turns: Sequence[Mapping[str, Any]] | None = None
+    """Of an episode, after its prompt: {"role", "text", "calls", "sampled"} and, where it has one, "reward" each."""
+
+    def entry(self) -> dict[str, Any]:
+        """The sample as a row for a JSON lines file."""
+        values = asdict(self)
+        if self.turns is None:
+            del values["turns"]
+        return values
 
 
 @dataclass(frozen=True)
@@ -27,6 +36,10 @@ class SampleGroup:
     answer: Any
     samples: Sequence[Sample]
     task: str | None = None
+
+    def entry(self) -> dict[str, Any]:
+        """The group as a row for a JSON lines file."""
+        return {**asdict(self), "samples": [sample.entry() for sample in self.samples]}
 
     @property
     def question(self) -> str:

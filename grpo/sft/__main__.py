@@ -14,9 +14,11 @@ from grpo.command import command
 from grpo.config.toml import write_value
 from grpo.distributed.launch import refuse_several
 from grpo.errors import UserError
+from grpo.memory.gpus import Gpu, gpu_named
 from grpo.run.checkpoint import CONFIG, check_base_of_run, moved_base
 from grpo.run.signals import leaving_at_once
 from grpo.sft.config import SftConfig, read_sft_config, sft_config_toml
+from grpo.sft.plan import memory_lines
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,10 +34,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(parsed: argparse.Namespace) -> None:
     """Train, or print what a run would be. Raises UserError."""
+    if parsed.card is not None and not parsed.dry_run:
+        raise UserError("--card plans for a GPU that is not here; add --dry-run")
     refuse_several("grpo.sft")
     config = configuration(parsed)
     if parsed.dry_run:
-        print(dry_run(config))
+        print(dry_run(config, None if parsed.card is None else gpu_named(parsed.card)))
     else:
         train(config, resume=parsed.resume is not None, verbose=parsed.verbose)
 
@@ -52,7 +56,10 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one key; may be repeated"
     )
-    result.add_argument("--dry-run", action="store_true", help="print the whole configuration and what a step is; stop")
+    result.add_argument(
+        "--dry-run", action="store_true", help="print the whole configuration, what a step is, and its memory; stop"
+    )
+    result.add_argument("--card", metavar="GPU", help="with --dry-run: plan for this GPU, such as 3090, T4 or A100")
     result.add_argument(
         "--resume", type=Path, metavar="RUN_FOLDER", help="continue the run in this folder from its last checkpoint"
     )
@@ -111,8 +118,8 @@ def train(config: SftConfig, *, resume: bool, verbose: bool) -> None:
         run_sft(config, resume=resume, verbose=verbose)
 
 
-def dry_run(config: SftConfig) -> str:
-    """The resolved configuration as TOML, and below it, as TOML comments, what a step and the run are."""
+def dry_run(config: SftConfig, gpu: Gpu | None = None) -> str:
+    """The resolved configuration as TOML, and below it, as TOML comments, what a step, the run and its memory are."""
     sft, train = config.sft, config.train
     rows = sft.per_device_train_batch_size * sft.gradient_accumulation_steps
     kind = "packed rows" if sft.packing else "sequences"
@@ -120,7 +127,8 @@ def dry_run(config: SftConfig) -> str:
     if sft.gradient_accumulation_steps > 1:
         step += f", in {sft.gradient_accumulation_steps} forwards and backwards"
     length = f"{train.num_train_epochs:g} x the rows" if train.max_steps is None else f"{train.max_steps:,} steps"
-    return f"{sft_config_toml(config)}\n{step}.\n# The run: {length}."
+    memory = "\n".join(f"# {line}".rstrip() for line in memory_lines(config, gpu))
+    return f"{sft_config_toml(config)}\n{step}.\n# The run: {length}.\n{memory}"
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from grpo.config.schema import Config
@@ -14,9 +14,14 @@ from grpo.errors import UserError
 from grpo.printable import printable
 from grpo.rewards.runtime.pool import RewardPool
 from grpo.rewards.runtime.runner import machine_memory
-from grpo.rollout.episodes import EpisodePlayer, EpisodeSampler
+from grpo.rollout.episode_sampler import EpisodeSampler
+from grpo.rollout.episodes import EpisodePlayer
 from grpo.rollout.sampler import Sampler
 from grpo.session import Session
+from grpo.tasks.common import Row, Task, load_task
+
+OWN_QUESTIONS = "environment"
+"""The task whose rows are the environment's own."""
 
 
 def show(line: str) -> None:
@@ -27,7 +32,7 @@ def show(line: str) -> None:
 def check_conversation(config: Config, tokenizer: Any, end_tokens: tuple[int, ...]) -> None:
     """Raise UserError where the model's chat template cannot continue the conversations of `[environment]`."""
     if config.environment is not None:
-        continuer(config, tokenizer, end_tokens).prove(tools=config.environment.kind != "program")
+        continuer(config, tokenizer, end_tokens).prove(tools=config.environment.kind in ("tools", "factory"))
 
 
 def continuer(config: Config, tokenizer: Any, end_tokens: tuple[int, ...]) -> Continuer:
@@ -36,16 +41,18 @@ def continuer(config: Config, tokenizer: Any, end_tokens: tuple[int, ...]) -> Co
         raise UserError(
             "[environment] needs a chat template, and the model's tokenizer has none; set model.chat_template"
         )
-    return Continuer(tokenizer, end_tokens, config.rollout.chat_template_kwargs)
+    parser = "auto" if config.environment is None else config.environment.tool_parser
+    return Continuer(tokenizer, end_tokens, config.rollout.chat_template_kwargs, parser)
 
 
 def start_environment(
-    config: Config, on_output: Callable[[str], None] = show
+    config: Config, on_output: Callable[[str], None] = show, status: Callable[[str], None] = lambda told: None
 ) -> contextlib.AbstractContextManager[EnvironmentPool | None]:
     """The environment of `config`, loaded; None where it has none. Raises UserError where nothing gives a reward."""
     settings = config.environment
     if settings is None:
         return contextlib.nullcontext()
+    status("starting the environment")
     gigabytes = settings.memory_limit_gb
     pool = EnvironmentPool(
         settings.column,
@@ -57,11 +64,50 @@ def start_environment(
         timeout=settings.timeout,
         memory_limit=machine_memory() // 2 if gigabytes is None else int(gigabytes * 1e9),
         on_output=on_output,
+        max_turns=settings.max_turns,
+        questions=wanted_questions(config),
     )
     if settings.kind == "factory" and not (pool.facts["rewards"] or config.rewards):
         pool.close()
         raise UserError(f"environment {settings.factory!r} has no get_reward; add it, or a [[rewards]] table")
     return pool
+
+
+def wanted_questions(config: Config) -> tuple[int, int] | None:
+    """How many rows of the environment's own are wanted, and how many held-out ones; None where none are."""
+    sections = [section for section in config.task if section.name == OWN_QUESTIONS]
+    if not sections:
+        return None
+    unknown = sorted(set(sections[0].options) - {"rows", "held_out"})
+    counts = [sections[0].options.get(name, default) for name, default in (("rows", 1000), ("held_out", 100))]
+    if unknown or not all(isinstance(count, int) and count >= 0 for count in counts):
+        raise UserError(f"task {OWN_QUESTIONS!r}: its options are rows and held_out, each a whole number")
+    return counts[0], counts[1]
+
+
+def load_tasks(config: Config, environment: EnvironmentPool | None) -> list[Task]:
+    """The tasks of `config`; the one called "environment" asks what the environment has to ask."""
+    return [
+        own_questions(environment) if section.name == OWN_QUESTIONS else load_task(section.name, section.options)
+        for section in config.task
+    ]
+
+
+def own_questions(environment: EnvironmentPool | None) -> Task:
+    """The environment's own questions, as a task. Raises UserError where it has none."""
+    questions = None if environment is None else environment.facts["questions"]
+    if questions is None:
+        raise UserError(
+            f"task {OWN_QUESTIONS!r} asks what the environment itself has to ask, and only those of verifiers and GEM "
+            "have anything; name another task"
+        )
+    rows, held_out = questions
+    return Task(OWN_QUESTIONS, rows, held_out, strict=never, flexible=never)
+
+
+def never(text: str, row: Row) -> bool:
+    """An environment says itself whether an episode was a success."""
+    return False
 
 
 def own_rewards(config: Config, environment: EnvironmentPool | None) -> list[str]:
@@ -117,9 +163,6 @@ def make_sampler(
     return EpisodeSampler(session.engine, pool, sampling, **named, player=player, notice=notice)
 
 
-@contextlib.contextmanager
-def held_out_player(session: Session) -> Iterator[EpisodePlayer | None]:
-    """What plays held-out episodes; None where the configuration has no environment."""
-    check_conversation(session.config, session.tokenizer, session.stop_token_ids)
-    with start_environment(session.config) as pool:
-        yield None if pool is None else make_player(session, pool)
+def held_out_player(session: Session, environment: EnvironmentPool | None) -> EpisodePlayer | None:
+    """What plays held-out episodes; None where there is no `environment`."""
+    return None if environment is None else make_player(session, environment)

@@ -240,7 +240,7 @@ def play_and_check(
     count = len(requests) // len(prompts)
     starts = [(one.id, player.row(prompts[one.id // count]), one.seed) for one in requests]
     samples = {}
-    for episode in player.play(starts, sampling, adapter=adapter):
+    for episode in player.play(starts, sampling, adapter=adapter, members=count):
         prompt, text = prompts[episode.number // count], episode.text
         task, success = tasks[prompt.task], episode.success
         alone = success is None

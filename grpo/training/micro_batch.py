@@ -16,6 +16,7 @@ import torch
 
 from grpo.config.schema import Config
 from grpo.errors import UserError
+from grpo.kernels.attention import FLASH_CAPABILITY
 from grpo.memory.activations import TrainingMemory, moment_bytes
 from grpo.policy.policy import Policy
 from grpo.policy.rng import RandomState
@@ -31,7 +32,9 @@ class MicroBatchBudget:
         self.policy, self.config, self.notice = policy, config, notice
         self.tokens = config.train.tokens_per_micro_batch
         base = policy.base
-        training = TrainingMemory.of(config, base.config, base.dtype.itemsize, on_gpu=base.device.type == "cuda")
+        on_gpu = base.device.type == "cuda"
+        flash = not on_gpu or torch.cuda.get_device_capability(base.device) >= FLASH_CAPABILITY
+        training = TrainingMemory.of(config, base.config, base.dtype.itemsize, on_gpu=on_gpu, flash=flash)
         self.modes = training.modes
         self.set_checkpointing(checkpointing_mode(training, policy, config))
 

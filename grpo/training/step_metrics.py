@@ -72,4 +72,5 @@ def logged_sample(sample: Sample, weights: dict[str, float]) -> LoggedSample:
         extracted=extracted_answer(sample.text),
         tokens=sample.length,
         finish_reason="length" if sample.truncated else "stop",
+        turns=sample.conversation(),
     )

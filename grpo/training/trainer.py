@@ -35,7 +35,7 @@ from grpo.policy.keep_16bit import remember_base
 from grpo.printable import printable
 from grpo.references import described
 from grpo.rewards.runtime.pool import RewardPool
-from grpo.rollout.episodes import EpisodeSampler
+from grpo.rollout.episode_sampler import EpisodeSampler
 from grpo.rollout.sampler import Group, Rollout, sample_seed
 from grpo.run.checkpoint import latest, open_run, replace_folder, run_is_begun, save, step_numbers, write_atomically
 from grpo.run.machine import resolve_device
@@ -46,7 +46,7 @@ from grpo.run.versions import versions
 from grpo.session import Session, open_session, read_model
 from grpo.training.advantages import Advantages, compute_advantages
 from grpo.training.dump import dump_folder, gather_batch, write_dump
-from grpo.training.environment import check_conversation, make_sampler, own_rewards, start_environment
+from grpo.training.environment import check_conversation, load_tasks, make_sampler, own_rewards, start_environment
 from grpo.training.evaluation import evaluate, measure_pass_rates
 from grpo.training.learner import UNMEASURED, Learner
 from grpo.training.loss import resolve_loss
@@ -75,13 +75,15 @@ class Trainer:
         Raises RankLost where another rank ended.
         """
         config = self.config
-        with Interrupts() as interrupts, self.run_folder(), self.log() as log:
+        with Interrupts() as interrupts, self.run_folder(), self.log() as log, contextlib.ExitStack() as ending:
             # What fails in a second comes before what takes minutes.
             resolve_loss(config.loss)
             if self.launch.first and (uneven := uneven_share(config, self.launch.size)):
                 log.notice(uneven)
             files = read_model(config, log.status, log.notice)
-            data = load_data(config, files.tokenizer)
+            check_conversation(config, files.tokenizer, files.stop_token_ids)
+            environment = ending.enter_context(start_environment(config, show, log.status))
+            data = load_data(config, files.tokenizer, tasks=load_tasks(config, environment))
             check_tokens(data.texts(), files.tokenizer, files.source.config)
             ranks = connect(self.launch, resolve_device(config.model.device))
             ranks.check = interrupts.check
@@ -89,11 +91,8 @@ class Trainer:
             share = config_of_rank(config, ranks.size)
             folder = config.checkpoint.output_dir
             resumed = folder if self.resume else None
-            check_conversation(config, files.tokenizer, files.stop_token_ids)
-            log.status("starting the environment" if config.environment else "")
             with (
                 start_rewards(data, log) as pool,
-                start_environment(config, show) as environment,
                 open_session(share, files=files, status=log.status, resumed=resumed, agree=ranks.broadcast) as session,
             ):
                 return train_session(session, data, folder, log, self.resume, pool, ranks, environment)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from grpo.environments.fork_server import descendants
 from grpo.environments.pool import Asked, Ended, EnvironmentPool, Lost, Said
+from grpo.environments.program import BadResult, checked
 from grpo.environments.schemas import tool_schema
 from grpo.environments.tool_calls import assistant_message, read_calls
+from grpo.environments.ways_in import text_of
 from grpo.errors import UserError
 from tests.helpers.paths import ROOT
 
@@ -182,8 +186,9 @@ def test_tools_answer_what_they_raise_and_unknown_ones_are_named(opened: Callabl
     assert isinstance(asked, Asked)
     assert [message["content"] for message in asked.messages if message["role"] == "tool"] == [
         "{'error': 'a is too large'}",
-        "{'error': \"there is no tool 'sub'; there are add, slowly\"}",
+        "{'error': 'Tool sub not found.'}",
         "late",
+        "{'error': 'this call cannot be read: Expecting value: line 1 column 10 (char 9)'}",
     ]
     pool.tell(0, turn("done"))
     assert word_of(pool, 0) == Ended(None, False, {"calls": 3.0, "call_errors": 2.0, "malformed_calls": 1.0})
@@ -210,6 +215,70 @@ def test_an_interpreter_that_is_not_there_is_named() -> None:
             "it", "program", "x.py:f", {}, python="/nowhere/python", processes=1, timeout=1.0, memory_limit=1 << 33,
             on_output=print,
         )  # fmt: skip
+
+
+def test_another_interpreter_needs_nothing_of_the_trainers(tmp_path: Path) -> None:
+    """-S and -I leave out every package that is installed, and what the trainer has on its path."""
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} -S -I "$@"\n')
+    python.chmod(0o755)
+    (tmp_path / "game.py").write_text(
+        "import sys\n"
+        "async def play(row, sample):\n"
+        "    await sample(row['prompt'])\n"
+        "    return float(not {'torch', 'vllm', 'transformers', 'pydantic', 'numpy'} & set(sys.modules))\n"
+    )
+    reference, limits = f"{tmp_path / 'game.py'}:play", {"processes": 1, "timeout": 20.0, "memory_limit": 1 << 33}
+    with EnvironmentPool(
+        "it",
+        "program",
+        reference,
+        {},
+        python=str(python),
+        on_output=print,
+        **limits,  # type: ignore[arg-type]
+    ) as pool:
+        assert isinstance(said := play(pool, "hello"), Ended) and said.reward == 1.0
+
+
+@pytest.mark.parametrize("way", ["verifiers", "skyrl_gym", "gem"])
+def test_a_package_that_is_not_installed_is_named(opened: Callable[..., EnvironmentPool], way: str) -> None:
+    with pytest.raises(UserError, match=r"is not installed for .*python.* set environment.python to an interpreter"):
+        opened("nothing", kind=way)
+
+
+@pytest.mark.parametrize(
+    ("result", "wanted"),
+    [
+        (2, (2.0, True, None)),
+        (None, (None, False, None)),
+        ({"turn_rewards": [0.5, None, 1]}, (1.5, True, [0.5, 0.0, 1.0])),
+        ({"reward": 3, "turn_rewards": [0.5], "success": False}, (3.0, False, [0.5])),
+    ],
+)
+def test_results_in_their_full_form(result: Any, wanted: tuple[Any, ...]) -> None:
+    found = checked(result)
+    assert (found["reward"], found["success"], found["turn_rewards"]) == wanted
+
+
+@pytest.mark.parametrize(
+    ("result", "sentence"),
+    [
+        ({"rewards": 1}, "the key 'rewards'; it may have reward, success, metrics, turn_rewards"),
+        ({"turn_rewards": 1}, "returned a int as its turn_rewards"),
+        ({"turn_rewards": [float("nan")]}, "returned nan as its turn reward"),
+    ],
+)
+def test_a_result_that_is_none_is_named(result: Any, sentence: str) -> None:
+    with pytest.raises(BadResult, match=sentence):
+        checked(result)
+
+
+def test_an_image_in_a_tools_answer_is_refused_and_text_is_joined() -> None:
+    assert text_of([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}], "look") == "ab"
+    assert text_of([1, "x"], "look") == "[1, 'x']" and text_of([], "look") == "[]"
+    with pytest.raises(BadResult, match="a block of type 'image' from its tool 'look'; only text can be trained on"):
+        text_of([{"type": "text", "text": "a"}, {"type": "image", "image": "..."}], "look")
 
 
 def test_schemas_are_those_of_transformers() -> None:

@@ -13,7 +13,7 @@ import torch
 
 from grpo.config.schema import Config, Lora, parse_config
 from grpo.errors import UserError
-from grpo.memory import plan, summary
+from grpo.memory import fit, plan, summary
 from grpo.memory.activations import CHECKPOINTING_MODES, TrainingMemory
 from grpo.model.base_weights import BaseWeights
 from grpo.model.gguf_header import read_header
@@ -36,7 +36,7 @@ def config(name: str | Path = "m", **sections: Any) -> Config:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_weights_and_adapter_are_planned_as_they_are_stored(family: str, tmp_path: Path) -> None:
     save_tiny(tmp_path, family)
-    shape = summary.model_shape(config(tmp_path))
+    shape = summary.model_shape(config(tmp_path).model)
     assert shape is not None
     for lora in (Lora(), Lora(r=4, target_modules=["q_proj", "o_proj", "down_proj"])):
         section = {"r": lora.r, "target_modules": lora.target_modules}
@@ -98,9 +98,10 @@ def sizes(shape: plan.Shape) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", ["nobody/has-this-model", "m"])
-def test_a_model_that_is_not_here_is_said_in_one_line(name: str) -> None:
+def test_a_model_that_is_not_here_is_said_in_one_line(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert summary.memory_plan(config(name)) == [
-        f"Memory: {name} is not on this machine, or of an unknown kind, so nothing is planned."
+        f"Memory: the sizes of {name} are not known here, so nothing is planned."
     ]
 
 
@@ -150,9 +151,9 @@ METADATA = {
 def test_a_gguf_file_states_its_sizes(tmp_path: Path) -> None:
     file = tmp_path / "m.gguf"
     file.write_bytes(gguf_bytes(METADATA, ["token_embd.weight", "blk.0.attn_q.weight"]))
-    assert summary.model_shape(config(file)) == plan.Shape("llama", 576, 1536, 30, 9, 3, 64, 3, True)
+    assert summary.model_shape(config(file).model) == plan.Shape("llama", 576, 1536, 30, 9, 3, 64, 3, True)
     file.write_bytes(gguf_bytes(METADATA, ["token_embd.weight", "output.weight"]))
-    assert summary.model_shape(config(file)) == plan.Shape("llama", 576, 1536, 30, 9, 3, 64, 3, False)
+    assert summary.model_shape(config(file).model) == plan.Shape("llama", 576, 1536, 30, 9, 3, 64, 3, False)
     assert read_header(file)[1] == {"token_embd.weight", "output.weight"}
 
 
@@ -170,19 +171,19 @@ def test_a_damaged_gguf_file_is_one_sentence(tmp_path: Path, cut: int) -> None:
 def test_a_planned_kv_cache_takes_what_it_needs_or_what_is_left() -> None:
     short = config(rollout={"max_num_seqs": 16})
     needed = plan.kv_cache_bytes(LLAMA_8B, 2, "auto", 1024, 16, 16)
-    assert plan.check_memory(short, LLAMA_8B, 2, H100, H100) == needed
+    assert fit.check_memory(short, LLAMA_8B, 2, H100, H100) == needed
     long = config(rollout={"max_completion_length": 20_000, "max_num_seqs": 256})
-    fitted = plan.check_memory(long, LLAMA_8B, 2, H100, H100)
+    fitted = fit.check_memory(long, LLAMA_8B, 2, H100, H100)
     planned = plan.plan_memory(long, LLAMA_8B, 2, on_gpu=True)
     assert planned.kv_one_sequence < fitted < planned.kv_cache
-    assert planned.peak(fitted) == int(H100 * (1 - plan.MARGIN))
+    assert planned.peak(fitted) <= fit.usable_bytes(H100, H100)
 
 
 def test_what_the_configuration_sets_is_obeyed() -> None:
     fixed = config(rollout={"kv_cache_memory_bytes": 5_000_000_000})
-    assert plan.check_memory(fixed, LLAMA_8B, 2, H100, H100) == 5_000_000_000
+    assert fit.check_memory(fixed, LLAMA_8B, 2, H100, H100) == 5_000_000_000
     share = config(rollout={"gpu_memory_utilization": 0.5})
-    assert plan.check_memory(share, LLAMA_8B, 2, H100, H100) is None
+    assert fit.check_memory(share, LLAMA_8B, 2, H100, H100) is None
 
 
 @pytest.mark.parametrize(
@@ -206,7 +207,7 @@ def test_a_run_that_cannot_fit_is_refused_with_the_plan_and_a_remedy(
     sections: dict[str, Any], free: int, remedy: str
 ) -> None:
     with pytest.raises(UserError) as caught:
-        plan.check_memory(config(**sections), LLAMA_8B, 2, free * 10**9, 80 * 10**9)
+        fit.check_memory(config(**sections), LLAMA_8B, 2, free * 10**9, 80 * 10**9)
     sentence = str(caught.value)
     assert sentence.startswith(f"the GPU has {free:.1f} GB free, and the run needs ")
     assert all(part in sentence for part in ("weights", "KV cache", "adapter"))
@@ -216,8 +217,8 @@ def test_a_run_that_cannot_fit_is_refused_with_the_plan_and_a_remedy(
 
 def test_taking_the_advice_makes_the_run_fit() -> None:
     with pytest.raises(UserError, match="set model.load_in_4bit = true"):
-        plan.check_memory(config(model={"load_in_4bit": False}), LLAMA_8B, 2, 16 * 10**9, 16 * 10**9)
-    assert plan.check_memory(config(), LLAMA_8B, 2, 16 * 10**9, 16 * 10**9)
+        fit.check_memory(config(model={"load_in_4bit": False}), LLAMA_8B, 2, 16 * 10**9, 16 * 10**9)
+    assert fit.check_memory(config(), LLAMA_8B, 2, 16 * 10**9, 16 * 10**9)
 
 
 def test_sampling_and_training_take_turns() -> None:
@@ -235,7 +236,8 @@ def test_a_released_kv_cache_leaves_its_memory_to_training() -> None:
     assert kept.training > kept.sampling
     assert kept.peak(20 * 10**9) == kept.always + 20 * 10**9 + kept.training
     assert released.peak(20 * 10**9) == released.always + max(20 * 10**9 + released.sampling, released.training)
-    assert released.room_for_kv(60 * 10**9) - kept.room_for_kv(60 * 10**9) == kept.training - kept.sampling
+    gained = released.room_for_kv(60 * 10**9, kept.mode) - kept.room_for_kv(60 * 10**9, kept.mode)
+    assert gained == kept.training - kept.sampling
 
 
 RESULTS = ROOT / "benchmarks" / "results"

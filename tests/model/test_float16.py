@@ -37,7 +37,7 @@ def test_a_family_that_overflows_in_float16_is_refused(family, tmp_path):
 def test_they_are_those_that_vllm_refuses():
     from vllm.config import model
 
-    from grpo.model.architectures import ARCHITECTURES
     from grpo.model.checks import BEYOND_FLOAT16
+    from grpo.model.families.table import listed
 
-    assert set(BEYOND_FLOAT16) == set(model._FLOAT16_NOT_SUPPORTED_MODELS) & set(ARCHITECTURES)
+    assert set(BEYOND_FLOAT16) == set(model._FLOAT16_NOT_SUPPORTED_MODELS) & set(listed())

@@ -19,7 +19,7 @@ from grpo.config.schema import Config, Lora, Model, parse_config
 from grpo.errors import UserError
 from grpo.kernels import host_matmul
 from grpo.memory import activations as memory
-from grpo.memory import plan, summary
+from grpo.memory import fit, plan, summary
 from grpo.model import host_memory
 from grpo.model.base_weights import BaseWeights
 from grpo.model.layout import EMBEDDING, HEAD
@@ -204,16 +204,18 @@ def test_what_the_embedding_leaves_goes_to_the_kv_cache_or_makes_a_run_fit() -> 
     settings: dict[str, Any] = {"rollout": {"max_completion_length": 4000, "max_num_seqs": 256}}
     moved = {**settings, "model": {"offload_embedding": True}}
     free = 24 * 10**9
-    kv = plan.check_memory(config(**settings), LLAMA_8B, 2, free, free)
-    assert plan.check_memory(config(**moved), LLAMA_8B, 2, free, free) - kv == TABLE
+    settings["train"] = moved["train"] = {"gradient_checkpointing": "offload"}
+    kv = fit.check_memory(config(**settings), LLAMA_8B, 2, free, free)
+    assert fit.check_memory(config(**moved), LLAMA_8B, 2, free, free) - kv == TABLE
     # A run that misses by less than the table.
-    tight = int((plan.plan_memory(config(**settings), LLAMA_8B, 2, on_gpu=True).peak(0) + 10**8) / (1 - plan.MARGIN))
+    least = plan.plan_memory(config(**settings), LLAMA_8B, 2, on_gpu=True).peak(0) + 10**8
+    tight = next(free for free in range(least, 24 * 10**9, 10**7) if fit.usable_bytes(free, free) >= least)
     advice = (
         "; set model.offload_embedding = true, and if that is not enough model.offload_head = true, which is slow, or"
     )
     with pytest.raises(UserError, match=f"{advice} use a smaller model"):
-        plan.check_memory(config(**settings), LLAMA_8B, 2, tight, tight)
-    assert plan.check_memory(config(**moved), LLAMA_8B, 2, tight, tight)
+        fit.check_memory(config(**settings), LLAMA_8B, 2, tight, tight)
+    assert fit.check_memory(config(**moved), LLAMA_8B, 2, tight, tight)
 
 
 @pytest.mark.parametrize(
@@ -230,7 +232,7 @@ def test_what_cannot_be_moved_or_is_moved_already_is_not_advised(
     keys: dict[str, bool], shape: plan.Shape, remedy: str
 ) -> None:
     with pytest.raises(UserError, match=remedy):
-        plan.check_memory(config(model=keys), shape, 2, 2 * 10**9, 2 * 10**9)
+        fit.check_memory(config(model=keys), shape, 2, 2 * 10**9, 2 * 10**9)
 
 
 def test_a_dry_run_says_what_the_host_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,13 +240,13 @@ def test_a_dry_run_says_what_the_host_holds(tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "config.json").write_text(json.dumps(sizes))
     monkeypatch.setattr(summary, "has_gpu", lambda: True)
     moved = summary.memory_plan(config(tmp_path, model={"offload_embedding": True}))
-    assert moved[-1] == "     1.07  of host memory, pinned, for the token embedding"
+    assert "     1.07  of host memory, pinned, for the token embedding" in moved
     moved = summary.memory_plan(config(tmp_path, model=BOTH))
-    assert moved[-1] == "     2.15  of host memory, pinned, for the token embedding and the output head"
+    assert "     2.15  of host memory, pinned, for the token embedding and the output head" in moved
     assert not any("host" in line for line in summary.memory_plan(config(tmp_path)))
     (tmp_path / "config.json").write_text(json.dumps(sizes | {"tie_word_embeddings": True}))
     moved = summary.memory_plan(config(tmp_path, model={"offload_head": True}))
-    assert moved[-1].endswith("1.07  of host memory, pinned, for the token embedding, which is the output head too")
+    assert "     1.07  of host memory, pinned, for the token embedding, which is the output head too" in moved
 
 
 # On a GPU

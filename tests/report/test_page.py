@@ -384,6 +384,17 @@ def test_a_healthy_run_gets_one_good_finding() -> None:
         ({"adapter_survival": lambda done: 0.4}, "shows 40 % of the adapter's effect: rounding takes back"),
         ({"grad_norm": lambda done: 50.0}, "The gradient's norm is 50"),
         ({"reward_seconds": lambda done: 4.0}, "40 % of a step is waiting for rewards"),
+        ({"environment/calls": lambda done: 0.0}, "The tool is as good as never called"),
+        (
+            {"environment/calls": lambda done: 2.0, "environment/call_errors": lambda done: 1.0},
+            "50 % of the calls fail",
+        ),
+        ({"environment/lost": lambda done: 0.1}, "10 % of the episodes are lost"),
+        ({"environment/out_of_room": lambda done: 0.5}, "50 % of the episodes end because nothing fits"),
+        (
+            {"environment_wait_seconds": lambda done: 2.0, "rollout_seconds": lambda done: 5.0},
+            "is too small: the engine waits for the environment in 40 % of a rollout",
+        ),
     ],
 )
 def test_each_trouble_is_named(changes: dict[str, Any], sentence: str) -> None:

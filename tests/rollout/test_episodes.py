@@ -6,6 +6,7 @@ The model is tiny and random, vLLM is real.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from grpo.config.schema import parse_config
+from grpo.environments.pool import Ended
 from grpo.train import main
 from tests.helpers.paths import ROOT
 from tests.helpers.same_run import differences
@@ -129,8 +131,8 @@ class Played:
             found = player.play([(number, {"prompt": prompt}, number + 1) for number in range(count)], sampling)
             return sorted(found, key=lambda episode: episode.number)
 
-    def use(self, program: str, **changes: Any) -> None:
-        environment = {"program": f"{FILE}:{program}", **changes}
+    def use(self, program: str | None, **changes: Any) -> None:
+        environment = changes if program is None else {"program": f"{FILE}:{program}", **changes}
         self.config = parse_config(tables(self.home, "played", environment))
         self.session.config = self.config
 
@@ -199,6 +201,33 @@ def test_a_rewritten_history_begins_a_segment_of_its_own(played: Played) -> None
         assert len(row.predicting) == len(first.tokens) + len(second.tokens)
 
 
+AGENT = ROOT / "tests" / "helpers" / "agent_to_try.py"
+
+
+def command(name: str) -> dict[str, Any]:
+    return {"command": f"{sys.executable} -S {AGENT} {name}"}
+
+
+def test_conversations_that_take_turns_keep_their_tokens(played: Played) -> None:
+    played.use(None, **command("two_agents"))
+    for episode in played.play(count=2):
+        assert isinstance(episode.result, Ended) and episode.result.reward == 1.0, episode.result
+        texts = [played.session.tokenizer.decode(one.ids) for one in episode.transcripts]
+        assert [text[:16] for text in texts] == ["user: You are on", "user: You are tw"]
+        for one, text in zip(episode.transcripts, texts, strict=True):
+            assert text.count("user: Go on.") == 1 and one.sampled[0] and one.sampled[-1]
+            scored = played.session.policy.score([one.prompt_ids], [one.tokens], temperature=1.0, sampled=one.sampled)
+            assert (scored.logprobs - torch.tensor(one.logprobs)).abs().max() < 1e-4
+
+
+def test_tokens_that_a_command_sends_are_continued(played: Played) -> None:
+    played.use(None, **command("tokens"))
+    for episode in played.play(count=2):
+        (one,) = episode.transcripts
+        assert episode.turns == 2 and one.sampled.count(False) == 1
+        assert isinstance(episode.result, Ended) and episode.result.reward == len(one.ids) / 30 + 1 / 30
+
+
 def test_an_episode_ends_where_there_is_no_room(played: Played) -> None:
     played.use("greedy", max_turns=3)
     assert [(each.turns, each.over) for each in played.play()] == [(3, "all 3 turns are taken")] * 4
@@ -244,8 +273,8 @@ def test_the_gradient_is_that_of_an_explicit_mask(played: Played) -> None:
 @pytest.mark.parametrize(
     ("environment", "sentence"),
     [
-        ({"tools": ["a.py:f"], "program": "a.py:g"}, "factory; program and tools are set"),
-        ({}, "factory; none of them is set"),
+        ({"tools": ["a.py:f"], "program": "a.py:g"}, "; program and tools are set"),
+        ({}, "; none of them is set"),
         ({"rollout_func": "a.py:f"}, "write the same loop as `program`"),
     ],
 )

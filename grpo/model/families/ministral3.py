@@ -6,10 +6,11 @@ not: without it the growth is left out, in silence, beyond the original length.
 
 from typing import Any
 
+from grpo.model.decoder_config import DecoderConfig
 from grpo.model.families.family import Family
 
 
-def growth(config: Any) -> dict[str, Any]:
+def growth(config: DecoderConfig) -> dict[str, Any]:
     """The growth of queries as vLLM reads it."""
     parameters = config.rope_parameters
     beta, length = parameters.get("llama_4_scaling_beta"), parameters.get("original_max_position_embeddings")

@@ -47,7 +47,8 @@ function askedHolds(group, filter) {
 }
 
 function saidHolds(sample, filter) {
-  return holds(sample.text, filter) || (sample.tail !== undefined && holds(sample.tail, filter));
+  const texts = [sample, ...(sample.turns || []).flatMap((turn) => [turn, ...turn.calls])];
+  return texts.some((cut) => holds(cut.text, filter) || (cut.tail !== undefined && holds(cut.tail, filter)));
 }
 
 function list(state) {
@@ -151,14 +152,23 @@ function question(group, filter) {
 }
 
 function said(sample, filter) {
-  const text = element("pre", { class: "completion", tabindex: 0 }, ...written(sample, filter));
-  if (!sample.text) text.append(element("span", { class: "omitted" }, "(nothing)"));
+  const text = sample.turns ? element("div", { class: "episode", tabindex: 0 }, ...sample.turns.map((turn) => spoken(turn, filter)))
+    : element("pre", { class: "completion", tabindex: 0 }, ...written(sample, filter));
+  if (!sample.turns && !sample.text) text.append(element("span", { class: "omitted" }, "(nothing)"));
   const scores = element("ul", { class: "scores" }, entry("reward", sample.reward, "total"));
   for (const [name, value] of Object.entries(sample.rewards)) scores.append(entry(name, value, ""));
   const facts = [];
   if (sample.extracted !== null) facts.push(`read as ${sample.extracted}`);
   if (sample.tokens !== null) facts.push(`${sample.tokens} tokens${sample.truncated ? ", cut" : ""}`);
   return element("div", { class: "sample" }, text, element("div", {}, scores, element("div", { class: "said" }, element("i", {}, facts.join(" · ")))));
+}
+
+// One turn of an episode: what was sampled stands out from what the environment said.
+function spoken(turn, filter) {
+  const role = turn.reward === null ? turn.role : `${turn.role} · reward ${score(turn.reward)}`;
+  const made = element("div", { class: turn.sampled ? "turn sampled" : "turn" }, element("i", {}, role), ...written(turn, filter));
+  for (const call of turn.calls) made.append(element("code", { class: "call" }, ...written(call, filter)));
+  return made;
 }
 
 function entry(name, value, kind) {

@@ -1,0 +1,97 @@
+"""The sizes of a model that is to be planned for, of which nothing more is read, and which need not be here."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from grpo.config.schema import Model
+from grpo.memory.plan import Shape
+from grpo.model.families.table import listed
+from grpo.model.gguf_header import read_header
+from grpo.model.locate import local_path
+
+TABLE = Path(__file__).parent.parent / "model" / "known_models.json"
+ENDINGS = r"-(instruct|it|base|chat|bnb-4bit|unsloth|hf|v\d+(\.\d+)*|\d{4})$"
+"""What names of models end with that says nothing of their sizes."""
+HUB_SECONDS = 5.0
+
+
+def model_shape(model: Model, *, network: bool = False) -> Shape | None:
+    """The sizes of `model`, or None where they cannot be had, or are of an unknown kind.
+
+    From its files on this machine; else from the table of well-known models; else, with `network`, from the hub.
+    """
+    path = local_path(model.name) or cached_config(model.name, model.revision)
+    if path is None and (values := known_sizes(model.name)) is not None:
+        return Shape.of(values)
+    if path is None and network:
+        path = hub_config(model.name, model.revision)
+    if path is None:
+        return None
+    if path.suffix == ".gguf":
+        return gguf_shape(path)
+    file = path if path.suffix == ".json" else path / "config.json"
+    try:
+        shape = Shape.of(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return shape if shape.model_type in listed() else None
+
+
+def cached_config(name: str, revision: str | None) -> Path | None:
+    """config.json of a hub model that was downloaded before; the network is not asked."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        cached = try_to_load_from_cache(name, "config.json", revision=revision)
+    except HFValidationError:
+        return None
+    return Path(cached) if isinstance(cached, str) else None
+
+
+def hub_config(name: str, revision: str | None) -> Path | None:
+    """config.json of a hub model, fetched unless huggingface_hub is told to be offline; None where there is none."""
+    from huggingface_hub import constants, hf_hub_download
+
+    if constants.HF_HUB_OFFLINE:
+        return None
+    try:
+        return Path(hf_hub_download(name, "config.json", revision=revision, etag_timeout=HUB_SECONDS))
+    except Exception:  # no network, no such model, no access: a dry run goes on without
+        return None
+
+
+def known_sizes(name: str) -> dict[str, Any] | None:
+    """What config.json says of a well-known model, by its name on the hub or that of a copy: "unsloth/Qwen3-4B"."""
+    last = name.rstrip("/").rpartition("/")[2].lower().removeprefix("meta-")
+    while (shorter := re.sub(ENDINGS, "", last)) != last:
+        last = shorter
+    table: dict[str, dict[str, Any]] = json.loads(TABLE.read_text(encoding="utf-8"))
+    return table.get(last)
+
+
+def gguf_shape(path: Path) -> Shape | None:
+    """The sizes that a GGUF file states."""
+    metadata, tensors = read_header(path)
+    family = metadata.get("general.architecture", "")
+    family_keys = {key.removeprefix(f"{family}."): value for key, value in metadata.items()}
+    values = {
+        "model_type": {"gemma3": "gemma3_text"}.get(family, family),
+        "hidden_size": family_keys.get("embedding_length"),
+        "intermediate_size": family_keys.get("feed_forward_length"),
+        "num_hidden_layers": family_keys.get("block_count"),
+        "num_attention_heads": family_keys.get("attention.head_count"),
+        "num_key_value_heads": family_keys.get("attention.head_count_kv"),
+        "head_dim": family_keys.get("attention.key_length"),
+        "vocab_size": family_keys.get("tokenizer.ggml.tokens") or family_keys.get("vocab_size"),
+        "tie_word_embeddings": "output.weight" not in tensors,
+    }
+    try:
+        shape = Shape.of(values)
+    except TypeError:
+        return None
+    return shape if shape.model_type in listed() else None

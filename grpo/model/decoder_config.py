@@ -1,0 +1,42 @@
+"""What code here may ask of a model's configuration, which transformers makes of its config.json."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+
+class DecoderConfig(Protocol):
+    """What every decoder's configuration has, and some of what a family adds. The rest is asked for by `getattr`.
+
+    A model that also takes images has one around that of its text decoder; `get_text_config` is the latter, and of
+    a plain decoder itself.
+    """
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    max_position_embeddings: int
+    rope_parameters: dict[str, Any]
+    rms_norm_eps: float
+    hidden_act: str
+    tie_word_embeddings: bool
+    use_cache: bool
+    pad_token_id: int | None
+    eos_token_id: int | list[int] | None
+
+    head_dim: int
+    """Of a head, where the family says so; Llama's and others' is the hidden size over their number."""
+    sliding_window: int | None
+    """Tokens that a layer with a window sees; only in families that have such layers."""
+    original_max_position_embeddings: int
+    """Length that longrope's short factors are for; Phi-3 alone."""
+
+    def get_text_config(self, decoder: bool | None = None) -> DecoderConfig: ...
+
+    def to_dict(self) -> dict[str, Any]: ...
+
+    def to_json_string(self) -> str: ...

@@ -1,0 +1,132 @@
+"""Environments of other people's packages, unchanged: verifiers, SkyRL-gym, GEM, and a whole run with each.
+
+They want packages that do not go together with vLLM's, so they have an interpreter of their own: `make
+environment-packages` makes it, and GRPO_ENVIRONMENT_PYTHON names another.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from grpo.environments.pool import Asked, Ended, EnvironmentPool, Said, Scored
+from grpo.environments.tool_calls import assistant_message
+from grpo.train import main
+from tests.helpers.paths import ROOT
+from tests.helpers.small_chat import save_small_chat_model
+from tests.helpers.tiny_run import read_metrics, run_tables, write_config
+
+PYTHON = Path(os.environ.get("GRPO_ENVIRONMENT_PYTHON", ROOT / "build" / "environment-packages" / "bin" / "python"))
+VERIFIERS = str(ROOT / "tests" / "helpers" / "verifiers_to_try.py")
+GUESS = "game:GuessTheNumber-v0-easy"
+
+pytestmark = [
+    pytest.mark.wide,
+    pytest.mark.skipif(not PYTHON.exists(), reason="needs the packages that make environment-packages installs"),
+]
+
+
+def opened(way: str, reference: str, **options: Any) -> EnvironmentPool:
+    limits = {"processes": 4, "timeout": 60.0, "memory_limit": 1 << 34, "max_turns": 3, "questions": (4, 2)}
+    return EnvironmentPool(
+        way,
+        way,
+        reference,
+        options,
+        python=str(PYTHON),
+        on_output=lambda line: None,
+        **limits,  # type: ignore[arg-type]
+    )
+
+
+def played(pool: EnvironmentPool, row: dict[str, Any], *texts: str, number: int = 0) -> tuple[list[Asked], Said]:
+    """What an episode asked for and its last word, where the policy says `texts`."""
+    pool.start(number, row, seed=1)
+    asked = []
+    for text in texts:
+        said = word(pool, number)
+        if not isinstance(said, Asked):
+            return asked, said
+        asked.append(said)
+        message, malformed = assistant_message(text, tools=said.tools)
+        for place, call in enumerate(message.get("tool_calls", ())):
+            call["id"] = f"call{place}"
+        turn = {"message": message, "text": text, "finish_reason": "stop", "last": False, "malformed": malformed}
+        pool.tell(number, {"said": turn | {"prompt_ids": [1], "completion_ids": [2], "logprobs": [-1.0]}})
+    return asked, word(pool, number)
+
+
+def word(pool: EnvironmentPool, number: int) -> Said:
+    while number not in pool.inbox:
+        pool.collect(1.0)
+    return pool.inbox.pop(number)
+
+
+def test_skyrl_gyms_questions_of_several_turns() -> None:
+    with opened("skyrl_gym", "gsm8k_multi_turn") as pool:
+        row = {"prompt": [{"role": "user", "content": "3 + 4?"}], "answer": "7"}
+        asked, said = played(pool, row, "hm", "#### 8", "#### 7")
+    assert [message["role"] for message in asked[-1].messages] == ["user", "assistant"] * 2 + ["user"]
+    assert isinstance(said, Ended) and said.success and said.metrics == {"steps": 3.0}
+    assert said.turn_rewards == [0.0, pytest.approx(0.2 / 3), 1.0] and said.reward == pytest.approx(1 + 0.2 / 3)
+
+
+def test_gems_games_by_their_seeds() -> None:
+    with opened("gem", GUESS) as pool:
+        rows, held_out = pool.facts["questions"]
+        assert [row["seed"] for row in held_out + rows] == list(range(6))
+        asked, said = played(pool, rows[0], *(f"\\boxed{{{number}}}" for number in range(1, 11)))
+        assert asked[0].messages == rows[0]["prompt"] and isinstance(said, Ended)
+        assert said.turn_rewards is not None and len(said.turn_rewards) == len(asked)
+
+
+@pytest.mark.parametrize(("kind", "call", "answer"), [("tools", "add", "3"), ("stateful", "count", "x 1")])
+def test_tools_of_verifiers(kind: str, call: str, answer: str) -> None:
+    arguments = '{"a": 1, "b": 2}' if call == "add" else '{"word": "x"}'
+    with opened("verifiers", VERIFIERS, kind=kind) as pool:
+        row = pool.facts["questions"][0][1]
+        text = f'<tool_call>{{"name": "{call}", "arguments": {arguments}}}</tool_call>'
+        asked, said = played(pool, row, text, "It is 3.")
+    assert asked[0].tools is not None and asked[0].tools[0]["function"]["name"] == call
+    assert asked[1].messages[-1]["role"] == "tool" and asked[1].messages[-1]["content"] == answer
+    assert isinstance(said, Ended) and said.reward == 1.0 and said.success and said.metrics["num_turns"] == 2.0
+
+
+def test_a_rubric_of_groups_scores_them_together() -> None:
+    with opened("verifiers", VERIFIERS, kind="group") as pool:
+        row = pool.facts["questions"][0][0]
+        ends = [played(pool, row, "a", "b", "c" * (1 + number), number=number)[1] for number in range(3)]
+        pool.score(-1, [end.state for end in ends])  # type: ignore[misc, union-attr]
+        scored = word(pool, -1)
+    assert isinstance(scored, Scored) and [one.reward for one in scored.results] == [0.0, 0.0, 1.0]
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize(
+    ("kind", "reference", "options", "task"),
+    [
+        ("gem", GUESS, {}, "environment"),
+        ("verifiers", VERIFIERS, {"kind": "again"}, "environment"),
+        ("verifiers", VERIFIERS, {"kind": "group"}, "environment"),
+        ("skyrl_gym", "gsm8k_multi_turn", {}, "arithmetic"),
+    ],
+)
+def test_runs(tmp_path: Path, kind: str, reference: str, options: dict[str, Any], task: str) -> None:
+    save_small_chat_model(tmp_path / "model")
+    settings = {kind: reference, "options": options, "python": str(PYTHON), "max_turn_tokens": 8, "max_turns": 3}
+    tables = run_tables(
+        tmp_path,
+        environment=settings | {"latency_steps": 2},
+        rollout={"max_completion_length": 700, "max_prompt_length": 800},
+        task={"name": task, "options": {"rows": 4, "held_out": 2}},
+        train={"max_steps": 2},
+        eval={"every": 2},
+    )
+    del tables["rewards"]
+    assert main([str(write_config(tmp_path / "run.toml", tables))]) == 0
+    metrics = read_metrics(tmp_path / "run")
+    assert all(entry["environment/turns"] >= 1 and entry["environment/lost"] == 0 for entry in metrics)
+    assert all((entry.get("mismatch_logp_max") or 0.0) < 1e-4 for entry in metrics)
