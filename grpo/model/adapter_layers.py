@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 from grpo.config.schema import Lora
 from grpo.errors import UserError
 from grpo.model.architectures import adapter_targets
-from grpo.model.decoder_config import DecoderConfig
 from grpo.model.layout import HEAD, fused_linears
 
 
@@ -25,10 +24,11 @@ class LayerAdapter(NamedTuple):
     scale: float
 
 
-def adapted_layers(config: DecoderConfig, lora: Lora) -> dict[str, LayerAdapter]:
+def adapted_layers(config: Any, lora: Lora) -> dict[str, LayerAdapter]:
     """transformers' name -> adapter of every linear layer of the model of `config` that has one.
 
-    Raises UserError where there is none, and where patterns of ranks or scales contradict one another.
+    config: a plan's Shape or transformers'. Raises UserError where there is none, and where patterns of ranks or scales
+    contradict one another.
     """
     names = [part for group in fused_linears(config).values() for part in group]
     targets = adapter_targets(config, lora.target_modules)
@@ -42,7 +42,7 @@ def adapted_layers(config: DecoderConfig, lora: Lora) -> dict[str, LayerAdapter]
     return found
 
 
-def check_selected(config: DecoderConfig, lora: Lora, owners: Iterable[str]) -> None:
+def check_selected(config: Any, lora: Lora, owners: Iterable[str]) -> None:
     """Raise UserError unless `lora` gives adapters to linear layers of the decoder's blocks, and to nothing else.
 
     owners: the model's modules that have tensors of their own.
