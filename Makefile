@@ -82,7 +82,9 @@ types:
 docs: $(INSTALLED)
 	$(BIN)/python docs/make_config.py
 	$(BIN)/python docs/make_names.py
+	$(BIN)/python docs/make_models.py
 	$(BIN)/python docs/make_benchmarks.py
+	$(BIN)/python docs/make_cards.py
 
 # The documentation as a site, in build/site; a link that leads nowhere ends it.
 site: $(INSTALLED)

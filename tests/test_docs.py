@@ -179,7 +179,7 @@ def test_calls_of_the_python_api_exist(path: Path):
                     known = {**known, **inspect.signature(export).parameters}
                 settings = {word.arg: ast.literal_eval(word.value) for word in call.keywords if word.arg not in known}
                 assert not settings or "settings" in known, f"{path.name}: {name}({', '.join(settings)})"
-                tables_of(settings, name, SECTIONS_AS_KEYWORDS)
+                tables_of(settings, name, (*SECTIONS_AS_KEYWORDS, "eval", "environment"))
 
 
 # Commands
@@ -318,6 +318,11 @@ def rows_after(text: str, heading: str) -> list[list[str]]:
             break
         table.append([cell.strip() for cell in line.strip("|").split("|")])
     return [table[0], *table[2:]]
+
+
+def test_the_page_of_models_is_up_to_date() -> None:
+    page = runpy.run_path(str(ROOT / "docs/make_models.py"))["page"]
+    assert (ROOT / "docs/models.md").read_text() == page(), "run `make docs`"
 
 
 def test_the_page_of_benchmarks_is_what_the_results_say():

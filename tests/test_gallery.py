@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +34,7 @@ from tests.helpers.paths import ROOT
 SUPERVISED = ROOT / "configs" / "sft.toml"
 CONFIGS = sorted(set((ROOT / "configs").glob("*.toml")) - {SUPERVISED})
 CARD = re.compile(r"# (\d+) GB: ")
+CARDS = runpy.run_path(str(ROOT / "docs" / "make_cards.py"))
 
 
 def qwen2(hidden: int, inner: int, layers: int, heads: int, tied: bool = True) -> dict[str, Any]:
@@ -65,6 +67,7 @@ MODELS = {
     "Qwen/Qwen3-4B": (4.02, qwen3(2560, 9728, 36, 32, True)),
     "Qwen/Qwen3-8B": (8.19, qwen3(4096, 12288, 36, 32, False)),
     "Qwen/Qwen3-14B": (14.77, qwen3(5120, 17408, 40, 40, False)),
+    "microsoft/phi-4": (14.66, sizes("phi3", 5120, 17920, 40, 40, 10, 100352, tie_word_embeddings=False)),
     "meta-llama/Llama-3.1-8B-Instruct": (
         8.03,
         sizes("llama", 4096, 14336, 32, 32, 8, 128256, tie_word_embeddings=False),
@@ -141,9 +144,31 @@ def test_it_fits_its_card_with_room_for_a_good_part_of_its_sequences(path: Path)
     assert kv / plan.kv_one_sequence > 0.35 * sequences, f"room for {kv / plan.kv_one_sequence:.0f} of {sequences}"
 
 
+@every_carded
+def test_it_fits_the_card_whose_plan_is_printed(path: Path) -> None:
+    """An 8 GB card is a Turing one, which computes in float16 and has no flash attention."""
+    gpu = CARDS["card_of"](path)
+    kv = check_memory(read_config(path), shape_of(read_config(path)), 2, gpu.memory - 500_000_000, gpu.memory, gpu)
+    assert kv is not None
+
+
+def test_phi_4_trains_within_15_gb() -> None:
+    path = ROOT / "configs" / "gsm8k-phi4-15gb.toml"
+    config = read_config(path)
+    assert config.model.name == "microsoft/phi-4" and config.model.load_in_4bit
+    assert check_memory(config, shape_of(config), 2, 14_500_000_000, 15_000_000_000, CARDS["gpu_named"]("T4"))
+
+
+def test_the_plans_of_the_readme_and_of_docs_are_those_of_now(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    text = (ROOT / "README.md").read_text()
+    assert CARDS["readme"](text) == text, "run make docs"
+    assert CARDS["page"]() == (ROOT / "docs" / "cards.md").read_text(), "run make docs"
+
+
 def test_there_is_one_for_every_card_and_every_task() -> None:
     cards = {int(match[1]) for path in carded if (match := CARD.match(path.read_text()))}
-    assert cards == {8, 16, 24, 80}
+    assert cards == {8, 15, 16, 24, 32, 80}
     tasks = {task.name for path in CONFIGS for task in read_config(path).task}
     assert tasks == set(BUILT_IN)
 

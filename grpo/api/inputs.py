@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
+from grpo.config.schema import OWN_QUESTIONS
 from grpo.config.toml import write_value
 from grpo.errors import UserError
 from grpo.rewards.runtime.contract import RewardSpec
@@ -41,6 +42,14 @@ def as_task(task: Any) -> tuple[Task, dict[str, Any]]:
         f"a task cannot be made of a {type(task).__name__}; pass a task's name, a Task, a list of dicts with a "
         '"prompt", or a datasets.Dataset'
     )
+
+
+def as_own_or_task(task: Any) -> tuple[Task | None, dict[str, Any]]:
+    """The same; None for the task "environment", whose questions come from the environment once it is there."""
+    name = task.get("name") if isinstance(task, Mapping) else task
+    if isinstance(name, str) and name == OWN_QUESTIONS:
+        return None, dict(task) if isinstance(task, Mapping) else {"name": name}
+    return as_task(task)
 
 
 def task_of_rows(rows: list[Row]) -> Task:
@@ -92,3 +101,22 @@ def reference(function: Any) -> str:
     """Where a callable was defined, as "module:name"."""
     name = getattr(function, "__qualname__", None) or type(function).__qualname__
     return f"{getattr(function, '__module__', None) or type(function).__module__}:{name}"
+
+
+def as_environment(table: Any) -> tuple[dict[str, Any], Any]:
+    """`environment`, which may name functions and classes themselves, as a section; and what it names, to be sent.
+
+    The second is None where all are names. Raises UserError for what is no table.
+    """
+    if not isinstance(table, Mapping):
+        raise UserError(f"environment = {table!r} must be a dict of [environment] keys")
+    named, given = dict(table), None
+    for kind in ("program", "factory", "tools"):
+        value = table.get(kind)
+        listed = list(value) if kind == "tools" and isinstance(value, list | tuple) else [value]
+        if any(callable(one) for one in listed):
+            if not all(callable(one) for one in listed):
+                raise UserError(f"environment.{kind}: pass functions or their names, not both")
+            names = [reference(one) for one in listed]
+            named[kind], given = (names, listed) if kind == "tools" else (names[0], value)
+    return named, given

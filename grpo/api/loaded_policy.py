@@ -20,13 +20,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from grpo.api.inputs import as_rewards, as_task, reward_table
+from grpo.api.inputs import as_environment, as_own_or_task, as_rewards, reward_table
 from grpo.api.keywords import SECTIONS, Tables, merged, tables_of, with_lengths
 from grpo.api.prompts import Prompts, as_batch, pieces, token_ids
 from grpo.api.result import TrainResult
 from grpo.config.familiar_names import ATTRIBUTES, NotHere, adapter_table, ours
 from grpo.config.schema import Config, Lora, config_toml, parse_config
-from grpo.data import load_data
+from grpo.data import Data, load_data
 from grpo.distributed.launch import refuse_several
 from grpo.errors import UserError
 from grpo.model.vocabulary import check_tokens
@@ -39,6 +39,7 @@ from grpo.run.model_reference import resolve_model
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
 
+    from grpo.environments.pool import EnvironmentPool
     from grpo.session import Session
 
 LOAD_ARGUMENTS = ("load_in_4bit", "max_seq_length", "lora", "base", "verbose")
@@ -296,8 +297,9 @@ class LoadedPolicy:
                 Default: the task's own. Each runs in a process of its own; closures and lambdas are sent there.
             verbose: print a line a step instead of a live display.
             settings: names of `[rollout]`, `[loss]`, `[train]`, `[log]`, `[checkpoint]` such as `max_steps=30`,
-                `learning_rate=1e-4` or `output_dir="runs/mine"`, and whole sections: `eval={"every": 10}`. TRL's names
-                are taken where they mean the same, and `args=GRPOConfig(...)`.
+                `learning_rate=1e-4` or `output_dir="runs/mine"`, and whole sections: `eval={"every": 10}`,
+                `environment={"tools": [search]}` with functions or classes themselves or their names. TRL's names are
+                taken where they mean the same, and `args=GRPOConfig(...)`.
 
         The record is in the run folder, by default a new one below `runs/`, as on the command line. Raises UserError
         for a setting, task or reward that cannot be used.
@@ -308,14 +310,30 @@ class LoadedPolicy:
         task, rewards = settings.pop("task", None), settings.pop("rewards", None)
         if task is None:
             raise UserError("policy.train: on what? Write policy.train(rows, rewards=[...]), or the name of a task")
-        loaded, task_table = as_task(task)
+        sent = None
+        if (table := settings.pop("environment", None)) is not None:
+            settings["environment"], sent = as_environment(table)
+        loaded, task_table = as_own_or_task(task)
         specs = as_rewards(rewards) if rewards is not None else []
         config = self._training_config(task_table, [reward_table(spec) for spec in specs], settings)
-        if not specs and not loaded.rewards:
-            raise UserError(f"task {loaded.name!r} suggests no rewards; pass rewards=[...] with at least one function")
-        data = load_data(config, session.tokenizer, tasks=[loaded])
-        check_tokens(data.texts(), session.tokenizer, session.base.config)
-        data.rewards = specs or data.rewards
+        from grpo.training.environment import check_conversation, own_questions, own_rewards, start_environment
+
+        check_conversation(config, session.tokenizer, session.stop_token_ids)
+        with start_environment(config, status=session.status, sent=sent) as environment:
+            loaded = loaded or own_questions(environment)
+            if not (specs or loaded.rewards or own_rewards(config, environment)):
+                told = f"task {loaded.name!r} suggests no rewards; pass rewards=[...] with at least one function"
+                raise UserError(told)
+            data = load_data(config, session.tokenizer, tasks=[loaded])
+            check_tokens(data.texts(), session.tokenizer, session.base.config)
+            data.rewards = specs or data.rewards
+            return self._trained(config, data, environment, verbose=verbose)
+
+    def _trained(
+        self, config: Config, data: Data, environment: EnvironmentPool | None, *, verbose: bool
+    ) -> TrainResult:
+        """A run of `config` on `data`, with its record."""
+        session = self.session
         self._end_stream()
         with open_run(config) as run:
             log = RunLog(run.path, config, max_steps=config.train.max_steps or 0, verbose=verbose)
@@ -327,7 +345,7 @@ class LoadedPolicy:
                     session.configure(config)
                     if session.engine_started:
                         session.engine.sync_adapter()
-                    train_session(session, data, run.path, log)
+                    train_session(session, data, run.path, log, environment=environment)
             finally:
                 session.status = previous_status
         return TrainResult.read(run.path)
@@ -335,7 +353,7 @@ class LoadedPolicy:
     def _training_config(self, task: Tables, rewards: list[Tables], settings: Mapping[str, Any]) -> Config:
         """The configuration of one run. Raises UserError for a setting that is unknown or out of range."""
         arguments = ("task", "rewards", "verbose")
-        sections = tuple(name for name in SECTIONS if name != "model") + ("eval",)
+        sections = tuple(name for name in SECTIONS if name != "model") + ("eval", "environment")
         tables = merged(
             {"checkpoint": {"output_dir": str(unused_folder(task["name"]))}},
             self._tables,

@@ -447,6 +447,8 @@ class Checkpoint(Section):
     """Keep only the newest so many checkpoints."""
 
 
+OWN_QUESTIONS = "environment"
+"""The task whose rows are the environment's own."""
 WAYS_IN = ("program", "tools", "factory", "verifiers", "skyrl_gym", "gem", "command")
 """The keys of `[environment]` of which one is set."""
 

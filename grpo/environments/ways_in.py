@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import inspect
 import json
+import pickle
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,9 +21,10 @@ RESERVED = ("reset", "get_reward")
 """Methods of a TRL environment that are no tools."""
 
 
-def program(reference: str, options: dict[str, Any], setup: Mapping[str, Any]) -> Program:
+def program(reference: Any, options: dict[str, Any], setup: Mapping[str, Any]) -> Program:
     """`[environment] program`: a function of a row and `sample`."""
-    function = resolve(reference, "environment", {})
+    function = found(reference, "environment")
+    reference = named(reference, function)
     if not callable(function):
         raise UserError(f"environment {reference!r} is a {type(function).__name__}; name a function")
     check_options(function, reference, options, ("row", "sample"))
@@ -33,11 +36,12 @@ def program(reference: str, options: dict[str, Any], setup: Mapping[str, Any]) -
     return Program(run, {"rewards": True})
 
 
-def tools(references: list[str], options: dict[str, Any], setup: Mapping[str, Any]) -> Program:
+def tools(references: Any, options: dict[str, Any], setup: Mapping[str, Any]) -> Program:
     """`[environment] tools`: functions that the model may call, in TRL's form."""
     functions = {}
-    for reference in references:
-        function = resolve(reference, "tool", {})
+    sent = found(references, "tool") if isinstance(references, dict) else None
+    for place, reference in enumerate(references if sent is None else sent):
+        function = found(reference, "tool") if sent is None else sent[place]
         if not callable(function):
             raise UserError(f"tool {reference!r} is a {type(function).__name__}; name a function")
         if function.__name__ in functions:
@@ -54,9 +58,10 @@ def tools(references: list[str], options: dict[str, Any], setup: Mapping[str, An
     return Program(run, {"rewards": False, "tools": schemas})
 
 
-def factory(reference: str, options: dict[str, Any], setup: Mapping[str, Any]) -> Program:
+def factory(reference: Any, options: dict[str, Any], setup: Mapping[str, Any]) -> Program:
     """`[environment] factory`: TRL's `environment_factory`, whose public methods are tools."""
-    make = resolve(reference, "environment", {})
+    make = found(reference, "environment")
+    reference = named(reference, make)
     if not callable(make):
         raise UserError(f"environment {reference!r} is a {type(make).__name__}; name a class")
     check_options(make, reference, options, ())
@@ -78,6 +83,18 @@ def factory(reference: str, options: dict[str, Any], setup: Mapping[str, Any]) -
         return {"reward": await finished(environment.get_reward()) if scores else None, "metrics": counts}
 
     return Program(run, {"rewards": hasattr(example, "get_reward"), "tools": schemas})
+
+
+def found(reference: Any, kind: str) -> Any:
+    """What `reference` names, or was sent in place of a name. Raises UserError for what is not there."""
+    if isinstance(reference, dict):
+        return pickle.loads(base64.b64decode(reference["pickled"]))
+    return resolve(reference, kind, {})
+
+
+def named(reference: Any, value: Any) -> str:
+    """What `value` is called in messages."""
+    return reference if isinstance(reference, str) else str(getattr(value, "__qualname__", value))
 
 
 def is_tool(name: str) -> bool:

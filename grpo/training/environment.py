@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 from collections.abc import Callable
 from typing import Any
 
-from grpo.config.schema import Config
+import cloudpickle  # type: ignore[import-untyped]
+
+from grpo.config.schema import OWN_QUESTIONS, Config
 from grpo.distributed.ranks import Ranks
 from grpo.environments.continuation import Continuer
 from grpo.environments.pool import EnvironmentPool
 from grpo.errors import UserError
 from grpo.printable import printable
+from grpo.references import described
 from grpo.rewards.runtime.pool import RewardPool
 from grpo.rewards.runtime.runner import machine_memory
 from grpo.rollout.episode_sampler import EpisodeSampler
@@ -19,9 +23,6 @@ from grpo.rollout.episodes import EpisodePlayer
 from grpo.rollout.sampler import Sampler
 from grpo.session import Session
 from grpo.tasks.common import Row, Task, load_task
-
-OWN_QUESTIONS = "environment"
-"""The task whose rows are the environment's own."""
 
 
 def show(line: str) -> None:
@@ -46,9 +47,16 @@ def continuer(config: Config, tokenizer: Any, end_tokens: tuple[int, ...]) -> Co
 
 
 def start_environment(
-    config: Config, on_output: Callable[[str], None] = show, status: Callable[[str], None] = lambda told: None
+    config: Config,
+    on_output: Callable[[str], None] = show,
+    status: Callable[[str], None] = lambda told: None,
+    sent: Any = None,
 ) -> contextlib.AbstractContextManager[EnvironmentPool | None]:
-    """The environment of `config`, loaded; None where it has none. Raises UserError where nothing gives a reward."""
+    """The environment of `config`, loaded; None where it has none. Raises UserError where nothing gives a reward.
+
+    `sent`: the function, class or list of tools that the configuration names, which is sent to the environment's
+    process, as one of a notebook has to be.
+    """
     settings = config.environment
     if settings is None:
         return contextlib.nullcontext()
@@ -57,7 +65,7 @@ def start_environment(
     pool = EnvironmentPool(
         settings.column,
         settings.kind,
-        getattr(settings, settings.kind),
+        getattr(settings, settings.kind) if sent is None else pickled(sent),
         settings.options,
         python=settings.python,
         processes=settings.processes,
@@ -71,6 +79,16 @@ def start_environment(
         pool.close()
         raise UserError(f"environment {settings.factory!r} has no get_reward; add it, or a [[rewards]] table")
     return pool
+
+
+def pickled(sent: Any) -> dict[str, str]:
+    """Functions or classes as `ways_in.found` takes them. Raises UserError for what cannot be sent."""
+    try:
+        return {"pickled": base64.b64encode(cloudpickle.dumps(sent)).decode()}
+    except Exception as error:
+        raise UserError(
+            f"environment: it cannot be sent to its process ({described(error)}); write it in a file of its own"
+        ) from None
 
 
 def wanted_questions(config: Config) -> tuple[int, int] | None:

@@ -12,6 +12,7 @@ import pkgutil
 import shutil
 import subprocess
 import sys
+import tomllib
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -298,6 +299,45 @@ def test_closures_and_lambdas_score_rows_with_their_columns(policy: LoadedPolicy
 
 
 @vllm
+def test_functions_and_classes_are_environments(policy: LoadedPolicy, home: Path) -> None:
+    """One of a notebook has no file: it is sent to the environment's process."""
+    turns = 2
+
+    async def chat(row: Any, sample: Any) -> float:
+        messages, letters = list(row["prompt"]), 0
+        for _ in range(turns):
+            turn = await sample(messages)
+            letters += sum(character.isalpha() for character in turn.text)
+            messages += [turn.message, {"role": "user", "content": row["word"]}]
+        return letters / 20
+
+    rows = [{"prompt": [{"role": "user", "content": f"Say {word}."}], "word": word} for word in ("a", "b")]
+    table = {"program": chat, "max_turn_tokens": 8, "latency_steps": 2}
+    policy.train(
+        rows, environment=table, max_steps=1, prompts_per_step=2, num_generations=2, max_completion_length=60,
+        output_dir=home / "chat",
+    )  # fmt: skip
+    entry = json.loads((home / "chat" / "metrics.jsonl").read_text())
+    assert entry["environment/turns"] == 2.0 and entry["rewards/chat"] == entry["reward"]
+    kept = tomllib.loads((home / "chat" / "config.toml").read_text())
+    assert kept["environment"]["program"].endswith("chat")
+
+
+@pytest.mark.parametrize(
+    ("table", "sentence"),
+    [
+        ("chat", "environment = 'chat' must be a dict of [environment] keys"),
+        ({"tools": [len, "a.py:f"]}, "environment.tools: pass functions or their names, not both"),
+        ({"tools": [len]}, "chat template cannot continue a conversation after a tool's message"),
+        ({"rollout_func": "a.py:f"}, "write the same loop as `program`"),
+    ],
+)
+def test_an_environment_that_cannot_be_is_told(policy: LoadedPolicy, table: Any, sentence: str) -> None:
+    with pytest.raises(UserError) as caught:
+        policy.train("arithmetic", environment=table)
+    assert sentence in str(caught.value)
+
+
 def test_training_continues_from_the_adapter_and_vllm_goes_on(policy: LoadedPolicy, home: Path, moved: Path) -> None:
     import datasets
 
