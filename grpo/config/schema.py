@@ -88,8 +88,8 @@ class Lora(Section):
     lora_alpha: PositiveFloat = 32
     """Scale: the update is multiplied by `lora_alpha / r` (by `lora_alpha / sqrt(r)` with `use_rslora`)."""
     target_modules: Annotated[list[str], Field(min_length=1)] | str = SEVEN_PROJECTIONS
-    """Linear layers that get an adapter: names or their ends; a regular expression for whole names; or "all-linear". The
-    default stands for all of them, whatever a family has."""
+    """Linear layers that get an adapter: names or their ends; a regular expression for whole names; or "all-linear".
+    The default stands for all of them, whatever a family has."""
     exclude_modules: list[str] | str = []
     """Of these, layers that get none: names or their ends, or a regular expression for whole names."""
     layers_to_transform: list[Annotated[int, Field(ge=0)]] = []
