@@ -57,8 +57,8 @@ def adapter_targets(config: DecoderConfig, target_modules: list[str] | str) -> l
     """`target_modules` in the family's own names: where q, k, v (gate, up) are one module, naming any names it.
 
     The seven names of a usual decoder, which are the default, stand for all linear layers, whatever a family has, and
-    so does "all-linear"; any other text is a pattern and stays as it is. config: a plan's Shape or transformers'. Raises
-    UserError for a name of a list that names no linear layer of the model.
+    so does "all-linear"; any other text is a pattern and stays as it is. config: a plan's Shape or transformers'.
+    Raises UserError for a name of a list that names no linear layer of the model.
     """
     parts = [part for group in fused_linears(config).values() for part in group]
     leaves = dict.fromkeys(part.rpartition(".")[2] for part in parts)
