@@ -323,6 +323,9 @@ class EpisodePlayer:
         """The tokens of `new` messages; too long ones are cut, the longest first."""
         most, last_token = self.settings.max_observation_tokens, thread.transcript.tokens[-1]
         kept = [len(str(message.get("content") or "")) for message in new]
+        if max(kept) > most * self.continuer.longest_token:  # too long for sure, and long to tokenise
+            kept = [min(count, most * self.continuer.longest_token) for count in kept]
+            episode.cut_observations += 1
         while True:
             try:
                 ids = self.continuer.continuation(thread.messages, shortened(new, kept), tools, last_token)
