@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +28,8 @@ class TrainingSequence:
     """float32 [trained]: under the policy before this rollout's first update; None: that of the current forward."""
     sampled: Sequence[bool] | None = None
     """Which of `completion_ids` the policy drew, as in `Segment`. Only these are trained on and have logprobs."""
+    token_advantages: Sequence[float] | None = None
+    """Of each trained token, where they differ; `advantage` is their mean then."""
     rewritten: Sequence[Segment] = ()
     """Further parts of an episode that changed its own history. Their logprobs follow those of the first part."""
 
@@ -79,21 +83,24 @@ def active_sequences(groups: Sequence[TrainingGroup]) -> list[TrainingSequence]:
 
 
 def training_sequences(group: Group, advantages: Tensor) -> list[TrainingSequence]:
-    """The completions of `group`, sampled here, with their `advantages` [G]; an episode that was lost is left out."""
+    """The completions of `group`, sampled here, with their `advantages` [G], or [G, U] of turns; an episode that was
+    lost is left out."""
     sequences = []
     for sample, advantage in zip(group.local, advantages, strict=True):
         if not sample.length:
             continue
         first, *others = sample.segments(group.prompt.token_ids)
+        by_token = None if advantage.ndim == 0 else advantage[sample.turn_of_tokens].tolist()
         sequences.append(
             TrainingSequence(
                 first.prompt_ids,
                 first.token_ids,
                 sample.logprobs,
-                float(advantage),
+                float(advantage) if by_token is None else math.fsum(by_token) / len(by_token),
                 sample.truncated,
                 sampled=first.sampled,
                 rewritten=others,
+                token_advantages=by_token,
             )
         )
     return sequences
@@ -117,30 +124,22 @@ def pack(sequences: Sequence[TrainingSequence], tokens: int) -> list[list[Traini
     return batches
 
 
-@dataclass(frozen=True)
-class PackedTokens:
-    """The trained tokens of a micro-batch, one sequence after another."""
+def sampled_inputs(batch: Sequence[TrainingSequence], device: torch.device) -> dict[str, Any]:
+    """What `LossInputs` takes from the rollout, of S sequences with T trained tokens, one sequence after another.
 
-    sequence: Tensor
-    """int64 [T], which sequence of the micro-batch a token is of."""
-    rollout_logprobs: Tensor
-    """float32 [T]."""
-    advantages: Tensor
-    """float32 [S]."""
-    truncated: Tensor
-    """bool [S]."""
-    old_logprobs: Tensor | None
-    """float32 [T], or None on policy."""
-
-
-def packed_tokens(batch: Sequence[TrainingSequence], device: torch.device) -> PackedTokens:
-    """The tensors of a micro-batch."""
+    Copied to `device` before the forward pass, so that no copy waits for its end.
+    """
     lengths = torch.tensor([sequence.trained for sequence in batch])
-    old = [sequence.old_logprobs for sequence in batch]
-    return PackedTokens(
-        sequence=torch.arange(len(batch)).repeat_interleave(lengths).to(device),
-        rollout_logprobs=torch.tensor([p for s in batch for p in s.rollout_logprobs], device=device),
-        advantages=torch.tensor([sequence.advantage for sequence in batch], device=device),
-        truncated=torch.tensor([sequence.truncated for sequence in batch], device=device),
-        old_logprobs=torch.cat(old).to(device) if all(entry is not None for entry in old) else None,
-    )
+    index = torch.arange(len(batch)).repeat_interleave(lengths).to(device)
+    old = [sequence.old_logprobs for sequence in batch if sequence.old_logprobs is not None]
+    by_token = [sequence.token_advantages for sequence in batch if sequence.token_advantages is not None]
+    of_tokens = [advantage for advantages in by_token for advantage in advantages]
+    return {
+        "sequence": index,
+        "mask": torch.ones_like(index, dtype=torch.bool),
+        "rollout_logprobs": torch.tensor([p for s in batch for p in s.rollout_logprobs], device=device),
+        "old_logprobs": torch.cat(old).to(device) if len(old) == len(batch) else None,
+        "advantages": torch.tensor([sequence.advantage for sequence in batch], device=device),
+        "token_advantages": torch.tensor(of_tokens, device=device) if len(by_token) == len(batch) else None,
+        "truncated": torch.tensor([sequence.truncated for sequence in batch], device=device),
+    }
