@@ -88,7 +88,7 @@ class Lora(Section):
     lora_alpha: PositiveFloat = 32
     """Scale: the update is multiplied by `lora_alpha / r` (by `lora_alpha / sqrt(r)` with `use_rslora`)."""
     target_modules: list[str] = Field(default=SEVEN_PROJECTIONS, min_length=1)
-    """Linear layers that get an adapter."""
+    """Linear layers that get an adapter. The default stands for all of them, whatever a family has."""
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout on the adapter's input while training; always off in rollouts."""
     use_rslora: bool = False
@@ -245,6 +245,8 @@ class Loss(Section):
     """SAPO's gate temperature for negative advantages."""
     importance_sampling_level: Literal["token", "sequence"] = "token"
     """Ratio per token or, as in GSPO, per sequence."""
+    advantage_level: Literal["episode", "turn"] = "episode"
+    """One advantage for all turns of an episode, or one for each turn from what the episode earns from it on."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
     """Divide advantages by the standard deviation of the group, of the batch, or not."""
     leave_one_out: bool = False
@@ -258,10 +260,10 @@ class Loss(Section):
     top_entropy_quantile: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Train only on this share of tokens, those of highest entropy."""
     importance_sampling_correction: Literal[
-        "none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"
+        "none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "geometric_mask"
     ] = "token_truncate"
     """Correction of the rollout-trainer mismatch: weight by the ratio of trainer to rollout probability, truncated or
-    masked at the bounds below, per token or per sequence."""
+    masked at the bounds below, per token or per sequence; "geometric_mask" drops sequences by the mean per token."""
     importance_sampling_clip_max: PositiveFloat = 2.0
     """Upper bound of that ratio."""
     importance_sampling_clip_min: Annotated[float, Field(ge=0)] = 0.0
@@ -290,6 +292,10 @@ class Loss(Section):
             raise ValueError(
                 f'multi_objective_aggregation = "normalize_then_sum" scales each reward by its group; leave '
                 f'scale_rewards = "{self.scale_rewards}" out'
+            )
+        if self.multi_objective_aggregation == "normalize_then_sum" and self.advantage_level == "turn":
+            raise ValueError(
+                'advantage_level = "turn" compares what turns earn in all; leave multi_objective_aggregation out'
             )
         return self
 
@@ -544,6 +550,12 @@ class Config(Section):
                 f"train.optimizer_steps_per_rollout = {self.train.optimizer_steps_per_rollout} exceeds "
                 f"rollout.prompts_per_step = {self.rollout.prompts_per_step}; a group is never split"
             )
+        return self
+
+    @model_validator(mode="after")
+    def turns_are_an_environments(self) -> Config:
+        if self.loss.advantage_level == "turn" and self.environment is None:
+            raise ValueError('loss.advantage_level = "turn" needs turns; add [environment], or leave it out')
         return self
 
     @model_validator(mode="after")

@@ -6,6 +6,7 @@ refused here, before anything is read, is what cannot work whatever the gate wou
 
 from __future__ import annotations
 
+from grpo.config.schema import SEVEN_PROJECTIONS
 from grpo.errors import UserError
 from grpo.model.decoder_config import DecoderConfig
 from grpo.model.families.table import family_of
@@ -53,10 +54,13 @@ def unsuited(config: DecoderConfig) -> str | None:
 def adapter_targets(config: DecoderConfig, target_modules: list[str]) -> list[str]:
     """`target_modules` in the family's own names: where q, k, v (gate, up) are one module, naming any names it.
 
+    The seven names of a usual decoder, which are the default, stand for all linear layers, whatever a family has.
     config: a plan's Shape or transformers'. Raises UserError for one that names no linear layer of the model.
     """
     parts = [part for group in fused_linears(config).values() for part in group]
     leaves = dict.fromkeys(part.rpartition(".")[2] for part in parts)
+    if set(target_modules) == set(SEVEN_PROJECTIONS):
+        return list(leaves)
     family_names = [own_name(name, list(leaves)) for name in target_modules]
     for name, meant in zip(family_names, target_modules, strict=True):
         if not any(part == name or part.endswith(f".{name}") for part in parts):
