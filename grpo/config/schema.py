@@ -87,8 +87,19 @@ class Lora(Section):
     """Rank."""
     lora_alpha: PositiveFloat = 32
     """Scale: the update is multiplied by `lora_alpha / r` (by `lora_alpha / sqrt(r)` with `use_rslora`)."""
-    target_modules: list[str] = Field(default=SEVEN_PROJECTIONS, min_length=1)
-    """Linear layers that get an adapter. The default stands for all of them, whatever a family has."""
+    target_modules: Annotated[list[str], Field(min_length=1)] | str = SEVEN_PROJECTIONS
+    """Linear layers that get an adapter: names or their ends; a regular expression for whole names; or "all-linear".
+    The default stands for all of them, whatever a family has."""
+    exclude_modules: list[str] | str = []
+    """Of these, layers that get none: names or their ends, or a regular expression for whole names."""
+    layers_to_transform: list[Annotated[int, Field(ge=0)]] = []
+    """Numbers of the decoder layers with an adapter, from 0, where `target_modules` is a list. Empty: all."""
+    layers_pattern: list[str] = []
+    """Where a model has several lists of layers: the name of the one that `layers_to_transform` counts."""
+    rank_pattern: dict[str, Annotated[int, Field(ge=1, le=512)]] = {}
+    """Ranks other than `r`: regular expressions for ends of layers' names, each with a rank."""
+    alpha_pattern: dict[str, PositiveFloat] = {}
+    """Scales other than `lora_alpha`, as `rank_pattern` has ranks."""
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout on the adapter's input while training; always off in rollouts."""
     use_rslora: bool = False
@@ -114,6 +125,30 @@ class Lora(Section):
                 "use_dora is not supported: its magnitude vector does not fit vLLM's LoRA layers; "
                 "use plain LoRA or use_rslora"
             )
+        return self
+
+    @model_validator(mode="after")
+    def patterns_are_regular_expressions(self) -> Lora:
+        wholes = {"target_modules": self.target_modules, "exclude_modules": self.exclude_modules}
+        patterns = [(key, value) for key, value in wholes.items() if isinstance(value, str)]
+        for key in ("layers_pattern", "rank_pattern", "alpha_pattern"):
+            patterns += [(key, pattern) for pattern in getattr(self, key)]
+        for key, pattern in patterns:
+            try:
+                re.compile(f"({pattern})")
+            except (re.error, RecursionError, OverflowError) as error:
+                raise ValueError(f"{key}: {pattern!r} is no regular expression ({error}); correct it") from None
+        return self
+
+    @model_validator(mode="after")
+    def layers_are_counted_for_names(self) -> Lora:
+        if isinstance(self.target_modules, str) and self.layers_to_transform:
+            raise ValueError(
+                "layers_to_transform counts layers for a list of target_modules; write the numbers into the pattern, "
+                "or the names as a list"
+            )
+        if self.layers_pattern and not self.layers_to_transform:
+            raise ValueError("layers_pattern has no use without layers_to_transform; leave it out, or set both")
         return self
 
 

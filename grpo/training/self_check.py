@@ -26,7 +26,7 @@ from grpo.errors import UserError
 from grpo.model.families.table import listed
 from grpo.policy.lora_linear import ADAPTER, LoraLinear
 from grpo.policy.policy import Policy
-from grpo.rollout.engine import Request, SamplingSettings
+from grpo.rollout.types import Request, SamplingSettings
 from grpo.session import Session
 from grpo.training.module_check import Difference, as_in_training, first_difference
 
@@ -104,7 +104,7 @@ def check_logprobs(session: Session, prompt: list[int]) -> None:
         if before.certain:
             return
         raise UserError(
-            f"self-test: moving the adapter on {', '.join(policy.lora.target_modules)} changes no logprob by "
+            f"self-test: moving the adapter on {policy.adapted()} changes no logprob by "
             f"{least:.3g}, so it cannot be trained; name other lora.target_modules"
         )
     with served_move(session, everywhere(nudge)):

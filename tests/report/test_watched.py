@@ -1,4 +1,4 @@
-"""Watched runs: found, listed, served on this machine alone; in a browser they grow and the reader keeps the place."""
+"""Watched runs: found, listed, served on this machine alone; in a browser they grow while the reader stays in place."""
 
 from __future__ import annotations
 
