@@ -89,9 +89,11 @@ class Trainer:
             check=parts.check,
             ranks=self.ranks,
         )
-        own = own_rewards(config, parts.environment)
-        self.weights = torch.tensor([1.0] * len(own) + [one.weight for one in self.data.rewards], dtype=torch.float64)
-        self.reward_names = own + [reward.column for reward in self.data.rewards]
+        environment_rewards = own_rewards(config, parts.environment)
+        self.weights = torch.tensor(
+            [1.0] * len(environment_rewards) + [one.weight for one in self.data.rewards], dtype=torch.float64
+        )
+        self.reward_names = environment_rewards + [reward.column for reward in self.data.rewards]
         self.sampler = make_sampler(
             self.session,
             parts.rewards,
