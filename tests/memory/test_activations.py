@@ -24,8 +24,7 @@ from grpo.kernels.rms_norm import Norm
 from grpo.memory.activations import CHECKPOINTING_MODES, TrainingMemory, moment_bytes
 from grpo.model.base_weights import BaseWeights
 from grpo.model.source import open_source
-from grpo.policy import fused_layers
-from grpo.policy import graph
+from grpo.policy import fused_layers, graph
 from grpo.policy.policy import Policy
 from tests.helpers.tiny import save_tiny
 
