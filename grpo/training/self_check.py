@@ -205,9 +205,9 @@ def refuse_difference(session: Session, prompt: list[int], mean_logprob_diff: fl
     """Raise UserError for a difference between the two graphs that rounding does not explain."""
     if not mean_logprob_diff <= limit:
         raise UserError(
-            f"self-test: with the {which}adapter vLLM's logprobs differ from the training graph's by {mean_logprob_diff:.3g} on "
-            f"average, over {limit:.3g}, so completions would not come from the trained policy"
-            f"{named_difference(session, prompt)}; {remedy(session)}"
+            f"self-test: with the {which}adapter vLLM's logprobs differ from the training graph's by "
+            f"{mean_logprob_diff:.3g} on average, over {limit:.3g}, so completions would not come from the trained "
+            f"policy{named_difference(session, prompt)}; {remedy(session)}"
         )
 
 
