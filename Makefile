@@ -82,6 +82,7 @@ types:
 docs: $(INSTALLED)
 	$(BIN)/python docs/make_config.py
 	$(BIN)/python docs/make_names.py
+	$(BIN)/python docs/make_models.py
 	$(BIN)/python docs/make_benchmarks.py
 	$(BIN)/python docs/make_cards.py
 

@@ -13,8 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-SLICE_BYTES = 32 << 20
-"""Of the matrix on the GPU at a time: a copy of half a millisecond, in which its start is lost."""
+from grpo.kernels.sizes import HEAD_SLICE_BYTES
 
 
 def mm_transposed(x: Tensor, weight: Tensor, out: Tensor) -> None:
@@ -49,7 +48,7 @@ def is_elsewhere(weight: Tensor, x: Tensor) -> bool:
 def slices(weight: Tensor, device: torch.device) -> Iterator[tuple[slice, Tensor]]:
     """Rows of `weight`, and their copy on `device`, which the next slice overwrites."""
     # Columns of a product begin where kernels load whole vectors.
-    count = max(8, SLICE_BYTES // (weight.shape[1] * weight.itemsize) // 8 * 8)
+    count = max(8, HEAD_SLICE_BYTES // (weight.shape[1] * weight.itemsize) // 8 * 8)
     scratch = torch.empty(min(count, len(weight)), weight.shape[1], dtype=weight.dtype, device=device)
     for start in range(0, len(weight), count):
         rows = slice(start, min(start + count, len(weight)))

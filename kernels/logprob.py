@@ -19,13 +19,13 @@ from torch.autograd.function import once_differentiable
 
 from grpo.kernels.host_matmul import mm, mm_transposed
 from grpo.kernels.launch import is_interpreted, on_device, round_to, triton_supports
+from grpo.kernels.sizes import CPU_BLOCK_BYTES
 
 CPU_CHUNK_BYTES = 24 << 20
 """Logits at once on a CPU, whatever the caller allows: more leaves the caches, and malloc gives it fresh pages each
 time (vocabulary 49152, hidden 576, 1024 bfloat16 tokens on two cores: 1.4x slower in one piece)."""
-BLOCK_BYTES = {"cpu": 8 << 20, "cuda": 128 << 20}
-"""Size of each of two wide buffers through which `softmax_stats_` passes a chunk. On a CPU small enough for the caches,
-large enough that threads meet at few barriers, which are slow where other processes use the cores too."""
+BLOCK_BYTES = {"cpu": CPU_BLOCK_BYTES, "cuda": 128 << 20}
+"""Size of each of two wide buffers through which `softmax_stats_` passes a chunk."""
 
 
 def selected_logprobs(

@@ -20,6 +20,7 @@ from grpo.kernels.lora_factors import Adapter
 from grpo.kernels.lora_linear import LinearGroup, LoraMatmul, norm_backward, normed_input, row_tiles
 from grpo.kernels.rms_norm import Norm
 from grpo.kernels.rope import rotate
+from grpo.kernels.sizes import QKV_TILE
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class QkvProjection:
     q_norm: Norm | None = None
     """Of every head of q, before the rotation."""
     k_norm: Norm | None = None
-    tile: int = 8192
+    tile: int = QKV_TILE
     """Rows whose normalised input exists at once."""
 
     @property

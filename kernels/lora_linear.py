@@ -37,9 +37,7 @@ from grpo.kernels.launch import accumulation_dtype, disable_reduced_precision
 from grpo.kernels.lora_factors import Adapter, LowRank, pack_lora
 from grpo.kernels.lora_sum import dense_linear, round_sum, sums_in_float32
 from grpo.kernels.rms_norm import Norm
-
-WIDTH = 64
-"""Columns for adapters beside a matrix are a multiple of this: rows stay aligned to 128 bytes."""
+from grpo.kernels.sizes import ADAPTER_COLUMNS
 
 
 @dataclass(frozen=True)
@@ -106,7 +104,7 @@ class LoraMatmul:
         n, k = group.out_features, group.in_features
         few = group.stored_dense and sums_in_float32(group.segments[0][0], rows, max(n, k))
         columns = self.rank + (group.bias is not None)
-        self.width = 0 if few else -(-columns // WIDTH) * WIDTH
+        self.width = 0 if few else -(-columns // ADAPTER_COLUMNS) * ADAPTER_COLUMNS
         self.a_grad: Tensor | None = None
         self.b_grad: Tensor | None = None
         if self.width == 0:

@@ -22,6 +22,7 @@ from grpo.kernels.launch import unit_stride
 from grpo.kernels.lora_factors import Adapter
 from grpo.kernels.lora_linear import LinearGroup, LoraMatmul, norm_backward, normed_input, row_tiles
 from grpo.kernels.rms_norm import Norm
+from grpo.kernels.sizes import MLP_TILE
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class GatedMlp:
     """Of the input; None where x comes normalised."""
     residual: bool
     """Whether x itself is added to the output, after its rounding: as vLLM's norms do it."""
-    tile: int = 4096
+    tile: int = MLP_TILE
     """Tokens whose intermediate tensors exist at once."""
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from grpo.kernels import cards
 from grpo.kernels.launch import on_device, round_to
+from grpo.kernels.sizes import RANK_MULTIPLE
 from grpo.kernels.split_k import COUNTERS, WORKSPACE_BYTES, dot, store_part, sum_parts, workspace
 
 MOST_ROWS = 512
@@ -29,8 +30,6 @@ COLUMNS = 128
 STEPS = 2
 """Steps per program: more would leave multiprocessors idle, fewer would spend the time on adding up."""
 LARGEST_SPLIT = 32
-RANK_MULTIPLE = 16
-"""Rows of A come in multiples of this; pad with zeros."""
 
 
 def lora_shrink(x: Tensor, a: Tensor, scale: Tensor) -> Tensor:

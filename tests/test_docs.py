@@ -320,6 +320,11 @@ def rows_after(text: str, heading: str) -> list[list[str]]:
     return [table[0], *table[2:]]
 
 
+def test_the_page_of_models_is_up_to_date() -> None:
+    page = runpy.run_path(str(ROOT / "docs/make_models.py"))["page"]
+    assert (ROOT / "docs/models.md").read_text() == page(), "run `make docs`"
+
+
 def test_the_page_of_benchmarks_is_what_the_results_say():
     made = runpy.run_path(str(ROOT / "docs/make_benchmarks.py"))["render"](ROOT / "docs/benchmarks.md.jinja")
     assert (ROOT / "docs/benchmarks.md").read_text() == made, "run make docs"

@@ -143,9 +143,12 @@ def rounded(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
 
 
 def model_config(source: MergedSource, dtype: torch.dtype) -> dict[str, Any]:
-    """The base's config.json for weights in `dtype`, without its quantisation."""
+    """The base's config.json for weights in `dtype`, without its quantisation; of a model that takes images too, the
+    decoder's."""
     file = source.path / "config.json"
-    values = json.loads(file.read_text() if file.is_file() else source.config.to_json_string())
+    values = json.loads(file.read_text()) if file.is_file() else {}
+    if values.get("model_type") != source.config.model_type:
+        values = json.loads(source.config.to_json_string())
     for stale in ("quantization_config", "auto_map", "_name_or_path"):
         values.pop(stale, None)
     values["torch_dtype" if "torch_dtype" in values else "dtype"] = str(dtype).removeprefix("torch.")

@@ -12,26 +12,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from grpo.config.schema import Config
+from grpo.kernels.sizes import ADAPTER_COLUMNS, CPU_BLOCK_BYTES, HEAD_SLICE_BYTES, MLP_TILE, QKV_TILE
 from grpo.model.architectures import adapter_targets
 from grpo.model.sizes import linear_shapes
 
 CHECKPOINTING_MODES = ("none", "mlp", "layer", "offload")
 """Modes of gradient checkpointing, from the fastest to the one that needs least memory on the device. "mlp", which
 computes gate and up again and keeps the rest, is the kernels' alone."""
-MLP_TILE, QKV_TILE = 4096, 8192
-"""Tokens whose intermediate tensors the kernels hold at once (kernels/lora_mlp.py, kernels/lora_attention.py)."""
 QKV, GATE_UP, DOWN = (
     ("q_proj", "k_proj", "v_proj", "qkv_proj"),
     ("gate_proj", "up_proj", "gate_up_proj"),
     ("down_proj",),
 )
 """Linear layers that are one product each."""
-ADAPTER_COLUMNS = 64
-"""Columns that adapters take beside a product are a multiple of this (kernels/lora_linear.py)."""
-LOGIT_WORKSPACE = 2 * (8 << 20)
-"""kernels/logprob.py's wide buffers on a CPU, at most; on a GPU it needs none."""
-HEAD_SLICE = 32 << 20
-"""Of an output head in host memory, what is on the GPU at once (kernels/host_matmul.py)."""
 LIBRARIES = 36 << 20
 """Workspaces that cuBLAS takes from torch's allocator on a GPU (32 MiB on Hopper, 8 MiB before)."""
 INDEXED_IN_32_BITS = 2**31 - 1
@@ -253,7 +246,7 @@ class TrainingMemory:
     def logits(self) -> int:
         """One chunk of logits, a second one where the entropy has a gradient, and a CPU's workspace."""
         chunk = min(self.chunk, self.predicted) * self.sizes.vocabulary * self.itemsize
-        return chunk * (1 + self.entropy_gradient) + (0 if self.on_gpu else LOGIT_WORKSPACE)
+        return chunk * (1 + self.entropy_gradient) + (0 if self.on_gpu else 2 * CPU_BLOCK_BYTES)
 
     def _head(self, mode: str) -> dict[str, int]:
         """The last norm's input, its output, the rows of it that predict, and their gradients, made with the logits."""
@@ -270,7 +263,7 @@ class TrainingMemory:
     def _head_slices(self) -> int:
         """A slice of a head on the host, and its part and the sum of all parts of a chunk's gradient, in float32."""
         s = self.sizes
-        slice_bytes = min(HEAD_SLICE, s.vocabulary * s.hidden * self.itemsize)
+        slice_bytes = min(HEAD_SLICE_BYTES, s.vocabulary * s.hidden * self.itemsize)
         return slice_bytes + 8 * min(self.chunk, self.predicted) * s.hidden if self.head_on_host else 0
 
     def _attention_backward(self) -> int:

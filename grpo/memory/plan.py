@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from grpo.config.schema import Config
+from grpo.kernels.sizes import RANK_MULTIPLE
 from grpo.memory.activations import TrainingMemory, moment_bytes
 from grpo.model.architectures import adapter_targets, fused_linears
 from grpo.model.sizes import AUTO_SHARE, embedding_bytes, linear_shapes, nf4_bytes, pinned_bytes, weights_on_host
@@ -28,8 +29,6 @@ BATCHED_TOKENS = 8192
 SAMPLER_BYTES = 28
 """Per logit of every sequence decoded at once, when vLLM tries its own sampler at its start: the logit in 16 bit and in
 float32, sorted with its int64 place, its probability, the running sum, a mask."""
-SERVED_RANKS = 16
-"""The ranks of a fused layer's adapter are rounded up to a multiple of this for sampling."""
 MARGIN = 0.03
 """Share of the free memory that the allocator loses to fragments."""
 
@@ -196,7 +195,7 @@ def adapter_bytes(config: Config, shape: Any, itemsize: int, *, on_gpu: bool) ->
         adapted = [part for part in parts if part.endswith(endings)]
         trained += sum(rank * sum(sizes[part]) for part in adapted)
         # B of a fused layer has a row for every output and a column for every part's rank.
-        ranks = -(-rank * len(adapted) // SERVED_RANKS) * SERVED_RANKS
+        ranks = -(-rank * len(adapted) // RANK_MULTIPLE) * RANK_MULTIPLE
         engine += ranks * (sizes[parts[0]][1] + sum(sizes[part][0] for part in parts))
     has_reference = config.loss.beta > 0 and config.loss.reference == "start" and config.lora.init is not None
     return trained * (4 + 4 + 4 * has_reference + moment_bytes(config.train.optim, on_gpu=on_gpu)) + engine * itemsize

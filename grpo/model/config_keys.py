@@ -34,7 +34,6 @@ from grpo.model.rope import (
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
 
-DROPOUTS = ("attention_dropout", "resid_pdrop", "embd_pdrop")
 WITHOUT_EFFECT = {"output_hidden_states": False, "output_attentions": False, "return_dict": True}
 """How transformers' models answer; we ask for what we need."""
 OLD_SPELLINGS = {
@@ -197,13 +196,12 @@ def rotates_whole_heads(config: DecoderConfig) -> bool:
 def settle(config: DecoderConfig) -> list[str]:
     """Set in `config` what has to be the same for both graphs, and say, a sentence each, what is not obeyed."""
     notices = []
-    for key in DROPOUTS:
-        if getattr(config, key, None):
-            notices.append(
-                f"the model's {key} = {getattr(config, key)} is not applied, because completions are sampled without "
-                "dropout; lora.lora_dropout acts on the adapter"
-            )
-            setattr(config, key, 0.0)
+    for key, value in dropouts(config):
+        notices.append(
+            f"the model's {key} = {value} is not applied, because completions are sampled without dropout; "
+            "lora.lora_dropout acts on the adapter"
+        )
+        setattr(config, key, 0.0)
     for key, value in WITHOUT_EFFECT.items():
         setattr(config, key, value)
     strange = sorted(set(config.to_dict()) - own_keys(config) - base_keys() - OLD_SPELLINGS)
@@ -225,6 +223,12 @@ def settle(config: DecoderConfig) -> list[str]:
                 "sequence that rollout and evaluation may have decides for all which are used"
             )
     return notices
+
+
+def dropouts(config: DecoderConfig) -> list[tuple[str, float]]:
+    """The keys of the family that ask for dropout of any kind, and what they ask for."""
+    values = [(key, getattr(config, key, None)) for key in sorted(own_keys(config)) if "drop" in key]
+    return [(key, value) for key, value in values if isinstance(value, float | int) and value]
 
 
 def served_values(config: DecoderConfig) -> dict[str, Any]:

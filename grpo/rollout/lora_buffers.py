@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from grpo.kernels.lora_shrink import RANK_MULTIPLE
+from grpo.kernels.sizes import RANK_MULTIPLE
 from grpo.model.base_weights import BaseWeights, FusedLinear
 from grpo.policy.lora_linear import ADAPTER
 from grpo.policy.policy import Policy

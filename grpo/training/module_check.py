@@ -9,7 +9,8 @@ input.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -98,12 +99,23 @@ def differences_before(
             hook = replace_result(found, part, seen[name], rows, places, BEFORE_A_LINEAR[policy.base.dtype])
             hooks.append(policy.decoder.get_submodule(part).register_forward_hook(hook))
     try:
-        with torch.no_grad():
+        with torch.no_grad(), as_in_training(policy):
             predictors(policy.decoder.model, [list(prompt)], [[0]], policy.base.device)
     finally:
         for handle in hooks:
             handle.remove()
     return found
+
+
+@contextmanager
+def as_in_training(policy: Policy) -> Iterator[None]:
+    """Inside, modules do what they do in a training step: a family may do more there. Not where the adapter's own
+    dropout would be a part of that."""
+    policy.model.train(not policy.lora.lora_dropout)
+    try:
+        yield
+    finally:
+        policy.model.eval()
 
 
 def replace_result(

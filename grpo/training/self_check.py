@@ -28,7 +28,7 @@ from grpo.policy.lora_linear import ADAPTER, LoraLinear
 from grpo.policy.policy import Policy
 from grpo.rollout.engine import Request, SamplingSettings
 from grpo.session import Session
-from grpo.training.module_check import Difference, first_difference
+from grpo.training.module_check import Difference, as_in_training, first_difference
 
 LONGEST_PROMPT = 1024
 """Tokens of the prompt, where the run's sequences are that long: windows and rotary factors show with distance."""
@@ -63,6 +63,11 @@ class Sampled(NamedTuple):
     logprobs: Tensor
     temperature: float
 
+    @property
+    def certain(self) -> bool:
+        """Whether the model leaves hardly a choice, so that logprobs of 0 say nothing about what computed them."""
+        return float(self.logprobs.mean()) > -UNCERTAIN
+
 
 def check_start(session: Session) -> str | None:
     """Raise UserError unless vLLM computes what the training graph does, with the adapter as it is now; the adapter is
@@ -96,6 +101,8 @@ def check_logprobs(session: Session, prompt: list[int]) -> None:
     nudge = nudge_that_stands_out(policy, prompt, before, least)
     if nudge is None:
         check_modules(session, prompt)  # the two may differ by more than an adapter can
+        if before.certain:
+            return
         raise UserError(
             f"self-test: moving the adapter on {', '.join(policy.lora.target_modules)} changes no logprob by "
             f"{least:.3g}, so it cannot be trained; name other lora.target_modules"
@@ -212,11 +219,10 @@ def named_difference(session: Session, prompt: list[int]) -> str:
 
 
 def sample_with_choice(session: Session, prompt: list[int]) -> Sampled:
-    """Short completions from vLLM at the first of TEMPERATURES at which tokens are not certain: a logprob of 0 says
-    nothing."""
+    """Short completions from vLLM at the first of TEMPERATURES at which tokens are not certain."""
     for temperature in TEMPERATURES:
         sampled = sample(session, prompt, temperature)
-        if float(sampled.logprobs.mean()) < -UNCERTAIN:
+        if not sampled.certain:
             break
     return sampled
 
@@ -234,7 +240,8 @@ def sample(session: Session, prompt: list[int], temperature: float) -> Sampled:
 def scored(policy: Policy, prompt: list[int], sampled: Sampled) -> Tensor:
     """The training graph's logprobs of the same tokens, on the CPU."""
     prompts = [prompt] * len(sampled.tokens)
-    return policy.score(prompts, sampled.tokens, temperature=sampled.temperature).logprobs.float().cpu()
+    with as_in_training(policy):
+        return policy.score(prompts, sampled.tokens, temperature=sampled.temperature).logprobs.float().cpu()
 
 
 def mean_abs_diff(one: Tensor, other: Tensor) -> float:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from tests.helpers.tiny import COMMON
+from tests.helpers.tiny import COMMON, spread_of_embedding
 
 KINDS = ["sliding_attention", "full_attention"]
 
@@ -102,14 +102,20 @@ WITH_IMAGES: dict[str, dict[str, Any]] = {
         "vision_config": {"model_type": "pixtral", **LAYERED},
         "image_token_index": 150,
     },
+    "mistral3 of ministral3": {
+        "text_config": {"model_type": "ministral3", **COMMON, **NEWCOMERS["ministral3"]},
+        "vision_config": {"model_type": "pixtral", **LAYERED},
+        "image_token_index": 150,
+    },
 }
-"""model_type of models that take images too -> their configuration."""
+"""model_type of models that take images too, and of their text where that has several -> their configuration."""
 
 
-def save_with_images(folder: Path, family: str) -> Any:
-    """Write a random float32 model that takes images to `folder`, and return it."""
+def save_with_images(folder: Path, family: str, **changes: Any) -> Any:
+    """Write a random float32 model that takes images to `folder`, and return it. changes: to its text's entries."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **WITH_IMAGES[family])
+    values = WITH_IMAGES[family]
+    config = AutoConfig.for_model(family.split()[0], **{**values, "text_config": {**values["text_config"], **changes}})
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32, attn_implementation="eager")
     spread(model).save_pretrained(folder)
     return model
@@ -117,10 +123,13 @@ def save_with_images(folder: Path, family: str) -> Any:
 
 def spread(model: Any) -> Any:
     """`model` with random weights that make its logits far from uniform."""
+    vocabulary = spread_of_embedding(model.config.model_type)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name or parameter.ndim < 2:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
             else:
-                parameter.copy_(torch.randn_like(parameter) * (0.5 if "embed" in name or "lm_head" in name else 0.12))
+                parameter.copy_(
+                    torch.randn_like(parameter) * (vocabulary if "embed" in name or "lm_head" in name else 0.12)
+                )
     return model.eval()

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from tests.helpers.tiny import save_tiny
 
 SPECIAL = ["<pad>", "<eos>", "<bos>"]
+TOKENS = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())]
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
@@ -18,9 +19,13 @@ TEMPLATE = (
 
 def save_small_chat_model(folder: Path) -> Path:
     """A random Llama of 2 layers in `folder`, its tokenizer's tokens being bytes."""
-    tokens = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    save_tiny(folder, "llama", vocab_size=len(tokens), tie_word_embeddings=True, max_position_embeddings=2048)
-    tokenizer = Tokenizer(models.BPE(vocab={token: number for number, token in enumerate(tokens)}, merges=[]))
+    save_tiny(folder, "llama", vocab_size=len(TOKENS), tie_word_embeddings=True, max_position_embeddings=2048)
+    return save_byte_tokenizer(folder)
+
+
+def save_byte_tokenizer(folder: Path) -> Path:
+    """A tokenizer of len(TOKENS) tokens in `folder`, with a chat template."""
+    tokenizer = Tokenizer(models.BPE(vocab={token: number for number, token in enumerate(TOKENS)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     fast = PreTrainedTokenizerFast(

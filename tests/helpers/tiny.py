@@ -45,13 +45,22 @@ def tiny_model(family: str, **changes: Any) -> Any:
     config = AutoConfig.for_model(family, **{**COMMON, **FAMILIES[family], **changes})
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+    vocabulary = spread_of_embedding(family)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
             else:
-                parameter.copy_(torch.randn_like(parameter) * (0.5 if "embed" in name or "lm_head" in name else 0.12))
+                parameter.copy_(
+                    torch.randn_like(parameter) * (vocabulary if "embed" in name or "lm_head" in name else 0.12)
+                )
     return model.eval()
+
+
+def spread_of_embedding(family: str) -> float:
+    """Standard deviation for a vocabulary's rows. Gemma multiplies them by the root of their size: with more it would
+    be sure of repeating every token."""
+    return 0.1 if family.startswith("gemma") else 0.5
 
 
 def save_tiny(folder: Path, family: str = "llama", **changes: Any) -> Any:

@@ -19,7 +19,7 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     slices = host_matmul.slices
 
     def counted(weight: Tensor, device: torch.device) -> Iterator[tuple[slice, Tensor]]:
-        monkeypatch.setattr(host_matmul, "SLICE_BYTES", 20 * weight.shape[1] * weight.itemsize)
+        monkeypatch.setattr(host_matmul, "HEAD_SLICE_BYTES", 20 * weight.shape[1] * weight.itemsize)
         for rows, part in slices(weight, device):
             assert part.shape[0] <= 16 and part.data_ptr() != weight[rows].data_ptr()
             bytes_sent.append(part.nbytes)
@@ -66,7 +66,7 @@ def test_products_in_slices_equal_whole_ones_on_a_gpu(monkeypatch: pytest.Monkey
     generator = torch.Generator().manual_seed(0)
     host = torch.randn(32000, 512, generator=generator).bfloat16().pin_memory()
     x, logits = (torch.randn(100, width, generator=generator).bfloat16().cuda() for width in (512, 32000))
-    monkeypatch.setattr(host_matmul, "SLICE_BYTES", 1 << 20)
+    monkeypatch.setattr(host_matmul, "HEAD_SLICE_BYTES", 1 << 20)
     for product, given, expected in (
         (host_matmul.mm_transposed, x, x.double() @ host.cuda().double().t()),
         (host_matmul.mm, logits, logits.double() @ host.cuda().double()),

@@ -241,3 +241,13 @@ def test_a_session_whose_sequences_get_longer_rotates_for_their_length_and_start
         session.configure(short)
         assert stopped == [65, 64]
         session.__dict__.pop("_stop_engine")
+
+
+def test_dropout_of_any_name_is_settled() -> None:
+    config = AutoConfig.for_model("seed_oss", **COMMON, residual_dropout=0.1, attention_dropout=0.2)
+    notices = settle(config)
+    assert config.residual_dropout == config.attention_dropout == 0
+    assert [notice.split(" is not applied")[0] for notice in notices] == [
+        "the model's attention_dropout = 0.2",
+        "the model's residual_dropout = 0.1",
+    ]

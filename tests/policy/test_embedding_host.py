@@ -190,7 +190,6 @@ def test_head_and_embedding_count_apart_and_a_tied_one_once() -> None:
 
 
 def test_the_slices_of_a_head_on_the_host_are_planned_where_logits_are() -> None:
-    assert memory.HEAD_SLICE == host_matmul.SLICE_BYTES
     settings = {"train": {"tokens_per_micro_batch": 2000, "logprob_chunk_tokens": 1000}}
     kept, moved = (
         memory.TrainingMemory.of(config(model=model, **settings), LLAMA_8B, 2, on_gpu=True).phases("layer")
@@ -365,7 +364,7 @@ def test_training_takes_the_tables_less_and_computes_the_same(
 ) -> None:
     """With the head on the host the products go through slices, so that they may round differently: a logit by a unit
     in the last place, 2^-3 for the largest of this model."""
-    monkeypatch.setattr(host_matmul, "SLICE_BYTES", 1 << 18)
+    monkeypatch.setattr(host_matmul, "HEAD_SLICE_BYTES", 1 << 18)
     for _ in range(2):  # tables, workspaces and tuned kernels stay
         peak_of_training(folder)
     peak_of_training(folder, **keys)

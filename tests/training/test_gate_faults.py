@@ -56,10 +56,7 @@ def graphs(folder: Path, dtype: str) -> Any:
 def windowed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """Gemma 3: a window in its first layer, scaled embeddings, norms of q and k, rotary factors by kinds of layers."""
     folder = tmp_path_factory.mktemp("gemma3")
-    model = save_tiny(folder, "gemma3_text", sliding_window=40)
-    with torch.no_grad():
-        model.get_input_embeddings().weight.mul_(0.2)  # or it is sure of repeating every token
-    model.save_pretrained(folder)
+    save_tiny(folder, "gemma3_text", sliding_window=40)
     session = graphs(folder, request.param)
     yield session
     session.engine.close()
@@ -112,6 +109,11 @@ def a_norm_that_does_not_add_one(session: Any) -> Any:
     return changed(norm, "weight", nn.Parameter(norm.weight.detach() - 1, requires_grad=False))
 
 
+def dropout_in_training(session: Any) -> Any:
+    mlp = decoder(session).layers[1].mlp
+    return changed(mlp, "act_fn", nn.Sequential(mlp.act_fn, nn.Dropout(0.05)).eval())
+
+
 def vllm_without_the_adapter_of_a_module(session: Any) -> Any:
     return changed(session.engine.vllm_model().model.layers[1].mlp.down_proj, "adapter", None)
 
@@ -130,6 +132,7 @@ def the_graph_without_the_adapter_of_a_module(session: Any) -> Any:
         (scores_without_their_scale, "layers.1.self_attn.o_proj"),
         (embeddings_without_their_scale, "layers.0.self_attn.o_proj|layers.0.mlp.gate_proj"),
         (a_norm_that_does_not_add_one, "layers.1.self_attn.o_proj"),
+        (dropout_in_training, "layers.1.mlp.down_proj"),
         (vllm_without_the_adapter_of_a_module, "result of model.layers.1.mlp.down_proj differs"),
         (the_graph_without_the_adapter_of_a_module, "result of model.layers.0.self_attn.k_proj differs"),
     ],

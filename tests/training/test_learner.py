@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import random
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,12 @@ import torch
 from torch import Tensor
 
 from grpo.config.schema import Config, parse_config
-from grpo.data import Prompt
 from grpo.model.base_weights import BaseWeights
-from grpo.model.source import open_source
 from grpo.policy.policy import Policy
-from grpo.rollout.sampler import Group, Sample
-from grpo.training.advantages import Advantages, compute_advantages
+from grpo.rollout.sampler import Group
+from grpo.training.advantages import Advantages
 from grpo.training.learner import Learner
+from tests.helpers.learner_batches import advantages_of, base_weights, moved_policy, random_groups
 from tests.helpers.tiny import VOCABULARY, save_tiny
 
 GENERATIONS = 3
@@ -29,8 +27,7 @@ REWARDS = [[1.0, 0.0, 0.5], [0.0, 0.0, 0.0], [0.0, 2.0, 1.0], [1.0, 1.0, 0.0]]  
 def base(tmp_path_factory: pytest.TempPathFactory) -> BaseWeights:
     folder = tmp_path_factory.mktemp("llama")
     save_tiny(folder, "llama")
-    model = config_for(folder).model
-    return BaseWeights(open_source(model), model, device=torch.device("cpu"), dtype=torch.float32)
+    return base_weights(config_for(folder))
 
 
 def config_for(folder: Path, *, train: dict[str, Any] | None = None, loss: dict[str, Any] | None = None) -> Config:
@@ -48,15 +45,7 @@ def config_for(folder: Path, *, train: dict[str, Any] | None = None, loss: dict[
 
 def groups() -> list[Group]:
     """Prompts and completions of many lengths, with rollout logprobs a little off the trainer's."""
-    made, draw = [], random.Random(3)
-    for index in range(len(REWARDS)):
-        prompt = Prompt(index, "t", "p", {}, [draw.randrange(3, VOCABULARY) for _ in range(4 + 5 * index)])
-        samples = []
-        for _ in range(GENERATIONS):
-            ids = [draw.randrange(3, VOCABULARY) for _ in range(draw.randint(1, 16))]
-            samples.append(Sample(ids, [-4 + draw.random() for _ in ids], len(ids) == 16, "text"))
-        made.append(Group(prompt, samples))
-    return made
+    return random_groups([4 + 5 * index for index in range(len(REWARDS))], GENERATIONS, (1, 16), VOCABULARY, -4)
 
 
 class Recorder(Learner):
@@ -75,20 +64,14 @@ def gradients(
 ) -> tuple[list[list[Tensor]], dict[str, float]]:
     """The gradient of each optimiser step on the groups in `part`, and the metrics."""
     config = config_for(base.source_path, **settings)
-    policy = Policy(base, config.lora, seed=1)
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for layer in policy.adapter_layers().values():
-            layer.lora_B["default"].weight.normal_(std=0.05, generator=generator)
-    learner = Recorder(policy, config, max_steps=1, notice=print)
+    learner = Recorder(moved_policy(base, config), config, max_steps=1, notice=print)
     learner.seen = []
     metrics = learner.update(groups()[part], advantages(config, part), step=1)
     return learner.seen, metrics
 
 
 def advantages(config: Config, part: slice = slice(None)) -> Advantages:
-    rewards = torch.tensor(REWARDS[part], dtype=torch.float64)[..., None]
-    return compute_advantages(rewards, torch.ones(1, dtype=torch.float64), config.loss)
+    return advantages_of(REWARDS[part], config)
 
 
 def assert_same(found: list[list[Tensor]], expected: list[list[Tensor]], tolerance: float = 3e-5) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,17 +14,15 @@ import torch
 from torch import Tensor
 
 from grpo.config.schema import Config, parse_config
-from grpo.data import Prompt
 from grpo.errors import UserError
 from grpo.model.base_weights import BaseWeights
-from grpo.model.source import open_source
-from grpo.policy.policy import Policy
 from grpo.replay import main, replay
-from grpo.rollout.sampler import Group, Sample
-from grpo.training.advantages import Advantages, compute_advantages
+from grpo.rollout.sampler import Group
+from grpo.training.advantages import Advantages
 from grpo.training.dump import KEPT_DUMPS, write_dump
 from grpo.training.learner import Learner
 from grpo.training.update_check import FEWEST, SkippedUpdate, UpdateCheck
+from tests.helpers.learner_batches import advantages_of, base_weights, moved_policy, random_groups
 from tests.helpers.small_chat import save_small_chat_model
 from tests.helpers.tiny_run import run_tables
 
@@ -42,8 +39,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def base(home: Path) -> BaseWeights:
-    model = config_for(home).model
-    return BaseWeights(open_source(model), model, device=torch.device("cpu"), dtype=torch.float32)
+    return base_weights(config_for(home))
 
 
 def config_for(home: Path, **train: Any) -> Config:
@@ -57,29 +53,15 @@ def learner(base: BaseWeights, home: Path) -> Learner:
 
 
 def learner_for(base: BaseWeights, config: Config) -> Learner:
-    policy = Policy(base, config.lora, seed=1, base_name=config.model.name)
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for layer in policy.adapter_layers().values():
-            layer.lora_B["default"].weight.normal_(std=0.05, generator=generator)
-    return Learner(policy, config, max_steps=9, notice=print)
+    return Learner(moved_policy(base, config), config, max_steps=9, notice=print)
 
 
 def groups() -> list[Group]:
-    made, draw = [], random.Random(3)
-    for index in range(len(REWARDS)):
-        prompt = Prompt(index, "t", "p", {}, [draw.randrange(3, 250) for _ in range(6)])
-        samples = []
-        for _ in REWARDS[index]:
-            ids = [draw.randrange(3, 250) for _ in range(draw.randint(2, 9))]
-            samples.append(Sample(ids, [-6 + draw.random() for _ in ids], False, "text"))
-        made.append(Group(prompt, samples))
-    return made
+    return random_groups([6] * len(REWARDS), len(REWARDS[0]), (2, 9), 250, -6)
 
 
 def advantages(config: Config, rewards: list[list[float]] = REWARDS) -> Advantages:
-    table = torch.tensor(rewards, dtype=torch.float64)[..., None]
-    return compute_advantages(table, torch.ones(1, dtype=torch.float64), config.loss)
+    return advantages_of(rewards, config)
 
 
 def update(learner: Learner, step: int = 1, sampled: list[Group] | None = None) -> dict[str, float | None]:

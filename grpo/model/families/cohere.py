@@ -6,4 +6,4 @@ convention"; where they differ the start-up gate refuses it.
 
 from grpo.model.families.family import Family
 
-FAMILIES = {"cohere": Family()}
+FAMILIES = {"cohere": Family(models="Command R, Aya")}

@@ -16,6 +16,10 @@ from typing import Any
 class Family:
     """What is particular about the models of one `model_type`; the defaults are those of a family without an entry."""
 
+    models: str = ""
+    """Names by which people know its models."""
+    caveat: str = ""
+    """What differs from the other families, for docs/models.md."""
     vllm_class: str = ""
     """vLLM's name of its class; empty for transformers'."""
     text_as: str = ""

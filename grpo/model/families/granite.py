@@ -2,4 +2,4 @@
 
 from grpo.model.families.family import Family
 
-FAMILIES = {"granite": Family()}
+FAMILIES = {"granite": Family(models="Granite 3 and 4, dense")}

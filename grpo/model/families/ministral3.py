@@ -17,4 +17,10 @@ def growth(config: DecoderConfig) -> dict[str, Any]:
     return {"llama_4_scaling": {"beta": beta, "original_max_position_embeddings": length}} if beta else {}
 
 
-FAMILIES = {"ministral3": Family(served=growth)}
+FAMILIES = {
+    "ministral3": Family(
+        models="Ministral 3, from checkpoints that take images too",
+        caveat="FP8 checkpoints are not read",
+        served=growth,
+    )
+}

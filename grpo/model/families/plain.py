@@ -8,16 +8,18 @@ from grpo.model.families.family import Family
 SILU = ("hidden_act", ("silu",))
 
 FAMILIES = {
-    "llama": Family(activation=SILU, fused_layers=True),
-    "mistral": Family(activation=SILU, fused_layers=True),
-    "glm4": Family(),
-    "exaone4": Family(),
-    "ernie4_5": Family(),
-    "stablelm": Family(),
-    "nemotron": Family(),
-    "seed_oss": Family(),
-    "olmo2": Family(),
-    "olmo3": Family(),
-    "glm": Family(),
-    "arcee": Family(),
+    "llama": Family(models="Llama, SmolLM2, and what has their form", activation=SILU, fused_layers=True),
+    "mistral": Family(
+        models="Mistral, Mistral Small 3 from checkpoints that take images", activation=SILU, fused_layers=True
+    ),
+    "glm4": Family(models="GLM-4 (0414)", caveat="vLLM refuses float16"),
+    "exaone4": Family(models="EXAONE 4"),
+    "ernie4_5": Family(models="ERNIE 4.5, dense"),
+    "stablelm": Family(models="StableLM 2"),
+    "nemotron": Family(models="Nemotron-4, Minitron"),
+    "seed_oss": Family(models="Seed-OSS"),
+    "olmo2": Family(models="OLMo 2", caveat="vLLM runs it by its Transformers backend"),
+    "olmo3": Family(models="OLMo 3"),
+    "glm": Family(models="GLM-4 (9B of 2024)"),
+    "arcee": Family(models="Arcee AFM"),
 }

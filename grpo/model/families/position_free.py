@@ -2,4 +2,4 @@
 
 from grpo.model.families.family import Family
 
-FAMILIES = {"smollm3": Family()}
+FAMILIES = {"smollm3": Family(models="SmolLM3", caveat="vLLM runs it by its Transformers backend")}

@@ -9,8 +9,21 @@ from grpo.model.families.family import Family
 SILU = ("hidden_act", ("silu",))
 
 FAMILIES = {
-    "qwen2": Family(activation=SILU, head_of_hidden_size=True, window_in_all_or_none=True, fused_layers=True),
-    "qwen3": Family(activation=SILU, window_in_all_or_none=True, fused_layers=True),
+    "qwen2": Family(
+        models="Qwen 2 and 2.5, the text of Qwen2-VL and Qwen2.5-VL",
+        caveat="a sliding window in all layers or in none",
+        activation=SILU,
+        head_of_hidden_size=True,
+        window_in_all_or_none=True,
+        fused_layers=True,
+    ),
+    "qwen3": Family(
+        models="Qwen 3, the text of Qwen3-VL",
+        caveat="a sliding window in all layers or in none",
+        activation=SILU,
+        window_in_all_or_none=True,
+        fused_layers=True,
+    ),
     "qwen2_5_vl_text": Family(text_as="qwen2"),
     "qwen2_vl_text": Family(text_as="qwen2"),
     "qwen3_vl_text": Family(text_as="qwen3"),

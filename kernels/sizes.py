@@ -1,0 +1,21 @@
+"""What a memory plan has to know of the kernels: how much they hold at once. Nothing here imports torch.
+
+Each is used by the file that is named, and by grpo/memory, so that the two cannot disagree.
+"""
+
+from __future__ import annotations
+
+QKV_TILE = 8192
+"""lora_attention.py: rows whose normalised input exists at once."""
+MLP_TILE = 4096
+"""lora_mlp.py: rows whose intermediate tensors exist at once."""
+ADAPTER_COLUMNS = 64
+"""lora_linear.py: columns for adapters beside a matrix are a multiple of this; rows stay aligned to 128 bytes."""
+RANK_MULTIPLE = 16
+"""lora_shrink.py: the ranks of a served layer's adapter are rounded up to a multiple of this."""
+HEAD_SLICE_BYTES = 32 << 20
+"""host_matmul.py: of a matrix in host memory, what is on the GPU at a time; a copy of half a millisecond, in which its
+start is lost."""
+CPU_BLOCK_BYTES = 8 << 20
+"""logprob.py: each of two wide buffers on a CPU. Small enough for the caches, large enough that threads meet at few
+barriers, which are slow where other processes use the cores too."""
