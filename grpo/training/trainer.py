@@ -51,6 +51,7 @@ from grpo.training.evaluation import evaluate, measure_pass_rates
 from grpo.training.learner import UNMEASURED, Learner
 from grpo.training.loss import resolve_loss
 from grpo.training.reference_policy import set_reference
+from grpo.training.rollout_memory import sample_within_memory
 from grpo.training.self_check import check_start
 from grpo.training.step_metrics import logged, reward_table, sampling_metrics
 from grpo.training.update_check import SkippedUpdate
@@ -287,7 +288,7 @@ class Run:
         torch.manual_seed(sample_seed(self.config.train.seed, step, *self.seed_suffix()))
         taken = self.stream.taken.copy()
         try:
-            rollouts = self.sample(step)
+            rollouts = sample_within_memory(self, step)
             self.session.engine.release_kv_cache()
             sampled = time.perf_counter()
             groups = [group for rollout in rollouts for group in rollout.groups]
