@@ -288,7 +288,7 @@ class Run:
         torch.manual_seed(sample_seed(self.config.train.seed, step, *self.seed_suffix()))
         taken = self.stream.taken.copy()
         try:
-            rollouts = sample_within_memory(self, step)
+            rollouts = sample_within_memory(lambda: self.sample(step), self.stream, self.session, self.ranks)
             self.session.engine.release_kv_cache()
             sampled = time.perf_counter()
             groups = [group for rollout in rollouts for group in rollout.groups]
