@@ -28,11 +28,12 @@ from grpo.config.schema import Config, parse_config
 from grpo.config.toml import apply_override, read_toml
 from grpo.data import load_data
 from grpo.errors import UserError
+from grpo.model.adapter_config import read_adapter_config
 from grpo.model.vocabulary import check_tokens
 from grpo.report.page import write_report
 from grpo.run.checkpoint import CONFIG, write_atomically
 from grpo.run.library_logs import quiet_libraries
-from grpo.run.model_reference import ADAPTER, ADAPTER_CONFIG, BASE, folder_of_adapter
+from grpo.run.model_reference import ADAPTER, BASE, folder_of_adapter
 from grpo.run.records import EVALUATIONS, METRICS, REPORT, json_line
 from grpo.training.evaluation import EvalResult, evaluate
 
@@ -93,6 +94,8 @@ def configuration(parsed: argparse.Namespace, run: Path | None) -> Config:
         )
     if parsed.task is not None:
         values["task"] = {"name": parsed.task}
+    if parsed.adapter is not None:
+        values["lora"] = read_adapter_config(parsed.adapter).table
     for override in parsed.set:
         apply_override(values, override)
     return parse_config(values, source, text, parsed.set)
@@ -102,8 +105,6 @@ def adapter_folder(parsed: argparse.Namespace, run: Path | None) -> Path | None:
     """The adapter to load: `--adapter`, or the run's. Raises UserError where there is none."""
     if parsed.adapter is None:
         return None if run is None else folder_of_adapter(run)
-    if not (parsed.adapter / ADAPTER_CONFIG).is_file():
-        raise UserError(f"--adapter {parsed.adapter}: no {ADAPTER_CONFIG}; pass the folder of a peft adapter")
     return parsed.adapter
 
 

@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from grpo.config.schema import Config
+from grpo.config.schema import Config, Lora
 from grpo.errors import UserError
 from grpo.memory.fit import check_memory, lighter_weights
 from grpo.memory.gpus import as_found
 from grpo.memory.plan import MemoryPlan, plan_memory, sequence_limits, weight_bytes
-from grpo.model.architectures import adapter_targets, check_supported
+from grpo.model.adapter_layers import check_selected
+from grpo.model.architectures import check_supported
 from grpo.model.checks import check_float16, check_head_size, end_tokens, no_bfloat16
 from grpo.model.config_keys import check_keys, settle
 from grpo.model.host_memory import give_back_pinned
@@ -33,6 +34,7 @@ from grpo.model.meta_graph import check_frame
 from grpo.model.source import open_source, read_template
 from grpo.model.vocabulary import no_row
 from grpo.model.weight_source import Source
+from grpo.policy.adapter_files import open_adapter
 from grpo.policy.keep_16bit import load_base
 from grpo.policy.policy import Policy
 from grpo.rollout.attention_backend import choose_backend
@@ -73,6 +75,8 @@ def open_session(
     weights fit. Raises UserError for whatever about the model cannot be used.
     """
     files = files or read_model(config, status)
+    if adapter is not None:
+        open_adapter(adapter, config.lora, files.source.config.get_text_config())
     like = [folder for folder in (resumed, adapter, config.lora.init) if folder is not None]
     return Session(config, adapter, status, start_engine, files, like, agree)
 
@@ -108,13 +112,20 @@ def read_model(
     check_head_size(text, source.path, on_cpu=device.type == "cpu")
     if resolve_dtype(config.model.dtype, device) == torch.float16:
         check_float16(text, source.path)
-    adapter_targets(text, config.lora.target_modules)
     for sentence in account(source):
         notice(sentence)
+    check_adapter(config.lora, text, source)
     tokenizer = source.tokenizer()
     if config.model.chat_template is not None:
         tokenizer.chat_template = read_template(config.model.chat_template)
     return ModelFiles(source, tokenizer, stop_token_ids(source, tokenizer))
+
+
+def check_adapter(lora: Lora, text: Any, source: Source) -> None:
+    """Raise UserError unless `lora` puts its adapter on linear layers of the model alone, and `lora.init` fits it."""
+    check_selected(text, lora, (name.rpartition(".")[0] for name in source.names))
+    if lora.init is not None:
+        open_adapter(lora.init, lora, text)
 
 
 def find_layout(text: Any, where: str) -> None:

@@ -31,7 +31,7 @@ EXAMPLES = {
     "shard_index": b'{"weight_map": {"a.weight": "model-1.safetensors"}}',
     "model_configuration": b'{"model_type": "llama", "hidden_size": 64, "text_config": {"vocab_size": 9}}',
     "generation_configuration": b'{"eos_token_id": [1, 2]}',
-    "adapter_configuration": b'{"r": 4, "lora_alpha": 8, "use_rslora": false, "target_modules": ["q_proj"]}',
+    "adapter_configuration": b'{"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}',
     "state_structure": b'{"dict": [["step", 3], ["list", {"list": [1, {"tuple": [null, "x"]}]}]]}',
     "manifest": b'{"step": 1, "files": {"state": "00ff"}}',
     "json_lines": b'{"question": "1 + 1?", "answer": "2"}\n{"question": "?"}\n',

@@ -16,7 +16,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from grpo.config.schema import Lora, parse_config
+from grpo.config.schema import parse_config
 from grpo.errors import UserError
 from grpo.generate import Talk, main, opened, parser, typed
 from tests.helpers.tiny_run import run_tables, save_tiny_chat_model, write_config
@@ -264,11 +264,7 @@ def test_a_model_without_chat_template_asks_for_raw(home: Path, capsys: pytest.C
 
 
 def test_an_adapter_that_this_project_cannot_serve_is_refused_by_its_key(tmp_path: Path) -> None:
-    from grpo.run.model_reference import resolve_model
-
-    adapter = {"peft_type": "LORA", "r": 4, "target_modules": ["q_proj"], "use_dora": True}
+    adapter = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "use_dora": True}
     (tmp_path / "adapter_config.json").write_text(json.dumps(adapter))
-    with pytest.raises(ValueError, match="use_dora is not supported"):
-        Lora.model_validate(resolve_model(tmp_path, tmp_path).lora)
-    with pytest.raises(UserError, match="use_dora is not supported"):
+    with pytest.raises(UserError, match="use_dora = true: DoRA scales the base's weights"):
         opened(parser().parse_args([str(tmp_path), "--base", str(tmp_path)]))

@@ -29,7 +29,7 @@ ORDER = (
     # What is done with them.
     "training", "export", "sft",
     # Ways in: the Python interface, then the commands, none of which imports another.
-    "api", "train", "generate", "evaluate", "serve", "init", "replay", "doctor", "tune",
+    "api", "train", "generate", "evaluate", "serve", "init", "replay", "doctor", "tune", "watch",
 )  # fmt: skip
 """Packages of `grpo`, and its modules beside them, from what knows least to what knows most."""
 COMMANDS = ORDER[ORDER.index("api") + 1 :]

@@ -50,6 +50,8 @@ def _in_words(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     if origin is list:
         least = next((c.min_length for c in metadata if isinstance(c, annotated_types.MinLen)), 0)
         return ("a list that is not empty" if least else "a list") + f", each {_in_words(arguments[0])}"
+    if origin is dict and arguments[1] is not Any:
+        return f"a table, each value {_in_words(arguments[1])}"
     if origin is dict or _is_model(annotation):
         return "a table"
     if annotation is int:

@@ -87,8 +87,19 @@ class Lora(Section):
     """Rank."""
     lora_alpha: PositiveFloat = 32
     """Scale: the update is multiplied by `lora_alpha / r` (by `lora_alpha / sqrt(r)` with `use_rslora`)."""
-    target_modules: list[str] = Field(default=SEVEN_PROJECTIONS, min_length=1)
-    """Linear layers that get an adapter."""
+    target_modules: Annotated[list[str], Field(min_length=1)] | str = SEVEN_PROJECTIONS
+    """Linear layers that get an adapter: names or their ends; a regular expression for whole names; or "all-linear".
+    The default stands for all of them, whatever a family has."""
+    exclude_modules: list[str] | str = []
+    """Of these, layers that get none: names or their ends, or a regular expression for whole names."""
+    layers_to_transform: list[Annotated[int, Field(ge=0)]] = []
+    """Numbers of the decoder layers with an adapter, from 0, where `target_modules` is a list. Empty: all."""
+    layers_pattern: list[str] = []
+    """Where a model has several lists of layers: the name of the one that `layers_to_transform` counts."""
+    rank_pattern: dict[str, Annotated[int, Field(ge=1, le=512)]] = {}
+    """Ranks other than `r`: regular expressions for ends of layers' names, each with a rank."""
+    alpha_pattern: dict[str, PositiveFloat] = {}
+    """Scales other than `lora_alpha`, as `rank_pattern` has ranks."""
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout on the adapter's input while training; always off in rollouts."""
     use_rslora: bool = False
@@ -114,6 +125,30 @@ class Lora(Section):
                 "use_dora is not supported: its magnitude vector does not fit vLLM's LoRA layers; "
                 "use plain LoRA or use_rslora"
             )
+        return self
+
+    @model_validator(mode="after")
+    def patterns_are_regular_expressions(self) -> Lora:
+        wholes = {"target_modules": self.target_modules, "exclude_modules": self.exclude_modules}
+        patterns = [(key, value) for key, value in wholes.items() if isinstance(value, str)]
+        for key in ("layers_pattern", "rank_pattern", "alpha_pattern"):
+            patterns += [(key, pattern) for pattern in getattr(self, key)]
+        for key, pattern in patterns:
+            try:
+                re.compile(f"({pattern})")
+            except (re.error, RecursionError, OverflowError) as error:
+                raise ValueError(f"{key}: {pattern!r} is no regular expression ({error}); correct it") from None
+        return self
+
+    @model_validator(mode="after")
+    def layers_are_counted_for_names(self) -> Lora:
+        if isinstance(self.target_modules, str) and self.layers_to_transform:
+            raise ValueError(
+                "layers_to_transform counts layers for a list of target_modules; write the numbers into the pattern, "
+                "or the names as a list"
+            )
+        if self.layers_pattern and not self.layers_to_transform:
+            raise ValueError("layers_pattern has no use without layers_to_transform; leave it out, or set both")
         return self
 
 
@@ -245,6 +280,8 @@ class Loss(Section):
     """SAPO's gate temperature for negative advantages."""
     importance_sampling_level: Literal["token", "sequence"] = "token"
     """Ratio per token or, as in GSPO, per sequence."""
+    advantage_level: Literal["episode", "turn"] = "episode"
+    """One advantage for all turns of an episode, or one for each turn from what the episode earns from it on."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
     """Divide advantages by the standard deviation of the group, of the batch, or not."""
     leave_one_out: bool = False
@@ -258,10 +295,10 @@ class Loss(Section):
     top_entropy_quantile: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Train only on this share of tokens, those of highest entropy."""
     importance_sampling_correction: Literal[
-        "none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"
+        "none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "geometric_mask"
     ] = "token_truncate"
     """Correction of the rollout-trainer mismatch: weight by the ratio of trainer to rollout probability, truncated or
-    masked at the bounds below, per token or per sequence."""
+    masked at the bounds below, per token or per sequence; "geometric_mask" drops sequences by the mean per token."""
     importance_sampling_clip_max: PositiveFloat = 2.0
     """Upper bound of that ratio."""
     importance_sampling_clip_min: Annotated[float, Field(ge=0)] = 0.0
@@ -290,6 +327,10 @@ class Loss(Section):
             raise ValueError(
                 f'multi_objective_aggregation = "normalize_then_sum" scales each reward by its group; leave '
                 f'scale_rewards = "{self.scale_rewards}" out'
+            )
+        if self.multi_objective_aggregation == "normalize_then_sum" and self.advantage_level == "turn":
+            raise ValueError(
+                'advantage_level = "turn" compares what turns earn in all; leave multi_objective_aggregation out'
             )
         return self
 
@@ -544,6 +585,12 @@ class Config(Section):
                 f"train.optimizer_steps_per_rollout = {self.train.optimizer_steps_per_rollout} exceeds "
                 f"rollout.prompts_per_step = {self.rollout.prompts_per_step}; a group is never split"
             )
+        return self
+
+    @model_validator(mode="after")
+    def turns_are_an_environments(self) -> Config:
+        if self.loss.advantage_level == "turn" and self.environment is None:
+            raise ValueError('loss.advantage_level = "turn" needs turns; add [environment], or leave it out')
         return self
 
     @model_validator(mode="after")

@@ -51,6 +51,7 @@ class Continuer:
         self.tokenizer, self.end_tokens, self.kwargs = tokenizer, frozenset(end_tokens), dict(template_kwargs)
         self.tool_parser, self.form = tool_parser, HERMES
         self._doubt_of_tools: str | None = None
+        self._longest_token: int | None = None
 
     def render(self, messages: Sequence[Message], tools: Any, *, opens: bool) -> str:
         """The conversation as text; with `opens` also the opening of the policy's turn. Raises as the template does."""
@@ -62,6 +63,13 @@ class Continuer:
 
     def tokens(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    @property
+    def longest_token(self) -> int:
+        """Characters of the vocabulary's longest entry: a text of more than n times as many has more than n tokens."""
+        if self._longest_token is None:
+            self._longest_token = max(map(len, self.tokenizer.get_vocab()))
+        return self._longest_token
 
     def opens_thought(self, prompt_ids: Sequence[int]) -> bool:
         """Whether a prompt ends within a thought, as the generation prompts of some templates do."""

@@ -154,15 +154,17 @@ def base_model(reference: ModelReference) -> Model:
 
 def open_merged(reference: ModelReference, notice: Callable[[str], None]) -> MergedSource:
     """The base with the adapter folded in; says which weights it is made of."""
-    from grpo.export.merge import Adapter, MergedSource
+    from grpo.export.merge import MergedSource
+    from grpo.model.adapter_config import read_adapter_config
     from grpo.model.architectures import check_supported
     from grpo.model.fingerprint import UNQUANTISED, Fingerprint, check_base
     from grpo.model.inventory import account
     from grpo.model.source import open_source
+    from grpo.policy.adapter_files import AdapterFile
 
     model = base_model(reference)
     assert reference.adapter is not None
-    adapter = Adapter(reference.adapter)
+    adapter = AdapterFile(read_adapter_config(reference.adapter))
     base = open_source(model)
     check_supported(base.config, str(base.path))
     for sentence in account(base):
@@ -211,11 +213,12 @@ def made_whole(folder: Path) -> Iterator[Path]:
 
 def write_adapter(reference: ModelReference, folder: Path, notice: Callable[[str], None]) -> None:
     """The adapter in peft's format, with its base named so that it is found from anywhere."""
-    from grpo.export.merge import ADAPTER_WEIGHTS, Adapter, check_fits
+    from grpo.model.adapter_config import ADAPTER_WEIGHTS, read_adapter_config
     from grpo.model.fingerprint import Fingerprint, check_base
+    from grpo.policy.adapter_files import AdapterFile
 
     assert reference.adapter is not None
-    adapter = Adapter(reference.adapter)
+    adapter = AdapterFile(read_adapter_config(reference.adapter))
     model = base_model(reference)
     if local_path(model.name) is not None:
         from grpo.model.inventory import account
@@ -223,15 +226,15 @@ def write_adapter(reference: ModelReference, folder: Path, notice: Callable[[str
 
         base = open_source(model)
         account(base)
-        check_fits(adapter, base, base.names)
+        adapter.check(base.config.get_text_config())
         check_base(reference.adapter, Fingerprint.of(base), model.name)
-    config = {**adapter.config, "base_model_name_or_path": lasting_name(model.name), "inference_mode": True}
+    config = {**adapter.saved.values, "base_model_name_or_path": lasting_name(model.name), "inference_mode": True}
     config["revision"] = model.revision
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     for name in (ADAPTER_WEIGHTS, BASE_SAMPLE):
         if (reference.adapter / name).is_file():
             shutil.copyfile(reference.adapter / name, folder / name)
-    notice(f"{len(adapter.modules)} layers of {reference.adapter}, for {config['base_model_name_or_path']}")
+    notice(f"{len(adapter.names) // 2} layers of {reference.adapter}, for {config['base_model_name_or_path']}")
 
 
 def write_folder(

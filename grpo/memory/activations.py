@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from grpo.config.schema import Config
+from grpo.config.schema import Config, Lora
 from grpo.kernels.sizes import ADAPTER_COLUMNS, CPU_BLOCK_BYTES, HEAD_SLICE_BYTES, MLP_TILE, QKV_TILE
-from grpo.model.architectures import adapter_targets
+from grpo.model.adapter_layers import adapted_layers
 from grpo.model.sizes import linear_shapes
 
 CHECKPOINTING_MODES = ("none", "mlp", "layer", "offload")
@@ -80,10 +80,12 @@ class LayerSizes:
     """Numbers in one layer's B."""
 
     @classmethod
-    def of(cls, shape: Any, targets: list[str], rank: int) -> LayerSizes:
-        """Of a plan's Shape or transformers' configuration."""
+    def of(cls, shape: Any, lora: Lora) -> LayerSizes:
+        """Of a plan's Shape or transformers' configuration; every layer as large as one with all adapters there are."""
         head_dim = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
-        adapted = frozenset(adapter_targets(shape, targets))
+        adapters = adapted_layers(shape, lora)
+        adapted = frozenset(name.rpartition(".")[2] for name in adapters)
+        rank = max(adapter.rank for adapter in adapters.values())
         first = {n: s for n, s in linear_shapes(shape).items() if ".layers.0." in n and n.rpartition(".")[2] in adapted}
         return cls(
             hidden=shape.hidden_size,
@@ -140,7 +142,7 @@ class TrainingMemory:
         """Of the largest micro-batch of `config`, or of one of `tokens` tokens."""
         tokens = tokens or max(config.train.tokens_per_micro_batch, config.max_seq_length)
         return cls(
-            sizes=LayerSizes.of(shape, config.lora.target_modules, config.lora.r),
+            sizes=LayerSizes.of(shape, config.lora),
             itemsize=itemsize,
             tokens=tokens,
             predicted=tokens,

@@ -15,7 +15,8 @@ from typing import Any
 from grpo.config.schema import Config
 from grpo.kernels.sizes import RANK_MULTIPLE
 from grpo.memory.activations import TrainingMemory, moment_bytes
-from grpo.model.architectures import adapter_targets, fused_linears
+from grpo.model.adapter_layers import adapted_layers
+from grpo.model.layout import fused_linears
 from grpo.model.sizes import AUTO_SHARE, embedding_bytes, linear_shapes, nf4_bytes, pinned_bytes, weights_on_host
 
 CPU_BLOCK, GPU_BLOCK = 32, 16
@@ -188,14 +189,13 @@ def hosted(config: Config, shape: Any, *, on_gpu: bool) -> dict[str, str]:
 
 def adapter_bytes(config: Config, shape: Any, itemsize: int, *, on_gpu: bool) -> int:
     """float32 values and gradients, AdamW's moments, the engine's stacked copy, and the KL reference's values."""
-    endings = tuple(f".{target}" for target in adapter_targets(shape, config.lora.target_modules))
-    sizes, rank = linear_shapes(shape), config.lora.r
-    trained = engine = 0
+    sizes, adapters = linear_shapes(shape), adapted_layers(shape, config.lora)
+    trained = sum(adapter.rank * sum(sizes[part]) for part, adapter in adapters.items())
+    engine = 0
     for parts in fused_linears(shape).values():
-        adapted = [part for part in parts if part.endswith(endings)]
-        trained += sum(rank * sum(sizes[part]) for part in adapted)
         # B of a fused layer has a row for every output and a column for every part's rank.
-        ranks = -(-rank * len(adapted) // RANK_MULTIPLE) * RANK_MULTIPLE
+        ranks = sum(adapters[part].rank for part in parts if part in adapters)
+        ranks = -(-ranks // RANK_MULTIPLE) * RANK_MULTIPLE
         engine += ranks * (sizes[parts[0]][1] + sum(sizes[part][0] for part in parts))
     has_reference = config.loss.beta > 0 and config.loss.reference == "start" and config.lora.init is not None
     return trained * (4 + 4 + 4 * has_reference + moment_bytes(config.train.optim, on_gpu=on_gpu)) + engine * itemsize

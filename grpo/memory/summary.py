@@ -10,6 +10,7 @@ from grpo.memory.fit import CONTEXT, DESKTOP, DESKTOP_BELOW, Fit, best_fit, leas
 from grpo.memory.gpus import GPUS, Gpu, gpu_here
 from grpo.memory.plan import MemoryPlan, Shape, hosted, plan_memory, sequence_limits
 from grpo.memory.shapes import model_shape
+from grpo.model.adapter_layers import adapted_layers
 from grpo.model.layout import EMBEDDING, HEAD
 
 
@@ -48,7 +49,7 @@ def parts(
         f"Memory on {where or ('the GPU' if on_gpu else 'the CPU')}, planned, in GB of 10^9 bytes:",
         f"  {gb(plan.weights)}  weights, {storage}, one copy for sampling and training",
         f"  {kv_line(config, plan, fit, on_gpu)}",
-        f"  {gb(plan.adapter)}  adapter of rank {config.lora.r}: values, gradients, moments, the copy that vLLM reads",
+        f"  {gb(plan.adapter)}  adapter of {ranks(config, shape)}: values, gradients, moments, vLLM's copy",
         f"  {gb(plan.sampling)}  at most, while sampling",
         f"  {gb(training)}  at most, while training on {tokens:,} tokens ({training_line(plan, fit)})",
     ]
@@ -100,6 +101,12 @@ def smallest(config: Config, shape: Shape) -> list[str]:
             name = gpu.name.removeprefix("RTX ")
             return [f'A GPU of {gpu.memory / 1e9:.0f} GB would do; --card "{name}" plans for the {gpu.name}.']
     return []
+
+
+def ranks(config: Config, shape: Shape) -> str:
+    """The ranks of the adapter's layers, in words."""
+    every = sorted({adapter.rank for adapter in adapted_layers(shape, config.lora).values()})
+    return f"rank {every[0]}" if len(every) == 1 else f"ranks {every[0]} to {every[-1]}"
 
 
 def speed(config: Config, seconds: float) -> str:

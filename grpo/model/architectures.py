@@ -6,6 +6,7 @@ refused here, before anything is read, is what cannot work whatever the gate wou
 
 from __future__ import annotations
 
+from grpo.config.schema import SEVEN_PROJECTIONS
 from grpo.errors import UserError
 from grpo.model.decoder_config import DecoderConfig
 from grpo.model.families.table import family_of
@@ -13,6 +14,8 @@ from grpo.model.layout import fused_linears
 
 MIXTURE = ("num_experts", "num_local_experts", "n_routed_experts", "num_experts_per_tok")
 """Entries of configurations that give away a mixture of experts."""
+ALL_LINEAR = "all-linear"
+"""peft's word, in any case, for every linear layer but the output head."""
 FUSED_NAMES = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 """Modules that some families have in place of several, which people name all the same."""
 
@@ -50,13 +53,19 @@ def unsuited(config: DecoderConfig) -> str | None:
     return None
 
 
-def adapter_targets(config: DecoderConfig, target_modules: list[str]) -> list[str]:
+def adapter_targets(config: DecoderConfig, target_modules: list[str] | str) -> list[str] | str:
     """`target_modules` in the family's own names: where q, k, v (gate, up) are one module, naming any names it.
 
-    config: a plan's Shape or transformers'. Raises UserError for one that names no linear layer of the model.
+    The seven names of a usual decoder, which are the default, stand for all linear layers, whatever a family has, and
+    so does "all-linear"; any other text is a pattern and stays as it is. config: a plan's Shape or transformers'.
+    Raises UserError for a name of a list that names no linear layer of the model.
     """
     parts = [part for group in fused_linears(config).values() for part in group]
     leaves = dict.fromkeys(part.rpartition(".")[2] for part in parts)
+    if isinstance(target_modules, str):
+        return list(leaves) if target_modules.lower() == ALL_LINEAR else target_modules
+    if set(target_modules) == set(SEVEN_PROJECTIONS):
+        return list(leaves)
     family_names = [own_name(name, list(leaves)) for name in target_modules]
     for name, meant in zip(family_names, target_modules, strict=True):
         if not any(part == name or part.endswith(f".{name}") for part in parts):

@@ -1,110 +1,113 @@
-"""Reading a saved LoRA adapter that nobody vouches for: peft's two files, checked before anything is believed.
+"""The tensors of a saved LoRA adapter that nobody vouches for: each accounted for before any is used.
 
-Only safetensors are read; a pickled adapter is refused. For what becomes of the values see `policy.py`.
+Only safetensors are read; a pickled adapter is refused. Which tensors there have to be follows from the adapter's
+configuration (`grpo.model.adapter_config`) and its base; for what becomes of the values see `policy.py`.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
+from grpo.config.schema import Lora
 from grpo.errors import UserError
+from grpo.model.adapter_config import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    MERGE,
+    AdapterConfig,
+    check_same_shape,
+    read_adapter_config,
+)
+from grpo.model.adapter_layers import LayerAdapter, adapted_layers
+from grpo.model.architectures import adapter_targets
+from grpo.model.checks import one_line
+from grpo.model.decoder_config import DecoderConfig
+from grpo.model.safetensors_source import DENSE_TYPES
+from grpo.model.sizes import linear_shapes
+from grpo.model.weight_files import stored_names
 
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-
-ALTERS_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Initialisations after which the trained base is not the one on the disk."""
-CHANGES_THE_FORMULA = ("use_dora", "alpha_pattern", "layer_replication", "use_qalora", "fan_in_fan_out")
-"""Entries of adapter_config.json with which the update is no longer s B A of one rank rule."""
-ONLY_IN_PEFT = (
-    "rank_pattern", "layers_to_transform", "layers_pattern", "modules_to_save", "lora_bias", "target_parameters",
-    "trainable_token_indices",
-)  # fmt: skip
-"""Entries with which an adapter is not one rank on the same modules of every layer, as training has it."""
+PEFT_PREFIX = "base_model.model."
+OTHER_BASE = "name the base that the adapter was trained on (model.name, or --base)"
 
 
-def read_adapter(folder: Path, expected: Any, shapes: Mapping[str, torch.Size]) -> dict[str, torch.Tensor]:
-    """The tensors of the adapter in `folder`, by peft's names, on the CPU.
+class AdapterFile:
+    """adapter_model.safetensors beside an adapter's configuration, read tensor by tensor."""
 
-    expected: the LoraConfig that the adapter must fit in rank, scale and target modules. shapes: of every tensor.
-    Raises UserError naming the file, and the key or tensor that does not fit.
+    def __init__(self, saved: AdapterConfig):
+        """Raises UserError for a file that is missing, damaged or pickled."""
+        self.saved = saved
+        self.file = saved.file.parent / ADAPTER_WEIGHTS
+        if not self.file.is_file():
+            raise UserError(
+                f"{saved.file.parent}: no {ADAPTER_WEIGHTS}; pickled adapters are never loaded, save it as safetensors"
+            )
+        try:
+            self._handle = safe_open(self.file, framework="pt")
+            self.names = set(stored_names(self.file))
+        except (SafetensorError, OSError, ValueError) as error:
+            raise UserError(f"{self.file}: damaged safetensors ({one_line(error)}); copy the adapter again") from None
+
+    def check(self, config: DecoderConfig) -> dict[str, LayerAdapter]:
+        """The adapter of each linear layer of the base, whose A and B are there and of the right size; and no others.
+
+        config: transformers', of the base. Raises UserError naming the tensor.
+        """
+        layers, shapes = self._layers(config), linear_shapes(config)
+        expected: dict[str, tuple[int, ...]] = {}
+        for name, adapter in layers.items():
+            a, b = factor_names(name)
+            rows, columns = shapes[name]
+            expected |= {a: (adapter.rank, columns), b: (rows, adapter.rank)}
+        for key, shape in expected.items():
+            self._check_tensor(key, shape)
+        for key in sorted(self.names - expected.keys()):
+            remedy = OTHER_BASE if key.endswith((".lora_A.weight", ".lora_B.weight")) else MERGE
+            raise UserError(
+                f"{self.file}: holds {key}, which is no A or B of a layer that {ADAPTER_CONFIG} selects on this base; "
+                f"{remedy}"
+            )
+        return layers
+
+    def _layers(self, config: DecoderConfig) -> dict[str, LayerAdapter]:
+        try:
+            return adapted_layers(config, self.saved.lora)
+        except UserError as error:  # speaks of `[lora]`, and how to correct that
+            raise UserError(f"{self.saved.file}: {str(error).partition(';')[0]}; {OTHER_BASE}") from None
+
+    def _check_tensor(self, key: str, shape: tuple[int, ...]) -> None:
+        if key not in self.names:
+            raise UserError(f"{self.file}: tensor {key} is missing; {OTHER_BASE}")
+        stored = self._handle.get_slice(key)
+        if stored.get_dtype() not in DENSE_TYPES:
+            raise UserError(f"{self.file}: {key} is kept as {stored.get_dtype()}; save the adapter in float32")
+        if (found := tuple(stored.get_shape())) != shape:
+            raise UserError(f"{self.file}: {key} has shape {found}, on this base it has {shape}; {OTHER_BASE}")
+
+    def factors(self, layer: str) -> tuple[Tensor, Tensor]:
+        """A [rank, in] and B [out, rank] of the linear layer `layer`, as they are stored."""
+        a, b = (self._handle.get_tensor(key) for key in factor_names(layer))
+        return a, b
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything, by peft's names, on the CPU."""
+        return {name: self._handle.get_tensor(name) for name in sorted(self.names)}
+
+
+def open_adapter(folder: Path, lora: Lora, config: DecoderConfig) -> AdapterFile:
+    """The adapter in `folder`, which has to be one of the shape `lora` on the base that transformers' `config` is of.
+
+    Raises UserError for any other.
     """
-    check_adapter(folder, expected)
-    file = Path(folder) / WEIGHTS_FILE
-    try:
-        tensors = load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{file}: damaged safetensors ({error}); copy the adapter again") from None
-    for name, shape in shapes.items():
-        if name not in tensors:
-            raise UserError(f"{file}: tensor {name} is missing; was the adapter trained on another base?")
-        if tensors[name].shape != shape:
-            raise UserError(
-                f"{file}: {name} has shape {tuple(tensors[name].shape)}, on this base it has {tuple(shape)}; was the "
-                "adapter trained on another base?"
-            )
-    if surplus := sorted(tensors.keys() - shapes.keys()):
-        raise UserError(
-            f"{file}: the adapter has weights that this model lacks, such as {surplus[0]}; was it trained on another "
-            "base?"
-        )
-    return tensors
+    saved = read_adapter_config(folder)
+    check_same_shape(saved, lora, lambda each: adapter_targets(config, each.target_modules))
+    file = AdapterFile(saved)
+    file.check(config)
+    return file
 
 
-def check_adapter(folder: Path, expected: Any) -> None:
-    """Raise UserError unless `folder` holds a LoRA adapter of the rank, scale and targets of `expected`."""
-    file = Path(folder) / CONFIG_FILE
-    if not file.is_file():
-        raise UserError(f"{folder}: no {CONFIG_FILE}; pass the folder of a peft adapter")
-    if not (Path(folder) / WEIGHTS_FILE).is_file():
-        raise UserError(f"{folder}: no {WEIGHTS_FILE}; pickled adapters are never loaded, save it as safetensors")
-    try:
-        saved = json.loads(file.read_text(encoding="utf-8"))
-        targets = set(saved["target_modules"])
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-        raise UserError(f"{file}: not the configuration of a LoRA adapter ({error}); copy the adapter again") from None
-    check_plain_lora(saved, file)
-    for key in ONLY_IN_PEFT:
-        if saved.get(key):
-            raise UserError(
-                f"{file}: {key} is set, and training takes one rank on the same modules of every layer; have peft "
-                "merge it into the base, and train a new adapter on that"
-            )
-    if isinstance(saved["target_modules"], str):
-        raise UserError(
-            f"{file}: target_modules = {saved['target_modules']!r} is a pattern; have peft save it as a list of names"
-        )
-    for key in ("r", "lora_alpha", "use_rslora"):
-        if saved.get(key) != getattr(expected, key):
-            raise UserError(
-                f"{file}: {key} = {saved.get(key)}, the configuration says {getattr(expected, key)}; "
-                f"set lora.{key} = {saved.get(key)}"
-            )
-    if targets != set(expected.target_modules):
-        raise UserError(
-            f"{file}: target_modules = {sorted(map(str, targets))}, the configuration says "
-            f"{sorted(expected.target_modules)}; set lora.target_modules as the adapter has them"
-        )
-
-
-def check_plain_lora(config: Mapping[str, Any], file: Path) -> None:
-    """Raise UserError unless adapter_config.json says that every update is s B A on the base as it is on the disk."""
-    if not isinstance(config.get("lora_alpha"), int | float):
-        raise UserError(f"{file}: lora_alpha is missing; copy the adapter again")
-    for key in CHANGES_THE_FORMULA:
-        if config.get(key):
-            raise UserError(
-                f"{file}: {key} is set, and only plain LoRA is taken here; have peft merge it, or convert it to "
-                "plain LoRA"
-            )
-    if config.get("init_lora_weights") in ALTERS_THE_BASE:
-        raise UserError(
-            f"{file}: init_lora_weights = {config['init_lora_weights']!r} trained a base other than the one on the "
-            "disk; have peft convert it to plain LoRA first"
-        )
+def factor_names(layer: str) -> tuple[str, str]:
+    """peft's names of the A and B of a linear layer."""
+    return f"{PEFT_PREFIX}{layer}.lora_A.weight", f"{PEFT_PREFIX}{layer}.lora_B.weight"

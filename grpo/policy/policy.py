@@ -14,16 +14,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from grpo.config.schema import Lora
 from grpo.errors import UserError
 from grpo.kernels.logprob import selected_logprobs
+from grpo.model.adapter_layers import adapted_layers
 from grpo.model.base_weights import BaseWeights
+from grpo.model.checks import one_line
 from grpo.model.fingerprint import check_base
 from grpo.policy.activation_checkpointing import recompute_layers
-from grpo.policy.adapter_files import read_adapter
+from grpo.policy.adapter_files import open_adapter
 from grpo.policy.fused_layers import install, wants_kernels
 from grpo.policy.graph import build_graph, peft_config
 from grpo.policy.hf_forward import patch_hf_forward
@@ -51,17 +54,16 @@ class Policy:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # peft names our layer as unknown, and the base's folder as renamed
             torch.manual_seed(seed)
-            self.model: PeftModel = get_peft_model(build_graph(base), self.peft_config)
+            self.model: PeftModel = with_adapter(build_graph(base), self.peft_config)
         self.model.peft_config[ADAPTER].base_model_name_or_path = base_name  # peft put the configuration's folder there
         if wants_kernels(kernels, base.device):
             install(self.decoder, base)
         patch_hf_forward(self.decoder)
         self.model.eval()
         self._reference: list[Tensor] | None = None
+        self._check_layers()
         if lora.init is not None:
             self.load_adapter(lora.init)
-        if not self.adapter_layers():
-            raise UserError(f"lora.target_modules = {lora.target_modules}: the model has none of them")
 
     @property
     def decoder(self) -> nn.Module:
@@ -71,6 +73,22 @@ class Policy:
     def adapter_layers(self) -> dict[str, LoraLinear]:
         """transformers module name -> its LoRA layer."""
         return {name: module for name, module in self.decoder.named_modules() if isinstance(module, LoraLinear)}
+
+    def adapted(self) -> str:
+        """The kinds of linear layers that have an adapter, for a sentence."""
+        return ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in self.adapter_layers()))
+
+    def _check_layers(self) -> None:
+        """Raise UserError unless peft put adapters on the layers that `[lora]` means, and on no other module."""
+        built = {name: (layer.r[ADAPTER], layer.scaling[ADAPTER]) for name, layer in self.adapter_layers().items()}
+        meant = {name: tuple(adapter) for name, adapter in adapted_layers(self.base.config, self.lora).items()}
+        others = [name for name, module in self.decoder.named_modules() if isinstance(module, BaseTunerLayer)]
+        for name in sorted({*others, *meant}):
+            if built.get(name) != meant.get(name) or name not in meant:
+                raise UserError(
+                    f"lora.target_modules = {self.lora.target_modules!r}: the installed peft puts {built.get(name)} on "
+                    f"{name}, expected were {meant.get(name)} (rank, scale); name linear layers of the decoder by name"
+                )
 
     def parameters(self) -> list[nn.Parameter]:
         """The trained tensors, in a fixed order."""
@@ -153,9 +171,16 @@ class Policy:
 
     def load_adapter(self, folder: Path) -> None:
         """Replace the adapter's values by those in `folder`, whose shape and base must be the same."""
-        from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+        from peft.utils import set_peft_model_state_dict
 
-        mine = get_peft_model_state_dict(self.model, save_embedding_layers=False)
-        tensors = read_adapter(folder, self.peft_config, {name: tensor.shape for name, tensor in mine.items()})
+        file = open_adapter(folder, self.lora, self.base.config)
         check_base(folder, self.base.fingerprint, str(self.base.source_path))
-        set_peft_model_state_dict(self.model, tensors, ADAPTER)
+        set_peft_model_state_dict(self.model, file.tensors(), ADAPTER)
+
+
+def with_adapter(graph: nn.Module, config: LoraConfig) -> PeftModel:
+    """`graph` with what `config` says on it. Raises UserError for a configuration that peft refuses."""
+    try:
+        return get_peft_model(graph, config)
+    except ValueError as error:
+        raise UserError(f"[lora]: peft takes no such adapter ({one_line(error)}); correct it") from None

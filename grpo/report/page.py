@@ -33,6 +33,8 @@ from grpo.version import __version__
 
 TEMPLATES = Path(__file__).parent / "templates"
 SCRIPTS = ("charts.js", "completions.js", "report.js")
+WATCH = "watch.js"
+"""The script of a page that a server keeps current."""
 COMPARISON = Path("comparison.html")
 TIME_SHARE = 0.01
 """Of a run's time, what writing its report may take."""
@@ -101,7 +103,7 @@ def tell_apart(runs: Sequence[RunData], folders: Sequence[Path]) -> None:
 
 
 @functools.cache
-def template() -> jinja2.Template:
+def template(name: str = "report.html.jinja") -> jinja2.Template:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -109,17 +111,18 @@ def template() -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("report.html.jinja")
+    return environment.get_template(name)
 
 
-def render(runs: Sequence[RunData]) -> str:
-    """The whole file."""
-    style = (TEMPLATES / "report.css").read_text(encoding="utf-8")
-    scripts = [(TEMPLATES / name).read_text(encoding="utf-8") for name in SCRIPTS]
+def render(runs: Sequence[RunData], tag: str = "") -> str:
+    """The whole file. `tag`: of a page that a server watches, what its contents are known by."""
+    style = text_of("report.css")
+    scripts = [text_of(name) for name in (*SCRIPTS, *((WATCH,) if tag else ()))]
     drawn = sections(runs)
     return template().render(
         **page(runs, drawn),
-        policy=policy(style, scripts),
+        policy=policy(style, scripts, server=bool(tag)),
+        tag=tag,
         style=Markup(style),
         scripts=[Markup(script) for script in scripts],
         data=Markup(script_json(data(runs, drawn))),
@@ -127,14 +130,26 @@ def render(runs: Sequence[RunData]) -> str:
     )
 
 
-def policy(style: str, scripts: Sequence[str]) -> str:
-    """A Content-Security-Policy under which nothing is loaded and only these texts style or run."""
+def text_of(name: str) -> str:
+    """A file of templates/."""
+    return (TEMPLATES / name).read_text(encoding="utf-8")
+
+
+def policy(style: str, scripts: Sequence[str], *, server: bool = False) -> str:
+    """A Content-Security-Policy under which nothing is loaded and only these texts style or run.
+
+    server: and where the page's own server may be asked for it again.
+    """
 
     def digest(text: str) -> str:
         return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
     allowed = " ".join(map(digest, scripts))
-    return f"default-src 'none'; style-src {digest(style)}; script-src {allowed}; base-uri 'none'; form-action 'none'"
+    own = "'self'" if server else "'none'"
+    return (
+        f"default-src 'none'; style-src {digest(style)}; script-src {allowed}; base-uri 'none'; form-action {own}; "
+        f"connect-src {own}"
+    )
 
 
 def script_json(value: Any) -> str:

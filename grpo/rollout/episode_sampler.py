@@ -31,6 +31,16 @@ class EpisodeSample(Sample):
     prompt_messages: int = 0
     """So many of `messages` are the prompt."""
 
+    @property
+    def rewards_by_turn(self) -> list[float]:
+        if self.turn_rewards is not None:
+            return self.turn_rewards
+        return [0.0] * (1 + max(self.turn_of_tokens, default=0))
+
+    @property
+    def turn_of_tokens(self) -> list[int]:
+        return [turn for one in self.transcripts for turn in one.turns]
+
     def conversation(self) -> list[dict[str, Any]]:
         """What was said after the prompt, as the sample log keeps it."""
         rewards = list(self.turn_rewards or ())

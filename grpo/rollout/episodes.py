@@ -35,9 +35,12 @@ class Transcript:
     sampled: list[bool] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     """Of the sampled ones."""
+    turns: list[int] = field(default_factory=list)
+    """The episode's turn, from 0, that each of those belongs to."""
 
-    def draw(self, completion: Completion) -> None:
+    def draw(self, completion: Completion, turn: int) -> None:
         """Add a sampled turn."""
+        self.turns += [turn] * len(completion.token_ids)
         self.tokens += completion.token_ids
         self.sampled += [True] * len(completion.token_ids)
         self.logprobs += completion.logprobs
@@ -216,6 +219,9 @@ class EpisodePlayer:
         episode.result = said
         if isinstance(said, Ended):
             episode.over = episode.over or said.over
+            if said.turn_rewards is not None and len(said.turn_rewards) != episode.turns:
+                told = f"returned {len(said.turn_rewards)} turn_rewards for {episode.turns} turns"
+                episode.result = Lost(f"{told}; return one for each")
         del self.open[episode.number]
         if isinstance(said, Ended) and said.state is not None:
             self.unscored.append(episode)
@@ -314,6 +320,9 @@ class EpisodePlayer:
         """The tokens of `new` messages; too long ones are cut, the longest first."""
         most, last_token = self.settings.max_observation_tokens, thread.transcript.tokens[-1]
         kept = [len(str(message.get("content") or "")) for message in new]
+        if max(kept) > most * self.continuer.longest_token:  # too long for sure, and long to tokenise
+            kept = [min(count, most * self.continuer.longest_token) for count in kept]
+            episode.cut_observations += 1
         while True:
             try:
                 ids = self.continuer.continuation(thread.messages, shortened(new, kept), tools, last_token)
@@ -335,7 +344,7 @@ class EpisodePlayer:
         assert episode.thread is not None
         transcript = episode.thread.transcript
         prompt_ids = transcript.ids
-        transcript.draw(completion)
+        transcript.draw(completion, episode.turns)
         episode.turns += 1
         episode.finish_reason = completion.finish_reason
         text = self.decode(completion.token_ids)

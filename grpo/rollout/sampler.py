@@ -48,6 +48,16 @@ class Sample:
         """What is trained on, where `prompt_ids` are the tokens of its group's prompt."""
         return [Segment(prompt_ids, self.token_ids)]
 
+    @property
+    def rewards_by_turn(self) -> list[float]:
+        """Of each turn, what it earned at once; what the whole earned besides counts at the end."""
+        return [0.0]
+
+    @property
+    def turn_of_tokens(self) -> list[int]:
+        """The turn, from 0, that each sampled token belongs to."""
+        return [0] * self.length
+
     def conversation(self) -> list[dict[str, Any]] | None:
         """The turns of an episode, as the sample log keeps them."""
         return None
@@ -66,6 +76,7 @@ class RemoteSample:
     truncated: bool
     finite: bool
     rewards: dict[str, float | None]
+    rewards_by_turn: list[float]
 
 
 @dataclass
@@ -249,7 +260,13 @@ class Sampler:
 def as_remote(group: Group, result: RewardResult) -> dict[str, Any]:
     """What other ranks get of a scored group, as `RemoteSample` and `RewardResult` take it."""
     samples = [
-        {"length": one.length, "truncated": one.truncated, "finite": one.finite, "rewards": one.rewards}
+        {
+            "length": one.length,
+            "truncated": one.truncated,
+            "finite": one.finite,
+            "rewards": one.rewards,
+            "rewards_by_turn": one.rewards_by_turn,
+        }
         for one in group.samples
     ]
     return {"samples": samples, "metrics": result.metrics, "seconds": result.seconds}

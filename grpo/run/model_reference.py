@@ -6,21 +6,18 @@ read elsewhere.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from grpo.config.toml import read_toml
 from grpo.errors import UserError
+from grpo.model.adapter_config import ADAPTER_CONFIG, read_adapter_config
 from grpo.model.locate import local_path
 from grpo.run.checkpoint import CONFIG, latest
 
-ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER, BASE = "with adapter", "model alone"
 """What answers are said to be by, where both can be asked."""
-LORA_KEYS = ("r", "lora_alpha", "target_modules", "lora_dropout", "use_rslora", "use_dora", "bias")
 
 
 @dataclass(frozen=True)
@@ -71,14 +68,13 @@ def of_adapter(folder: Path, base: str | Path | None) -> ModelReference:
     from grpo.model import fingerprint
 
     saved = read_adapter_config(folder)
-    model: dict[str, Any] = {"name": found_base(saved.get("base_model_name_or_path"), folder, base)}
-    if base is None and saved.get("revision"):
-        model["revision"] = saved["revision"]
+    model: dict[str, Any] = {"name": found_base(saved.values.get("base_model_name_or_path"), folder, base)}
+    if base is None and saved.values.get("revision"):
+        model["revision"] = saved.values["revision"]
     trained_on = fingerprint.read(folder)
     if trained_on is not None and trained_on.kept_16bit:
         model["keep_16bit"] = trained_on.kept_16bit
-    lora = {key: saved[key] for key in LORA_KEYS if saved.get(key) is not None}
-    return ModelReference({"model": model, "lora": lora}, str(folder / ADAPTER_CONFIG), folder, lora)
+    return ModelReference({"model": model, "lora": saved.table}, str(saved.file), folder, saved.table)
 
 
 def folder_of_adapter(run: Path) -> Path:
@@ -89,18 +85,6 @@ def folder_of_adapter(run: Path) -> Path:
     if checkpoint is None:
         raise UserError(f"{run}: the run has no adapter and no checkpoint yet; name its model instead")
     return checkpoint / "adapter"
-
-
-def read_adapter_config(folder: Path) -> Mapping[str, Any]:
-    """adapter_config.json of `folder`. Raises UserError where it is damaged or no LoRA adapter's."""
-    file = folder / ADAPTER_CONFIG
-    try:
-        saved = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read ({error}); copy the adapter again") from None
-    if not isinstance(saved, dict) or saved.get("peft_type") != "LORA":
-        raise UserError(f"{file}: this is not a LoRA adapter's; only LoRA is supported")
-    return saved
 
 
 def found_base(recorded: str | None, adapter: Path, moved_to: str | Path | None) -> str:

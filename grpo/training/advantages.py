@@ -25,11 +25,17 @@ class Advantages:
     values: [P, G]; 0 for a completion that could not be scored.
     reward: [P, G], weighted sum over reward functions; NaN where no weighted function gave a score.
     zero_std: [P] bool, groups whose rewards are all exactly equal: their advantages are exactly 0.
+    turns: [P, G, U], of each turn of an episode (`turn_advantages.py`), which then count instead of `values`.
     """
 
     values: Tensor
     reward: Tensor
     zero_std: Tensor
+    turns: Tensor | None = None
+
+    def of_group(self, place: int) -> Tensor:
+        """Those of a group's completions [G], or of their turns [G, U]."""
+        return self.values[place] if self.turns is None else self.turns[place]
 
 
 def compute_advantages(rewards: Tensor, weights: Tensor, settings: Loss) -> Advantages:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -26,6 +27,8 @@ class TrainingSequence:
     """float32 [trained]: under the policy before this rollout's first update; None: that of the current forward."""
     sampled: Sequence[bool] | None = None
     """Which of `completion_ids` the policy drew, as in `Segment`. Only these are trained on and have logprobs."""
+    token_advantages: Sequence[float] | None = None
+    """Of each trained token, where they differ; `advantage` is their mean then."""
     rewritten: Sequence[Segment] = ()
     """Further parts of an episode that changed its own history. Their logprobs follow those of the first part."""
 
@@ -79,21 +82,24 @@ def active_sequences(groups: Sequence[TrainingGroup]) -> list[TrainingSequence]:
 
 
 def training_sequences(group: Group, advantages: Tensor) -> list[TrainingSequence]:
-    """The completions of `group`, sampled here, with their `advantages` [G]; an episode that was lost is left out."""
+    """The completions of `group`, sampled here, with their `advantages` [G], or [G, U] of turns; an episode that was
+    lost is left out."""
     sequences = []
     for sample, advantage in zip(group.local, advantages, strict=True):
         if not sample.length:
             continue
         first, *others = sample.segments(group.prompt.token_ids)
+        by_token = None if advantage.ndim == 0 else advantage[sample.turn_of_tokens].tolist()
         sequences.append(
             TrainingSequence(
                 first.prompt_ids,
                 first.token_ids,
                 sample.logprobs,
-                float(advantage),
+                float(advantage) if by_token is None else math.fsum(by_token) / len(by_token),
                 sample.truncated,
                 sampled=first.sampled,
                 rewritten=others,
+                token_advantages=by_token,
             )
         )
     return sequences
@@ -131,16 +137,23 @@ class PackedTokens:
     """bool [S]."""
     old_logprobs: Tensor | None
     """float32 [T], or None on policy."""
+    token_advantages: Tensor | None = None
+    """float32 [T], or None where those of sequences are meant."""
 
 
 def packed_tokens(batch: Sequence[TrainingSequence], device: torch.device) -> PackedTokens:
     """The tensors of a micro-batch."""
     lengths = torch.tensor([sequence.trained for sequence in batch])
     old = [sequence.old_logprobs for sequence in batch]
+    by_token: list[float] | None = []
+    for sequence in batch:
+        own = sequence.token_advantages
+        by_token = None if own is None or by_token is None else [*by_token, *own]
     return PackedTokens(
         sequence=torch.arange(len(batch)).repeat_interleave(lengths).to(device),
         rollout_logprobs=torch.tensor([p for s in batch for p in s.rollout_logprobs], device=device),
         advantages=torch.tensor([sequence.advantage for sequence in batch], device=device),
         truncated=torch.tensor([sequence.truncated for sequence in batch], device=device),
         old_logprobs=torch.cat(old).to(device) if all(entry is not None for entry in old) else None,
+        token_advantages=None if by_token is None else torch.tensor(by_token, device=device),
     )

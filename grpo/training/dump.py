@@ -99,11 +99,16 @@ def sequence_state(sequence: TrainingSequence) -> dict[str, Any]:
         "truncated": sequence.truncated,
         "old_logprobs": sequence.old_logprobs,
         "sampled": mask_state(sequence.sampled),
+        "token_advantages": float_state(sequence.token_advantages),
         "rewritten": [
             [torch.tensor(part.prompt_ids), torch.tensor(part.token_ids), mask_state(part.sampled)]
             for part in sequence.rewritten
         ],
     }
+
+
+def float_state(values: Sequence[float] | None) -> torch.Tensor | None:
+    return None if values is None else torch.tensor(values, dtype=torch.float64)
 
 
 def mask_state(sampled: Sequence[bool] | None) -> torch.Tensor | None:
@@ -118,6 +123,7 @@ def restored_sequence(state: Mapping[str, Any]) -> TrainingSequence:
         truncated=state["truncated"],
         old_logprobs=state["old_logprobs"],
         sampled=listed(state.get("sampled")),
+        token_advantages=listed(state.get("token_advantages")),
         rewritten=[
             Segment(prompt.tolist(), tokens.tolist(), listed(sampled))
             for prompt, tokens, sampled in state.get("rewritten", ())

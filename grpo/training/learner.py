@@ -70,8 +70,8 @@ class Learner:
             group["lr"] = rate
         may_skip = may_skip_equal_groups(self.config.loss)
         prompts = [
-            training_group(group, values, zero_advantage=may_skip and bool(equal))
-            for group, values, equal in zip(groups, advantages.values, advantages.zero_std, strict=True)
+            training_group(group, advantages.of_group(place), zero_advantage=may_skip and bool(equal))
+            for place, (group, equal) in enumerate(zip(groups, advantages.zero_std, strict=True))
         ]
         updates = train.num_iterations * train.optimizer_steps_per_rollout
         before = OptimizerBackup(self.parameters, self.optimizer) if updates > 1 else None
@@ -177,6 +177,7 @@ class Learner:
             rollout_logprobs=tokens.rollout_logprobs,
             ref_logprobs=reference,
             advantages=tokens.advantages,
+            token_advantages=tokens.token_advantages,
             sequence=tokens.sequence,
             mask=torch.ones_like(tokens.sequence, dtype=torch.bool),
             entropy=scored.entropy,

@@ -51,6 +51,7 @@ class LossInputs:
     mask: [T] bool, tokens that are trained on.
     ref_logprobs: [T], of the reference policy; needed for `beta` > 0.
     entropy: [T], of the policy's distribution at each token; with gradient for `entropy_coef` != 0.
+    token_advantages: [T], where tokens of a sequence have different ones; `advantages` are their means then.
     truncated: [S] bool, sequences that ran into the length limit; needed for `mask_truncated_completions`.
     """
 
@@ -63,6 +64,7 @@ class LossInputs:
     ref_logprobs: Tensor | None = None
     entropy: Tensor | None = None
     truncated: Tensor | None = None
+    token_advantages: Tensor | None = None
 
     @property
     def num_sequences(self) -> int:
@@ -287,6 +289,8 @@ def _terms(inputs: LossInputs, totals: BatchTotals, settings: Loss) -> tuple[Ter
         log_ratio = per_token(sequence_sum(log_ratio, sequence, count) / lengths, sequence)
     ratio = capped_exp(log_ratio)
     advantage = per_token(advantages, sequence)
+    if inputs.token_advantages is not None:
+        advantage = inputs.token_advantages.to(logprobs.dtype)
     # A sequence's ratio is one observation, however many tokens share it.
     share = mask / per_token(lengths, sequence) if by_sequence else mask
     metrics = _ratio_metrics(ratio, advantage, share, settings)
@@ -302,7 +306,7 @@ def _terms(inputs: LossInputs, totals: BatchTotals, settings: Loss) -> tuple[Ter
     if settings.importance_sampling_correction != "none":
         bounds = settings.importance_sampling_clip_min, settings.importance_sampling_clip_max
         weights, outside = rollout_weights(
-            rollout_log_ratio, sequence, count, settings.importance_sampling_correction, *bounds
+            rollout_log_ratio, sequence, count, settings.importance_sampling_correction, *bounds, lengths
         )
         weight = weight * weights
         metrics["correction_weight_mean"] = Mean.of(weights, mask)

@@ -52,21 +52,31 @@ def rollout_weights(
     log_ratio: Tensor,
     sequence: Tensor,
     num_sequences: int,
-    mode: Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"],
+    mode: Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "geometric_mask"],
     clip_min: float,
     clip_max: float,
+    lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Importance weights that make tokens sampled by the rollout engine count as the trainer's own.
 
-    log_ratio: [T], log pi_old - log pi_rollout, without gradient; 0 where masked or unknown.
+    log_ratio: [T], log pi_old - log pi_rollout, without gradient; 0 where masked or unknown. lengths: [S], unmasked
+    tokens, at least 1; needed for "geometric_mask".
 
         w = exp(log_ratio), of the token or of the sequence (product over its tokens);
         truncate: min(max(w, clip_min), clip_max);    mask: w where clip_min <= w <= clip_max, else 0.
+
+    geometric_mask: 1 where clip_min <= g <= clip_max, else 0, with g the geometric mean of a sequence's ratios, so that
+    its length does not decide.
 
     Truncated importance sampling: Yao et al. 2025, fengyao.notion.site/off-policy-rl. Masked, and by sequence: Liu,
     Li et al. 2025, "When Speed Kills Stability". Returns (weights [T], whether each was out of bounds [T] bool).
     """
     level, action = mode.split("_")
+    if level == "geometric":
+        assert lengths is not None
+        mean = capped_exp(per_token(sequence_sum(log_ratio, sequence, num_sequences) / lengths, sequence))
+        outside = (mean < clip_min) | (mean > clip_max)
+        return (~outside).to(log_ratio.dtype), outside
     if level == "sequence":
         log_ratio = per_token(sequence_sum(log_ratio, sequence, num_sequences), sequence)
     weights = capped_exp(log_ratio)

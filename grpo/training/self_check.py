@@ -104,7 +104,7 @@ def check_logprobs(session: Session, prompt: list[int]) -> None:
         if before.certain:
             return
         raise UserError(
-            f"self-test: moving the adapter on {', '.join(policy.lora.target_modules)} changes no logprob by "
+            f"self-test: moving the adapter on {policy.adapted()} changes no logprob by "
             f"{least:.3g}, so it cannot be trained; name other lora.target_modules"
         )
     with served_move(session, everywhere(nudge)):

@@ -54,6 +54,7 @@ from grpo.training.reference_policy import set_reference
 from grpo.training.rollout_memory import sample_within_memory
 from grpo.training.self_check import check_start
 from grpo.training.step_metrics import logged, reward_table, sampling_metrics
+from grpo.training.turn_advantages import with_turns
 from grpo.training.update_check import SkippedUpdate
 
 STATE = "trainer.safetensors"
@@ -395,7 +396,7 @@ class Run:
 
     def advantages(self, groups: list[Group]) -> Advantages:
         table = reward_table(groups, self.reward_names)
-        return compute_advantages(table, self.weights, self.config.loss)
+        return with_turns(compute_advantages(table, self.weights, self.config.loss), groups, self.config.loss)
 
     def evaluate(self) -> None:
         """Held-out accuracy, where `[eval]` asks for it at this step; the best adapter is kept."""

@@ -104,6 +104,16 @@ def test_a_rubric_of_groups_scores_them_together() -> None:
     assert isinstance(scored, Scored) and [one.reward for one in scored.results] == [0.0, 0.0, 1.0]
 
 
+def test_the_openai_client_with_tools_and_streams() -> None:
+    with opened("command", f"{PYTHON} {ROOT / 'tests' / 'helpers' / 'openai_agent.py'}") as pool:
+        row = {"prompt": [{"role": "user", "content": "What is there?"}]}
+        call = '<tool_call>{"name": "look", "arguments": {"at": 1}}</tool_call>'
+        asked, said = played(pool, row, call, "A cat.")
+    assert [message["role"] for message in asked[1].messages] == ["user", "assistant", "tool"]
+    assert asked[1].messages[-1]["content"] == 'seen {"at": 1}' and isinstance(said, Ended)
+    assert said.reward == len("A cat.") and said.metrics == {"used": 2.0}
+
+
 @pytest.mark.vllm
 @pytest.mark.parametrize(
     ("kind", "reference", "options", "task"),

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from grpo.environments.fork_server import descendants
@@ -152,6 +153,61 @@ def test_many_bad_episodes_leak_nothing(opened: Callable[..., EnvironmentPool]) 
         pool.sweep()
     assert len(os.listdir("/proc/self/fd")) == descriptors
     assert len(os.listdir(f"/proc/{pool._process.pid}/fd")) < 12
+
+
+HOSTILE = {
+    "raises": "raised ValueError",
+    "exits": "ended its process with exit code 7",
+    "killed": "was killed (SIGKILL)",
+    "garbage": "sent a message of ",
+    "no_number": "returned a str",
+    "eats_memory": "raised MemoryError",
+    "late": "did not answer within its timeout of 2 s",
+    "hangs": "did not answer within its timeout of 2 s",
+}
+"""Programs of `environments_to_try`, and what is said of them; the others end well."""
+
+
+def hostile_steps(pool: EnvironmentPool, steps: int) -> None:
+    """Play `steps` times one episode of every kind."""
+    kinds = [*HOSTILE, "forks", "forks_a_bomb", "prints"]
+    for _ in range(steps):
+        for number, how in enumerate(kinds):
+            pool.start(number, {**ROW, "how": how}, seed=number)
+        told: dict[int, Said] = {}
+        while len(told) < len(kinds):
+            pool.collect(0.2)
+            for number in list(pool.inbox):
+                said = pool.inbox.pop(number)
+                if isinstance(said, Asked):
+                    pool.tell(number, turn("x"))
+                else:
+                    told[number] = said
+        for number, how in enumerate(kinds):
+            said = told[number]
+            wanted = HOSTILE.get(how)
+            assert said == Ended(1.0, True, {}) if wanted is None else isinstance(said, Lost), (how, said)
+            assert wanted is None or said.problem.startswith(wanted), (how, said)  # type: ignore[union-attr]
+        pool.sweep()
+
+
+@pytest.mark.parametrize("steps", [1, pytest.param(200, marks=[pytest.mark.wide, pytest.mark.timeout(900)])])
+def test_hostile_programs_leave_nothing(opened: Callable[..., EnvironmentPool], steps: int) -> None:
+    pool = opened("mixed", timeout=2.0)
+    hostile_steps(pool, 1)
+    server = psutil.Process(pool._process.pid)
+    before = held(server)
+    hostile_steps(pool, steps)
+    assert descendants(server.pid) == []
+    after = held(server)
+    assert after[:2] == before[:2]
+    assert all(now - then < 16 << 20 for now, then in zip(after[2:], before[2:], strict=True))
+
+
+def held(server: psutil.Process) -> list[int]:
+    """Descriptors of this process and the fork server, and the memory of both."""
+    ours = psutil.Process()
+    return [ours.num_fds(), server.num_fds(), ours.memory_info().rss, server.memory_info().rss]
 
 
 def test_a_trl_environment_has_its_methods_as_tools(opened: Callable[..., EnvironmentPool]) -> None:

@@ -65,21 +65,23 @@ def an_adapter_of_another_scale(home: Path) -> Tables:
     return init(home)
 
 
-@case("adapter_config.json: target_modules", "set lora.target_modules")
+@case(
+    'adapter_config.json: target_modules = ["q_proj"], the configuration says [', 'set lora.target_modules = ["q_proj"]'
+)
 def an_adapter_of_other_layers(home: Path) -> Tables:
     adapter(home, {"target_modules": ["q_proj"]})
     return init(home)
 
 
-@case("adapter_config.json: not the configuration of a LoRA adapter", "copy the adapter again")
+@case("adapter_config.json:1: not valid JSON")
 def an_adapter_configuration_that_is_not_json(home: Path) -> Tables:
     put(adapter(home) / "adapter_config.json", "{")
     return init(home)
 
 
-@case("adapter_config.json: not the configuration of a LoRA adapter")
+@case("adapter_config.json: lora_alpha is missing", "copy the adapter again")
 def an_adapter_configuration_without_targets(home: Path) -> Tables:
-    put(adapter(home) / "adapter_config.json", '{"r": 4}')
+    put(adapter(home) / "adapter_config.json", '{"peft_type": "LORA", "r": 4}')
     return init(home)
 
 
@@ -114,17 +116,17 @@ def edit_adapter(home: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -
 NAME = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 
 
-@case("has shape (4, 64), on this base it has (4, 128)", "another base?")
+@case("has shape (4, 64), on this base it has (4, 128)", "name the base")
 def an_adapter_of_another_base(home: Path) -> Tables:
     return edit_adapter(home, lambda tensors: tensors.update({NAME: torch.zeros(4, 64)}))
 
 
-@case(f"tensor {NAME} is missing", "another base?")
+@case(f"tensor {NAME} is missing", "name the base")
 def an_adapter_without_one_of_its_weights(home: Path) -> Tables:
     return edit_adapter(home, lambda tensors: tensors.pop(NAME))
 
 
-@case("weights that this model lacks", "layers.7", "another base?")
+@case("layers.7.", "which is no A or B of a layer", "name the base")
 def an_adapter_of_a_deeper_base(home: Path) -> Tables:
     return edit_adapter(home, lambda tensors: tensors.update({NAME.replace(".0.", ".7."): torch.zeros(4, 128)}))
 
@@ -132,3 +134,50 @@ def an_adapter_of_a_deeper_base(home: Path) -> Tables:
 @case("lora.target_modules names 'c_attn'", "name some of q_proj")
 def target_modules_that_do_not_exist(home: Path) -> Tables:
     return {"lora": {"target_modules": ["c_attn"]}}
+
+
+@case("adapter_config.json: r = 8, the configuration says 4", "set lora.r = 8, lora.lora_alpha = 16.0, lora.use_rslora")
+def an_adapter_that_differs_in_several_keys(home: Path) -> Tables:
+    adapter(home, {"r": 8, "lora_alpha": 16, "use_rslora": True})
+    return init(home)
+
+
+@case(
+    'adapter_config.json: target_modules = ".*q_proj", the configuration says [', 'set lora.target_modules = ".*q_proj"'
+)
+def an_adapter_on_what_a_pattern_matches(home: Path) -> Tables:
+    adapter(home, {"target_modules": ".*q_proj"})
+    return init(home)
+
+
+@case("adapter_config.json: rank_pattern = { q_proj = 8 }, the configuration says {}", "set lora.rank_pattern")
+def an_adapter_of_several_ranks(home: Path) -> Tables:
+    adapter(home, {"rank_pattern": {"q_proj": 8}})
+    return init(home)
+
+
+@case("adapter_config.json: layers_to_transform = [1], the configuration says []", "set lora.layers_to_transform = [1]")
+def an_adapter_on_some_layers(home: Path) -> Tables:
+    adapter(home, {"layers_to_transform": 1})
+    return init(home)
+
+
+@case("adapter_config.json: use_dora = true: DoRA scales the base's weights", "merge_and_unload")
+def an_adapter_with_magnitudes(home: Path) -> Tables:
+    adapter(home, {"use_dora": True})
+    return init(home)
+
+
+@case("lora.target_modules = '.*lm_head|.*q_proj' matches lm_head", "write a narrower pattern")
+def a_pattern_that_matches_the_output_head(home: Path) -> Tables:
+    return {"lora": {"target_modules": ".*lm_head|.*q_proj"}}
+
+
+@case("lora.target_modules = 'q_proj', with what limits it, selects no linear layer; this model has q_proj")
+def a_pattern_that_matches_nothing(home: Path) -> Tables:
+    return {"lora": {"target_modules": "q_proj"}}
+
+
+@case("lora.alpha_pattern: 'q_proj' and 'layers.0.self_attn.q_proj' both match", "write patterns of which only one")
+def patterns_of_which_the_saved_order_would_take_the_other(home: Path) -> Tables:
+    return {"lora": {"alpha_pattern": {"q_proj": 2, "layers.0.self_attn.q_proj": 4}}}

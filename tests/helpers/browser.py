@@ -92,18 +92,24 @@ class Browser:
             self.events.append(answer)
 
     def open(
-        self, file: Path, *, width: int = 1280, height: int = 900, dark: bool = False, touch: bool = False
+        self, page: Path | str, *, width: int = 1280, height: int = 900, dark: bool = False, touch: bool = False
     ) -> None:
-        """Show `file` in a window of that size, and wait until its scripts have run and its charts are drawn."""
+        """Show a file or an address in a window of that size, and wait until scripts have run and charts are drawn."""
+        address = page if isinstance(page, str) else page.resolve().as_uri()
         self.events.clear()
         self._send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=touch)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self._send("Emulation.setEmulatedMedia", features=[scheme])
-        self._send("Page.navigate", url=file.resolve().as_uri())
-        end = time.monotonic() + SECONDS
-        while not self.run("document.readyState === 'complete' && location.protocol === 'file:'"):
-            assert time.monotonic() < end, "the page does not load"
+        self._send("Page.navigate", url=address)
+        self.wait_for(f"document.readyState === 'complete' && location.href.startsWith({address.split('#')[0]!r})")
         self.settle()
+
+    def wait_for(self, script: str) -> None:
+        """Wait until a JavaScript expression is true."""
+        end = time.monotonic() + SECONDS
+        while not self.run(script):
+            assert time.monotonic() < end, f"not so after {SECONDS} s: {script}"
+            time.sleep(0.05)
 
     def settle(self) -> None:
         """Wait for two frames, in which layout and whatever observes it are done."""

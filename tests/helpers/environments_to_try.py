@@ -98,6 +98,39 @@ async def greedy(row: dict, sample: Any) -> float:
         messages = [*messages, turn.message, {"role": "user", "content": "More."}]
 
 
+async def prints(row: dict, sample: Any) -> float:
+    """Writes a megabyte, some of it bytes that are no text."""
+    await sample(row["prompt"])
+    for _ in range(64):
+        os.write(1, b"\xff\x1b[31m" + b"x" * 16_000 + b"\n")
+    return 1.0
+
+
+async def late(row: dict, sample: Any) -> float:
+    """Answers after its time is over."""
+    await sample(row["prompt"])
+    time.sleep(2.6)
+    return 1.0
+
+
+async def forks_a_bomb(row: dict, sample: Any) -> float:
+    """Leaves a chain of processes, each out of the session of the one before."""
+    await sample(row["prompt"])
+    for _ in range(5):
+        if os.fork() == 0:
+            os.setsid()
+            if os.fork():
+                os._exit(0)
+            time.sleep(321.5)
+            os._exit(0)
+    return 1.0
+
+
+async def mixed(row: dict, sample: Any) -> Any:
+    """Goes wrong as its row says."""
+    return await globals()[row["how"]](row, sample)
+
+
 class Counter:
     """As TRL's environments are."""
 

@@ -117,13 +117,11 @@ def generation_configuration(data: bytes, folder: Path) -> None:
 
 @target
 def adapter_configuration(data: bytes, folder: Path) -> None:
-    from types import SimpleNamespace
+    from grpo.config.schema import Lora
+    from grpo.model.adapter_config import check_same_shape, read_adapter_config
 
-    from grpo.policy.adapter_files import check_adapter
-
-    written(folder, "adapter_config.json", data)
-    written(folder, "adapter_model.safetensors", b"")
-    check_adapter(folder, SimpleNamespace(r=4, lora_alpha=8, use_rslora=False, target_modules={"q_proj"}))
+    saved = read_adapter_config(written(folder, "adapter_config.json", data).parent)
+    check_same_shape(saved, Lora(r=4, lora_alpha=8, target_modules=["q_proj"]), lambda lora: lora.target_modules)
 
 
 @target

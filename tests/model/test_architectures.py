@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import AutoConfig
 
-from grpo.config.schema import Lora, Model
+from grpo.config.schema import SEVEN_PROJECTIONS, Lora, Model
 from grpo.errors import UserError
+from grpo.model.architectures import adapter_targets
 from grpo.model.base_weights import BaseWeights
 from grpo.model.source import open_source
 from grpo.policy.policy import Policy
-from tests.helpers.tiny import FAMILIES, save_tiny, tiny_model
+from tests.helpers.tiny import COMMON, FAMILIES, save_tiny, tiny_model
 
 PROMPTS = [[5, 9, 33, 7, 21, 64, 90, 11, 2, 3], [12, 140, 77]]
 CPU = torch.device("cpu")
@@ -91,3 +93,21 @@ def test_tiny_models_have_confident_predictions():
     with torch.no_grad():
         logits = tiny_model("llama")(torch.tensor([PROMPTS[0]])).logits
     assert torch.log_softmax(logits, -1).max(-1).values.mean() > -3.5
+
+
+@pytest.mark.parametrize(
+    ("family", "names"),
+    [
+        ("llama", SEVEN_PROJECTIONS),
+        ("nemotron", ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]),
+        ("phi3", ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]),
+    ],
+)
+def test_by_default_every_linear_layer_has_an_adapter(family, names):
+    config = AutoConfig.for_model(family, **COMMON)
+    assert sorted(adapter_targets(config, SEVEN_PROJECTIONS)) == sorted(names)
+
+
+def test_a_name_that_a_family_lacks_is_refused():
+    with pytest.raises(UserError, match="'gate_proj', which is no linear layer of this model; name some of q_proj, "):
+        adapter_targets(AutoConfig.for_model("nemotron", **COMMON), ["up_proj", "gate_proj"])

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from grpo.config.schema import parse_config
-from grpo.environments.pool import Ended
+from grpo.environments.pool import Ended, Lost
 from grpo.train import main
 from tests.helpers.paths import ROOT
 from tests.helpers.same_run import differences
@@ -90,12 +90,15 @@ def test_lost_episodes_are_left_out_and_named(home: Path, capsys: pytest.Capture
         "async def play(row, sample):\n"
         "    turn = await sample(row['prompt'])\n"
         "    if random.random() < 0.5: os._exit(3)\n"
-        "    return len(turn.text) + random.random()\n"
+        "    more = await sample([*row['prompt'], turn.message, {'role': 'user', 'content': 'More.'}])\n"
+        "    return {'turn_rewards': [len(turn.text) + random.random(), len(more.text)]}\n"
     )
-    assert start(home, "moody", {"program": f"{home / 'moody.py'}:play"}, train={"max_steps": 2}) == 0
+    by_turn = {"train": {"max_steps": 2}, "loss": {"advantage_level": "turn"}}
+    assert start(home, "moody", {"program": f"{home / 'moody.py'}:play"}, **by_turn) == 0
     assert "episodes are left out: it ended its process with exit code 3" in capsys.readouterr().out
     lost = [entry["environment/lost"] for entry in read_metrics(home / "moody")]
     assert all(0 < share < 1 for share in lost)
+    assert read_metrics(home / "moody")[-1]["grad_norm"] > 0
 
 
 @pytest.mark.parametrize(
@@ -131,8 +134,8 @@ class Played:
             found = player.play([(number, {"prompt": prompt}, number + 1) for number in range(count)], sampling)
             return sorted(found, key=lambda episode: episode.number)
 
-    def use(self, program: str | None, **changes: Any) -> None:
-        environment = changes if program is None else {"program": f"{FILE}:{program}", **changes}
+    def use(self, name: str | None, **changes: Any) -> None:
+        environment = changes if name is None else {"program": f"{FILE}:{name}", **changes}
         self.config = parse_config(tables(self.home, "played", environment))
         self.session.config = self.config
 
@@ -228,6 +231,15 @@ def test_tokens_that_a_command_sends_are_continued(played: Played) -> None:
         assert isinstance(episode.result, Ended) and episode.result.reward == len(one.ids) / 30 + 1 / 30
 
 
+def test_rewards_for_other_turns_than_there_were_are_named(played: Played, tmp_path: Path) -> None:
+    (tmp_path / "three.py").write_text(
+        "async def play(row, sample):\n    await sample(row['prompt'])\n    return {'turn_rewards': [1, 2, 3]}\n"
+    )
+    played.use(None, program=f"{tmp_path / 'three.py'}:play")
+    (episode,) = played.play(count=1)
+    assert episode.result == Lost("returned 3 turn_rewards for 1 turns; return one for each")
+
+
 def test_an_episode_ends_where_there_is_no_room(played: Played) -> None:
     played.use("greedy", max_turns=3)
     assert [(each.turns, each.over) for each in played.play()] == [(3, "all 3 turns are taken")] * 4
@@ -299,5 +311,14 @@ def test_dumps_bring_episodes_back() -> None:
     from grpo.training.dump import restored_sequence, sequence_state
 
     more = [Segment([7], [8, 9], [False, True])]
-    kept = TrainingSequence([1, 2], [3, 4, 5], [-1.0, -2.0], 0.5, False, sampled=[True, False, True], rewritten=more)
+    kept = TrainingSequence(
+        [1, 2],
+        [3, 4, 5],
+        [-1.0, -2.0],
+        0.5,
+        False,
+        sampled=[True, False, True],
+        rewritten=more,
+        token_advantages=[0.1, 0.2, 0.3],
+    )
     assert restored_sequence(json.loads(json.dumps({})) | sequence_state(kept)) == kept

@@ -22,5 +22,5 @@ def test_a_base_that_has_moved_is_named_anew(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="neither an adapter nor a run"):
         resolve_model(tmp_path / "model", base="elsewhere")
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LOHA"}')
-    with pytest.raises(UserError, match="not a LoRA adapter's"):
+    with pytest.raises(UserError, match="only LoRA adapters are taken"):
         resolve_model(tmp_path)

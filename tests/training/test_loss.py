@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from grpo.training.loss_terms import entropy_quantile, kl_estimate, rollout_weig
 from tests.helpers.loss_batches import MAX_COMPLETION_LENGTH, gradients, lengths_of, random_inputs, select, totals_of
 from tests.helpers.paths import ROOT
 
-CORRECTIONS = ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
+CORRECTIONS = ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "geometric_mask"]
 ALL_PARTS = {
     "beta": 0.2,
     "entropy_coef": 0.1,
@@ -51,6 +52,9 @@ def plain_rollout_weights(settings, gaps):
     """Importance weights of one sequence's tokens from their log-ratios."""
     level, action = settings.importance_sampling_correction.split("_")
     low, high = settings.importance_sampling_clip_min, settings.importance_sampling_clip_max
+    if level == "geometric":
+        inside = low <= math.exp(sum(gaps) / max(len(gaps), 1)) <= high
+        return [1.0 if inside else 0.0] * len(gaps)
     if level == "sequence":
         gaps = [sum(gaps)] * len(gaps)
     ratios = [math.exp(gap) for gap in gaps]
@@ -88,7 +92,8 @@ def plain_loss(inputs, settings):
         terms = []
         for t, log, weight in zip(tokens, logs, weights, strict=True):
             ratio = torch.exp(log)
-            term = -weight * plain_policy_term(settings, ratio, advantage, inputs.logprobs[t])
+            own = advantage if inputs.token_advantages is None else inputs.token_advantages[t]
+            term = -weight * plain_policy_term(settings, ratio, own, inputs.logprobs[t])
             if settings.beta:
                 kl = plain_kl(settings, inputs.logprobs[t], inputs.ref_logprobs[t])
                 term = term + settings.beta * kl * (ratio if settings.kl_importance_weight else 1)
@@ -202,16 +207,29 @@ def test_weighted_k1_and_k3_have_the_gradient_of_the_reverse_kl():
         torch.testing.assert_close(gradient, expected)
 
 
+@pytest.mark.parametrize("loss_type", get_args(Loss.model_fields["loss_type"].annotation))
+def test_tokens_may_have_advantages_of_their_own(loss_type):
+    inputs, settings = random_inputs(seed=3), Loss(loss_type=loss_type, off_policy_mask_threshold=0.1)
+    generator = torch.Generator().manual_seed(4)
+    own = torch.randn(len(inputs.sequence), generator=generator, dtype=torch.float64)
+    lengths = torch.bincount(inputs.sequence).double()
+    means = torch.zeros_like(lengths).index_add(0, inputs.sequence, own) / lengths
+    assert_equals_plain(replace(inputs, token_advantages=own, advantages=means), settings)
+    same = replace(inputs, token_advantages=inputs.advantages[inputs.sequence])
+    assert torch.equal(*(compute_loss(one, totals_of(one, settings), settings)[0] for one in (inputs, same)))
+
+
 def test_truncation_and_masking_at_the_bounds():
     """Both bounds belong to what is kept."""
     gaps = torch.tensor([0.25, 0.5, 1.0, 2.0, 4.0], dtype=torch.float64).log()
-    sequence = torch.tensor([0, 0, 1, 1, 2])
-    weights = {mode: rollout_weights(gaps, sequence, 3, mode, 0.5, 2.0)[0].tolist() for mode in CORRECTIONS}
+    sequence, lengths = torch.tensor([0, 0, 1, 1, 2]), torch.tensor([2.0, 2.0, 1.0])
+    weights = {mode: rollout_weights(gaps, sequence, 3, mode, 0.5, 2.0, lengths)[0].tolist() for mode in CORRECTIONS}
     assert weights == {
         "token_truncate": [0.5, 0.5, 1.0, 2.0, 2.0],
         "token_mask": [0.0, 0.5, 1.0, 2.0, 0.0],
         "sequence_truncate": [0.5, 0.5, 2.0, 2.0, 2.0],
         "sequence_mask": [0.0, 0.0, 2.0, 2.0, 0.0],
+        "geometric_mask": [0.0, 0.0, 1.0, 1.0, 0.0],
     }
 
 
