@@ -82,7 +82,7 @@ def questions(tokenizer: Any) -> list[list[int]]:
 def ours(options: argparse.Namespace) -> dict[str, Any]:
     """Train, then compare the engine that was trained against with the graph that was trained."""
     from grpo.run.checkpoint import open_run
-    from grpo.training.trainer import train_session
+    from grpo.training.run import train_session
 
     scratch = Path(tempfile.mkdtemp(prefix="grpo-mismatch-"))
     config = training_config(options, scratch / "run")
@@ -111,7 +111,10 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
 
 def stock(options: argparse.Namespace) -> dict[str, Any]:
     """vLLM and transformers as installed."""
-    import vllm  # after grpo.session, which sets vLLM's environment
+    from grpo.rollout.vllm_environment import set_environment
+
+    set_environment()
+    import vllm
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     prompts = questions(AutoTokenizer.from_pretrained(options.model))[: options.completions]

@@ -80,11 +80,12 @@ def our_rollout(options: argparse.Namespace) -> Callable[[list[list[int]], int, 
 
 def vllm_rollout(options: argparse.Namespace) -> Callable[[list[list[int]], int, int], int]:
     """The same of vLLM's own."""
+    from grpo.rollout.vllm_environment import set_environment
+
+    set_environment()
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
     from vllm.sampling_params import RequestOutputKind
-
-    import grpo.rollout.engine  # noqa: F401 - the environment that vLLM needs here
 
     quantised, lora = options.system == "bnb-lora", options.system != "bf16"
     folder = prepare_folder(options)

@@ -44,8 +44,8 @@ class VariedEngine(Engine):
         self.replaced = replaced
         super().__init__(*arguments)
 
-    def _arguments(self, handle: str) -> dict[str, Any]:
-        return super()._arguments(handle) | self.replaced
+    def _arguments(self) -> dict[str, Any]:
+        return super()._arguments() | self.replaced
 
     def _params(self, *arguments: Any) -> Any:
         params = super()._params(*arguments)

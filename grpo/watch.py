@@ -25,7 +25,7 @@ HOST, PORT = "127.0.0.1", 8765
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line `arguments` (those of the process by default) and return its exit code."""
     parsed = parser().parse_args(arguments)
-    return command("grpo.watch", lambda: watch(parsed.folder, parsed.port), interrupted=lambda: None)
+    return command("grpo.watch", lambda: run(parsed.folder, parsed.port), interrupted=lambda: None)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -40,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
-def watch(folder: Path, port: int) -> None:
+def run(folder: Path, port: int) -> None:
     """Serve until Ctrl-C. Raises UserError for a folder that is not there and a port that cannot be had."""
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder; pass the one that your runs are in")

@@ -74,7 +74,7 @@ def is_blank(value: Any) -> bool:
     return isinstance(value, str) and not value.strip()
 
 
-def what_it_lacks(value: Any) -> str | None:
+def cell_problem(value: Any) -> str | None:
     """Why `value` is neither text nor a number, as "is NaN"; None where it is one of them."""
     if value is None:
         return "is null"
@@ -96,7 +96,7 @@ def text_of(value: Any, column: str, where: str) -> str:
 
     Raises UserError where it is no text or number.
     """
-    lack = what_it_lacks(value)
+    lack = cell_problem(value)
     if lack is None:
         return str(value)
     inside = ""

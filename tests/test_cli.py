@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,36 +33,25 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Config, dict[str, Any]]]:
-    """Stands in for the trainer, and records what it is given."""
+    """Stands in for `launch`, and records what it is given."""
     calls: list[tuple[Config, dict[str, Any]]] = []
 
-    class Trainer:
-        def __init__(self, config: Config, **options: Any):
-            calls.append((config, options))
-
-        def run(self) -> None:
-            pass
-
-    install_trainer(monkeypatch, Trainer)
+    install_launch(monkeypatch, lambda config, **options: calls.append((config, options)))
     return calls
 
 
-def install_trainer(monkeypatch: pytest.MonkeyPatch, trainer: type) -> None:
-    module = types.ModuleType("grpo.training.trainer")
-    module.Trainer = trainer  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "grpo.training.trainer", module)
+def install_launch(monkeypatch: pytest.MonkeyPatch, launch: Callable[..., None]) -> None:
+    module = types.ModuleType("grpo.training.run")
+    module.launch = launch  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "grpo.training.run", module)
     monkeypatch.setattr("grpo.run.library_logs.quiet_libraries", lambda verbose: None)
 
 
-def failing_trainer(error: BaseException) -> type:
-    class Trainer:
-        def __init__(self, config: Config, **options: Any):
-            pass
+def failing_launch(error: BaseException) -> Callable[..., None]:
+    def launch(config: Config, **options: Any) -> None:
+        raise error
 
-        def run(self) -> None:
-            raise error
-
-    return Trainer
+    return launch
 
 
 def existing_run(path: Path, checkpoint: int | None = None, *overrides: str) -> Config:
@@ -137,7 +127,7 @@ def test_options_reach_the_trainer(trained: list[tuple[Config, dict[str, Any]]])
     ((config, options),) = trained
     assert config.train.max_steps == 3 and config.rewards[0].weight == 2
     assert config.checkpoint.output_dir == Path("runs/it's")
-    assert options == {"resume": False, "verbose": True, "launch": Launch()}
+    assert options == {"resume": False, "verbose": True, "rank": Launch()}
 
 
 def test_an_existing_run_folder_is_refused_before_the_trainer_is_loaded(
@@ -194,7 +184,7 @@ def test_how_training_ends_is_told_by_exit_code_and_sentence(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    install_trainer(monkeypatch, failing_trainer(error))
+    install_launch(monkeypatch, failing_launch(error))
     assert train.main([str(MINIMAL)]) == code
     assert sentence in capsys.readouterr().err
 
@@ -203,13 +193,13 @@ def test_an_interrupted_run_says_how_to_go_on(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     existing_run(Path("runs/a"), 7)
-    install_trainer(monkeypatch, failing_trainer(KeyboardInterrupt()))
+    install_launch(monkeypatch, failing_launch(KeyboardInterrupt()))
     assert train.main(["--resume", "runs/a"]) == 130
     assert "the last checkpoint is step 7, continue with --resume runs/a" in capsys.readouterr().err
 
 
 def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    install_trainer(monkeypatch, failing_trainer(ZeroDivisionError()))
+    install_launch(monkeypatch, failing_launch(ZeroDivisionError()))
     with pytest.raises(ZeroDivisionError):
         train.main([str(MINIMAL)])
 

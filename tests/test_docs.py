@@ -98,6 +98,16 @@ def test_every_page_of_docs_can_be_reached_from_the_readme():
 # Code
 
 
+def test_the_types_of_a_step_are_where_the_diagram_says() -> None:
+    text = (ROOT / "docs" / "how-it-works.md").read_text()
+    named = re.findall(r"^(\w+)\b.* (grpo/\S+)\.py$", text, re.M) + re.findall(
+        r"^\| `(\w+)` \(`(\S+)\.py`\)", text, re.M
+    )
+    assert len(named) > 12
+    for name, path in named:
+        assert isinstance(getattr(importlib.import_module(path.replace("/", ".")), name), type), (name, path)
+
+
 @page
 def test_python_blocks_compile(path: Path):
     for block in blocks(path, "python"):

@@ -14,7 +14,7 @@ from tokenizers import AddedToken, processors
 
 from grpo.data import tokenize
 from grpo.rewards.tag_count import tag_count
-from grpo.special_tokens import completion_text, put_in_front
+from grpo.special_tokens import completion_text, leading_tokens
 from tests.helpers.vocabularies import TEXTS, byte_level, save_tokenizer, sentencepiece
 
 MAKERS: dict[str, Callable[[], Any]] = {
@@ -65,7 +65,7 @@ def test_several_tokens_in_front_are_one_beginning(tmp_path: Path) -> None:
         single="[gMASK] <sop> $A", special_tokens=both
     )
     front = [number for _, number in both]
-    assert put_in_front(tokenizer) == front
+    assert leading_tokens(tokenizer) == front
     assert ids_of(tokenizer, "[gMASK]<sop>one", "one")[0] == ids_of(tokenizer, "one")[0]
     assert ids_of(tokenizer, "<sop>one")[0][:3] == [*front, front[1]]
 

@@ -44,8 +44,8 @@ class VllmLoraEngine(Engine):
         self.llm.llm_engine.add_request = functools.partial(self.llm.llm_engine.add_request, lora_request=ADAPTER)
         self.sync_adapter()
 
-    def _arguments(self, handle: str) -> dict[str, Any]:
-        arguments = super()._arguments(handle)
+    def _arguments(self) -> dict[str, Any]:
+        arguments = super()._arguments()
         arguments |= {
             "enable_lora": True,
             "max_loras": 1,
@@ -70,7 +70,7 @@ class VllmLoraEngine(Engine):
         start = time.perf_counter()
         torch._foreach_copy_(self._a_buffers, self._a_trained)
         torch._foreach_copy_(self._b_buffers, torch._foreach_mul(self._b_trained, self._scales))
-        self.forget_prefixes()
+        self.reset_prefix_cache()
         if self.base.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - start

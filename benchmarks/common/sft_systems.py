@@ -29,7 +29,7 @@ from benchmarks.common.random_model import RandomSource, shape_config
 from benchmarks.common.timing import free_memory
 from grpo.config.schema import SEVEN_PROJECTIONS, Lora, Model
 from grpo.model.base_weights import BaseWeights
-from grpo.policy.fused_layers import install
+from grpo.policy.fused_layers import install_fused_layers
 from grpo.policy.policy import Policy
 
 SPECIAL = ["<pad>", "<eos>", "<bos>"]
@@ -188,7 +188,7 @@ class Ours(System):
         base = BaseWeights(source, model, device=self.device, dtype=torch.bfloat16)  # type: ignore[arg-type]
         self.policy = Policy(base, Lora(r=settings.rank, lora_alpha=2 * settings.rank))
         if self.device.type == "cpu":
-            install(self.policy.decoder, base)  # the kernels' torch forms, to try the script
+            install_fused_layers(self.policy.decoder, base)  # the kernels' torch forms, to try the script
 
     def trainer(self, row: Row, arguments: dict[str, Any]) -> Any:
         self.policy.recompute_layers(row.form)

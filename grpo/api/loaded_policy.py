@@ -79,7 +79,7 @@ def load(
     Raises UserError for a model, an adapter or a setting that cannot be used.
     """
     refuse_several("grpo.load")
-    decline(settings)
+    refuse_unsupported(settings)
     chosen = {"load_in_4bit": load_in_4bit, "max_seq_length": max_seq_length}
     given = {name: value for name, value in {"model": model, **chosen}.items() if value is not None}
     settings = ours({**given, **settings}, "grpo.load")
@@ -130,7 +130,7 @@ def open_policy(
     return LoadedPolicy(session, tables)
 
 
-def decline(settings: Mapping[str, Any]) -> None:
+def refuse_unsupported(settings: Mapping[str, Any]) -> None:
     """Raise UserError for what other libraries' loaders do and this one cannot."""
     if settings.get("load_in_8bit"):
         raise UserError(
@@ -322,8 +322,9 @@ class LoadedPolicy:
         with start_environment(config, status=session.status, sent=sent) as environment:
             loaded = loaded or own_questions(environment)
             if not (specs or loaded.rewards or own_rewards(config, environment)):
-                told = f"task {loaded.name!r} suggests no rewards; pass rewards=[...] with at least one function"
-                raise UserError(told)
+                raise UserError(
+                    f"task {loaded.name!r} suggests no rewards; pass rewards=[...] with at least one function"
+                )
             data = load_data(config, session.tokenizer, tasks=[loaded])
             check_tokens(data.texts(), session.tokenizer, session.base.config)
             data.rewards = specs or data.rewards
@@ -340,7 +341,7 @@ class LoadedPolicy:
             previous_status, session.status = session.status, log.status
             try:
                 with log:
-                    from grpo.training.trainer import train_session
+                    from grpo.training.run import train_session
 
                     session.configure(config)
                     if session.engine_started:

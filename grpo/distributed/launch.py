@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 from grpo.errors import UserError
 
-PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """What every launcher of torch.distributed sets."""
-ALSO = (
+TORCHRUN_VARIABLES = (
     "GROUP_RANK", "GROUP_WORLD_SIZE", "LOCAL_WORLD_SIZE", "ROLE_NAME", "ROLE_RANK", "ROLE_WORLD_SIZE",
     "TORCHELASTIC_MAX_RESTARTS", "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_USE_AGENT_STORE",
     "TORCHELASTIC_ERROR_FILE",
@@ -49,18 +49,18 @@ class Launch:
         return self.rank == 0
 
 
-def take_launch(environment: MutableMapping[str, str] = os.environ) -> Launch:
+def read_launch(environment: MutableMapping[str, str] = os.environ) -> Launch:
     """This process's place by `environment`, which loses every such variable; afterwards CUDA shows one GPU.
 
     Raises UserError where only some of the variables are there.
     """
     if environment.get("WORLD_SIZE", "1") == "1":
-        for name in (*PLACE, *ALSO):
+        for name in (*RANK_VARIABLES, *TORCHRUN_VARIABLES):
             environment.pop(name, None)
         return Launch()
-    if missing := [name for name in PLACE if name not in environment]:
+    if missing := [name for name in RANK_VARIABLES if name not in environment]:
         raise UserError(f"WORLD_SIZE is set and {missing[0]} is not; start several processes with torchrun")
-    values = {name: environment.pop(name, "") for name in (*PLACE, *ALSO)}
+    values = {name: environment.pop(name, "") for name in (*RANK_VARIABLES, *TORCHRUN_VARIABLES)}
     try:
         launch = Launch(
             rank=int(values["RANK"]),
@@ -71,14 +71,14 @@ def take_launch(environment: MutableMapping[str, str] = os.environ) -> Launch:
             store_is_there=values["TORCHELASTIC_USE_AGENT_STORE"] == "True",
             restarts=int(values["TORCHELASTIC_RESTART_COUNT"] or 0),
         )
-        see_one_gpu(launch.local_rank, environment)
+        show_one_gpu(launch.local_rank, environment)
     except ValueError:
-        shown = ", ".join(f"{name}={values[name]}" for name in PLACE)
+        shown = ", ".join(f"{name}={values[name]}" for name in RANK_VARIABLES)
         raise UserError(f"{shown}: not what torchrun sets; start several processes with torchrun") from None
     return launch
 
 
-def see_one_gpu(number: int, environment: MutableMapping[str, str]) -> None:
+def show_one_gpu(number: int, environment: MutableMapping[str, str]) -> None:
     """Let CUDA show this process the GPU `number` of those that the job may use, and no other."""
     shown = environment.get("CUDA_VISIBLE_DEVICES")
     gpus = None if shown is None else [gpu for gpu in shown.split(",") if gpu]

@@ -24,9 +24,9 @@ from grpo.distributed.launch import Launch, RankLost
 from grpo.errors import UserError
 from grpo.run.tensor_state import packed, unpacked
 
-MEETING = timedelta(minutes=10)
+START_TIMEOUT = timedelta(minutes=10)
 """How long the ranks wait for each other to start."""
-PATIENCE = timedelta(hours=12)
+ROLLOUT_TIMEOUT = timedelta(hours=12)
 """How long one waits for the others' rollouts. A rank that dies is noticed at once, by its closed connection."""
 
 
@@ -86,7 +86,7 @@ class Ranks:
         return [indexed[index] for index in range(count)]
 
     @torch.no_grad()
-    def copy_first(self, parameters: Sequence[nn.Parameter]) -> None:
+    def broadcast_parameters(self, parameters: Sequence[nn.Parameter]) -> None:
         """Give `parameters` the values that rank 0 has."""
         if self.size == 1:
             return
@@ -138,17 +138,17 @@ def connect(launch: Launch, device: torch.device) -> Ranks:
             launch.port,
             launch.size,
             is_master=launch.first and not launch.store_is_there,
-            timeout=MEETING,
+            timeout=START_TIMEOUT,
             multi_tenant=True,
         )
         prefixed = PrefixStore(f"grpo/{launch.restarts}", store)
-        control = ProcessGroupGloo(PrefixStore("control", prefixed), launch.rank, launch.size, timeout=PATIENCE)
+        control = ProcessGroupGloo(PrefixStore("control", prefixed), launch.rank, launch.size, timeout=ROLLOUT_TIMEOUT)
         gradients: Any = control
         if device.type == "cuda":
             from torch.distributed import ProcessGroupNCCL
 
             options = ProcessGroupNCCL.Options()
-            options._timeout = PATIENCE
+            options._timeout = ROLLOUT_TIMEOUT
             gradients = ProcessGroupNCCL(PrefixStore("gradients", prefixed), launch.rank, launch.size, options)
     except RuntimeError as error:
         raise RankLost(f"not all {launch.size} ranks have come ({str(error).splitlines()[0]})") from None
@@ -161,11 +161,11 @@ def owners(count: int, optimizer_steps: int, size: int) -> list[int]:
     The prompts are used in `optimizer_steps` runs, one for each; of every run each rank has neighbouring ones, their
     numbers differing by at most one, so that every optimiser step has work for all ranks.
     """
-    lengths = [end - begin for begin, end in runs(count, optimizer_steps)]
+    lengths = [end - begin for begin, end in split_evenly(count, optimizer_steps)]
     return [index * size // length for length in lengths for index in range(length)]
 
 
-def runs(count: int, parts: int) -> list[tuple[int, int]]:
+def split_evenly(count: int, parts: int) -> list[tuple[int, int]]:
     """Where each of `parts` runs of `count` things begins and ends; their lengths differ by at most one."""
     bounds = [count * part // parts for part in range(parts + 1)]
     return list(zip(bounds, bounds[1:], strict=False))

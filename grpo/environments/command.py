@@ -89,10 +89,10 @@ class Front:
     def __init__(self, sample: Sampling):
         self.sample, self.lock = sample, threading.Lock()
         self.over: EpisodeOver | None = None
-        self.told: set[str] = set()
+        self.warned_of: set[str] = set()
 
     def answer(self, asked: Asked) -> Turn:
-        self.tell_of_settings(asked)
+        self.warn_of_settings(asked)
         with self.lock:
             if self.over is not None:
                 raise self.over
@@ -104,9 +104,9 @@ class Front:
             except OSError as error:
                 raise Refused(f"the episode has ended: {error}", 503, "ended") from None
 
-    def tell_of_settings(self, asked: Asked) -> None:
+    def warn_of_settings(self, asked: Asked) -> None:
         """Say once of each setting of a request that [rollout] decides instead."""
         for name in ("temperature", "top_p", "seed"):
-            if getattr(asked, name) is not None and name not in self.told:
-                self.told.add(name)
+            if getattr(asked, name) is not None and name not in self.warned_of:
+                self.warned_of.add(name)
                 print(f"a request's {name} is not used: turns are sampled as [rollout] says", file=sys.stderr)

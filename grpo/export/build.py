@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from grpo.config.schema import Model
 from grpo.errors import UserError
-from grpo.model.locate import BASE_SAMPLE, lasting_name, local_path
+from grpo.model.locate import BASE_SAMPLE, local_path, recorded_name
 from grpo.run.checkpoint import CONFIG, step_numbers
 from grpo.run.model_reference import ADAPTER_CONFIG, ModelReference, resolve_model
 from grpo.run.records import TRAINING, completions_files, read_entries
@@ -228,7 +228,7 @@ def write_adapter(reference: ModelReference, folder: Path, notice: Callable[[str
         account(base)
         adapter.check(base.config.get_text_config())
         check_base(reference.adapter, Fingerprint.of(base), model.name)
-    config = {**adapter.saved.values, "base_model_name_or_path": lasting_name(model.name), "inference_mode": True}
+    config = {**adapter.saved.values, "base_model_name_or_path": recorded_name(model.name), "inference_mode": True}
     config["revision"] = model.revision
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     for name in (ADAPTER_WEIGHTS, BASE_SAMPLE):

@@ -22,7 +22,7 @@ from grpo.export.bnb_format import packed_entries, quantization_config, unpacked
 from grpo.export.merge import MergedSource
 from grpo.kernels import nf4
 from grpo.model.architectures import causal_class
-from grpo.model.base_weights import is_named
+from grpo.model.base_weights import matches_module
 from grpo.model.layout import HEAD, fused_linears
 
 SHARD_BYTES = 2 << 30
@@ -123,7 +123,7 @@ def write_4bit(
 
 def stays_dense(source: MergedSource, part: str, in_16bit: list[str]) -> bool:
     """Whether the linear layer `part` is left out of quantisation."""
-    return source.shape(f"{part}.weight")[1] % nf4.BLOCK != 0 or any(is_named(part, name) for name in in_16bit)
+    return source.shape(f"{part}.weight")[1] % nf4.BLOCK != 0 or any(matches_module(part, name) for name in in_16bit)
 
 
 def half_type(source: MergedSource) -> torch.dtype:

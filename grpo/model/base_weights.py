@@ -21,7 +21,7 @@ from grpo.kernels import nf4
 from grpo.kernels.launch import disable_reduced_precision
 from grpo.model import host_memory
 from grpo.model.architectures import check_supported
-from grpo.model.config_keys import check_keys, settle
+from grpo.model.config_keys import check_keys, normalize_config
 from grpo.model.decoder_config import DecoderConfig
 from grpo.model.fingerprint import Fingerprint
 from grpo.model.head import Head
@@ -90,7 +90,7 @@ class BaseWeights:
         check_supported(source.config, str(source.path))
         self.config: DecoderConfig = source.config.get_text_config()
         check_keys(self.config, str(source.path))
-        settle(self.config)
+        normalize_config(self.config)
         for sentence in account(source):  # nothing is left to say where `read_model` has been
             logger.warning(sentence)
         self.layout = Layout.of(self.config)
@@ -107,7 +107,7 @@ class BaseWeights:
         self.pinned: dict[str, Tensor] = {}
         if self._on_host:  # now, not after minutes of loading
             size = len(self._on_host) * pinned_bytes(embedding_bytes(self.config, dtype.itemsize))
-            host_memory.check_room(size, *self._on_host.values())
+            host_memory.check_host_memory(size, *self._on_host.values())
         self.kept_16bit: list[str] = []
         self._keep_16bit = self._chosen_16bit(model)
         self.linears = {name: self._load_linear(source, name, layout) for name, layout in self.layout.linears.items()}
@@ -121,7 +121,7 @@ class BaseWeights:
         if model.keep_16bit == "auto":
             raise ValueError('keep_16bit = "auto" is resolved by grpo.policy.keep_16bit.load_base')
         for ending in model.keep_16bit:
-            if not any(is_named(part, ending) for part in parts):
+            if not any(matches_module(part, ending) for part in parts):
                 raise UserError(
                     f"model.keep_16bit names {ending!r}, which is no linear layer of this model; name one such "
                     f"as {parts[0]!r} or its ending"
@@ -152,7 +152,7 @@ class BaseWeights:
                 storage = host_memory.pinned_zeros(padded, width, dtype=self.dtype, wanted_by=key)
                 self.pinned[name] = storage
             storage[:vocabulary].copy_(tensor)
-            return storage if key is None else host_memory.seen_by(self.device, storage)
+            return storage if key is None else host_memory.device_view(self.device, storage)
         return tensor.to(self.device, self.dtype, copy=True)
 
     def _load_linear(self, source: Source, name: str, layout: LinearLayout) -> FusedLinear:
@@ -173,7 +173,7 @@ class BaseWeights:
         yield run
 
     def _is_kept(self, part: str) -> bool:
-        return not self.load_in_4bit or any(is_named(part, ending) for ending in self._keep_16bit)
+        return not self.load_in_4bit or any(matches_module(part, ending) for ending in self._keep_16bit)
 
     def _load_segment(self, source: Source, linear: FusedLinear, parts: list[str]) -> Segment:
         first = linear.parts[parts[0]][0]
@@ -248,6 +248,6 @@ class BaseWeights:
                 yield linear.bias
 
 
-def is_named(part: str, name: str) -> bool:
+def matches_module(part: str, name: str) -> bool:
     """Whether `name` is the module name `part` or an ending of it."""
     return part == name or part.endswith("." + name)

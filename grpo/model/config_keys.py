@@ -193,7 +193,7 @@ def rotates_whole_heads(config: DecoderConfig) -> bool:
     return all(2 * len(inverse) == head for inverse, _ in frequencies(plain, 1).values())
 
 
-def settle(config: DecoderConfig) -> list[str]:
+def normalize_config(config: DecoderConfig) -> list[str]:
     """Set in `config` what has to be the same for both graphs, and say, a sentence each, what is not obeyed."""
     notices = []
     for key, value in dropouts(config):

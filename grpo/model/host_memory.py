@@ -28,14 +28,14 @@ def pinned_zeros(*shape: int, dtype: torch.dtype, wanted_by: str) -> Tensor:
 
     Raises UserError, which says that `wanted_by` (a key) asked for it, where the host has not so much memory to pin.
     """
-    message = check_room(pinned_bytes(torch.Size(shape).numel() * dtype.itemsize), wanted_by)
+    message = check_host_memory(pinned_bytes(torch.Size(shape).numel() * dtype.itemsize), wanted_by)
     try:
         return torch.zeros(shape, dtype=dtype, pin_memory=True)
     except RuntimeError as error:
         raise UserError(f"{message} but gives none ({str(error).splitlines()[0]}); do without") from None
 
 
-def check_room(size: int, *wanted_by: str) -> str:
+def check_host_memory(size: int, *wanted_by: str) -> str:
     """A sentence's beginning: that the keys `wanted_by` pin `size` bytes, and what the host has. Raises UserError with
     it where the host has less."""
     keys, free = " and ".join(wanted_by), psutil.virtual_memory().available
@@ -45,7 +45,7 @@ def check_room(size: int, *wanted_by: str) -> str:
     return message
 
 
-def seen_by(device: torch.device, pinned: Tensor) -> Tensor:
+def device_view(device: torch.device, pinned: Tensor) -> Tensor:
     """The memory of `pinned`, contiguous and on the CPU, as a tensor on `device`. Keeps it alive.
 
     Write to `pinned`, not to the result: a copy between the two would be given the wrong direction.
@@ -76,7 +76,7 @@ class PinnedBytes:
         }
 
 
-def give_back_pinned() -> None:
+def free_pinned_memory() -> None:
     """Return pinned memory that no tensor uses any more to the system; torch would keep it for the next tensor.
 
     For a process that has used a GPU.

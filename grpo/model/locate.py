@@ -30,7 +30,7 @@ def local_path(name: str) -> Path | None:
     return None
 
 
-def lasting_name(name: str) -> str:
+def recorded_name(name: str) -> str:
     """`name` as it is to be recorded: a local path as an absolute one, "package:..." and a hub id as they are."""
     if name.startswith("package:"):
         return name

@@ -103,7 +103,7 @@ class SafetensorsSource:
     def _handle_names(file: Path) -> list[str]:
         from safetensors import safe_open
 
-        with damage_named(file), safe_open(file, framework="pt"):  # the header is believed once it is checked
+        with damage_as_user_error(file), safe_open(file, framework="pt"):  # the header is believed once it is checked
             return stored_names(file)
 
     @property
@@ -115,9 +115,9 @@ class SafetensorsSource:
 
     def shape(self, name: str) -> tuple[int, ...]:
         if f"{name}{NF4_STATE}" in self._shard_of:
-            with damage_named(self._shard_of[name]):
+            with damage_as_user_error(self._shard_of[name]):
                 return self._nf4_shape(name)
-        with damage_named(self._shard_of[name]):
+        with damage_as_user_error(self._shard_of[name]):
             stored = self._handle(name).get_slice(self._stored_name.get(name, name))
             if stored.get_dtype() not in DENSE_TYPES:
                 raise self._unknown_storage(name, stored.get_dtype())
@@ -138,7 +138,7 @@ class SafetensorsSource:
 
     def read(self, name: str) -> Tensor | NF4Tensor:
         if f"{name}{NF4_STATE}" in self._shard_of:
-            with damage_named(self._shard_of[name]):
+            with damage_as_user_error(self._shard_of[name]):
                 return self._read_nf4(name, self._raw(name))
         self.shape(name)  # the form is one that is read
         return self._raw(name)
@@ -158,11 +158,11 @@ class SafetensorsSource:
         return self._open[file]
 
     def _raw(self, name: str) -> Tensor:
-        with damage_named(self._shard_of[name]):
+        with damage_as_user_error(self._shard_of[name]):
             return self._handle(name).get_tensor(self._stored_name.get(name, name))
 
     def _nf4_state(self, name: str) -> dict[str, Any]:
-        with damage_named(self._shard_of[name]):
+        with damage_as_user_error(self._shard_of[name]):
             return json.loads(bytes(self._raw(f"{name}{NF4_STATE}").tolist()))
 
     def _read_nf4(self, name: str, codes: Tensor) -> NF4Tensor:
@@ -208,7 +208,7 @@ def read_index(index: Path) -> dict[str, str]:
 
 
 @contextmanager
-def damage_named(file: Path) -> Iterator[None]:
+def damage_as_user_error(file: Path) -> Iterator[None]:
     """Damage that is met while reading `file` becomes a UserError."""
     from safetensors import SafetensorError
 

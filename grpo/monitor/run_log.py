@@ -24,6 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 from grpo.config.schema import Config
+from grpo.monitor.log import is_sampled
 from grpo.monitor.notebook import NotebookDisplay, Progress
 from grpo.monitor.trackers import Trackers
 from grpo.printable import printable
@@ -83,7 +84,7 @@ class RunLog:
     ):
         self.run_folder = run_folder
         self.max_steps = max_steps
-        self._samples_every = config.log.samples_every
+        self._config = config
         self._trackers = Trackers(config, run_folder)
         self._report = LiveReport(run_folder, self.notice) if config.log.report else None
         self._last: dict[str, Any] = {"step": 0}
@@ -191,7 +192,7 @@ class RunLog:
 
     def wants_samples(self, step: int) -> bool:
         """Whether completions of this step are to be kept: the first, the last, and every `samples_every`."""
-        return step in (1, self.max_steps) or step % self._samples_every == 0
+        return is_sampled(step, self._config, self.max_steps)
 
     def samples(self, step: int, groups: Sequence[SampleGroup]) -> None:
         """Keep the completions of `groups` in `completions/step-N.jsonl`, one group a line, and show the first."""

@@ -22,13 +22,13 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge
 
 from grpo.memory.activations import CHECKPOINTING_MODES
-from grpo.policy.fused_layers import for_backward_alone
+from grpo.policy.fused_layers import FusedLayer
 from grpo.policy.rng import RandomState
 
 HOST_BLOCK = 64 << 20
 """Bytes of a pinned block. torch rounds pinned allocations up to a power of two, which would double large ones."""
 
-Layer = Callable[[Tensor], Tensor]
+Layer = Callable[..., Tensor]
 
 
 def recompute_layers(layers: Sequence[nn.Module], mode: str) -> None:
@@ -67,26 +67,31 @@ def switch_layers(
 
 def recomputed(layer: nn.Module, store: HostStore | None, first: bool, run: Layer, x: Tensor) -> Tensor:
     """`run(x)`, with nothing but `x` kept for the backward pass. `run` is `layer` with its other arguments bound."""
+    again = partial(run, make_output=False) if isinstance(layer, FusedLayer) else run
     trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
     if not torch.is_grad_enabled() or not (trained or x.requires_grad):
         return run(x)
-    return _Recomputed.apply(run, store, first, trained, x, *trained)
+    return _Recomputed.apply(run, again, store, first, trained, x, *trained)
 
 
 class _Recomputed(torch.autograd.Function):
-    """The trained parameters are inputs, so that a gradient exists even where the first layer's x needs none."""
+    """`run` in the forward pass, `again` in the backward, which may leave out what no backward reads.
+
+    The trained parameters are inputs, so that a gradient exists even where the first layer's x needs none.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
         run: Layer,
+        again: Layer,
         store: HostStore | None,
         first: bool,
         trained: list[nn.Parameter],
         x: Tensor,
         *parameters: nn.Parameter,
     ) -> Tensor:
-        ctx.run, ctx.trained, ctx.random = run, trained, RandomState(x.device)
+        ctx.again, ctx.trained, ctx.random = again, trained, RandomState(x.device)
         if store is None:
             ctx.save_for_backward(x)
         else:
@@ -100,13 +105,13 @@ class _Recomputed(torch.autograd.Function):
             (x,) = ctx.saved_tensors
         else:
             x, ctx.offloaded = ctx.offloaded.load(), None
-        x = x.detach().requires_grad_(ctx.needs_input_grad[4])
-        with torch.enable_grad(), ctx.random.restored(), for_backward_alone():
+        x = x.detach().requires_grad_(ctx.needs_input_grad[5])
+        with torch.enable_grad(), ctx.random.restored():
             # The edge alone: the layer's output would otherwise live as long as its graph.
-            output = get_gradient_edge(ctx.run(x))
+            output = get_gradient_edge(ctx.again(x))
         inputs = [x, *ctx.trained] if x.requires_grad else ctx.trained
         grads = torch.autograd.grad(output, inputs, grad_output, allow_unused=True)
-        return (None, None, None, None, *(() if x.requires_grad else (None,)), *grads)
+        return (None, None, None, None, None, *(() if x.requires_grad else (None,)), *grads)
 
 
 class HostStore:
@@ -127,7 +132,7 @@ class HostStore:
             self.stream = torch.cuda.Stream(x.device)
         before = None if first else self.newest()
         if before is not None:
-            before.let_go()
+            before.drop_device_copy()
         offloaded = Offloaded(self, x, before)
         self.newest = weakref.ref(offloaded)
         return offloaded
@@ -177,7 +182,7 @@ class Offloaded:
         """The point that the copies have reached."""
         return self.store.stream.record_event() if self.store.stream is not None else None
 
-    def let_go(self) -> None:
+    def drop_device_copy(self) -> None:
         """Give up the tensor on the device. Waiting for the copy first makes its memory safe to use again."""
         if self.copied is not None:
             torch.cuda.current_stream().wait_event(self.copied)

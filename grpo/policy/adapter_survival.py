@@ -25,7 +25,7 @@ from grpo.model.layout import EMBEDDING, HEAD
 from grpo.model.rope import Rotary
 from grpo.policy.graph import ATTENTION, rebuild_buffers, set_module, set_tensor
 from grpo.policy.lora_linear import ADAPTER, BaseLinear, LoraLinear
-from grpo.policy.packing import predictors
+from grpo.policy.packing import predicting_states
 from grpo.policy.policy import Policy
 
 SEQUENCES, TOKENS, LONGEST = 16, 1024, 256
@@ -77,12 +77,12 @@ def float32_effect(policy: Policy, prompts: list[list[int]], completions: list[l
     graph = float32_graph(policy)
     with_adapter = float32_logprobs(policy, graph, prompts, completions)
     for module in graph.modules():
-        if isinstance(module, WideLinear):
+        if isinstance(module, Float32Linear):
             module.adapter = None
     return with_adapter - float32_logprobs(policy, graph, prompts, completions)
 
 
-class WideLinear(nn.Module):
+class Float32Linear(nn.Module):
     """A linear layer of the policy in float32: its frozen rows are widened at each use, and its adapter added."""
 
     def __init__(self, layer: BaseLinear | LoraLinear):
@@ -99,7 +99,7 @@ class WideLinear(nn.Module):
         return y
 
 
-class WideEmbedding(nn.Module):
+class Float32Embedding(nn.Module):
     """The embedding's rows in float32, times Gemma 3's scale."""
 
     def __init__(self, weight: Tensor, scale: float):
@@ -117,9 +117,9 @@ def float32_graph(policy: Policy) -> nn.Module:
         graph = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=ATTENTION)
     for linear in base.linears.values():
         for part in linear.parts:
-            set_module(graph, part, WideLinear(policy.decoder.get_submodule(part)))
+            set_module(graph, part, Float32Linear(policy.decoder.get_submodule(part)))
     scale = config.hidden_size**0.5 if hasattr(graph.model.embed_tokens, "embed_scale") else 1.0
-    graph.model.embed_tokens = WideEmbedding(base.tensors[EMBEDDING], scale)
+    graph.model.embed_tokens = Float32Embedding(base.tensors[EMBEDDING], scale)
     for name, tensor in base.tensors.items():
         if name not in (EMBEDDING, HEAD):
             set_tensor(graph, name, tensor.float())
@@ -134,7 +134,7 @@ def float32_logprobs(
     policy: Policy, graph: nn.Module, prompts: list[list[int]], completions: list[list[int]]
 ) -> Tensor:
     """Logprob of every completion token [tokens], in the order of `Policy.score`."""
-    hidden, targets = predictors(graph, prompts, completions, policy.base.device)
+    hidden, targets = predicting_states(graph, prompts, completions, policy.base.device)
     return head_logprobs(hidden, policy.head_weight(), targets, policy.base.head_form)
 
 

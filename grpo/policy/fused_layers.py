@@ -12,8 +12,6 @@ Not here: which layers are recomputed (`activation_checkpointing.py`) and the ke
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -41,18 +39,6 @@ ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"
 PRODUCTS = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
 """The linear layers of a decoder layer, as vLLM stacks them."""
 
-_for_backward_alone: ContextVar[bool] = ContextVar("for_backward_alone", default=False)
-
-
-@contextmanager
-def for_backward_alone() -> Iterator[None]:
-    """Inside, layers run again only so that their backward can: outputs that no backward reads are not made."""
-    token = _for_backward_alone.set(True)
-    try:
-        yield
-    finally:
-        _for_backward_alone.reset(token)
-
 
 def wants_kernels(kernels: str, device: torch.device) -> bool:
     """Whether `train.kernels` asks for them on `device`. Raises UserError where they cannot run."""
@@ -61,12 +47,12 @@ def wants_kernels(kernels: str, device: torch.device) -> bool:
     return kernels == "triton" or (kernels == "auto" and device.type == "cuda")
 
 
-def install(decoder: nn.Module, base: BaseWeights) -> int:
+def install_fused_layers(decoder: nn.Module, base: BaseWeights) -> int:
     """Replace the layers and the last norm of `decoder`, a causal LM over `base`. Returns how many layers it was."""
     layers = decoder.model.layers
     replaced = 0
     for index, layer in enumerate(layers):
-        if serves(layer, base.config):
+        if can_fuse(layer, base.config):
             layers[index] = FusedLayer(layer, index, base)
             replaced += 1
     if family_of(base.config.model_type).fused_layers:
@@ -74,7 +60,7 @@ def install(decoder: nn.Module, base: BaseWeights) -> int:
     return replaced
 
 
-def serves(layer: nn.Module, config: DecoderConfig) -> bool:
+def can_fuse(layer: nn.Module, config: DecoderConfig) -> bool:
     """Whether a FusedLayer computes what `layer` does."""
     listed = family_of(config.model_type).fused_layers
     return listed and activation_of(config) in ACTIVATIONS and not getattr(config, "resid_pdrop", 0)
@@ -103,7 +89,7 @@ class FusedNorm(nn.Module):
         return rms_norm(x, self.norm)
 
 
-class Group:
+class AdaptedLinears:
     """The linear modules over one fused layer of the base, with what adapters they have at the moment."""
 
     def __init__(self, linear: FusedLinear, modules: Sequence[nn.Module]):
@@ -174,18 +160,22 @@ class FusedLayer(GradientCheckpointingLayer):
             residual=not sandwich,
         )
 
-    def _group(self, name: str, index: int, base: BaseWeights) -> Group:
+    def _group(self, name: str, index: int, base: BaseWeights) -> AdaptedLinears:
         layer = f"model.layers.{index}."
         linear = base.linears[layer + name]
-        return Group(linear, [self.get_submodule(part.removeprefix(layer)) for part in linear.parts])
+        return AdaptedLinears(linear, [self.get_submodule(part.removeprefix(layer)) for part in linear.parts])
 
     def forward(
         self,
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
         packing: Packing | None = None,
+        *,
+        make_output: bool = True,
         **ignored: Any,
     ) -> Tensor:
+        """`make_output = False`: the layer runs again for its backward alone, and what no backward reads is not
+        computed; the result has the right graph and unset values."""
         x = hidden_states[0]
         packing = packing or Packing.of_lengths([x.shape[0]], x.device)
         cos, sin = (part.reshape(x.shape[0], -1) for part in position_embeddings)
@@ -195,7 +185,7 @@ class FusedLayer(GradientCheckpointingLayer):
             scale=self.scale, window=self.window, softcap=self.softcap,
         )  # fmt: skip
         x = self.after(attended.flatten(1), x)
-        return self.mlp_output(x)[None]
+        return self.mlp_output(x, make_output)[None]
 
     def attention_inputs(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v [tokens, heads, dim], rotated."""
@@ -215,8 +205,8 @@ class FusedLayer(GradientCheckpointingLayer):
             projected = lora_linear(attended, self.out.frozen, *self.out.adapters())
         return x + (projected if self.after_attention is None else rms_norm(projected, self.after_attention))
 
-    def mlp_output(self, x: Tensor) -> Tensor:
-        """x plus the MLP of it."""
+    def mlp_output(self, x: Tensor, make_output: bool) -> Tensor:
+        """x plus the MLP of it; see `forward`."""
         gated = self.gated
         if self.gate_up.drops or self.down.drops:
             inner = glu(self.gate_up.plain(normed(x, gated.norm)), gated.activation)
@@ -227,7 +217,7 @@ class FusedLayer(GradientCheckpointingLayer):
             result = lora_mlp(
                 x, gated, (above, below), [*above_factors, *below_factors],
                 keep=self.keep_mlp and not (self.gradient_checkpointing and self.training),
-                output=not (gated.residual and _for_backward_alone.get()),
+                output=make_output or not gated.residual,
             )  # fmt: skip
         return result if gated.residual else x + normed(result, self.after_mlp)
 

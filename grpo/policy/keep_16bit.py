@@ -95,7 +95,7 @@ def recorded(folders: Sequence[Path], layers: Collection[str]) -> list[str] | No
     return None
 
 
-def remember_base(base: BaseWeights, run: Path) -> None:
+def record_base(base: BaseWeights, run: Path) -> None:
     """Write into the folder of a run what its base is known by when it is resumed, and what "auto" chose."""
     base.fingerprint.write(run)
 

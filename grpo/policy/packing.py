@@ -55,7 +55,7 @@ def packed_row(
     return row
 
 
-def predictors(
+def predicting_states(
     decoder: nn.Module,
     prompts: Sequence[Sequence[int]],
     completions: Sequence[Sequence[int]],

@@ -27,19 +27,21 @@ from grpo.model.checks import one_line
 from grpo.model.fingerprint import check_base
 from grpo.policy.activation_checkpointing import recompute_layers
 from grpo.policy.adapter_files import open_adapter
-from grpo.policy.fused_layers import install, wants_kernels
+from grpo.policy.fused_layers import install_fused_layers, wants_kernels
 from grpo.policy.graph import build_graph, peft_config
 from grpo.policy.hf_forward import patch_hf_forward
 from grpo.policy.lora_linear import ADAPTER, LoraLinear
-from grpo.policy.packing import predictors
+from grpo.policy.packing import predicting_states
 
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """Logprob and entropy of every completion token, sequences one after another; float32 [tokens]."""
+    """At T completion tokens, sequences one after another."""
 
     logprobs: Tensor
+    """float32 [T], with gradient."""
     entropy: Tensor
+    """float32 [T], of the whole distribution; with gradient where that was asked for."""
 
 
 class Policy:
@@ -57,7 +59,7 @@ class Policy:
             self.model: PeftModel = with_adapter(build_graph(base), self.peft_config)
         self.model.peft_config[ADAPTER].base_model_name_or_path = base_name  # peft put the configuration's folder there
         if wants_kernels(kernels, base.device):
-            install(self.decoder, base)
+            install_fused_layers(self.decoder, base)
         patch_hf_forward(self.decoder)
         self.model.eval()
         self._reference: list[Tensor] | None = None
@@ -145,10 +147,12 @@ class Policy:
     ) -> TokenLogprobs:
         """Logprob of every completion token under `softmax(logits / temperature)`, and the entropy there.
 
-        Neighbours with the same prompt share one computation of it. The last completion token predicts nothing and is
-        not fed. `sampled` says of all completion tokens, one after another, which are scored; None: each.
+        `prompts` and `completions` are token ids of S sequences, none empty. `sampled` says of all completion tokens,
+        one after another, which are scored; None: each. Those are the T of the result. Neighbours with the same prompt
+        share one computation of it. The last completion token predicts nothing and is not fed.
         """
-        hidden, targets = predictors(self.decoder.model, prompts, completions, self.base.device, sampled)
+        # [T, hidden] and int64 [T]
+        hidden, targets = predicting_states(self.decoder.model, prompts, completions, self.base.device, sampled)
         logprobs, entropy = selected_logprobs(
             hidden,
             self.head_weight(),

@@ -85,11 +85,11 @@ def write_report(folders: Sequence[Path], out: Path, *, max_steps: int | None = 
     run's, and OSError.
     """
     runs = [read_run(folder, max_steps, share=1 / len(folders)) for folder in folders]
-    tell_apart(runs, folders)
+    number_equal_names(runs, folders)
     write_atomically(out, render(runs).encode())
 
 
-def tell_apart(runs: Sequence[RunData], folders: Sequence[Path]) -> None:
+def number_equal_names(runs: Sequence[RunData], folders: Sequence[Path]) -> None:
     """Give runs of one name their parent folder's as well, or else a number."""
     for wider in (lambda index: f"{folders[index].resolve().parent.name}/{runs[index].name}", lambda n: str(n + 1)):
         names = [run.name for run in runs]

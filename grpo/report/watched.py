@@ -23,7 +23,7 @@ from starlette.routing import Route
 from grpo.errors import UserError
 from grpo.printable import printable
 from grpo.report.data import RunData, read_run
-from grpo.report.page import WATCH, accuracy, figure, policy, render, state, tell_apart, template, text_of
+from grpo.report.page import WATCH, accuracy, figure, number_equal_names, policy, render, state, template, text_of
 from grpo.run.checkpoint import CONFIG
 from grpo.run.records import EVALUATIONS, METRICS, SUMMARY
 from grpo.version import __version__
@@ -130,7 +130,7 @@ class Pages:
 
 def report_page(chosen: Sequence[Path], tag: str) -> str:
     runs = [read_run(folder, share=1 / len(chosen)) for folder in chosen]
-    tell_apart(runs, chosen)
+    number_equal_names(runs, chosen)
     return render(runs, tag)
 
 

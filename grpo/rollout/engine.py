@@ -7,9 +7,6 @@ sampler). Only these three know vLLM's insides. Token ids go in and come out, ne
 
 from __future__ import annotations
 
-import grpo.rollout.vllm_environment  # noqa: F401  (before vllm)
-
-# isort: split
 import gc
 import sys
 import tempfile
@@ -38,7 +35,8 @@ from grpo.rollout.attention_backend import choose_backend
 from grpo.rollout.lora_buffers import RolloutAdapter
 from grpo.rollout.types import Completion, EngineSettings, Request, SamplingSettings
 from grpo.rollout.vllm_backend import leave_classes_alone
-from grpo.rollout.vllm_model import SERVED, SHARED, write_model_folder
+from grpo.rollout.vllm_environment import set_environment
+from grpo.rollout.vllm_model import ADAPTER_KEY, SHARED, AdapterHandle, write_model_folder
 from grpo.rollout.vllm_scheduler import LogprobCollector, OnePassSampler, rollout_scheduler
 from grpo.run.tiles import prepare_tiles
 
@@ -51,7 +49,10 @@ class Engine:
 
     def __init__(self, base: BaseWeights, policy: Policy | None, settings: EngineSettings, tokenizer: Any = None):
         """Start vLLM. `policy` supplies the adapter; None serves the base alone. Stop strings need `tokenizer`."""
+        set_environment()
         check_version()
+        self.llm: Any = None
+        """vLLM while it runs, else None."""
         self.base, self.policy, self.settings = base, policy, settings
         self.adapter = RolloutAdapter(base, policy)
         if policy is not None:
@@ -61,9 +62,6 @@ class Engine:
         self._kv_cache_is_released = False
         self._folder = tempfile.TemporaryDirectory(prefix="grpo-model-")
         write_model_folder(Path(self._folder.name), base, tokenizer if settings.stop_strings else None)
-        handle = str(id(self))
-        SERVED[handle] = self.adapter
-        self._handle = handle
         if base.device.type == "cuda":
             prepare(base.device)
             prepare_tiles(base.device, nf4_shapes(base), base.dtype, announce)
@@ -76,7 +74,7 @@ class Engine:
 
     def _start(self) -> None:
         self._ran_out = False
-        self.llm = vllm.LLM(**self._arguments(self._handle))
+        self.llm = vllm.LLM(**self._arguments())
         if self.base.device.type == "cuda":
             self._runner.sampler = self.sampler = OnePassSampler(logprobs_mode="processed_logprobs")
         if self.policy is not None:
@@ -89,7 +87,7 @@ class Engine:
         self.collector = LogprobCollector()
         self._start()
 
-    def _arguments(self, handle: str) -> dict[str, Any]:
+    def _arguments(self) -> dict[str, Any]:
         settings, on_cpu = self.settings, self.base.device.type == "cpu"
         arguments: dict[str, Any] = {
             "model": self._folder.name,
@@ -97,7 +95,7 @@ class Engine:
             "dtype": str(self.base.dtype).removeprefix("torch."),
             "quantization": SHARED,
             "load_format": SHARED,
-            "model_loader_extra_config": {"engine": handle},
+            "model_loader_extra_config": {ADAPTER_KEY: AdapterHandle(self.adapter)},
             "max_model_len": settings.max_seq_length,
             "max_num_seqs": settings.max_num_seqs,
             "max_num_batched_tokens": max(8192, settings.max_seq_length),
@@ -291,21 +289,21 @@ class Engine:
 
     def _switch_adapter(self, enabled: bool) -> None:
         if self.adapter.set_enabled(enabled):
-            self.forget_prefixes()
+            self.reset_prefix_cache()
 
     @torch.no_grad()
     def sync_adapter(self) -> float:
         """Copy the trained adapter into the buffers and forget cached prefixes; returns seconds."""
         start = time.perf_counter()
         self.adapter.refresh()
-        self.forget_prefixes()
+        self.reset_prefix_cache()
         if self.base.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - start
 
-    def forget_prefixes(self) -> None:
+    def reset_prefix_cache(self) -> None:
         """Cached keys and values belong to the adapter that computed them."""
-        if hasattr(self, "llm") and not self.llm.reset_prefix_cache():
+        if self.llm is not None and not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM kept its prefix cache because requests are in flight; completions would be stale")
 
     def release_kv_cache(self) -> None:
@@ -319,7 +317,7 @@ class Engine:
         core = self.llm.llm_engine.engine_core.engine_core
         while core.batch_queue:  # asynchronous scheduling may have launched one step too many
             core.step_fn()
-        self.forget_prefixes()
+        self.reset_prefix_cache()
         torch.cuda.synchronize()
         for allocation in kv_cache_allocations():
             cumem.unmap_and_release(allocation.handle)
@@ -345,18 +343,17 @@ class Engine:
         return self._runner.model
 
     def close(self) -> None:
-        """Stop vLLM and give its memory back."""
-        SERVED.pop(self._handle, None)
+        """Stop vLLM and give its memory back. May be called twice."""
         self._stop()
         self._folder.cleanup()
 
     def _stop(self) -> None:
-        if hasattr(self, "llm"):
+        if self.llm is not None:
             self._restore_kv_cache()
             shutdown = getattr(self.llm.llm_engine.engine_core, "shutdown", None)
             if shutdown is not None:
                 shutdown()
-            del self.llm
+            self.llm = None
         gc.collect()
         if self.base.device.type == "cuda":
             torch.cuda.empty_cache()

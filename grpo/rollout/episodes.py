@@ -11,15 +11,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from grpo.config.schema import Environment
 from grpo.data import Prompt
 from grpo.environments.continuation import Continuer, Unprovable
 from grpo.environments.pool import Asked, Ended, EnvironmentPool, Lost, Said, Scored
 from grpo.environments.tool_calls import assistant_message
-from grpo.rollout.engine import Completion, Engine, Request, SamplingSettings
 from grpo.rollout.sampler import sample_seed
+from grpo.rollout.types import Completion, Request, SamplingSettings
+
+if TYPE_CHECKING:
+    from grpo.rollout.engine import Engine
 
 Message = dict[str, Any]
 CHECK_SECONDS = 0.2

@@ -8,9 +8,6 @@ and is refused here by name.
 
 from __future__ import annotations
 
-import grpo.rollout.vllm_environment  # noqa: F401  (before vllm)
-
-# isort: split
 import json
 import tempfile
 from collections.abc import Iterator
@@ -43,6 +40,7 @@ from grpo.model.decoder_config import DecoderConfig
 from grpo.model.layout import Record, pattern_of
 from grpo.model.meta_graph import meta_graph
 from grpo.rollout.vllm_backend import leave_classes_alone
+from grpo.rollout.vllm_environment import set_environment
 
 TRACED = "grpo_traced"
 """Name of the quantisation method whose layers are watched."""
@@ -154,6 +152,7 @@ def storage(tensor: Tensor) -> int:
 def trace(config: DecoderConfig, dtype: torch.dtype = torch.bfloat16) -> Record:
     """How vLLM lays out the model of `config`, transformers' of a text model. Raises UserError naming a tensor that
     cannot be shared, or what vLLM says of a model that it cannot build."""
+    set_environment()
     sources = checkpoint_tensors(config, dtype)
     with traced_model(config, dtype) as model:
         targets = dict(model.named_parameters()) | dict(model.named_buffers())

@@ -15,14 +15,16 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from grpo.data import Prompt
 from grpo.distributed.ranks import Ranks, owners
 from grpo.rewards.runtime.contract import RewardBatch, RewardResult
 from grpo.rewards.runtime.pool import RewardPool
-from grpo.rollout.engine import Completion, Engine, Request, SamplingSettings
-from grpo.rollout.types import Segment
+from grpo.rollout.types import Completion, Request, SamplingSettings, Segment
+
+if TYPE_CHECKING:
+    from grpo.rollout.engine import Engine
 
 CHECK_SECONDS = 0.2
 

@@ -6,9 +6,6 @@ same class and would run the rewritten form. Nothing is compiled here, so the re
 
 from __future__ import annotations
 
-import grpo.rollout.vllm_environment  # noqa: F401  (before vllm)
-
-# isort: split
 from typing import Any
 
 from vllm import ModelRegistry

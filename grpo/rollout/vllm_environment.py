@@ -1,13 +1,34 @@
-"""What vLLM reads from the environment as it is imported, set as this project needs it; import this before vllm."""
+"""Environment variables by which vLLM is set up: what is set, and what has to be.
+
+vLLM reads most of them when it starts and some when it is imported, so `set_environment` is called before either, and
+nowhere at import. A variable that the user has set stays.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import MutableMapping
 
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # one process: the storage is shared by address
-os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
-os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
-os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-os.environ.setdefault("DO_NOT_TRACK", "1")
-os.environ.setdefault("VLLM_PLUGINS", "")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+from grpo.errors import UserError
+
+IN_THIS_PROCESS = "VLLM_ENABLE_V1_MULTIPROCESSING"
+VARIABLES = {
+    IN_THIS_PROCESS: "0",  # the storage is shared by address
+    "VLLM_USE_V2_MODEL_RUNNER": "0",
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "VLLM_PLUGINS": "",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+}
+
+
+def set_environment(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Set what the user has not. Raises UserError for a variable with which weights cannot be shared."""
+    for name, value in VARIABLES.items():
+        environment.setdefault(name, value)
+    if environment[IN_THIS_PROCESS] != "0":
+        raise UserError(
+            f"{IN_THIS_PROCESS} = {environment[IN_THIS_PROCESS]!r}: vLLM samples in this process, where the weights "
+            "are; unset it"
+        )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,21 @@ from grpo.rollout.lora_buffers import RolloutAdapter
 SHARED = "grpo_shared"
 """Name of our quantisation method and load format in vLLM."""
 
-SERVED: dict[str, RolloutAdapter] = {}
-"""What an engine serves, by the handle that reaches our loader through vLLM's configuration."""
+ADAPTER_KEY = "adapter"
+"""Under which the loader's part of vLLM's configuration has an AdapterHandle."""
+
+
+@dataclass(frozen=True)
+class AdapterHandle:
+    """An engine's adapter, and with it the base, on its way through vLLM's configuration to our loader.
+
+    vLLM copies and prints configurations: a copy is the same handle, and what is printed names no tensor.
+    """
+
+    adapter: RolloutAdapter = field(repr=False)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AdapterHandle:
+        return self
 
 
 class SharedLinearMethod(LinearMethodBase):
@@ -108,7 +122,7 @@ class SharedLoader(BaseModelLoader):
         """Nothing to download."""
 
     def load_weights(self, model: nn.Module, model_config: Any) -> None:
-        adapter = SERVED[self.load_config.model_loader_extra_config["engine"]]
+        adapter = self.load_config.model_loader_extra_config[ADAPTER_KEY].adapter
         base = adapter.base
         attached = set()
         for path, module in model.named_modules():

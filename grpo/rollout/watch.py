@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from grpo.rollout.engine import Engine, Request, SamplingSettings
+from grpo.rollout.engine import Engine
+from grpo.rollout.types import Request, SamplingSettings
 from grpo.rollout.vllm_model import SharedLinearMethod
 
 
@@ -33,7 +34,7 @@ def watched_linears(engine: Engine, prompt: Sequence[int], places: Sequence[int]
         if isinstance(getattr(module, "quant_method", None), SharedLinearMethod)
     ]
     try:
-        engine.forget_prefixes()
+        engine.reset_prefix_cache()
         for _ in engine.generate([Request(0, list(prompt), seed=0)], SamplingSettings(1.0, max_tokens=1)):
             pass
     finally:

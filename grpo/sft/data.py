@@ -18,7 +18,7 @@ from typing import Any
 from grpo.errors import UserError
 from grpo.references import described
 from grpo.sft.config import Sft, SftConfig
-from grpo.special_tokens import begin_with, put_in_front
+from grpo.special_tokens import leading_tokens, start_with
 from grpo.tasks.cells import filled, reach
 from grpo.tasks.common import Row, read_hub, read_splits
 
@@ -221,13 +221,13 @@ class Encoder:
         self.tokenizer, self.settings, self.stops = tokenizer, settings, stop_token_ids
         eos = tokenizer.eos_token_id
         self.eos: int = eos if eos in stop_token_ids else stop_token_ids[0]
-        self.front = put_in_front(tokenizer)
+        self.front = leading_tokens(tokenizer)
         self.unended = self.unended_inside = 0
 
     def encode(self, messages: Messages, where: str) -> Example:
         """One sequence. Every answer in it is trained on up to its end token."""
         text, answers = self.rendered(messages, where) if self.settings.chat else plain(messages)
-        add = not self.settings.chat and not begin_with([text], self.front, self.tokenizer)[0]
+        add = not self.settings.chat and not start_with([text], self.front, self.tokenizer)[0]
         encoded = self.tokenizer(text, add_special_tokens=add, return_offsets_mapping=True, verbose=False)
         ids = list(encoded["input_ids"])
         chosen = [False] * len(ids)

@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from grpo.errors import UserError
 from grpo.model.vocabulary import check_tokens
 from grpo.monitor.run_log import RunLog
-from grpo.policy.keep_16bit import remember_base
+from grpo.policy.keep_16bit import record_base
 from grpo.run.checkpoint import CONFIG, create_run_folder, replace_folder, write_atomically
 from grpo.run.signals import Interrupts
 from grpo.session import open_session, read_model
@@ -50,7 +50,7 @@ def run_sft(config: SftConfig, *, resume: bool = False, verbose: bool = False) -
                 log.notice(notice)
             resumed = run.path if resume else None
             with open_session(settings, files=files, status=log.status, start_engine=False, resumed=resumed) as session:
-                remember_base(session.base, run.path)
+                record_base(session.base, run.path)
                 tokens = config.sft.per_device_train_batch_size * config.sft.max_length
 
                 def evaluate() -> dict[str, float]:

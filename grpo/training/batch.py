@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -123,37 +124,22 @@ def pack(sequences: Sequence[TrainingSequence], tokens: int) -> list[list[Traini
     return batches
 
 
-@dataclass(frozen=True)
-class PackedTokens:
-    """The trained tokens of a micro-batch, one sequence after another."""
+def sampled_inputs(batch: Sequence[TrainingSequence], device: torch.device) -> dict[str, Any]:
+    """What `LossInputs` takes from the rollout, of S sequences with T trained tokens, one sequence after another.
 
-    sequence: Tensor
-    """int64 [T], which sequence of the micro-batch a token is of."""
-    rollout_logprobs: Tensor
-    """float32 [T]."""
-    advantages: Tensor
-    """float32 [S]."""
-    truncated: Tensor
-    """bool [S]."""
-    old_logprobs: Tensor | None
-    """float32 [T], or None on policy."""
-    token_advantages: Tensor | None = None
-    """float32 [T], or None where those of sequences are meant."""
-
-
-def packed_tokens(batch: Sequence[TrainingSequence], device: torch.device) -> PackedTokens:
-    """The tensors of a micro-batch."""
+    Copied to `device` before the forward pass, so that no copy waits for its end.
+    """
     lengths = torch.tensor([sequence.trained for sequence in batch])
-    old = [sequence.old_logprobs for sequence in batch]
-    by_token: list[float] | None = []
-    for sequence in batch:
-        own = sequence.token_advantages
-        by_token = None if own is None or by_token is None else [*by_token, *own]
-    return PackedTokens(
-        sequence=torch.arange(len(batch)).repeat_interleave(lengths).to(device),
-        rollout_logprobs=torch.tensor([p for s in batch for p in s.rollout_logprobs], device=device),
-        advantages=torch.tensor([sequence.advantage for sequence in batch], device=device),
-        truncated=torch.tensor([sequence.truncated for sequence in batch], device=device),
-        old_logprobs=torch.cat(old).to(device) if all(entry is not None for entry in old) else None,
-        token_advantages=None if by_token is None else torch.tensor(by_token, device=device),
-    )
+    index = torch.arange(len(batch)).repeat_interleave(lengths).to(device)
+    old = [sequence.old_logprobs for sequence in batch if sequence.old_logprobs is not None]
+    by_token = [sequence.token_advantages for sequence in batch if sequence.token_advantages is not None]
+    of_tokens = [advantage for advantages in by_token for advantage in advantages]
+    return {
+        "sequence": index,
+        "mask": torch.ones_like(index, dtype=torch.bool),
+        "rollout_logprobs": torch.tensor([p for s in batch for p in s.rollout_logprobs], device=device),
+        "old_logprobs": torch.cat(old).to(device) if len(old) == len(batch) else None,
+        "advantages": torch.tensor([sequence.advantage for sequence in batch], device=device),
+        "token_advantages": torch.tensor(of_tokens, device=device) if len(by_token) == len(batch) else None,
+        "truncated": torch.tensor([sequence.truncated for sequence in batch], device=device),
+    }

@@ -26,7 +26,7 @@ from grpo.tasks.common import Row, Task, load_task
 
 
 def show(line: str) -> None:
-    """Print what an environment printed: it may be what the model wrote."""
+    """Print what a reward function or an environment printed: it may be what the model wrote."""
     print(printable(line), flush=True)
 
 
@@ -49,7 +49,7 @@ def continuer(config: Config, tokenizer: Any, end_tokens: tuple[int, ...]) -> Co
 def start_environment(
     config: Config,
     on_output: Callable[[str], None] = show,
-    status: Callable[[str], None] = lambda told: None,
+    status: Callable[[str], None] = lambda text: None,
     sent: Any = None,
 ) -> contextlib.AbstractContextManager[EnvironmentPool | None]:
     """The environment of `config`, loaded; None where it has none. Raises UserError where nothing gives a reward.

@@ -185,9 +185,9 @@ def sample_and_check(
     player: EpisodePlayer | None = None,
 ) -> list[Sample]:
     """`settings.num_generations` checked completions of each prompt."""
-    # vLLM takes seconds to import; the statistics above and --help do without.
-    from grpo.rollout.engine import Request
+    # PyTorch takes seconds to import; the statistics above and --help do without.
     from grpo.rollout.sampler import sample_seed
+    from grpo.rollout.types import Request
 
     count = settings.num_generations
     length = settings.max_completion_length or session.config.rollout.max_completion_length

@@ -15,18 +15,17 @@ import torch
 from torch import Tensor
 
 from grpo.config.schema import Config
-from grpo.distributed.ranks import Ranks, runs
+from grpo.distributed.ranks import Ranks, split_evenly
 from grpo.policy.policy import Policy, TokenLogprobs
 from grpo.policy.rng import RandomState, current_states
 from grpo.rollout.sampler import Group
 from grpo.training.advantages import Advantages, may_skip_equal_groups
 from grpo.training.batch import (
-    PackedTokens,
     TrainingGroup,
     TrainingSequence,
     active_sequences,
     pack,
-    packed_tokens,
+    sampled_inputs,
     training_group,
 )
 from grpo.training.loss import BatchTotals, LossInputs, batch_totals, resolve_loss
@@ -146,13 +145,13 @@ class Learner:
         random = RandomState(self.policy.base.device)
         self.policy.model.train()
         try:
-            self.budget.fit_checkpointing(self.try_largest, self.clear_gradients)
+            self.budget.fit_checkpointing(self.run_largest_batch, self.clear_gradients)
         finally:
             self.policy.model.eval()
             self.clear_gradients()
             random.restore()
 
-    def try_largest(self) -> None:
+    def run_largest_batch(self) -> None:
         """Gradients of the largest micro-batch, with the optimiser's moments in memory."""
         batch = largest_batch(self.config, self.budget.tokens)
         moments = [] if self.optimizer.state else moments_like(self.parameters, self.config.train)
@@ -161,28 +160,20 @@ class Learner:
         moments.clear()
 
     def micro_batch(self, batch: list[TrainingSequence], totals: BatchTotals) -> tuple[Tensor, Metrics]:
-        """The share of the loss that `batch` contributes."""
-        tokens = packed_tokens(batch, self.policy.base.device)
+        """The share of the loss that `batch` contributes, a float32 scalar with its graph, and what it measured."""
+        sampled = sampled_inputs(batch, self.policy.base.device)
         scored = self.score(batch, entropy_gradient=self.config.loss.entropy_coef != 0)
-        return self.loss(self.loss_inputs(batch, tokens, scored), totals, self.config.loss)
-
-    def loss_inputs(self, batch: list[TrainingSequence], tokens: PackedTokens, scored: TokenLogprobs) -> LossInputs:
-        reference = None
-        if self.config.loss.beta > 0:
-            with self.policy.reference():
-                reference = self.score(batch).logprobs
-        return LossInputs(
-            logprobs=scored.logprobs,
-            old_logprobs=tokens.old_logprobs,
-            rollout_logprobs=tokens.rollout_logprobs,
-            ref_logprobs=reference,
-            advantages=tokens.advantages,
-            token_advantages=tokens.token_advantages,
-            sequence=tokens.sequence,
-            mask=torch.ones_like(tokens.sequence, dtype=torch.bool),
-            entropy=scored.entropy,
-            truncated=tokens.truncated,
+        inputs = LossInputs(
+            logprobs=scored.logprobs, entropy=scored.entropy, ref_logprobs=self.reference_logprobs(batch), **sampled
         )
+        return self.loss(inputs, totals, self.config.loss)
+
+    def reference_logprobs(self, batch: list[TrainingSequence]) -> Tensor | None:
+        """float32 [T] of the base without the adapter; None without a KL penalty."""
+        if self.config.loss.beta == 0:
+            return None
+        with self.policy.reference():
+            return self.score(batch).logprobs
 
     def totals(self, groups: Sequence[TrainingGroup], entropy: Tensor | None) -> BatchTotals:
         """The constants that normalise the loss of one optimiser step on `groups`, of which `entropies` gave
@@ -201,7 +192,7 @@ class Learner:
         return self.config.loss.top_entropy_quantile < 1
 
     def entropies(self, groups: Sequence[TrainingGroup]) -> Tensor | None:
-        """Entropy at every completion token of `groups`, from all ranks; None where the loss does not need it."""
+        """float32 [T] at the T trained tokens of `groups`, from all ranks; None where the loss does not need it."""
         if not self.needs_entropies:
             return None
         here = {index: group for index, group in enumerate(groups) if group.sequences}
@@ -213,20 +204,21 @@ class Learner:
 
     @torch.no_grad()
     def entropy(self, sequences: Sequence[TrainingSequence]) -> Tensor:
-        """Entropy at every completion token, from an extra forward pass."""
+        """float32 [T] at the T trained tokens of `sequences`, from an extra forward pass."""
         batches = pack(sequences, self.budget.tokens)
         none = torch.empty(0, device=self.policy.base.device)  # a rank may have no sequences
         return torch.cat([none, *(self.score(batch).entropy for batch in batches)])
 
     @torch.no_grad()
     def remember_old_logprobs(self, sequences: list[TrainingSequence]) -> None:
-        """Store each sequence's logprobs under the policy as it is now."""
+        """Store each sequence's logprobs, float32 [trained], under the policy as it is now."""
         for batch in pack(sequences, self.budget.tokens):
             lengths = [sequence.trained for sequence in batch]
             for sequence, logprobs in zip(batch, self.score(batch).logprobs.split(lengths), strict=True):
                 sequence.old_logprobs = logprobs
 
     def score(self, batch: Sequence[TrainingSequence], *, entropy_gradient: bool = False) -> TokenLogprobs:
+        """Logprob and entropy, float32 [T] each, at the T trained tokens of `batch`, one sequence after another."""
         segments = [segment for sequence in batch for segment in sequence.segments]
         whole = all(segment.sampled is None for segment in segments)
         return self.policy.score(
@@ -239,7 +231,7 @@ class Learner:
         )
 
     def clip_gradients(self) -> float:
-        """The gradient norm before clipping; 0 without any gradient."""
+        """The norm of all gradients together before clipping; 0 without any gradient."""
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         if not gradients:
             return 0.0
@@ -281,7 +273,7 @@ class Learner:
 
 def split(prompts: list[TrainingGroup], parts: int) -> list[list[TrainingGroup]]:
     """`prompts` in `parts` runs whose lengths differ by at most one; none is empty unless there are too few."""
-    return [prompts[first:last] for first, last in runs(len(prompts), parts) if last > first]
+    return [prompts[first:last] for first, last in split_evenly(len(prompts), parts) if last > first]
 
 
 UNMEASURED = {"loss": 0.0, "kl": None, "entropy": None, "mismatch_kl": None}

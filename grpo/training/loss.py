@@ -234,11 +234,13 @@ def _clipped(terms: Terms, settings: Loss) -> Tensor:
 
 
 def _mean_of_means(terms: Terms, loss: Tensor, totals: BatchTotals) -> Tensor:
+    """The mean over sequences of each one's mean of `loss` [T], corrected: a scalar."""
     means = terms.corrected(loss) / per_token(terms.lengths, terms.sequence)
     return means.sum() / max(totals.num_sequences, 1)
 
 
 def _token_mean(terms: Terms, loss: Tensor, totals: BatchTotals) -> Tensor:
+    """The mean over tokens of `loss` [T], corrected: a scalar."""
     return terms.corrected(loss).sum() / max(totals.num_tokens, 1)
 
 
@@ -253,7 +255,7 @@ def clip_bounds(settings: Loss) -> tuple[float, float]:
 
 
 def compute_loss(inputs: LossInputs, totals: BatchTotals, settings: Loss) -> tuple[Tensor, Metrics]:
-    """A micro-batch's share of the loss of its optimiser step, and metrics for `merge_metrics`.
+    """A micro-batch's share of the loss of its optimiser step, a scalar, and metrics for `merge_metrics`.
 
     The sum of the losses over the micro-batches is the step's loss; each can be backpropagated, and is 0 for a
     micro-batch without tokens. Raises ValueError where `inputs` lack what `settings` need.
@@ -323,8 +325,8 @@ def _terms(inputs: LossInputs, totals: BatchTotals, settings: Loss) -> tuple[Ter
 
 
 def _neutral(inputs: LossInputs) -> tuple[Tensor, Tensor, Tensor]:
-    """log pi, log pi_old and log pi_old - log pi_rollout, all 0 where masked, so that nothing there can become inf
-    or NaN; the last is 0, a ratio of 1, also where the rollout reported no log-probability."""
+    """log pi, log pi_old and log pi_old - log pi_rollout, each [T] and 0 where masked, so that nothing there can become
+    inf or NaN; the last is 0, a ratio of 1, also where the rollout reported no log-probability."""
     zero = inputs.logprobs.new_zeros(())
     logprobs = torch.where(inputs.mask, inputs.logprobs, zero)
     old = logprobs if inputs.old_logprobs is None else torch.where(inputs.mask, inputs.old_logprobs, zero)
@@ -341,7 +343,7 @@ def _is_uncertain(inputs: LossInputs, totals: BatchTotals) -> Tensor:
 
 
 def _entropy_mean(inputs: LossInputs, totals: BatchTotals) -> Tensor:
-    """This micro-batch's share of the mean entropy of the tokens that are trained on."""
+    """This micro-batch's share of the mean entropy of the tokens that are trained on: a scalar."""
     entropy = _needed(inputs.entropy, "entropy", "entropy_coef")
     counted, count = inputs.mask, totals.num_tokens
     if totals.entropy_threshold is not None:
@@ -351,7 +353,10 @@ def _entropy_mean(inputs: LossInputs, totals: BatchTotals) -> Tensor:
 
 
 def _ratio_metrics(ratio: Tensor, advantage: Tensor, share: Tensor, settings: Loss) -> Metrics:
-    """How far the policy has moved from the one that sampled, and how much of that the objective clips."""
+    """How far the policy has moved from the one that sampled, and how much of that the objective clips.
+
+    ratio, advantage, share: [T]; `share` is how much a token counts.
+    """
     low, high = clip_bounds(settings)
     is_low = (ratio < low) & (advantage < 0)
     is_high = (ratio > high) & (advantage > 0)
@@ -405,7 +410,7 @@ def resolve_loss(settings: Loss) -> LossFunction:
     if not callable(function):
         raise UserError(f"{name} is {_kind(function)}; name a function")
 
-    def own_loss(inputs: LossInputs, totals: BatchTotals, settings: Loss) -> tuple[Tensor, Metrics]:
+    def user_loss(inputs: LossInputs, totals: BatchTotals, settings: Loss) -> tuple[Tensor, Metrics]:
         inputs = without_truncated(inputs, settings)
         result = function(inputs, totals, settings)
         loss, own = result if isinstance(result, tuple) and len(result) == 2 else (result, {})
@@ -417,7 +422,7 @@ def resolve_loss(settings: Loss) -> LossFunction:
         metrics = {key: _as_metric(value, tokens, f"{name}: metric {key!r}") for key, value in own.items()}
         return loss.reshape(()), {"loss": Total(loss.detach().double().sum()), **diagnostics(inputs), **metrics}
 
-    return own_loss
+    return user_loss
 
 
 def _as_metric(value: Any, tokens: Tensor, name: str) -> Metric:

@@ -138,7 +138,9 @@ def largest_batch(config: Config, tokens: int) -> list[TrainingSequence]:
     prompt, completion = config.rollout.max_prompt_length, config.rollout.max_completion_length
     groups = 1 + tokens // (prompt + completion)
     sequences = [
-        made_up(number, prompt, completion) for number in range(groups) for _ in range(config.rollout.num_generations)
+        dummy_sequence(number, prompt, completion)
+        for number in range(groups)
+        for _ in range(config.rollout.num_generations)
     ]
     batch = pack(sequences, tokens)[0]
     used = sum(len(sequence) for sequence in batch)
@@ -146,11 +148,11 @@ def largest_batch(config: Config, tokens: int) -> list[TrainingSequence]:
     room = tokens - used
     if room >= 2:
         length = min(completion, room - 1)
-        batch.append(made_up(groups, min(prompt, room - length + 1), length))
+        batch.append(dummy_sequence(groups, min(prompt, room - length + 1), length))
     return batch
 
 
-def made_up(number: int, prompt: int, completion: int) -> TrainingSequence:
+def dummy_sequence(number: int, prompt: int, completion: int) -> TrainingSequence:
     """A sequence of these lengths; `number` tells prompts apart."""
     return TrainingSequence(
         [number % 2] * (prompt - 1) + [number % 97], [0] * completion, [-1.0] * completion, 1.0, False

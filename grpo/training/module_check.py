@@ -11,15 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from grpo.policy.packing import predictors
+from grpo.policy.packing import predicting_states
 from grpo.policy.policy import Policy
-from grpo.rollout.watch import Seen, watched_linears
 from grpo.session import Session
+
+if TYPE_CHECKING:
+    from grpo.rollout.watch import Seen
 
 PLACES = 32
 """Tokens of the prompt that are compared: the last half of these, and others spread over it."""
@@ -48,6 +50,8 @@ class Difference(NamedTuple):
 
 def first_difference(session: Session, prompt: Sequence[int]) -> Difference | None:
     """The first module that differs on `prompt` with the adapter as it is; None if none does."""
+    from grpo.rollout.watch import watched_linears  # vLLM is imported only where it is started
+
     places = compared_places(len(prompt))
     seen = watched_linears(session.engine, prompt, places)
     reaching = differences_before(session.policy, seen, prompt, places)
@@ -100,7 +104,7 @@ def differences_before(
             hooks.append(policy.decoder.get_submodule(part).register_forward_hook(hook))
     try:
         with torch.no_grad(), as_in_training(policy):
-            predictors(policy.decoder.model, [list(prompt)], [[0]], policy.base.device)
+            predicting_states(policy.decoder.model, [list(prompt)], [[0]], policy.base.device)
     finally:
         for handle in hooks:
             handle.remove()

@@ -28,7 +28,7 @@ def set_reference(policy: Policy, settings: Loss, run: Path, *, resume: bool, ra
     if resume and ranks.first and folder.exists():
         policy.load_adapter(folder)
     if resume:
-        ranks.copy_first(policy.parameters())
+        ranks.broadcast_parameters(policy.parameters())
     if policy.adapter_is_zero():
         return
     policy.remember_reference()

@@ -26,7 +26,7 @@ from grpo.errors import UserError
 from grpo.model.families.table import listed
 from grpo.policy.lora_linear import ADAPTER, LoraLinear
 from grpo.policy.policy import Policy
-from grpo.rollout.engine import Request, SamplingSettings
+from grpo.rollout.types import Request, SamplingSettings
 from grpo.session import Session
 from grpo.training.module_check import Difference, as_in_training, first_difference
 

@@ -1,23 +1,46 @@
-"""What a step's scored groups come to: the table of rewards, figures for the metrics, and the sample log's form."""
+"""A step's groups with what they scored, the figures of them for the metrics, and how the sample log has them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
 import torch
+from torch import Tensor
 
+from grpo.config.schema import Loss
 from grpo.distributed.ranks import Ranks
 from grpo.rewards.extract import extracted_answer
 from grpo.rewards.runtime.contract import merge_results
 from grpo.rollout.sampler import Group, Rollout, Sample
 from grpo.run.samples import Sample as LoggedSample
 from grpo.run.samples import SampleGroup
-from grpo.training.advantages import Advantages, reward_metrics
+from grpo.training.advantages import Advantages, compute_advantages, reward_metrics
+from grpo.training.turn_advantages import with_turns
 
 
-def reward_table(groups: Sequence[Group], names: Sequence[str]) -> torch.Tensor:
+@dataclass(frozen=True)
+class ScoredGroups:
+    """P groups of G completions with what F reward functions gave, and the advantages that follow."""
+
+    groups: list[Group]
+    rewards: Tensor
+    """float64 [P, G, F], NaN where a function gave none."""
+    advantages: Advantages
+
+    @classmethod
+    def of(cls, groups: Sequence[Group], rewards: Tensor, weights: Tensor, settings: Loss) -> ScoredGroups:
+        """`groups` with their `rewards` [P, G, F]; `weights` [F]."""
+        return cls(list(groups), rewards, with_turns(compute_advantages(rewards, weights, settings), groups, settings))
+
+    @property
+    def unequal(self) -> list[int]:
+        """Indices of the groups whose rewards are not all equal."""
+        return (~self.advantages.zero_std).nonzero()[:, 0].tolist()
+
+
+def reward_table(groups: Sequence[Group], names: Sequence[str]) -> Tensor:
     """Rewards [P, G, F] of `groups`, by the functions `names`; float64, NaN where a function gave none."""
     rows = [[[as_float(sample.rewards[name]) for name in names] for sample in group.samples] for group in groups]
     return torch.tensor(rows, dtype=torch.float64)
@@ -27,17 +50,15 @@ def as_float(value: float | None) -> float:
     return math.nan if value is None else float(value)
 
 
-def sampling_metrics(
-    groups: Sequence[Group], rollouts: Sequence[Rollout], advantages: Advantages, names: Sequence[str]
-) -> dict[str, float]:
+def sampling_metrics(scored: ScoredGroups, rollouts: Sequence[Rollout], names: Sequence[str]) -> dict[str, float]:
     """Rewards and lengths over all completions, before any group is dropped."""
     result = merge_results([result for rollout in rollouts for result in rollout.results])
-    samples = [sample for group in groups for sample in group.samples]
+    samples = [sample for group in scored.groups for sample in group.samples]
     lengths = [sample.length for sample in samples]
     return {
         **result.metrics,
         **{f"rewards/{name}/seconds": seconds for name, seconds in result.seconds.items()},
-        **reward_metrics(reward_table(groups, names), advantages, names),
+        **reward_metrics(scored.rewards, scored.advantages, names),
         "completion_length": sum(lengths) / len(lengths),
         "completion_length_max": max(lengths),
         "clipped_ratio": sum(sample.truncated for sample in samples) / len(samples),

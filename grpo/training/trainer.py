@@ -8,260 +8,107 @@ gradients in `learner.py`, what ranks exchange in `ranks.py`.
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from grpo.config.schema import Config, config_toml
-from grpo.data import Data, Prompt, PromptStream, keep_by_pass_rate, load_data
-from grpo.distributed.launch import Launch
-from grpo.distributed.ranks import Ranks, connect
+from grpo.data import Data, Prompt, PromptStream
+from grpo.distributed.ranks import Ranks
 from grpo.environments.pool import EnvironmentPool
 from grpo.errors import UserError
-from grpo.memory.plan import sequence_limits
-from grpo.model.vocabulary import check_tokens
-from grpo.monitor.run_log import RunLog
-from grpo.monitor.silent_log import SilentLog
+from grpo.monitor.log import TrainingLog
 from grpo.policy.adapter_survival import adapter_survival
-from grpo.policy.keep_16bit import remember_base
-from grpo.printable import printable
 from grpo.references import described
 from grpo.rewards.runtime.pool import RewardPool
 from grpo.rollout.episode_sampler import EpisodeSampler
 from grpo.rollout.sampler import Group, Rollout, sample_seed
-from grpo.run.checkpoint import latest, open_run, replace_folder, run_is_begun, save, step_numbers, write_atomically
-from grpo.run.machine import resolve_device
+from grpo.run.checkpoint import latest, replace_folder, save, step_numbers
 from grpo.run.records import EVALUATIONS, read_entries
-from grpo.run.signals import Interrupts
 from grpo.run.tensor_state import load_tensors, save_tensors
-from grpo.run.versions import versions
-from grpo.session import Session, open_session, read_model
-from grpo.training.advantages import Advantages, compute_advantages
+from grpo.session import Session
 from grpo.training.dump import dump_folder, gather_batch, write_dump
-from grpo.training.environment import check_conversation, load_tasks, make_sampler, own_rewards, start_environment
-from grpo.training.evaluation import evaluate, measure_pass_rates
+from grpo.training.environment import make_sampler, own_rewards
+from grpo.training.evaluation import evaluate
 from grpo.training.learner import UNMEASURED, Learner
-from grpo.training.loss import resolve_loss
 from grpo.training.reference_policy import set_reference
 from grpo.training.rollout_memory import sample_within_memory
-from grpo.training.self_check import check_start
-from grpo.training.step_metrics import logged, reward_table, sampling_metrics
-from grpo.training.turn_advantages import with_turns
+from grpo.training.step_metrics import ScoredGroups, logged, reward_table, sampling_metrics
 from grpo.training.update_check import SkippedUpdate
 
 STATE = "trainer.safetensors"
-PASS_RATES = "pass_rates.json"
 KEPT_QUESTIONS = 32
 """Held-out questions whose answers are kept at each evaluation, so that one can see how they change."""
 
 
+@dataclass(frozen=True)
+class Parts:
+    """What a run is made of, all of it open; whoever opened it closes it."""
+
+    folder: Path
+    """The run folder."""
+    log: TrainingLog
+    session: Session
+    """With its configuration."""
+    data: Data
+    rewards: RewardPool | None = None
+    """None where an environment gives all rewards."""
+    environment: EnvironmentPool | None = None
+    ranks: Ranks = field(default_factory=Ranks)
+    check: Callable[[], None] = lambda: None
+    """Called often while nothing is half done; may raise to end the run."""
+
+
 class Trainer:
-    """One run of one configuration, in one run folder; `launch` says which of its ranks this process is."""
-
-    def __init__(self, config: Config, *, resume: bool = False, verbose: bool = False, launch: Launch | None = None):
-        self.config, self.verbose, self.launch = config, verbose, launch or Launch()
-        # A job that torchrun starts again goes on where it was.
-        self.resume = resume or (self.launch.restarts > 0 and run_is_begun(config.checkpoint.output_dir))
-
-    def run(self) -> dict[str, Any]:
-        """Train to the last step and return the summary. Raises UserError for bad input; nothing is lost then.
-
-        Raises RankLost where another rank ended.
-        """
-        config = self.config
-        with Interrupts() as interrupts, self.run_folder(), self.log() as log, contextlib.ExitStack() as ending:
-            # What fails in a second comes before what takes minutes.
-            resolve_loss(config.loss)
-            if self.launch.first and (uneven := uneven_share(config, self.launch.size)):
-                log.notice(uneven)
-            files = read_model(config, log.status, log.notice)
-            check_conversation(config, files.tokenizer, files.stop_token_ids)
-            environment = ending.enter_context(start_environment(config, show, log.status))
-            data = load_data(config, files.tokenizer, tasks=load_tasks(config, environment))
-            check_tokens(data.texts(), files.tokenizer, files.source.config)
-            ranks = connect(self.launch, resolve_device(config.model.device))
-            ranks.check = interrupts.check
-            ranks.require_same(facts(config))
-            share = config_of_rank(config, ranks.size)
-            folder = config.checkpoint.output_dir
-            resumed = folder if self.resume else None
-            with (
-                start_rewards(data, log) as pool,
-                open_session(share, files=files, status=log.status, resumed=resumed, agree=ranks.broadcast) as session,
-            ):
-                return train_session(session, data, folder, log, self.resume, pool, ranks, environment)
-
-    def run_folder(self) -> contextlib.AbstractContextManager[Any]:
-        """The run folder, held by the first rank."""
-        return open_run(self.config, resume=self.resume) if self.launch.first else contextlib.nullcontext()
-
-    def log(self) -> RunLog:
-        """The record and the display, which are the first rank's."""
-        if not self.launch.first:
-            return SilentLog(self.launch.rank, self.config)
-        config = self.config
-        return RunLog(config.checkpoint.output_dir, config, max_steps=config.train.max_steps or 0, verbose=self.verbose)
-
-
-def uneven_share(config: Config, ranks: int) -> str | None:
-    """What to say where some of `ranks` have more prompts than others."""
-    prompts, parts = config.rollout.prompts_per_step, config.train.optimizer_steps_per_rollout
-    if ranks == 1 or prompts % (ranks * parts) == 0:
-        return None
-    updates = f" in each of {parts} optimiser steps" if parts > 1 else ""
-    return (
-        f"rollout.prompts_per_step = {prompts} does not divide evenly among {ranks} ranks{updates}: some wait for "
-        "others that have one prompt more"
-    )
-
-
-def config_of_rank(config: Config, ranks: int) -> Config:
-    """`config` with vLLM sized for what one of `ranks` samples at once, unless it says how many that are."""
-    rollout = config.rollout
-    if ranks == 1 or rollout.max_num_seqs is not None:
-        return config
-    completions = math.ceil(rollout.prompts_per_step / ranks) * rollout.num_generations
-    sized = rollout.model_copy(update={"max_num_seqs": min(completions, sequence_limits(config)[1])})
-    return config.model_copy(update={"rollout": sized})
-
-
-def facts(config: Config) -> dict[str, Any]:
-    """What must be the same on every rank."""
-    gpu = resolve_device(config.model.device).type == "cuda"
-    return {
-        "the configuration": config_toml(config),
-        "the GPU": torch.cuda.get_device_name() if gpu else "none",
-        **{f"the version of {name}": version for name, version in versions().items()},
-    }
-
-
-def start_rewards(data: Data, log: RunLog) -> contextlib.AbstractContextManager[RewardPool | None]:
-    """The reward functions of `data`, loaded. What they print is shown without what a terminal would act upon."""
-    if not data.rewards:  # an environment gives its own
-        return contextlib.nullcontext()
-    log.status("starting rewards")
-    return RewardPool(data.rewards, example=data.train[0].columns, on_output=lambda name, line: show(line))
-
-
-def train_session(
-    session: Session,
-    data: Data,
-    folder: Path,
-    log: RunLog,
-    resume: bool = False,
-    pool: RewardPool | None = None,
-    ranks: Ranks | None = None,
-    environment: EnvironmentPool | None = None,
-) -> dict[str, Any]:
-    """Train an open `session` on `data` as its configuration says, in the run folder `folder`; returns the summary.
-
-    `pool` has the rewards and `environment` the environment, if they are loaded already; `ranks` the other processes of
-    the run, if there are any.
-    Raises Interrupted after SIGINT or SIGTERM, once the last whole step is in a checkpoint.
-    """
-    if pool is None and data.rewards:
-        with start_rewards(data, log) as pool:
-            return train_session(session, data, folder, log, resume, pool, ranks, environment)
-    if environment is None and session.config.environment is not None:
-        with start_environment(session.config, show) as environment:
-            return train_session(session, data, folder, log, resume, pool, ranks, environment)
-    if data.dropped:
-        log.notice(f"{data.dropped} prompts longer than rollout.max_prompt_length were dropped")
-    ranks = ranks or Ranks()
-    ranks.copy_first(session.policy.parameters())
-    if ranks.first:
-        remember_base(session.base, folder)
-    log.status("checking that vLLM computes what is trained")
-    if (unlisted := check_start(session)) is not None:
-        log.notice(unlisted)
-    with Interrupts() as interrupts, interrupts.deferred():
-        session.engine.between_steps = interrupts.check
-        try:
-            run = Run(session.config, folder, log, session, data, pool, interrupts.check, ranks, environment)
-            return run.train(resume)
-        finally:
-            session.engine.between_steps = lambda: None
-
-
-class Run:
-    """The live parts of a run. `step` is the last whole one; they count from 1.
+    """The steps of a run on its open `parts`. `step` is the last whole one; they count from 1.
 
     A step happens or does not: what raises within one leaves the adapter, the optimiser and the place in the data as
     they were before it, until the adapter has moved; from then on `step_complete` is false until the step is recorded.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        folder: Path,
-        log: RunLog,
-        session: Session,
-        data: Data,
-        pool: RewardPool | None,
-        check: Callable[[], None] = lambda: None,
-        ranks: Ranks | None = None,
-        environment: EnvironmentPool | None = None,
-    ):
-        """`check` is called often while nothing is half done, and may raise to end the run."""
-        self.config, self.folder, self.log = config, folder, log
-        self.ranks = ranks or Ranks()
-        self.session, self.data = session, data
-        self.stream = PromptStream(self.chosen_prompts(), data.settings, config.train.seed)
+    def __init__(self, parts: Parts, prompts: Sequence[Prompt]):
+        """`prompts`: those to train on, of `parts.data`. Nothing is computed, sampled or written yet."""
+        self.folder, self.log, self.session, self.data = parts.folder, parts.log, parts.session, parts.data
+        self.ranks, self.config = parts.ranks, parts.session.config
+        config = self.config
+        self.stream = PromptStream(prompts, self.data.settings, config.train.seed)
         self.max_steps = config.train.max_steps or math.ceil(
-            config.train.num_train_epochs * len(data.train) / config.rollout.prompts_per_step
+            config.train.num_train_epochs * len(self.data.train) / config.rollout.prompts_per_step
         )
-        log.max_steps = self.max_steps
-        session.engine.release_kv_cache()  # the learner plans with the memory that is free now
         self.learner = Learner(
-            session.policy, config, max_steps=self.max_steps, notice=log.notice, check=check, ranks=self.ranks
+            self.session.policy,
+            config,
+            max_steps=self.max_steps,
+            notice=self.log.notice,
+            check=parts.check,
+            ranks=self.ranks,
         )
-        own = own_rewards(config, environment)
-        self.weights = torch.tensor([1.0] * len(own) + [one.weight for one in data.rewards], dtype=torch.float64)
-        self.reward_names = own + [reward.column for reward in data.rewards]
+        own = own_rewards(config, parts.environment)
+        self.weights = torch.tensor([1.0] * len(own) + [one.weight for one in self.data.rewards], dtype=torch.float64)
+        self.reward_names = own + [reward.column for reward in self.data.rewards]
         self.sampler = make_sampler(
-            session, pool, environment, max_steps=self.max_steps, check=check, ranks=self.ranks, notice=log.notice
+            self.session,
+            parts.rewards,
+            parts.environment,
+            max_steps=self.max_steps,
+            check=parts.check,
+            ranks=self.ranks,
+            notice=self.log.notice,
         )
         self.step = self.saved = 0
         self.step_complete = True
         self.accuracies: dict[int, float] = {}
 
-    def chosen_prompts(self) -> list[Prompt]:
-        """The training prompts, without those whose pass rate is outside their task's window.
-
-        Rates are measured once a run, with the starting model, and kept in the run folder.
-        """
-        windows = {name: section.pass_rate for name, section in self.data.settings.items() if section.pass_rate}
-        if not windows:
-            return self.data.train
-        file = self.folder / PASS_RATES
-        measured = [prompt for prompt in self.data.train if prompt.task in windows]
-        found = self.ranks.broadcast(json.loads(file.read_text()) if self.ranks.first and file.exists() else None)
-        if found is None:
-            self.log.status("measuring pass rates")
-            samples = max(self.data.settings[name].pass_rate_samples for name in windows)
-            found = measure_pass_rates(self.session, measured, self.data.tasks, samples, self.ranks)
-            if self.ranks.first:
-                write_atomically(file, json.dumps(found).encode())
-        rates = dict(zip((prompt.index for prompt in measured), found, strict=True))
-        chosen = []
-        for task in self.data.tasks:
-            prompts = [prompt for prompt in self.data.train if prompt.task == task]
-            if task in windows:
-                prompts = keep_by_pass_rate(prompts, [rates[prompt.index] for prompt in prompts], windows[task])
-            chosen += prompts
-        self.log.notice(f"{len(chosen)} of {len(self.data.train)} prompts have a pass rate within the window")
-        return chosen
-
-    def train(self, resume: bool) -> dict[str, Any]:
+    def train(self, *, resume: bool = False) -> dict[str, Any]:
         """All remaining steps; returns the summary. Whatever ends them early leaves a checkpoint of the last one."""
+        self.log.max_steps = self.max_steps
         set_reference(self.session.policy, self.config.loss, self.folder, resume=resume, ranks=self.ranks)
         if resume:
             self.restore()
@@ -289,27 +136,25 @@ class Run:
         torch.manual_seed(sample_seed(self.config.train.seed, step, *self.seed_suffix()))
         taken = self.stream.taken.copy()
         try:
-            rollouts = sample_within_memory(lambda: self.sample(step), self.stream, self.session, self.ranks)
+            rollouts, scored = sample_within_memory(lambda: self.sample(step), self.stream, self.session, self.ranks)
             self.session.engine.release_kv_cache()
             sampled = time.perf_counter()
-            groups = [group for rollout in rollouts for group in rollout.groups]
-            advantages = self.advantages(groups)
-            trained = self.update(*self.trained_on(groups, advantages), step)
+            trained = self.update(self.trained_on(scored), step)
         except BaseException:
             self.stream.taken = taken
             raise
         self.step_complete = False
         sync_seconds = self.session.engine.sync_adapter()
         now = time.perf_counter()
-        survival = self.adapter_survival(groups, step)
+        survival = self.adapter_survival(scored.groups, step)
         if self.log.wants_samples(step):
             weights = dict(zip(self.reward_names, self.weights.tolist(), strict=True))
-            self.log.samples(step, logged(groups[: self.config.log.samples], weights, self.ranks))
+            self.log.samples(step, logged(scored.groups[: self.config.log.samples], weights, self.ranks))
         tokens = sum(rollout.tokens for rollout in rollouts)
         rollout_seconds = sum(rollout.seconds for rollout in rollouts)
         return {
             "step": step,
-            **sampling_metrics(groups, rollouts, advantages, self.reward_names),
+            **sampling_metrics(scored, rollouts, self.reward_names),
             **trained,
             **survival,
             "epoch": self.stream.epoch,
@@ -347,15 +192,15 @@ class Run:
         wait_seconds = sum(rollout.wait_seconds for rollout in rollouts)
         return {"ranks": self.ranks.size, "sent_bytes": self.ranks.bytes_sent, "idle_seconds": wait_seconds}
 
-    def update(self, groups: list[Group], advantages: Advantages, step: int) -> dict[str, float | None]:
-        """Train on `groups`; returns the training metrics, also of an update that had to be left out.
+    def update(self, scored: ScoredGroups, step: int) -> dict[str, float | None]:
+        """Train on `scored`; returns the training metrics, also of an update that had to be left out.
 
         Raises UserError when the configuration says that the run is to stop for it.
         """
         update_check = self.learner.update_check
         try:
-            update_check.check_sampled(groups, advantages)
-            return {**self.learner.update(groups, advantages, step), "update_skipped": 0.0}
+            update_check.check_sampled(scored.groups, scored.advantages)
+            return {**self.learner.update(scored.groups, scored.advantages, step), "update_skipped": 0.0}
         except SkippedUpdate as skipped:
             dump = self.dump(step, skipped)
             message = f"step {step}: {skipped.problem}; python -m grpo.replay {dump} says where that begins"
@@ -374,29 +219,30 @@ class Run:
             return dump_folder(self.folder, step)
         return write_dump(self.folder, step, self.config, self.session.policy, skipped)
 
-    def sample(self, step: int) -> list[Rollout]:
+    def sample(self, step: int) -> tuple[list[Rollout], ScoredGroups]:
         """One rollout or, with dynamic sampling, as many as it takes to fill the batch with unequal rewards."""
         wanted = self.config.rollout.prompts_per_step
         rounds = self.config.loss.dynamic_sampling_max_rounds if self.config.loss.dynamic_sampling else 1
         rollouts: list[Rollout] = []
+        tables: list[Tensor] = []
         for number in range(rounds):
             rollouts.append(self.sampler.sample(self.stream.take(wanted), step, number))
-            groups = [group for rollout in rollouts for group in rollout.groups]
-            if rounds == 1 or int((~self.advantages(groups).zero_std).sum()) >= wanted:
+            tables.append(reward_table(rollouts[-1].groups, self.reward_names))
+            scored = self.scored([group for rollout in rollouts for group in rollout.groups], torch.cat(tables))
+            if len(scored.unequal) >= wanted:
                 break
-        return rollouts
+        return rollouts, scored
 
-    def trained_on(self, groups: list[Group], advantages: Advantages) -> tuple[list[Group], Advantages]:
+    def trained_on(self, scored: ScoredGroups) -> ScoredGroups:
         """All groups, or with dynamic sampling the first `prompts_per_step` of unequal rewards."""
         if not self.config.loss.dynamic_sampling:
-            return groups, advantages
-        unequal = [group for group, equal in zip(groups, advantages.zero_std, strict=True) if not equal]
-        selected = unequal[: self.config.rollout.prompts_per_step] or groups[: self.config.rollout.prompts_per_step]
-        return selected, self.advantages(selected)
+            return scored
+        selected = (scored.unequal or list(range(len(scored.groups))))[: self.config.rollout.prompts_per_step]
+        return self.scored([scored.groups[index] for index in selected], scored.rewards[selected])
 
-    def advantages(self, groups: list[Group]) -> Advantages:
-        table = reward_table(groups, self.reward_names)
-        return with_turns(compute_advantages(table, self.weights, self.config.loss), groups, self.config.loss)
+    def scored(self, groups: list[Group], rewards: Tensor) -> ScoredGroups:
+        """`groups` with their `rewards` [P, G, F]."""
+        return ScoredGroups.of(groups, rewards, self.weights, self.config.loss)
 
     def evaluate(self) -> None:
         """Held-out accuracy, where `[eval]` asks for it at this step; the best adapter is kept."""
@@ -466,7 +312,7 @@ class Run:
 
     def load(self, where: str, state: Any) -> None:
         """Go on from `state`, and the adapter of the first rank. Raises UserError for one of another program or run."""
-        self.ranks.copy_first(self.learner.parameters)
+        self.ranks.broadcast_parameters(self.learner.parameters)
         try:
             self.learner.load_state_dict(state["learner"])
             self.stream.load_state_dict(state["stream"])
@@ -486,11 +332,6 @@ class Run:
         summary = {"adapter": str(adapter), "model": self.config.model.name}
         self.log.finish(summary)
         return summary
-
-
-def show(line: str) -> None:
-    """Print what a reward function printed: it may be what the model wrote."""
-    print(printable(line), flush=True)
 
 
 def peak_memory_gib(device: torch.device) -> float:

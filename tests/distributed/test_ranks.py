@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 import grpo
 from grpo.config.schema import Config, parse_config
-from grpo.distributed.launch import Launch, check_share, refuse_several, take_launch
+from grpo.distributed.launch import Launch, check_share, read_launch, refuse_several
 from grpo.distributed.ranks import Ranks, connect, owners
 from grpo.errors import UserError
 from grpo.model.base_weights import BaseWeights
@@ -29,7 +29,7 @@ from grpo.model.source import open_source
 from grpo.policy.policy import Policy
 from grpo.rollout.sampler import Group, RemoteSample
 from grpo.training.loss_metrics import EffectiveSampleSize, Maximum, Mean, Total, as_message, from_message
-from grpo.training.trainer import uneven_share
+from grpo.training.run import uneven_share
 from tests.helpers.forked_runs import Finished, ForkedRuns
 from tests.helpers.paths import ROOT
 from tests.helpers.same_run import completions
@@ -76,24 +76,24 @@ def test_the_place_is_read_once_and_every_rank_sees_its_own_gpu() -> None:
         "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "2",
     }  # fmt: skip
     environment = {**given, "HOME": "/root"}
-    assert take_launch(environment) == Launch(3, 8, 1, "node0", 29500, True, 2)
+    assert read_launch(environment) == Launch(3, 8, 1, "node0", 29500, True, 2)
     assert environment == {"HOME": "/root", "CUDA_VISIBLE_DEVICES": "1"}
     for shown, seen in (("4,6", "6"), ("5", ""), ("", ""), ("GPU-a,GPU-b,GPU-c", "GPU-b")):
         environment = {**given, "CUDA_VISIBLE_DEVICES": shown}
-        take_launch(environment)
+        read_launch(environment)
         assert environment == {"CUDA_VISIBLE_DEVICES": seen}
 
 
 def test_a_process_by_itself_keeps_its_gpus() -> None:
-    assert take_launch({}) == Launch()
+    assert read_launch({}) == Launch()
     environment = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "CUDA_VISIBLE_DEVICES": "2,3"}
-    assert take_launch(environment) == Launch() and environment == {"CUDA_VISIBLE_DEVICES": "2,3"}
+    assert read_launch(environment) == Launch() and environment == {"CUDA_VISIBLE_DEVICES": "2,3"}
 
 
 @pytest.mark.parametrize("environment", [{"WORLD_SIZE": "2", "RANK": "0"}, {"WORLD_SIZE": "two"}])
 def test_half_a_launch_is_refused(environment: dict[str, str]) -> None:
     with pytest.raises(UserError, match="torchrun"):
-        take_launch(environment)
+        read_launch(environment)
 
 
 def test_what_runs_in_one_process_says_so_under_torchrun() -> None:
@@ -166,7 +166,7 @@ def test_gradients_are_summed_and_values_are_the_first_ranks() -> None:
     def work(ranks: Ranks) -> Any:
         a = torch.nn.Parameter(torch.full((2, 3), float(ranks.rank)))
         b = torch.nn.Parameter(torch.full((4,), 10.0 + ranks.rank))
-        ranks.copy_first([a, b])
+        ranks.broadcast_parameters([a, b])
         if ranks.rank != 1:  # which backpropagates nothing
             (a.sum() * (ranks.rank + 1) + b.sum()).backward()
         ranks.sum_gradients([a, b])

@@ -201,9 +201,9 @@ PHASES: dict[str, Callable[[Any, Callable[[], None]], None]] = {
     "backward": in_backward,
     "checkpoint": lambda session, count: on_events(("grpo.training.trainer", "save"), count),
     "samples": lambda session, count: on_events(("grpo.monitor.run_log:RunLog", "samples"), count),
-    "evaluation": lambda session, count: on_events(("grpo.training.trainer:Run", "evaluate"), count),
+    "evaluation": lambda session, count: on_events(("grpo.training.trainer:Trainer", "evaluate"), count),
     "report": lambda session, count: on_events(("grpo.report.page", "write_report"), count),
-    "finish": lambda session, count: on_events(("grpo.training.trainer:Run", "finish"), count),
+    "finish": lambda session, count: on_events(("grpo.training.trainer:Trainer", "finish"), count),
 }
 """Where a run can be hit, each with what counts the moments of that kind."""
 
@@ -297,7 +297,7 @@ def poison_updates(session: Any, what: str, *steps: str) -> None:
     """In these steps make `what` unusable: the loss is NaN, or vLLM's logprobs are."""
     bad = {int(step) for step in steps}
     if what == "rollout":
-        replace(("grpo.training.trainer:Run", "sample"), lambda sample: rewriting(sample, bad))
+        replace(("grpo.training.trainer:Trainer", "sample"), lambda sample: rewriting(sample, bad))
         return
     now = 0
 
@@ -322,11 +322,11 @@ def poison_updates(session: Any, what: str, *steps: str) -> None:
 
 def rewriting(sample: Callable[..., Any], steps: set[int]) -> Callable[..., Any]:
     def rewritten(self: Any, step: int) -> Any:
-        rollouts = sample(self, step)
+        rollouts, scored = sample(self, step)
         if step in steps:
             for one in rollouts[0].groups[0].samples:
                 one.logprobs = [float("nan")] * len(one.logprobs)
-        return rollouts
+        return rollouts, scored
 
     return rewritten
 
@@ -386,7 +386,7 @@ def serve(config: Path, home: Path) -> None:
     from grpo.run.library_logs import quiet_libraries
 
     quiet_libraries(False)
-    import grpo.training.trainer
+    import grpo.training.run
     from grpo.config.schema import read_config
     from grpo.session import open_session
 
@@ -398,7 +398,7 @@ def serve(config: Path, home: Path) -> None:
         session.config = config
         yield session
 
-    grpo.training.trainer.open_session = opened  # type: ignore[assignment]
+    grpo.training.run.open_session = opened  # type: ignore[assignment]
     answer(answers, ready=True)
     for line in sys.stdin:
         request = json.loads(line)

@@ -5,9 +5,6 @@ Of another vLLM than before only its digests are added; a family whose layout it
 
 from __future__ import annotations
 
-import grpo.rollout.vllm_environment  # noqa: F401  (before vllm)
-
-# isort: split
 import sys
 from pathlib import Path
 

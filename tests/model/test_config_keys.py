@@ -16,7 +16,7 @@ from grpo.config.schema import Lora, Model, parse_config
 from grpo.errors import UserError
 from grpo.model.base_weights import BaseWeights
 from grpo.model.checks import check_head_size
-from grpo.model.config_keys import own_keys, served_values, settle
+from grpo.model.config_keys import normalize_config, own_keys, served_values
 from grpo.model.source import open_source
 from grpo.policy.policy import Policy
 from tests.helpers.model_configs import LONGEST, VALUES, configurations, save_model
@@ -190,8 +190,8 @@ def test_every_key_that_transformers_documents_is_varied():
 
 def test_what_has_no_part_in_the_computation_is_told(tmp_path):
     config = AutoConfig.for_model("phi3", **COMMON, resid_pdrop=0.1, attention_dropout=0.2, invented=1, logit_scale=2.0)
-    notices = settle(config)
-    assert config.resid_pdrop == config.attention_dropout == 0 and settle(config) == notices[-1:]
+    notices = normalize_config(config)
+    assert config.resid_pdrop == config.attention_dropout == 0 and normalize_config(config) == notices[-1:]
     assert [sentence.split(" = ")[0] for sentence in notices[:2]] == [
         "the model's attention_dropout",
         "the model's resid_pdrop",
@@ -203,7 +203,7 @@ def test_what_has_no_part_in_the_computation_is_told(tmp_path):
 def test_rotary_entries_that_text_does_not_need_are_told():
     parameters = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 4, 4]}
     config = AutoConfig.for_model("qwen2", **COMMON, rope_parameters=parameters)
-    (notices,) = settle(config)
+    (notices,) = normalize_config(config)
     assert notices.endswith("are not used: mrope_section")
 
 
@@ -215,7 +215,8 @@ def test_code_beside_a_family_that_transformers_has_is_not_run(tmp_path):
     (tmp_path / "mine.py").write_text("raise SystemExit('this ran')")
     for trusted in (False, True):
         config = open_source(Model(name=str(tmp_path), trust_remote_code=trusted)).config
-        assert type(config).__module__.startswith("transformers.") and "not used: auto_map" in settle(config)[0]
+        assert type(config).__module__.startswith("transformers.")
+        assert "not used: auto_map" in normalize_config(config)[0]
 
 
 def test_a_session_whose_sequences_get_longer_rotates_for_their_length_and_starts_vllm_again(tmp_path):
@@ -240,12 +241,14 @@ def test_a_session_whose_sequences_get_longer_rotates_for_their_length_and_start
         assert stopped == [65, 64] and torch.equal(scored(session.policy, [[5, 6]], [[7, 8, 9]]), before)
         session.configure(short)
         assert stopped == [65, 64]
-        session.__dict__.pop("_stop_engine")
+        del session._stop_engine
+    with pytest.raises(RuntimeError, match="session is closed"):
+        session.policy.eval()
 
 
-def test_dropout_of_any_name_is_settled() -> None:
+def test_dropout_of_any_name_is_not_applied() -> None:
     config = AutoConfig.for_model("seed_oss", **COMMON, residual_dropout=0.1, attention_dropout=0.2)
-    notices = settle(config)
+    notices = normalize_config(config)
     assert config.residual_dropout == config.attention_dropout == 0
     assert [notice.split(" is not applied")[0] for notice in notices] == [
         "the model's attention_dropout = 0.2",

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from grpo.config.schema import Lora, parse_config
+from grpo.kernels.lora_mlp import lora_mlp
 from grpo.model.base_weights import BaseWeights
 from grpo.model.source import open_source
 from grpo.policy.activation_checkpointing import recomputed
-from grpo.policy.fused_layers import install
+from grpo.policy.fused_layers import install_fused_layers
 from grpo.policy.policy import Policy
 from tests.helpers.tiny import FAMILIES, VOCABULARY, save_tiny
 
@@ -62,7 +64,7 @@ def assert_same_bits(found: tuple[Tensor, list[Tensor]], expected: tuple[Tensor,
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_form_gives_the_same_bits(family: str, tmp_path: Path) -> None:
+def test_every_mode_gives_the_same_bits(family: str, tmp_path: Path) -> None:
     policy = policy_of(base_of(tmp_path, family))
     expected = learn(policy, "none", times=2)
     assert expected[1][0].abs().max() > 0
@@ -71,13 +73,32 @@ def test_every_form_gives_the_same_bits(family: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
-def test_every_form_gives_the_same_bits_with_the_kernels_layers(family: str, tmp_path: Path) -> None:
+def test_every_mode_gives_the_same_bits_with_the_kernels_layers(family: str, tmp_path: Path) -> None:
     base = base_of(tmp_path, family)
     policy = policy_of(base)
-    assert install(policy.decoder, base) == 3
+    assert install_fused_layers(policy.decoder, base) == 3
     expected = learn(policy, "none", times=2)
     for mode in ("mlp", "layer", "offload"):
         assert_same_bits(learn(policy, mode, times=2), expected)
+
+
+def test_a_layer_that_runs_again_makes_no_output_that_no_backward_reads(
+    base: BaseWeights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = policy_of(base)
+    install_fused_layers(policy.decoder, base)
+    made: list[bool] = []
+
+    def recording(*arguments: Any, **named: Any) -> Tensor:
+        made.append(named["output"])
+        return lora_mlp(*arguments, **named)
+
+    monkeypatch.setattr("grpo.policy.fused_layers.lora_mlp", recording)
+    learn(policy, "none")
+    assert made == [True] * 3
+    made.clear()
+    learn(policy, "layer")
+    assert made == [True] * 3 + [False] * 3, "three layers forward, and again in the backward pass"
 
 
 @pytest.mark.parametrize("mode", ["none", "offload"])

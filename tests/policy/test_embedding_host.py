@@ -63,7 +63,7 @@ def pinned(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 
     monkeypatch.setattr(host_memory, "has_own_memory", lambda device: True)
     monkeypatch.setattr(host_memory, "pinned_zeros", zeros)
-    monkeypatch.setattr(host_memory, "seen_by", lambda device, host: host.view(host.shape))
+    monkeypatch.setattr(host_memory, "device_view", lambda device, host: host.view(host.shape))
     return made
 
 
@@ -270,7 +270,7 @@ def test_a_gpu_reads_host_memory_in_place_and_in_a_cuda_graph() -> None:
     host = host_memory.pinned_zeros(1000, 64, dtype=torch.bfloat16, wanted_by="a test")
     host.copy_(torch.randn(1000, 64, generator=torch.Generator().manual_seed(0)))
     before = torch.cuda.memory_allocated(device)
-    view = host_memory.seen_by(torch.device("cuda"), host)
+    view = host_memory.device_view(torch.device("cuda"), host)
     assert torch.cuda.memory_allocated(device) == before, "nothing was copied to the GPU"
     assert (view.device, view.dtype, view.shape) == (device, torch.bfloat16, host.shape)
     assert view.data_ptr() == host.data_ptr()
@@ -308,7 +308,7 @@ def test_a_gpu_multiplies_with_host_memory_as_with_its_own() -> None:
     generator = torch.Generator().manual_seed(0)
     host = host_memory.pinned_zeros(TOKENS, 512, dtype=torch.bfloat16, wanted_by="a test")
     host.copy_(torch.randn(host.shape, generator=generator))
-    view, own = host_memory.seen_by(torch.device("cuda"), host), host.cuda()
+    view, own = host_memory.device_view(torch.device("cuda"), host), host.cuda()
     for rows in (1, 8, 64, 256):
         hidden = torch.randn(rows, 512, generator=generator).bfloat16().cuda()
         expected = torch.nn.functional.linear(hidden, own)
@@ -388,7 +388,7 @@ def test_the_memory_is_let_go_with_the_base(folder: Path) -> None:
     del base
     gc.collect()
     assert count_pinned() == pinned_before
-    host_memory.give_back_pinned()
+    host_memory.free_pinned_memory()
 
 
 def count_pinned() -> int:

@@ -16,7 +16,7 @@ from grpo.kernels import attention
 from grpo.kernels.launch import interpreter_enabled
 from grpo.model.base_weights import BaseWeights
 from grpo.model.source import open_source
-from grpo.policy.fused_layers import FusedLayer, install, wants_kernels
+from grpo.policy.fused_layers import FusedLayer, install_fused_layers, wants_kernels
 from grpo.policy.policy import Policy
 from grpo.training.optim import LossScaler
 from tests.helpers.paths import ROOT
@@ -36,7 +36,7 @@ def build(folder, *, kernels, dtype=torch.float32, device="cpu", four_bit=True, 
     base = BaseWeights(open_source(model), model, device=torch.device(device), dtype=dtype)
     policy = Policy(base, Lora(**{"r": 4, "lora_alpha": 8, **lora}), seed=1, kernels="torch")
     if kernels:
-        assert install(policy.decoder, base) == base.config.num_hidden_layers
+        assert install_fused_layers(policy.decoder, base) == base.config.num_hidden_layers
     torch.manual_seed(2)
     for layer in policy.adapter_layers().values():
         b = layer.lora_B["default"].weight
@@ -174,7 +174,7 @@ def test_a_kept_16bit_part_of_a_fused_layer_takes_part(tmp_path):
         base = BaseWeights(open_source(model), model, device=torch.device("cpu"), dtype=torch.float32)
         policy = Policy(base, Lora(r=2), seed=1, kernels="torch")
         if kernels:
-            install(policy.decoder, base)
+            install_fused_layers(policy.decoder, base)
         found.append(loss_and_gradients(policy)[1])
     assert distance(found[1], found[0]) < 2e-5
 
@@ -206,7 +206,7 @@ def test_a_layer_that_the_kernels_do_not_know_stays(tmp_path):
     base = BaseWeights(open_source(model), model, device=torch.device("cpu"), dtype=torch.float32)
     policy = Policy(base, Lora(r=2), kernels="torch")
     layers = list(policy.decoder.model.layers)
-    assert install(policy.decoder, base) == 0
+    assert install_fused_layers(policy.decoder, base) == 0
     assert list(policy.decoder.model.layers) == layers
 
 

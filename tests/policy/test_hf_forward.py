@@ -11,7 +11,7 @@ from grpo.config.schema import Lora, Model
 from grpo.errors import UserError
 from grpo.model.base_weights import BaseWeights
 from grpo.model.source import open_source
-from grpo.policy.fused_layers import install
+from grpo.policy.fused_layers import install_fused_layers
 from grpo.policy.hf_forward import Rows
 from grpo.policy.policy import Policy
 from tests.helpers.tiny import FAMILIES, save_tiny
@@ -38,7 +38,7 @@ def pair(folder, family, *, kernels=False, **lora):
     base = BaseWeights(open_source(settings), settings, device=torch.device("cpu"), dtype=torch.float32)
     policy = Policy(base, Lora(**{"r": 4, **lora}), kernels="torch")
     if kernels:
-        install(policy.decoder, base)
+        install_fused_layers(policy.decoder, base)
     return plain, policy
 
 

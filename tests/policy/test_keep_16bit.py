@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -26,12 +26,11 @@ from grpo.monitor.run_log import RunLog
 from grpo.policy import keep_16bit
 from grpo.policy.keep_16bit import choose, load_base, rounding_costs
 from grpo.policy.policy import Policy
-from grpo.rewards.runtime.pool import RewardPool
 from grpo.run.model_reference import resolve_model
 from grpo.session import open_session
 from grpo.sft.config import parse_sft_config
 from grpo.sft.trainer import run_sft
-from grpo.training.trainer import Trainer, train_session
+from grpo.training.run import launch, train_session
 from tests.helpers.checkpoints import quantize_folder
 from tests.helpers.tiny import VOCABULARY, save_tiny
 from tests.helpers.tiny_run import run_tables, save_rewards, save_tiny_chat_model
@@ -312,13 +311,13 @@ def test_an_adapter_a_further_training_and_a_resumed_run_find_the_choice_that_wa
     auto = {"load_in_4bit": True, "keep_16bit": "auto"}
     config = parse_config(run_tables(tmp_path, model=auto))
     (tmp_path / "run").mkdir()
-    monkeypatch.setattr("grpo.training.trainer.check_start", lambda session: refuse("far enough"))
+    monkeypatch.setattr("grpo.training.run.check_start", lambda session: refuse("far enough"))
     with open_session(config, start_engine=False) as session:
         chosen = session.base.kept_16bit
         session.policy.save_adapter(tmp_path / "adapter")
         data = load_data(config, session.tokenizer)
         with RunLog(tmp_path / "run", config, max_steps=1) as log, pytest.raises(UserError, match="far enough"):
-            train_session(session, data, tmp_path / "run", log, pool=cast(RewardPool, object()))
+            train_session(session, data, tmp_path / "run", log)
     assert chosen
     alone = resolve_model(tmp_path / "adapter", tmp_path / "model")
     assert alone.tables["model"]["keep_16bit"] == chosen
@@ -347,14 +346,14 @@ def test_a_resumed_run_has_its_base_held_as_it_was(tmp_path: Path, monkeypatch: 
         asked.append((keys["resumed"], keys["agree"](3)))
         raise UserError("far enough")
 
-    monkeypatch.setattr("grpo.training.trainer.open_session", opened)
+    monkeypatch.setattr("grpo.training.run.open_session", opened)
     for name in ("open_run", "start_rewards"):
-        monkeypatch.setattr(f"grpo.training.trainer.{name}", lambda *arguments, **keys: contextlib.nullcontext())
+        monkeypatch.setattr(f"grpo.training.run.{name}", lambda *arguments, **keys: contextlib.nullcontext())
     config = parse_config(run_tables(tmp_path, model={"load_in_4bit": True, "keep_16bit": "auto"}))
     (tmp_path / "run").mkdir()
     for resume in (False, True):
         with pytest.raises(UserError, match="far enough"):
-            Trainer(config, resume=resume).run()
+            launch(config, resume=resume)
     assert asked == [(None, 3), (tmp_path / "run", 3)]
 
 

@@ -5,6 +5,7 @@ Agreement of logprobs for every family is `test_architectures.py`'s. Models are 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from grpo.model.base_weights import BaseWeights
 from grpo.model.source import open_source
 from grpo.policy.policy import Policy
 from grpo.rollout.engine import Completion, Engine, EngineSettings, Request, SamplingSettings, check_version
+from grpo.rollout.vllm_model import ADAPTER_KEY, AdapterHandle
 from tests.helpers.tiny import VOCABULARY, save_tiny
 from tests.helpers.vllms_own import crowded, vllms_own
 
@@ -298,6 +300,14 @@ def test_an_engine_closed_makes_room_for_another(tmp_path: Path) -> None:
         assert tokens(second.sample(named(1), SamplingSettings(1.0, 60))) == tokens(crowded[:1])
     finally:
         second.engine.close()
+
+
+def test_a_copy_of_vllms_configuration_has_the_same_adapter(shared: Shared) -> None:
+    """vLLM copies its configurations, and prints them in its log."""
+    adapter = shared.engine.adapter
+    handle = AdapterHandle(adapter)
+    assert copy.deepcopy({ADAPTER_KEY: handle})[ADAPTER_KEY].adapter is adapter
+    assert "tensor" not in repr(handle)
 
 
 def shared_completions(model: Shared) -> list[list[int]]:

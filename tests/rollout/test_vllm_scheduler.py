@@ -51,8 +51,10 @@ def random_requests(seed: int) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def vllm_config(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    import grpo.rollout.engine  # noqa: F401 - the environment that vLLM needs here
     from grpo.model.base_weights import BaseWeights
+    from grpo.rollout.vllm_environment import set_environment
+
+    set_environment()
     from grpo.rollout.vllm_model import write_model_folder
 
     folder = tmp_path_factory.mktemp("model")

@@ -9,7 +9,7 @@ import torch
 from grpo.config.schema import Lora, Loss, Model
 from grpo.model.base_weights import BaseWeights
 from grpo.model.source import open_source
-from grpo.policy.fused_layers import install
+from grpo.policy.fused_layers import install_fused_layers
 from grpo.policy.policy import Policy
 from grpo.training.reference_policy import set_reference
 from tests.helpers.tiny import save_tiny
@@ -96,7 +96,7 @@ def test_a_resumed_run_has_the_reference_that_it_began_with(new_policy, tmp_path
 def test_the_reference_between_a_forward_and_its_backward_changes_no_gradient(kernels, mode, new_policy):
     policy = new_policy()
     if kernels:
-        install(policy.decoder, policy.base)
+        install_fused_layers(policy.decoder, policy.base)
     move(policy, 1)
     policy.remember_reference()
     move(policy, 2)

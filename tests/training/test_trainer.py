@@ -189,7 +189,7 @@ def train(session: Any, home: Path, monkeypatch: pytest.MonkeyPatch) -> Train:
         session.engine.sync_adapter()
         yield session
 
-    monkeypatch.setattr("grpo.training.trainer.open_session", opened)
+    monkeypatch.setattr("grpo.training.run.open_session", opened)
 
     def run(name: str, *arguments: str, **changes: Any) -> int:
         changes["train"] = {"max_steps": 1, **changes.get("train", {})}

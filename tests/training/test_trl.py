@@ -15,7 +15,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 import grpo
 from grpo.config.schema import SEVEN_PROJECTIONS
-from grpo.policy.fused_layers import install
+from grpo.policy.fused_layers import install_fused_layers
 from grpo.policy.lora_linear import BaseLinear
 from tests.helpers.small_chat import save_small_chat_model
 
@@ -43,7 +43,7 @@ def models(request, tmp_path_factory):
         str(folder), load_in_4bit=four_bit, max_seq_length=256, lora=SHAPE, dtype="float32", device="cpu"
     ) as policy:
         if four_bit:
-            install(policy.session.policy.decoder, policy.session.base)
+            install_fused_layers(policy.session.policy.decoder, policy.session.base)
         plain = get_peft_model(
             AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
             LoraConfig(**SHAPE, target_modules=SEVEN_PROJECTIONS, task_type="CAUSAL_LM"),

