@@ -58,11 +58,14 @@ REFUSED = {
     "megatron_config": "its layers are Megatron's",
 }
 """Entries with which an adapter is more than s B A on linear layers -> why."""
+NOT_TO_BE_MERGED = {"alora_invocation_tokens", "arrow_config"}
+"""What depends on the input, so that no weights without an adapter compute it."""
 UNSET: tuple[Any, ...] = (None, False, "", [], {})
 
 LEAVE_THE_BASE = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 """Values of `init_lora_weights` with which the trained base is the one on the disk."""
 MERGE = "have peft merge it into its base (merge_and_unload, save_pretrained), and name that folder as the model"
+RETRAIN = "train a plain LoRA adapter in its place"
 CONVERT = (
     "have peft convert it to plain LoRA (save_pretrained with path_initial_model_for_weight_conversion), or merge it"
 )
@@ -92,7 +95,9 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
         raise UserError(f"{folder}: no {ADAPTER_CONFIG}; pass the folder of a peft adapter")
     values = read_object(file)
     if values.get("peft_type") != "LORA":
-        raise UserError(f"{file}: peft_type = {shown(values.get('peft_type'))}: only LoRA adapters are taken; {MERGE}")
+        raise UserError(
+            f"{file}: peft_type = {shown(values.get('peft_type'))}: only LoRA adapters are taken; {RETRAIN}"
+        )
     for key, value in values.items():
         check_entry(key, value, file)
     if missing := next((key for key in NEEDED if values.get(key) is None), None):
@@ -103,7 +108,8 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
 def check_entry(key: str, value: Any, file: Path) -> None:
     """Raise UserError unless the entry `key` is honoured or has no effect."""
     if key in REFUSED and not is_unset(value) and (key, value) != ("bias", "none"):
-        raise UserError(f"{file}: {key} = {shown(value)}: {REFUSED[key]}, and only plain LoRA is taken; {MERGE}")
+        way_out = RETRAIN if key in NOT_TO_BE_MERGED else MERGE
+        raise UserError(f"{file}: {key} = {shown(value)}: {REFUSED[key]}, and only plain LoRA is taken; {way_out}")
     if key == "init_lora_weights" and value not in LEAVE_THE_BASE:
         raise UserError(f"{file}: {key} = {shown(value)}: it was trained on a base other than that on disk; {CONVERT}")
     if key == "task_type" and value not in (None, "CAUSAL_LM"):

@@ -152,7 +152,9 @@ def changed(folder: Path, **keys: Any) -> Path:
 @pytest.mark.parametrize(
     ("key", "value", "said"),
     [
-        *((key, ["x"], "only plain LoRA is taken; have peft merge it into its base") for key in REFUSED),
+        *((key, ["x"], "only plain LoRA is taken; ") for key in REFUSED),
+        ("use_dora", True, "have peft merge it into its base (merge_and_unload"),
+        ("alora_invocation_tokens", [5], "train a plain LoRA adapter in its place"),
         ("bias", "lora_only", "biases of the base were trained too"),
         ("init_lora_weights", "pissa_niter_4", "have peft convert it to plain LoRA"),
         ("init_lora_weights", "loftq", "have peft convert it to plain LoRA"),

@@ -97,6 +97,20 @@ def test_kernels_are_as_near_to_float32_as_torch_is(family, dtype, device, tmp_p
     assert abs(fused[0] - expected) < abs(plain[0] - expected) + unit * abs(expected)
 
 
+@pytest.mark.parametrize("mode", ["none", "layer"])
+def test_layers_of_other_ranks_and_scales_train_the_same(mode, tmp_path):
+    save_tiny(tmp_path, "llama")
+    lora = {
+        "exclude_modules": ["0.mlp.up_proj"],
+        "rank_pattern": {"k_proj": 7, r"layers\.1\.mlp.*": 1},
+        "alpha_pattern": {"q_proj": 20, "1.mlp.down_proj": 3},
+    }
+    loss, gradient = loss_and_gradients(build(tmp_path, kernels=False, **lora), mode)
+    fused_loss, fused_gradient = loss_and_gradients(build(tmp_path, kernels=True, **lora), mode)
+    assert abs(fused_loss / loss - 1) < 1e-5
+    assert distance(fused_gradient, gradient) < 2e-5
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "gemma2"])
 @pytest.mark.parametrize("kernels", [False, True])
 def test_attention_of_a_gpu_without_flash_trains_the_same(family, kernels, tmp_path, monkeypatch):
