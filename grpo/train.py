@@ -166,7 +166,8 @@ def card(parsed: argparse.Namespace, config: Config) -> Gpu | None:
     if gpu.architecture < 80 and config.model.dtype == "bfloat16":
         raise UserError(no_bfloat16(gpu.name))
     if shape is not None and shape.model_type in BEYOND_FLOAT16 and gpu.architecture < 80:
-        raise UserError(f"{config.model.name}: {beyond_float16(shape.model_type)}, and the {gpu.name} has no bfloat16")
+        reason = beyond_float16(shape.model_type)
+        raise UserError(f"{config.model.name}: {reason}, and the {gpu.name} has no bfloat16; use another model")
     return gpu
 
 
