@@ -146,11 +146,11 @@ def unread_parameters(config: DecoderConfig) -> dict[str, Any]:
 def unknown_parameters(config: DecoderConfig) -> list[str]:
     """Entries of `rope_parameters` that neither transformers' function of their `rope_type` nor the family has a use
     for."""
-    found: dict[str, None] = {}
+    unknown: dict[str, None] = {}
     for _, values in rotary_parameters(config):
         known = OF_EVERY_TYPE | OF_TYPE.get(values.get("rope_type", ""), set()) | family_of(config.model_type).of_rotary
-        found |= dict.fromkeys(key for key, value in values.items() if key not in known and value is not None)
-    return list(found)
+        unknown |= dict.fromkeys(key for key, value in values.items() if key not in known and value is not None)
+    return list(unknown)
 
 
 def prefixed(kind: str, name: str) -> str:

@@ -37,6 +37,6 @@ class Family:
     of_rotary: frozenset[str] = frozenset()
     """Entries of `rope_parameters` that the family reads elsewhere than in its rotary positions."""
     fused_layers: bool = False
-    """kernels/ compute what the decoder's layers do (`graph_kernels.py`)."""
+    """kernels/ compute what the decoder's layers do (`grpo.policy.fused_layers`)."""
     norm_adds_one: bool = False
     """RMSNorm multiplies by the weight plus one."""
