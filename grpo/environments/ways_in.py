@@ -41,8 +41,8 @@ def tools(references: Any, options: dict[str, Any], setup: Mapping[str, Any]) ->
     """`[environment] tools`: functions that the model may call, in TRL's form."""
     functions = {}
     sent = found(references, "tool") if isinstance(references, dict) else None
-    for place, reference in enumerate(references if sent is None else sent):
-        function = found(reference, "tool") if sent is None else sent[place]
+    for index, reference in enumerate(references if sent is None else sent):
+        function = found(reference, "tool") if sent is None else sent[index]
         if not callable(function):
             raise UserError(f"tool {reference!r} is a {type(function).__name__}; name a function")
         if function.__name__ in functions:

@@ -144,11 +144,11 @@ def unread_parameters(config: DecoderConfig) -> dict[str, Any]:
 
 def unknown_parameters(config: DecoderConfig) -> list[str]:
     """Entries of `rope_parameters` that transformers' function of their `rope_type` has no use for."""
-    found: dict[str, None] = {}
+    unknown: dict[str, None] = {}
     for _, values in rotary_parameters(config):
         known = OF_EVERY_TYPE | OF_TYPE.get(values.get("rope_type", ""), set())
-        found |= dict.fromkeys(key for key, value in values.items() if key not in known and value is not None)
-    return list(found)
+        unknown |= dict.fromkeys(key for key, value in values.items() if key not in known and value is not None)
+    return list(unknown)
 
 
 def prefixed(kind: str, name: str) -> str:

@@ -95,9 +95,9 @@ def check_logprobs(session: Session, prompt: list[int]) -> None:
     """Raise UserError unless sampled and trained logprobs agree and vLLM follows a move of the adapter."""
     policy, limit = session.policy, tolerance(session)
     before = sample_with_choice(session, prompt)
-    gap = mean_abs_diff(before.logprobs, scored(policy, prompt, before))
-    refuse_difference(session, prompt, gap, limit, "")
-    least = max(STANDS_OUT * gap, limit / STANDS_OUT)
+    mean_logprob_diff = mean_abs_diff(before.logprobs, scored(policy, prompt, before))
+    refuse_difference(session, prompt, mean_logprob_diff, limit, "")
+    least = max(STANDS_OUT * mean_logprob_diff, limit / STANDS_OUT)
     nudge = nudge_that_stands_out(policy, prompt, before, least)
     if nudge is None:
         check_modules(session, prompt)  # the two may differ by more than an adapter can
@@ -177,7 +177,7 @@ def moved(policy: Policy, noise: Noise) -> Iterator[None]:
     """Inside, every B has noise of that standard deviation added: the same at each call, in proportion."""
     layers = list(policy.adapter_layers().values())
     tensors = [layer.lora_B[ADAPTER].weight for layer in layers]
-    kept = [tensor.detach().clone() for tensor in tensors]
+    original = [tensor.detach().clone() for tensor in tensors]
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for layer, tensor in zip(layers, tensors, strict=True):
@@ -186,7 +186,7 @@ def moved(policy: Policy, noise: Noise) -> Iterator[None]:
         yield
     finally:
         with torch.no_grad():
-            for tensor, old in zip(tensors, kept, strict=True):
+            for tensor, old in zip(tensors, original, strict=True):
                 tensor.copy_(old)
 
 
@@ -201,13 +201,13 @@ def served_move(session: Session, noise: Noise) -> Iterator[None]:
         session.engine.sync_adapter()
 
 
-def refuse_difference(session: Session, prompt: list[int], gap: float, limit: float, which: str) -> None:
+def refuse_difference(session: Session, prompt: list[int], mean_logprob_diff: float, limit: float, which: str) -> None:
     """Raise UserError for a difference between the two graphs that rounding does not explain."""
-    if not gap <= limit:
+    if not mean_logprob_diff <= limit:
         raise UserError(
-            f"self-test: with the {which}adapter vLLM's logprobs differ from the training graph's by {gap:.3g} on "
-            f"average, over {limit:.3g}, so completions would not come from the trained policy"
-            f"{named_difference(session, prompt)}; {remedy(session)}"
+            f"self-test: with the {which}adapter vLLM's logprobs differ from the training graph's by "
+            f"{mean_logprob_diff:.3g} on average, over {limit:.3g}, so completions would not come from the trained "
+            f"policy{named_difference(session, prompt)}; {remedy(session)}"
         )
 
 

@@ -35,6 +35,6 @@ class Family:
     served: Callable[[Any], dict[str, Any]] | None = None
     """What vLLM's configuration says otherwise than transformers', of which it is made."""
     fused_layers: bool = False
-    """kernels/ compute what the decoder's layers do (`graph_kernels.py`)."""
+    """kernels/ compute what the decoder's layers do (`grpo.policy.fused_layers`)."""
     norm_adds_one: bool = False
     """RMSNorm multiplies by the weight plus one."""
