@@ -46,6 +46,8 @@ def unsuited(config: DecoderConfig) -> str | None:
         return f"it has an encoder beside its decoder; {other}"
     if causal_class(config.model_type) is None:
         return f"transformers has no causal language model of it, so it predicts no next token; {other}"
+    if not getattr(config, "num_attention_heads", None):
+        return f"its configuration has no num_attention_heads, so its layers are no attention; {other} that has it"
     if getattr(config, "kv_lora_rank", None):
         return f"its attention keeps keys and values in latent form (MLA); {other} with plain attention"
     if any((getattr(config, key, None) or 0) > 1 for key in MIXTURE):

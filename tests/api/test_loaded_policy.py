@@ -156,6 +156,7 @@ def test_what_other_loaders_offer_is_declined_with_a_reason_and_a_way_out(settin
         ("whisper", "has an encoder beside its decoder; use"),
         ("distilbert", "transformers has no causal language model of it.*; use"),
         ("deepseek_v3", r"latent form \(MLA\); use"),
+        ("mamba", "has no num_attention_heads.*; use"),
         ("mixtral", "mixture of experts.*; use a dense model"),
     ],
 )
