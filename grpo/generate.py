@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -22,6 +23,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from grpo.api.episodes import environment_of, episodes_of
 from grpo.command import command
 from grpo.config.toml import apply_override
 from grpo.errors import UserError
@@ -46,8 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(parsed: argparse.Namespace) -> None:
     """Answer one prompt, or chat. Raises UserError."""
     check_options(parsed)
-    with opened(parsed) as policy:
-        Talk(policy, parsed).run()
+    with opened(parsed) as policy, episodes(policy, parsed) as play:
+        Talk(policy, parsed, play).run()
 
 
 def parser() -> argparse.ArgumentParser:
@@ -65,6 +67,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--system", metavar="TEXT", help="a system prompt")
     result.add_argument("--raw", action="store_true", help="continue the prompt as it stands, without chat template")
     result.add_argument("--compare-base", action="store_true", help="answer without the adapter, too, side by side")
+    result.add_argument("--environment", action="store_true", help="answer in the run's [environment], tools and all")
     result.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default): likeliest tokens")
     result.add_argument("--max-tokens", type=int, default=512, metavar="N", help="cut an answer there (default 512)")
     result.add_argument("--seed", type=int, metavar="N", help="for the same answer again, above temperature 0")
@@ -82,6 +85,11 @@ def check_options(parsed: argparse.Namespace) -> None:
 
     if parsed.raw and parsed.system is not None:
         raise UserError("--system and --raw: a raw prompt has no system prompt; keep one of them")
+    if parsed.environment and (parsed.raw or parsed.compare_base):
+        other = "--raw" if parsed.raw else "--compare-base"
+        raise UserError(f"--environment and {other}: an episode is a chat with the adapter; keep one of them")
+    if parsed.environment:
+        environment_of(parsed.model, parsed.base)
     check_sampling(parsed.temperature, parsed.max_tokens, 1.0, 1)
 
 
@@ -115,11 +123,26 @@ def opened(parsed: argparse.Namespace) -> LoadedPolicy:
     return policy
 
 
-class Talk:
-    """One prompt or a chat with an open model, on standard input and output."""
+def episodes(policy: LoadedPolicy, parsed: argparse.Namespace) -> contextlib.AbstractContextManager[Any]:
+    """What plays an episode from a conversation, where the command line asks for the run's environment; else None."""
+    if not parsed.environment:
+        return contextlib.nullcontext()
+    environment = environment_of(parsed.model, parsed.base)
+    return episodes_of(
+        policy, environment, temperature=parsed.temperature, max_tokens=parsed.max_tokens, seed=parsed.seed
+    )
 
-    def __init__(self, policy: LoadedPolicy, parsed: argparse.Namespace):
-        self.policy, self.parsed = policy, parsed
+
+class Talk:
+    """One prompt or a chat with an open model, on standard input and output; `play` answers with whole episodes."""
+
+    def __init__(
+        self,
+        policy: LoadedPolicy,
+        parsed: argparse.Namespace,
+        play: Callable[[Messages], Messages] | None = None,
+    ):
+        self.policy, self.parsed, self.play = policy, parsed, play
         self.console = Console(highlight=False)
         self.said: Messages = []
 
@@ -157,6 +180,11 @@ class Talk:
         if not self.said and self.parsed.system is not None:
             self.said.append({"role": "system", "content": self.parsed.system})
         self.said.append({"role": "user", "content": prompt})
+        if self.play is not None:
+            asked, self.said = len(self.said), self.play(self.said)
+            for message in self.said[asked:]:
+                print(printable(spoken(message)))
+            return
         self.said.append({"role": "assistant", "content": self.show(list(self.said))})
 
     def show(self, asked: str | Messages) -> str:
@@ -199,6 +227,13 @@ class Talk:
             adapter=adapter,
             stream=True,
         )
+
+
+def spoken(message: Mapping[str, Any]) -> str:
+    """A message of an episode: what the model said as it is, the environment's words after their role."""
+    calls = [json.dumps(call.get("function", call), ensure_ascii=False) for call in message.get("tool_calls") or ()]
+    text = "\n".join([str(message.get("content") or ""), *calls]).strip()
+    return text if message["role"] == "assistant" else f"[{message['role']}] {text}"
 
 
 def columns(answers: Mapping[str, str]) -> Table:

@@ -218,8 +218,8 @@ class Service:
         if tools := waiting.asked.tools:
             thinks = self.continuer.opens_thought(waiting.prompt_ids)
             message, malformed = assistant_message(text, self.continuer.form, tools, thinks=thinks)
-            for place, call in enumerate(message.get("tool_calls", ())):
-                call["id"] = f"call{random.getrandbits(48):012x}{place:02d}"
+            for index, call in enumerate(message.get("tool_calls", ())):
+                call["id"] = f"call{random.getrandbits(48):012x}{index:02d}"
         ids, logprobs = completion.token_ids, completion.logprobs
         return Turn(message, text, completion.finish_reason, False, malformed, waiting.prompt_ids, ids, logprobs)
 

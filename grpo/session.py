@@ -53,6 +53,10 @@ logger = logging.getLogger("grpo")
 T = TypeVar("T")
 SMALLER_CACHE = 0.75
 """Of the KV cache with which memory ran out, in the second attempt."""
+LESS_FOR_VLLM = (
+    "lower rollout.max_num_seqs, rollout.kv_cache_memory_bytes or rollout.gpu_memory_utilization, or end what else "
+    "uses the GPU"
+)
 
 
 def open_session(
@@ -247,6 +251,19 @@ class Session:
         self._engine = with_smaller_cache(start, kv_bytes, least)
         self._engine_needs = self._needs(self.config)
 
+    def shrink_kv_cache(self) -> None:
+        """Start vLLM again with a smaller KV cache, after its memory ran out. Raises UserError where there is none."""
+        assert self._engine is not None
+        before = self._engine.kv_bytes()
+        smaller = int(SMALLER_CACHE * before)
+        if self.config.rollout.kv_cache_memory_bytes is not None or smaller < self._engine.kv_bytes_for(1):
+            raise UserError(f"the GPU's memory ran out while vLLM sampled; {LESS_FOR_VLLM}")
+        logger.warning(
+            "the GPU's memory ran out while vLLM sampled with a KV cache of %.1f GB; it is started again with %.1f GB",
+            before / 1e9, smaller / 1e9,
+        )  # fmt: skip
+        self._engine.restart(smaller)
+
     def configure(self, config: Config) -> None:
         """Go on with other sampling or training settings of the same model and adapter.
 
@@ -322,9 +339,8 @@ def with_smaller_cache(start: Callable[[int | None], T], kv_bytes: int | None, l
         if not out_of_memory(error):
             raise
     smaller = None if kv_bytes is None else int(SMALLER_CACHE * kv_bytes)
-    remedy = "lower rollout.max_num_seqs, rollout.kv_cache_memory_bytes or rollout.gpu_memory_utilization"
     if smaller is None or smaller < least:
-        raise UserError(f"the GPU's memory ran out while vLLM started; {remedy}, or end what else uses the GPU")
+        raise UserError(f"the GPU's memory ran out while vLLM started; {LESS_FOR_VLLM}")
     # Not in the handler: the exception holds the frames, and they the tensors, of the attempt.
     gc.collect()
     torch.cuda.empty_cache()
@@ -338,8 +354,7 @@ def with_smaller_cache(start: Callable[[int | None], T], kv_bytes: int | None, l
         if not out_of_memory(error):
             raise
     raise UserError(
-        f"the GPU's memory ran out while vLLM started, with a KV cache of {smaller / 1e9:.1f} GB too; {remedy}, or end "
-        "what else uses the GPU"
+        f"the GPU's memory ran out while vLLM started, with a KV cache of {smaller / 1e9:.1f} GB too; {LESS_FOR_VLLM}"
     )
 
 

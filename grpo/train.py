@@ -160,16 +160,15 @@ def card(parsed: argparse.Namespace, config: Config) -> Gpu | None:
     """The GPU that --card names. Raises UserError for one that is not known, or does not serve `config`."""
     if parsed.card is None:
         return None
-    found = gpu_named(parsed.card)
-    choose_backend(config.rollout.attention_backend, config.rollout.kv_cache_dtype, found.architecture)
+    gpu = gpu_named(parsed.card)
+    choose_backend(config.rollout.attention_backend, config.rollout.kv_cache_dtype, gpu.architecture)
     shape = model_shape(config.model, network=True)
-    if found.architecture < 80 and config.model.dtype == "bfloat16":
-        raise UserError(no_bfloat16(found.name))
-    if shape is not None and shape.model_type in BEYOND_FLOAT16 and found.architecture < 80:
-        raise UserError(
-            f"{config.model.name}: {beyond_float16(shape.model_type)}, and the {found.name} has no bfloat16"
-        )
-    return found
+    if gpu.architecture < 80 and config.model.dtype == "bfloat16":
+        raise UserError(no_bfloat16(gpu.name))
+    if shape is not None and shape.model_type in BEYOND_FLOAT16 and gpu.architecture < 80:
+        reason = beyond_float16(shape.model_type)
+        raise UserError(f"{config.model.name}: {reason}, and the {gpu.name} has no bfloat16; use another model")
+    return gpu
 
 
 def dry_run(config: Config, gpu: Gpu | None = None) -> str:

@@ -64,10 +64,16 @@ def architecture() -> int:
 @lru_cache
 def card(device: torch.device) -> Card:
     """What `device`, a GPU, says of itself."""
-    found = torch.cuda.get_device_properties(device)
+    properties = torch.cuda.get_device_properties(device)
     with torch.cuda.device(device):
         compiled_for = architecture()
-    own = found.major * 10 + found.minor
+    capability = properties.major * 10 + properties.minor
     known = SHARED_MEMORY.get(compiled_for, 99 * KB)
-    block = getattr(found, "shared_memory_per_block_optin", known) if compiled_for == own else known
-    return Card(found.name, compiled_for, block, found.multi_processor_count, getattr(found, "L2_cache_size", 4 * MB))
+    block = getattr(properties, "shared_memory_per_block_optin", known) if compiled_for == capability else known
+    return Card(
+        properties.name,
+        compiled_for,
+        block,
+        properties.multi_processor_count,
+        getattr(properties, "L2_cache_size", 4 * MB),
+    )

@@ -99,18 +99,20 @@ def serves(tile: Tile, card: Card) -> bool:
 def candidates(card: Card, rows: int) -> list[Tile]:
     """Tiles worth timing for up to `rows` rows of x: every one that has room."""
     if card.unit == "m16n8k8":
-        own = [Tile(n, m, 4, 1, 1) for n in (64, 128, 256) for m in (8, 16, 32, 64) if min(rows, 64) // 2 <= m <= rows]
-        return [tile for tile in own if serves(tile, card)]
+        turing_tiles = [
+            Tile(n, m, 4, 1, 1) for n in (64, 128, 256) for m in (8, 16, 32, 64) if min(rows, 64) // 2 <= m <= rows
+        ]
+        return [tile for tile in turing_tiles if serves(tile, card)]
     heights = {8: (), 16: (16,), 32: (32,), 64: (64,), 128: (64, 128)}.get(rows, (128, 256))
-    found = []
+    tiles = []
     for m in heights:
         for n, warps in ((64, 4), (128, 4), (128, 8), (256, 8)):
             if m < 128 and warps == 8 and card.unit != "mma":
                 continue  # slower on an H100, or faster by less than the spread
             deep = (3, 4) if card.unit == "mma" else (3, 4, 6)
             for stages in deep if m < 64 else (2, 3) if card.unit == "mma" else (2, 3, 4):
-                found += [Tile(n, m, warps, stages, dots) for dots in (1, 2)]
-    return [tile for tile in found if serves(tile, card)]
+                tiles += [Tile(n, m, warps, stages, dots) for dots in (1, 2)]
+    return [tile for tile in tiles if serves(tile, card)]
 
 
 def splits(card: Card, shape: tuple[int, int], rows: int, tile: Tile) -> list[int]:
@@ -180,15 +182,15 @@ def shortlist(card: Card, shape: tuple[int, int]) -> list[tuple[int, int, Tile]]
     """(rows, split, tile) worth timing at a first start, the default first: two tiles, splits next to the default."""
     split = default_split(card, shape)
     near = [one for one in SPLITS if split // 2 <= one <= split * 2]
-    found: dict[tuple[int, int, Tile], None] = {}
+    choices: dict[tuple[int, int, Tile], None] = {}
     plan = default_plan(card, shape)
     for rows, tile in plan.tiles if plan else ():
-        found[rows, split, tile] = None
+        choices[rows, split, tile] = None
     by_rows = [
         [(rows, one, tile) for tile in _serving(card, tiles) for one in splits(card, shape, rows, tile) if one in near]
         for rows, *tiles in DEFAULTS[card.unit]
     ]
-    return list(dict.fromkeys([*found, *in_turns(by_rows)]))
+    return list(dict.fromkeys([*choices, *in_turns(by_rows)]))
 
 
 def in_turns(lists: Iterable[Sequence[Item]]) -> list[Item]:

@@ -218,9 +218,9 @@ def called(call: Callable[[Copy], None], copy: Copy, out: Tensor) -> Tensor:
     return out
 
 
-def close(found: Tensor, expected: Tensor) -> bool:
+def close(actual: Tensor, expected: Tensor) -> bool:
     """Whether two roundings of the same product may differ so."""
-    return bool((found.float() - expected.float()).norm() < MOST_ERROR * expected.float().norm())
+    return bool((actual.float() - expected.float()).norm() < MOST_ERROR * expected.float().norm())
 
 
 def launch(x: Tensor, out: Tensor, tile: Tile, split: int, copy: Copy) -> None:

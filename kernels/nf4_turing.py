@@ -164,13 +164,13 @@ def _rows_multiplied(uppers, lowers, xs, sums, N_TILES: tl.constexpr, M_TILES: t
 @triton.jit
 def _pairs_of_x(x_ptrs, m, rows, column, columns, M_TILES: tl.constexpr, TAIL: tl.constexpr):
     """Two neighbouring columns of x for every part of its rows, as int32."""
-    found = ()
+    pairs = ()
     for index in tl.static_range(M_TILES):
         mask = m + 8 * index < rows
         if TAIL:  # times a padded block of zeros, so it has to be finite
             mask = mask & (column < columns)
-        found += (tl.load(x_ptrs[index] + column // 2, mask=mask, other=0),)
-    return found
+        pairs += (tl.load(x_ptrs[index] + column // 2, mask=mask, other=0),)
+    return pairs
 
 
 @triton.jit(do_not_specialize=["rows", "tiles"])

@@ -41,7 +41,7 @@ def load(rows: int = 1000, held_out: int = 100, low: int = 12, high: int = 99, s
 def example(a: int, b: int) -> list[dict[str, str]]:
     """An episode as it should be."""
     said = [f"What is {a} * {b}?", f"<calc>{a} * {b}</calc>", f"{a * b}", f"{a * b}"]
-    return [{"role": "assistant" if place % 2 else "user", "content": text} for place, text in enumerate(said)]
+    return [{"role": "assistant" if index % 2 else "user", "content": text} for index, text in enumerate(said)]
 
 
 def row(a: int, b: int, shown: list[dict[str, str]]) -> Row:

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from grpo.config.schema import parse_config
 from grpo.errors import UserError
-from grpo.generate import Talk, main, opened, parser, typed
+from grpo.generate import Talk, main, opened, parser, spoken, typed
 from tests.helpers.tiny_run import run_tables, save_tiny_chat_model, write_config
 
 MAX_TOKENS = ("--max-tokens", "6")
@@ -268,3 +268,48 @@ def test_an_adapter_that_this_project_cannot_serve_is_refused_by_its_key(tmp_pat
     (tmp_path / "adapter_config.json").write_text(json.dumps(adapter))
     with pytest.raises(UserError, match="use_dora = true: DoRA scales the base's weights"):
         opened(parser().parse_args([str(tmp_path), "--base", str(tmp_path)]))
+
+
+# In an environment
+
+
+@pytest.mark.vllm
+def test_an_episode_answers_with_what_the_environment_said(policy: Any, tmp_path: Path) -> None:
+    from grpo.api.episodes import episodes_of
+    from grpo.config.schema import Environment
+
+    (tmp_path / "echo.py").write_text(
+        "async def play(row, sample):\n"
+        "    first = await sample(row['prompt'], max_tokens=4)\n"
+        "    await sample([*row['prompt'], first.message, {'role': 'user', 'content': 'And?'}], max_tokens=4)\n"
+    )
+    environment = Environment(program=f"{tmp_path / 'echo.py'}:play", latency_steps=1)
+    with episodes_of(policy, environment, temperature=0.0, max_tokens=60, seed=1) as play:
+        said = play([user("hello")])
+        again = play([*said, user("more")])
+    assert [message["role"] for message in said] == ["user", "assistant", "user", "assistant"]
+    assert said[1]["content"] == policy.generate([user("hello")], max_tokens=4) and said[2]["content"] == "And?"
+    assert again[:4] == said and len(again) == 8
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--environment", "--raw"], "--environment and --raw: an episode is a chat with the adapter"),
+        (["--environment"], "there is no run with an [environment]; leave --environment out"),
+    ],
+)
+def test_an_environment_that_is_not_there_is_told(
+    home: Path, capsys: pytest.CaptureFixture[str], options: list[str], sentence: str
+) -> None:
+    assert main([str(home / "run"), "hello", *options]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_calls_and_roles_are_shown() -> None:
+    call = {"function": {"name": "add", "arguments": {"a": 1}}}
+    assert (
+        spoken({"role": "assistant", "content": "So", "tool_calls": [call]})
+        == 'So\n{"name": "add", "arguments": {"a": 1}}'
+    )
+    assert spoken({"role": "tool", "content": "3"}) == "[tool] 3"

@@ -146,13 +146,13 @@ def refuse_unsupported(settings: Mapping[str, Any]) -> None:
 
 def generation_arguments(settings: Mapping[str, Any]) -> dict[str, Any]:
     """`settings` as arguments of `LoadedPolicy.generate`. Raises UserError for what it has none for."""
-    found = ours(settings, "policy.generate")
-    for name in found:
+    arguments = ours(settings, "policy.generate")
+    for name in arguments:
         if name not in GENERATION_ARGUMENTS:
             near = difflib.get_close_matches(name, GENERATION_ARGUMENTS, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(GENERATION_ARGUMENTS)}"
             raise UserError(f"policy.generate: there is no argument {name!r}; {hint}")
-    return found
+    return arguments
 
 
 class LoadedPolicy:

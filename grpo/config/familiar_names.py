@@ -296,18 +296,18 @@ def ours(settings: Mapping[str, Any], call: str) -> Settings:
     """
     given = {**given_by(settings["args"], call), **settings} if "args" in settings else dict(settings)
     given.pop("args", None)
-    found: Settings = {}
+    translated: Settings = {}
     for name, value in ((name, _plain(value)) for name, value in given.items()):
         if name in ALWAYS_SO and any(value is known or value == known for known in ALWAYS_SO[name]):
             continue
         new = VALUES[name](value) if name in VALUES and _hashable(value) else {RENAMED.get(name, name): value}
-        twice = next((key for key in new if key in found or (key != name and key in given)), None)
+        twice = next((key for key in new if key in translated or (key != name and key in given)), None)
         if twice is not None:
             raise UserError(f"{call}: {name} and {twice} are the same setting; leave one out")
         if name in INSTEAD:
             raise UserError(f"{call}: {name}={value!r}: {batch(given) if INSTEAD[name] is BATCH else INSTEAD[name]}")
-        found |= new
-    return found
+        translated |= new
+    return translated
 
 
 def _hashable(value: Any) -> bool:

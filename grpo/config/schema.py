@@ -469,8 +469,9 @@ class Environment(Section):
     "path/file.py:function"."""
     tools: list[str] = []
     """Functions that the model may call, as TRL's `tools`; each is written as `program` is."""
-    factory: str | None = None
-    """A class as TRL's `environment_factory`: its public methods are tools, `get_reward` gives the reward."""
+    factory: str | dict[str, str] | None = None
+    """A class as TRL's `environment_factory`: its public methods are tools, `get_reward` gives the reward. Or several
+    by name, of which each row's column "environment" names one."""
     verifiers: str | None = None
     """An environment of verifiers 0.1 to 0.3: a file or a module with `load_environment`."""
     skyrl_gym: str | None = None
@@ -533,7 +534,7 @@ class Environment(Section):
     @property
     def column(self) -> str:
         """Its name in metrics: the function's, class's or environment's, or "tools"."""
-        if self.kind in ("tools", "command"):
+        if self.kind in ("tools", "command") or isinstance(self.factory, dict):
             return self.kind
         reference = str(getattr(self, self.kind)).removesuffix(".py")
         return re.split(r"[:./]", reference)[-1]

@@ -225,22 +225,22 @@ def chat_messages(value: Any) -> list[dict[str, Any]]:
     if not isinstance(value, list) or not value:
         raise Refused("messages has to be a list of messages")
     messages = []
-    for place, message in enumerate(value):
+    for index, message in enumerate(value):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise Refused(f"messages[{place}] is no message: it needs a role")
+            raise Refused(f"messages[{index}] is no message: it needs a role")
         role = "system" if message["role"] == "developer" else message["role"]
-        messages.append({**message, "role": role, "content": text_content(message.get("content"), place)})
+        messages.append({**message, "role": role, "content": text_content(message.get("content"), index)})
     return messages
 
 
-def text_content(content: Any, place: int) -> str:
+def text_content(content: Any, index: int) -> str:
     """The text of a message. Raises Refused for images and other things that are none."""
     if content is None or isinstance(content, str):
         return content or ""
     if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
-        raise Refused(f"messages[{place}]: its content is neither text nor a list of parts")
+        raise Refused(f"messages[{index}]: its content is neither text nor a list of parts")
     if strange := next((part.get("type") for part in content if part.get("type") != "text"), None):
-        raise Refused(f"messages[{place}] has a part of type {strange!r}; only text is read")
+        raise Refused(f"messages[{index}] has a part of type {strange!r}; only text is read")
     return "".join(str(part.get("text", "")) for part in content)
 
 
@@ -311,7 +311,7 @@ def chat_chunks(turn: Turn, model: str, *, usage: bool) -> Iterator[dict[str, An
     if message["content"]:
         yield chunk({"content": message["content"]})
     if calls := message.get("tool_calls"):
-        yield chunk({"tool_calls": [{"index": place, **call} for place, call in enumerate(calls)]})
+        yield chunk({"tool_calls": [{"index": index, **call} for index, call in enumerate(calls)]})
     yield chunk({}, finish_reason(turn))
     if usage:
         yield {**first, "choices": [], "usage": usage_of(turn)}
@@ -323,14 +323,14 @@ def spoken(turn: Turn) -> dict[str, Any]:
     if calls := turn.message.get("tool_calls"):
         message["tool_calls"] = [
             {
-                "id": call.get("id") or f"call{place}",
+                "id": call.get("id") or f"call{index}",
                 "type": "function",
                 "function": {
                     "name": call["function"]["name"],
                     "arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False),
                 },
             }
-            for place, call in enumerate(calls)
+            for index, call in enumerate(calls)
         ]
     return message
 

@@ -7,6 +7,7 @@ import inspect
 import json
 import pickle
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from grpo.environments.command import command
@@ -40,8 +41,8 @@ def tools(references: Any, options: dict[str, Any], setup: Mapping[str, Any]) ->
     """`[environment] tools`: functions that the model may call, in TRL's form."""
     functions = {}
     sent = found(references, "tool") if isinstance(references, dict) else None
-    for place, reference in enumerate(references if sent is None else sent):
-        function = found(reference, "tool") if sent is None else sent[place]
+    for index, reference in enumerate(references if sent is None else sent):
+        function = found(reference, "tool") if sent is None else sent[index]
         if not callable(function):
             raise UserError(f"tool {reference!r} is a {type(function).__name__}; name a function")
         if function.__name__ in functions:
@@ -58,31 +59,52 @@ def tools(references: Any, options: dict[str, Any], setup: Mapping[str, Any]) ->
     return Program(run, {"rewards": False, "tools": schemas})
 
 
+@dataclass(frozen=True)
+class Kind:
+    """One class of TRL's `environment_factory`, whose public methods are tools."""
+
+    make: Callable[..., Any]
+    names: list[str]
+    schemas: list[Message]
+    scores: bool
+
+    @classmethod
+    def of(cls, reference: Any, options: dict[str, Any]) -> Kind:
+        """The class that `reference` names. Raises UserError for what is no environment."""
+        make = found(reference, "environment")
+        reference = named(reference, make)
+        if not callable(make):
+            raise UserError(f"environment {reference!r} is a {type(make).__name__}; name a class")
+        check_options(make, reference, options, ())
+        example = make(**options)
+        if not callable(getattr(example, "reset", None)):
+            raise UserError(
+                f"environment {reference!r} has no method reset(**row); give it one, as TRL's environments have"
+            )
+        names = [name for name, _ in inspect.getmembers(type(example), inspect.isfunction) if is_tool(name)]
+        schemas = [tool_schema(getattr(example, name)) for name in names]
+        return cls(make, names, schemas, hasattr(example, "get_reward"))
+
+
 def factory(reference: Any, options: dict[str, Any], setup: Mapping[str, Any]) -> Program:
-    """`[environment] factory`: TRL's `environment_factory`, whose public methods are tools."""
-    make = found(reference, "environment")
-    reference = named(reference, make)
-    if not callable(make):
-        raise UserError(f"environment {reference!r} is a {type(make).__name__}; name a class")
-    check_options(make, reference, options, ())
-    example = make(**options)
-    if not callable(getattr(example, "reset", None)):
-        raise UserError(
-            f"environment {reference!r} has no method reset(**row); give it one, as TRL's environments have"
-        )
-    names = [name for name, _ in inspect.getmembers(type(example), inspect.isfunction) if is_tool(name)]
-    schemas = [tool_schema(getattr(example, name)) for name in names]
+    """`[environment] factory`: TRL's `environment_factory`, one class, or several of which a row names one."""
+    several = isinstance(reference, dict) and "pickled" not in reference
+    kinds = {key: Kind.of(each, options) for key, each in (reference.items() if several else [("", reference)])}
 
     async def run(row: Any, sample: Sampling, start: Mapping[str, Any]) -> dict[str, Any]:
-        environment = make(**options)
+        chosen = row.get("environment") if several else ""
+        if chosen not in kinds:
+            raise BadResult(f"has a row whose column environment is {chosen!r}; it is one of {', '.join(kinds)}")
+        kind = kinds[chosen]
+        environment = kind.make(**options)
         said = await finished(environment.reset(**row))
         messages = opened(list(row["prompt"]), said)
-        functions = {name: getattr(environment, name) for name in names}
-        counts = await converse(messages, functions, schemas, sample)
-        scores = hasattr(environment, "get_reward")
-        return {"reward": await finished(environment.get_reward()) if scores else None, "metrics": counts}
+        functions = {name: getattr(environment, name) for name in kind.names}
+        counts = await converse(messages, functions, kind.schemas, sample)
+        return {"reward": await finished(environment.get_reward()) if kind.scores else None, "metrics": counts}
 
-    return Program(run, {"rewards": hasattr(example, "get_reward"), "tools": schemas})
+    schemas = [schema for kind in kinds.values() for schema in kind.schemas]
+    return Program(run, {"rewards": all(kind.scores for kind in kinds.values()), "tools": schemas})
 
 
 def found(reference: Any, kind: str) -> Any:

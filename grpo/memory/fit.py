@@ -59,16 +59,16 @@ def best_fit(config: Config, shape: Any, itemsize: int, plan: MemoryPlan, usable
     chosen = plan.gradient_checkpointing
     modes = list(plan.peaks) if chosen == "auto" else [chosen if chosen in plan.peaks else "none"]
     for share in (FREE_SHARE, 1.0):
-        found = []
+        fits = []
         for mode in modes:
             room = plan.room_for_kv(usable, mode, share)
             kv = plan.kv_cache if fixed else min(plan.kv_cache, room)
             sequences = sequences_in(kv, config, plan, work)
             if kv <= room and sequences:
                 seconds = rollout_seconds(config, work, card, sequences)
-                found.append(Fit(mode, kv, sequences, seconds, training_seconds(config, work, card, mode)))
-        if found:
-            return min(found, key=lambda fit: fit.seconds)
+                fits.append(Fit(mode, kv, sequences, seconds, training_seconds(config, work, card, mode)))
+        if fits:
+            return min(fits, key=lambda fit: fit.seconds)
     return None
 
 

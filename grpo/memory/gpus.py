@@ -95,19 +95,21 @@ def known_gpu(name: str) -> Gpu | None:
         return names[wanted]
     ends = [gpu for key, gpu in names.items() if key.removeprefix("rtx") == wanted]
     starts = [gpu for key, gpu in names.items() if wanted and re.fullmatch(re.escape(wanted) + r"\d+gb", key)]
-    found = ends or [gpu for key, gpu in names.items() if key.removeprefix("rtx").startswith(wanted + "16gb")] or starts
-    return found[0] if found and wanted else None
+    matches = (
+        ends or [gpu for key, gpu in names.items() if key.removeprefix("rtx").startswith(wanted + "16gb")] or starts
+    )
+    return matches[0] if matches and wanted else None
 
 
 def gpu_named(name: str) -> Gpu:
     """What `--card` names. Raises UserError, with the nearest, for one that is not known."""
-    found = known_gpu(name)
-    if found is None:
+    known = known_gpu(name)
+    if known is None:
         short = {plain(gpu.name).removeprefix("rtx"): gpu.name for gpu in GPUS}
         near = difflib.get_close_matches(plain(name).removeprefix("rtx"), short, n=1, cutoff=0.5)
         hint = f"did you mean {short[near[0]]!r}?" if near else f"known are {', '.join(gpu.name for gpu in GPUS)}"
         raise UserError(f"--card {name}: not a known GPU; {hint}")
-    return found
+    return known
 
 
 def gpu_here() -> Gpu | None:

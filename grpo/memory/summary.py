@@ -68,8 +68,7 @@ def verdict(config: Config, shape: Shape, plan: MemoryPlan, fit: Fit | None, gpu
     free = gpu.memory - CONTEXT
     usable = usable_bytes(free, gpu.memory)
     others = gpu.memory - usable
-    desktop = f", and {DESKTOP / 1e9:.0f} GB to a desktop" if gpu.memory < DESKTOP_BELOW else ""
-    lines = [f"  {gb(others)}  left to the CUDA context, kernels loaded later, fragments{desktop}"]
+    lines = [others_line(gpu, others)]
     share = config.rollout.gpu_memory_utilization
     if share is not None:
         return [*lines, f"What rollout.gpu_memory_utilization = {share:g} leaves to training is seen when it starts."]
@@ -84,6 +83,12 @@ def verdict(config: Config, shape: Shape, plan: MemoryPlan, fit: Fit | None, gpu
         f"sampling {speed(config, fit.rollout_seconds)} and training {speed(config, fit.training_seconds)} of them a "
         f"second, a step in {fit.seconds:,.0f} s.",
     ]
+
+
+def others_line(gpu: Gpu, others: int) -> str:
+    """What a plan leaves of `gpu` to what it does not count."""
+    desktop = f", and {DESKTOP / 1e9:.0f} GB to a desktop" if gpu.memory < DESKTOP_BELOW else ""
+    return f"  {gb(others)}  left to the CUDA context, kernels loaded later, fragments{desktop}"
 
 
 def smallest(config: Config, shape: Shape) -> list[str]:

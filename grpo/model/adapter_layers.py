@@ -32,14 +32,14 @@ def adapted_layers(config: Any, lora: Lora) -> dict[str, LayerAdapter]:
     """
     names = [part for group in fused_linears(config).values() for part in group]
     targets = adapter_targets(config, lora.target_modules)
-    found = {name: adapter_of(name, lora) for name in names if is_adapted(name, targets, lora)}
-    if not found:
+    layers = {name: adapter_of(name, lora) for name in names if is_adapted(name, targets, lora)}
+    if not layers:
         leaves = dict.fromkeys(name.rpartition(".")[2] for name in names)
         raise UserError(
             f"lora.target_modules = {lora.target_modules!r}, with what limits it, selects no linear layer; "
             f"this model has {', '.join(leaves)}"
         )
-    return found
+    return layers
 
 
 def check_selected(config: Any, lora: Lora, owners: Iterable[str]) -> None:

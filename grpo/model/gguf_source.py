@@ -145,7 +145,7 @@ def metadata_folder(path: Path) -> Path:
 
 def candidate_names(config: DecoderConfig) -> Iterator[str]:
     """Every parameter name that a supported decoder with transformers' `config` may have."""
-    found = graph_tensors(config)
-    yield from (*found.plain, HEAD)
-    for part in found.linears:
+    tensors = graph_tensors(config)
+    yield from (*tensors.plain, HEAD)
+    for part in tensors.linears:
         yield from (f"{part}.weight", f"{part}.bias")

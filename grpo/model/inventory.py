@@ -76,10 +76,10 @@ def check_tensor(source: Source, name: str, shape: tuple[int, ...]) -> None:
     """Raise UserError unless `source` has the tensor `name`, of that shape, in a form that is read."""
     if name not in source.names:
         raise UserError(f"{source.path}: tensor {name} is missing{in_place_of(source, name)}; pass a complete model")
-    found = source.shape(name)
-    if found != shape:
+    stored = source.shape(name)
+    if stored != shape:
         raise UserError(
-            f"{source.path}: {name} has shape {found}, config.json says {shape}; pass a model whose files belong "
+            f"{source.path}: {name} has shape {stored}, config.json says {shape}; pass a model whose files belong "
             "together"
         )
 
@@ -93,7 +93,7 @@ def in_place_of(source: Source, name: str) -> str:
 
 def extras(source: Source, config: DecoderConfig, surplus: set[str]) -> Iterator[str]:
     """A sentence about each kind of `surplus` tensors that may be left out. Raises UserError for any other."""
-    found: dict[str, list[str]] = {}
+    names_of_kind: dict[str, list[str]] = {}
     for name in sorted(surplus):
         kind = next((kind for kind, pattern in EXTRAS.items() if pattern.search(name)), None)
         if kind is None and predicts_more(config, name):
@@ -103,8 +103,8 @@ def extras(source: Source, config: DecoderConfig, surplus: set[str]) -> Iterator
                 f"{source.path}: tensor {name} has no use in transformers' {causal_class(config.model_type)} as "
                 "config.json describes it; pass a model whose files belong together, or convert it to plain weights"
             )
-        found.setdefault(kind, []).append(name)
-    for kind, names in found.items():
+        names_of_kind.setdefault(kind, []).append(name)
+    for kind, names in names_of_kind.items():
         rest = f" and {len(names) - 1} more" if len(names) > 1 else ""
         yield f"{source.path}: not used: {names[0]}{rest}, {kind}"
 

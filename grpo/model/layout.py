@@ -70,32 +70,32 @@ class Layout:
         """Of transformers' `config` of a text model whose family has a record. Raises UserError for one without."""
         from grpo.model.meta_graph import graph_tensors
 
-        record, found = record_of(config.model_type), graph_tensors(config)
+        record, graph = record_of(config.model_type), graph_tensors(config)
         if record is None:
             raise UserError(f"no layout is known of the family {config.model_type!r}; train or generate with it first")
-        whole = {part: fused for fused, parts in record.linears.items() for part in parts}
+        fused_of = {part: fused for fused, parts in record.linears.items() for part in parts}
         stacked: dict[str, dict[str, int]] = {}
-        for name in found.linears:
+        for name in graph.linears:
             pattern = pattern_of(name)
-            if pattern not in whole:
+            if pattern not in fused_of:
                 raise UserError(f"vLLM has no linear layer for {name} of the family {config.model_type!r}")
-            place = record.linears[whole[pattern]].index(pattern)
-            stacked.setdefault(numbered(whole[pattern], name), {})[name] = place
+            index = record.linears[fused_of[pattern]].index(pattern)
+            stacked.setdefault(numbered(fused_of[pattern], name), {})[name] = index
         linears = {
-            fused: stack(sorted(parts, key=parts.__getitem__), found.linears) for fused, parts in stacked.items()
+            fused: stack(sorted(parts, key=parts.__getitem__), graph.linears) for fused, parts in stacked.items()
         }
-        tensors = {name: numbered(record.renamed.get(pattern_of(name), pattern_of(name)), name) for name in found.plain}
-        return cls(linears, tensors, found.shapes())
+        tensors = {name: numbered(record.renamed.get(pattern_of(name), pattern_of(name)), name) for name in graph.plain}
+        return cls(linears, tensors, graph.shapes())
 
 
 def stack(parts: list[str], sizes: Mapping[str, Any]) -> LinearLayout:
     """The rows of `parts`, one below the other. `sizes`: GraphLinear of each."""
-    first, places = 0, {}
+    first, rows = 0, {}
     for part in parts:
-        places[part] = (first, sizes[part].rows)
+        rows[part] = (first, sizes[part].rows)
         first += sizes[part].rows
     biased = tuple(part for part in parts if sizes[part].bias)
-    return LinearLayout(places, sizes[parts[0]].columns, first, biased)
+    return LinearLayout(rows, sizes[parts[0]].columns, first, biased)
 
 
 def pattern_of(name: str) -> str:

@@ -42,12 +42,12 @@ class GraphTensors:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape of every tensor, those of linear layers too."""
-        found: dict[str, tuple[int, ...]] = dict(self.plain)
+        result: dict[str, tuple[int, ...]] = dict(self.plain)
         for name, linear in self.linears.items():
-            found[f"{name}.weight"] = (linear.rows, linear.columns)
+            result[f"{name}.weight"] = (linear.rows, linear.columns)
             if linear.bias:
-                found[f"{name}.bias"] = (linear.rows,)
-        return found
+                result[f"{name}.bias"] = (linear.rows,)
+        return result
 
 
 def meta_graph(config: DecoderConfig, dtype: torch.dtype = torch.float32, attention: str | None = None) -> nn.Module:

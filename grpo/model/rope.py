@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from grpo.model.decoder_config import DecoderConfig
+from grpo.model.families.table import family_of
 
 EVERYWHERE = ""
 """Stands for the layer type where all layers have the same frequencies."""
@@ -143,12 +144,13 @@ def unread_parameters(config: DecoderConfig) -> dict[str, Any]:
 
 
 def unknown_parameters(config: DecoderConfig) -> list[str]:
-    """Entries of `rope_parameters` that transformers' function of their `rope_type` has no use for."""
-    found: dict[str, None] = {}
+    """Entries of `rope_parameters` that neither transformers' function of their `rope_type` nor the family has a use
+    for."""
+    unknown: dict[str, None] = {}
     for _, values in rotary_parameters(config):
-        known = OF_EVERY_TYPE | OF_TYPE.get(values.get("rope_type", ""), set())
-        found |= dict.fromkeys(key for key, value in values.items() if key not in known and value is not None)
-    return list(found)
+        known = OF_EVERY_TYPE | OF_TYPE.get(values.get("rope_type", ""), set()) | family_of(config.model_type).of_rotary
+        unknown |= dict.fromkeys(key for key, value in values.items() if key not in known and value is not None)
+    return list(unknown)
 
 
 def prefixed(kind: str, name: str) -> str:

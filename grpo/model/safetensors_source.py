@@ -80,24 +80,24 @@ class SafetensorsSource:
         """Name -> file of everything in the safetensors file `entry`, or in the shards of the index `entry`."""
         if entry.suffix == ".safetensors":
             return dict.fromkeys(self._handle_names(entry), entry)
-        places = read_index(entry)
-        shards = sorted({self.path / file for file in places.values()})
+        index = read_index(entry)
+        shards = sorted({self.path / file for file in index.values()})
         for shard in shards:
             if not shard.is_file():
                 raise UserError(f"{self.path}: shard {shard.name} is missing; download the model again")
-        found: dict[str, Path] = {}
+        file_of: dict[str, Path] = {}
         for shard in shards:
             for name in self._handle_names(shard):
-                if name in found:
+                if name in file_of:
                     raise UserError(
-                        f"{shard}: holds {name}, and so does {found[name].name}; download the model again, or leave "
+                        f"{shard}: holds {name}, and so does {file_of[name].name}; download the model again, or leave "
                         "one of the two"
                     )
-                found[name] = shard
-        for name, file in places.items():
-            if found.get(name) != self.path / file:
+                file_of[name] = shard
+        for name, file in index.items():
+            if file_of.get(name) != self.path / file:
                 raise UserError(f"{entry}: places {name} in {file}, which lacks it; download the model again")
-        return found
+        return file_of
 
     @staticmethod
     def _handle_names(file: Path) -> list[str]:

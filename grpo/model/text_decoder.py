@@ -49,12 +49,12 @@ def decoder_names(stored: Iterable[str], wanted: set[str]) -> dict[str, str]:
 
     An entry keeps what follows a tensor's name: the parts of a quantised weight.
     """
-    found = {}
+    names = {}
     for name in stored:
         plain = ".".join(part for part in name.split(".") if part not in WRAPPERS)
         if logical(plain) in wanted:
-            found[plain] = name
-    return found
+            names[plain] = name
+    return names
 
 
 def logical(name: str) -> str:

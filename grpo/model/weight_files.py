@@ -81,9 +81,9 @@ def stored_names(file: Path) -> list[str]:
 
 def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """The object of `pairs`, for json. Raises ValueError for a key that occurs twice."""
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     for key, value in pairs:
-        if key in found:
+        if key in result:
             raise ValueError(f"{key} occurs twice")
-        found[key] = value
-    return found
+        result[key] = value
+    return result

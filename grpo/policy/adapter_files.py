@@ -83,8 +83,8 @@ class AdapterFile:
         stored = self._handle.get_slice(key)
         if stored.get_dtype() not in DENSE_TYPES:
             raise UserError(f"{self.file}: {key} is kept as {stored.get_dtype()}; save the adapter in float32")
-        if (found := tuple(stored.get_shape())) != shape:
-            raise UserError(f"{self.file}: {key} has shape {found}, on this base it has {shape}; {OTHER_BASE}")
+        if (shape_here := tuple(stored.get_shape())) != shape:
+            raise UserError(f"{self.file}: {key} has shape {shape_here}, on this base it has {shape}; {OTHER_BASE}")
 
     def factors(self, layer: str) -> tuple[Tensor, Tensor]:
         """A [rank, in] and B [out, rank] of the linear layer `layer`, as they are stored."""

@@ -39,8 +39,8 @@ KEPT_PAGES = 8
 
 def find_runs(root: Path) -> dict[str, Path]:
     """Name below `root` -> folder of every run in it, `root` itself included; those that changed last come first."""
-    found = {name: folder for name, folder in folders(root, DEPTH) if (folder / METRICS).is_file()}
-    return dict(sorted(found.items(), key=lambda item: (-changed(item[1]), item[0])))
+    runs = {name: folder for name, folder in folders(root, DEPTH) if (folder / METRICS).is_file()}
+    return dict(sorted(runs.items(), key=lambda item: (-changed(item[1]), item[0])))
 
 
 def folders(root: Path, depth: int, name: str = "") -> Iterator[tuple[str, Path]]:
@@ -65,10 +65,10 @@ def stamps(folder: Path) -> Iterator[tuple[str, float]]:
     """(name, time of change) of each file and folder that a report is made from."""
     for name in (METRICS, EVALUATIONS, SUMMARY, CONFIG, *LATEST):
         try:
-            found = (folder / name).stat()
+            status = (folder / name).stat()
         except OSError:
             continue
-        yield f"{name}:{found.st_size}", found.st_mtime
+        yield f"{name}:{status.st_size}", status.st_mtime
 
 
 class Pages:

@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,11 +70,22 @@ class Engine:
             # vLLM compiles a helper of its sampler: seconds at the first rollout, and a C++ compiler needed.
             torch.compiler.set_stance("force_eager")
         leave_classes_alone(vllm_class(base.config.model_type))
+        self._start()
+
+    def _start(self) -> None:
+        self._ran_out = False
         self.llm = vllm.LLM(**self._arguments())
-        if base.device.type == "cuda":
+        if self.base.device.type == "cuda":
             self._runner.sampler = self.sampler = OnePassSampler(logprobs_mode="processed_logprobs")
-        if policy is not None:
+        if self.policy is not None:
             self.sync_adapter()
+
+    def restart(self, kv_cache_memory_bytes: int) -> None:
+        """Stop vLLM, with whatever runs, and start it with a KV cache of so many bytes."""
+        self._stop()
+        self.settings = replace(self.settings, kv_cache_memory_bytes=kv_cache_memory_bytes, gpu_memory_utilization=None)
+        self.collector = LogprobCollector()
+        self._start()
 
     def _arguments(self) -> dict[str, Any]:
         settings, on_cpu = self.settings, self.base.device.type == "cpu"
@@ -229,10 +241,14 @@ class Engine:
         gc.disable()  # vLLM makes some thousand objects a step; walking all others over and over costs a tenth of it
         try:
             yield
+        except torch.OutOfMemoryError:
+            self._ran_out, self._open = True, set()  # in the midst of a step: vLLM can only be started again
+            raise
         finally:
             if collects:
                 gc.enable()
-            self.abort()
+            if not self._ran_out:
+                self.abort()
 
     def _outputs(self) -> list[Any]:
         """vLLM's outputs of one step."""
@@ -328,13 +344,16 @@ class Engine:
 
     def close(self) -> None:
         """Stop vLLM and give its memory back. May be called twice."""
+        self._stop()
+        self._folder.cleanup()
+
+    def _stop(self) -> None:
         if self.llm is not None:
             self._restore_kv_cache()
             shutdown = getattr(self.llm.llm_engine.engine_core, "shutdown", None)
             if shutdown is not None:
                 shutdown()
             self.llm = None
-        self._folder.cleanup()
         gc.collect()
         if self.base.device.type == "cuda":
             torch.cuda.empty_cache()

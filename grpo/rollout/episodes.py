@@ -223,8 +223,8 @@ class EpisodePlayer:
         if isinstance(said, Ended):
             episode.over = episode.over or said.over
             if said.turn_rewards is not None and len(said.turn_rewards) != episode.turns:
-                told = f"returned {len(said.turn_rewards)} turn_rewards for {episode.turns} turns"
-                episode.result = Lost(f"{told}; return one for each")
+                count = len(said.turn_rewards)
+                episode.result = Lost(f"returned {count} turn_rewards for {episode.turns} turns; return one for each")
         del self.open[episode.number]
         if isinstance(said, Ended) and said.state is not None:
             self.unscored.append(episode)
@@ -244,8 +244,8 @@ class EpisodePlayer:
             said = self.pool.inbox.pop(number)
             if isinstance(said, Scored) and len(said.results) != len(group):
                 said = Lost(f"scored {len(said.results)} episodes of a group of {len(group)}")
-            for place, episode in enumerate(group):
-                episode.result = said.results[place] if isinstance(said, Scored) else Lost(getattr(said, "problem", ""))
+            for index, episode in enumerate(group):
+                episode.result = said.results[index] if isinstance(said, Scored) else Lost(getattr(said, "problem", ""))
                 yield episode
 
     def ask(self, episode: Episode, asked: Asked) -> None:
@@ -335,7 +335,7 @@ class EpisodePlayer:
                 raise Unprovable(f"{type(error).__name__}: {error}") from None
             if len(ids) <= most:
                 return ids
-            longest = max(range(len(kept)), key=lambda place: kept[place])
+            longest = max(range(len(kept)), key=lambda index: kept[index])
             if kept[longest] == 0:
                 raise Unusable(f"says more than environment.max_observation_tokens = {most} tokens in a turn")
             kept[longest] = int(kept[longest] * 0.9 * most / len(ids))
@@ -353,8 +353,8 @@ class EpisodePlayer:
         text = self.decode(completion.token_ids)
         message, malformed = self.message(text, prompt_ids, episode.tools)
         episode.malformed += malformed
-        for place, call in enumerate(message.get("tool_calls", ())):
-            call["id"] = f"call{episode.turns:03d}{place:02d}"
+        for index, call in enumerate(message.get("tool_calls", ())):
+            call["id"] = f"call{episode.turns:03d}{index:02d}"
         episode.thread.messages = [*episode.thread.messages, message]
         last = episode.turns >= self.settings.max_turns or self.room(episode, transcript, 0) < 1
         said = {

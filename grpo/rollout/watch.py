@@ -17,19 +17,21 @@ class Seen(NamedTuple):
     """Of one linear layer, on the CPU in the compute dtype."""
 
     x: Tensor
-    """[places, in]: at the places asked for."""
+    """[places, in]: what it took at the places asked for."""
     y: Tensor
-    """[tokens, out]: of the whole prompt."""
+    """[places, out]: what it gave there."""
+    everywhere: Tensor | None
+    """[tokens, out]: what it gave for the whole prompt, where that is asked for."""
 
 
-def watched_linears(engine: Engine, prompt: Sequence[int], places: Sequence[int]) -> dict[str, Seen]:
-    """vLLM's module name -> what it took, at `places` of the prompt, and gave, everywhere.
+def watched_linears(engine: Engine, prompt: Sequence[int], places: list[int], *, everywhere: bool) -> dict[str, Seen]:
+    """vLLM's module name -> what it took and gave at `places` of the prompt; the results of all tokens `everywhere`.
 
     Cached prefixes are forgotten first, so that the whole prompt is computed.
     """
     seen: dict[str, Seen] = {}
     hooks = [
-        module.register_forward_hook(remember(seen, name, len(prompt), list(places)))
+        module.register_forward_hook(remember(seen, name, len(prompt), places, everywhere))
         for name, module in engine.vllm_model().named_modules()
         if isinstance(getattr(module, "quant_method", None), SharedLinearMethod)
     ]
@@ -43,7 +45,7 @@ def watched_linears(engine: Engine, prompt: Sequence[int], places: Sequence[int]
     return seen
 
 
-def remember(seen: dict[str, Seen], name: str, tokens: int, places: list[int]) -> Callable[..., None]:
+def remember(seen: dict[str, Seen], name: str, tokens: int, places: list[int], everywhere: bool) -> Callable[..., None]:
     """A hook that keeps the first pass over so many tokens."""
 
     def hook(module: Any, args: tuple[Any, ...], output: Any) -> None:
@@ -51,7 +53,8 @@ def remember(seen: dict[str, Seen], name: str, tokens: int, places: list[int]) -
         x, y = x.detach().reshape(-1, x.shape[-1]), y.detach().reshape(-1, y.shape[-1])
         if name not in seen and len(x) >= tokens:
             at = torch.tensor(places, device=x.device)
-            # copies: attention turns q and k in place
-            seen[name] = Seen(x.index_select(0, at).to("cpu", copy=True), y[:tokens].to("cpu", copy=True))
+            # Copies, all of them: attention turns q and k in place.
+            whole = y[:tokens].to("cpu", copy=True) if everywhere else None
+            seen[name] = Seen(x.index_select(0, at).cpu(), y.index_select(0, at).cpu(), whole)
 
     return hook

@@ -44,10 +44,10 @@ def cache_key(card: Card) -> dict[str, Any]:
     """What a measurement holds for."""
     from grpo.kernels.nf4_plans import kernel_version
 
-    found = versions()
+    installed = versions()
     return {
         "gpu": card.name, "architecture": card.architecture, "multiprocessors": card.multiprocessors,
-        "driver": driver_version() or "unknown", "torch": found.get("torch"), "triton": found.get("triton"),
+        "driver": driver_version() or "unknown", "torch": installed.get("torch"), "triton": installed.get("triton"),
         "kernel": kernel_version(),
     }  # fmt: skip
 

@@ -11,7 +11,7 @@ from grpo.memory.gpus import GPUS, Gpu, gpu_here
 from grpo.memory.plan import Shape, weight_bytes
 from grpo.memory.roofline import Work, pass_seconds
 from grpo.memory.shapes import model_shape
-from grpo.memory.summary import compute_itemsize, gb, has_gpu
+from grpo.memory.summary import compute_itemsize, gb, has_gpu, others_line
 from grpo.sft.config import SftConfig
 
 
@@ -75,7 +75,7 @@ def needed(config: SftConfig, shape: Shape, gpu: Gpu | None, *, on_gpu: bool) ->
 def verdict(config: SftConfig, shape: Shape, gpu: Gpu, size: int) -> list[str]:
     """What it comes to on `gpu`."""
     others = gpu.memory - usable_bytes(gpu.memory - CONTEXT, gpu.memory)
-    lines = [f"  {gb(others)}  left to the CUDA context, kernels loaded later, fragments and a desktop"]
+    lines = [others_line(gpu, others)]
     spare = gpu.memory - others - size
     if spare < 0:
         return [*lines, f"Does not fit the {gpu.name}: {-spare / 1e9:.1f} GB are missing; lower "

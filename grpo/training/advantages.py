@@ -33,9 +33,9 @@ class Advantages:
     zero_std: Tensor
     turns: Tensor | None = None
 
-    def of_group(self, place: int) -> Tensor:
+    def of_group(self, index: int) -> Tensor:
         """Those of a group's completions [G], or of their turns [G, U]."""
-        return self.values[place] if self.turns is None else self.turns[place]
+        return self.values[index] if self.turns is None else self.turns[index]
 
 
 def compute_advantages(rewards: Tensor, weights: Tensor, settings: Loss) -> Advantages:

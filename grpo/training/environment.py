@@ -51,6 +51,7 @@ def start_environment(
     on_output: Callable[[str], None] = show,
     status: Callable[[str], None] = lambda text: None,
     sent: Any = None,
+    needs_rewards: bool = True,
 ) -> contextlib.AbstractContextManager[EnvironmentPool | None]:
     """The environment of `config`, loaded; None where it has none. Raises UserError where nothing gives a reward.
 
@@ -75,7 +76,7 @@ def start_environment(
         max_turns=settings.max_turns,
         questions=wanted_questions(config),
     )
-    if settings.kind == "factory" and not (pool.facts["rewards"] or config.rewards):
+    if needs_rewards and settings.kind == "factory" and not (pool.facts["rewards"] or config.rewards):
         pool.close()
         raise UserError(f"environment {settings.factory!r} has no get_reward; add it, or a [[rewards]] table")
     return pool
@@ -136,10 +137,13 @@ def own_rewards(config: Config, environment: EnvironmentPool | None) -> list[str
 
 
 def make_player(
-    session: Session, environment: EnvironmentPool, check: Callable[[], None] = lambda: None
+    session: Session,
+    environment: EnvironmentPool,
+    check: Callable[[], None] = lambda: None,
+    config: Config | None = None,
 ) -> EpisodePlayer:
-    """What plays episodes of `environment` with the model of `session`."""
-    config = session.config
+    """What plays episodes of `environment` with the model of `session`; `config` is the session's unless given."""
+    config = config or session.config
     assert config.environment is not None
     return EpisodePlayer(
         session.engine,

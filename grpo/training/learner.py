@@ -69,8 +69,8 @@ class Learner:
             group["lr"] = rate
         may_skip = may_skip_equal_groups(self.config.loss)
         prompts = [
-            training_group(group, advantages.of_group(place), zero_advantage=may_skip and bool(equal))
-            for place, (group, equal) in enumerate(zip(groups, advantages.zero_std, strict=True))
+            training_group(group, advantages.of_group(index), zero_advantage=may_skip and bool(equal))
+            for index, (group, equal) in enumerate(zip(groups, advantages.zero_std, strict=True))
         ]
         updates = train.num_iterations * train.optimizer_steps_per_rollout
         before = OptimizerBackup(self.parameters, self.optimizer) if updates > 1 else None
@@ -220,11 +220,11 @@ class Learner:
     def score(self, batch: Sequence[TrainingSequence], *, entropy_gradient: bool = False) -> TokenLogprobs:
         """Logprob and entropy, float32 [T] each, at the T trained tokens of `batch`, one sequence after another."""
         segments = [segment for sequence in batch for segment in sequence.segments]
-        whole = all(segment.sampled is None for segment in segments)
+        all_sampled = all(segment.sampled is None for segment in segments)
         return self.policy.score(
             [segment.prompt_ids for segment in segments],
             [segment.token_ids for segment in segments],
-            sampled=None if whole else [drawn for segment in segments for drawn in segment.mask],
+            sampled=None if all_sampled else [drawn for segment in segments for drawn in segment.mask],
             temperature=self.config.rollout.temperature,
             chunk_tokens=self.config.train.logprob_chunk_tokens,
             entropy_gradient=entropy_gradient,

@@ -413,13 +413,13 @@ def resolve_loss(settings: Loss) -> LossFunction:
     def user_loss(inputs: LossInputs, totals: BatchTotals, settings: Loss) -> tuple[Tensor, Metrics]:
         inputs = without_truncated(inputs, settings)
         result = function(inputs, totals, settings)
-        loss, own = result if isinstance(result, tuple) and len(result) == 2 else (result, {})
-        if not isinstance(loss, Tensor) or loss.numel() != 1 or not isinstance(own, Mapping):
+        loss, own_metrics = result if isinstance(result, tuple) and len(result) == 2 else (result, {})
+        if not isinstance(loss, Tensor) or loss.numel() != 1 or not isinstance(own_metrics, Mapping):
             raise UserError(f"{name} returned {_kind(result)}; return a scalar tensor, or (scalar tensor, metrics)")
         if inputs.logprobs.requires_grad and not loss.requires_grad:
             raise UserError(f"{name} returned a loss without a gradient; compute it from inputs.logprobs")
         tokens = inputs.mask.double().sum()
-        metrics = {key: _as_metric(value, tokens, f"{name}: metric {key!r}") for key, value in own.items()}
+        metrics = {key: _as_metric(value, tokens, f"{name}: metric {key!r}") for key, value in own_metrics.items()}
         return loss.reshape(()), {"loss": Total(loss.detach().double().sum()), **diagnostics(inputs), **metrics}
 
     return user_loss

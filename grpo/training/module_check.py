@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from grpo.policy.fused_layers import FusedLayer
 from grpo.policy.packing import predicting_states
 from grpo.policy.policy import Policy
 from grpo.session import Session
@@ -23,6 +24,8 @@ from grpo.session import Session
 if TYPE_CHECKING:
     from grpo.rollout.watch import Seen
 
+KEPT_BYTES = 4 << 30
+"""Host memory for vLLM's results of one prompt, at most; of a very large model a shorter one is compared."""
 PLACES = 32
 """Tokens of the prompt that are compared: the last half of these, and others spread over it."""
 BY_A_LINEAR = {torch.float32: 2e-3, torch.float16: 2e-3, torch.bfloat16: 0.01}
@@ -52,16 +55,30 @@ def first_difference(session: Session, prompt: Sequence[int]) -> Difference | No
     """The first module that differs on `prompt` with the adapter as it is; None if none does."""
     from grpo.rollout.watch import watched_linears  # vLLM is imported only where it is started
 
+    policy, fused = session.policy, has_fused_layers(session.policy)
+    if not fused:
+        prompt = prompt[-tokens_kept(policy) :]
     places = compared_places(len(prompt))
-    seen = watched_linears(session.engine, prompt, places)
-    reaching = differences_before(session.policy, seen, prompt, places)
+    seen = watched_linears(session.engine, prompt, places, everywhere=not fused)
+    reaching = {} if fused else differences_before(policy, seen, prompt, places)
     for module, difference in reaching.items():
-        for found in (difference, difference_by(session.policy, module, seen, places)):
+        for found in (difference, difference_by(policy, module, seen)):
             if found is not None:
                 return found
     called = set(reaching)
     others = (part for linear in session.base.linears.values() for part in linear.parts if part not in called)
-    return next((found for part in others if (found := difference_by(session.policy, part, seen, places))), None)
+    return next((found for part in others if (found := difference_by(policy, part, seen))), None)
+
+
+def has_fused_layers(policy: Policy) -> bool:
+    """Whether a kernel for a whole layer stands between its modules, so that these are not run one by one."""
+    return any(isinstance(layer, FusedLayer) for layer in policy.decoder.model.layers)
+
+
+def tokens_kept(policy: Policy) -> int:
+    """Tokens whose results of all linear layers fit in KEPT_BYTES."""
+    row = sum(linear.out_features for linear in policy.base.linears.values()) * policy.base.dtype.itemsize
+    return max(2, KEPT_BYTES // row)
 
 
 def compared_places(tokens: int) -> list[int]:
@@ -71,12 +88,12 @@ def compared_places(tokens: int) -> list[int]:
     return [*spread, *last]
 
 
-def difference_by(policy: Policy, part: str, seen: dict[str, Seen], places: list[int]) -> Difference | None:
+def difference_by(policy: Policy, part: str, seen: dict[str, Seen]) -> Difference | None:
     """What the linear module `part` makes of vLLM's input, beside what vLLM makes of it."""
     name, (first, rows) = place_of(policy, part)
     with torch.no_grad():
         ours = policy.decoder.get_submodule(part)(seen[name].x[None].to(policy.base.device))[0].cpu()
-    size = relative(ours, seen[name].y[places, first : first + rows])
+    size = relative(ours, seen[name].y[:, first : first + rows])
     limit = BY_A_LINEAR[policy.base.dtype]
     return None if size <= limit else Difference(part, False, size, limit)
 
@@ -94,7 +111,7 @@ def differences_before(
 ) -> dict[str, Difference | None]:
     """The graph's linear modules in the order that they run, each with what is different in its input.
 
-    Modules that a fused layer computes do not run, and are not among them.
+    seen: with what vLLM's layers gave everywhere.
     """
     found: dict[str, Difference | None] = {}
     hooks = []
@@ -135,13 +152,15 @@ def replace_result(
     def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         size = relative(args[0].reshape(-1, args[0].shape[-1])[places].cpu(), seen.x)
         found[part] = None if size <= limit else Difference(part, True, size, limit)
-        return seen.y[:, rows[0] : rows[0] + rows[1]].to(output).reshape(output.shape)
+        assert seen.everywhere is not None
+        return seen.everywhere[:, rows[0] : rows[0] + rows[1]].to(output).reshape(output.shape)
 
     return hook
 
 
 def relative(ours: Tensor, theirs: Tensor) -> float:
-    """The largest difference of a row of [places, features], in root mean square, over a usual row's size."""
-    gap = (ours.float() - theirs.float()).pow(2).mean(-1).sqrt().max()
-    size = theirs.float().pow(2).mean(-1).sqrt().median()
-    return float(gap / size.clamp_min(1e-30))
+    """The largest difference of a row of [places, features], in root mean square, over its size or a usual row's: some
+    models make the first token's a thousand times as large, and some rows are next to nothing."""
+    gap = (ours.float() - theirs.float()).pow(2).mean(-1).sqrt()
+    size = theirs.float().pow(2).mean(-1).sqrt()
+    return float((gap / torch.maximum(size, size.median()).clamp_min(1e-30)).max())

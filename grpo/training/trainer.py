@@ -39,6 +39,7 @@ from grpo.training.environment import make_sampler, own_rewards
 from grpo.training.evaluation import evaluate
 from grpo.training.learner import UNMEASURED, Learner
 from grpo.training.reference_policy import set_reference
+from grpo.training.rollout_memory import sample_within_memory
 from grpo.training.step_metrics import ScoredGroups, logged, reward_table, sampling_metrics
 from grpo.training.update_check import SkippedUpdate
 
@@ -89,9 +90,11 @@ class Trainer:
             check=parts.check,
             ranks=self.ranks,
         )
-        own = own_rewards(config, parts.environment)
-        self.weights = torch.tensor([1.0] * len(own) + [one.weight for one in self.data.rewards], dtype=torch.float64)
-        self.reward_names = own + [reward.column for reward in self.data.rewards]
+        environment_rewards = own_rewards(config, parts.environment)
+        self.weights = torch.tensor(
+            [1.0] * len(environment_rewards) + [one.weight for one in self.data.rewards], dtype=torch.float64
+        )
+        self.reward_names = environment_rewards + [reward.column for reward in self.data.rewards]
         self.sampler = make_sampler(
             self.session,
             parts.rewards,
@@ -135,7 +138,7 @@ class Trainer:
         torch.manual_seed(sample_seed(self.config.train.seed, step, *self.seed_suffix()))
         taken = self.stream.taken.copy()
         try:
-            rollouts, scored = self.sample(step)
+            rollouts, scored = sample_within_memory(lambda: self.sample(step), self.stream, self.session, self.ranks)
             self.session.engine.release_kv_cache()
             sampled = time.perf_counter()
             trained = self.update(self.trained_on(scored), step)

@@ -48,11 +48,11 @@ def turn_advantages(
     """
     longest = max((len(one) for group in rewards for one in group), default=0)
     returns = torch.full((*total.shape, max(longest, 1)), float("nan"), dtype=torch.float64)
-    for place, group in enumerate(rewards):
-        for member, own in enumerate(group):
-            if own:
-                found = returns_of(float(total[place, member]), own)
-                returns[place, member, : len(own)] = torch.tensor(found, dtype=torch.float64)
+    for index, group in enumerate(rewards):
+        for member, turn_rewards in enumerate(group):
+            if turn_rewards:
+                group_returns = returns_of(float(total[index, member]), turn_rewards)
+                returns[index, member, : len(turn_rewards)] = torch.tensor(group_returns, dtype=torch.float64)
     one = torch.ones(1, dtype=torch.float64)
     by_turn = [compute_advantages(turn[..., None], one, settings) for turn in returns.unbind(-1)]
     values = torch.stack([turn.values for turn in by_turn], -1)

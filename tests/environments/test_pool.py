@@ -33,6 +33,7 @@ def opened() -> Iterator[Callable[..., EnvironmentPool]]:
 
     def make(name: Any, kind: str = "program", timeout: float = 20.0, **options: Any) -> EnvironmentPool:
         named = [f"{FILE}:{each}" for each in name] if isinstance(name, list) else f"{FILE}:{name}"
+        named = name if isinstance(name, dict) else named
         limits = {"processes": 4, "timeout": timeout, "memory_limit": 1 << 33}
         pool = EnvironmentPool(
             "it",
@@ -224,6 +225,19 @@ def test_a_trl_environment_has_its_methods_as_tools(opened: Callable[..., Enviro
     pool.tell(0, turn("done"))
     counts = {"calls": 2.0, "call_errors": 0.0, "malformed_calls": 0.0}
     assert word_of(pool, 0) == Ended(5.0, True, counts)
+
+
+def test_a_row_names_one_of_several_trl_environments(opened: Callable[..., EnvironmentPool]) -> None:
+    pool = opened({"count": f"{FILE}:Counter", "echo": f"{FILE}:Echo"}, kind="factory")
+    assert pool.facts["rewards"] and [tool["function"]["name"] for tool in pool.facts["tools"]] == ["add", "echo"]
+    for number, (name, tool) in enumerate({"count": "add", "echo": "echo"}.items()):
+        pool.start(number, {**ROW, "environment": name}, seed=1)
+        asked = word_of(pool, number)
+        assert isinstance(asked, Asked) and asked.tools is not None
+        assert [one["function"]["name"] for one in asked.tools] == [tool]
+    pool.start(2, {**ROW, "environment": "chess"}, seed=1)
+    said = word_of(pool, 2)
+    assert isinstance(said, Lost) and "environment is 'chess'; it is one of count, echo" in said.problem
 
 
 def test_tools_answer_what_they_raise_and_unknown_ones_are_named(opened: Callable[..., EnvironmentPool]) -> None:

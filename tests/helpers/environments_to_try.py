@@ -152,6 +152,25 @@ class Counter:
         return float(self.total)
 
 
+class Echo:
+    """Another of TRL's kind."""
+
+    def reset(self, **row: Any) -> None:
+        pass
+
+    def echo(self, text: str) -> str:
+        """
+        Say it again.
+
+        Args:
+            text: What.
+        """
+        return text
+
+    def get_reward(self) -> float:
+        return 1.0
+
+
 def add(a: int, b: int) -> int:
     """
     Add two numbers.

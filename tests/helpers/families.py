@@ -37,9 +37,37 @@ NEWCOMERS: dict[str, dict[str, Any]] = {
     },
     "smollm3": {"no_rope_layers": [1, 0], "tie_word_embeddings": True},
     "olmo2": {},
-    "olmo3": {"sliding_window": 16, "layer_types": KINDS},
+    "olmo3": {
+        "sliding_window": 16,
+        "layer_types": KINDS,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            "full_attention": {
+                "rope_type": "yarn",
+                "rope_theta": 1e4,
+                "factor": 4.0,
+                "original_max_position_embeddings": 16,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "attention_factor": 1.2,
+            },
+        },
+    },  # fmt: skip
     "glm4": {**WIDE, **rotary(0.5)},
-    "exaone4": {**WIDE, "sliding_window": 16, "sliding_window_pattern": "LG", "layer_types": KINDS},
+    "exaone4": {
+        **WIDE,
+        "sliding_window": 16,
+        "sliding_window_pattern": "LG",
+        "layer_types": KINDS,
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 1e4,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+    },  # fmt: skip
     "seed_oss": WIDE,
     "phi3": {
         "tie_word_embeddings": True,

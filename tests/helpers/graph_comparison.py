@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 
@@ -54,3 +56,14 @@ def largest_difference(base: BaseWeights, policy: Policy, tokens: int = 30) -> f
     finally:
         engine.close()
     return worst
+
+
+def gate_session(folder: Path, dtype: str, *, load_in_4bit: bool = False, device: str = "cpu") -> Any:
+    """What the gate at the start needs of a session, with an adapter on every linear layer that does nothing yet."""
+    from grpo.rollout.engine import Engine, EngineSettings
+
+    model = Model(name=str(folder), load_in_4bit=load_in_4bit, dtype=dtype)
+    base = BaseWeights(open_source(model), model, device=torch.device(device), dtype=getattr(torch, dtype))
+    policy = Policy(base, Lora(r=4, lora_alpha=8), seed=1)
+    engine = Engine(base, policy, EngineSettings(max_seq_length=96, max_num_seqs=4))
+    return SimpleNamespace(policy=policy, base=base, engine=engine)

@@ -24,8 +24,7 @@ from grpo.kernels.rms_norm import Norm
 from grpo.memory.activations import CHECKPOINTING_MODES, TrainingMemory, moment_bytes
 from grpo.model.base_weights import BaseWeights
 from grpo.model.source import open_source
-from grpo.policy import fused_layers as graph_kernels
-from grpo.policy import graph
+from grpo.policy import fused_layers, graph
 from grpo.policy.policy import Policy
 from tests.helpers.tiny import save_tiny
 
@@ -84,7 +83,7 @@ def place(x: Tensor, out: Tensor | None) -> Tensor:
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (graph, graph_kernels):
+    for module in (graph, fused_layers):
         monkeypatch.setattr(module, "packed_attention", lambda q, k, v, packing, **rest: FlashLike.apply(q, k, v))
     monkeypatch.setattr(Norm, "forward", lambda self, x, out=None: place(x, out))
     monkeypatch.setattr(Norm, "backward", lambda self, grad, x, residual_grad=None, out=None: place(x, out))
@@ -119,7 +118,7 @@ def made(
     base = BaseWeights(open_source(config.model), config.model, device=torch.device("cpu"), dtype=dtype)
     policy = Policy(base, config.lora, seed=0)
     if kernels:
-        assert graph_kernels.install(policy.decoder, base) == 3
+        assert fused_layers.install_fused_layers(policy.decoder, base) == 3
     policy.model.train()
     for parameter in policy.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -239,7 +238,7 @@ def test_the_peak_of_every_form_is_that_of_the_allocations(
 def test_attention_that_keeps_no_scores_is_counted_too(
     family: str, kernels: bool, tmp_path: Path, as_on_a_gpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (graph, graph_kernels):
+    for module in (graph, fused_layers):
         monkeypatch.setattr(module, "packed_attention", attention.packed_attention)
     monkeypatch.setattr(attention, "without_scores", lambda query: True)
     monkeypatch.setattr(

@@ -19,6 +19,7 @@ from grpo.model.checks import check_head_size
 from grpo.model.config_keys import normalize_config, own_keys, served_values
 from grpo.model.source import open_source
 from grpo.policy.policy import Policy
+from tests.helpers.families import family_config
 from tests.helpers.model_configs import LONGEST, VALUES, configurations, save_model
 from tests.helpers.small_chat import save_small_chat_model
 from tests.helpers.tiny import COMMON, FAMILIES, VOCABULARY
@@ -254,3 +255,10 @@ def test_dropout_of_any_name_is_not_applied() -> None:
         "the model's attention_dropout = 0.2",
         "the model's residual_dropout = 0.1",
     ]
+
+
+def test_what_a_family_reads_of_its_rotary_entries_is_not_called_unused() -> None:
+    config = family_config("ministral3")
+    assert "llama_4_scaling_beta" in config.rope_parameters and normalize_config(config) == []
+    config = AutoConfig.for_model("llama", **COMMON, rope_parameters=dict(config.rope_parameters))
+    assert "llama_4_scaling_beta" in " ".join(normalize_config(config))

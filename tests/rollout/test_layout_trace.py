@@ -4,24 +4,21 @@ wrote a line for is trained."""
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from grpo.config.schema import Lora, Model
+from grpo.config.schema import Model
 from grpo.errors import UserError
-from grpo.model.base_weights import BaseWeights
 from grpo.model.families.table import listed
-from grpo.model.layout import Layout, Record, is_recorded
+from grpo.model.layout import Record, is_recorded
 from grpo.model.layout_records import FAMILIES, LAYOUTS, SEEN
 from grpo.model.source import open_source
-from grpo.policy.policy import Policy
 from grpo.session import find_layout
 from grpo.training.self_check import check_start
 from tests.helpers.families import NEWCOMERS, family_config, spread
+from tests.helpers.graph_comparison import gate_session
 from tests.helpers.tiny import COMMON
 from tests.helpers.tiny import FAMILIES as FIRST
 
@@ -60,23 +57,15 @@ def test_a_record_holds_for_the_versions_that_were_seen() -> None:
 
 @pytest.mark.parametrize("family", ["starcoder2", pytest.param("cwm", marks=pytest.mark.wide)])
 def test_a_family_that_nobody_wrote_a_line_for_passes_the_gate(family: str, tmp_path: Path) -> None:
-    from grpo.rollout.engine import Engine, EngineSettings
-
     assert family not in listed()
     torch.manual_seed(0)
     save(tmp_path, family)
-    model = Model(name=str(tmp_path), load_in_4bit=False, dtype="float32")
-    source = open_source(model)
-    find_layout(source.config, str(tmp_path))
-    parts = {part.rpartition(".")[2] for each in Layout.of(source.config).linears.values() for part in each.parts}
-    base = BaseWeights(source, model, device=torch.device("cpu"), dtype=torch.float32)
-    policy = Policy(base, Lora(r=4, lora_alpha=8, target_modules=sorted(parts)))
-    engine = Engine(base, policy, EngineSettings(max_seq_length=96, max_num_seqs=4))
-    session: Any = SimpleNamespace(base=base, policy=policy, engine=engine)
+    find_layout(open_source(Model(name=str(tmp_path))).config, str(tmp_path))
+    session = gate_session(tmp_path, "float32")
     try:
         notice = check_start(session)
     finally:
-        engine.close()
+        session.engine.close()
     assert notice is not None and f"{family!r} is none of those that this project's tests compare" in notice
 
 

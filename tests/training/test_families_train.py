@@ -57,8 +57,9 @@ def test_a_family_is_trained_resumed_and_exported(family: str, tmp_path: Path) -
     run = trained(tmp_path, family)
     steps = read_metrics(run)
     assert [step["step"] for step in steps] == [1, 2, 3]
-    assert all(step["grad_norm"] > 0 for step in steps)
-    assert max(step["mismatch_kl"] for step in steps) < 1e-6
+    trained_on = [step for step in steps if step["mismatch_kl"] is not None]  # the others' groups had equal rewards
+    assert len(trained_on) >= 2 and all(step["grad_norm"] > 0 for step in trained_on)
+    assert max(step["mismatch_kl"] for step in trained_on) < 1e-6
     folder = export(run, "merged-16bit", tmp_path / "merged", notice=lambda sentence: None)
     from transformers import AutoModelForCausalLM
 

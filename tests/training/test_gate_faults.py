@@ -8,22 +8,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from grpo.config.schema import Lora, Model
+from grpo.config.schema import Model
 from grpo.errors import UserError
-from grpo.model.base_weights import BaseWeights
-from grpo.model.layout import Layout
+from grpo.model.checks import BEYOND_FLOAT16
 from grpo.model.source import open_source
-from grpo.policy.policy import Policy
+from grpo.session import find_layout
 from grpo.training.self_check import check_start, gate_prompt
-from tests.helpers.families import save_family
-from tests.helpers.tiny import save_tiny
+from tests.helpers.families import NEWCOMERS, save_family
+from tests.helpers.graph_comparison import gate_session
+from tests.helpers.tiny import FAMILIES, save_tiny
 
 pytestmark = pytest.mark.vllm
 
@@ -39,25 +38,12 @@ def changed(owner: Any, name: str, value: Any) -> Iterator[None]:
         setattr(owner, name, kept)
 
 
-def graphs(folder: Path, dtype: str) -> Any:
-    """What the gate needs of a session, with an adapter on every linear layer."""
-    from grpo.rollout.engine import Engine, EngineSettings
-
-    model = Model(name=str(folder), load_in_4bit=False, dtype=dtype)
-    source = open_source(model)
-    parts = {part.rpartition(".")[2] for each in Layout.of(source.config).linears.values() for part in each.parts}
-    base = BaseWeights(source, model, device=torch.device("cpu"), dtype=getattr(torch, dtype))
-    policy = Policy(base, Lora(r=4, lora_alpha=8, target_modules=sorted(parts)), seed=1)
-    engine = Engine(base, policy, EngineSettings(max_seq_length=96, max_num_seqs=4))
-    return SimpleNamespace(policy=policy, base=base, engine=engine)
-
-
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
 def windowed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """Gemma 3: a window in its first layer, scaled embeddings, norms of q and k, rotary factors by kinds of layers."""
     folder = tmp_path_factory.mktemp("gemma3")
     save_tiny(folder, "gemma3_text", sliding_window=40)
-    session = graphs(folder, request.param)
+    session = gate_session(folder, request.param)
     yield session
     session.engine.close()
 
@@ -67,7 +53,7 @@ def multiplied(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     """Granite: multipliers of the embedding, the residuals, attention's scores and the logits."""
     folder = tmp_path_factory.mktemp("granite")
     save_family(folder, "granite")
-    session = graphs(folder, request.param)
+    session = gate_session(folder, request.param)
     yield session
     session.engine.close()
 
@@ -185,3 +171,19 @@ def test_a_multiplier_left_out_is_a_sentence_that_names_the_module(
 
 def test_without_a_fault_granite_passes(multiplied: Any) -> None:
     assert check_start(multiplied) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("four_bit", [False, True], ids=["plain", "nf4"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("family", list(dict.fromkeys([*FAMILIES, *NEWCOMERS])))
+def test_on_a_gpu_every_family_passes(family: str, dtype: str, four_bit: bool, tmp_path: Path) -> None:
+    if dtype == "float16" and family in BEYOND_FLOAT16:
+        pytest.skip("refused")
+    save_family(tmp_path, family) if family in NEWCOMERS else save_tiny(tmp_path, family)
+    find_layout(open_source(Model(name=str(tmp_path))).config, str(tmp_path))
+    session = gate_session(tmp_path, dtype, load_in_4bit=four_bit, device="cuda")
+    try:
+        assert check_start(session) is None
+    finally:
+        session.engine.close()

@@ -239,6 +239,33 @@ def test_training_on_the_tokens_of_highest_entropy(train: Train, home: Path) -> 
     assert math.isfinite(read_metrics(home / "entropy")[0]["loss"])
 
 
+def test_vllm_that_runs_out_of_memory_samples_again_with_a_smaller_cache(
+    train: Train, session: Any, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from grpo.rollout.engine import Engine
+
+    counted, raised, outputs = [0], [], Engine._outputs
+    last: list[int] = []
+
+    def failing(engine: Any) -> Any:
+        counted[0] += 1
+        if last and counted[0] > last[0] and not raised:
+            raised.append(engine.running)
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return outputs(engine)
+
+    monkeypatch.setattr(Engine, "_outputs", failing)
+    assert train("enough", train={"max_steps": 2}) == 0
+    before, last, counted = session.engine.kv_bytes(), [counted[0] - 5], [0]
+    assert train("short", train={"max_steps": 2}) == 0
+    assert len(raised) == 1 and raised[0] > 0, "in the midst of the second step's sampling"
+    assert session.engine.kv_bytes() == int(0.75 * before)
+    first, second = (load_file(home / name / "adapter" / "adapter_model.safetensors") for name in ("enough", "short"))
+    assert all(torch.equal(first[name], second[name]) for name in first), "what was lost is sampled as it was"
+
+
 def test_prompts_that_are_too_long_are_dropped_and_counted(train: Train, home: Path, capsys: Any) -> None:
     rows = [{"question": "1 + 1?", "answer": "2"}, {"question": "1 + 1? " * 90, "answer": "2"}]
     (home / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -34,7 +34,9 @@ class Family:
     """vLLM gives a sliding window to all layers or to none."""
     served: Callable[[Any], dict[str, Any]] | None = None
     """What vLLM's configuration says otherwise than transformers', of which it is made."""
+    of_rotary: frozenset[str] = frozenset()
+    """Entries of `rope_parameters` that the family reads elsewhere than in its rotary positions."""
     fused_layers: bool = False
-    """kernels/ compute what the decoder's layers do (`graph_kernels.py`)."""
+    """kernels/ compute what the decoder's layers do (`grpo.policy.fused_layers`)."""
     norm_adds_one: bool = False
     """RMSNorm multiplies by the weight plus one."""

@@ -22,5 +22,6 @@ FAMILIES = {
         models="Ministral 3, from checkpoints that take images too",
         caveat="FP8 checkpoints are not read",
         served=growth,
+        of_rotary=frozenset({"llama_4_scaling_beta"}),
     )
 }
