@@ -209,7 +209,7 @@ def shared_out(rank: int, size: int, parts: int) -> list[Group]:
         if owner == rank
         else Group(
             group.prompt,
-            [RemoteSample(sample.length, sample.truncated, True, sample.rewards) for sample in group.samples],
+            [RemoteSample(one.length, one.truncated, True, one.rewards, one.rewards_by_turn) for one in group.samples],
         )
         for group, owner in zip(everything, owners(len(everything), parts, size), strict=True)
     ]

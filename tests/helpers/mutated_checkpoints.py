@@ -103,7 +103,9 @@ def retie(tied: bool, head: str) -> Change:
             return
         tensors[HEAD] = embedding.flip(0).contiguous() if head == "other" else embedding.clone()
         if head == "near":
-            tensors[HEAD][3] += 0.25
+            other = embedding.float()
+            other[3] += 0.25
+            tensors[HEAD] = other.to(embedding.dtype)
 
     return change
 

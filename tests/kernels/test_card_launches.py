@@ -1,7 +1,8 @@
 """Every launch of every kernel, compiled for every architecture that is served, with real shapes of real models.
 
 What is held: no program needs more shared memory than the card gives a block, and what a thread spills stays within
-data/kernel_spills.json. Nothing runs. A quick selection is in the suite; all of it is marked `wide`.
+data/kernel_spills.json. Nothing runs. A quick selection is in the suite; all of it is marked `wide`, and
+every tile that the tuner may try, hundreds a card, `long`.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def test_every_launch_fits_the_card(card, model):
     assert collected.names == expected - absent, "every kernel there is"
 
 
-@pytest.mark.wide
+@pytest.mark.long
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("card", BY_NAME)
 def test_every_tile_that_is_searched_fits_the_card(card):
