@@ -66,7 +66,9 @@ def first_difference(session: Session, prompt: Sequence[int]) -> Difference | No
             if found is not None:
                 return found
     called = set(reaching)
-    others = (part for linear in session.base.linears.values() for part in linear.parts if part not in called)
+    # A layer whose pass was not seen, as one inside a CUDA graph is not, is left to the logprobs.
+    linears = ((name, part) for name, linear in session.base.linears.items() for part in linear.parts)
+    others = (part for name, part in linears if part not in called and name in seen)
     return next((found for part in others if (found := difference_by(policy, part, seen))), None)
 
 
@@ -116,6 +118,8 @@ def differences_before(
     found: dict[str, Difference | None] = {}
     hooks = []
     for name, linear in policy.base.linears.items():
+        if name not in seen:
+            continue
         for part, rows in linear.parts.items():
             hook = replace_result(found, part, seen[name], rows, places, BEFORE_A_LINEAR[policy.base.dtype])
             hooks.append(policy.decoder.get_submodule(part).register_forward_hook(hook))

@@ -19,10 +19,11 @@ from grpo.kernels.glu import glu, glu_backward, glu_forward
 from grpo.kernels.launch import interpreter_enabled
 from grpo.kernels.lora_attention import QkvProjection, lora_qkv
 from grpo.kernels.lora_factors import Adapter
-from grpo.kernels.lora_linear import WIDTH, LinearGroup, lora_linear, row_tiles
+from grpo.kernels.lora_linear import LinearGroup, lora_linear, row_tiles
 from grpo.kernels.lora_mlp import GatedMlp, lora_mlp
 from grpo.kernels.rms_norm import Norm, rms_norm
 from grpo.kernels.rope import rope, rotate
+from grpo.kernels.sizes import ADAPTER_COLUMNS
 from tests.helpers.paths import ROOT
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -403,7 +404,7 @@ def test_what_an_mlp_keeps_is_its_input_and_what_was_asked_for(device):
         return sum(sizes.values())
 
     assert kept_bytes(False) == 11 * 64 * 4
-    assert kept_bytes(True) == 11 * (64 + 128 + WIDTH) * 4
+    assert kept_bytes(True) == 11 * (64 + 128 + ADAPTER_COLUMNS) * 4
 
 
 def test_tiles_cover_the_rows_evenly(device):
