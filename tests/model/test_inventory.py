@@ -78,7 +78,7 @@ def test_a_checkpoint_is_read_as_transformers_reads_it_or_refused(drawn: tuple[s
 
 @pytest.mark.wide
 @pytest.mark.timeout(3600)
-@settings(max_examples=1500, **MANY)
+@settings(max_examples=1500, derandomize=True, **MANY)
 @given(MUTATIONS)
 def test_many_checkpoints_are_read_as_transformers_reads_them_or_refused(
     drawn: tuple[str, list[Change], str],

@@ -125,7 +125,7 @@ def test_an_adapter_of_peft_is_what_it_is_for_peft_or_refused(drawn: tuple[str, 
 
 @pytest.mark.wide
 @pytest.mark.timeout(3600)
-@settings(max_examples=800, **MANY)
+@settings(max_examples=800, derandomize=True, **MANY)
 @given(DRAWN)
 def test_many_adapters_of_peft_are_what_they_are_for_peft_or_refused(drawn: tuple[str, dict[str, Any]]) -> None:
     check_config(*drawn)
