@@ -111,7 +111,8 @@ def check_config(family: str, keys: dict[str, Any]) -> None:
         policy.save_adapter(again)
         found = {"graph": of_policy(policy), "export": of_export(family, folder), "saved": of_peft(family, again)}
         for where, mine in found.items():
-            assert (mine - theirs).abs().max() < 1e-4, where
+            # The float32 of logprobs near -20 has steps of 2e-6, of which an adapter that large takes many.
+            torch.testing.assert_close(mine, theirs, rtol=3e-5, atol=1e-4, msg=where)
 
 
 DRAWN = st.tuples(st.sampled_from(FAMILIES), LORA_CONFIGS)
