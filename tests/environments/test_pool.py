@@ -192,7 +192,7 @@ def hostile_steps(pool: EnvironmentPool, steps: int) -> None:
         pool.sweep()
 
 
-@pytest.mark.parametrize("steps", [1, pytest.param(200, marks=[pytest.mark.wide, pytest.mark.timeout(900)])])
+@pytest.mark.parametrize("steps", [1, pytest.param(200, marks=[pytest.mark.long, pytest.mark.timeout(900)])])
 def test_hostile_programs_leave_nothing(opened: Callable[..., EnvironmentPool], steps: int) -> None:
     pool = opened("mixed", timeout=2.0)
     hostile_steps(pool, 1)

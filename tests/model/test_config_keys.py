@@ -120,9 +120,9 @@ def test_a_configuration_is_served_exactly_or_refused_in_a_sentence(drawn):
 
 
 @pytest.mark.vllm
-@pytest.mark.wide
+@pytest.mark.long
 @pytest.mark.timeout(1500)
-@settings(max_examples=300, derandomize=True, **MANY)
+@settings(max_examples=300, **MANY)
 @given(configurations())
 def test_many_configurations_are_served_exactly_or_refused_in_a_sentence(drawn):
     check_configuration(*drawn)

@@ -76,9 +76,9 @@ def test_a_checkpoint_is_read_as_transformers_reads_it_or_refused(drawn: tuple[s
     check_mutation(*drawn)
 
 
-@pytest.mark.wide
+@pytest.mark.long
 @pytest.mark.timeout(3600)
-@settings(max_examples=1500, derandomize=True, **MANY)
+@settings(max_examples=1500, **MANY)
 @given(MUTATIONS)
 def test_many_checkpoints_are_read_as_transformers_reads_them_or_refused(
     drawn: tuple[str, list[Change], str],

@@ -124,9 +124,9 @@ def test_an_adapter_of_peft_is_what_it_is_for_peft_or_refused(drawn: tuple[str, 
     check_config(*drawn)
 
 
-@pytest.mark.wide
+@pytest.mark.long
 @pytest.mark.timeout(3600)
-@settings(max_examples=800, derandomize=True, **MANY)
+@settings(max_examples=800, **MANY)
 @given(DRAWN)
 def test_many_adapters_of_peft_are_what_they_are_for_peft_or_refused(drawn: tuple[str, dict[str, Any]]) -> None:
     check_config(*drawn)
