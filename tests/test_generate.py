@@ -202,6 +202,25 @@ def test_what_a_terminal_would_act_upon_is_shown_as_escapes(
 
 
 @pytest.mark.vllm
+def test_an_episode_answers_with_what_the_environment_said(policy: Any, tmp_path: Path) -> None:
+    from grpo.api.episodes import episodes_of
+    from grpo.config.schema import Environment
+
+    (tmp_path / "echo.py").write_text(
+        "async def play(row, sample):\n"
+        "    first = await sample(row['prompt'], max_tokens=4)\n"
+        "    await sample([*row['prompt'], first.message, {'role': 'user', 'content': 'And?'}], max_tokens=4)\n"
+    )
+    environment = Environment(program=f"{tmp_path / 'echo.py'}:play", latency_steps=1)
+    with episodes_of(policy, environment, temperature=0.0, max_tokens=60, seed=1) as play:
+        said = play([user("hello")])
+        again = play([*said, user("more")])
+    assert [message["role"] for message in said] == ["user", "assistant", "user", "assistant"]
+    assert said[1]["content"] == policy.generate([user("hello")], max_tokens=4) and said[2]["content"] == "And?"
+    assert again[:4] == said and len(again) == 8
+
+
+@pytest.mark.vllm
 def test_a_lone_adapter_with_a_moved_base_is_answered_like_its_run(
     home: Path, tmp_path: Path, policy: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -271,25 +290,6 @@ def test_an_adapter_that_this_project_cannot_serve_is_refused_by_its_key(tmp_pat
 
 
 # In an environment
-
-
-@pytest.mark.vllm
-def test_an_episode_answers_with_what_the_environment_said(policy: Any, tmp_path: Path) -> None:
-    from grpo.api.episodes import episodes_of
-    from grpo.config.schema import Environment
-
-    (tmp_path / "echo.py").write_text(
-        "async def play(row, sample):\n"
-        "    first = await sample(row['prompt'], max_tokens=4)\n"
-        "    await sample([*row['prompt'], first.message, {'role': 'user', 'content': 'And?'}], max_tokens=4)\n"
-    )
-    environment = Environment(program=f"{tmp_path / 'echo.py'}:play", latency_steps=1)
-    with episodes_of(policy, environment, temperature=0.0, max_tokens=60, seed=1) as play:
-        said = play([user("hello")])
-        again = play([*said, user("more")])
-    assert [message["role"] for message in said] == ["user", "assistant", "user", "assistant"]
-    assert said[1]["content"] == policy.generate([user("hello")], max_tokens=4) and said[2]["content"] == "And?"
-    assert again[:4] == said and len(again) == 8
 
 
 @pytest.mark.parametrize(
