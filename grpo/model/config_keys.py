@@ -119,6 +119,9 @@ def layer_complaints(config: DecoderConfig) -> Iterator[Complaint]:
     if sliding and window is None:
         lacking = "sliding_window (or use_sliding_window) says that there is no window"
         yield Complaint("layer_types", kinds, f"{lacking}; set one, or make all layers full_attention")
+    elif window is None and family_of(config.model_type).needs_window:
+        must = "must be a number of tokens for this family, also where no layer has the window; set one"
+        yield Complaint("sliding_window", None, must)
     elif family_of(config.model_type).window_in_all_or_none and 0 < sliding < layers:
         reason = f"{sliding} of {layers} layers have the window, and {vllms(config)} gives it to all or to none"
         remedy = f"set it to false, which is the same for sequences of at most {window} tokens, or use another model"

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, event, given, settings
-from transformers import AutoConfig
+from transformers import AutoConfig, Gemma2Config, Gemma3TextConfig
 
 from grpo.config.schema import Lora, Model, parse_config
 from grpo.errors import UserError
 from grpo.model.base_weights import BaseWeights
 from grpo.model.checks import check_head_size
-from grpo.model.config_keys import normalize_config, own_keys, served_values
+from grpo.model.config_keys import complaints, normalize_config, own_keys, served_values
 from grpo.model.source import open_source
 from grpo.policy.policy import Policy
 from tests.helpers.families import family_config
@@ -262,3 +262,11 @@ def test_what_a_family_reads_of_its_rotary_entries_is_not_called_unused() -> Non
     assert "llama_4_scaling_beta" in config.rope_parameters and normalize_config(config) == []
     config = AutoConfig.for_model("llama", **COMMON, rope_parameters=dict(config.rope_parameters))
     assert "llama_4_scaling_beta" in " ".join(normalize_config(config))
+
+
+def test_a_family_whose_graph_masks_a_window_anyway_needs_one() -> None:
+    for kind in (Gemma2Config, Gemma3TextConfig):
+        config = kind(sliding_window=None, layer_types=["full_attention"] * 2, num_hidden_layers=2)
+        (complaint,) = complaints(config)
+        assert complaint.key == "sliding_window" and "set one" in complaint.reason
+        assert not list(complaints(kind(num_hidden_layers=2)))

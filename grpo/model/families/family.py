@@ -30,6 +30,8 @@ class Family:
     """Heads are, to vLLM, the hidden size over their number, whatever `head_dim` says."""
     always_tied: bool = False
     """Some vLLM from 0.26 on has no output head beside the embedding."""
+    needs_window: bool = False
+    """transformers makes the mask of a sliding window whether a layer has one or not."""
     window_in_all_or_none: bool = False
     """vLLM gives a sliding window to all layers or to none."""
     served: Callable[[Any], dict[str, Any]] | None = None
