@@ -84,6 +84,55 @@ COMPLETIONS = (
         from_zero=True,
     ),
 )
+EPISODES = (
+    Spec("Turns", "turns", "The model's, in an episode.", {"environment/turns": "turns"}, from_zero=True),
+    Spec(
+        "Success",
+        "% of episodes",
+        "As the environment says; without a word of it, a reward of 1.",
+        {"environment/success": "success"},
+        format="percent",
+        from_zero=True,
+    ),
+    Spec(
+        "Calls of tools",
+        "in an episode",
+        "All calls, those that failed, and those that could not be read.",
+        {
+            "environment/calls": "calls",
+            "environment/call_errors": "failed",
+            "environment/malformed_calls": "unreadable",
+        },
+        from_zero=True,
+    ),
+    Spec(
+        "Tokens of the environment",
+        "tokens",
+        "In an episode. They are context, and not trained on.",
+        {"environment/environment_tokens": "tokens"},
+        from_zero=True,
+    ),
+    Spec(
+        "Episodes cut short",
+        "% of episodes",
+        "By environment.max_turns, for want of room for another turn, within the last turn, or lost to an error.",
+        {
+            "environment/out_of_turns": "out of turns",
+            "environment/out_of_room": "out of room",
+            "environment/cut_turns": "last turn cut",
+            "environment/lost": "lost",
+        },
+        format="percent",
+        from_zero=True,
+    ),
+    Spec(
+        "Waiting for the environment",
+        "seconds",
+        "How long the engine stood still in a step for want of an answer.",
+        {"environment_wait_seconds": "waiting"},
+        from_zero=True,
+    ),
+)
 LEARNING = (
     Spec(
         "Groups without spread",
@@ -179,6 +228,7 @@ def sections(runs: Sequence[RunData]) -> list[dict[str, Any]]:
         ("reward", "Reward", reward_charts(runs)),
         ("evaluation", "Held-out questions", evaluation_charts(runs)),
         ("lengths", "Completions", line_charts(runs, COMPLETIONS)),
+        ("episodes", "Episodes", line_charts(runs, EPISODES)),
         ("learning", "Learning", line_charts(runs, LEARNING)),
         ("agreement", "Sampler against trainer", line_charts(runs, AGREEMENT)),
         ("time", "Time and memory", [*time_charts(runs), *line_charts(runs, RESOURCES)]),
@@ -427,7 +477,7 @@ def time_shares(run: RunData) -> list[dict[str, Any]]:
 
 def other_charts(runs: Sequence[RunData], most: int = 48) -> list[Chart]:
     """A small chart of every metric that has none above."""
-    shown = {key for spec in (*COMPLETIONS, *LEARNING, *AGREEMENT, *RESOURCES) for key in spec.keys}
+    shown = {key for spec in (*COMPLETIONS, *EPISODES, *LEARNING, *AGREEMENT, *RESOURCES) for key in spec.keys}
     shown |= {*TIMES, "step_seconds", "reward", "reward_std"}
     names = {name for run in runs for name in run.rewards}
     shown |= {f"rewards/{name}{end}" for name in names for end in ("", "/std")}
