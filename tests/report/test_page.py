@@ -506,10 +506,8 @@ def test_a_resumed_run_reports_no_step_twice(tmp_path: Path) -> None:
 
 
 def test_a_run_with_an_environment_has_its_own_charts(tmp_path: Path) -> None:
-    drawn = {
-        section["id"]: [chart["title"] for chart in section["charts"]]
-        for section in sections([read_run(write_episodes(tmp_path / "run"))])
-    }
+    made = sections([read_run(write_episodes(tmp_path / "run"))])
+    drawn = {section["id"]: [chart["title"] for chart in section["charts"]] for section in made}
     assert drawn["episodes"] == [
         "Turns", "Success", "Calls of tools", "Tokens of the environment", "Episodes cut short",
         "Waiting for the environment",

@@ -342,9 +342,8 @@ def test_turns_calls_and_rewards_are_shown_and_what_was_sampled_stands_out(brows
     assert any(text.startswith("A held-out game") for text in shown(browser, ".question")), "held out: turns as well"
     sides = shown(browser, ".pair .episode")
     assert len(sides) == 2 and all("Turn 0 of step" in side and "… 15 turns left out …" in side for side in sides)
-    colours = browser.run(
-        "['.turn.sampled', '.episode .turn:not(.sampled)'].map(s => getComputedStyle(document.querySelector(s)).background)"
-    )
+    colour = "(selector) => getComputedStyle(document.querySelector(selector)).background"
+    colours = browser.run(f"['.turn.sampled', '.episode .turn:not(.sampled)'].map({colour})")
     assert colours[0] != colours[1]
     assert shown(browser, ".turn.sampled i")[1] == "assistant · reward 0.25" and "look" in shown(browser, ".call")[0]
 
