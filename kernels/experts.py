@@ -21,9 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from grpo.kernels import nf4
 from grpo.kernels.glu import glu_backward, glu_forward
-
-PIECE_BYTES = 256 << 20
-"""Of dequantised experts at a time, where the host knows how many rows each has."""
+from grpo.kernels.sizes import EXPERTS_BYTES
 
 
 class ExpertMatrix(NamedTuple):
@@ -131,8 +129,10 @@ class _ExpertsMlp(torch.autograd.Function):
         inner = grouped(grad[token], experts.down, ends, transposed=True)  # of the MLP's product, but for the weight
         product, gate_up_grad = torch.empty_like(inner), torch.empty_like(gate_up)
         glu_backward(inner * row_weights[:, None].to(inner.dtype), gate_up, experts.activation, product, gate_up_grad)
-        of_rows = (inner.float() * product.float()).sum(-1) if inner.dtype != torch.float64 else (inner * product).sum(-1)
-        weights_grad = torch.empty_like(of_rows).index_copy_(0, order, of_rows).view_as(weights).to(weights.dtype)
+        of_rows = (
+            (inner.float() * product.float()).sum(-1) if inner.dtype != torch.float64 else (inner * product).sum(-1)
+        )
+        weights_grad = torch.empty_like(of_rows).index_copy_(0, order, of_rows).view_as(weights)
         x_rows = grouped(gate_up_grad, experts.gate_up, ends, transposed=True)
         ones = torch.ones_like(weights, dtype=x_rows.dtype)
         return combine(x_rows, ones, order), weights_grad, None, None
@@ -143,7 +143,7 @@ def grouped(x: Tensor, matrix: ExpertMatrix, ends: Tensor, *, transposed: bool =
     if matrix.absmax is None:
         return multiply(x, matrix.dense(), ends, transposed)
     experts, out, columns = matrix.shape
-    step = max(1, PIECE_BYTES // (out * columns * x.element_size()))
+    step = max(1, EXPERTS_BYTES // (out * columns * x.element_size()))
     if step >= experts:
         return multiply(x, matrix.dense(), ends, transposed)
     result = x.new_empty(x.shape[0], columns if transposed else out)

@@ -75,7 +75,8 @@ def load_stack(
         for piece in pieces[f"{name}.{parameter}"]:
             fill_piece(source, piece, weight, absmax, (rows, columns), fill)
         matrices.append(ExpertMatrix(weight, absmax, graph.experts))
-    experts = Experts(*matrices, activation_of(config))
+    gate_up, down = matrices
+    experts = Experts(gate_up, down, activation_of(config))
     return ExpertStack(name, layout.served, graph.router, graph.routing, experts)
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from grpo.errors import UserError
 from grpo.model.decoder_config import DecoderConfig
+from grpo.model.expert_sizes import is_in_mlp
 from grpo.model.layout_records import FAMILIES, LAYOUTS, SEEN
 
 if TYPE_CHECKING:
@@ -169,12 +170,13 @@ def learn(model_type: str, record: Record) -> None:
 def fused_linears(shape: Any) -> dict[str, list[str]]:
     """vLLM's name of every linear layer to the graph's module names whose rows it stacks.
 
-    shape: a plan's Shape, or transformers' configuration, of which only the family and the number of layers are read:
-    all of a family's layers are taken to be alike.
+    shape: a plan's Shape, or transformers' configuration, of which only the family, the number of layers and which of
+    them have experts are read: those of a kind are taken to be alike.
     """
     record = record_of(shape.model_type) or Record(**LAYOUTS[FAMILIES["llama"]])
     return {
         pattern.replace("*", str(layer)): [part.replace("*", str(layer)) for part in parts]
         for layer in range(shape.num_hidden_layers)
         for pattern, parts in record.linears.items()
+        if is_in_mlp(parts[0], shape, layer)
     }

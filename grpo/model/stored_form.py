@@ -6,6 +6,7 @@ listed: transformers writes a model of sizes that are next to nothing, whose num
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -14,12 +15,16 @@ import torch
 from torch import Tensor
 
 from grpo.errors import UserError
+from grpo.kernels import nf4
 from grpo.model.checks import one_line
 from grpo.model.decoder_config import DecoderConfig
 from grpo.model.meta_graph import graph_tensors, meta_graph
+from grpo.model.weight_source import NF4Tensor, Source
 
 HALF, COLUMNS = 2, 3
-"""Rows of a gate, and columns, in the model that is written: too small to be mistaken for one another."""
+"""Rows of a gate, and columns, in the model that is written."""
+SPREAD = 1 << 20
+"""Numbers that one stacked parameter may have there."""
 
 
 @dataclass(frozen=True)
@@ -53,17 +58,43 @@ def stored_form(config: DecoderConfig) -> StoredForm:
     return _stored_form(kind, config.to_json_string())
 
 
+def read_whole(source: Source, name: str) -> Tensor:
+    """The tensor of the graph of `source` called `name`, float32 where it was packed or put together, else as stored.
+
+    Raises UserError for one, or a piece of one, that is missing.
+    """
+    form = stored_form(source.config.get_text_config())
+    if name not in form.pieces:
+        return dense(source, form.renamed.get(name, name))
+    pieces = form.pieces[name]
+    if pieces[0].expert is None:
+        return dense(source, pieces[0].name)
+    rows: dict[int, dict[int, Tensor]] = {}
+    for piece in pieces:
+        assert piece.expert is not None
+        rows.setdefault(piece.expert, {})[piece.first_row] = dense(source, piece.name).float()
+    return torch.stack([torch.cat([parts[row] for row in sorted(parts)]) for _, parts in sorted(rows.items())])
+
+
+def dense(source: Source, name: str) -> Tensor:
+    """The checkpoint's tensor `name`, dequantised to float32 where it is packed."""
+    if name not in source.names:
+        raise UserError(f"{source.path}: tensor {name} is missing")
+    weight = source.read(name)
+    if isinstance(weight, NF4Tensor):
+        return nf4.dequantize_bitsandbytes(weight.codes, weight.absmax, weight.shape, torch.float32)
+    return weight
+
+
 @lru_cache(maxsize=8)
 def _stored_form(kind: Any, values: str) -> StoredForm:
-    import json
-
     config = kind.from_dict(json.loads(values) | {"pad_token_id": None})
     tensors = graph_tensors(config)
     stacks = {f"{name}.{key}": shape for name, each in tensors.experts.items() for key, shape in each.shapes().items()}
-    marked = {name: torch.empty(0, dtype=torch.int32) for name in tensors.shapes() if name not in stacks}
-    small = {name: small_stack(number, name, shape[0]) for number, (name, shape) in enumerate(stacks.items())}
-    written = as_written(config, {**{name: each.new_full((1,), -1 - index) for index, (name, each) in enumerate(marked.items())}, **small})
-    plain_names, stack_names = list(marked), list(small)
+    plain_names, stack_names = [name for name in tensors.shapes() if name not in stacks], list(stacks)
+    marked = {name: torch.tensor([-1 - number]) for number, name in enumerate(plain_names)}
+    small = {name: small_stack(number, name, stacks[name][0]) for number, name in enumerate(stack_names)}
+    written = as_written(config, marked | small)
     renamed: dict[str, str] = {}
     pieces: dict[str, list[Piece]] = {name: [] for name in stacks}
     for name, tensor in written.items():
@@ -75,10 +106,6 @@ def _stored_form(kind: Any, values: str) -> StoredForm:
         parameter = stack_names[first // SPREAD]
         pieces[parameter].append(piece_of(config, name, tensor, parameter, stacks[parameter], first % SPREAD))
     return StoredForm(renamed, {name: tuple(each) for name, each in pieces.items()})
-
-
-SPREAD = 1 << 20
-"""Numbers that one stacked parameter may have."""
 
 
 def small_stack(number: int, name: str, experts: int) -> Tensor:

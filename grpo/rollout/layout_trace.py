@@ -265,16 +265,16 @@ def one_process() -> Iterator[None]:
 
 
 def record(
-    copies: list[tuple[Rows, Rows | None]], sources: dict[str, Tensor], widths: dict[str, int], linears: set[str]
+    copies: list[tuple[Rows, Rows | None]], sources: dict[str, Tensor], widths: dict[str, int], ours: set[str]
 ) -> Record:
-    """The copies as a Record. `widths`: columns of vLLM's linear layers; `linears`: the graph's, of which a router of
+    """The copies as a Record. `widths`: columns of vLLM's linear layers; `ours`: the graph's, of which a router of
     experts is none."""
     starts: dict[str, dict[str, int]] = {}
     renamed: dict[str, str] = {}
     for name, tensor in sources.items():
         target, offset = destination(name, tensor, copies)
         layer, _, kind = target.rpartition(".")
-        if layer not in widths or name.rpartition(".")[0] not in linears:
+        if layer not in widths or name.rpartition(".")[0] not in ours:
             if offset:
                 reason = f"vLLM {vllm.__version__} keeps {name} inside {target}"
                 raise UserError(f"{reason}, which is no linear layer of ours; use a model of another family")
