@@ -83,9 +83,9 @@ class BaseWeights:
     """Every tensor of the base model, loaded once.
 
     `linears`: vLLM's name -> FusedLinear. `experts`: the graph's name -> ExpertStack. `tensors`: parameter name ->
-    plain tensor (embedding, norms, head) in the compute dtype; embedding and head are padded to vLLM's vocabulary and hold
-    zeros there. With `model.offload_embedding` or `model.offload_head` the memory of one, a tensor on the GPU like the
-    others, is the host's; `pinned` has the same memory, under the same name, as a tensor on the CPU.
+    plain tensor (embedding, norms, head) in the compute dtype; embedding and head are padded to vLLM's vocabulary and
+    hold zeros there. With `model.offload_embedding` or `model.offload_head` the memory of one, a tensor on the GPU like
+    the others, is the host's; `pinned` has the same memory, under the same name, as a tensor on the CPU.
     """
 
     def __init__(self, source: Source, model: Model, *, device: torch.device, dtype: torch.dtype):
