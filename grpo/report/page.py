@@ -24,6 +24,7 @@ import jinja2
 from markupsafe import Markup
 
 from grpo.printable import printable
+from grpo.report.alarms import watch_of
 from grpo.report.charts import sections, time_shares
 from grpo.report.data import RunData, flattened, improvements, mean, read_run
 from grpo.report.findings import findings
@@ -39,7 +40,7 @@ COMPARISON = Path("comparison.html")
 TIME_SHARE = 0.01
 """Of a run's time, what writing its report may take."""
 ENDS = 5  # steps that "last" is a mean over, as in the summary
-TITLES = {"findings": "Suggestions", "final": "Final figures", "differences": "Differences"}
+TITLES = {"alarms": "Alarms", "findings": "Suggestions", "final": "Final figures", "differences": "Differences"}
 
 Page = dict[str, Any]
 
@@ -182,6 +183,7 @@ def page(runs: Sequence[RunData], drawn: list[Page]) -> Page:
         "state": state(run) if one else "",
         "live": one and not run.finished,
         "tiles": tiles(run) if one else [],
+        "alarms": alarms(run) if one else [],
         "findings": findings(run) if one else [],
         "final": None if one else final_figures(runs),
         "differences": None if one else differences(runs),
@@ -193,6 +195,17 @@ def page(runs: Sequence[RunData], drawn: list[Page]) -> Page:
         "written": {"iso": now.isoformat(timespec="seconds"), "text": now.strftime("%Y-%m-%d %H:%M:%S %Z")},
     }
     return made | {"contents": contents(made)}
+
+
+def alarms(run: RunData) -> list[Page]:
+    """Those that were raised, the ones that stand first."""
+    watch = watch_of(run)
+    standing = [on.alarm for on in watch.standing.values()]
+    made = [
+        {"title": alarm.title, "text": alarm.said, "step": f"{alarm.step:,}", "stands": alarm in standing}
+        for alarm in watch.raised
+    ]
+    return sorted(made, key=lambda entry: not entry["stands"])
 
 
 def contents(made: Page) -> list[dict[str, str]]:
