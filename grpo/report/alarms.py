@@ -327,9 +327,7 @@ def adapter_survival(watch: AlarmWatch) -> Judged:
         return None
     steps = [str(step) for step, _ in watch.survivals]
     when = f"step {steps[0]}" if len(steps) == 1 else f"the mean of steps {', '.join(steps)}"
-    text = (
-        f"in 16 bit {100 * share:.0f} % of the adapter's effect shows ({when}), where one rounding shows nearly all"
-    )
+    text = f"in 16 bit {100 * share:.0f} % of the adapter's effect shows ({when}), where one rounding shows nearly all"
     return share, limit, text
 
 

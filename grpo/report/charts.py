@@ -259,14 +259,22 @@ def deviations(run: RunData, key: str, spread: str, size: int) -> list[tuple[flo
 
 
 def extremes(run: RunData, key: str, prefix: str) -> tuple[float | None, float | None]:
-    """The least and the largest reward that a run shows, for one that did not log them at each step."""
+    """The least and the largest reward of a run that did not log them at each step, from its means and completions.
+
+    (None, None) where they are logged, and where the spread shows that there were others beyond them.
+    """
     if f"{prefix}min" in run.series:
         return None, None
     name = key.removeprefix("rewards/")
     samples = [sample for group in run.groups if group["kind"] == "training" for sample in group["samples"]]
     shown = [sample["reward"] if key == "reward" else sample["rewards"].get(name) for sample in samples]
-    seen = [*run.series[key], *(shown if any(value is not None for value in shown) else ())]
-    return (least(seen), largest(seen)) if len(seen) > len(run.series[key]) else (None, None)
+    low, high = least([*run.series[key], *shown]), largest([*run.series[key], *shown])
+    if low is None or high is None:
+        return None, None
+    pairs = zip(run.series[key], run.series[f"{prefix}std"], strict=True)
+    # No spread between two ends is larger than that of values at both ends alone; 1.5: of few values.
+    inside = all(s * s <= 1.5 * (high - m) * (m - low) + 1e-9 for m, s in pairs if m is not None and s is not None)
+    return (low, high) if inside else (None, None)
 
 
 def max_of(value: float, bound: float | None) -> float:
