@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,15 +30,15 @@ class Finding:
     text: str
 
 
-def findings(run: RunData) -> list[Finding]:
-    """What is worth saying of `run`, the good first; nothing for a run of a few steps."""
+def findings(run: RunData, alarms: Collection[str] = ()) -> list[Finding]:
+    """What is worth saying of `run` besides its `alarms`, the good first; nothing for a run of a few steps."""
     if len(run.steps) < FEWEST_STEPS:
         return []
     sentences = [
         *reward_trend(run),
         *held_out(run),
-        *comparisons(run),
-        *lengths(run),
+        *(() if "equal_groups" in alarms else comparisons(run)),
+        *(() if "cut_completions" in alarms else lengths(run)),
         *stability(run),
         *speed(run),
         *episodes(run),

@@ -41,6 +41,8 @@ TIME_SHARE = 0.01
 """Of a run's time, what writing its report may take."""
 ENDS = 5  # steps that "last" is a mean over, as in the summary
 TITLES = {"alarms": "Alarms", "findings": "Suggestions", "final": "Final figures", "differences": "Differences"}
+SHORT = {"evaluation": "Held out", "agreement": "Agreement", "time": "Time", "more": "More"}
+"""What the navigation calls sections with longer titles, so that it fits one line."""
 
 Page = dict[str, Any]
 
@@ -184,7 +186,7 @@ def page(runs: Sequence[RunData], drawn: list[Page]) -> Page:
         "live": one and not run.finished,
         "tiles": tiles(run) if one else [],
         "alarms": alarms(run) if one else [],
-        "findings": findings(run) if one else [],
+        "findings": findings(run, {alarm.name for alarm in watch_of(run).raised}) if one else [],
         "final": None if one else final_figures(runs),
         "differences": None if one else differences(runs),
         "sections": [{"id": section["id"], "title": section["title"]} for section in drawn],
@@ -211,7 +213,7 @@ def alarms(run: RunData) -> list[Page]:
 def contents(made: Page) -> list[dict[str, str]]:
     """The sections of the page in their order, for its navigation."""
     listed = [{"id": name, "title": title} for name, title in TITLES.items() if made[name]]
-    listed += made["sections"]
+    listed += [{**section, "title": SHORT.get(section["id"], section["title"])} for section in made["sections"]]
     if made["has_completions"]:
         listed.append({"id": "completions", "title": "Samples"})
     return [*listed, {"id": "settings", "title": "Settings"}] if made["one"] else listed
