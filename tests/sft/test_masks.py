@@ -31,8 +31,15 @@ OTHERS = ["<|end|>", "<|start|>", "<|user|>", "<|assistant|>", "<|message|>", "<
 """Further special tokens of these templates."""
 REWRITES, OPENS = ("gptoss", "qwen3"), ("deepseekv3", "nemotron_3_nano")
 """Templates that render earlier answers otherwise; those that open an answer with a thought which it does not have."""
+QUICK = ("gptoss", "llama3", "phi3", "qwen2_5")
 SAYS = [("What is 2+3?", "It is 5."), ("And then?\nTell me.", "Two lines:\nyes"), ("ok", "bye")]
 CHAT = [{"role": role, "content": text} for pair in SAYS for role, text in zip(("user", "assistant"), pair, strict=True)]
+
+
+def each(names: Any) -> Any:
+    return pytest.mark.parametrize(
+        "template", [name if name in QUICK else pytest.param(name, marks=pytest.mark.wide) for name in names]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +82,7 @@ def trained(example: Example) -> list[bool]:
     return [label != -100 for label in example.labels]
 
 
-@pytest.mark.parametrize("template", ENDS)
+@each(ENDS)
 def test_a_template_with_markers_is_masked_as_by_trl(template, make_tokenizer, model, tmp_path):
     tokenizer = make_tokenizer(template)
     expected = of_trl(model, tokenizer, tmp_path)
@@ -83,7 +90,7 @@ def test_a_template_with_markers_is_masked_as_by_trl(template, make_tokenizer, m
     assert ours(tokenizer) == [expected] and 0 < sum(trained(expected)) < len(expected.labels)
 
 
-@pytest.mark.parametrize("template", [name for name in ENDS if name not in (*REWRITES, *OPENS)])
+@each([name for name in ENDS if name not in (*REWRITES, *OPENS)])
 def test_without_markers_the_mask_is_trls_but_for_what_generation_never_samples(
     template, make_tokenizer, model, tmp_path
 ):
