@@ -1,4 +1,4 @@
-"""Which models of sound are none of tokens: those with a tower for it, and those that predict several codebooks at once.
+"""Which models of sound are none of tokens: those with a tower for it, or with several codebooks at once.
 
 A speech model whose sound is tokens of its one vocabulary, as Orpheus, Llasa and Spark-TTS, is a decoder like any
 other. What the others compute beside their decoder is in neither graph, so that they are refused by name, from what
@@ -21,7 +21,7 @@ INSTEAD = "use a model whose sound is tokens of its vocabulary, such as Orpheus,
 
 
 def refuse_sound(values: Mapping[str, Any], file: Path) -> None:
-    """Raise UserError where config.json, whose `values` are in `file`, is of a model of sound that is none of tokens."""
+    """Raise UserError where the `values` of config.json, `file`, are of a model of sound that is none of tokens."""
     if problem := sound_problem(values):
         family = values.get("model_type", "unknown")
         raise UserError(f"{file}: architecture {family!r} is not supported: {problem}; {INSTEAD}")

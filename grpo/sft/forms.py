@@ -170,7 +170,7 @@ def joined_parts(content: Any, where: str) -> str:
     if isinstance(content, list) and content:
         texts = [part.get("text") if isinstance(part, dict) else part for part in content]
         if all(isinstance(text, str) for text in texts):
-            return "".join(texts)
+            return "".join(map(str, texts))
         kind = next(
             part.get("type", "something") if isinstance(part, dict) else type(part).__name__
             for part, text in zip(content, texts, strict=True)
@@ -189,9 +189,7 @@ def tool_call(call: Any, where: str) -> Message:
     if arguments is None or arguments == "":
         arguments = {}
     if not isinstance(arguments, dict):
-        raise UserError(
-            f"{where}: the arguments of the call of {function['name']!r} are no JSON object; correct them"
-        )
+        raise UserError(f"{where}: the arguments of the call of {function['name']!r} are no JSON object; correct them")
     known = {"name": function["name"], "arguments": arguments}
     rest = {key: value for key, value in call.items() if key in ("id", "type") and value is not None}
     return {"type": "function", **rest, "function": known}

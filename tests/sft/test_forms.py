@@ -62,9 +62,9 @@ def test_the_same_in_other_forms(row):
 def test_what_stands_beside_a_conversation_belongs_to_it():
     system = turn("system", "Be short")
     assert conversation({"messages": [turn("developer", "Be short"), *HI]}, SETTINGS, "") == [system, *HI]
-    assert conversation({"system": "Be short", "conversations": SAME["sharegpt"]["conversations"]}, SETTINGS, "")[0] == (
-        system
-    )
+    assert conversation({"system": "Be short", "conversations": SAME["sharegpt"]["conversations"]}, SETTINGS, "")[
+        0
+    ] == (system)
     history = {"instruction": "Hi", "output": "Hello", "history": [["q", "a"]]}
     assert conversation(history, SETTINGS, "") == [turn("user", "q"), turn("assistant", "a"), *HI]
 
@@ -88,7 +88,10 @@ def test_calls_of_all_kinds_are_tool_calls_with_an_object_and_tools_are_schemas(
     assert conversation({"conversations": shared}, SETTINGS, "")[1:3] == [
         turn("assistant", "", tool_calls=AS_CALL), result,
     ]  # fmt: skip
-    for column, schema in (("functions", {"name": "look"}), ("tools", {"type": "function", "function": {"name": "look"}})):
+    for column, schema in (
+        ("functions", {"name": "look"}),
+        ("tools", {"type": "function", "function": {"name": "look"}}),
+    ):
         found = chat_of({"messages": HI, column: json.dumps([schema])}, SETTINGS, "").tools
         assert found == [{"type": "function", "function": {"name": "look"}}]
 

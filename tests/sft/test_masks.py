@@ -1,4 +1,4 @@
-"""grpo/sft/encoding.py: which tokens are trained on, token by token beside TRL's own trainer, for its chat templates."""
+"""grpo/sft/encoding.py: which tokens are trained on, token by token beside TRL's own trainer."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ REWRITES, OPENS = ("gptoss", "qwen3"), ("deepseekv3", "nemotron_3_nano")
 """Templates that render earlier answers otherwise; those that open an answer with a thought which it does not have."""
 QUICK = ("gptoss", "llama3", "phi3", "qwen2_5")
 SAYS = [("What is 2+3?", "It is 5."), ("And then?\nTell me.", "Two lines:\nyes"), ("ok", "bye")]
-CHAT = [{"role": role, "content": text} for pair in SAYS for role, text in zip(("user", "assistant"), pair, strict=True)]
+CHAT = [
+    {"role": role, "content": text} for pair in SAYS for role, text in zip(("user", "assistant"), pair, strict=True)
+]
 
 
 def each(names: Any) -> Any:
@@ -149,7 +151,9 @@ def test_the_last_answer_alone_and_answers_by_weight(template, make_tokenizer):
     tokenizer = make_tokenizer(template.removesuffix("_training"))
     tokenizer.chat_template = text_of(template)
     (whole,), (last,) = ours(tokenizer), ours(tokenizer, train_on="last")
-    weighed = [turn | ({"weight": int(turn["content"] == "bye")} if turn["role"] == "assistant" else {}) for turn in CHAT]
+    weighed = [
+        turn | ({"weight": int(turn["content"] == "bye")} if turn["role"] == "assistant" else {}) for turn in CHAT
+    ]
     assert last.input_ids == whole.input_ids and ours(tokenizer, weighed) == [last]
     assert "bye" in tokenizer.decode([label for label in last.labels if label != -100])
     assert 0 < sum(trained(last)) < sum(trained(whole))

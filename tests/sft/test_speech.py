@@ -1,9 +1,10 @@
-"""Speech models that are token models: supervised on a codec's tokens, then GRPO with a reward on the sound they say."""
+"""Speech models that are token models: supervised on a codec's tokens, then GRPO with a reward on what is heard."""
 
 from __future__ import annotations
 
 import json
 import random
+import re
 
 import pytest
 import torch
@@ -14,8 +15,19 @@ from grpo.errors import UserError
 from grpo.model.sound import sound_problem
 from grpo.model.source import open_source
 from grpo.sft.__main__ import main
+from tests.helpers.paths import ROOT
 from tests.helpers.tiny_run import read_metrics, run_tables, write_config
-from tests.helpers.tone_codec import END, FIRST_PITCH, LOUDNESS, PITCHES, START, decode, encode, save_speech_model, waves
+from tests.helpers.tone_codec import (
+    END,
+    FIRST_PITCH,
+    LOUDNESS,
+    PITCHES,
+    START,
+    decode,
+    encode,
+    save_speech_model,
+    waves,
+)
 
 TASK = """
 import json
@@ -123,3 +135,33 @@ def test_a_decoder_of_text_with_speech_tokens_and_one_beside_pictures_are_not_re
     assert sound_problem({"model_type": "llama", "vocab_size": 156940}) is None
     assert sound_problem({"model_type": "gemma3n", "audio_config": {}, "vision_config": {}}) is None
     assert sound_problem({"model_type": "musicgen", "num_codebooks": 1}) is None
+
+
+PLANNED = ("canopylabs/orpheus-3b-0.1-ft", "HKUSTAudio/Llasa-1B", "HKUSTAudio/Llasa-3B", "SparkAudio/Spark-TTS-0.5B")
+
+
+@pytest.mark.parametrize("name", PLANNED)
+def test_the_plans_on_the_page_are_those_of_now(name):
+    """Without the models and without a network, from the table of well-known ones."""
+    from grpo.config.schema import parse_config
+    from grpo.memory.gpus import gpu_named
+    from grpo.memory.summary import memory_plan
+    from grpo.sft.config import parse_sft_config
+    from grpo.sft.plan import memory_lines
+
+    gpu = gpu_named("3060")
+    sft = {"path": "rows.jsonl", "max_length": 2048, "per_device_train_batch_size": 4}
+    supervised = "\n".join(memory_lines(parse_sft_config({"model": {"name": name}, "sft": sft}), gpu))
+    rollout = {"prompts_per_step": 8, "num_generations": 8, "max_prompt_length": 256, "max_completion_length": 1024}
+    whole = {"model": {"name": name}, "task": {"name": "voice.py:load"}, "rollout": rollout}
+    plan = "\n".join(memory_plan(parse_config(whole), gpu))
+    figure = r" +([\d.]+)  "
+    weights, training = (find(figure + what, supervised) for what in ("weights", "at most, while training"))
+    cache, micro = find(figure + "KV cache", plan), find(figure + "at most, while training", plan)
+    kept = find(r'here "(\w+)"', plan)
+    row = f"| {name} | {weights} | {training} | {cache} | {micro} | {kept} |"
+    assert row in (ROOT / "docs" / "speech.md").read_text(), row
+
+
+def find(pattern, text):
+    return re.search(pattern, text)[1]
