@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +17,7 @@ from torch import Tensor
 from grpo.kernels import experts as module
 from grpo.kernels import nf4
 from grpo.kernels.experts import ExpertMatrix, Experts, experts_mlp, group, route
+from tests.helpers.paths import ROOT
 
 
 def made(experts: int, inner: int, hidden: int, dtype: torch.dtype, packed: bool = False) -> Experts:
@@ -41,6 +46,15 @@ def by_token(x: Tensor, experts: Experts, chosen: Tensor, weights: Tensor) -> Te
             total = total + weights[token, place] * (down[expert] @ (torch.nn.functional.silu(gate) * up))
         rows.append(total)
     return torch.stack(rows)
+
+
+def test_kernels_in_the_interpreter() -> None:
+    here = Path(__file__).parent
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(here / "interpreted_experts.py")]
+    done = subprocess.run(
+        command, env={**os.environ, "TRITON_INTERPRET": "1"}, cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
 
 
 sizes = {
