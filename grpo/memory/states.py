@@ -1,0 +1,72 @@
+"""Memory of what sampling keeps of a sequence, by kinds of layers: keys and values of every token, or one state.
+
+vLLM keeps both in pages of one size, laid out here as it does: a page of keys and values is made as long as the state
+is large, and a page is one for as many layers as the kind with the fewest has. Nothing here imports torch or allocates.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+from typing import Any
+
+STATE_ITEMSIZE = 4
+"""Bytes of a number of a recurrent state, which is float32 whatever is computed in."""
+ALMOST_ALIKE = 1.5
+"""Where the commonest kind has fewer than so many times the layers of the rarest, pages are for the former's number."""
+
+
+@dataclass(frozen=True)
+class Pages:
+    """How vLLM lays out what it keeps."""
+
+    block: int
+    """Tokens in a block of keys and values."""
+    size: int
+    """Bytes of a block, of keys and values or of a state, over the layers that share it."""
+    attention_groups: int
+    """Blocks that every `block` tokens take."""
+    state_groups: int
+    """Blocks that a sequence's states take, whatever its length."""
+
+    def blocks(self, length: int, states: int = 1) -> int:
+        """Of one sequence of so many tokens, with so many states kept of each layer."""
+        return ceil(length / self.block) * self.attention_groups + states * self.state_groups
+
+
+def layer_kinds(shape: Any) -> list[str]:
+    """The kind of every layer: of a plan's Shape, which has attention alone, or transformers' configuration."""
+    kinds = getattr(shape, "layer_types", None)
+    return list(kinds[: shape.num_hidden_layers]) if kinds else ["full_attention"] * shape.num_hidden_layers
+
+
+def state_bytes(shape: Any, kind: str, itemsize: int) -> int:
+    """Of one layer of that kind; 0 for attention."""
+    if kind == "linear_attention":
+        keys = shape.linear_num_key_heads * shape.linear_key_head_dim
+        values = shape.linear_num_value_heads * shape.linear_value_head_dim
+        before = (2 * keys + values) * (shape.linear_conv_kernel_dim - 1) * itemsize
+        return before + values * shape.linear_key_head_dim * STATE_ITEMSIZE
+    return shape.hidden_size * (shape.conv_L_cache - 1) * itemsize if kind == "conv" else 0
+
+
+def has_states(shape: Any) -> bool:
+    """Whether some layers keep a state."""
+    return any(state_bytes(shape, kind, 1) for kind in set(layer_kinds(shape)))
+
+
+def pages(shape: Any, itemsize: int, token_bytes: int, block: int) -> Pages:
+    """token_bytes: of keys and values of one token in one layer; `block`: tokens in a block where there are no states.
+
+    Sliding windows are served as full attention is.
+    """
+    kinds = layer_kinds(shape)
+    sizes = [state_bytes(shape, kind, itemsize) for kind in kinds]
+    largest, with_state = max(sizes), sum(size > 0 for size in sizes)
+    attention = len(kinds) - with_state
+    if not with_state or not attention:
+        return Pages(block, block * token_bytes * attention, 1, 0)
+    block *= ceil(largest / (block * token_bytes))
+    fewest, most = sorted((attention, with_state))
+    together = most if most < ALMOST_ALIKE * fewest else fewest
+    return Pages(block, block * token_bytes * together, ceil(attention / together), ceil(with_state / together))
