@@ -18,9 +18,7 @@ from grpo.kernels.launch import accumulation_dtype
 from grpo.kernels.recurrence import Preceding, Recurrence
 
 
-def short_conv(
-    x: Tensor, weight: Tensor, bias: Tensor | None, recurrence: Recurrence, *, silu: bool = False
-) -> Tensor:
+def short_conv(x: Tensor, weight: Tensor, bias: Tensor | None, recurrence: Recurrence, *, silu: bool = False) -> Tensor:
     """y [tokens, channels] for x [tokens, channels] and weight [channels, width], computed in float32 and rounded once.
 
     With gradient for x alone.
@@ -31,9 +29,7 @@ def short_conv(
 
 class _ShortConv(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, recurrence: Recurrence, silu: bool
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, recurrence: Recurrence, silu: bool) -> Tensor:
         ctx.save_for_backward(x, weight, bias)
         ctx.recurrence, ctx.silu = recurrence, silu
         y = convolved(x, weight, bias, recurrence.preceding(weight.shape[1] - 1))

@@ -55,15 +55,20 @@ def has_states(shape: Any) -> bool:
     return any(state_bytes(shape, kind, 1) for kind in set(layer_kinds(shape)))
 
 
+def attention_layers(shape: Any) -> int:
+    """How many layers keep keys and values of every token."""
+    return sum(not state_bytes(shape, kind, 1) for kind in layer_kinds(shape))
+
+
 def pages(shape: Any, itemsize: int, token_bytes: int, block: int) -> Pages:
     """token_bytes: of keys and values of one token in one layer; `block`: tokens in a block where there are no states.
 
     Sliding windows are served as full attention is.
     """
     kinds = layer_kinds(shape)
-    sizes = [state_bytes(shape, kind, itemsize) for kind in kinds]
-    largest, with_state = max(sizes), sum(size > 0 for size in sizes)
-    attention = len(kinds) - with_state
+    largest = max(state_bytes(shape, kind, itemsize) for kind in kinds)
+    attention = attention_layers(shape)
+    with_state = len(kinds) - attention
     if not with_state or not attention:
         return Pages(block, block * token_bytes * attention, 1, 0)
     block *= ceil(largest / (block * token_bytes))

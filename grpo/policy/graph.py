@@ -23,6 +23,7 @@ from grpo.policy.recurrent import install_recurrent_layers
 
 ATTENTION = "grpo_packed"
 
+
 def attend(
     module: nn.Module,
     query: Tensor,
