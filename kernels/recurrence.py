@@ -52,18 +52,15 @@ class Recurrence:
     @cached_property
     def stages(self) -> list[Stage]:
         """Spans that begin empty, then those that continue one of them, and so on."""
-        by_start = {span.start: span for span in self.spans}
-        waiting, before, result = list(self.spans), [], []
-        while waiting:
-            known = {span.start for span in before}
-            ready = [span for span in waiting if (span.prefix_start in known if before else not span.prefix_length)]
-            assert ready, "a span continues another from its beginning to its end"
-            for span in ready:
-                assert not span.prefix_length or by_start[span.prefix_start].length == span.prefix_length, span
-            ready.sort(key=lambda span: -span.length)
-            result.append(self._stage(ready, before))
-            waiting = [span for span in waiting if span not in ready]
-            before = ready
+        by_depth: dict[int, list[Span]] = {}
+        for span in self.spans:
+            by_depth.setdefault(len(span.ranges) - 1, []).append(span)
+        result: list[Stage] = []
+        before: list[Span] = []
+        for depth in sorted(by_depth):
+            spans = sorted(by_depth[depth], key=lambda span: -span.length)
+            result.append(self._stage(spans, before))
+            before = spans
         return result
 
     def _stage(self, spans: list[Span], before: list[Span]) -> Stage:
@@ -80,8 +77,11 @@ class Recurrence:
         for index, span in enumerate(spans if before else ()):
             parents[index, order[span.prefix_start]] = 1.0
         filled = inside.flatten().nonzero()[:, 0]
-        on_device = (part.to(self.device) for part in (tokens, inside, tokens.flatten()[filled], filled))
-        return Stage(*on_device, running, parents.to(self.device) if before else None)
+        packed, device = tokens.flatten()[filled], self.device
+        return Stage(
+            tokens.to(device), inside.to(device), packed.to(device), filled.to(device), running,
+            parents.to(device) if before else None,
+        )  # fmt: skip
 
     def preceding(self, count: int) -> Preceding:
         """The row with the `count` tokens before each span in front of it."""
@@ -99,10 +99,9 @@ class Preceding:
         sources, own = [], []
         size = 0
         for span in spans:
-            known = min(count, span.prefix_length)
-            end = span.prefix_start + span.prefix_length
-            before = torch.cat([torch.full((count - known,), tokens), torch.arange(end - known, end)])
-            sources += [before, torch.arange(span.start, span.start + span.length)]
+            seen = [torch.arange(start, start + length) for start, length in span.ranges[:-1]]
+            before = torch.cat([torch.full((count,), tokens), *seen])
+            sources += [before[len(before) - count :], torch.arange(span.start, span.start + span.length)]
             own.append(torch.arange(size + count, size + count + span.length))
             size += count + span.length
         source = torch.cat(sources)

@@ -7,6 +7,7 @@ where x before a sequence is 0, and before one that continues a prompt the promp
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,6 +17,10 @@ from torch.autograd.function import once_differentiable
 
 from grpo.kernels.launch import accumulation_dtype
 from grpo.kernels.recurrence import Preceding, Recurrence
+from grpo.kernels.sizes import CONVOLUTION_BYTES
+
+TENSORS = 8
+"""How many tensors as large as the input exist at once in a backward pass, about."""
 
 
 def short_conv(x: Tensor, weight: Tensor, bias: Tensor | None, recurrence: Recurrence, *, silu: bool = False) -> Tensor:
@@ -32,20 +37,34 @@ class _ShortConv(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, recurrence: Recurrence, silu: bool) -> Tensor:
         ctx.save_for_backward(x, weight, bias)
         ctx.recurrence, ctx.silu = recurrence, silu
-        y = convolved(x, weight, bias, recurrence.preceding(weight.shape[1] - 1))
-        return (F.silu(y) if silu else y).to(x.dtype)
+        preceding = recurrence.preceding(weight.shape[1] - 1)
+        out = torch.empty_like(x)
+        for part in channel_groups(x):
+            y = convolved(x[:, part], weight[part], None if bias is None else bias[part], preceding)
+            out[:, part] = F.silu(y) if silu else y
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias = ctx.saved_tensors
         preceding = ctx.recurrence.preceding(weight.shape[1] - 1)
-        grad = grad.to(accumulation_dtype(x.dtype))
-        if ctx.silu:
-            y = convolved(x, weight, bias, preceding)
-            gate = torch.sigmoid(y)
-            grad = grad * gate * (1 + y * (1 - gate))
-        return convolved_back(grad, weight, preceding).to(x.dtype), None, None, None, None
+        out = torch.empty_like(x)
+        for part in channel_groups(x):
+            some = grad[:, part].to(accumulation_dtype(x.dtype))
+            if ctx.silu:
+                y = convolved(x[:, part], weight[part], None if bias is None else bias[part], preceding)
+                gate = torch.sigmoid(y)
+                some = some * gate * (1 + y * (1 - gate))
+            out[:, part] = convolved_back(some, weight[part], preceding)
+        return out, None, None, None, None
+
+
+def channel_groups(x: Tensor) -> Iterator[slice]:
+    """Channels of x [tokens, channels] that are computed together."""
+    together = max(1, CONVOLUTION_BYTES // (TENSORS * max(1, len(x)) * accumulation_dtype(x.dtype).itemsize))
+    for first in range(0, x.shape[1], together):
+        yield slice(first, first + together)
 
 
 def convolved(x: Tensor, weight: Tensor, bias: Tensor | None, preceding: Preceding) -> Tensor:

@@ -21,3 +21,5 @@ CPU_BLOCK_BYTES = 8 << 20
 barriers, which are slow where other processes use the cores too."""
 DELTA_RULE_BYTES = 1 << 30
 """gated_delta.py: intermediate tensors at once, about; as many heads are computed together as fit, and at least one."""
+CONVOLUTION_BYTES = 512 << 20
+"""short_conv.py: intermediate tensors at once, about; so many channels are computed together."""

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
+from grpo.kernels.sizes import CONVOLUTION_BYTES, DELTA_RULE_BYTES
+from grpo.model.sizes import linear_shapes
+
 STATE_ITEMSIZE = 4
 """Bytes of a number of a recurrent state, which is float32 whatever is computed in."""
 ALMOST_ALIKE = 1.5
@@ -32,6 +35,62 @@ class Pages:
     def blocks(self, length: int, states: int = 1) -> int:
         """Of one sequence of so many tokens, with so many states kept of each layer."""
         return ceil(length / self.block) * self.attention_groups + states * self.state_groups
+
+
+@dataclass(frozen=True)
+class StateLayers:
+    """In training: the layers of a kind that carries a state, and what one of them is made of."""
+
+    layers: int
+    hidden: int
+    convolved: int
+    """Channels of the convolution."""
+    values: int
+    """Numbers of all value heads; 0 where there is only a convolution."""
+    heads: int
+    """Value heads."""
+    adapted: int
+    """Linear layers outside the MLP that have an adapter."""
+
+    def kept(self, itemsize: int, rank: int) -> int:
+        """Bytes per token that a layer saves beside norms and MLP (grpo/policy/recurrent.py)."""
+        numbers = self.hidden + rank * self.adapted
+        if not self.values:  # the three gates, the convolution's input, its result, and what the last product takes
+            return (numbers + 6 * self.hidden) * itemsize
+        # The convolution's input and result; decay and beta; the result, its normed form, the gate and its activation.
+        size = (2 * self.convolved + 3 * self.values) * itemsize + 28 * self.heads
+        return numbers * itemsize + size + 12 * self.values
+
+    def backward(self, tokens: int, itemsize: int) -> int:
+        """Bytes that the backward of the layer's own part allocates."""
+        convolution = tokens * 2 * self.convolved * itemsize + CONVOLUTION_BYTES
+        if not self.values:
+            return convolution
+        gradients = tokens * (self.convolved + self.values) * itemsize
+        return max(convolution, gradients + DELTA_RULE_BYTES)
+
+
+def state_layers(shape: Any, adapted: frozenset[str]) -> tuple[StateLayers, ...]:
+    """Of transformers' configuration, for every kind; `adapted`: endings of linear layers that have an adapter."""
+    kinds = layer_kinds(shape)
+    parts = adapted - {"gate_proj", "up_proj", "down_proj", "q_proj", "k_proj", "v_proj", "o_proj", "w1", "w2", "w3"}
+    result = []
+    for kind in dict.fromkeys(kind for kind in kinds if state_bytes(shape, kind, 1)):
+        values = shape.linear_num_value_heads * shape.linear_value_head_dim if kind == "linear_attention" else 0
+        keys = shape.linear_num_key_heads * shape.linear_key_head_dim if values else 0
+        heads = shape.linear_num_value_heads if values else 0
+        convolved = 2 * keys + values or shape.hidden_size
+        result.append(StateLayers(kinds.count(kind), shape.hidden_size, convolved, values, heads, len(parts)))
+    return tuple(result)
+
+
+def largest_layer(shape: Any, adapted: frozenset[str]) -> dict[str, tuple[int, int]]:
+    """The adapted linear layers, by name, of the decoder layer that has the most numbers in them."""
+    by_layer: dict[str, dict[str, tuple[int, int]]] = {}
+    for name, size in linear_shapes(shape).items():
+        if name.rpartition(".")[2] in adapted:
+            by_layer.setdefault(name.split(".")[2], {})[name] = size
+    return max(by_layer.values(), key=lambda layer: sum(map(sum, layer.values())))
 
 
 def layer_kinds(shape: Any) -> list[str]:

@@ -80,10 +80,14 @@ def one_step(
     return (query[:, :, None] * key.shape[-1] ** -0.5 @ states)[:, :, 0], states
 
 
-def prompt(state: Tensor, *tokens: Tensor) -> tuple[Tensor, Tensor]:
+def prompt(
+    state: Tensor, query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor
+) -> tuple[Tensor, Tensor]:
     """The tokens [tokens, heads, ...] of one sequence: (y, the state after them)."""
-    (stage,) = Recurrence([Span(0, len(tokens[0]))], state.device).stages
-    result, state = chunked(*(take(part, stage, torch.float32) for part in tokens), state, stage)
+    (stage,) = Recurrence([Span(0, len(query))], state.device).stages
+    query, key, value = (take(part, stage, torch.float32) for part in (query, key, value))
+    decay, beta = (take(part, stage, torch.float32) for part in (decay, beta))
+    result, state = chunked(query, key, value, decay, beta, state, stage)
     return result.transpose(1, 2).flatten(0, 1)[stage.filled], state
 
 
