@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.layernorm import GemmaRMSNorm
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.mamba.gdn.qwen_gdn_linear_attn import QwenGatedDeltaNetAttention
 from vllm.model_executor.layers.mamba.mamba_utils import (
@@ -43,8 +44,20 @@ STACKED: dict[str, tuple[str, Any]] = {
 """A checkpoint's module -> (vLLM's, which part of it)."""
 
 
+class KeptWeight(UnquantizedLinearMethod):
+    """Of a convolution whose weight stays as it is: for its own operator on a CPU vLLM would put another in its place,
+    in another order."""
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Nothing."""
+
+
 class GatedDeltaNet(QwenGatedDeltaNetAttention):
     """vLLM's layer; on a CPU in any precision."""
+
+    def __init__(self, *arguments: Any, **options: Any):
+        super().__init__(*arguments, **options)
+        self.conv1d.quant_method = KeptWeight()
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         if current_platform.is_cpu():
