@@ -48,6 +48,7 @@ def tree(options: argparse.Namespace, prompts: int, prompt: int, completions: in
     """A row of prompts, each with its completions after it."""
     import torch
 
+    from grpo.kernels.recurrence import Recurrence
     from grpo.policy.packing import PackedRow
 
     row = PackedRow()
@@ -56,9 +57,7 @@ def tree(options: argparse.Namespace, prompts: int, prompt: int, completions: in
         shared = row.spans[-1]
         for _ in range(completions):
             row.append([0] * completion, prompt, shared)
-    from grpo.kernels.attention import Packing
-
-    return Packing(row.spans, torch.device(options.device)).recurrence
+    return Recurrence(row.spans, torch.device(options.device))
 
 
 def drawn(recurrence: Recurrence, heads: tuple[int, int], dim: int, dtype: torch.dtype) -> list[torch.Tensor]:

@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from grpo.kernels.recurrence import Recurrence
 from grpo.kernels.shared_keys import GatherIndex, gather_keys
 
 try:
@@ -161,11 +160,6 @@ class Packing:
         spans = [span for batch in self._similar() for span in batch]
         positions = torch.cat([torch.arange(span.start, span.start + span.length) for span in spans])
         return torch.argsort(positions).to(self.device)
-
-    @cached_property
-    def recurrence(self) -> Recurrence:
-        """The order of the tokens, for layers that carry a state."""
-        return Recurrence(self.spans, self.device)
 
     def _similar(self) -> Iterator[list[Span]]:
         """Spans by whether they have a prefix and by length, in batches of at most PADDED_SCORES pairs."""

@@ -11,13 +11,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from grpo.kernels.attention import Span
+from grpo.kernels.attention import Packing, Span
 
 CHUNK = 64
 """Tokens whose part of the delta rule is computed by matrix products."""
@@ -44,6 +43,15 @@ class Stage:
 
 class Recurrence:
     """The order of the tokens of a packed row. spans: in order, without gaps; a continued span is a whole one."""
+
+    _made: WeakKeyDictionary[Packing, Recurrence] = WeakKeyDictionary()
+
+    @classmethod
+    def of(cls, packing: Packing) -> Recurrence:
+        """Of the row of `packing`, made once."""
+        if packing not in cls._made:
+            cls._made[packing] = cls(packing.spans, packing.device)
+        return cls._made[packing]
 
     def __init__(self, spans: Sequence[Span], device: torch.device):
         self.spans, self.device = spans, device

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from grpo.kernels.attention import Packing
 from grpo.kernels.gated_delta import gated_delta_rule
+from grpo.kernels.recurrence import Recurrence
 from grpo.kernels.short_conv import short_conv
 from grpo.policy.packing import packing_of
 
@@ -33,7 +34,7 @@ def install_recurrent_layers(graph: nn.Module, model_type: str) -> None:
 
 def delta_net(self: Any, hidden_states: Tensor, packing: Packing | None = None, **ignored: Any) -> Tensor:
     """Qwen 3.5's gated DeltaNet. hidden_states [1, tokens, hidden] in and out."""
-    recurrence = packing_of(packing, hidden_states).recurrence
+    recurrence = Recurrence.of(packing_of(packing, hidden_states))
     mixed = short_conv(
         self.in_proj_qkv(hidden_states)[0], self.conv1d.weight[:, 0], self.conv1d.bias, recurrence, silu=True
     )
@@ -50,7 +51,7 @@ def delta_net(self: Any, hidden_states: Tensor, packing: Packing | None = None, 
 
 def gated_conv(self: Any, hidden_states: Tensor, packing: Packing | None = None, **ignored: Any) -> Tensor:
     """LFM2's convolution between two gates. hidden_states [1, tokens, hidden] in and out."""
-    recurrence = packing_of(packing, hidden_states).recurrence
+    recurrence = Recurrence.of(packing_of(packing, hidden_states))
     before, after, x = self.in_proj(hidden_states)[0].chunk(3, dim=-1)
     mixed = short_conv(before * x, self.conv.weight[:, 0], self.conv.bias, recurrence)
     return self.out_proj((after * mixed)[None])
