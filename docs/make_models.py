@@ -42,9 +42,12 @@ state of the prompt that it shares. `target_modules` left at its default stands 
 layers too. While sampling, a sequence takes pages for its states beside those of keys and values; prompts are computed
 for each of their completions.
 
-Not served: encoder-decoders and embedding models, mixtures of experts, Mamba's layers, layers that differ in shape
-(Gemma 4), attention with latent keys (MLA), FP8 checkpoints. Each is a sentence before weights are read. `cohere2`
-(Command R7B) does not pass with vLLM 0.32, which gives its windows a token more.
+Of a mixture of experts ([experts.md](experts.md)) the router's rule is recognised by running it; one that chooses
+otherwise than by the largest of a softmax is refused by its name.
+
+Not served: encoder-decoders and embedding models, Mamba's layers, layers that differ in shape (Gemma 4), attention with
+latent keys (MLA), FP8 checkpoints. Each is a sentence before weights are read. `cohere2` (Command R7B) does not pass
+with vLLM 0.32, which gives its windows a token more.
 """
 
 

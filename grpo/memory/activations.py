@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from grpo.config.schema import Config, Lora
-from grpo.kernels.sizes import ADAPTER_COLUMNS, CPU_BLOCK_BYTES, HEAD_SLICE_BYTES, MLP_TILE, QKV_TILE
+from grpo.kernels.sizes import ADAPTER_COLUMNS, CPU_BLOCK_BYTES, EXPERTS_BYTES, HEAD_SLICE_BYTES, MLP_TILE, QKV_TILE
 from grpo.memory.states import StateLayers, has_states, largest_layer, state_layers
 from grpo.model.adapter_layers import adapted_layers
+from grpo.model.expert_sizes import ExpertSizes, expert_sizes
 from grpo.model.families.table import family_of
 from grpo.model.sizes import linear_shapes
 
@@ -86,6 +87,7 @@ class LayerSizes:
     """What attention gives is multiplied by a gate (Qwen 3.5)."""
     states: tuple[StateLayers, ...] = ()
     """The layers that are not attention, by their kind."""
+    experts: ExpertSizes | None = None
 
     @classmethod
     def of(cls, shape: Any, lora: Lora) -> LayerSizes:
@@ -114,6 +116,7 @@ class LayerSizes:
             rank=rank,
             adapter=sum(rank * sum(size) for size in first.values()),
             adapter_b=sum(rank * size[0] for size in first.values()),
+            experts=expert_sizes(shape),
         )
 
     def has(self, *endings: str) -> bool:
@@ -122,6 +125,11 @@ class LayerSizes:
     def beside(self, endings: Sequence[str]) -> int:
         """Columns beside a product of linear layers for what their adapters add (kernels/lora_linear.py)."""
         return -(-self.rank * len(self.adapted & set(endings)) // ADAPTER_COLUMNS) * ADAPTER_COLUMNS
+
+
+def has_kernels(shape: Any) -> bool:
+    """Whether kernels compute what the layers do, as `grpo.policy.fused_layers` asks."""
+    return family_of(shape.model_type).fused_layers
 
 
 @dataclass(frozen=True)
@@ -162,10 +170,7 @@ class TrainingMemory:
             chunk=config.train.logprob_chunk_tokens,
             entropy_gradient=bool(config.loss.entropy_coef),
             on_gpu=on_gpu,
-            kernels=config.train.kernels != "torch"
-            and on_gpu
-            and not config.lora.lora_dropout
-            and family_of(shape.model_type).fused_layers,
+            kernels=has_kernels(shape) and config.train.kernels != "torch" and on_gpu and not config.lora.lora_dropout,
             packed_weights=config.model.load_in_4bit and on_gpu,
             head_on_host=on_gpu and config.model.offload_head,
             flash=flash,
@@ -228,8 +233,22 @@ class TrainingMemory:
     def _common_per_token(self) -> int:
         """The norms and the MLP of a plain layer, whatever its kind."""
         s = self.sizes
-        numbers = s.hidden * s.has(*GATE_UP) + 3 * s.inner + s.inner * s.has(*DOWN)
-        return s.norms * (4 * s.hidden + 4) + numbers * self.itemsize
+        size = s.norms * (4 * s.hidden + 4)
+        if s.experts is not None:
+            return size + self._experts_per_token(s.experts)
+        return size + (s.hidden * s.has(*GATE_UP) + 3 * s.inner + s.inner * s.has(*DOWN)) * self.itemsize
+
+    def _experts_per_token(self, experts: ExpertSizes) -> int:
+        """Gate and up of every row, its place, and its expert and weight twice; the softmax over all experts."""
+        row = 2 * experts.inner * self.itemsize + 2 * 8 + 4 + 2 * self.itemsize
+        return experts.chosen * row + 4 * experts.experts
+
+    def _experts_backward(self, experts: ExpertSizes) -> int:
+        """Rows of the gradient, of the product and its gradients, and what of the weights is dequantised."""
+        row = experts.hidden + 5 * experts.inner, 2 * experts.hidden + 2 * experts.inner
+        pieces = [min(EXPERTS_BYTES, rows * columns * self.itemsize) for rows, columns in experts.matrices]
+        rows = self.tokens * experts.chosen * max(row) * self.itemsize
+        return rows + (max(pieces) if self.packed_weights else 0)
 
     def _factors(self) -> int:
         """A and B as they are multiplied, which plain layers keep: in 16 bit, or s B in float32."""
@@ -366,12 +385,15 @@ class TrainingMemory:
         inner, wide = self.tokens * s.inner * self.itemsize, 4 * self.tokens * s.hidden
         layer_bytes = self.kept_by_layer()
         before = self.kept(mode) + (0 if mode == "none" else layer_bytes + one)
+        mlp, freed = 2 * inner + self._packed_weight(), 4 * inner
+        if s.experts is not None:
+            mlp, freed = self._experts_backward(s.experts), self.tokens * self._experts_per_token(s.experts)
         return {
             "last norm backward": self.kept(mode) + 6 * wide,
-            "mlp backward": before + one + 2 * inner + self._packed_weight(),
-            "attention backward": before - 4 * inner - wide + self._attention_backward(),
+            "mlp backward": before + one + mlp,
+            "attention backward": before - freed - wide + self._attention_backward(),
             **{
-                f"states backward {number}": before - 4 * inner - wide + kind.backward(self.tokens, self.itemsize)
+                f"states backward {number}": before - freed - wide + kind.backward(self.tokens, self.itemsize)
                 for number, kind in enumerate(s.states)
             },
         }

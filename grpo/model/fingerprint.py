@@ -15,7 +15,9 @@ import torch
 
 from grpo.errors import UserError
 from grpo.kernels import nf4
+from grpo.model.decoder_config import DecoderConfig
 from grpo.model.locate import BASE_SAMPLE
+from grpo.model.stored_form import stored_form
 from grpo.model.weight_source import NF4Tensor, Source
 
 SAMPLED = 64
@@ -39,8 +41,9 @@ class Fingerprint:
     @classmethod
     def of(cls, source: Source) -> Fingerprint:
         """Read those weights of `source`."""
-        layers = source.config.get_text_config().num_hidden_layers
-        names = {weight_of_layer(source, number) for number in (0, layers // 2, layers - 1)} - {""}
+        config = source.config.get_text_config()
+        layers = config.num_hidden_layers
+        names = {weight_of_layer(source, config, number) for number in (0, layers // 2, layers - 1)} - {""}
         return cls(source.stored_as, {name: sampled(source, name) for name in sorted(names)})
 
     def write(self, folder: Path) -> None:
@@ -61,9 +64,13 @@ class Fingerprint:
         return self.distance(other) < (SAME_STORAGE if plain or self.stored_as == other.stored_as else OTHER_STORAGE)
 
 
-def weight_of_layer(source: Source, number: int) -> str:
-    """The down projection of the layer of that number, or the last by name of its matrices where it has none."""
-    start = f"model.layers.{number}."
+def weight_of_layer(source: Source, config: DecoderConfig, layer: int) -> str:
+    """What a checkpoint calls the down projection of a layer, or the first of those of its experts; the last by name of
+    its matrices where it has none."""
+    start = f"model.layers.{layer}."
+    for parameter, pieces in stored_form(config).pieces.items():
+        if parameter.startswith(start) and parameter.endswith(".down_proj"):
+            return pieces[0].name
     if f"{start}mlp.down_proj.weight" in source.names:
         return f"{start}mlp.down_proj.weight"
     weights = (name for name in source.names if name.startswith(start) and len(source.shape(name)) == 2)

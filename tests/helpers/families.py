@@ -38,6 +38,7 @@ DELTA_NET: dict[str, Any] = {
     "linear_conv_kernel_dim": 4,
     "tie_word_embeddings": False,
 }
+EXPERTS = {"num_experts_per_tok": 4}
 
 NEWCOMERS: dict[str, dict[str, Any]] = {
     "ministral3": {**WIDE, "rope_parameters": {"rope_theta": 1e4, **YARN}},
@@ -91,6 +92,26 @@ NEWCOMERS: dict[str, dict[str, Any]] = {
     "stablelm": rotary(0.25),
     "nemotron": rotary(0.5),
     "arcee": WIDE,
+    "qwen3_moe": {
+        **WIDE,
+        **EXPERTS,
+        "num_experts": 16,
+        "moe_intermediate_size": 64,
+        "norm_topk_prob": True,
+        "num_hidden_layers": 3,
+        "mlp_only_layers": [1],
+    },
+    "olmoe": {**EXPERTS, "num_experts": 16, "intermediate_size": 64, "norm_topk_prob": False},
+    "granitemoe": {
+        **EXPERTS,
+        "num_local_experts": 16,
+        "intermediate_size": 64,
+        "embedding_multiplier": 2.0,
+        "attention_multiplier": 0.1,
+        "residual_multiplier": 0.5,
+        "logits_scaling": 2.0,
+    },
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "cohere": {"use_qk_norm": False, "logit_scale": 0.25},
     "qwen3_5_text": DELTA_NET,
     "lfm2": {
