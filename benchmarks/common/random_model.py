@@ -19,7 +19,9 @@ from transformers import AutoConfig
 
 from grpo.model.architectures import causal_class
 from grpo.model.base_weights import BLOCK
+from grpo.model.expert_sizes import expert_sizes
 from grpo.model.families.table import family_of
+from grpo.model.inventory import as_stored
 from grpo.model.meta_graph import graph_tensors
 from grpo.model.sizes import VOCABULARY_PADDING, linear_shapes
 
@@ -125,10 +127,39 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 64,
         "tie_word_embeddings": False,
     },
+    "30b_a3b": {
+        "model_type": "qwen3_moe",
+        "vocab_size": 151936,
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
+        "norm_topk_prob": True,
+        "max_position_embeddings": 8192,
+        "rope_theta": 1000000.0,
+        "bos_token_id": 151643,
+        "eos_token_id": 151645,
+        "dtype": "bfloat16",
+        "tie_word_embeddings": False,
+    },
+    "tiny_experts": {
+        **TINY,
+        "model_type": "qwen3_moe",
+        "num_experts": 16,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 128,
+        "norm_topk_prob": True,
+        "tie_word_embeddings": False,
+    },
 }
 """Llama-3.2-3B, Llama-3.1-8B and Llama-3.1-70B, but for the positions; 14b and 32b have the sizes of Qwen3 without its
-norms of q and k; `qwen3.5-4b` is Qwen3.5-4B. `tiny`, `tiny_untied` and `tiny_hybrid` are for trying a benchmark on a
-CPU."""
+norms of q and k; 30b_a3b is Qwen3-30B-A3B, qwen3.5-4b is Qwen3.5-4B. Those whose names begin with `tiny` are to try a
+benchmark on a CPU."""
 
 OFFSETS = 1 << 20
 """Tensors start at one of so many places in the block, so that no two are alike."""
@@ -136,14 +167,16 @@ OFFSETS = 1 << 20
 
 def shape_config(shape: str) -> Any:
     """transformers' configuration of one of SHAPES."""
-    config = AutoConfig.for_model(**{"model_type": "llama", **SHAPES[shape]})
+    values = dict(SHAPES[shape])
+    config = AutoConfig.for_model(values.pop("model_type", "llama"), **values)
     config.architectures = [causal_class(config.model_type)]
     return config
 
 
 def tensor_shapes(config: Any) -> dict[str, tuple[int, ...]]:
     """Tensor name -> shape, in the order of a checkpoint."""
-    return graph_tensors(config).shapes()
+    shapes = graph_tensors(config).shapes()
+    return shapes if expert_sizes(config) is None else as_stored(config, shapes)
 
 
 def expected_bytes(config: Any) -> dict[str, int]:
