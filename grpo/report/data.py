@@ -237,12 +237,12 @@ def reduced_turns(turns: Sequence[Any]) -> list[Entry]:
 
 
 def reduced_turn(turn: Entry) -> Entry:
-    calls = turn.get("calls") if isinstance(turn.get("calls"), list) else []
+    calls = turn.get("calls")
     return {
         "role": printable(str(turn.get("role", ""))),
         "sampled": bool(turn.get("sampled")),
         "reward": rounded(number(turn.get("reward"))),
-        "calls": [cut(json.dumps(call, ensure_ascii=False)) for call in calls],
+        "calls": [cut(json.dumps(call, ensure_ascii=False)) for call in (calls if isinstance(calls, list) else ())],
         **cut(turn.get("text")),
     }
 
