@@ -18,7 +18,7 @@ from grpo.model.architectures import adapter_targets
 from grpo.model.base_weights import BaseWeights
 from grpo.model.decoder_config import DecoderConfig
 from grpo.model.rope import Rotary
-from grpo.policy.experts import install_experts
+from grpo.policy.experts import install_experts, routes
 from grpo.policy.lora_linear import BaseLinear, LoraLinear
 
 ATTENTION = "grpo_packed"
@@ -30,6 +30,7 @@ _packing: ContextVar[Packing | None] = ContextVar("packing", default=None)
 def remember_packing(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """A hook before a decoder layer."""
     _packing.set(kwargs.get("packing"))
+    routes.set(kwargs.get("routes"))
 
 
 def attend(

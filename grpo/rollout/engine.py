@@ -33,6 +33,7 @@ from grpo.model.base_weights import BaseWeights
 from grpo.policy.policy import Policy
 from grpo.rollout.attention_backend import choose_backend
 from grpo.rollout.lora_buffers import RolloutAdapter
+from grpo.rollout.route_recorder import RouteRecorder
 from grpo.rollout.types import Completion, EngineSettings, Request, SamplingSettings
 from grpo.rollout.vllm_backend import leave_classes_alone
 from grpo.rollout.vllm_environment import set_environment
@@ -74,6 +75,10 @@ class Engine:
 
     def _start(self) -> None:
         self._ran_out = False
+        self.recorder = None
+        if self.base.experts and self.policy is not None:
+            self.recorder = RouteRecorder(self.base, self.kv_bytes(), self.settings.kv_cache_dtype)
+        self.collector.recorder = self.recorder
         self.llm = vllm.LLM(**self._arguments())
         if self.base.device.type == "cuda":
             self._runner.sampler = self.sampler = OnePassSampler(logprobs_mode="processed_logprobs")
@@ -95,7 +100,7 @@ class Engine:
             "dtype": str(self.base.dtype).removeprefix("torch."),
             "quantization": SHARED,
             "load_format": SHARED,
-            "model_loader_extra_config": {ADAPTER_KEY: AdapterHandle(self.adapter)},
+            "model_loader_extra_config": {ADAPTER_KEY: AdapterHandle(self.adapter, self.recorder)},
             "max_model_len": settings.max_seq_length,
             "max_num_seqs": settings.max_num_seqs,
             "max_num_batched_tokens": max(8192, settings.max_seq_length),
@@ -262,11 +267,13 @@ class Engine:
         sample = output.outputs[0]
         if sample.finish_reason not in ("stop", "length"):
             raise RuntimeError(f"vLLM ended a completion with {sample.finish_reason!r}")
-        token_ids, logprobs = list(sample.token_ids), self.collector.take(output.request_id)
+        token_ids, (logprobs, routes) = list(sample.token_ids), self.collector.take(output.request_id)
         if len(logprobs) < len(token_ids):
             raise RuntimeError(f"vLLM gave {len(token_ids)} tokens and {len(logprobs)} logprobs")
         # A stop string is found when the token after it may have been sampled.
-        return Completion(int(output.request_id), token_ids, logprobs[: len(token_ids)], sample.finish_reason)
+        if routes is not None:
+            routes = routes[: len(output.prompt_token_ids) + len(token_ids) - 1]
+        return Completion(int(output.request_id), token_ids, logprobs[: len(token_ids)], sample.finish_reason, routes)
 
     def _params(self, sampling: SamplingSettings, seed: int | None, kind: RequestOutputKind) -> SamplingParams:
         return SamplingParams(
