@@ -6,7 +6,6 @@ block around the two stays transformers'.
 
 from __future__ import annotations
 
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -14,10 +13,7 @@ from torch import Tensor, nn
 
 from grpo.kernels.experts import experts_mlp, route
 from grpo.model.expert_weights import ExpertStack
-
-routes: ContextVar[Tensor | None] = ContextVar("routes", default=None)
-"""The experts that sampling chose for the tokens of the layer that runs [tokens, layers, top_k]; None: routers choose.
-The layers among them are those that have experts."""
+from grpo.policy.packing import running_routes
 
 
 class RoutedExperts(nn.Module):
@@ -43,7 +39,7 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         logits = nn.functional.linear(x.reshape(-1, x.shape[-1]), self.weight)
-        replayed = routes.get()
+        replayed = running_routes.get()
         chosen = None if replayed is None else replayed[:, self.number].long()
         weights, chosen = route(logits, *self.routing, chosen)
         results = {"logits": logits, "weights": weights, "chosen": chosen}
