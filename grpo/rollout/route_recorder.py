@@ -13,7 +13,7 @@ from torch import Tensor
 from vllm.forward_context import get_forward_context
 
 from grpo.kernels.routing import Record
-from grpo.memory.plan import kv_bytes_per_token
+from grpo.memory.plan import layer_token_bytes
 from grpo.model.base_weights import BaseWeights
 
 
@@ -23,9 +23,10 @@ class RouteRecorder:
     def __init__(self, base: BaseWeights, kv_bytes: int, kv_cache_dtype: str):
         """kv_bytes: the size of vLLM's cache; there are no more slots than it has room for."""
         stacks = list(base.experts.values())
-        kinds = getattr(base.config, "layer_types", None) or ["full_attention"]
-        # Layers of each kind share one pool of blocks, so a block of one kind has room for more tokens.
-        slots = len(set(kinds)) * kv_bytes // kv_bytes_per_token(base.config, base.dtype.itemsize, kv_cache_dtype)
+        kinds = getattr(base.config, "layer_types", None) or ["full_attention"] * base.config.num_hidden_layers
+        # Layers of other kinds share the pool of blocks, so it has no more room than if there were none.
+        attention = kinds.count("full_attention") or len(kinds)
+        slots = kv_bytes // (attention * layer_token_bytes(base.config, base.dtype.itemsize, kv_cache_dtype))
         most = max(stack.experts.gate_up.experts for stack in stacks)
         dtype = torch.uint8 if most <= 256 else torch.int16
         self.table = torch.zeros(slots + 2, len(stacks), stacks[0].routing.top_k, dtype=dtype, device=base.device)
