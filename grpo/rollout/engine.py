@@ -26,6 +26,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from grpo.errors import UserError
+from grpo.kernels import routing
 from grpo.kernels.nf4_gemm import prepare
 from grpo.memory.plan import CPU_BLOCK, GPU_BLOCK, VLLM_BUFFERS, kv_cache_bytes
 from grpo.memory.states import has_states
@@ -73,6 +74,8 @@ class Engine:
         write_model_folder(Path(self._folder.name), base, tokenizer if settings.stop_strings else None)
         if base.device.type == "cuda":
             prepare(base.device)
+            for stack in base.experts.values():
+                routing.counters(base.device, stack.experts.gate_up.experts)
             prepare_tiles(base.device, nf4_shapes(base), base.dtype, announce)
             torch.cuda.synchronize()  # vLLM changes the stream, and its new one does not wait for the weights
         if base.device.type == "cpu":
