@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from grpo.errors import UserError
-from grpo.kernels import nf4
+from grpo.model import weight_source
 from grpo.model.decoder_config import DecoderConfig
-from grpo.model.weight_source import NF4Tensor, Source
+from grpo.model.weight_source import Source
 from grpo.policy.graph import rebuild_buffers
 
 TEXTS = (
@@ -72,10 +72,7 @@ def dense(source: Source, name: str) -> Tensor:
     """The tensor `name` in float32."""
     if name not in source.names:
         raise UserError(f"{source.path}: tensor {name} is missing")
-    weight = source.read(name)
-    if isinstance(weight, NF4Tensor):
-        return nf4.dequantize_bitsandbytes(weight.codes, weight.absmax, weight.shape, torch.float32)
-    return weight.float()
+    return weight_source.dense(source.read(name)).float()
 
 
 def sample_tokens(tokenizer: Any, vocabulary: int) -> Tensor:

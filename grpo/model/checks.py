@@ -66,15 +66,6 @@ def check_sizes(values: Mapping[str, Any], file: Path) -> None:
         check_sizes(text, file)
 
 
-def check_quantization(values: Mapping[str, Any], file: Path) -> None:
-    """Raise UserError for weights that are quantised in a form which is not read."""
-    method = (values.get("quantization_config") or {}).get("quant_method", "bitsandbytes")
-    if method != "bitsandbytes":
-        raise UserError(
-            f"{file}: weights quantised with {method!r} are not read; use an NF4 or an unquantised checkpoint"
-        )
-
-
 def check_head_size(config: DecoderConfig, where: Path, on_cpu: bool) -> None:
     """Raise UserError for attention heads that vLLM has no kernel for. `config`: the text model's."""
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -35,6 +35,9 @@ class DecoderConfig(Protocol):
     original_max_position_embeddings: int
     """Length that longrope's short factors are for; Phi-3 alone."""
 
+    quantization_config: dict[str, Any]
+    """How a checkpoint's weights are quantised, where they are."""
+
     def get_text_config(self, decoder: bool | None = None) -> DecoderConfig: ...
 
     def to_dict(self) -> dict[str, Any]: ...

@@ -25,8 +25,7 @@ from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from grpo.errors import UserError
 from grpo.kernels.lora_factors import LowRank
 from grpo.kernels.lora_shrink import lora_shrink
-from grpo.kernels.lora_sum import dense_linear
-from grpo.kernels.nf4_gemm import nf4_linear
+from grpo.kernels.stored_weight import linear as stored_linear
 from grpo.model.base_weights import BaseWeights, FusedLinear, Segment
 from grpo.model.config_keys import served_values
 from grpo.model.decoder_config import DecoderConfig
@@ -82,10 +81,7 @@ class SharedLinearMethod(LinearMethodBase):
 
 def segment_linear(x: Tensor, segment: Segment, bias: Tensor | None, out: Tensor, low_rank: LowRank | None) -> None:
     """Write one segment's columns of a layer's result into `out`."""
-    if segment.absmax is not None:
-        nf4_linear(x, segment.weight, segment.absmax, bias, out, low_rank)
-        return
-    dense_linear(x, segment.weight, bias, low_rank, out)
+    stored_linear(x, segment.weight, segment.absmax, bias, low_rank, out)
 
 
 @register_quantization_config(SHARED)
