@@ -130,6 +130,78 @@ def _dequantize_8bit_kernel(
     tl.store(out_ptr + row * stride_out_n + k[None, :], value, mask=inside)
 
 
+SIGNED_BYTES = tl.constexpr(
+    """{
+.reg .b32 biased;
+.reg .f32 first, second, third, fourth;
+xor.b32 biased, $4, 0x80808080;
+prmt.b32 $0, biased, 0x4B000000, 0x7440;
+prmt.b32 $1, biased, 0x4B000000, 0x7441;
+prmt.b32 $2, biased, 0x4B000000, 0x7442;
+prmt.b32 $3, biased, 0x4B000000, 0x7443;
+mov.b32 first, $0;
+mov.b32 second, $1;
+mov.b32 third, $2;
+mov.b32 fourth, $3;
+sub.f32 first, first, 0f4B000080;
+sub.f32 second, second, 0f4B000080;
+sub.f32 third, third, 0f4B000080;
+sub.f32 fourth, fourth, 0f4B000080;
+mov.b32 $0, first;
+mov.b32 $1, second;
+mov.b32 $2, third;
+mov.b32 $3, fourth;
+}"""
+)
+"""float32 $0..$3 of a word's four signed bytes: a byte below the exponent of 2^23 is 2^23 plus itself."""
+
+FP8_BYTES = tl.constexpr(
+    """{
+.reg .b32 spread, shifted, sign, halves;
+.reg .b16 low, high;
+prmt.b32 spread, $4, 0, 0x1404;
+shr.b32 shifted, spread, 1;
+and.b32 sign, spread, 0x80008000;
+and.b32 shifted, shifted, 0x3F803F80;
+or.b32 halves, sign, shifted;
+mov.b32 {low, high}, halves;
+cvt.f32.f16 $0, low;
+cvt.f32.f16 $1, high;
+prmt.b32 spread, $4, 0, 0x3424;
+shr.b32 shifted, spread, 1;
+and.b32 sign, spread, 0x80008000;
+and.b32 shifted, shifted, 0x3F803F80;
+or.b32 halves, sign, shifted;
+mov.b32 {low, high}, halves;
+cvt.f32.f16 $2, low;
+cvt.f32.f16 $3, high;
+}"""
+)
+"""float32 $0..$3 of a word's four e4m3 numbers, each divided by 256."""
+
+
+@triton.jit
+def decoded_words(word, IS_FP8: tl.constexpr, INTERPRETED: tl.constexpr):
+    """int32 words [R, W] -> float32 [R, W, 2 (e), 2 (j)], byte 2 j + e of each; of FP8 divided by 256."""
+    if INTERPRETED:
+        first, second = _byte(word, 0, IS_FP8), _byte(word, 8, IS_FP8)
+        third, fourth = _byte(word, 16, IS_FP8), _byte(word, 24, IS_FP8)
+    else:
+        first, second, third, fourth = tl.inline_asm_elementwise(
+            FP8_BYTES if IS_FP8 else SIGNED_BYTES, "=r,=r,=r,=r,r" if not IS_FP8 else "=f,=f,=f,=f,r", [word],
+            dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True, pack=1,
+        )  # fmt: skip
+    return tl.join(tl.join(first, second), tl.join(third, fourth))
+
+
+@triton.jit
+def _byte(word, SHIFT: tl.constexpr, IS_FP8: tl.constexpr):
+    code = (word << (24 - SHIFT)) >> 24
+    if IS_FP8:
+        return ((code.to(tl.int16) << 7) & -16385).to(tl.float16, bitcast=True).to(tl.float32)
+    return code.to(tl.float32)
+
+
 @triton.jit
 def decoded(code, scale, DTYPE: tl.constexpr, IS_FP8: tl.constexpr, INTERPRETED: tl.constexpr):
     """int8 bits [..] and scales that broadcast -> values in DTYPE.

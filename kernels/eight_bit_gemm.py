@@ -20,13 +20,17 @@ import triton.language as tl
 from torch import Tensor
 
 from grpo.kernels import cards, eight_bit
+from grpo.kernels.cards import Card
 from grpo.kernels.launch import disable_reduced_precision, on_device, round_to
 from grpo.kernels.lora_factors import LowRank, with_bias
+from grpo.kernels.nf4_lookup import load_rows, tile_columns
 from grpo.kernels.nf4_tiles import piece_bytes
 from grpo.kernels.split_k import COUNTERS, WORKSPACE_BYTES, dot, store_part, sum_parts, workspace
 
 MOST_ROWS = 128
 """Beyond, dequantising and cuBLAS take less time."""
+TILE_FEATURES, TILE_COLUMNS, MOST_STAGES = 64, 128, 4
+"""Of W in a program's tile, and how many such tiles are on their way from memory at the most."""
 BUSY_PROGRAMS = 128
 """Programs below which K is split: about one for each multiprocessor of a large GPU."""
 
@@ -40,6 +44,8 @@ class Tile:
     split: int = 1
     stages: int = 4
     warps: int = 4
+    words: bool = False
+    """Whether codes are read as words, in the order in which wgmma wants them in registers; `k` is 128 then."""
 
 
 def eight_bit_linear(
@@ -66,7 +72,7 @@ def eight_bit_linear(
     if rows == 0:
         return out
     if fused_serves(x, codes, scales):
-        launch_fused(x, codes, scales, bias, out, low_rank, tile_for(x.device, codes, scales, rows))
+        launch_fused(x, codes, scales, bias, out, low_rank, tile_for(cards.card(x.device), codes, scales, rows))
     else:
         dequantized_linear(x, codes, scales, bias, out, low_rank)
     return out
@@ -96,7 +102,8 @@ def dequantized_linear(
 
 
 def fused_serves(x: Tensor, codes: Tensor, scales: Tensor) -> bool:
-    """Whether the kernel takes these: 16 bit, few rows, a GPU that multiplies their type, groups as wide as a tile."""
+    """Whether the kernel takes these: 16 bit, few rows, a GPU on which Triton multiplies, and groups as wide as a
+    tile."""
     return (
         x.is_cuda
         and x.dtype in (torch.bfloat16, torch.float16)
@@ -107,19 +114,21 @@ def fused_serves(x: Tensor, codes: Tensor, scales: Tensor) -> bool:
     )
 
 
-def tile_for(device: torch.device, codes: Tensor, scales: Tensor, rows: int) -> Tile:
-    """The tile for a product of `rows`. `k` and `split`, which decide a result's bits, follow from W's shape alone."""
+def tile_for(card: Card, codes: Tensor, scales: Tensor, rows: int) -> Tile:
+    """The tile for a product of `rows`. `k`, `split` and `words`, which decide a result's bits, follow from W and the
+    card alone."""
     features, columns = codes.shape
-    k = min(128, eight_bit.group_width(columns, scales.shape[1]) if scales.shape[1] > 1 else 128)
-    n = 64
+    width = eight_bit.group_width(columns, scales.shape[1])
+    k = TILE_COLUMNS if scales.shape[1] == 1 else min(TILE_COLUMNS, width)
+    words = card.unit == "wgmma" and k == TILE_COLUMNS and columns % TILE_COLUMNS == 0
     split = 1
-    while split < 8 and triton.cdiv(features, n) * split < BUSY_PROGRAMS and columns >= 1024 * split:
+    while split < 8 and triton.cdiv(features, TILE_FEATURES) * split < BUSY_PROGRAMS and columns >= 1024 * split:
         split *= 2
     tile_rows = max(16, triton.next_power_of_2(rows))
-    # A tile of codes, of x, and of decoded values, which Triton may put in shared memory too.
-    stage, once = n * k + 2 * tile_rows * k, 2 * n * k
-    room = cards.card(device).shared_memory
-    return Tile(n, k, split, max(1, min(4, (room - once) // stage)))
+    # Codes and x of every stage, and once the decoded values, which Triton may put in shared memory too.
+    stage, once = TILE_FEATURES * k + 2 * tile_rows * k, 2 * TILE_FEATURES * k
+    stages = max(1, min(MOST_STAGES, (card.shared_memory - once) // stage))
+    return Tile(TILE_FEATURES, k, split, stages, words=words)
 
 
 def launch_fused(
@@ -132,6 +141,7 @@ def launch_fused(
     assert codes.stride(1) == x.stride(1) == out.stride(1) == 1 and scales.is_contiguous()
     assert x.dtype == out.dtype and x.element_size() == 2 and (bias is None or bias.is_contiguous())
     assert groups == 1 or width % tile.k == 0, "a tile lies in one group of columns"
+    assert not tile.words or (tile.k == TILE_COLUMNS and columns % tile.k == 0 and codes.stride(0) % 4 == 0)
     x_lora_a, b, ranks = (x, x, 0) if low_rank is None else (low_rank.x_lora_a, low_rank.b, low_rank.b.shape[1])
     assert low_rank is None or (x_lora_a.shape == (rows, ranks) and b.shape == (features, ranks))
     tile_rows = max(16, triton.next_power_of_2(rows))
@@ -145,7 +155,7 @@ def launch_fused(
             x_lora_a.stride(0), b.stride(0), b.stride(1), out.stride(0), features // scales.shape[0], groups, width,
             codes.dtype == eight_bit.FP8, groups > 1, tile.n, tile_rows, tile.k, tile.split, tile.stages,
             columns % tile.k == 0, bias is not None, ranks, min(64, triton.next_power_of_2(max(ranks, 16))),
-            interpreted, num_warps=tile.warps,
+            tile.words, tile.warps, interpreted, num_warps=tile.warps,
         )  # fmt: skip
 
 
@@ -156,7 +166,7 @@ def _gemm_8bit_kernel(
     shared, groups, width,
     IS_FP8: tl.constexpr, GROUPED: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
     SPLIT: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr, HAS_BIAS: tl.constexpr, RANKS: tl.constexpr,
-    BR: tl.constexpr, INTERPRETED: tl.constexpr,
+    BR: tl.constexpr, WORDS: tl.constexpr, WARPS: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """out^T [BN, BM] = W [BN, part of K] x^T: the long side of the tile is W's, which a matrix unit wants."""
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
@@ -174,18 +184,35 @@ def _gemm_8bit_kernel(
     total = tl.zeros([BN, BM], tl.float32)
     if not GROUPED:
         scale = tl.load(scale_ptrs)
+    if WORDS:
+        loaded = tl.minimum(tl.program_id(0) * BN + load_rows(BN, WARPS), features - 1)
+        word_ptrs = codes_ptr.to(tl.pointer_type(tl.int32)) + (loaded * (stride_codes_n // 4))[:, None]
+        word_ptrs += tl.arange(0, 16)[None, :]
+        slot = tl.arange(0, 64)
+        order = slot // 2 % 4 * 16 + slot // 16 * 4 + slot // 8 % 2 * 2 + slot % 2
+        order = tl.max_contiguous(tl.multiple_of(order, [2]), [2])
+        ordered_ptrs = x_ptr + (m * stride_x_m)[None, :] + order[:, None]
     for step in tl.range(first, tl.minimum(first + share, steps), num_stages=STAGES):
         column = step * BK
         if GROUPED:
             scale = tl.load(scale_ptrs + column // width)
-        if EVEN:
+        if WORDS:
+            for half in tl.static_range(2):
+                word = tl.load(word_ptrs + (step * 32 + half * 16))
+                value = tile_columns(eight_bit.decoded_words(word, IS_FP8, INTERPRETED), BN, WARPS)
+                factor = scale * 256.0 if IS_FP8 else scale
+                left = round_to(value * factor[:, None], DTYPE, INTERPRETED)
+                right = tl.load(ordered_ptrs + column + half * 64, mask=inside, other=0.0)
+                total = dot(left, right, total, INTERPRETED)
+        elif EVEN:
             code = tl.load(code_ptrs + column)
             right = tl.load(x_ptrs + column, mask=inside, other=0.0)
         else:
             code = tl.load(code_ptrs + column, mask=(column + k < columns)[None, :], other=0)
             right = tl.load(x_ptrs + column, mask=inside & (column + k < columns)[:, None], other=0.0)
-        left = eight_bit.decoded(code, scale[:, None], DTYPE, IS_FP8, INTERPRETED)
-        total = dot(left, right, total, INTERPRETED)
+        if not WORDS:
+            left = eight_bit.decoded(code, scale[:, None], DTYPE, IS_FP8, INTERPRETED)
+            total = dot(left, right, total, INTERPRETED)
     if RANKS > 0:
         if tl.program_id(1) == SPLIT - 1:
             r = tl.arange(0, BR)

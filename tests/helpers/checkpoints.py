@@ -198,7 +198,10 @@ EIGHT_BIT_FORMS: dict[str, tuple[Any, dict[str, Any]]] = {
         fp8_with("weight_scale_inv", None, None, activation_scale=ONE),
         {"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": None},
     ),
-    "compressed-tensor": (fp8_with("weight_scale", None, None, input_scale=ONE), compressed_tensors("float", strategy="tensor")),
+    "compressed-tensor": (
+        fp8_with("weight_scale", None, None, input_scale=ONE),
+        compressed_tensors("float", strategy="tensor"),
+    ),
     "compressed-channel": (fp8_with("weight_scale", 1, None), compressed_tensors("float", strategy="channel")),
     "compressed-block": (
         fp8_with("weight_scale", 32, 64),
