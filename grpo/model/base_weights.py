@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -24,12 +25,14 @@ from grpo.model.architectures import check_supported
 from grpo.model.config_keys import check_keys, normalize_config
 from grpo.model.decoder_config import DecoderConfig
 from grpo.model.eight_bit_segments import in_eight_bit, stacked
+from grpo.model.expert_weights import ExpertStack, load_stack
 from grpo.model.fingerprint import Fingerprint
 from grpo.model.head import Head
 from grpo.model.inventory import account
-from grpo.model.layout import EMBEDDING, HEAD, Layout, LinearLayout
+from grpo.model.layout import EMBEDDING, HEAD, ExpertsLayout, Layout, LinearLayout
 from grpo.model.sizes import VOCABULARY_PADDING, embedding_bytes, pinned_bytes, weights_on_host
-from grpo.model.weight_source import NF4Tensor, Source, dense
+from grpo.model.stored_form import stored_form
+from grpo.model.weight_source import NF4Tensor, Packed, Source, dense
 
 logger = logging.getLogger("grpo")
 
@@ -92,10 +95,10 @@ class FusedLinear:
 class BaseWeights:
     """Every tensor of the base model, loaded once.
 
-    `linears`: vLLM's name -> FusedLinear. `tensors`: parameter name -> plain tensor (embedding, norms, head) in the
-    compute dtype; embedding and head are padded to vLLM's vocabulary and hold zeros there. With
-    `model.offload_embedding` or `model.offload_head` the memory of one, a tensor on the GPU like the others, is the
-    host's; `pinned` has the same memory, under the same name, as a tensor on the CPU.
+    `linears`: vLLM's name -> FusedLinear. `experts`: the graph's name -> ExpertStack. `tensors`: parameter name ->
+    plain tensor (embedding, norms, head) in the compute dtype; embedding and head are padded to vLLM's vocabulary and
+    hold zeros there. With `model.offload_embedding` or `model.offload_head` the memory of one, a tensor on the GPU like
+    the others, is the host's; `pinned` has the same memory, under the same name, as a tensor on the CPU.
     """
 
     def __init__(self, source: Source, model: Model, *, device: torch.device, dtype: torch.dtype):
@@ -127,6 +130,7 @@ class BaseWeights:
         self.kept_16bit: list[str] = []
         self._keep_16bit = self._chosen_16bit(model)
         self.linears = {name: self._load_linear(source, name, layout) for name, layout in self.layout.linears.items()}
+        self.experts = {name: self._load_experts(source, name, layout) for name, layout in self.layout.experts.items()}
         self.tensors = self._load_plain(source)
 
     def _chosen_16bit(self, model: Model) -> list[str]:
@@ -134,6 +138,7 @@ class BaseWeights:
         if not self.quantized:
             return []
         parts = [part for linear in self.layout.linears.values() for part in linear.parts]
+        parts += self.layout.experts
         if model.keep_16bit == "auto":
             raise ValueError('keep_16bit = "auto" is resolved by grpo.policy.keep_16bit.load_base')
         for ending in model.keep_16bit:
@@ -155,8 +160,7 @@ class BaseWeights:
         return {name: self._load_one(source, name) for name in sorted(self.layout.tensors)}
 
     def _load_one(self, source: Source, name: str) -> Tensor:
-        tensor = source.read(name)
-        tensor = dense(tensor, self.dtype)
+        tensor = dense(source.read(stored_form(self.config).renamed.get(name, name)), self.dtype)
         if name in (EMBEDDING, HEAD):
             vocabulary, width = tensor.shape
             padded = -(-vocabulary // VOCABULARY_PADDING) * VOCABULARY_PADDING
@@ -210,11 +214,7 @@ class BaseWeights:
         in_16bit = self._is_kept(parts[0])
         if self.quantized and in_16bit:
             self.kept_16bit += parts
-        if not in_16bit and columns % BLOCK:
-            raise UserError(
-                f"{source.path}: {parts[0]} has {columns} inputs, not a multiple of {BLOCK}, so NF4 blocks "
-                "would cross rows; set model.load_in_4bit = false"
-            )
+        self._check_blocks(source, parts[0], columns, not in_16bit)
         if not in_16bit and self.packed:
             packed, absmax = nf4.allocate(rows, columns, self.dtype, self.device)
             segment = Segment(first, rows, packed, absmax)
@@ -225,20 +225,58 @@ class BaseWeights:
             self._fill(source, part, segment, offset - first, (count, columns), quantize=not in_16bit)
         return segment
 
+    def _check_blocks(self, source: Source, module: str, columns: int, quantize: bool) -> None:
+        if quantize and columns % BLOCK:
+            raise UserError(
+                f"{source.path}: {module} has {columns} inputs, not a multiple of {BLOCK}, so NF4 blocks "
+                "would cross rows; set model.load_in_4bit = false"
+            )
+
     def _fill(
         self, source: Source, part: str, segment: Segment, row: int, shape: tuple[int, int], *, quantize: bool
     ) -> None:
         """Read one weight into rows `row`... of `segment`."""
         weight = source.read(f"{part}.weight")
-        if segment.absmax is not None and isinstance(weight, NF4Tensor):
+        self._write(weight, segment.weight, segment.absmax, row, shape, quantize=quantize)
+
+    def _write(
+        self,
+        weight: Tensor | Packed,
+        stored: Tensor,
+        scales: Tensor | None,
+        row: int,
+        shape: tuple[int, int],
+        *,
+        quantize: bool,
+    ) -> None:
+        """Put `weight` of `shape` into rows `row`... of the storage `stored`, with `scales` where that is NF4."""
+        if scales is not None and isinstance(weight, NF4Tensor):
             codes, absmax = weight.codes.to(self.device), weight.absmax.to(self.device)
-            nf4.pack_rows(segment.weight, segment.absmax, row, codes, absmax, shape)
-        elif segment.absmax is not None and not isinstance(weight, NF4Tensor):
-            nf4.quantize_rows(segment.weight, segment.absmax, row, dense(weight).to(self.device))
+            nf4.pack_rows(stored, scales, row, codes, absmax, shape)
+        elif scales is not None and not isinstance(weight, NF4Tensor):
+            nf4.quantize_rows(stored, scales, row, dense(weight).to(self.device))
         else:
             if quantize and not isinstance(weight, NF4Tensor):
                 weight = NF4Tensor(*nf4.quantize(dense(weight)), shape)
-            segment.weight[row : row + shape[0]].copy_(dense(weight, self.dtype))
+            stored[row : row + shape[0]].copy_(dense(weight, self.dtype))
+
+    def _load_experts(self, source: Source, name: str, layout: ExpertsLayout) -> ExpertStack:
+        if self.load_in_8bit:
+            raise UserError(
+                f"model.load_in_8bit: the experts of {source.path} are held in 4 or in 16 bit alone; set "
+                "model.load_in_4bit = true instead, or both to false"
+            )
+        quantize = not self._is_kept(name)
+        if self.load_in_4bit and not quantize:
+            self.kept_16bit.append(name)
+
+        def allocate(rows: int, columns: int) -> tuple[Tensor, Tensor | None]:
+            self._check_blocks(source, name, columns, quantize)
+            if quantize and self.packed:
+                return nf4.allocate(rows, columns, self.dtype, self.device)
+            return torch.empty(rows, columns, dtype=self.dtype, device=self.device), None
+
+        return load_stack(source, self.config, name, layout, allocate, partial(self._write, quantize=quantize))
 
     def _load_bias(self, source: Source, linear: FusedLinear, biased: tuple[str, ...]) -> Tensor | None:
         if not biased:
@@ -279,6 +317,8 @@ class BaseWeights:
                     yield segment.absmax
             if linear.bias is not None:
                 yield linear.bias
+        for stack in self.experts.values():
+            yield from stack.storages()
 
 
 def rounded_twice(source: Source, model: Model) -> str | None:

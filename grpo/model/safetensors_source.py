@@ -23,6 +23,7 @@ from grpo.model.eight_bit_source import CODES, read_eight_bit, scales_name, weig
 from grpo.model.layout import HEAD
 from grpo.model.meta_graph import graph_tensors
 from grpo.model.quantization import READ_INSTEAD, check_quantization, quantization, stated, with_modelopt
+from grpo.model.sound import refuse_sound
 from grpo.model.text_decoder import decoder_names, text_config
 from grpo.model.weight_files import stored_names, unique, unread_files, weights_entry
 from grpo.model.weight_source import NF4Tensor, Packed
@@ -48,6 +49,7 @@ class SafetensorsSource:
         self._trust_remote_code = model.trust_remote_code
         file = path / "config.json"
         values = read_object(file)
+        refuse_sound(values, file)
         check_sizes(values, file)
         values = with_modelopt(values, path)
         check_quantization(values, file)
