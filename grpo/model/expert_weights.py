@@ -83,9 +83,9 @@ def fill_piece(
 ) -> None:
     """Write one piece, of experts with matrices of `shape`, to where it belongs."""
     rows, columns = shape
-    tensor = dense(source.read(piece.name))
+    tensor = source.read(piece.name)
     if piece.expert is not None:
         fill(tensor, weight, absmax, piece.expert * rows + piece.first_row, (piece.rows, columns))
         return
-    for expert, matrix in enumerate(tensor.reshape(-1, rows, columns)):
+    for expert, matrix in enumerate(dense(tensor).reshape(-1, rows, columns)):
         fill(matrix, weight, absmax, expert * rows, (rows, columns))
