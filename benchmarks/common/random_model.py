@@ -15,9 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig
+from transformers import AutoConfig
 
+from grpo.model.architectures import causal_class
 from grpo.model.base_weights import BLOCK
+from grpo.model.expert_sizes import expert_sizes
+from grpo.model.inventory import as_stored
+from grpo.model.meta_graph import graph_tensors
 from grpo.model.sizes import VOCABULARY_PADDING, linear_shapes
 
 LLAMA3: dict[str, Any] = {
@@ -87,23 +91,55 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 64,
         "tie_word_embeddings": False,
     },
+    "30b_a3b": {
+        "model_type": "qwen3_moe",
+        "vocab_size": 151936,
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
+        "norm_topk_prob": True,
+        "max_position_embeddings": 8192,
+        "rope_theta": 1000000.0,
+        "bos_token_id": 151643,
+        "eos_token_id": 151645,
+        "dtype": "bfloat16",
+        "tie_word_embeddings": False,
+    },
+    "tiny_experts": {
+        **TINY,
+        "model_type": "qwen3_moe",
+        "num_experts": 16,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 128,
+        "norm_topk_prob": True,
+        "tie_word_embeddings": False,
+    },
 }
 """Llama-3.2-3B, Llama-3.1-8B and Llama-3.1-70B, but for the positions; 14b and 32b have the sizes of Qwen3 without its
-norms of q and k. `tiny` and `tiny_untied` are for trying a benchmark on a CPU."""
+norms of q and k; 30b_a3b is Qwen3-30B-A3B. `tiny`, `tiny_untied` and `tiny_experts` are to try a benchmark on a CPU."""
 
 OFFSETS = 1 << 20
 """Tensors start at one of so many places in the block, so that no two are alike."""
 
 
-def shape_config(shape: str) -> LlamaConfig:
+def shape_config(shape: str) -> Any:
     """transformers' configuration of one of SHAPES."""
-    config = LlamaConfig(**SHAPES[shape])
-    config.architectures = ["LlamaForCausalLM"]
+    values = dict(SHAPES[shape])
+    config = AutoConfig.for_model(values.pop("model_type", "llama"), **values)
+    config.architectures = [causal_class(config.model_type)]
     return config
 
 
 def tensor_shapes(config: Any) -> dict[str, tuple[int, ...]]:
     """Tensor name -> shape, in the order of a checkpoint."""
+    if expert_sizes(config) is not None:
+        return as_stored(config, graph_tensors(config).shapes())
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, config.hidden_size)}
     shapes |= {f"{name}.weight": shape for name, shape in linear_shapes(config).items()}
     for layer in range(config.num_hidden_layers):
