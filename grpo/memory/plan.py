@@ -16,6 +16,7 @@ from typing import Any
 from grpo.config.schema import Config
 from grpo.kernels.sizes import RANK_MULTIPLE
 from grpo.memory.activations import TrainingMemory, moment_bytes
+from grpo.memory.states import pages
 from grpo.model.adapter_layers import adapted_layers
 from grpo.model.expert_sizes import COUNTS, expert_sizes
 from grpo.model.layout import fused_linears
@@ -43,6 +44,8 @@ BATCHED_TOKENS = 8192
 SAMPLER_BYTES = 28
 """Per logit of every sequence decoded at once, when vLLM tries its own sampler at its start: the logit in 16 bit and in
 float32, sorted with its int64 place, its probability, the running sum, a mask."""
+STATES_KEPT = 1
+"""States of a layer that vLLM keeps of a sequence."""
 MARGIN = 0.03
 """Share of the free memory that the allocator loses to fragments."""
 
@@ -262,17 +265,16 @@ def adapter_bytes(config: Config, shape: Any, itemsize: int, *, on_gpu: bool) ->
     return trained * (4 + 4 + 4 * has_reference + moment_bytes(config.train.optim, on_gpu=on_gpu)) + engine * itemsize
 
 
-def kv_bytes_per_token(shape: Any, itemsize: int, kv_cache_dtype: str) -> int:
-    """Bytes that one token takes in the KV cache over all layers."""
+def layer_token_bytes(shape: Any, itemsize: int, kv_cache_dtype: str) -> int:
+    """Bytes that the keys and values of one token take in a layer."""
     head = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
-    size = 1 if kv_cache_dtype == "fp8" else itemsize
-    return 2 * shape.num_hidden_layers * shape.num_key_value_heads * head * size
+    return 2 * shape.num_key_value_heads * head * (1 if kv_cache_dtype == "fp8" else itemsize)
 
 
 def kv_cache_bytes(shape: Any, itemsize: int, kv_cache_dtype: str, length: int, sequences: int, block: int) -> int:
     """KV cache in which `sequences` reach `length` tokens, in whole blocks, with two to spare."""
-    blocks = -(-length // block) * sequences + 2
-    return blocks * block * kv_bytes_per_token(shape, itemsize, kv_cache_dtype)
+    page = pages(shape, itemsize, layer_token_bytes(shape, itemsize, kv_cache_dtype), block)
+    return (page.blocks(length, STATES_KEPT) * sequences + 2) * page.size
 
 
 def sampling_bytes(shape: Any, itemsize: int, length: int, sequences: int) -> int:

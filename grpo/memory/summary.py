@@ -67,7 +67,7 @@ def parts(
 def held_as(config: Config, shape: Shape) -> str:
     """What the linear layers are kept in."""
     if config.model.load_in_8bit:
-        return quantization({"quantization_config": shape.quantization_config}).kind or "int8"
+        return quantization({"quantization_config": getattr(shape, "quantization_config", None)}).kind or "int8"
     return "NF4" if config.model.load_in_4bit else "unquantised"
 
 

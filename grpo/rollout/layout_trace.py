@@ -42,7 +42,7 @@ from grpo.model.decoder_config import DecoderConfig
 from grpo.model.layout import Record, pattern_of
 from grpo.model.meta_graph import graph_tensors, meta_graph
 from grpo.model.stored_form import stored_form
-from grpo.rollout.vllm_backend import leave_classes_alone
+from grpo.rollout.vllm_backend import prepare_class
 from grpo.rollout.vllm_environment import set_environment
 
 TRACED = "grpo_traced"
@@ -188,7 +188,8 @@ def trace(config: DecoderConfig, dtype: torch.dtype = torch.bfloat16) -> Record:
             model.load_weights(iter(stored))
         layers = {name for name, each in model.named_modules() if isinstance(quant_method(each), TracedMethod)}
         widths = {name: model.get_submodule(name).weight.shape[1] for name in layers}
-    return record(copies.found, sources, widths, set(linears))
+    wider = {name for name, tensor in targets.items() if tensor.dtype == torch.float32 != dtype}
+    return record(copies.found, sources, widths, set(linears), wider)
 
 
 def as_stored(config: DecoderConfig, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -219,7 +220,7 @@ def checkpoint_tensors(config: DecoderConfig, dtype: torch.dtype) -> dict[str, T
 def traced_model(config: DecoderConfig, dtype: torch.dtype) -> Iterator[nn.Module]:
     """vLLM's model of `config` on meta; inside, vLLM's configuration is the current one."""
     with tempfile.TemporaryDirectory(prefix="grpo-layout-") as folder, one_process():
-        leave_classes_alone(vllm_class(config.model_type))
+        prepare_class(vllm_class(config.model_type))
         (Path(folder) / "config.json").write_text(json.dumps(served_values(config), default=str))
         try:
             settings = EngineArgs(
@@ -265,12 +266,14 @@ def one_process() -> Iterator[None]:
 
 
 def record(
-    copies: list[tuple[Rows, Rows | None]], sources: dict[str, Tensor], widths: dict[str, int], ours: set[str]
-) -> Record:
+    copies: list[tuple[Rows, Rows | None]], sources: dict[str, Tensor], widths: dict[str, int], ours: set[str],
+    wider: set[str],
+) -> Record:  # fmt: skip
     """The copies as a Record. `widths`: columns of vLLM's linear layers; `ours`: the graph's, of which a router of
-    experts is none."""
+    experts is none; `wider`: vLLM's tensors in float32."""
     starts: dict[str, dict[str, int]] = {}
     renamed: dict[str, str] = {}
+    float32: dict[str, None] = {}
     for name, tensor in sources.items():
         target, offset = destination(name, tensor, copies)
         layer, _, kind = target.rpartition(".")
@@ -278,6 +281,8 @@ def record(
             if offset:
                 reason = f"vLLM {vllm.__version__} keeps {name} inside {target}"
                 raise UserError(f"{reason}, which is no linear layer of ours; use a model of another family")
+            if target in wider:
+                float32[pattern_of(name)] = None
             if target != name:
                 renamed[pattern_of(name)] = pattern_of(target)
         elif kind == "weight":
@@ -285,7 +290,7 @@ def record(
     linears: dict[str, tuple[str, ...]] = {}
     for layer, parts in starts.items():
         linears[pattern_of(layer)] = tuple(pattern_of(part) for part in sorted(parts, key=parts.__getitem__))
-    return Record(linears, renamed)
+    return Record(linears, renamed, tuple(float32))
 
 
 def destination(name: str, tensor: Tensor, copies: list[tuple[Rows, Rows | None]]) -> tuple[str, int]:

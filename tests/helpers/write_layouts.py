@@ -47,7 +47,8 @@ def content(records: dict[str, Record], digests: dict[str, dict[str, str]]) -> s
         lines += [f'    "{digest}": {{', '        "linears": {']
         for fused, parts in record.linears.items():
             lines += [f'            "{fused}": (', *(f'                "{part}",' for part in parts), "            ),"]
-        lines += ["        },", *renamed_lines(record.renamed), "    },"]
+        lines += ["        },", *renamed_lines(record.renamed)]
+        lines += [*([f'        "float32": {record.float32!r},'] if record.float32 else []), "    },"]
     lines += ["}", '"""What vLLM stacks: its linear layers, each with the graph\'s in order."""\n']
     lines += [
         "FAMILIES: dict[str, str] = {",
