@@ -16,6 +16,7 @@ from grpo.config.schema import Config
 from grpo.kernels.sizes import RANK_MULTIPLE
 from grpo.memory.activations import TrainingMemory, moment_bytes
 from grpo.model.adapter_layers import adapted_layers
+from grpo.model.attention_layers import attention_layers
 from grpo.model.layout import fused_linears
 from grpo.model.sizes import AUTO_SHARE, embedding_bytes, linear_shapes, nf4_bytes, pinned_bytes, weights_on_host
 
@@ -203,9 +204,9 @@ def adapter_bytes(config: Config, shape: Any, itemsize: int, *, on_gpu: bool) ->
 
 def kv_bytes_per_token(shape: Any, itemsize: int, kv_cache_dtype: str) -> int:
     """Bytes that one token takes in the KV cache over all layers."""
-    head = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
     size = 1 if kv_cache_dtype == "fp8" else itemsize
-    return 2 * shape.num_hidden_layers * shape.num_key_value_heads * head * size
+    layers = attention_layers(shape)
+    return sum(layer.elements_per_token for number, layer in layers.items() if layer.keys_of == number) * size
 
 
 def kv_cache_bytes(shape: Any, itemsize: int, kv_cache_dtype: str, length: int, sequences: int, block: int) -> int:

@@ -59,6 +59,8 @@ class FusedLinear:
     """transformers module name -> (first row, rows)."""
     in_features: int
     out_features: int
+    again: tuple[str, ...] = ()
+    """Parts whose rows vLLM's layer has once more, behind all others; they are stored and computed once."""
     segments: list[Segment] = field(default_factory=list)
     """One, unless `keep_16bit` holds only some of the parts in 16 bit."""
     bias: Tensor | None = None
@@ -80,7 +82,7 @@ class BaseWeights:
     """Every tensor of the base model, loaded once.
 
     `linears`: vLLM's name -> FusedLinear. `tensors`: parameter name -> plain tensor (embedding, norms, head) in the
-    compute dtype; embedding and head are padded to vLLM's vocabulary and hold zeros there. With
+    compute dtype; embeddings and head are padded to vLLM's vocabulary and hold zeros there. With
     `model.offload_embedding` or `model.offload_head` the memory of one, a tensor on the GPU like the others, is the
     host's; `pinned` has the same memory, under the same name, as a tensor on the CPU.
     """
@@ -142,7 +144,7 @@ class BaseWeights:
         tensor = source.read(name)
         if isinstance(tensor, NF4Tensor):
             tensor = nf4.dequantize_bitsandbytes(tensor.codes, tensor.absmax, tensor.shape, self.dtype)
-        if name in (EMBEDDING, HEAD):
+        if name in self.layout.by_token:
             vocabulary, width = tensor.shape
             padded = -(-vocabulary // VOCABULARY_PADDING) * VOCABULARY_PADDING
             key = self._on_host.get(name)
@@ -156,7 +158,7 @@ class BaseWeights:
         return tensor.to(self.device, self.dtype, copy=True)
 
     def _load_linear(self, source: Source, name: str, layout: LinearLayout) -> FusedLinear:
-        linear = FusedLinear(name, dict(layout.parts), layout.in_features, layout.out_features)
+        linear = FusedLinear(name, dict(layout.parts), layout.in_features, layout.out_features, layout.again)
         for segment_parts in self._same_storage(source, list(layout.parts)):
             linear.segments.append(self._load_segment(source, linear, segment_parts))
         linear.bias = self._load_bias(source, linear, layout.biased)

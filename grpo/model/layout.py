@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +25,8 @@ LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
 """The number of a layer in a dotted name."""
 
 Pattern = dict[str, tuple[str, ...]]
-"""vLLM's linear layer -> the graph's whose rows it stacks, in order; `*` stands for a layer's number."""
+"""vLLM's linear layer -> the graph's whose rows it stacks, in order; `*` stands for a layer's number. One that comes
+twice has its rows in two places of vLLM's layer."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +36,41 @@ class Record:
     linears: Pattern
     renamed: dict[str, str] = field(default_factory=dict)
     """The graph's name of a tensor outside linear layers -> vLLM's, where they differ."""
+    others: dict[str, tuple[tuple[str, ...], ...]] = field(default_factory=dict)
+    """vLLM's linear layer -> what it stacks in layers that have not all that `linears` names."""
+    unread: tuple[str, ...] = ()
+    """vLLM's tensors outside linear layers that it fills from nothing of the graph, and leaves as it made them."""
 
     def digest(self) -> str:
         """A short name of the content: another one says that vLLM changed."""
-        content = json.dumps([self.linears, self.renamed], sort_keys=True)
-        return hashlib.sha256(content.encode()).hexdigest()[:12]
+        rare = [each for each in (self.others, self.unread) if each]
+        return hashlib.sha256(json.dumps([self.linears, self.renamed, *rare], sort_keys=True).encode()).hexdigest()[:12]
+
+    def stacks(self) -> Iterator[tuple[str, tuple[str, ...]]]:
+        """(vLLM's linear layer, what it stacks) for every kind of layer."""
+        yield from self.linears.items()
+        yield from ((fused, parts) for fused, several in self.others.items() for parts in several)
+
+    def stacked(self, linears: Collection[str]) -> dict[str, tuple[str, ...]]:
+        """vLLM's name of each linear layer -> which of `linears`, the graph's, it stacks, in order.
+
+        Each is a part of the largest stack of which its layer has all parts. Raises KeyError for one that is in none.
+        """
+        found: dict[str, tuple[str, ...]] = {}
+        candidates: dict[str, list[tuple[str, tuple[str, ...]]]] = {}
+        for fused, parts in self.stacks():
+            for part in set(parts):
+                candidates.setdefault(part, []).append((fused, parts))
+        for name in linears:
+            best: tuple[str, tuple[str, ...]] = ("", ())
+            for fused, parts in candidates.get(pattern_of(name), []):
+                named = tuple(numbered(part, name) for part in parts)
+                if len(set(named)) > len(set(best[1])) and all(part in linears for part in named):
+                    best = (numbered(fused, name), named)
+            if not best[0]:
+                raise KeyError(name)
+            found[best[0]] = best[1]
+        return found
 
 
 @dataclass(frozen=True)
@@ -52,6 +83,8 @@ class LinearLayout:
     out_features: int
     biased: tuple[str, ...]
     """The parts that have a bias."""
+    again: tuple[str, ...] = ()
+    """Parts whose rows vLLM's layer has once more, behind all others and in this order."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +97,10 @@ class Layout:
     """The graph's name of every other tensor -> vLLM's parameter or buffer."""
     shapes: dict[str, tuple[int, ...]]
     """The graph's name of every tensor -> its shape."""
+    by_token: frozenset[str]
+    """Those of `tensors` with a row for every token of the vocabulary."""
+    unread: frozenset[str]
+    """Patterns of vLLM's tensors that have no counterpart in the graph."""
 
     @classmethod
     def of(cls, config: DecoderConfig) -> Layout:
@@ -73,29 +110,27 @@ class Layout:
         record, graph = record_of(config.model_type), graph_tensors(config)
         if record is None:
             raise UserError(f"no layout is known of the family {config.model_type!r}; train or generate with it first")
-        fused_of = {part: fused for fused, parts in record.linears.items() for part in parts}
-        stacked: dict[str, dict[str, int]] = {}
-        for name in graph.linears:
-            pattern = pattern_of(name)
-            if pattern not in fused_of:
-                raise UserError(f"vLLM has no linear layer for {name} of the family {config.model_type!r}")
-            index = record.linears[fused_of[pattern]].index(pattern)
-            stacked.setdefault(numbered(fused_of[pattern], name), {})[name] = index
-        linears = {
-            fused: stack(sorted(parts, key=parts.__getitem__), graph.linears) for fused, parts in stacked.items()
-        }
+        try:
+            stacked = record.stacked(graph.linears)
+        except KeyError as error:
+            name = error.args[0]
+            raise UserError(f"vLLM has no linear layer for {name} of the family {config.model_type!r}") from None
+        linears = {fused: stack(parts, graph.linears) for fused, parts in stacked.items()}
         tensors = {name: numbered(record.renamed.get(pattern_of(name), pattern_of(name)), name) for name in graph.plain}
-        return cls(linears, tensors, graph.shapes())
+        return cls(linears, tensors, graph.shapes(), graph.by_token, frozenset(record.unread))
 
 
-def stack(parts: list[str], sizes: Mapping[str, Any]) -> LinearLayout:
-    """The rows of `parts`, one below the other. `sizes`: GraphLinear of each."""
+def stack(parts: Sequence[str], sizes: Mapping[str, Any]) -> LinearLayout:
+    """The rows of `parts`, one below the other; one that comes twice is kept once. `sizes`: GraphLinear of each."""
     first, rows = 0, {}
-    for part in parts:
+    for part in dict.fromkeys(parts):
         rows[part] = (first, sizes[part].rows)
         first += sizes[part].rows
-    biased = tuple(part for part in parts if sizes[part].bias)
-    return LinearLayout(rows, sizes[parts[0]].columns, first, biased)
+    again = tuple(parts[len(rows) :])
+    if tuple(rows) != tuple(parts[: len(rows)]):
+        raise UserError(f"vLLM keeps {again[0]} twice, and not behind all else of its layer; use a model of another family")
+    biased = tuple(part for part in rows if sizes[part].bias)
+    return LinearLayout(rows, sizes[parts[0]].columns, first, biased, again)
 
 
 def pattern_of(name: str) -> str:
@@ -143,10 +178,15 @@ def learn(model_type: str, record: Record) -> None:
 def fused_linears(shape: Any) -> dict[str, list[str]]:
     """vLLM's name of every linear layer to the graph's module names whose rows it stacks.
 
-    shape: a plan's Shape, or transformers' configuration, of which only the family and the number of layers are read:
-    all of a family's layers are taken to be alike.
+    shape: transformers' configuration, whose graph is asked; or a plan's Shape, of which only the family and the number
+    of layers are read: all layers are taken to be alike.
     """
     record = record_of(shape.model_type) or Record(**LAYOUTS[FAMILIES["llama"]])
+    if record.others and hasattr(shape, "to_dict"):
+        from grpo.model.meta_graph import graph_tensors
+
+        stacked = record.stacked(graph_tensors(shape).linears)
+        return {fused: list(dict.fromkeys(parts)) for fused, parts in stacked.items()}
     return {
         pattern.replace("*", str(layer)): [part.replace("*", str(layer)) for part in parts]
         for layer in range(shape.num_hidden_layers)

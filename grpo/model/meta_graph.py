@@ -18,6 +18,7 @@ from torch import nn
 from grpo.errors import UserError
 from grpo.model.decoder_config import DecoderConfig
 
+HEAD = "lm_head.weight"
 FRAME = ("model.embed_tokens", "model.layers.0", "model.norm", "lm_head")
 """Modules around and in the stack of layers."""
 
@@ -39,6 +40,8 @@ class GraphTensors:
     """Module name -> its sizes; the output head is not among them."""
     plain: dict[str, tuple[int, ...]]
     """Name -> shape of everything else, the output head only where it is not the embedding."""
+    by_token: frozenset[str] = frozenset()
+    """Those of `plain` with a row for every token of the vocabulary."""
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape of every tensor, those of linear layers too."""
@@ -94,4 +97,6 @@ def _graph_tensors(kind: Any, values: str) -> GraphTensors:
         for name, tensor in graph.state_dict().items()
         if name not in inside and name.rpartition(".")[0] not in tied
     }
-    return GraphTensors(linears, plain)
+    modules = dict(graph.named_modules())
+    tables = {name for name in plain if isinstance(modules[name.rpartition(".")[0]], nn.Embedding)}
+    return GraphTensors(linears, plain, frozenset(tables | ({HEAD} & plain.keys())))

@@ -160,7 +160,8 @@ def trace(config: DecoderConfig, dtype: torch.dtype = torch.bfloat16) -> Record:
             model.load_weights(iter(sources.items()))
         layers = {name for name, each in model.named_modules() if isinstance(quant_method(each), TracedMethod)}
         widths = {name: model.get_submodule(name).weight.shape[1] for name in layers}
-    return record(copies.found, sources, widths)
+        parameters = {name for name, _ in model.named_parameters() if name.rpartition(".")[0] not in widths}
+    return record(copies.found, sources, widths, parameters)
 
 
 def quant_method(module: nn.Module) -> Any:
@@ -224,37 +225,47 @@ def one_process() -> Iterator[None]:
         yield
 
 
-def record(copies: list[tuple[Rows, Rows | None]], sources: dict[str, Tensor], widths: dict[str, int]) -> Record:
-    """The copies as a Record. `widths`: columns of vLLM's linear layers."""
-    starts: dict[str, dict[str, int]] = {}
+def record(
+    copies: list[tuple[Rows, Rows | None]], sources: dict[str, Tensor], widths: dict[str, int], plain: set[str]
+) -> Record:
+    """The copies as a Record. `widths`: columns of vLLM's linear layers; `plain`: its parameters outside of these."""
+    starts: dict[str, list[tuple[int, str]]] = {}
     renamed: dict[str, str] = {}
     for name, tensor in sources.items():
-        target, offset = destination(name, tensor, copies)
+        target, offsets = destination(name, tensor, copies)
         layer, _, kind = target.rpartition(".")
         if layer not in widths:
-            if offset:
+            if offsets != [0]:
                 reason = f"vLLM {vllm.__version__} keeps {name} inside {target}"
                 raise UserError(f"{reason}, which is no linear layer of ours; use a model of another family")
             if target != name:
                 renamed[pattern_of(name)] = pattern_of(target)
         elif kind == "weight":
-            starts.setdefault(layer, {})[name.removesuffix(".weight")] = offset // widths[layer]
-    linears: dict[str, tuple[str, ...]] = {}
+            part = name.removesuffix(".weight")
+            starts.setdefault(layer, []).extend((offset // widths[layer], part) for offset in offsets)
+    stacks: dict[str, dict[tuple[str, ...], None]] = {}
     for layer, parts in starts.items():
-        linears[pattern_of(layer)] = tuple(pattern_of(part) for part in sorted(parts, key=parts.__getitem__))
-    return Record(linears, renamed)
+        stacks.setdefault(pattern_of(layer), {})[tuple(pattern_of(part) for _, part in sorted(parts))] = None
+    # The stack with most parts first: the others are those of layers that lack some.
+    ordered = {fused: sorted(several, key=lambda parts: -len(set(parts))) for fused, several in stacks.items()}
+    linears = {fused: several[0] for fused, several in ordered.items()}
+    others = {fused: tuple(rest) for fused, (_, *rest) in ordered.items() if rest}
+    unread = dict.fromkeys(pattern_of(name) for name in sorted(plain - {to.name for to, _ in copies}))
+    return Record(linears, renamed, others, tuple(unread))
 
 
-def destination(name: str, tensor: Tensor, copies: list[tuple[Rows, Rows | None]]) -> tuple[str, int]:
-    """(vLLM's parameter, the element of it) where the whole of the graph's `tensor` begins.
+def destination(name: str, tensor: Tensor, copies: list[tuple[Rows, Rows | None]]) -> tuple[str, list[int]]:
+    """(vLLM's parameter, the elements of it where the whole of the graph's `tensor` begins: one, or several copies).
 
-    Raises UserError where it is nowhere, or not one run of elements.
+    Raises UserError where it is nowhere, or not in whole runs of elements of one parameter.
     """
-    places = [(to, source) for to, source in copies if source is not None and source.name == name]
-    runs = {(to.name, to.offset - source.offset) for to, source in places if source is not None}
-    copied = {source for _, source in places}
-    if len(runs) != 1 or sum(source.count for source in copied if source is not None) != tensor.numel():
-        what = "reads nothing from" if not places else "keeps another form of"
+    runs: dict[tuple[str, int], set[Rows]] = {}
+    for to, source in copies:
+        if source is not None and source.name == name:
+            runs.setdefault((to.name, to.offset - source.offset), set()).add(source)
+    whole = all(sum(source.count for source in copied) == tensor.numel() for copied in runs.values())
+    if len({target for target, _ in runs}) != 1 or not whole:
+        what = "reads nothing from" if not runs else "keeps another form of"
         reason = f"vLLM {vllm.__version__} {what} {name}, so the two graphs cannot share it"
         raise UserError(f"{reason}; use a model of another family")
-    return runs.pop()
+    return next(iter(runs))[0], sorted(offset for _, offset in runs)

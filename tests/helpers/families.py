@@ -27,6 +27,23 @@ LONG = dict(rope_type="longrope", original_max_position_embeddings=16, short_fac
             long_factor=[1.5] * 12)  # fmt: skip
 WIDE = {"head_dim": 64}
 
+GEMMA4: dict[str, Any] = {
+    "num_hidden_layers": 4,
+    "layer_types": KINDS * 2,
+    "sliding_window": 16,
+    "head_dim": 32,
+    "global_head_dim": 64,
+    "final_logit_softcapping": 3.0,
+    "hidden_size_per_layer_input": 0,
+}
+SHARED_KEYS: dict[str, Any] = {
+    "num_kv_shared_layers": 2,
+    "use_double_wide_mlp": True,
+    "hidden_size_per_layer_input": 64,
+    "vocab_size_per_layer_input": COMMON["vocab_size"],
+}
+"""What the smaller Gemma 4 have: two of its four layers attend to the keys of the first two."""
+
 NEWCOMERS: dict[str, dict[str, Any]] = {
     "ministral3": {**WIDE, "rope_parameters": {"rope_theta": 1e4, **YARN}},
     "granite": {
@@ -80,13 +97,19 @@ NEWCOMERS: dict[str, dict[str, Any]] = {
     "nemotron": rotary(0.5),
     "arcee": WIDE,
     "cohere": {"use_qk_norm": False, "logit_scale": 0.25},
+    "gemma4_text": {**GEMMA4, **SHARED_KEYS, "attention_k_eq_v": True, "num_global_key_value_heads": 1},
 }
 """model_type -> entries of its configuration beside those of all tiny models."""
 
 
 def family_config(family: str, **changes: Any) -> Any:
     """transformers' configuration of a tiny model."""
-    return AutoConfig.for_model(family, **{**COMMON, **NEWCOMERS[family], **changes})
+    return AutoConfig.for_model(family, **{**COMMON, **NEWCOMERS[family], **per_layer_rows(changes)})
+
+
+def per_layer_rows(changes: dict[str, Any]) -> dict[str, Any]:
+    """`changes` with as many rows in an embedding for each layer as in the first one."""
+    return changes | ({"vocab_size_per_layer_input": changes["vocab_size"]} if "vocab_size" in changes else {})
 
 
 def save_family(folder: Path, family: str, **changes: Any) -> Any:
@@ -153,6 +176,9 @@ def spread(model: Any) -> Any:
     """`model` with random weights that make its logits far from uniform."""
     vocabulary = spread_of_embedding(model.config.model_type)
     with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            if name.endswith("layer_scalar"):
+                buffer.mul_(0.8)
         for name, parameter in model.named_parameters():
             if "norm" in name or parameter.ndim < 2:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
