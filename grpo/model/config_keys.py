@@ -38,6 +38,8 @@ LAYER_TYPES = ("full_attention", "sliding_attention")
 
 WITHOUT_EFFECT = {"output_hidden_states": False, "output_attentions": False, "return_dict": True}
 """How transformers' models answer; we ask for what we need."""
+OF_IMAGES = "vision"
+"""Value of `use_bidirectional_attention` with which tokens of images see each other, and those of text are causal."""
 OLD_SPELLINGS = {
     "rope_theta", "rope_scaling", "rope_local_base_freq", "partial_rotary_factor", "sliding_window_pattern", "head_dim",
     "is_causal", "layer_types", "hidden_activation", "torch_dtype", "quantization_config", "architectures",
@@ -80,8 +82,8 @@ def attention_complaints(config: DecoderConfig) -> Iterator[Complaint]:
     if getattr(config, "is_heterogeneous", False) and not family_of(config.model_type).layers_differ:
         yield Complaint("per_layer_config", "...", "layers that differ in shape are not served; use a model without it")
     causal = "completions are sampled left to right; use a causal model"
-    if getattr(config, "use_bidirectional_attention", None):
-        yield Complaint("use_bidirectional_attention", True, causal)
+    if (both_ways := getattr(config, "use_bidirectional_attention", None)) not in (None, False, OF_IMAGES):
+        yield Complaint("use_bidirectional_attention", both_ways, causal)
     if getattr(config, "is_causal", True) is False:
         yield Complaint("is_causal", False, causal)
     if family_of(config.model_type).always_tied and not config.tie_word_embeddings:
@@ -208,6 +210,8 @@ def normalize_config(config: DecoderConfig) -> list[str]:
         setattr(config, key, 0.0)
     for key, value in WITHOUT_EFFECT.items():
         setattr(config, key, value)
+    if getattr(config, "use_bidirectional_attention", None) == OF_IMAGES:
+        config.use_bidirectional_attention = None
     strange = sorted(set(config.to_dict()) - own_keys(config) - base_keys() - OLD_SPELLINGS)
     if strange := [key for key in strange if not key.startswith(("_", "unsloth_"))]:
         notices.append(

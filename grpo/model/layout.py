@@ -46,6 +46,15 @@ class Record:
         rare = [each for each in (self.others, self.unread) if each]
         return hashlib.sha256(json.dumps([self.linears, self.renamed, *rare], sort_keys=True).encode()).hexdigest()[:12]
 
+    def with_stacks(self, other: Record) -> Record:
+        """This one, with what `other`, of another model of the family, stacks in kinds of layers that it has not."""
+        linears, others = {**other.linears, **self.linears}, dict(self.others)
+        for fused, parts in other.stacks():
+            known = (linears[fused], *others.get(fused, ()))
+            others |= {} if parts in known else {fused: (*known[1:], parts)}
+        unread = tuple(dict.fromkeys((*self.unread, *other.unread)))
+        return Record(linears, other.renamed | self.renamed, others, unread)
+
     def stacks(self) -> Iterator[tuple[str, tuple[str, ...]]]:
         """(vLLM's linear layer, what it stacks) for every kind of layer."""
         yield from self.linears.items()
@@ -151,9 +160,16 @@ _learned: dict[str, Record] = {}
 """Families that this process has traced."""
 
 
-def is_traced(model_type: str) -> bool:
-    """Whether this process has traced the family."""
-    return model_type in _learned
+def is_known(config: DecoderConfig, vllm: str | None) -> bool:
+    """Whether it is known how the version `vllm` lays out the model of transformers' `config`: this process has traced
+    one of its kind, or the record holds for that version and kind."""
+    if config.model_type not in _learned and not is_recorded(config.model_type, vllm):
+        return False
+    try:
+        Layout.of(config)
+    except UserError:
+        return False
+    return True
 
 
 def record_of(model_type: str) -> Record | None:
@@ -171,8 +187,9 @@ def is_recorded(model_type: str, vllm: str | None) -> bool:
 
 
 def learn(model_type: str, record: Record) -> None:
-    """Use what was traced."""
-    _learned[model_type] = record
+    """Use what was traced, beside what was traced of the family before."""
+    before = _learned.get(model_type)
+    _learned[model_type] = record if before is None else record.with_stacks(before)
 
 
 def fused_linears(shape: Any) -> dict[str, list[str]]:
@@ -181,8 +198,9 @@ def fused_linears(shape: Any) -> dict[str, list[str]]:
     shape: transformers' configuration, whose graph is asked; or a plan's Shape, of which only the family and the number
     of layers are read: all layers are taken to be alike.
     """
-    record = record_of(shape.model_type) or Record(**LAYOUTS[FAMILIES["llama"]])
-    if record.others and hasattr(shape, "to_dict"):
+    known = record_of(shape.model_type)
+    record = known or Record(**LAYOUTS[FAMILIES["llama"]])
+    if known and hasattr(shape, "to_dict"):
         from grpo.model.meta_graph import graph_tensors
 
         stacked = record.stacked(graph_tensors(shape).linears)

@@ -133,6 +133,10 @@ def sections(*sizes: int) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": list(sizes)}}
 
 
+GEMMA4_TOKENS = {
+    f"{name}_token_id": 140 + place for place, name in enumerate(("boi", "eoi", "image", "video", "boa", "audio"))
+} | {"eoa_token_index": 150}
+
 WITH_IMAGES: dict[str, dict[str, Any]] = {
     "gemma3": {
         "text_config": {**COMMON, **WIDE, "sliding_window": 16, "query_pre_attn_scalar": 64},
@@ -153,6 +157,23 @@ WITH_IMAGES: dict[str, dict[str, Any]] = {
         "vision_config": {"model_type": "pixtral", **LAYERED},
         "image_token_index": 150,
     },
+    "gemma4": {
+        "text_config": {**COMMON, **GEMMA4, **SHARED_KEYS},
+        "vision_config": {**LAYERED, "head_dim": 16, "global_head_dim": 16, "position_embedding_size": 16},
+        "audio_config": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "output_proj_dims": 32},
+        **GEMMA4_TOKENS,
+    },
+    "gemma4 of keys as values": {
+        "text_config": {**COMMON, **GEMMA4, "attention_k_eq_v": True, "num_global_key_value_heads": 1},
+        "vision_config": {**LAYERED, "head_dim": 16, "global_head_dim": 16, "position_embedding_size": 16},
+        **GEMMA4_TOKENS,
+    },
+    "gemma4_unified": {
+        "text_config": {**COMMON, **GEMMA4, "attention_k_eq_v": True, "num_global_key_value_heads": 1},
+        "vision_config": {"patch_size": 4, "mm_embed_dim": 32, "mm_posemb_size": 8, "output_proj_dims": 32},
+        "audio_config": {"hidden_size": 32},
+        **GEMMA4_TOKENS,
+    },
     "mistral3 of ministral3": {
         "text_config": {"model_type": "ministral3", **COMMON, **NEWCOMERS["ministral3"]},
         "vision_config": {"model_type": "pixtral", **LAYERED},
@@ -166,7 +187,7 @@ def save_with_images(folder: Path, family: str, **changes: Any) -> Any:
     """Write a random float32 model that takes images to `folder`, and return it. changes: to its text's entries."""
     torch.manual_seed(0)
     values = WITH_IMAGES[family]
-    config = AutoConfig.for_model(family.split()[0], **{**values, "text_config": {**values["text_config"], **changes}})
+    config = AutoConfig.for_model(family.split()[0], **{**values, "text_config": {**values["text_config"], **per_layer_rows(changes)}})
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32, attn_implementation="eager")
     spread(model).save_pretrained(folder)
     return model

@@ -42,7 +42,9 @@ def content(records: dict[str, Record], digests: dict[str, dict[str, str]]) -> s
         lines += [f'    "{digest}": {{', '        "linears": {']
         for fused, parts in record.linears.items():
             lines += [f'            "{fused}": (', *(f'                "{part}",' for part in parts), "            ),"]
-        lines += ["        },", f'        "renamed": {dict(sorted(record.renamed.items()))!r},', "    },"]
+        lines += ["        },", f'        "renamed": {dict(sorted(record.renamed.items()))!r},']
+        lines += [f'        "{key}": {each!r},' for key in ("others", "unread") if (each := getattr(record, key))]
+        lines.append("    },")
     lines += ["}", '"""What vLLM stacks: its linear layers, each with the graph\'s in order."""\n']
     lines += [
         "FAMILIES: dict[str, str] = {",
