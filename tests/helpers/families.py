@@ -187,7 +187,9 @@ def save_with_images(folder: Path, family: str, **changes: Any) -> Any:
     """Write a random float32 model that takes images to `folder`, and return it. changes: to its text's entries."""
     torch.manual_seed(0)
     values = WITH_IMAGES[family]
-    config = AutoConfig.for_model(family.split()[0], **{**values, "text_config": {**values["text_config"], **per_layer_rows(changes)}})
+    config = AutoConfig.for_model(
+        family.split()[0], **{**values, "text_config": {**values["text_config"], **per_layer_rows(changes)}}
+    )
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32, attn_implementation="eager")
     spread(model).save_pretrained(folder)
     return model
