@@ -70,6 +70,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--delay", type=float, default=0.05, help="seconds that a tool takes")
     parser.add_argument("--latencies", default="1,4,8,16,32", help="comma-separated")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=600.0, help="no further repeat begins after so many")
     parser.add_argument("--load-in-4bit", action="store_true")
     parser.add_argument("--out", type=Path, help="write the result there too, as JSON")
     return parser.parse_args()
@@ -111,7 +112,10 @@ def measure(
     names = ["single", "barrier", "eager", *(f"latency {latency}" for latency in latencies)]
     seconds: dict[str, list[float]] = {name: [] for name in names}
     prints: dict[str, list[str]] = {name: [] for name in names if name.startswith("latency")}
+    until = time.perf_counter() + options.seconds
     for repeat in range(options.repeats + 1):
+        if repeat > 1 and time.perf_counter() > until:
+            break
         for name in names:
             session.engine.sync_adapter()  # forgets what was computed for the last one's prefixes
             started = time.perf_counter()

@@ -55,7 +55,7 @@ What the predictions rest on:
   that are loaded later, 3 % to fragments and, on a card under 24 GB, 1 GB to a desktop.
 - Decoding: the code for sm_80 to sm_89 and sm_120 was run on an H200, whose driver compiles PTX for sm_80
   ([nf4_as_sm80.json](../benchmarks/results/nf4_as_sm80.json)). It read 4-bit weights at {percent(PACKED_SHARE)} of a
-  copy's speed with 1 to 16 rows, and at 46 % with 32. From about 64 rows the matrix instructions decide, at about
+  copy's speed with 1 to 16 rows, and at 44 % with 32. From about 64 rows the matrix instructions decide, at about
   {percent(PRODUCT_SHARE)} of what they can. The code for sm_75 reached 50 % of a copy's speed with 1 row and 43 % with
   8 ([nf4_as_sm75.json](../benchmarks/results/nf4_as_sm75.json)). A copy is taken to reach {percent(COPY_SHARE)} of the
   bandwidth that a maker states, and a layer to cost {LAYER_SECONDS * 1e6:.0f} us beside its products, which on an H200

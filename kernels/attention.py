@@ -1,9 +1,10 @@
-"""Causal attention over packed sequences that may share a prompt, without padding between them.
+"""Causal attention over packed sequences that may share their beginnings, without padding between them.
 
 Exact: a sequence attends to its own tokens and, where it continues a shared prompt, to that prompt, which is computed
-once. One variable-length flash call on a GPU from Ampere on. On an older GPU, and for heads that flash attention does
-not take, sequences of similar length are gathered, each behind its prompt, for torch's fused causal attention, which
-keeps no scores. On a CPU they are gathered into padded batches with a mask. No dropout, no cache.
+once; a shared prompt may itself continue another, and so on: a tree of spans. One variable-length flash call on a GPU
+from Ampere on. On an older GPU, and for heads that flash attention does not take, sequences of similar length are
+gathered, each behind what it continues, for torch's fused causal attention, which keeps no scores. On a CPU they are
+gathered into padded batches with a mask. No dropout, no cache.
 """
 
 from __future__ import annotations
@@ -36,16 +37,36 @@ EXPLICIT_SCORES = 1 << 22
 
 @dataclass(frozen=True)
 class Span:
-    """Consecutive tokens `start`... that attend to themselves causally and to all of an earlier span before them."""
+    """Consecutive tokens `start`... that attend to themselves causally and to all that is before them: the span that
+    they continue, and what that one continues."""
 
     start: int
     length: int
     prefix_start: int = 0
     prefix_length: int = 0
+    """Of the span before. A recurrent layer begins with the state that this one ends with."""
+    earlier: tuple[tuple[int, int], ...] = ()
+    """(start, length) of what the span before continues itself, in the order of the sequence."""
+
+    @property
+    def ranges(self) -> tuple[tuple[int, int], ...]:
+        """(start, length) of the packed tokens that are seen, its own last."""
+        before = ((self.prefix_start, self.prefix_length),) if self.prefix_length else ()
+        return (*self.earlier, *before, (self.start, self.length))
 
     @property
     def keys(self) -> int:
-        return self.prefix_length + self.length
+        """Tokens that are seen."""
+        return sum(length for _, length in self.ranges)
+
+    @property
+    def seen_before(self) -> int:
+        """Tokens that are seen before its own."""
+        return self.keys - self.length
+
+    def continued(self, start: int, length: int) -> Span:
+        """The span of `length` tokens from `start` that continues this one to its end."""
+        return Span(start, length, self.start, self.length, self.ranges[:-1])
 
 
 @dataclass(frozen=True)
@@ -81,7 +102,7 @@ class Packing:
         position = 0
         for span in spans:
             assert span.start == position and span.length > 0, span
-            assert span.prefix_start + span.prefix_length <= span.start, span
+            assert all(begin + length <= span.start for begin, length in span.ranges[:-1]), span
             position += span.length
         self.spans, self.device, self.tokens = tuple(spans), device, position
 
@@ -116,8 +137,7 @@ class Packing:
     @cached_property
     def key_positions(self) -> Tensor:
         """int64 on the CPU, packed position of every span's keys, span after span."""
-        ranges = [part for span in self.spans for part in key_ranges(span)]
-        return torch.cat([torch.arange(start, start + length) for start, length in ranges])
+        return torch.cat([places(span) for span in self.spans])
 
     @cached_property
     def gather_index(self) -> GatherIndex:
@@ -154,23 +174,24 @@ class Packing:
         yield batch
 
 
-def key_ranges(span: Span) -> list[tuple[int, int]]:
-    """(start, length) of the packed tokens that the span sees."""
-    return [(span.prefix_start, span.prefix_length), (span.start, span.length)]
+def places(span: Span) -> Tensor:
+    """int64 [keys] on the CPU, the packed tokens that `span` sees."""
+    return torch.cat([torch.arange(start, start + length) for start, length in span.ranges])
 
 
 def padded_batch(spans: Sequence[Span], device: torch.device) -> PaddedBatch:
     """`spans` gathered to the shape of the largest."""
     most_queries, most_keys = max(span.length for span in spans), max(span.keys for span in spans)
-    column = torch.tensor([[s.start, s.length, s.prefix_start, s.prefix_length] for s in spans]).unbind(1)
-    start, length, prefix_start, prefix_length = (part[:, None] for part in column)
+    column = torch.tensor([[span.start, span.length, span.seen_before] for span in spans]).unbind(1)
+    start, length, before = (part[:, None] for part in column)
     query, key = torch.arange(most_queries)[None], torch.arange(most_keys)[None]
     valid = query < length
     queries = torch.where(valid, start + query, 0)
-    own = start + key - prefix_length
-    keys = torch.where(key < prefix_length, prefix_start + key, torch.where(key < prefix_length + length, own, 0))
-    distance = (prefix_length + query)[:, :, None] - key[:, None, :]
-    distance = distance.masked_fill((key >= prefix_length + length)[:, None, :], -1)
+    keys = torch.zeros(len(spans), most_keys, dtype=torch.int64)
+    for row, span in zip(keys, spans, strict=True):
+        row[: span.keys] = places(span)
+    distance = (before + query)[:, :, None] - key[:, None, :]
+    distance = distance.masked_fill((key >= before + length)[:, None, :], -1)
     # A query beyond the end sees key 0 alone: softmax over nothing would be NaN.
     distance[~valid] = -1
     distance[:, :, 0] = distance[:, :, 0].clamp(min=0)
@@ -178,13 +199,13 @@ def padded_batch(spans: Sequence[Span], device: torch.device) -> PaddedBatch:
 
 
 def causal_batch(spans: Sequence[Span], tokens: int, device: torch.device) -> CausalBatch:
-    """`spans` of `tokens` packed ones behind their prompts, gathered to the shape of the longest."""
-    places = torch.zeros(len(spans), max(span.keys for span in spans), dtype=torch.int64)
-    own = torch.zeros_like(places, dtype=torch.bool)
-    for row, mine, span in zip(places, own, spans, strict=True):
-        row[: span.keys] = torch.cat([torch.arange(start, start + length) for start, length in key_ranges(span)])
-        mine[span.prefix_length : span.keys] = True
-    index = GatherIndex(places.flatten(), tokens, device)
+    """`spans` of `tokens` packed ones behind what they continue, gathered to the shape of the longest."""
+    rows = torch.zeros(len(spans), max(span.keys for span in spans), dtype=torch.int64)
+    own = torch.zeros_like(rows, dtype=torch.bool)
+    for row, mine, span in zip(rows, own, spans, strict=True):
+        row[: span.keys] = places(span)
+        mine[span.seen_before : span.keys] = True
+    index = GatherIndex(rows.flatten(), tokens, device)
     return CausalBatch(len(spans), index, own.flatten().nonzero()[:, 0].to(device))
 
 

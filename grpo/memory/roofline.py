@@ -17,7 +17,7 @@ from grpo.model.sizes import linear_shapes, nf4_bytes
 
 COPY_SHARE = 0.85
 """Of the bandwidth that a maker states, what a copy reaches."""
-PACKED_SHARE = 0.52
+PACKED_SHARE = 0.50
 """Of a copy's speed, at which 4-bit weights are read and multiplied with up to 16 rows."""
 PRODUCT_SHARE, PRODUCT_SHARE_TURING = 0.37, 0.11
 """Of the 16-bit products, where rows make the fused product wait for them."""

@@ -87,6 +87,28 @@ def test_the_seed_of_a_call_decides_its_tokens(on_gpu: OnGpu) -> None:
     assert len({tuple(done.token_ids) for done in first}) == 8
 
 
+def test_requests_that_join_before_the_same_steps_give_the_same_tokens_twice(on_gpu: OnGpu) -> None:
+    """As turns of episodes do by the deterministic schedule; and the trainer agrees with them."""
+    from grpo.rollout.engine import Request, SamplingSettings
+
+    def played() -> list[Any]:
+        on_gpu.engine.sync_adapter()
+        on_gpu.engine.begin(SamplingSettings(0.9, 40), seed=11)
+        done, steps = [], 0
+        with on_gpu.engine.ending():
+            while len(done) < 8:
+                if steps % 5 == 0 and steps < 40:  # one more every five steps, while the others run
+                    on_gpu.engine.add(Request(steps // 5, PROMPT[steps // 5 :], seed=1, max_tokens=12 + steps))
+                done += on_gpu.engine.step()
+                steps += 1
+        return sorted(done, key=lambda one: one.request_id)
+
+    first, again = played(), played()
+    assert [(done.token_ids, done.logprobs) for done in first] == [(done.token_ids, done.logprobs) for done in again]
+    assert [len(done.token_ids) for done in first] == [12 + 5 * number for number in range(8)]
+    assert on_gpu.disagreement(first) < 0.06
+
+
 @pytest.mark.parametrize("temperature", [0.9, 0.0], ids=["one pass", "vLLM's sampler"])
 @pytest.mark.parametrize("blocks", [1000, 24], ids=["roomy", "preempting"])
 def test_logprobs_are_those_that_vllm_gives_itself(on_gpu: OnGpu, blocks: int, temperature: float) -> None:
