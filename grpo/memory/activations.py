@@ -81,19 +81,20 @@ class LayerSizes:
 
     @classmethod
     def of(cls, shape: Any, lora: Lora) -> LayerSizes:
-        """Of a plan's Shape or transformers' configuration; every layer as large as one with all adapters there are."""
-        head_dim = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
+        """Of a plan's Shape or transformers' configuration; every layer as large as one with all adapters there are, and
+        where layers differ, as large as their largest attention and MLP."""
+        attention = attention_layers(shape).values()
         adapters = adapted_layers(shape, lora)
         adapted = frozenset(name.rpartition(".")[2] for name in adapters)
         rank = max(adapter.rank for adapter in adapters.values())
         first = {n: s for n, s in linear_shapes(shape).items() if ".layers.0." in n and n.rpartition(".")[2] in adapted}
         return cls(
             hidden=shape.hidden_size,
-            inner=shape.intermediate_size,
-            query=shape.num_attention_heads * head_dim,
-            key=shape.num_key_value_heads * head_dim,
+            inner=max(mlp_widths(shape)),
+            query=max(layer.query_heads * layer.head_size for layer in attention),
+            key=max(layer.key_heads * layer.head_size for layer in attention),
             heads=shape.num_attention_heads,
-            head_dim=head_dim,
+            head_dim=max(layer.head_size for layer in attention),
             layers=shape.num_hidden_layers,
             vocabulary=shape.vocab_size,
             norms=4 if shape.model_type in ("gemma2", "gemma3_text") else 2,

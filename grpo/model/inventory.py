@@ -68,9 +68,8 @@ def parameters(source: Source, config: DecoderConfig) -> tuple[dict[str, tuple[i
         raise UserError(
             f"{source.path}: transformers builds no model of its configuration ({one_line(error)}); correct it"
         ) from None
-    left_out = [
-        pattern for module in model.modules() for pattern in getattr(module, "_keys_to_ignore_on_load_unexpected", None) or ()
-    ]
+    lists = [getattr(module, "_keys_to_ignore_on_load_unexpected", None) or [] for module in model.modules()]
+    left_out = [pattern for each in lists for pattern in each]
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, left_out
 
 
@@ -94,8 +93,8 @@ def in_place_of(source: Source, name: str) -> str:
 
 
 def extras(source: Source, config: DecoderConfig, surplus: set[str], left_out: list[str]) -> Iterator[str]:
-    """A sentence about each kind of `surplus` tensors that may be left out: `left_out` are patterns of what transformers
-    does not read. Raises UserError for any other."""
+    """A sentence about each kind of `surplus` tensors that may be left out; `left_out` are patterns of what
+    transformers does not read. Raises UserError for any other."""
     names_of_kind: dict[str, list[str]] = {}
     for name in sorted(surplus):
         kind = next((kind for kind, pattern in EXTRAS.items() if pattern.search(name)), None)

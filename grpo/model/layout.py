@@ -137,7 +137,7 @@ def stack(parts: Sequence[str], sizes: Mapping[str, Any]) -> LinearLayout:
         first += sizes[part].rows
     again = tuple(parts[len(rows) :])
     if tuple(rows) != tuple(parts[: len(rows)]):
-        raise UserError(f"vLLM keeps {again[0]} twice, and not behind all else of its layer; use a model of another family")
+        raise UserError(f"vLLM keeps {again[0]} twice, not behind all else of its layer; use a model of another family")
     biased = tuple(part for part in rows if sizes[part].bias)
     return LinearLayout(rows, sizes[parts[0]].columns, first, biased, again)
 

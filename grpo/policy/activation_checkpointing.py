@@ -153,9 +153,7 @@ class _Recomputed(torch.autograd.Function):
         else:
             x, ctx.offloaded = ctx.offloaded.load(), None
         needed = ctx.needs_input_grad[3 : 4 + len(given)]
-        x, *given = (
-            tensor.detach().requires_grad_(wanted) for tensor, wanted in zip((x, *given), needed, strict=True)
-        )
+        x, *given = (tensor.detach().requires_grad_(wanted) for tensor, wanted in zip((x, *given), needed, strict=True))
         with torch.enable_grad(), ctx.random.restored():
             outputs = ctx.call(ctx.call.again, x, given)
             # The edges alone: the layer's output would otherwise live as long as its graph.
@@ -164,7 +162,8 @@ class _Recomputed(torch.autograd.Function):
             del outputs, pairs
         tensors = [x, *given, *ctx.call.trained]
         ends, starts = zip(*edges, strict=True)
-        found = iter(torch.autograd.grad(ends, [each for each in tensors if each.requires_grad], starts, allow_unused=True))
+        wanted = [each for each in tensors if each.requires_grad]
+        found = iter(torch.autograd.grad(ends, wanted, starts, allow_unused=True))
         return None, None, None, *(next(found) if each.requires_grad else None for each in tensors)
 
 

@@ -84,7 +84,7 @@ class SharedLinearMethod(LinearMethodBase):
 
 
 def fill_rest(linear: FusedLinear, y: Tensor) -> None:
-    """Columns of y [tokens, served] behind those that are stored: parts that come again, and zeros that no one reads."""
+    """Columns of y [tokens, served] behind those that are stored: parts that come again, then zeros nobody reads."""
     column = linear.out_features
     for part in linear.again:
         first, rows = linear.parts[part]

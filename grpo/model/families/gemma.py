@@ -33,7 +33,8 @@ FAMILIES = {
         norm_adds_one=True,
     ),
     "gemma4_text": Family(
-        models="Gemma 4 E2B, E4B and 31B",
+        models="Gemma 4 E2B, E4B, 12B and 31B, the text of those that take images and sound",
+        caveat="no kernels of ours for its layers yet; its mixture of experts (26B-A4B) is refused",
         vllm_class="Gemma4ForCausalLM",
         activation=("hidden_activation", ("gelu_pytorch_tanh",)),
         needs_window=True,
