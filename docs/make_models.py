@@ -38,7 +38,8 @@ Of a checkpoint that takes images too the decoder of text is read, and what is l
 {with_images}
 
 Not served: encoder-decoders and embedding models, mixtures of experts, recurrent layers (Qwen3.5, LFM2, Mamba),
-attention with latent keys (MLA), FP8 checkpoints. Each is a sentence before weights are read. `cohere2` (Command R7B) does not pass with vLLM 0.32, which gives its windows a token more.
+attention with latent keys (MLA), FP8 checkpoints. Each is a sentence before weights are read. `cohere2` (Command R7B)
+does not pass with vLLM 0.32, which gives its windows a token more.
 """
 
 

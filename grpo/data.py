@@ -36,6 +36,7 @@ class Prompt:
     """Its row number over all tasks, training and held-out rows counted apart; dropping others leaves it."""
     task: str
     prompt: str | Messages
+    """Of a row that has token numbers, their text."""
     columns: dict[str, Any]
     """The row without "prompt". With several tasks, columns that only the others have are None."""
     token_ids: list[int]
@@ -140,10 +141,15 @@ def make_prompts(
         if not task_rows and split == "training":
             raise UserError(f"task {task!r} has no training rows; check its options")
         where = [f"task {task!r}, {split} row {number}" for number in range(1, len(task_rows) + 1)]
+        given = [given_tokens(row, one) for row, one in zip(task_rows, where, strict=True)]
+        task_rows = [
+            row if ids is None else {**row, "prompt": tokenizer.decode(ids).strip() or f"tokens {ids}"}
+            for row, ids in zip(task_rows, given, strict=True)
+        ]
         texts = [checked_row(row, one) for row, one in zip(task_rows, where, strict=True)]
         if (system := settings[task].system_prompt) is not None:
             texts = [with_system_prompt(text, system, one) for text, one in zip(texts, where, strict=True)]
-        ids = tokenize(texts, tokenizer, config.rollout.chat_template_kwargs, f"task {task!r}")
+        ids = tokenize(texts, tokenizer, config.rollout.chat_template_kwargs, f"task {task!r}", given)
         lengths = [len(one) for one in ids]
         if lengths and min(lengths) > limit:
             raise UserError(
@@ -163,6 +169,16 @@ def make_prompts(
                 dropped += 1
             index += 1
     return prompts, dropped
+
+
+def given_tokens(row: Any, where: str) -> list[int] | None:
+    """The prompt of a row that has it as token numbers, such as a codec's; None where it is text or messages."""
+    prompt = row.get("prompt") if isinstance(row, dict) else None
+    if not isinstance(prompt, list) or not prompt or not all(type(token) is int for token in prompt):
+        return None
+    if min(prompt) < 0:
+        raise UserError(f"{where}: its prompt has {min(prompt)}, which is no token; correct it")
+    return prompt
 
 
 def checked_row(row: Any, where: str) -> str | Messages:
@@ -190,11 +206,15 @@ def with_system_prompt(prompt: str | Messages, system: str, where: str) -> Messa
 
 
 def tokenize(
-    prompts: Sequence[str | Messages], tokenizer: Any, chat_template_kwargs: Mapping[str, Any], whose: str
+    prompts: Sequence[str | Messages],
+    tokenizer: Any,
+    chat_template_kwargs: Mapping[str, Any],
+    whose: str,
+    given: Sequence[list[int] | None] = (),
 ) -> list[list[int]]:
     """Token ids of each prompt: text with the tokenizer's special tokens, messages through the chat template.
 
-    A text that begins with those tokens already does not get them twice.
+    `given`: those that are known already. A text that begins with those tokens already does not get them twice.
     Messages that end with an assistant's are continued; others get the template's opening of an answer. Raises
     UserError naming `whose` prompts a chat template lacks or refuses.
     """
@@ -203,9 +223,11 @@ def tokenize(
             f"{whose} has chat prompts, but the model's tokenizer has no chat template; set model.chat_template to a "
             "Jinja file, or use plain-text prompts"
         )
-    ids: dict[int, list[int]] = {}
+    ids: dict[int, list[int]] = {number: tokens for number, tokens in enumerate(given) if tokens is not None}
     kinds: dict[str, list[int]] = {"text": [], "ask": [], "continue": []}
     for number, prompt in enumerate(prompts):
+        if number in ids:
+            continue
         kind = "text" if isinstance(prompt, str) else "continue" if prompt[-1]["role"] == "assistant" else "ask"
         kinds[kind].append(number)
     for kind, numbers in kinds.items():

@@ -163,6 +163,8 @@ class LoadedPolicy:
         self._session: Session | None = session
         self._tables = tables
         self._first_config = session.config
+        self._run: Path | None = None
+        """Of the last training."""
         self._calls = 0
         self._stream: Iterator[list[int]] | None = None
 
@@ -347,6 +349,7 @@ class LoadedPolicy:
                     if session.engine_started:
                         session.engine.sync_adapter()
                     train_session(session, data, run.path, log, environment=environment)
+                self._run = run.path
             finally:
                 session.status = previous_status
         return TrainResult.read(run.path)
@@ -378,13 +381,18 @@ class LoadedPolicy:
         """Write base and adapter as one model to the new folder `folder`, and return it.
 
         `to`, `base` (the 16-bit original of a 4-bit base, say) and `options` are those of `grpo.export.build.export`.
+        The system prompt in a Modelfile is that of the last training's questions.
         """
-        from grpo.export.build import export
+        from grpo.export.build import export, trained_system_prompt
 
+        if self._run is not None:
+            options.setdefault("system", trained_system_prompt(self._run))
+        say = options.pop("notice", print)
         with tempfile.TemporaryDirectory(prefix="grpo-merged-") as scratch:
             run = Path(scratch) / Path(folder).name
-            self.save_lora(run / "adapter")
+            adapter = self.save_lora(run / "adapter")
             (run / CONFIG).write_text(config_toml(self.config), encoding="utf-8")
+            options["notice"] = lambda text: say(text.replace(str(adapter), "the adapter"))
             return export(run, to=to, out=folder, base=base, **options)
 
     def close(self) -> None:

@@ -6,6 +6,7 @@ The words serve the error messages and `docs/config.md` alike, so the two cannot
 from __future__ import annotations
 
 import difflib
+import re
 import types
 from collections.abc import Sequence
 from pathlib import Path
@@ -133,7 +134,7 @@ def explain(
         sentence = f"{key} = {shown(_value_at(path, values))}: must be {must}"
     others = len({_locate(each["loc"], root)[0] for each in errors}) - 1
     more = f" (and {others} more problem{'s' if others > 1 else ''})" if others else ""
-    where = _override(path, field, overrides) or source
+    where = _override(path, field, overrides) or _blamed(sentence, path, overrides) or source
     line = line_of(text, path) if where == source else None
     return UserError(f"{where}:{line}: {sentence}{more}" if line else f"{where}: {sentence}{more}")
 
@@ -214,6 +215,16 @@ def _override(path: Location, field: FieldInfo | None, overrides: Sequence[str])
     keys = [part for part in path if isinstance(part, str)]
     for override in overrides:
         named = [part for part in split_override(override)[0] if not part.isdecimal()]
-        if named == keys[: len(named)] or (field is None and named[: len(keys)] == keys):
+        if named == keys[: len(named)] or (field is None and keys and named[: len(keys)] == keys):
+            return f"--set {override}"
+    return ""
+
+
+def _blamed(sentence: str, path: Location, overrides: Sequence[str]) -> str:
+    """The last `--set` argument below `path` whose key a rule between several keys names in `sentence`."""
+    inside = [part for part in path if isinstance(part, str)]
+    for override in reversed(overrides):
+        keys = [part for part in split_override(override)[0] if not part.isdecimal()]
+        if keys[: len(inside)] == inside and re.search(rf"\b{re.escape(keys[-1])}\b", sentence):
             return f"--set {override}"
     return ""

@@ -443,6 +443,33 @@ class Log(Section):
     """Write `report.html` in the run folder, anew while the run goes on; it takes at most a hundredth of the time."""
 
 
+class Alarms(Section):
+    """`[alarms]`: what a run warns of while it goes on, by how far each figure may go; "none" switches one off. What
+    each means: `docs/alarms.md`."""
+
+    window: Annotated[int, Field(ge=3)] = 10
+    """Steps that a figure is a median over. The first so many are what later ones are compared with."""
+    reward_without_accuracy: PositiveFloat | None = 0.5
+    """Mean reward that has risen by more than so many standard deviations of a completion's, while held-out accuracy
+    has not risen."""
+    length_collapse: Annotated[float, Field(gt=0, lt=1)] | None = 0.25
+    """Completions shorter than this share of their first length."""
+    length_explosion: Annotated[float, Field(gt=1)] | None = 3.0
+    """Completions longer than so many times their first length."""
+    cut_completions: Fraction | None = 0.5
+    """Share of completions that are cut at the length limit."""
+    entropy_collapse: Annotated[float, Field(gt=0, lt=1)] | None = 0.05
+    """Entropy below this share of the first."""
+    equal_groups: Fraction | None = 0.9
+    """Share of groups whose rewards are all equal."""
+    adapter_survival: PositiveFloat | None = 0.5
+    """Share of the adapter's effect that the 16-bit policy shows, from step 20 on; with one rounding it is nearly 1."""
+    mismatch_kl: PositiveFloat | None = 0.01
+    """Mismatch of sampler and trainer, in nats a token."""
+    mismatch_rise: Annotated[float, Field(gt=1)] | None = 5.0
+    """Mismatch of so many times the first, where it is above 0.001."""
+
+
 class Checkpoint(Section):
     """`[checkpoint]`: the run folder and what is kept in it."""
 
@@ -553,6 +580,7 @@ class Config(Section):
     train: Train = Train()
     eval: Eval = Eval()
     log: Log = Log()
+    alarms: Alarms = Alarms()
     checkpoint: Checkpoint = Checkpoint()
 
     @field_validator("task", mode="before")

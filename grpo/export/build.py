@@ -49,6 +49,7 @@ def export(
     checkpoint: str | None = None,
     gguf_type: str = "f16",
     llama_quantize: str | Path | None = None,
+    system: str | None = None,
     check: bool = True,
     notice: Callable[[str], None] = print,
 ) -> Path:
@@ -63,6 +64,7 @@ def export(
         checkpoint: "step-N" or "best": another adapter of the run than its final one.
         gguf_type: one of `GGUF_TYPES`.
         llama_quantize: llama.cpp's quantiser, which q4_k_m needs; else LLAMA_QUANTIZE, else the one on the PATH.
+        system: the system prompt in a Modelfile. Default: that of the run's questions.
         check: compare the logits of what was written with those of base + adapter.
         notice: called with what is done and found, a sentence at a time.
 
@@ -83,7 +85,7 @@ def export(
                 from grpo.export.gguf import find_quantizer, write_gguf
 
                 quantizer = find_quantizer(llama_quantize) if gguf_type == "q4_k_m" else None
-                write_gguf(merged, folder, gguf_type, chat_of(reference, merged), quantizer, notice)
+                write_gguf(merged, folder, gguf_type, chat_of(reference, merged, system), quantizer, notice)
             else:
                 write_folder(reference, merged, folder, to, notice)
             if check:
@@ -267,15 +269,16 @@ def chosen_16bit(reference: ModelReference) -> list[str]:
     return fingerprint.kept_16bit
 
 
-def chat_of(reference: ModelReference, merged: MergedSource) -> Chat:
-    """What a chat with the exported model needs: the base's tokenizer and template, the run's system prompt."""
+def chat_of(reference: ModelReference, merged: MergedSource, system: str | None = None) -> Chat:
+    """What a chat with the exported model needs: the base's tokenizer and template, and `system` or the run's own."""
     from grpo.export.gguf_metadata import starts_with_bos
     from grpo.export.modelfile import Chat
 
     tokenizer = tokenizer_of(merged)
     template = chat_template(reference) or getattr(tokenizer, "chat_template", None)
     run = run_of(reference)
-    system = None if run is None else trained_system_prompt(run)
+    if system is None and run is not None:
+        system = trained_system_prompt(run)
     template = template if isinstance(template, str) else None
     return Chat(title(reference), tokenizer, template, system, starts_with_bos(merged.base, tokenizer))
 

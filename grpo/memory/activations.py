@@ -7,14 +7,16 @@ or allocates. Counted in tokens of one micro-batch; weights, adapter, KV cache a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from grpo.config.schema import Config, Lora
 from grpo.kernels.sizes import ADAPTER_COLUMNS, CPU_BLOCK_BYTES, HEAD_SLICE_BYTES, MLP_TILE, QKV_TILE
 from grpo.model.adapter_layers import adapted_layers
-from grpo.model.sizes import linear_shapes
+from grpo.model.attention_layers import attention_layers
+from grpo.model.families.table import family_of
+from grpo.model.sizes import linear_shapes, mlp_widths
 
 CHECKPOINTING_MODES = ("none", "mlp", "layer", "offload")
 """Modes of gradient checkpointing, from the fastest to the one that needs least memory on the device. "mlp", which
@@ -71,6 +73,8 @@ class LayerSizes:
     """2, or 4 where a norm follows attention and MLP too (Gemma 2 and 3)."""
     normed_heads: bool
     """q and k are normalised before the rotation (Qwen 3, Gemma 3)."""
+    input_of_layer: int
+    """Numbers that a layer gets of every token beside the hidden state (Gemma 4)."""
     adapted: frozenset[str]
     """Endings of the linear layers that have an adapter."""
     rank: int
@@ -80,9 +84,9 @@ class LayerSizes:
     """Numbers in one layer's B."""
 
     @classmethod
-    def of(cls, shape: Any, lora: Lora) -> LayerSizes:
-        """Of a plan's Shape or transformers' configuration; every layer as large as one with all adapters there are, and
-        where layers differ, as large as their largest attention and MLP."""
+    def of(cls, shape: Any, lora: Lora, of_all: Callable[[list[int]], int] = max) -> LayerSizes:
+        """Of a plan's Shape or transformers' configuration; every layer as large as one with all adapters there are.
+        Where layers differ, `of_all` makes one size of theirs: that of the largest, or `mean_of`."""
         attention = attention_layers(shape).values()
         adapters = adapted_layers(shape, lora)
         adapted = frozenset(name.rpartition(".")[2] for name in adapters)
@@ -90,15 +94,16 @@ class LayerSizes:
         first = {n: s for n, s in linear_shapes(shape).items() if ".layers.0." in n and n.rpartition(".")[2] in adapted}
         return cls(
             hidden=shape.hidden_size,
-            inner=max(mlp_widths(shape)),
-            query=max(layer.query_heads * layer.head_size for layer in attention),
-            key=max(layer.key_heads * layer.head_size for layer in attention),
+            inner=of_all(mlp_widths(shape)),
+            query=of_all([layer.query_heads * layer.head_size for layer in attention]),
+            key=of_all([layer.key_heads * layer.head_size for layer in attention]),
             heads=shape.num_attention_heads,
-            head_dim=max(layer.head_size for layer in attention),
+            head_dim=of_all([layer.head_size for layer in attention]),
             layers=shape.num_hidden_layers,
             vocabulary=shape.vocab_size,
-            norms=4 if shape.model_type in ("gemma2", "gemma3_text") else 2,
-            normed_heads=shape.model_type in ("qwen3", "gemma3_text"),
+            norms=4 if shape.model_type in ("gemma2", "gemma3_text", "gemma4_text") else 2,
+            normed_heads=shape.model_type in ("qwen3", "gemma3_text", "gemma4_text"),
+            input_of_layer=getattr(shape, "hidden_size_per_layer_input", None) or 0,
             adapted=adapted,
             rank=rank,
             adapter=sum(rank * sum(size) for size in first.values()),
@@ -111,6 +116,11 @@ class LayerSizes:
     def beside(self, endings: Sequence[str]) -> int:
         """Columns beside a product of linear layers for what their adapters add (kernels/lora_linear.py)."""
         return -(-self.rank * len(self.adapted & set(endings)) // ADAPTER_COLUMNS) * ADAPTER_COLUMNS
+
+
+def mean_of(sizes: list[int]) -> int:
+    """The mean, rounded up."""
+    return -(-sum(sizes) // len(sizes))
 
 
 @dataclass(frozen=True)
@@ -135,6 +145,8 @@ class TrainingMemory:
     """Whether the output head is in host memory, of which slices come to the GPU."""
     flash: bool = True
     """Whether attention is flash attention's; on a GPU before Ampere it is torch's memory-efficient one."""
+    mean_sizes: LayerSizes | None = None
+    """Of all layers, where they differ and `sizes` are the largest's."""
 
     @classmethod
     def of(
@@ -151,10 +163,14 @@ class TrainingMemory:
             chunk=config.train.logprob_chunk_tokens,
             entropy_gradient=bool(config.loss.entropy_coef),
             on_gpu=on_gpu,
-            kernels=config.train.kernels != "torch" and on_gpu and not config.lora.lora_dropout,
+            kernels=config.train.kernels != "torch"
+            and on_gpu
+            and not config.lora.lora_dropout
+            and family_of(shape.model_type).fused_layers,
             packed_weights=config.model.load_in_4bit and on_gpu,
             head_on_host=on_gpu and config.model.offload_head,
             flash=flash,
+            mean_sizes=LayerSizes.of(shape, config.lora, mean_of),
         )
 
     @property
@@ -194,6 +210,8 @@ class TrainingMemory:
         size = s.norms * (4 * s.hidden + 4)
         if s.normed_heads:
             size += 4 * (s.query + s.key) + 4 * (s.query + s.key) // s.head_dim
+        if s.input_of_layer:
+            size += 4 * s.hidden + 4 + 4 * s.input_of_layer * self.itemsize
         numbers = s.hidden * s.has(*QKV)
         numbers += s.hidden * s.has(*GATE_UP)
         numbers += 3 * s.inner + s.inner * s.has("down_proj")
@@ -223,12 +241,18 @@ class TrainingMemory:
 
     def kept(self, mode: str) -> int:
         """Bytes that all layers keep on the device between their forward and their backward."""
+        usual = self if self.mean_sizes is None else replace(self, sizes=self.mean_sizes, mean_sizes=None)
+        inputs = self._inputs_of_layers()
         if mode == "none":
-            return self.sizes.layers * self.kept_by_layer() - self._absent_in_first_layer()
+            return self.sizes.layers * usual.kept_by_layer() - self._absent_in_first_layer() + inputs
         if mode == "mlp":
-            return self.sizes.layers * (self.kept_by_layer() - self._gate_and_up())
+            return self.sizes.layers * (usual.kept_by_layer() - usual._gate_and_up()) + inputs
         # Offloaded, one is still here when the backward begins, and later one is on its way.
-        return self.layer_input() * (self.sizes.layers if mode == "layer" else 2)
+        return self.layer_input() * (self.sizes.layers if mode == "layer" else 2) + inputs
+
+    def _inputs_of_layers(self) -> int:
+        """What all layers get beside the hidden state, made at once: the sum, and its projection's norm in float32."""
+        return self.tokens * self.sizes.layers * self.sizes.input_of_layer * (self.itemsize + 4)
 
     def on_host(self, mode: str) -> int:
         """Bytes of host memory."""

@@ -14,7 +14,7 @@ from grpo.model.gguf_header import read_header
 from grpo.model.locate import local_path
 
 TABLE = Path(__file__).parent.parent / "model" / "known_models.json"
-ENDINGS = r"-(instruct|it|base|chat|bnb-4bit|unsloth|hf|v\d+(\.\d+)*|\d{4})$"
+ENDINGS = r"-(instruct|it|base|chat|ft|pretrained|bnb-4bit|unsloth|hf|v\d+(\.\d+)*|\d{4})$"
 """What names of models end with that says nothing of their sizes."""
 HUB_SECONDS = 5.0
 

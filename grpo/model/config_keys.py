@@ -47,6 +47,9 @@ OLD_SPELLINGS = {
 }  # fmt: skip
 """Keys that transformers' classes do not list and that are read nonetheless, or checked here."""
 
+TOKENS = {f"{name}_token_id" for name in ("unk", "cls", "sep", "mask")}
+"""The tokenizer's business, which a GGUF file's metadata bring along: no graph reads them."""
+
 
 class Complaint(NamedTuple):
     """A key that the two graphs would not compute alike."""
@@ -212,7 +215,7 @@ def normalize_config(config: DecoderConfig) -> list[str]:
         setattr(config, key, value)
     if getattr(config, "use_bidirectional_attention", None) == OF_IMAGES:
         config.use_bidirectional_attention = None
-    strange = sorted(set(config.to_dict()) - own_keys(config) - base_keys() - OLD_SPELLINGS)
+    strange = sorted(set(config.to_dict()) - own_keys(config) - base_keys() - OLD_SPELLINGS - TOKENS)
     if strange := [key for key in strange if not key.startswith(("_", "unsloth_"))]:
         notices.append(
             f"keys of the model's configuration that transformers' {type(config).__name__} does not have are not used: "

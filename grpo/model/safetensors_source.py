@@ -21,6 +21,7 @@ from grpo.model.architectures import check_supported
 from grpo.model.checks import check_quantization, check_sizes, one_line, read_object
 from grpo.model.layout import HEAD
 from grpo.model.meta_graph import graph_tensors
+from grpo.model.sound import refuse_sound
 from grpo.model.text_decoder import decoder_names, text_config
 from grpo.model.weight_files import stored_names, unique, unread_files, weights_entry
 from grpo.model.weight_source import NF4Tensor
@@ -46,6 +47,7 @@ class SafetensorsSource:
         self._trust_remote_code = model.trust_remote_code
         file = path / "config.json"
         values = read_object(file)
+        refuse_sound(values, file)
         check_sizes(values, file)
         check_quantization(values, file)
         # Of a family that transformers has, its own class is used, whatever code lies beside the weights.

@@ -28,9 +28,11 @@ from grpo.monitor.log import is_sampled
 from grpo.monitor.notebook import NotebookDisplay, Progress
 from grpo.monitor.trackers import Trackers
 from grpo.printable import printable
+from grpo.report.alarms import Alarm, AlarmWatch, replayed
 from grpo.report.page import LiveReport
 from grpo.run.checkpoint import write_atomically
 from grpo.run.records import (
+    ALARMS,
     EVALUATIONS,
     HELD_OUT,
     METRICS,
@@ -87,6 +89,7 @@ class RunLog:
         self._config = config
         self._trackers = Trackers(config, run_folder)
         self._report = LiveReport(run_folder, self.notice) if config.log.report else None
+        self._alarms = AlarmWatch(config.alarms)
         self._last: dict[str, Any] = {"step": 0}
         self._series: dict[str, list[float]] = {}
         self._console = console or Console(highlight=False)
@@ -123,16 +126,23 @@ class RunLog:
     def resume(self, step: int) -> None:
         """Go on after `step`: what was recorded of later steps, or only in part, is dropped."""
         self._last, self._series = {"step": step}, {}
-        for path in (self.run_folder / METRICS, self.run_folder / EVALUATIONS):
-            if path.exists():
-                selected = [entry for entry in read_entries(path) if entry["step"] <= step]
-                write_atomically(path, "".join(map(json_line, selected)).encode())
-                for entry in selected:
-                    self._remember(entry)
+        before = {name: self._cut(name, step) for name in (METRICS, EVALUATIONS, ALARMS)}
+        for entry in (*before[METRICS], *before[EVALUATIONS]):
+            self._remember(entry)
+        self._alarms = replayed(self._config.alarms, before[METRICS], before[EVALUATIONS])
         for kind in (TRAINING, HELD_OUT):
             for sampled, path in completions_files(self.run_folder, kind).items():
                 if sampled > step:
                     path.unlink()
+
+    def _cut(self, name: str, step: int) -> list[dict[str, Any]]:
+        """The lines of a file of the run up to `step`; what it has of later ones is taken out of it."""
+        path = self.run_folder / name
+        if not path.exists():
+            return []
+        selected = [entry for entry in read_entries(path) if entry["step"] <= step]
+        write_atomically(path, "".join(map(json_line, selected)).encode())
+        return selected
 
     def status(self, text: str) -> None:
         """Say what is being done now, such as "starting vLLM"; replaced by the next status or step.
@@ -158,6 +168,7 @@ class RunLog:
             self._print(Text(self._line()))
         else:
             self._live.refresh()
+        self._raise(self._alarms.step(self._last))
         self._reported()
 
     def evaluation(self, step: int, result: Mapping[str, Any], groups: Sequence[SampleGroup] = ()) -> None:
@@ -170,7 +181,15 @@ class RunLog:
         entry = self._record(EVALUATIONS, {"step": step, **result})  # last: what is recorded is not evaluated again
         figures = [_held_out(key, entry) for key in self._scores("eval") if key in entry and _is_news(key)]
         self._print(Text(f"held out after step {step}: {', '.join(figures)}"))
+        self._raise(self._alarms.evaluation(entry))
         self._reported()
+
+    def _raise(self, alarms: Sequence[Alarm]) -> None:
+        """Show alarms that begin, and keep them in `alarms.jsonl`."""
+        for alarm in alarms:
+            with (self.run_folder / ALARMS).open("a", encoding="utf-8") as file:
+                file.write(json_line(alarm.entry()))
+            self._print(Text(f"alarm, step {alarm.step}: {printable(alarm.said)}", style="bold red"))
 
     def _reported(self) -> None:
         """Tell the report that there is something new; it begins with the first step."""
@@ -218,6 +237,7 @@ class RunLog:
             "first": first,
             "last": last,
             **summary,
+            "alarms": [alarm.entry() for alarm in self._alarms.raised],
             "versions": versions(),
             "hardware": hardware(),
         }
@@ -284,6 +304,8 @@ class RunLog:
             Text("" if left is None else f"{_duration(left)} left"),
             Text(self._status, style="dim"),
         )
+        if names := [on.alarm.title.lower() for on in self._alarms.standing.values()]:
+            return Group(head, Text(f"alarm: {', '.join(names)}", style="bold red"), self._table())
         return Group(head, self._table())
 
     def _table(self) -> Table:
@@ -333,6 +355,8 @@ class RunLog:
         ]
         if record["first"]:
             parts.append(table)
+        if names := dict.fromkeys(alarm.title.lower() for alarm in self._alarms.raised):
+            parts.append(Text(f"Alarms: {', '.join(names)}; docs/alarms.md says what to look at", style="bold red"))
         if record.get("adapter") is not None:
             parts.append(Text(f"The adapter is in {printable(str(record['adapter']))}"))
         parts.append(Text(f"Metrics, samples and summary.json are in {printable(str(self.run_folder))}"))

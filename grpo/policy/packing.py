@@ -1,4 +1,4 @@
-"""Sequences laid out in one row without padding, a shared prompt once, and the decoder run over it."""
+"""Sequences laid out in one row without padding, what they share once, and the decoder run over it."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from grpo.kernels.attention import Packing, Span
+from grpo.policy.prefix_tree import PrefixTree
 
 
 @dataclass
 class PackedRow:
-    """Sequences laid out one after another, a prompt shared by neighbours only once."""
+    """Sequences laid out one after another, what they share only once."""
 
     tokens: list[int] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
@@ -27,8 +28,8 @@ class PackedRow:
         """Add `tokens` as a span that continues `prefix`."""
         if not tokens:
             return
-        prefix_span = (prefix.start, prefix.length) if prefix else (0, 0)
-        self.spans.append(Span(len(self.tokens), len(tokens), *prefix_span))
+        place = len(self.tokens), len(tokens)
+        self.spans.append(prefix.continued(*place) if prefix else Span(*place))
         self.positions += range(first_position, first_position + len(tokens))
         self.tokens += tokens
 
@@ -36,7 +37,10 @@ class PackedRow:
 def packed_row(
     prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], sampled: Sequence[bool] | None = None
 ) -> PackedRow:
-    """`completions` after their `prompts`. `sampled`: which of all completion tokens are predicted; None: each."""
+    """`completions` after their `prompts`, a prompt shared by neighbours once.
+
+    `sampled`: which of all completion tokens are predicted; None: each.
+    """
     row = PackedRow()
     pairs = zip(prompts, completions, strict=True)
     for prompt, members in groupby(pairs, key=lambda pair: list(pair[0])):
@@ -55,18 +59,41 @@ def packed_row(
     return row
 
 
+def tree_row(
+    prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], sampled: Sequence[bool] | None = None
+) -> PackedRow:
+    """The same with every beginning that sequences share computed once, also where they part within their turns."""
+    tree, row = PrefixTree(), PackedRow()
+    for prompt, completion in zip(prompts, completions, strict=True):
+        tree.add([*prompt, *completion[:-1]], len(prompt))
+    spans: dict[int, Span] = {}
+    for node in tree.root.below():
+        before = spans.get(id(node.parent))
+        row.append(node.tokens.tolist(), before.keys if before else 0, prefix=before)
+        spans[id(node)] = row.spans[-1]
+    for prompt, (end, length) in zip(prompts, tree.ends, strict=True):
+        places = [place for start, count in spans[id(end)].ranges for place in range(start, start + count)]
+        row.predicting += places[len(prompt) - 1 : length]
+    if sampled is not None:
+        row.predicting = list(compress(row.predicting, sampled))
+    return row
+
+
 def predicting_states(
     decoder: nn.Module,
     prompts: Sequence[Sequence[int]],
     completions: Sequence[Sequence[int]],
     device: torch.device,
     sampled: Sequence[bool] | None = None,
+    *,
+    tree: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(`decoder`'s output where each completion token is predicted [tokens, hidden], those tokens [tokens]).
 
-    Only tokens that are `sampled` count, where it is given: what an environment wrote is context and no more.
+    Only tokens that are `sampled` count, where it is given: what an environment wrote is context and no more. With
+    `tree`, sequences share more than whole prompts.
     """
-    row = packed_row(prompts, completions, sampled)
+    row = (tree_row if tree else packed_row)(prompts, completions, sampled)
     hidden = decoder(
         input_ids=torch.tensor([row.tokens], device=device),
         position_ids=torch.tensor([row.positions], device=device),

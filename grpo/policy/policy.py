@@ -144,15 +144,19 @@ class Policy:
         chunk_tokens: int = 1024,
         entropy_gradient: bool = False,
         sampled: Sequence[bool] | None = None,
+        tree: bool = False,
     ) -> TokenLogprobs:
         """Logprob of every completion token under `softmax(logits / temperature)`, and the entropy there.
 
         `prompts` and `completions` are token ids of S sequences, none empty. `sampled` says of all completion tokens,
         one after another, which are scored; None: each. Those are the T of the result. Neighbours with the same prompt
-        share one computation of it. The last completion token predicts nothing and is not fed.
+        share one computation of it; with `tree`, so do all that begin alike, as far as they do. The last completion
+        token predicts nothing and is not fed.
         """
         # [T, hidden] and int64 [T]
-        hidden, targets = predicting_states(self.decoder.model, prompts, completions, self.base.device, sampled)
+        hidden, targets = predicting_states(
+            self.decoder.model, prompts, completions, self.base.device, sampled, tree=tree
+        )
         logprobs, entropy = selected_logprobs(
             hidden,
             self.head_weight(),

@@ -15,16 +15,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from grpo.report.alarms import thresholds
 from grpo.report.data import RunData, mean, rounded
 
 POINTS = 300
 """At most so many points in a curve."""
 TREND_SHARE = 0.05
 """Share of the run over which the trend of a noisy curve is a mean."""
-LEAST_SURVIVAL = 0.5
-"""Of an adapter's effect, from step SURVIVAL_FROM on; with one rounding nearly all of it shows by then."""
-SURVIVAL_FROM = 20
-MISMATCH_LIMIT = 0.01
 
 Chart = dict[str, Any]
 Series = dict[str, Any]
@@ -58,11 +55,11 @@ def norm_limit(run: RunData) -> tuple[str, float | None]:
 
 
 def survival_limit(run: RunData) -> tuple[str, float | None]:
-    return "half of it", LEAST_SURVIVAL
+    return "alarm below", thresholds(run).adapter_survival
 
 
 def mismatch_limit(run: RunData) -> tuple[str, float | None]:
-    return "worry above", MISMATCH_LIMIT
+    return "alarm above", thresholds(run).mismatch_kl
 
 
 COMPLETIONS = (
@@ -231,8 +228,7 @@ def curve(run: RunData, key: str, label: str, colour: int, noisy: bool = False, 
     if size > 1:
         series["span"] = size
     if spread in run.series:
-        widths = thinned(run.series[spread], size, mean_of)
-        pairs = [(None, None) if m is None or w is None else (m - w, m + w) for m, w in zip(means, widths, strict=True)]
+        pairs = deviations(run, key, spread, size)
         series["band"] = "standard deviation"
     elif size > 1:
         pairs = list(zip(thinned(values, size, least), thinned(values, size, largest), strict=True))
@@ -244,6 +240,49 @@ def curve(run: RunData, key: str, label: str, colour: int, noisy: bool = False, 
     if noisy and len(means) >= 10:
         series["trend"] = list(map(rounded, smoothed(means, max(int(len(means) * TREND_SHARE), 3))))
     return series
+
+
+def deviations(run: RunData, key: str, spread: str, size: int) -> list[tuple[float | None, float | None]]:
+    """A standard deviation to either side of each mean of `size` steps, as far as the rewards of these steps reach."""
+    prefix = spread.removesuffix("std")
+    least_seen, largest_seen = extremes(run, key, prefix)
+    columns = (
+        thinned(run.series[key], size, mean_of),
+        thinned(run.series[spread], size, mean_of),
+        thinned(run.series.get(f"{prefix}min", [least_seen] * len(run.steps)), size, least),
+        thinned(run.series.get(f"{prefix}max", [largest_seen] * len(run.steps)), size, largest),
+    )
+    return [
+        (None, None) if at is None or width is None else (max_of(at - width, low), min_of(at + width, high))
+        for at, width, low, high in zip(*columns, strict=True)
+    ]
+
+
+def extremes(run: RunData, key: str, prefix: str) -> tuple[float | None, float | None]:
+    """The least and the largest reward of a run that did not log them at each step, from its means and completions.
+
+    (None, None) where they are logged, and where the spread shows that there were others beyond them.
+    """
+    if f"{prefix}min" in run.series:
+        return None, None
+    name = key.removeprefix("rewards/")
+    samples = [sample for group in run.groups if group["kind"] == "training" for sample in group["samples"]]
+    shown = [sample["reward"] if key == "reward" else sample["rewards"].get(name) for sample in samples]
+    low, high = least([*run.series[key], *shown]), largest([*run.series[key], *shown])
+    if low is None or high is None:
+        return None, None
+    pairs = zip(run.series[key], run.series[f"{prefix}std"], strict=True)
+    # No spread between two ends is larger than that of values at both ends alone; 1.5: of few values.
+    inside = all(s * s <= 1.5 * (high - m) * (m - low) + 1e-9 for m, s in pairs if m is not None and s is not None)
+    return (low, high) if inside else (None, None)
+
+
+def max_of(value: float, bound: float | None) -> float:
+    return value if bound is None else max(value, bound)
+
+
+def min_of(value: float, bound: float | None) -> float:
+    return value if bound is None else min(value, bound)
 
 
 def thinned(values: Sequence[Any], size: int, reduce: Callable[[Sequence[Any]], Any]) -> list[Any]:
@@ -428,9 +467,9 @@ def time_shares(run: RunData) -> list[dict[str, Any]]:
 def other_charts(runs: Sequence[RunData], most: int = 48) -> list[Chart]:
     """A small chart of every metric that has none above."""
     shown = {key for spec in (*COMPLETIONS, *LEARNING, *AGREEMENT, *RESOURCES) for key in spec.keys}
-    shown |= {*TIMES, "step_seconds", "reward", "reward_std"}
+    shown |= {*TIMES, "step_seconds", "reward", "reward_std", "reward_min", "reward_max"}
     names = {name for run in runs for name in run.rewards}
-    shown |= {f"rewards/{name}{end}" for name in names for end in ("", "/std")}
+    shown |= {f"rewards/{name}{end}" for name in names for end in ("", "/std", "/min", "/max")}
     keys = [key for key in dict.fromkeys(key for run in runs for key in run.series) if key not in shown]
     specs = [Spec(key, "seconds" if key.endswith("seconds") else "", "", {key: key}) for key in keys[:most]]
     return line_charts(runs, specs)

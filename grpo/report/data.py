@@ -74,6 +74,12 @@ class RunData:
         """The values of a metric, without the steps that have none."""
         return [value for value in self.series.get(key, ()) if value is not None]
 
+    def entries(self) -> Iterator[Entry]:
+        """The steps with their metrics, as they were logged."""
+        for place, step in enumerate(self.steps):
+            values = ((key, column[place]) for key, column in self.series.items())
+            yield {"step": step, **{key: value for key, value in values if value is not None}}
+
     @property
     def rewards(self) -> list[str]:
         """Names of the reward functions, in the order of the metrics."""

@@ -1,24 +1,23 @@
 """What the figures of a run suggest, as sentences: what went well, and what deserves a look and why.
 
 Each rule is one that `docs/tutorial.md` explains under "Reading the metrics" and "When the reward stays flat"; none is
-more than a hint. Compared are the first and the last fifth of the steps, so that single noisy steps say nothing.
+more than a hint. Compared are the first and the last fifth of the steps, so that single noisy steps say nothing. What
+deserves a look as soon as it is seen is an alarm: alarms.py.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from grpo.report.charts import LEAST_SURVIVAL, MISMATCH_LIMIT, SURVIVAL_FROM
 from grpo.report.data import RunData
 
 FEWEST_STEPS = 15
 """With fewer steps nothing is said about a trend."""
 EQUAL_GROUPS, CUT_SHARE, WAITING_SHARE = 0.5, 0.2, 0.25
-COLLAPSED_LENGTH, COLLAPSED_ENTROPY = 0.3, 0.1
 STEEP_GRADIENT = 5
 FEWEST_CALLS, FAILED_CALLS, LOST_EPISODES = 0.02, 0.3, 0.05
 
@@ -31,17 +30,16 @@ class Finding:
     text: str
 
 
-def findings(run: RunData) -> list[Finding]:
-    """What is worth saying of `run`, the good first; nothing for a run of a few steps."""
+def findings(run: RunData, alarms: Collection[str] = ()) -> list[Finding]:
+    """What is worth saying of `run` besides its `alarms`, the good first; nothing for a run of a few steps."""
     if len(run.steps) < FEWEST_STEPS:
         return []
     sentences = [
         *reward_trend(run),
         *held_out(run),
-        *comparisons(run),
-        *lengths(run),
+        *(() if "equal_groups" in alarms else comparisons(run)),
+        *(() if "cut_completions" in alarms else lengths(run)),
         *stability(run),
-        *survival(run),
         *speed(run),
         *episodes(run),
     ]
@@ -107,9 +105,7 @@ def held_out(run: RunData) -> Iterator[Finding]:
                 "the format rather than to answer.",
             )
     elif strict < 0:
-        rose = (both := fifths(run, "reward")) is not None and both[1] > both[0]
-        hint = "while the reward rose: the reward is being gamed" if rose else "eval.keep_best kept the best adapter"
-        yield Finding(False, f"{said[0].upper()}{said[1:]}; {hint}.")
+        yield Finding(False, f"{said[0].upper()}{said[1:]}; eval.keep_best kept the best adapter.")
 
 
 def change(first: dict[str, Any], last: dict[str, Any], name: str) -> int | None:
@@ -133,51 +129,22 @@ def comparisons(run: RunData) -> Iterator[Finding]:
 
 
 def lengths(run: RunData) -> Iterator[Finding]:
-    cut, length = recent(run, "clipped_ratio"), fifths(run, "completion_length")
+    cut = recent(run, "clipped_ratio")
     if cut is not None and cut > CUT_SHARE:
         yield Finding(
             False,
             f"{100 * cut:.0f} % of the last completions were cut at rollout.max_completion_length before they ended. "
             "Raise it, or punish the last stretch with length_penalty.",
         )
-    if length is not None and length[1] < COLLAPSED_LENGTH * length[0]:
-        yield Finding(
-            False, f"Completions shrank from {length[0]:.0f} to {length[1]:.0f} tokens. Read some: is that wanted?"
-        )
 
 
 def stability(run: RunData) -> Iterator[Finding]:
-    entropy, mismatch = fifths(run, "entropy"), recent(run, "mismatch_kl")
-    if entropy is not None and 0 <= entropy[1] < COLLAPSED_ENTROPY * entropy[0]:
-        yield Finding(
-            False,
-            f"Entropy fell from {entropy[0]:.3g} to {entropy[1]:.3g} nats a token: the model has all but stopped "
-            "exploring. More prompts a step or a lower rate keep it longer.",
-        )
-    if mismatch is not None and mismatch > MISMATCH_LIMIT:
-        yield Finding(
-            False,
-            f"The mismatch KL is {mismatch:.3g}, above {MISMATCH_LIMIT:g}: sampler and trainer disagree about the "
-            'model. With rollout.kv_cache_dtype = "fp8" that is expected, otherwise it is a defect.',
-        )
     limit, norm = run.setting("train", "max_grad_norm"), recent(run, "grad_norm")
     if limit and norm is not None and norm > STEEP_GRADIENT * limit:
         yield Finding(
             False,
             f"The gradient's norm is {norm:.3g} and is scaled down to {limit:g} at every step: the learning rate says "
             "less than it seems to.",
-        )
-
-
-def survival(run: RunData) -> Iterator[Finding]:
-    measured = zip(run.steps, run.series.get("adapter_survival", ()), strict=False)
-    shares = [(step, share) for step, share in measured if share is not None and step >= SURVIVAL_FROM]
-    if shares and shares[-1][1] < LEAST_SURVIVAL:
-        yield Finding(
-            False,
-            f"At step {shares[-1][0]} the 16-bit policy shows {100 * shares[-1][1]:.0f} % of the "
-            "adapter's effect: rounding takes back what is learned. A higher train.learning_rate, or model.dtype = "
-            '"float16", lets more of it through.',
         )
 
 

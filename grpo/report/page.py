@@ -24,6 +24,7 @@ import jinja2
 from markupsafe import Markup
 
 from grpo.printable import printable
+from grpo.report.alarms import watch_of
 from grpo.report.charts import sections, time_shares
 from grpo.report.data import RunData, flattened, improvements, mean, read_run
 from grpo.report.findings import findings
@@ -39,7 +40,9 @@ COMPARISON = Path("comparison.html")
 TIME_SHARE = 0.01
 """Of a run's time, what writing its report may take."""
 ENDS = 5  # steps that "last" is a mean over, as in the summary
-TITLES = {"findings": "Suggestions", "final": "Final figures", "differences": "Differences"}
+TITLES = {"alarms": "Alarms", "findings": "Suggestions", "final": "Final figures", "differences": "Differences"}
+SHORT = {"evaluation": "Held out", "agreement": "Agreement", "time": "Time", "more": "More"}
+"""What the navigation calls sections with longer titles, so that it fits one line."""
 
 Page = dict[str, Any]
 
@@ -182,7 +185,8 @@ def page(runs: Sequence[RunData], drawn: list[Page]) -> Page:
         "state": state(run) if one else "",
         "live": one and not run.finished,
         "tiles": tiles(run) if one else [],
-        "findings": findings(run) if one else [],
+        "alarms": alarms(run) if one else [],
+        "findings": findings(run, {alarm.name for alarm in watch_of(run).raised}) if one else [],
         "final": None if one else final_figures(runs),
         "differences": None if one else differences(runs),
         "sections": [{"id": section["id"], "title": section["title"]} for section in drawn],
@@ -195,10 +199,21 @@ def page(runs: Sequence[RunData], drawn: list[Page]) -> Page:
     return made | {"contents": contents(made)}
 
 
+def alarms(run: RunData) -> list[Page]:
+    """Those that were raised, the ones that stand first."""
+    watch = watch_of(run)
+    standing = [on.alarm for on in watch.standing.values()]
+    made = [
+        {"title": alarm.title, "text": alarm.said, "step": f"{alarm.step:,}", "stands": alarm in standing}
+        for alarm in watch.raised
+    ]
+    return sorted(made, key=lambda entry: not entry["stands"])
+
+
 def contents(made: Page) -> list[dict[str, str]]:
     """The sections of the page in their order, for its navigation."""
     listed = [{"id": name, "title": title} for name, title in TITLES.items() if made[name]]
-    listed += made["sections"]
+    listed += [{**section, "title": SHORT.get(section["id"], section["title"])} for section in made["sections"]]
     if made["has_completions"]:
         listed.append({"id": "completions", "title": "Samples"})
     return [*listed, {"id": "settings", "title": "Settings"}] if made["one"] else listed

@@ -22,6 +22,7 @@ from starlette.routing import Route
 
 from grpo.errors import UserError
 from grpo.printable import printable
+from grpo.report.alarms import watch_of
 from grpo.report.data import RunData, read_run
 from grpo.report.page import WATCH, accuracy, figure, number_equal_names, policy, render, state, template, text_of
 from grpo.run.checkpoint import CONFIG
@@ -156,6 +157,7 @@ def row(name: str, folder: Path) -> dict[str, str]:
     return {
         "key": printable(name),
         "state": state(run),
+        "alarms": ", ".join(on.alarm.title.lower() for on in watch_of(run).standing.values()),
         "reward": figure(rewards[-1]) if rewards else "",
         "held_out": held_out,
         "changed": when.strftime("%Y-%m-%d %H:%M:%S"),

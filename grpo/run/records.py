@@ -2,6 +2,7 @@
 
     metrics.jsonl             one JSON object a step
     eval.jsonl                held-out figures
+    alarms.jsonl              what was warned of, a line each time; no file without any
     completions/step-N.jsonl  completions sampled in training at step N, a group a line
     completions/eval-N.jsonl  completions of held-out questions after step N, a group a line
     summary.json, report.html
@@ -22,6 +23,7 @@ from typing import Any
 from grpo.printable import UNPRINTABLE
 
 METRICS, EVALUATIONS, SUMMARY, REPORT = "metrics.jsonl", "eval.jsonl", "summary.json", "report.html"
+ALARMS = "alarms.jsonl"
 COMPLETIONS = "completions"
 TRAINING, HELD_OUT = "step", "eval"  # kinds of files in COMPLETIONS
 

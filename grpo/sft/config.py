@@ -63,10 +63,12 @@ class Sft(Section):
     """Render through the chat template. Off: prompt and completion follow one another as plain text."""
     chat_template_kwargs: dict[str, Any] = {}
     """Passed to the chat template, as in `[rollout]`."""
-    turns_per_conversation: PositiveInt = 1
-    """Join so many rows, drawn at random, into one conversation of several turns."""
+    conversation_extension: PositiveInt = 1
+    """Join so many rows, drawn by the seed, into one conversation of several turns."""
     completion_only_loss: bool = True
     """Train on the assistant's turns alone. Off: on every token."""
+    train_on: Literal["all", "last"] = "all"
+    """Which of the assistant's turns: "all", or only the "last" of each conversation."""
     max_length: PositiveInt = 1024
     """Longest sequence in tokens, and with `packing` the length of a packed row."""
     overlong: Literal["drop", "error"] = "drop"
@@ -77,6 +79,15 @@ class Sft(Section):
     """Sequences, or packed rows, in one forward and backward."""
     gradient_accumulation_steps: PositiveInt = 1
     """Forwards and backwards in one optimiser step."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def earlier_name(cls, values: Any) -> Any:
+        """`turns_per_conversation`, as run folders may have it, is `conversation_extension`."""
+        if isinstance(values, dict) and "turns_per_conversation" in values and "conversation_extension" not in values:
+            values = dict(values)
+            values["conversation_extension"] = values.pop("turns_per_conversation")
+        return values
 
     @model_validator(mode="after")
     def one_source(self) -> Sft:
@@ -92,9 +103,21 @@ class Sft(Section):
 
     @model_validator(mode="after")
     def text_has_no_roles(self) -> Sft:
-        if not self.chat and (self.system_prompt is not None or self.turns_per_conversation > 1):
-            raise ValueError("system_prompt and turns_per_conversation need chat = true; leave them out")
+        if not self.chat and (self.system_prompt is not None or self.conversation_extension > 1):
+            raise ValueError("system_prompt and conversation_extension need chat = true; leave them out")
         return self
+
+    @model_validator(mode="after")
+    def turns_are_chosen_among_answers(self) -> Sft:
+        if self.train_on == "last" and not self.completion_only_loss:
+            raise ValueError('completion_only_loss = false trains on every token; leave out train_on = "last"')
+        return self
+
+    @property
+    def of_text(self) -> str | None:
+        """A key that is set and says how text becomes tokens."""
+        keys = ("prompt", "completion", "system_prompt", "chat_template_kwargs", "conversation_extension", "train_on")
+        return next((key for key in keys if getattr(self, key) != type(self).model_fields[key].default), None)
 
 
 class SftConfig(Section):

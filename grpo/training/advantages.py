@@ -116,7 +116,8 @@ def may_skip_equal_groups(settings: Loss) -> bool:
 
 
 def reward_metrics(rewards: Tensor, advantages: Advantages, names: Sequence[str]) -> dict[str, float]:
-    """`reward`, `reward_std`, `frac_reward_zero_std`, and `rewards/NAME`, `rewards/NAME/std` of each function.
+    """`reward`, `reward_std`, `frac_reward_zero_std`, and `rewards/NAME`, `rewards/NAME/std` of each function; of each
+    the least and the largest too, as `reward_min`, `rewards/NAME/min` and so on.
 
     rewards: [P, G, F], all completions that were scored, before any group is dropped. Means and standard deviations
     are over completions, without missing scores; what had too few scores is left out of the result.
@@ -125,8 +126,16 @@ def reward_metrics(rewards: Tensor, advantages: Advantages, names: Sequence[str]
         "reward": advantages.reward.nanmean(),
         "reward_std": _std(advantages.reward.flatten(), 0)[0],
         "frac_reward_zero_std": advantages.zero_std.double().mean(),
+        **_extremes("reward_", advantages.reward),
     }
     for name, scores in zip(names, rewards.double().flatten(0, 1).unbind(-1), strict=True):
         metrics[f"rewards/{name}"] = scores.nanmean()
         metrics[f"rewards/{name}/std"] = _std(scores, 0)[0]
+        metrics |= _extremes(f"rewards/{name}/", scores)
     return {name: float(value) for name, value in metrics.items() if not value.isnan()}
+
+
+def _extremes(prefix: str, values: Tensor) -> dict[str, Tensor]:
+    """The least and the largest of what is not NaN; nothing where all is."""
+    known = values[~values.isnan()]
+    return {f"{prefix}min": known.min(), f"{prefix}max": known.max()} if len(known) else {}

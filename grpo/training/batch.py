@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from grpo.policy.prefix_tree import PrefixTree
 from grpo.rollout.sampler import Group
 from grpo.rollout.types import Segment
 
@@ -106,22 +107,47 @@ def training_sequences(group: Group, advantages: Tensor) -> list[TrainingSequenc
     return sequences
 
 
-def pack(sequences: Sequence[TrainingSequence], tokens: int) -> list[list[TrainingSequence]]:
+def pack(sequences: Sequence[TrainingSequence], tokens: int, *, tree: bool = False) -> list[list[TrainingSequence]]:
     """Micro-batches of at most `tokens` tokens each, filled in order; a longer sequence gets one of its own.
 
-    A prompt that follows itself in the same micro-batch is computed, and counted, once.
+    What is computed once in a micro-batch is counted once: a prompt that follows itself or, with `tree`, whatever
+    sequences begin with alike.
     """
+    count_new = new_tokens_of_trees if tree else new_tokens
     batches: list[list[TrainingSequence]] = []
-    room = 0
+    room, counted = 0, count_new()
     for sequence in sequences:
-        shared = batches and batches[-1][-1].prompt_ids == sequence.prompt_ids
-        cost = len(sequence) - (len(sequence.prompt_ids) if shared else 0)
+        cost = counted(sequence)
         if not batches or cost > room:
             batches.append([])
-            room, cost = tokens, len(sequence)
+            counted = count_new()
+            room, cost = tokens, counted(sequence)
         batches[-1].append(sequence)
         room -= cost
     return batches
+
+
+def new_tokens() -> Callable[[TrainingSequence], int]:
+    """What counts the tokens of one sequence after another, without a prompt that is the one before's."""
+    last: list[Sequence[int]] = []
+
+    def count(sequence: TrainingSequence) -> int:
+        shared = bool(last) and last[-1] == sequence.prompt_ids
+        last.append(sequence.prompt_ids)
+        return len(sequence) - (len(sequence.prompt_ids) if shared else 0)
+
+    return count
+
+
+def new_tokens_of_trees() -> Callable[[TrainingSequence], int]:
+    """What counts the tokens of one sequence after another, without what any before it began with."""
+    tree = PrefixTree()
+
+    def count(sequence: TrainingSequence) -> int:
+        parts = [([*one.prompt_ids, *one.token_ids[:-1]], len(one.prompt_ids)) for one in sequence.segments]
+        return sum(tree.add(tokens, prompt) for tokens, prompt in parts)
+
+    return count
 
 
 def sampled_inputs(batch: Sequence[TrainingSequence], device: torch.device) -> dict[str, Any]:

@@ -50,6 +50,8 @@ class Learner:
     ):
         """`check` is called before every micro-batch, and may raise to abandon the update."""
         self.policy, self.config, self.max_steps, self.check = policy, config, max_steps, check
+        self.tree = config.environment is not None
+        """Whether sequences share more than whole prompts: turns of episodes do, completions hardly."""
         self.ranks = ranks or Ranks()
         self.update_check = UpdateCheck(config.train)
         self.loss = resolve_loss(config.loss)
@@ -119,7 +121,7 @@ class Learner:
     def backpropagate(self, active: list[TrainingSequence], totals: BatchTotals) -> list[Metrics]:
         """Accumulate the gradient of one optimiser step on `active`."""
         metrics = []
-        for batch in pack(active, self.budget.tokens):
+        for batch in self.packed(active):
             self.check()
             loss, measured = self.micro_batch(batch, totals)
             self.scaler.backward(loss)
@@ -205,17 +207,21 @@ class Learner:
     @torch.no_grad()
     def entropy(self, sequences: Sequence[TrainingSequence]) -> Tensor:
         """float32 [T] at the T trained tokens of `sequences`, from an extra forward pass."""
-        batches = pack(sequences, self.budget.tokens)
+        batches = self.packed(sequences)
         none = torch.empty(0, device=self.policy.base.device)  # a rank may have no sequences
         return torch.cat([none, *(self.score(batch).entropy for batch in batches)])
 
     @torch.no_grad()
     def remember_old_logprobs(self, sequences: list[TrainingSequence]) -> None:
         """Store each sequence's logprobs, float32 [trained], under the policy as it is now."""
-        for batch in pack(sequences, self.budget.tokens):
+        for batch in self.packed(sequences):
             lengths = [sequence.trained for sequence in batch]
             for sequence, logprobs in zip(batch, self.score(batch).logprobs.split(lengths), strict=True):
                 sequence.old_logprobs = logprobs
+
+    def packed(self, sequences: Sequence[TrainingSequence]) -> list[list[TrainingSequence]]:
+        """`sequences` as micro-batches."""
+        return pack(sequences, self.budget.tokens, tree=self.tree)
 
     def score(self, batch: Sequence[TrainingSequence], *, entropy_gradient: bool = False) -> TokenLogprobs:
         """Logprob and entropy, float32 [T] each, at the T trained tokens of `batch`, one sequence after another."""
@@ -228,6 +234,7 @@ class Learner:
             temperature=self.config.rollout.temperature,
             chunk_tokens=self.config.train.logprob_chunk_tokens,
             entropy_gradient=entropy_gradient,
+            tree=self.tree,
         )
 
     def clip_gradients(self) -> float:

@@ -364,3 +364,13 @@ def test_gradient_checkpointing_may_be_a_boolean_as_in_trl(written: bool | str, 
 def test_the_configuration_reference_is_up_to_date() -> None:
     reference = runpy.run_path(str(ROOT / "docs/make_config.py"))["reference"]
     assert (ROOT / "docs/config.md").read_text() == reference(), "run `make docs`"
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["rollout.top_k=1", "rollout.min_p=0.1", "model.max_seq_length=8", "train.optimizer_steps_per_rollout=999"],
+)
+def test_a_rule_between_keys_that_an_override_breaks_names_it_and_not_the_file(override: str) -> None:
+    with pytest.raises(UserError) as caught:
+        read_config(ROOT / "tests" / "data" / "minimal.toml", ["log.samples=1", override, "train.seed=1"])
+    assert str(caught.value).startswith(f"--set {override}: ")

@@ -107,6 +107,24 @@ def test_every_look_is_legible_fits_its_width_and_is_quiet(browser: Browser, run
         browser.picture(Path(folder) / f"report-{look.replace(' ', '-')}.png")
 
 
+@pytest.mark.parametrize("look", LOOKS)
+def test_alarms_are_legible_and_the_navigation_needs_no_scroll_bar(browser: Browser, tmp_path: Path, look: str) -> None:
+    """With every section that a report can have; on a phone the navigation is a line that is drawn aside."""
+    options: dict[str, Any] = LOOKS[look]
+    more = {"frac_reward_zero_std": 1.0, "clipped_ratio": 0.9, "mismatch_kl": 0.05, "other_figure": 1.0}
+    folder = write_run(tmp_path / "mine", **more, adapter_survival=0.1)
+    browser.open(folder / "report.html", **options)
+    titles = ["Cut completions", "Groups without variance", "Adapter lost to rounding", "Mismatch high"]
+    assert shown(browser, "#alarms b") == sorted(titles, key=titles.index)
+    assert browser.run(CONTRAST) == []
+    assert browser.run("document.documentElement.scrollWidth") <= options.get("width", 1280)
+    links = shown(browser, "nav a")
+    assert links[0] == "Alarms" and {"Held out", "Agreement", "More", "Samples", "Settings"} <= set(links)
+    if "width" not in options:
+        fits = "(n => n.scrollWidth <= n.clientWidth && n.clientHeight < 50)(document.querySelector('nav'))"
+        assert browser.run(fits)
+
+
 def test_a_picture_of_the_page_shows_its_curves_in_colour(page: Browser, tmp_path: Path) -> None:
     from PIL import Image
 

@@ -87,13 +87,13 @@ def test_alpacas_input_and_columns_of_ones_own_are_merged_into_one_prompt():
 
 def test_every_answer_of_a_conversation_is_trained_on_up_to_its_end_token(tmp_path, tokenizer):
     rows = [{"prompt": f"q{n}", "completion": f"a{n}"} for n in range(7)]
-    data = examples(tmp_path, rows, tokenizer, turns_per_conversation=3, system_prompt="Be short")
+    data = examples(tmp_path, rows, tokenizer, conversation_extension=3, system_prompt="Be short")
     texts = [trained(example, tokenizer) for example in data.examples]
     assert [text.count("<eos>") for text in texts] == [3, 3, 1] and data.notices == []
     assert sorted("".join(texts).replace("<eos>", " ").split()) == [f"a{n}" for n in range(7)]
     assert all(tokenizer.decode(e.input_ids).count("system: Be short") == 1 for e in data.examples)
     assert texts != [
-        trained(e, tokenizer) for e in examples(tmp_path, rows, tokenizer, turns_per_conversation=2).examples
+        trained(e, tokenizer) for e in examples(tmp_path, rows, tokenizer, conversation_extension=2).examples
     ]
 
 
@@ -132,7 +132,7 @@ def test_long_rows_are_dropped_and_counted_never_cut(tmp_path, tokenizer):
         ({"question": "?", "reply": "!"}, "set sft.prompt and sft.completion"),
         ({"messages": CHAT[:1]}, "does not end with an answer"),
         ({"messages": [{"role": "user"}]}, '"role" and a text'),
-        ({"conversations": [{"from": "tool", "value": "x"}]}, "human"),
+        ({"conversations": [{"from": "critic", "value": "x"}]}, "human"),
     ],
 )
 def test_a_row_that_is_no_conversation_is_named(row, message, tmp_path, tokenizer):
@@ -141,9 +141,9 @@ def test_a_row_that_is_no_conversation_is_named(row, message, tmp_path, tokenize
     assert "row 1" in str(error.value)
 
 
-def test_a_template_that_rewrites_earlier_answers_is_refused(tmp_path, tokenizer):
+def test_a_template_that_leaves_out_what_was_asked_is_refused(tmp_path, tokenizer):
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] if loop.last else '-' }}{% endfor %}"
-    with pytest.raises(UserError, match="renders an earlier answer otherwise"):
+    with pytest.raises(UserError, match="does not show the user's message 'Hi'"):
         examples(tmp_path, [{"messages": [*CHAT, *CHAT]}], tokenizer)
 
 

@@ -193,6 +193,8 @@ def test_metrics_cover_all_scored_completions():
         "rewards/correct/std": statistics.stdev([1, 3, 1]),
         "rewards/format": 0.5,
         "rewards/format/std": statistics.stdev([0, 1]),
+        "reward_min": 1.0, "rewards/correct/min": 1.0, "rewards/format/min": 0.0,
+        "reward_max": 3.0, "rewards/correct/max": 3.0, "rewards/format/max": 1.0,
     })  # fmt: skip
 
 
