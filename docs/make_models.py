@@ -37,9 +37,12 @@ Of a checkpoint that takes images too the decoder of text is read, and what is l
 | --- | --- | --- |
 {with_images}
 
-Not served: encoder-decoders and embedding models, mixtures of experts, recurrent layers (Qwen3.5, LFM2, Mamba),
-attention with latent keys (MLA), FP8 checkpoints. Each is a sentence before weights are read. `cohere2` (Command R7B)
-does not pass with vLLM 0.32, which gives its windows a token more.
+Of a mixture of experts ([experts.md](experts.md)) the router's rule is recognised by running it; one that chooses
+otherwise than by the largest of a softmax is refused by its name.
+
+Not served: encoder-decoders and embedding models, recurrent layers (Qwen3.5, LFM2, Mamba), attention with latent keys
+(MLA), FP8 checkpoints. Each is a sentence before weights are read. `cohere2` (Command R7B) does not pass with vLLM
+0.32, which gives its windows a token more.
 """
 
 

@@ -19,3 +19,5 @@ start is lost."""
 CPU_BLOCK_BYTES = 8 << 20
 """logprob.py: each of two wide buffers on a CPU. Small enough for the caches, large enough that threads meet at few
 barriers, which are slow where other processes use the cores too."""
+EXPERTS_BYTES = 256 << 20
+"""experts.py: of dequantised experts at a time, in training."""

@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from grpo.config.schema import Config, Lora
-from grpo.kernels.sizes import ADAPTER_COLUMNS, CPU_BLOCK_BYTES, HEAD_SLICE_BYTES, MLP_TILE, QKV_TILE
+from grpo.kernels.sizes import ADAPTER_COLUMNS, CPU_BLOCK_BYTES, EXPERTS_BYTES, HEAD_SLICE_BYTES, MLP_TILE, QKV_TILE
 from grpo.model.adapter_layers import adapted_layers
 from grpo.model.attention_layers import attention_layers
+from grpo.model.expert_sizes import ExpertSizes, expert_sizes
 from grpo.model.families.table import family_of
 from grpo.model.sizes import linear_shapes, mlp_widths
 
@@ -82,6 +83,7 @@ class LayerSizes:
     """Numbers in one layer's A and B."""
     adapter_b: int
     """Numbers in one layer's B."""
+    experts: ExpertSizes | None = None
 
     @classmethod
     def of(cls, shape: Any, lora: Lora, of_all: Callable[[list[int]], int] = max) -> LayerSizes:
@@ -108,6 +110,7 @@ class LayerSizes:
             rank=rank,
             adapter=sum(rank * sum(size) for size in first.values()),
             adapter_b=sum(rank * size[0] for size in first.values()),
+            experts=expert_sizes(shape),
         )
 
     def has(self, *endings: str) -> bool:
@@ -121,6 +124,11 @@ class LayerSizes:
 def mean_of(sizes: list[int]) -> int:
     """The mean, rounded up."""
     return -(-sum(sizes) // len(sizes))
+
+
+def has_kernels(shape: Any) -> bool:
+    """Whether kernels compute what the layers do, as `grpo.policy.fused_layers` asks."""
+    return family_of(shape.model_type).fused_layers
 
 
 @dataclass(frozen=True)
@@ -163,10 +171,7 @@ class TrainingMemory:
             chunk=config.train.logprob_chunk_tokens,
             entropy_gradient=bool(config.loss.entropy_coef),
             on_gpu=on_gpu,
-            kernels=config.train.kernels != "torch"
-            and on_gpu
-            and not config.lora.lora_dropout
-            and family_of(shape.model_type).fused_layers,
+            kernels=has_kernels(shape) and config.train.kernels != "torch" and on_gpu and not config.lora.lora_dropout,
             packed_weights=config.model.load_in_4bit and on_gpu,
             head_on_host=on_gpu and config.model.offload_head,
             flash=flash,
@@ -212,10 +217,24 @@ class TrainingMemory:
             size += 4 * (s.query + s.key) + 4 * (s.query + s.key) // s.head_dim
         if s.input_of_layer:
             size += 4 * s.hidden + 4 + 4 * s.input_of_layer * self.itemsize
-        numbers = s.hidden * s.has(*QKV)
+        numbers = s.hidden * s.has(*QKV) + s.rank * len(s.adapted)
+        if s.experts is not None:
+            return size + numbers * self.itemsize + self._experts_per_token(s.experts)
         numbers += s.hidden * s.has(*GATE_UP)
         numbers += 3 * s.inner + s.inner * s.has("down_proj")
-        return size + (numbers + s.rank * len(s.adapted)) * self.itemsize
+        return size + numbers * self.itemsize
+
+    def _experts_per_token(self, experts: ExpertSizes) -> int:
+        """Gate and up of every row, its place, and its expert and weight twice; the softmax over all experts."""
+        row = 2 * experts.inner * self.itemsize + 2 * 8 + 4 + 2 * self.itemsize
+        return experts.chosen * row + 4 * experts.experts
+
+    def _experts_backward(self, experts: ExpertSizes) -> int:
+        """Rows of the gradient, of the product and its gradients, and what of the weights is dequantised."""
+        row = experts.hidden + 5 * experts.inner, 2 * experts.hidden + 2 * experts.inner
+        pieces = [min(EXPERTS_BYTES, rows * columns * self.itemsize) for rows, columns in experts.matrices]
+        rows = self.tokens * experts.chosen * max(row) * self.itemsize
+        return rows + (max(pieces) if self.packed_weights else 0)
 
     def _factors(self) -> int:
         """A and B as they are multiplied, which plain layers keep: in 16 bit, or s B in float32."""
@@ -358,10 +377,13 @@ class TrainingMemory:
         inner, wide = self.tokens * s.inner * self.itemsize, 4 * self.tokens * s.hidden
         layer_bytes = self.kept_by_layer()
         before = self.kept(mode) + (0 if mode == "none" else layer_bytes + one)
+        mlp, freed = 2 * inner + self._packed_weight(), 4 * inner
+        if s.experts is not None:
+            mlp, freed = self._experts_backward(s.experts), self.tokens * self._experts_per_token(s.experts)
         return {
             "last norm backward": self.kept(mode) + 6 * wide,
-            "mlp backward": before + one + 2 * inner + self._packed_weight(),
-            "attention backward": before - 4 * inner - wide + self._attention_backward(),
+            "mlp backward": before + one + mlp,
+            "attention backward": before - freed - wide + self._attention_backward(),
         }
 
     # Choosing

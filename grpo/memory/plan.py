@@ -17,6 +17,7 @@ from grpo.kernels.sizes import RANK_MULTIPLE
 from grpo.memory.activations import TrainingMemory, moment_bytes
 from grpo.model.adapter_layers import adapted_layers
 from grpo.model.attention_layers import attention_layers
+from grpo.model.expert_sizes import COUNTS, expert_sizes
 from grpo.model.layout import fused_linears
 from grpo.model.sizes import AUTO_SHARE, embedding_bytes, linear_shapes, nf4_bytes, pinned_bytes, weights_on_host
 
@@ -48,6 +49,11 @@ class Shape:
     head_dim: int
     vocab_size: int
     tie_word_embeddings: bool
+    num_experts: int = 0
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0
+    decoder_sparse_step: int = 1
+    mlp_only_layers: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Shape:
@@ -64,6 +70,11 @@ class Shape:
             head_dim=values.get("head_dim") or values["hidden_size"] // heads,
             vocab_size=values["vocab_size"],
             tie_word_embeddings=values.get("tie_word_embeddings", values["model_type"].startswith("gemma")),
+            num_experts=next((count for key in COUNTS if (count := values.get(key))), 0),
+            num_experts_per_tok=values.get("num_experts_per_tok") or 0,
+            moe_intermediate_size=values.get("moe_intermediate_size") or 0,
+            decoder_sparse_step=values.get("decoder_sparse_step") or 1,
+            mlp_only_layers=tuple(values.get("mlp_only_layers") or ()),
         )
 
 
@@ -171,10 +182,22 @@ def weight_bytes(config: Config, shape: Any, itemsize: int, *, on_gpu: bool) -> 
             size += dense
         else:
             size += AUTO_SHARE * dense + (1 - AUTO_SHARE) * nf4 if in_16bit == "auto" else nf4
+    size += expert_bytes(shape, itemsize, packed=packed)
     tables = 1 if shape.tie_word_embeddings else 2
     norms = (2 * shape.num_hidden_layers + 1) * shape.hidden_size
     plain = tables * embedding_bytes(shape, itemsize) + norms * itemsize
     return int(size) + plain - host_weight_bytes(config, shape, itemsize, on_gpu=on_gpu)
+
+
+def expert_bytes(shape: Any, itemsize: int, *, packed: bool) -> int:
+    """All experts, in NF4 or in `itemsize` bytes, and their routers."""
+    sizes = expert_sizes(shape)
+    if sizes is None:
+        return 0
+    matrices = sum(
+        nf4_bytes(rows, columns, itemsize) if packed else rows * columns * itemsize for rows, columns in sizes.matrices
+    )
+    return sizes.layers * (matrices + sizes.experts * sizes.hidden * itemsize)
 
 
 def host_weight_bytes(config: Config, shape: Any, itemsize: int, *, on_gpu: bool) -> int:
@@ -218,5 +241,9 @@ def kv_cache_bytes(shape: Any, itemsize: int, kv_cache_dtype: str, length: int, 
 def sampling_bytes(shape: Any, itemsize: int, length: int, sequences: int) -> int:
     """What one step of vLLM takes and gives back: the MLP of a full prefill (the hidden state, the residual, their
     norm, gate, up and their product), or the logits of all sequences."""
-    prefill = max(BATCHED_TOKENS, length) * (3 * shape.hidden_size + 3 * shape.intermediate_size) * itemsize
+    tokens, sizes = max(BATCHED_TOKENS, length), expert_sizes(shape)
+    prefill = tokens * (3 * shape.hidden_size + 3 * shape.intermediate_size) * itemsize
+    if sizes is not None:  # every token's rows twice, gate and up and their product, and the dequantised matrices
+        rows = tokens * sizes.chosen * (2 * sizes.hidden + 3 * sizes.inner) + sizes.matrices[0][0] * sizes.hidden
+        prefill = max(prefill, (tokens * 3 * shape.hidden_size + rows) * itemsize)
     return max(prefill, SAMPLER_BYTES * sequences * shape.vocab_size)

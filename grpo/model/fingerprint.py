@@ -15,7 +15,9 @@ import torch
 
 from grpo.errors import UserError
 from grpo.kernels import nf4
+from grpo.model.decoder_config import DecoderConfig
 from grpo.model.locate import BASE_SAMPLE
+from grpo.model.stored_form import stored_form
 from grpo.model.weight_source import NF4Tensor, Source
 
 SAMPLED = 64
@@ -39,8 +41,9 @@ class Fingerprint:
     @classmethod
     def of(cls, source: Source) -> Fingerprint:
         """Read those weights of `source`."""
-        layers = source.config.get_text_config().num_hidden_layers
-        names = [f"model.layers.{number}.mlp.down_proj.weight" for number in {0, layers // 2, layers - 1}]
+        config = source.config.get_text_config()
+        layers = config.num_hidden_layers
+        names = {down_projection(config, number) for number in (0, layers // 2, layers - 1)}
         return cls(source.stored_as, {name: sampled(source, name) for name in sorted(names) if name in source.names})
 
     def write(self, folder: Path) -> None:
@@ -59,6 +62,14 @@ class Fingerprint:
         """Whether `other` can be the same model, stored in the same or another way."""
         plain = self.stored_as in UNQUANTISED and other.stored_as in UNQUANTISED
         return self.distance(other) < (SAME_STORAGE if plain or self.stored_as == other.stored_as else OTHER_STORAGE)
+
+
+def down_projection(config: DecoderConfig, layer: int) -> str:
+    """What a checkpoint calls the down projection of a layer, or the first of those of its experts."""
+    for parameter, pieces in stored_form(config).pieces.items():
+        if parameter.startswith(f"model.layers.{layer}.") and parameter.endswith(".down_proj"):
+            return pieces[0].name
+    return f"model.layers.{layer}.mlp.down_proj.weight"
 
 
 def sampled(source: Source, name: str) -> list[float]:

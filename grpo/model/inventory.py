@@ -20,6 +20,7 @@ from grpo.model.checks import one_line
 from grpo.model.decoder_config import DecoderConfig
 from grpo.model.families.table import family_of
 from grpo.model.layout import EMBEDDING, HEAD
+from grpo.model.stored_form import stored_form
 from grpo.model.weight_source import NF4Tensor, Source
 
 EXTRAS = {
@@ -70,7 +71,20 @@ def parameters(source: Source, config: DecoderConfig) -> tuple[dict[str, tuple[i
         ) from None
     lists = [getattr(module, "_keys_to_ignore_on_load_unexpected", None) or [] for module in model.modules()]
     left_out = [pattern for each in lists for pattern in each]
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, left_out
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    return as_stored(config, shapes), left_out
+
+
+def as_stored(config: DecoderConfig, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """`shapes` of the graph's tensors, under the names and in the pieces in which a checkpoint has them."""
+    form = stored_form(config)
+    stored: dict[str, tuple[int, ...]] = {}
+    for name, shape in shapes.items():
+        if name not in form.pieces:
+            stored[form.renamed.get(name, name)] = shape
+        for piece in form.pieces.get(name, ()):
+            stored[piece.name] = (*(shape[:1] if piece.expert is None else ()), piece.rows, *shape[2:])
+    return stored
 
 
 def check_tensor(source: Source, name: str, shape: tuple[int, ...]) -> None:

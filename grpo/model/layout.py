@@ -12,14 +12,21 @@ import json
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from grpo.errors import UserError
 from grpo.model.decoder_config import DecoderConfig
+from grpo.model.expert_sizes import is_in_mlp
 from grpo.model.layout_records import FAMILIES, LAYOUTS, SEEN
+
+if TYPE_CHECKING:
+    from grpo.model.graph_experts import GraphExperts
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 """Parameters with a row for every token of the vocabulary."""
+
+GATE_UP = "gate_up_proj"
+"""The first of transformers' two parameters of a block's experts."""
 
 LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
 """The number of a layer in a dotted name."""
@@ -97,8 +104,17 @@ class LinearLayout:
 
 
 @dataclass(frozen=True)
+class ExpertsLayout:
+    """The experts of a block, which both graphs keep in the same order."""
+
+    graph: GraphExperts
+    served: str
+    """vLLM's module that has them."""
+
+
+@dataclass(frozen=True)
 class Layout:
-    """The whole of a model: every tensor of the graph is in one of the two."""
+    """The whole of a model: every tensor of the graph is in one of `linears`, `tensors` and `experts`."""
 
     linears: dict[str, LinearLayout]
     """vLLM's module name -> its rows."""
@@ -110,6 +126,8 @@ class Layout:
     """Those of `tensors` with a row for every token of the vocabulary."""
     unread: frozenset[str]
     """Patterns of vLLM's tensors that have no counterpart in the graph."""
+    experts: dict[str, ExpertsLayout] = field(default_factory=dict)
+    """The graph's name of a block's experts -> where vLLM has them."""
 
     @classmethod
     def of(cls, config: DecoderConfig) -> Layout:
@@ -125,8 +143,17 @@ class Layout:
             name = error.args[0]
             raise UserError(f"vLLM has no linear layer for {name} of the family {config.model_type!r}") from None
         linears = {fused: stack(parts, graph.linears) for fused, parts in stacked.items()}
-        tensors = {name: numbered(record.renamed.get(pattern_of(name), pattern_of(name)), name) for name in graph.plain}
-        return cls(linears, tensors, graph.shapes(), graph.by_token, frozenset(record.unread))
+        tensors = {name: served_name(record, name) for name in graph.plain}
+        experts = {
+            name: ExpertsLayout(each, served_name(record, f"{name}.{GATE_UP}").rpartition(".")[0])
+            for name, each in graph.experts.items()
+        }
+        return cls(linears, tensors, graph.shapes(), graph.by_token, frozenset(record.unread), experts)
+
+
+def served_name(record: Record, name: str) -> str:
+    """vLLM's name of the graph's tensor `name`, which is in no linear layer."""
+    return numbered(record.renamed.get(pattern_of(name), pattern_of(name)), name)
 
 
 def stack(parts: Sequence[str], sizes: Mapping[str, Any]) -> LinearLayout:
@@ -195,8 +222,8 @@ def learn(model_type: str, record: Record) -> None:
 def fused_linears(shape: Any) -> dict[str, list[str]]:
     """vLLM's name of every linear layer to the graph's module names whose rows it stacks.
 
-    shape: transformers' configuration, whose graph is asked; or a plan's Shape, of which only the family and the number
-    of layers are read: all layers are taken to be alike.
+    shape: transformers' configuration, whose graph is asked; or a plan's Shape, of which only the family, the number of
+    layers and which of them have experts are read: those of a kind are taken to be alike.
     """
     known = record_of(shape.model_type)
     record = known or Record(**LAYOUTS[FAMILIES["llama"]])
@@ -209,4 +236,5 @@ def fused_linears(shape: Any) -> dict[str, list[str]]:
         pattern.replace("*", str(layer)): [part.replace("*", str(layer)) for part in parts]
         for layer in range(shape.num_hidden_layers)
         for pattern, parts in record.linears.items()
+        if is_in_mlp(parts[0], shape, layer)
     }

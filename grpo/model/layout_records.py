@@ -1,5 +1,7 @@
 """How vLLM lays out the tested families, traced and written by `make layouts`; nothing here is edited by hand."""
 
+# ruff: noqa: E501
+
 from typing import Any
 
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -15,6 +17,36 @@ LAYOUTS: dict[str, dict[str, Any]] = {
             "model.layers.*.mlp.down_proj": ("model.layers.*.mlp.down_proj",),
         },
         "renamed": {},
+    },
+    "3c09ecee8999": {
+        "linears": {
+            "model.layers.*.self_attn.qkv_proj": (
+                "model.layers.*.self_attn.q_proj",
+                "model.layers.*.self_attn.k_proj",
+                "model.layers.*.self_attn.v_proj",
+            ),
+            "model.layers.*.self_attn.o_proj": ("model.layers.*.self_attn.o_proj",),
+        },
+        "renamed": {
+            "model.layers.*.block_sparse_moe.experts.down_proj": "model.layers.*.block_sparse_moe.experts.routed_experts.w2_weight",
+            "model.layers.*.block_sparse_moe.experts.gate_up_proj": "model.layers.*.block_sparse_moe.experts.routed_experts.w13_weight",
+            "model.layers.*.block_sparse_moe.router.weight": "model.layers.*.block_sparse_moe.gate.weight",
+        },
+    },
+    "3de63c168c50": {
+        "linears": {
+            "model.layers.*.self_attn.qkv_proj": (
+                "model.layers.*.self_attn.q_proj",
+                "model.layers.*.self_attn.k_proj",
+                "model.layers.*.self_attn.v_proj",
+            ),
+            "model.layers.*.self_attn.o_proj": ("model.layers.*.self_attn.o_proj",),
+        },
+        "renamed": {
+            "model.layers.*.mlp.experts.down_proj": "model.layers.*.block_sparse_moe.experts.routed_experts.w2_weight",
+            "model.layers.*.mlp.experts.gate_up_proj": "model.layers.*.block_sparse_moe.experts.routed_experts.w13_weight",
+            "model.layers.*.mlp.gate.weight": "model.layers.*.block_sparse_moe.gate.weight",
+        },
     },
     "6b15e33fe2ee": {
         "linears": {
@@ -61,6 +93,25 @@ LAYOUTS: dict[str, dict[str, Any]] = {
             )
         },
     },
+    "91f6408f8712": {
+        "linears": {
+            "model.layers.*.self_attn.qkv_proj": (
+                "model.layers.*.self_attn.q_proj",
+                "model.layers.*.self_attn.k_proj",
+                "model.layers.*.self_attn.v_proj",
+            ),
+            "model.layers.*.self_attn.o_proj": ("model.layers.*.self_attn.o_proj",),
+            "model.layers.*.mlp.gate_up_proj": (
+                "model.layers.*.mlp.gate_proj",
+                "model.layers.*.mlp.up_proj",
+            ),
+            "model.layers.*.mlp.down_proj": ("model.layers.*.mlp.down_proj",),
+        },
+        "renamed": {
+            "model.layers.*.mlp.experts.down_proj": "model.layers.*.mlp.experts.routed_experts.w2_weight",
+            "model.layers.*.mlp.experts.gate_up_proj": "model.layers.*.mlp.experts.routed_experts.w13_weight",
+        },
+    },
     "e04eaf2f8d69": {
         "linears": {
             "model.layers.*.self_attn.qkv_proj": (
@@ -73,6 +124,20 @@ LAYOUTS: dict[str, dict[str, Any]] = {
             "model.layers.*.mlp.down_proj": ("model.layers.*.mlp.down_proj",),
         },
         "renamed": {},
+    },
+    "e5d8f0f4a127": {
+        "linears": {
+            "model.layers.*.self_attn.qkv_proj": (
+                "model.layers.*.self_attn.q_proj",
+                "model.layers.*.self_attn.k_proj",
+                "model.layers.*.self_attn.v_proj",
+            ),
+            "model.layers.*.self_attn.o_proj": ("model.layers.*.self_attn.o_proj",),
+        },
+        "renamed": {
+            "model.layers.*.mlp.experts.down_proj": "model.layers.*.mlp.experts.routed_experts.w2_weight",
+            "model.layers.*.mlp.experts.gate_up_proj": "model.layers.*.mlp.experts.routed_experts.w13_weight",
+        },
     },
     "fbda1e2bf193": {
         "linears": {
@@ -98,15 +163,19 @@ FAMILIES: dict[str, str] = {
     "glm": "3a23b0a393fb",
     "glm4": "3a23b0a393fb",
     "granite": "6b15e33fe2ee",
+    "granitemoe": "3c09ecee8999",
     "llama": "6b15e33fe2ee",
     "ministral3": "6b15e33fe2ee",
     "mistral": "6b15e33fe2ee",
+    "mixtral": "3de63c168c50",
     "nemotron": "e04eaf2f8d69",
     "olmo2": "6b15e33fe2ee",
     "olmo3": "6b15e33fe2ee",
+    "olmoe": "e5d8f0f4a127",
     "phi3": "fbda1e2bf193",
     "qwen2": "6b15e33fe2ee",
     "qwen3": "6b15e33fe2ee",
+    "qwen3_moe": "91f6408f8712",
     "seed_oss": "6b15e33fe2ee",
     "smollm3": "6b15e33fe2ee",
     "stablelm": "6b15e33fe2ee",
@@ -126,15 +195,19 @@ SEEN: dict[str, dict[str, str]] = {
         "glm": "3a23b0a393fb",
         "glm4": "3a23b0a393fb",
         "granite": "6b15e33fe2ee",
+        "granitemoe": "3c09ecee8999",
         "llama": "6b15e33fe2ee",
         "ministral3": "6b15e33fe2ee",
         "mistral": "6b15e33fe2ee",
+        "mixtral": "3de63c168c50",
         "nemotron": "e04eaf2f8d69",
         "olmo2": "6b15e33fe2ee",
         "olmo3": "6b15e33fe2ee",
+        "olmoe": "e5d8f0f4a127",
         "phi3": "fbda1e2bf193",
         "qwen2": "6b15e33fe2ee",
         "qwen3": "6b15e33fe2ee",
+        "qwen3_moe": "91f6408f8712",
         "seed_oss": "6b15e33fe2ee",
         "smollm3": "6b15e33fe2ee",
         "stablelm": "6b15e33fe2ee",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import nn
 
 from grpo.errors import UserError
 from grpo.model.decoder_config import DecoderConfig
+from grpo.model.graph_experts import GraphExperts, experts_in
 
 HEAD = "lm_head.weight"
 FRAME = ("model.embed_tokens", "model.layers.0", "model.norm", "lm_head")
@@ -42,14 +43,18 @@ class GraphTensors:
     """Name -> shape of everything else, the output head only where it is not the embedding."""
     by_token: frozenset[str] = frozenset()
     """Those of `plain` with a row for every token of the vocabulary."""
+    experts: dict[str, GraphExperts] = field(default_factory=dict)
+    """Module name -> the experts in it."""
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name -> shape of every tensor, those of linear layers too."""
+        """Name -> shape of every tensor, those of linear layers and experts too."""
         result: dict[str, tuple[int, ...]] = dict(self.plain)
         for name, linear in self.linears.items():
             result[f"{name}.weight"] = (linear.rows, linear.columns)
             if linear.bias:
                 result[f"{name}.bias"] = (linear.rows,)
+        for name, experts in self.experts.items():
+            result |= {f"{name}.{parameter}": shape for parameter, shape in experts.shapes().items()}
         return result
 
 
@@ -90,7 +95,9 @@ def _graph_tensors(kind: Any, values: str) -> GraphTensors:
         for name, module in graph.named_modules()
         if isinstance(module, nn.Linear) and module is not head
     }
+    experts = experts_in(graph)
     inside = {f"{name}.{kind}" for name in linears for kind in ("weight", "bias")}
+    inside |= {f"{name}.{parameter}" for name, each in experts.items() for parameter in each.shapes()}
     tied = {name for name, module in graph.named_modules() if module is head} if config.tie_word_embeddings else set()
     plain = {
         name: tuple(tensor.shape)
@@ -99,4 +106,4 @@ def _graph_tensors(kind: Any, values: str) -> GraphTensors:
     }
     modules = dict(graph.named_modules())
     tables = {name for name in plain if isinstance(modules[name.rpartition(".")[0]], nn.Embedding)}
-    return GraphTensors(linears, plain, frozenset(tables | ({HEAD} & plain.keys())))
+    return GraphTensors(linears, plain, frozenset(tables | ({HEAD} & plain.keys())), experts)

@@ -18,6 +18,7 @@ from grpo.model.architectures import adapter_targets
 from grpo.model.base_weights import BaseWeights
 from grpo.model.decoder_config import DecoderConfig
 from grpo.model.rope import Rotary
+from grpo.policy.experts import install_experts
 from grpo.policy.lora_linear import BaseLinear, LoraLinear
 
 ATTENTION = "grpo_packed"
@@ -86,6 +87,10 @@ def build_graph(base: BaseWeights) -> nn.Module:
     for linear in base.linears.values():
         for part in linear.parts:
             set_module(graph, part, BaseLinear(*linear.part(part)))
+    if base.experts:
+        install_experts(graph, base.experts)
+        # By this peft knows whose older adapters named experts one by one, and moves targets of that name to them.
+        graph.config.model_type = f"{config.model_type} with routed experts"
     for name, tensor in base.tensors.items():
         # Embedding and head have rows that only vLLM's vocabulary has.
         set_tensor(graph, name, tensor[: base.layout.shapes[name][0]] if tensor.ndim else tensor)

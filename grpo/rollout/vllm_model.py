@@ -16,9 +16,10 @@ from typing import Any
 import torch
 import vllm
 from torch import Tensor, nn
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase
 from vllm.model_executor.layers.quantization import register_quantization_config
-from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
@@ -32,6 +33,7 @@ from grpo.model.config_keys import served_values
 from grpo.model.decoder_config import DecoderConfig
 from grpo.model.layout import pattern_of
 from grpo.model.rope import EVERYWHERE, Rotary
+from grpo.rollout.experts import SharedExpertsMethod, serve_experts
 from grpo.rollout.lora_buffers import RolloutAdapter
 
 SHARED = "grpo_shared"
@@ -124,7 +126,9 @@ class SharedConfig(QuantizationConfig):
     def from_config(cls, config: dict[str, Any]) -> SharedConfig:
         return cls()
 
-    def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        if isinstance(layer, RoutedExperts):
+            return SharedExpertsMethod(layer.moe_config)
         return SharedLinearMethod() if isinstance(layer, LinearBase) else None
 
 
@@ -138,8 +142,10 @@ class SharedLoader(BaseModelLoader):
     def load_weights(self, model: nn.Module, model_config: Any) -> None:
         adapter = self.load_config.model_loader_extra_config[ADAPTER_KEY].adapter
         base = adapter.base
-        attached = set()
+        attached = attach_experts(model, base)
         for path, module in model.named_modules():
+            if path in attached:
+                continue
             if isinstance(getattr(module, "quant_method", None), SharedLinearMethod):
                 if path not in base.linears:
                     raise unlike(base, f"with {path}, which the training graph has not")
@@ -151,6 +157,27 @@ class SharedLoader(BaseModelLoader):
         share_positions(model, base.config, model_config.max_model_len)
 
 
+def attach_experts(model: nn.Module, base: BaseWeights) -> set[str]:
+    """Hand the experts' storage and their routers' to vLLM's modules; the names of those whose forward is ours."""
+    routers = set()
+    modules = dict(model.named_modules())
+    for stack in base.experts.values():
+        router = base.layout.tensors[f"{stack.router}.weight"].removesuffix(".weight")
+        for name in (stack.served, router):
+            if name not in modules:
+                raise unlike(base, f"without {name}")
+        serve_experts(modules[stack.served], modules[router], stack, base.tensors[f"{stack.router}.weight"])
+        routers.add(router)
+    if other := next((name for name, module in modules.items() if is_unserved(module)), None):
+        raise unlike(base, f"with {other}, experts that the training graph has not")
+    return routers
+
+
+def is_unserved(module: nn.Module) -> bool:
+    """Whether `module` has experts that nothing was attached to."""
+    return isinstance(module, RoutedExperts) and not hasattr(module, "shared")
+
+
 def unlike(base: BaseWeights, how: str) -> UserError:
     """An error about a model that vLLM builds otherwise than its layout says."""
     return UserError(f"{base.source_path}: vLLM {vllm.__version__} builds this model {how}; use another vLLM or model")
@@ -159,7 +186,7 @@ def unlike(base: BaseWeights, how: str) -> UserError:
 def attach_tensors(model: nn.Module, base: BaseWeights) -> None:
     """Hand every tensor outside linear layers to vLLM's parameter or buffer. Raises UserError for what does not fit."""
     wanted = {theirs: base.tensors[ours] for ours, theirs in base.layout.tensors.items()}
-    in_linears = tuple(f"{name}." for name in base.linears)
+    in_linears = tuple(f"{name}." for name in (*base.linears, *(each.served for each in base.experts.values())))
     parameters = {name: each for name, each in model.named_parameters() if not name.startswith(in_linears)}
     empty = sorted(name for name in set(parameters) - set(wanted) if pattern_of(name) not in base.layout.unread)
     if empty:

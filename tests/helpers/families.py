@@ -26,6 +26,7 @@ YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16, b
 LONG = dict(rope_type="longrope", original_max_position_embeddings=16, short_factor=[1.1] * 12,
             long_factor=[1.5] * 12)  # fmt: skip
 WIDE = {"head_dim": 64}
+EXPERTS = {"num_experts_per_tok": 4}
 
 GEMMA4: dict[str, Any] = {
     "num_hidden_layers": 4,
@@ -96,6 +97,26 @@ NEWCOMERS: dict[str, dict[str, Any]] = {
     "stablelm": rotary(0.25),
     "nemotron": rotary(0.5),
     "arcee": WIDE,
+    "qwen3_moe": {
+        **WIDE,
+        **EXPERTS,
+        "num_experts": 16,
+        "moe_intermediate_size": 64,
+        "norm_topk_prob": True,
+        "num_hidden_layers": 3,
+        "mlp_only_layers": [1],
+    },
+    "olmoe": {**EXPERTS, "num_experts": 16, "intermediate_size": 64, "norm_topk_prob": False},
+    "granitemoe": {
+        **EXPERTS,
+        "num_local_experts": 16,
+        "intermediate_size": 64,
+        "embedding_multiplier": 2.0,
+        "attention_multiplier": 0.1,
+        "residual_multiplier": 0.5,
+        "logits_scaling": 2.0,
+    },
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "cohere": {"use_qk_norm": False, "logit_scale": 0.25},
     "gemma4_text": {**GEMMA4, **SHARED_KEYS, "attention_k_eq_v": True, "num_global_key_value_heads": 1},
 }
