@@ -93,12 +93,19 @@ def experts_mlp(x: Tensor, experts: Experts, chosen: Tensor, weights: Tensor) ->
     return forward(x, experts, group(chosen, experts.gate_up.experts), weights)[0]
 
 
-def forward(x: Tensor, experts: Experts, groups: Groups, weights: Tensor) -> tuple[Tensor, Tensor]:
+def sampled_mlp(x: Tensor, experts: Experts, chosen: Tensor, weights: Tensor) -> Tensor:
+    """`experts_mlp` without gradient and without waiting for the device: packed matrices are dequantised whole."""
+    return forward(x, experts, group(chosen, experts.gate_up.experts), weights, by_pieces=False)[0]
+
+
+def forward(
+    x: Tensor, experts: Experts, groups: Groups, weights: Tensor, *, by_pieces: bool = True
+) -> tuple[Tensor, Tensor]:
     """(The result [tokens, hidden], gate and up of every row [rows, 2 * inner] for the backward)."""
     top_k = weights.shape[1]
-    gate_up = grouped(x[groups.order // top_k], experts.gate_up, groups.ends)
-    rows = grouped(glu_forward(gate_up, experts.activation), experts.down, groups.ends)
-    return combine(rows, weights, groups.order), gate_up
+    gate_up = grouped(x[groups.order // top_k], experts.gate_up, groups.ends, by_pieces=by_pieces)
+    inner = glu_forward(gate_up, experts.activation)
+    return combine(grouped(inner, experts.down, groups.ends, by_pieces=by_pieces), weights, groups.order), gate_up
 
 
 def combine(rows: Tensor, weights: Tensor, order: Tensor) -> Tensor:
@@ -138,13 +145,14 @@ class _ExpertsMlp(torch.autograd.Function):
         return combine(x_rows, ones, order), weights_grad, None, None
 
 
-def grouped(x: Tensor, matrix: ExpertMatrix, ends: Tensor, *, transposed: bool = False) -> Tensor:
-    """Rows of x, sorted by expert, times W^T of their experts; `transposed`: times W."""
-    if matrix.absmax is None:
-        return multiply(x, matrix.dense(), ends, transposed)
+def grouped(
+    x: Tensor, matrix: ExpertMatrix, ends: Tensor, *, transposed: bool = False, by_pieces: bool = True
+) -> Tensor:
+    """Rows of x, sorted by expert, times W^T of their experts; `transposed`: times W. By pieces the host is waited for,
+    and no more than EXPERTS_BYTES are dequantised at once."""
     experts, out, columns = matrix.shape
     step = max(1, EXPERTS_BYTES // (out * columns * x.element_size()))
-    if step >= experts:
+    if matrix.absmax is None or not by_pieces or step >= experts:
         return multiply(x, matrix.dense(), ends, transposed)
     result = x.new_empty(x.shape[0], columns if transposed else out)
     rows = [0, *ends.tolist()]

@@ -20,7 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from grpo.kernels import cards, nf4
+from grpo.kernels import cards, nf4, routing
+from grpo.kernels.experts import ExpertMatrix, Experts
+from grpo.kernels.glu import glu_forward
 from grpo.kernels.launch import is_interpreted, on_device, round_to
 from grpo.kernels.nf4_lookup import byte_tables, fenced, load_rows, lookup_half, scaled, tile_columns
 from grpo.kernels.nf4_tiles import Tile
@@ -31,11 +33,74 @@ SHRINK_COLUMNS = 128
 """Of x, a step of the product with A."""
 
 
+class DecodeTiles(NamedTuple):
+    """How the two products of experts are cut up; both have the same rows of x in a tile."""
+
+    gate_up: Tile
+    down: Tile
+
+
+DECODE: tuple[tuple[float, DecodeTiles], ...] = (
+    (9.0, DecodeTiles(Tile(128, 16, 4, 3, 2), Tile(128, 16, 4, 3, 2))),
+    (1e9, DecodeTiles(Tile(128, 32, 4, 3, 2), Tile(128, 32, 4, 3, 2))),
+)
+"""(rows of an expert at the most, on average, tiles)."""
+
+
 class ExpertLowRank(NamedTuple):
     """An adapter's term for sorted rows: x_lora_a [rows, R], and b [experts, out, R], which is s B of each."""
 
     x_lora_a: Tensor
     b: Tensor
+
+
+class ExpertAdapter(NamedTuple):
+    """LoRA of every expert on one of its matrices: a [experts, R, in] and b [experts, out, R], which is s B."""
+
+    a: Tensor
+    b: Tensor
+
+
+class ExpertAdapters(NamedTuple):
+    """Those of a block; `on`: one number that their terms are multiplied by, read on the device."""
+
+    gate_up: ExpertAdapter | None
+    down: ExpertAdapter | None
+    on: Tensor
+
+
+def serves(x: Tensor, experts: Experts, top_k: int) -> bool:
+    """Whether `decode` takes x [tokens, hidden]: packed experts, few rows, a GPU on which Triton multiplies."""
+    packed = experts.gate_up.absmax is not None and x.element_size() == 2
+    return x.is_cuda and packed and routing.serves(len(x), top_k) and cards.card(x.device).dot_is_fast
+
+
+def decode_tiles(tokens: int, top_k: int, experts: int) -> DecodeTiles:
+    """Tiles for so many tokens."""
+    rows = tokens * top_k / experts
+    return next(tiles for most, tiles in DECODE if rows <= most)
+
+
+def decode(
+    x: Tensor, logits: Tensor, experts: Experts, top_k: int, renormalize: bool,
+    adapters: ExpertAdapters | None = None, tiles: DecodeTiles | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """x [tokens, hidden] through the experts that its router's logits choose, rounded once; and int32 [tokens, top_k],
+    which they are. Five launches, seven with adapters, none of which the host waits for."""
+    tiles = tiles or decode_tiles(len(x), top_k, experts.gate_up.experts)
+    routes = routing.choose(logits, top_k, renormalize, tiles.gate_up.m)
+
+    def product(rows: Tensor, matrix: ExpertMatrix, adapter: ExpertAdapter | None, tile: Tile, top_k: int) -> Tensor:
+        low_rank = None
+        if adapter is not None and adapters is not None:
+            shrunk = experts_shrink(rows, adapter.a, adapters.on, routes, tile.m, top_k=top_k)
+            low_rank = ExpertLowRank(shrunk, adapter.b)
+        assert matrix.absmax is not None
+        return experts_linear(rows, matrix.weight, matrix.absmax, routes, tile, top_k=top_k, low_rank=low_rank)
+
+    above, below = (None, None) if adapters is None else (adapters.gate_up, adapters.down)
+    inner = glu_forward(product(x, experts.gate_up, above, tiles.gate_up, top_k), experts.activation)
+    return combine(product(inner, experts.down, below, tiles.down, 1), routes), routes.chosen
 
 
 def experts_linear(

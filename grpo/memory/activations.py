@@ -13,6 +13,7 @@ from typing import Any
 
 from grpo.config.schema import Config, Lora
 from grpo.kernels.sizes import ADAPTER_COLUMNS, CPU_BLOCK_BYTES, EXPERTS_BYTES, HEAD_SLICE_BYTES, MLP_TILE, QKV_TILE
+from grpo.memory.states import StateLayers, has_states, largest_layer, state_layers
 from grpo.model.adapter_layers import adapted_layers
 from grpo.model.attention_layers import attention_layers
 from grpo.model.expert_sizes import ExpertSizes, expert_sizes
@@ -24,10 +25,12 @@ CHECKPOINTING_MODES = ("none", "mlp", "layer", "offload")
 computes gate and up again and keeps the rest, is the kernels' alone."""
 QKV, GATE_UP, DOWN = (
     ("q_proj", "k_proj", "v_proj", "qkv_proj"),
-    ("gate_proj", "up_proj", "gate_up_proj"),
-    ("down_proj",),
+    ("gate_proj", "up_proj", "gate_up_proj", "w1", "w3"),
+    ("down_proj", "w2"),
 )
 """Linear layers that are one product each."""
+NORMED_HEADS = ("qwen3", "gemma3_text", "qwen3_5_text", "lfm2")
+"""Families that normalise q and k before the rotation."""
 LIBRARIES = 36 << 20
 """Workspaces that cuBLAS takes from torch's allocator on a GPU (32 MiB on Hopper, 8 MiB before)."""
 INDEXED_IN_32_BITS = 2**31 - 1
@@ -83,6 +86,10 @@ class LayerSizes:
     """Numbers in one layer's A and B."""
     adapter_b: int
     """Numbers in one layer's B."""
+    gated: bool = False
+    """What attention gives is multiplied by a gate (Qwen 3.5)."""
+    states: tuple[StateLayers, ...] = ()
+    """The layers that are not attention, by their kind."""
     experts: ExpertSizes | None = None
 
     @classmethod
@@ -94,7 +101,11 @@ class LayerSizes:
         adapted = frozenset(name.rpartition(".")[2] for name in adapters)
         rank = max(adapter.rank for adapter in adapters.values())
         first = {n: s for n, s in linear_shapes(shape).items() if ".layers.0." in n and n.rpartition(".")[2] in adapted}
+        if mixed := has_states(shape):  # of the layer with the most
+            first = largest_layer(shape, adapted)
         return cls(
+            gated=shape.model_type == "qwen3_5_text",
+            states=state_layers(shape, adapted) if mixed else (),
             hidden=shape.hidden_size,
             inner=of_all(mlp_widths(shape)),
             query=of_all([layer.query_heads * layer.head_size for layer in attention]),
@@ -104,7 +115,7 @@ class LayerSizes:
             layers=shape.num_hidden_layers,
             vocabulary=shape.vocab_size,
             norms=4 if shape.model_type in ("gemma2", "gemma3_text", "gemma4_text") else 2,
-            normed_heads=shape.model_type in ("qwen3", "gemma3_text", "gemma4_text"),
+            normed_heads=shape.model_type in NORMED_HEADS,
             input_of_layer=getattr(shape, "hidden_size_per_layer_input", None) or 0,
             adapted=adapted,
             rank=rank,
@@ -186,9 +197,25 @@ class TrainingMemory:
     # What layers keep
 
     def kept_by_layer(self) -> int:
-        """Bytes that one layer saves, its input among them, where nothing is computed again."""
+        """Bytes that one layer saves, its input among them, where nothing is computed again; the kind with the most."""
+        return max(self.kept_by_attention(), *self.kept_by_states(), 0)
+
+    def kept_by_attention(self) -> int:
+        """The same of a layer of attention."""
         per_token = self._fused_per_token() if self.kernels else self._plain_per_token()
         return self.tokens * per_token + self._attention() + self._factors()
+
+    def kept_by_states(self) -> list[int]:
+        """The same of a layer of every kind that has states."""
+        common = self.tokens * self._common_per_token() + self._factors()
+        return [common + self.tokens * kind.kept(self.itemsize, self.sizes.rank) for kind in self.sizes.states]
+
+    def _all_layers(self) -> int:
+        """Bytes that all layers save."""
+        with_states = sum(kind.layers for kind in self.sizes.states)
+        of_states = zip(self.sizes.states, self.kept_by_states(), strict=True)
+        attention = (self.sizes.layers - with_states) * self.kept_by_attention()
+        return attention + sum(kind.layers * size for kind, size in of_states)
 
     def _attention(self) -> int:
         """q, k, v, the output and its log-sum-exp (float32), which flash attention saves, and keys and values laid out
@@ -212,17 +239,19 @@ class TrainingMemory:
     def _plain_per_token(self) -> int:
         """transformers' modules with LoRA: each norm keeps its input in float32, and every linear layer its own."""
         s = self.sizes
+        size = 4 * (s.query + s.key) + 4 * (s.query + s.key) // s.head_dim if s.normed_heads else 0
+        numbers = s.hidden * s.has(*QKV) + (2 * s.query if s.gated else 0)
+        return self._common_per_token() + size + (numbers + s.rank * len(s.adapted)) * self.itemsize
+
+    def _common_per_token(self) -> int:
+        """The norms and the MLP of a plain layer, whatever its kind."""
+        s = self.sizes
         size = s.norms * (4 * s.hidden + 4)
-        if s.normed_heads:
-            size += 4 * (s.query + s.key) + 4 * (s.query + s.key) // s.head_dim
         if s.input_of_layer:
             size += 4 * s.hidden + 4 + 4 * s.input_of_layer * self.itemsize
-        numbers = s.hidden * s.has(*QKV) + s.rank * len(s.adapted)
         if s.experts is not None:
-            return size + numbers * self.itemsize + self._experts_per_token(s.experts)
-        numbers += s.hidden * s.has(*GATE_UP)
-        numbers += 3 * s.inner + s.inner * s.has("down_proj")
-        return size + numbers * self.itemsize
+            return size + self._experts_per_token(s.experts)
+        return size + (s.hidden * s.has(*GATE_UP) + 3 * s.inner + s.inner * s.has(*DOWN)) * self.itemsize
 
     def _experts_per_token(self, experts: ExpertSizes) -> int:
         """Gate and up of every row, its place, and its expert and weight twice; the softmax over all experts."""
@@ -263,7 +292,7 @@ class TrainingMemory:
         usual = self if self.mean_sizes is None else replace(self, sizes=self.mean_sizes, mean_sizes=None)
         inputs = self._inputs_of_layers()
         if mode == "none":
-            return self.sizes.layers * usual.kept_by_layer() - self._absent_in_first_layer() + inputs
+            return usual._all_layers() - self._absent_in_first_layer() + inputs
         if mode == "mlp":
             return self.sizes.layers * (usual.kept_by_layer() - usual._gate_and_up()) + inputs
         # Offloaded, one is still here when the backward begins, and later one is on its way.
@@ -384,6 +413,10 @@ class TrainingMemory:
             "last norm backward": self.kept(mode) + 6 * wide,
             "mlp backward": before + one + mlp,
             "attention backward": before - freed - wide + self._attention_backward(),
+            **{
+                f"states backward {number}": before - freed - wide + kind.backward(self.tokens, self.itemsize)
+                for number, kind in enumerate(s.states)
+            },
         }
 
     # Choosing

@@ -15,6 +15,7 @@ from typing import Any
 from grpo.config.schema import Config
 from grpo.kernels.sizes import RANK_MULTIPLE
 from grpo.memory.activations import TrainingMemory, moment_bytes
+from grpo.memory.states import has_states, pages
 from grpo.model.adapter_layers import adapted_layers
 from grpo.model.attention_layers import attention_layers
 from grpo.model.expert_sizes import COUNTS, expert_sizes
@@ -32,6 +33,8 @@ BATCHED_TOKENS = 8192
 SAMPLER_BYTES = 28
 """Per logit of every sequence decoded at once, when vLLM tries its own sampler at its start: the logit in 16 bit and in
 float32, sorted with its int64 place, its probability, the running sum, a mask."""
+STATES_KEPT = 1
+"""States of a layer that vLLM keeps of a sequence."""
 MARGIN = 0.03
 """Share of the free memory that the allocator loses to fragments."""
 
@@ -226,16 +229,25 @@ def adapter_bytes(config: Config, shape: Any, itemsize: int, *, on_gpu: bool) ->
 
 
 def kv_bytes_per_token(shape: Any, itemsize: int, kv_cache_dtype: str) -> int:
-    """Bytes that one token takes in the KV cache over all layers."""
-    size = 1 if kv_cache_dtype == "fp8" else itemsize
-    layers = attention_layers(shape)
-    return sum(layer.elements_per_token for number, layer in layers.items() if layer.keys_of == number) * size
+    """Bytes that one token takes in the KV cache over all layers that have keys of their own."""
+    layers = attention_layers(shape).items()
+    own = sum(layer.elements_per_token for number, layer in layers if layer.keys_of == number)
+    return own * (1 if kv_cache_dtype == "fp8" else itemsize)
+
+
+def layer_token_bytes(shape: Any, itemsize: int, kv_cache_dtype: str) -> int:
+    """Bytes that the keys and values of one token take in the layer with the most."""
+    most = max(layer.elements_per_token for layer in attention_layers(shape).values())
+    return most * (1 if kv_cache_dtype == "fp8" else itemsize)
 
 
 def kv_cache_bytes(shape: Any, itemsize: int, kv_cache_dtype: str, length: int, sequences: int, block: int) -> int:
     """KV cache in which `sequences` reach `length` tokens, in whole blocks, with two to spare."""
-    blocks = -(-length // block) * sequences + 2
-    return blocks * block * kv_bytes_per_token(shape, itemsize, kv_cache_dtype)
+    if not has_states(shape):
+        blocks = -(-length // block) * sequences + 2
+        return blocks * block * kv_bytes_per_token(shape, itemsize, kv_cache_dtype)
+    page = pages(shape, itemsize, layer_token_bytes(shape, itemsize, kv_cache_dtype), block)
+    return (page.blocks(length, STATES_KEPT) * sequences + 2) * page.size
 
 
 def sampling_bytes(shape: Any, itemsize: int, length: int, sequences: int) -> int:

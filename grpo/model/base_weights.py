@@ -160,7 +160,7 @@ class BaseWeights:
                 self.pinned[name] = storage
             storage[:vocabulary].copy_(tensor)
             return storage if key is None else host_memory.device_view(self.device, storage)
-        return tensor.to(self.device, self.dtype, copy=True)
+        return tensor.to(self.device, torch.float32 if name in self.layout.float32 else self.dtype, copy=True)
 
     def _load_linear(self, source: Source, name: str, layout: LinearLayout) -> FusedLinear:
         linear = FusedLinear(name, dict(layout.parts), layout.in_features, layout.out_features, layout.again)

@@ -31,7 +31,7 @@ SAME_WEIGHTS = 1e-6
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """Values of the base's down projections in the first, middle and last layer, and what they were stored as."""
+    """Values of a weight in the first, middle and last layer of the base, and what they were stored as."""
 
     stored_as: str
     values: dict[str, list[float]]
@@ -43,8 +43,8 @@ class Fingerprint:
         """Read those weights of `source`."""
         config = source.config.get_text_config()
         layers = config.num_hidden_layers
-        names = {down_projection(config, number) for number in (0, layers // 2, layers - 1)}
-        return cls(source.stored_as, {name: sampled(source, name) for name in sorted(names) if name in source.names})
+        names = {weight_of_layer(source, config, number) for number in (0, layers // 2, layers - 1)} - {""}
+        return cls(source.stored_as, {name: sampled(source, name) for name in sorted(names)})
 
     def write(self, folder: Path) -> None:
         """Keep it beside the adapter in `folder`."""
@@ -64,12 +64,17 @@ class Fingerprint:
         return self.distance(other) < (SAME_STORAGE if plain or self.stored_as == other.stored_as else OTHER_STORAGE)
 
 
-def down_projection(config: DecoderConfig, layer: int) -> str:
-    """What a checkpoint calls the down projection of a layer, or the first of those of its experts."""
+def weight_of_layer(source: Source, config: DecoderConfig, layer: int) -> str:
+    """What a checkpoint calls the down projection of a layer, or the first of those of its experts; the last by name of
+    its matrices where it has none."""
+    start = f"model.layers.{layer}."
     for parameter, pieces in stored_form(config).pieces.items():
-        if parameter.startswith(f"model.layers.{layer}.") and parameter.endswith(".down_proj"):
+        if parameter.startswith(start) and parameter.endswith(".down_proj"):
             return pieces[0].name
-    return f"model.layers.{layer}.mlp.down_proj.weight"
+    if f"{start}mlp.down_proj.weight" in source.names:
+        return f"{start}mlp.down_proj.weight"
+    weights = (name for name in source.names if name.startswith(start) and len(source.shape(name)) == 2)
+    return max(weights, default="")
 
 
 def sampled(source: Source, name: str) -> list[float]:

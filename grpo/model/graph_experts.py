@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +26,7 @@ LIKE_OURS = 1e-4
 """Largest difference of a weight."""
 
 
-@dataclass(frozen=True)
-class Routing:
+class Routing(NamedTuple):
     """How a token's experts are chosen: the `top_k` of the softmax over all, perhaps renormalised to add up to 1."""
 
     top_k: int

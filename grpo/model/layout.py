@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from grpo.errors import UserError
 from grpo.model.decoder_config import DecoderConfig
 from grpo.model.expert_sizes import is_in_mlp
+from grpo.model.families.table import family_of
 from grpo.model.layout_records import FAMILIES, LAYOUTS, SEEN
 
 if TYPE_CHECKING:
@@ -47,10 +48,12 @@ class Record:
     """vLLM's linear layer -> what it stacks in layers that have not all that `linears` names."""
     unread: tuple[str, ...] = ()
     """vLLM's tensors outside linear layers that it fills from nothing of the graph, and leaves as it made them."""
+    float32: tuple[str, ...] = ()
+    """The graph's names of the tensors that vLLM keeps in float32, whatever it computes in."""
 
     def digest(self) -> str:
         """A short name of the content: another one says that vLLM changed."""
-        rare = [each for each in (self.others, self.unread) if each]
+        rare = [each for each in (self.others, self.unread, self.float32) if each]
         return hashlib.sha256(json.dumps([self.linears, self.renamed, *rare], sort_keys=True).encode()).hexdigest()[:12]
 
     def with_stacks(self, other: Record) -> Record:
@@ -59,8 +62,10 @@ class Record:
         for fused, parts in other.stacks():
             known = (linears[fused], *others.get(fused, ()))
             others |= {} if parts in known else {fused: (*known[1:], parts)}
-        unread = tuple(dict.fromkeys((*self.unread, *other.unread)))
-        return Record(linears, other.renamed | self.renamed, others, unread)
+        unread, float32 = (
+            tuple(dict.fromkeys(each)) for each in (self.unread + other.unread, self.float32 + other.float32)
+        )
+        return Record(linears, other.renamed | self.renamed, others, unread, float32)
 
     def stacks(self) -> Iterator[tuple[str, tuple[str, ...]]]:
         """(vLLM's linear layer, what it stacks) for every kind of layer."""
@@ -128,6 +133,8 @@ class Layout:
     """Patterns of vLLM's tensors that have no counterpart in the graph."""
     experts: dict[str, ExpertsLayout] = field(default_factory=dict)
     """The graph's name of a block's experts -> where vLLM has them."""
+    float32: frozenset[str] = frozenset()
+    """Those of `tensors` that are float32, whatever is computed in."""
 
     @classmethod
     def of(cls, config: DecoderConfig) -> Layout:
@@ -148,7 +155,9 @@ class Layout:
             name: ExpertsLayout(each, served_name(record, f"{name}.{GATE_UP}").rpartition(".")[0])
             for name, each in graph.experts.items()
         }
-        return cls(linears, tensors, graph.shapes(), graph.by_token, frozenset(record.unread), experts)
+        float32 = frozenset(name for name in graph.plain if pattern_of(name) in record.float32)
+        unread = frozenset(record.unread)
+        return cls(linears, tensors, graph.shapes(), graph.by_token, unread, experts, float32)
 
 
 def served_name(record: Record, name: str) -> str:
@@ -223,7 +232,7 @@ def fused_linears(shape: Any) -> dict[str, list[str]]:
     """vLLM's name of every linear layer to the graph's module names whose rows it stacks.
 
     shape: transformers' configuration, whose graph is asked; or a plan's Shape, of which only the family, the number of
-    layers and which of them have experts are read: those of a kind are taken to be alike.
+    layers, their kinds and which of them have experts are read: those of a kind are taken to be alike.
     """
     known = record_of(shape.model_type)
     record = known or Record(**LAYOUTS[FAMILIES["llama"]])
@@ -236,5 +245,12 @@ def fused_linears(shape: Any) -> dict[str, list[str]]:
         pattern.replace("*", str(layer)): [part.replace("*", str(layer)) for part in parts]
         for layer in range(shape.num_hidden_layers)
         for pattern, parts in record.linears.items()
-        if is_in_mlp(parts[0], shape, layer)
+        if is_in_mlp(parts[0], shape, layer) and is_in_layer(parts[0], shape, layer)
     }
+
+
+def is_in_layer(part: str, shape: Any, layer: int) -> bool:
+    """Whether the layer of that number has the module `part`, a pattern of the graph's names."""
+    mixers = family_of(shape.model_type).mixers
+    module = part.partition(".*.")[2].partition(".")[0]
+    return module not in mixers.values() or mixers[shape.layer_types[layer]] == module

@@ -48,6 +48,32 @@ LAYOUTS: dict[str, dict[str, Any]] = {
             "model.layers.*.mlp.gate.weight": "model.layers.*.block_sparse_moe.gate.weight",
         },
     },
+    "44deb346b749": {
+        "linears": {
+            "model.layers.*.linear_attn.out_proj": ("model.layers.*.linear_attn.out_proj",),
+            "model.layers.*.linear_attn.in_proj_qkvz": (
+                "model.layers.*.linear_attn.in_proj_qkv",
+                "model.layers.*.linear_attn.in_proj_z",
+            ),
+            "model.layers.*.linear_attn.in_proj_ba": (
+                "model.layers.*.linear_attn.in_proj_b",
+                "model.layers.*.linear_attn.in_proj_a",
+            ),
+            "model.layers.*.mlp.gate_up_proj": (
+                "model.layers.*.mlp.gate_proj",
+                "model.layers.*.mlp.up_proj",
+            ),
+            "model.layers.*.mlp.down_proj": ("model.layers.*.mlp.down_proj",),
+            "model.layers.*.self_attn.qkv_proj": (
+                "model.layers.*.self_attn.q_proj",
+                "model.layers.*.self_attn.k_proj",
+                "model.layers.*.self_attn.v_proj",
+            ),
+            "model.layers.*.self_attn.o_proj": ("model.layers.*.self_attn.o_proj",),
+        },
+        "renamed": {},
+        "float32": ("model.layers.*.linear_attn.A_log",),
+    },
     "6b15e33fe2ee": {
         "linears": {
             "model.layers.*.self_attn.qkv_proj": (
@@ -112,6 +138,26 @@ LAYOUTS: dict[str, dict[str, Any]] = {
             "model.layers.*.mlp.experts.gate_up_proj": "model.layers.*.mlp.experts.routed_experts.w13_weight",
         },
     },
+    "a48b867f70dd": {
+        "linears": {
+            "model.layers.*.short_conv.in_proj": ("model.layers.*.conv.in_proj",),
+            "model.layers.*.short_conv.out_proj": ("model.layers.*.conv.out_proj",),
+            "model.layers.*.feed_forward.w13": (
+                "model.layers.*.feed_forward.w1",
+                "model.layers.*.feed_forward.w3",
+            ),
+            "model.layers.*.feed_forward.w2": ("model.layers.*.feed_forward.w2",),
+            "model.layers.*.self_attn.qkv_proj": (
+                "model.layers.*.self_attn.q_proj",
+                "model.layers.*.self_attn.k_proj",
+                "model.layers.*.self_attn.v_proj",
+            ),
+            "model.layers.*.self_attn.out_proj": ("model.layers.*.self_attn.out_proj",),
+        },
+        "renamed": {
+            "model.layers.*.conv.conv.weight": "model.layers.*.short_conv.conv.weight",
+        },
+    },
     "e04eaf2f8d69": {
         "linears": {
             "model.layers.*.self_attn.qkv_proj": (
@@ -164,6 +210,7 @@ FAMILIES: dict[str, str] = {
     "glm4": "3a23b0a393fb",
     "granite": "6b15e33fe2ee",
     "granitemoe": "3c09ecee8999",
+    "lfm2": "a48b867f70dd",
     "llama": "6b15e33fe2ee",
     "ministral3": "6b15e33fe2ee",
     "mistral": "6b15e33fe2ee",
@@ -175,6 +222,7 @@ FAMILIES: dict[str, str] = {
     "phi3": "fbda1e2bf193",
     "qwen2": "6b15e33fe2ee",
     "qwen3": "6b15e33fe2ee",
+    "qwen3_5_text": "44deb346b749",
     "qwen3_moe": "91f6408f8712",
     "seed_oss": "6b15e33fe2ee",
     "smollm3": "6b15e33fe2ee",
@@ -196,6 +244,7 @@ SEEN: dict[str, dict[str, str]] = {
         "glm4": "3a23b0a393fb",
         "granite": "6b15e33fe2ee",
         "granitemoe": "3c09ecee8999",
+        "lfm2": "a48b867f70dd",
         "llama": "6b15e33fe2ee",
         "ministral3": "6b15e33fe2ee",
         "mistral": "6b15e33fe2ee",
@@ -207,6 +256,7 @@ SEEN: dict[str, dict[str, str]] = {
         "phi3": "fbda1e2bf193",
         "qwen2": "6b15e33fe2ee",
         "qwen3": "6b15e33fe2ee",
+        "qwen3_5_text": "44deb346b749",
         "qwen3_moe": "91f6408f8712",
         "seed_oss": "6b15e33fe2ee",
         "smollm3": "6b15e33fe2ee",

@@ -66,6 +66,12 @@ def meta_graph(config: DecoderConfig, dtype: torch.dtype = torch.float32, attent
         return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, attn_implementation=attention)
 
 
+def last_norm(graph: nn.Module) -> nn.Module:
+    """The norm between the last layer of `graph`, a causal LM, and its output head."""
+    named = dict(graph.get_submodule("model").named_children())
+    return named["norm"] if "norm" in named else named["embedding_norm"]
+
+
 def check_frame(config: DecoderConfig) -> None:
     """Raise UserError unless the graph of `config` has the frame that the training graph runs."""
     graph = meta_graph(config)

@@ -38,7 +38,7 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         logits = nn.functional.linear(x.reshape(-1, x.shape[-1]), self.weight)
-        weights, chosen = route(logits, self.routing.top_k, self.routing.renormalize)
+        weights, chosen = route(logits, *self.routing)
         results = {"logits": logits, "weights": weights, "chosen": chosen}
         return tuple(results[name] for name in self.order)
 

@@ -15,7 +15,8 @@ from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEM
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 
 from grpo.errors import UserError
-from grpo.kernels.experts import experts_mlp, route
+from grpo.kernels import nf4_experts
+from grpo.kernels.experts import route, sampled_mlp
 from grpo.model.expert_weights import ExpertStack
 
 
@@ -37,8 +38,11 @@ class SharedExpertsMethod(FusedMoEMethodBase):
         self, layer: nn.Module, x: Tensor, router_logits: Tensor, input_ids: Tensor | None = None
     ) -> Tensor:
         stack: ExpertStack = layer.shared
-        weights, chosen = route(router_logits, stack.routing.top_k, stack.routing.renormalize)
-        return experts_mlp(x, stack.experts, chosen, weights)
+        routing = stack.routing
+        if nf4_experts.serves(x, stack.experts, routing.top_k):
+            return nf4_experts.decode(x, router_logits, stack.experts, *routing)[0]
+        weights, chosen = route(router_logits, *routing)
+        return sampled_mlp(x, stack.experts, chosen, weights)
 
 
 class RouterMethod(QuantizeMethodBase):

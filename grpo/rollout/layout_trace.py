@@ -42,7 +42,7 @@ from grpo.model.decoder_config import DecoderConfig
 from grpo.model.layout import Record, pattern_of
 from grpo.model.meta_graph import graph_tensors, meta_graph
 from grpo.model.stored_form import stored_form
-from grpo.rollout.vllm_backend import leave_classes_alone
+from grpo.rollout.vllm_backend import prepare_class
 from grpo.rollout.vllm_environment import set_environment
 
 TRACED = "grpo_traced"
@@ -189,7 +189,8 @@ def trace(config: DecoderConfig, dtype: torch.dtype = torch.bfloat16) -> Record:
         layers = {name for name, each in model.named_modules() if isinstance(quant_method(each), TracedMethod)}
         widths = {name: model.get_submodule(name).weight.shape[1] for name in layers}
         parameters = {name for name, _ in model.named_parameters() if name.rpartition(".")[0] not in widths}
-    return record(copies.found, sources, widths, set(linears), parameters)
+    wider = {name for name, tensor in targets.items() if tensor.dtype == torch.float32 != dtype}
+    return record(copies.found, sources, Places(widths, set(linears), parameters, wider))
 
 
 def as_stored(config: DecoderConfig, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -220,7 +221,7 @@ def checkpoint_tensors(config: DecoderConfig, dtype: torch.dtype) -> dict[str, T
 def traced_model(config: DecoderConfig, dtype: torch.dtype) -> Iterator[nn.Module]:
     """vLLM's model of `config` on meta; inside, vLLM's configuration is the current one."""
     with tempfile.TemporaryDirectory(prefix="grpo-layout-") as folder, one_process():
-        leave_classes_alone(vllm_class(config.model_type))
+        prepare_class(vllm_class(config.model_type))
         (Path(folder) / "config.json").write_text(json.dumps(served_values(config), default=str))
         try:
             settings = EngineArgs(
@@ -265,29 +266,39 @@ def one_process() -> Iterator[None]:
         yield
 
 
-def record(
-    copies: list[tuple[Rows, Rows | None]],
-    sources: dict[str, Tensor],
-    widths: dict[str, int],
-    ours: set[str],
-    plain: set[str],
-) -> Record:
-    """The copies as a Record. `widths`: columns of vLLM's linear layers; `ours`: the graph's, of which a router of
-    experts is none; `plain`: vLLM's parameters outside of linear layers."""
+@dataclass(frozen=True)
+class Places:
+    """What of the two models is what."""
+
+    widths: dict[str, int]
+    """vLLM's linear layers -> their columns."""
+    linears: set[str]
+    """The graph's, of which a router of experts is none."""
+    parameters: set[str]
+    """vLLM's outside of linear layers."""
+    wider: set[str]
+    """vLLM's tensors in float32 where it computes in less."""
+
+
+def record(copies: list[tuple[Rows, Rows | None]], sources: dict[str, Tensor], places: Places) -> Record:
+    """The copies as a Record."""
     starts: dict[str, list[tuple[int, str]]] = {}
     renamed: dict[str, str] = {}
+    float32: dict[str, None] = {}
     for name, tensor in sources.items():
         target, offsets = destination(name, tensor, copies)
         layer, _, kind = target.rpartition(".")
-        if layer not in widths or name.rpartition(".")[0] not in ours:
+        if layer not in places.widths or name.rpartition(".")[0] not in places.linears:
             if offsets != [0]:
                 reason = f"vLLM {vllm.__version__} keeps {name} inside {target}"
                 raise UserError(f"{reason}, which is no linear layer of ours; use a model of another family")
+            if target in places.wider:
+                float32[pattern_of(name)] = None
             if target != name:
                 renamed[pattern_of(name)] = pattern_of(target)
         elif kind == "weight":
             part = name.removesuffix(".weight")
-            starts.setdefault(layer, []).extend((offset // widths[layer], part) for offset in offsets)
+            starts.setdefault(layer, []).extend((offset // places.widths[layer], part) for offset in offsets)
     stacks: dict[str, dict[tuple[str, ...], None]] = {}
     for layer, parts in starts.items():
         stacks.setdefault(pattern_of(layer), {})[tuple(pattern_of(part) for _, part in sorted(parts))] = None
@@ -295,8 +306,8 @@ def record(
     ordered = {fused: sorted(several, key=lambda parts: -len(set(parts))) for fused, several in stacks.items()}
     linears = {fused: several[0] for fused, several in ordered.items()}
     others = {fused: tuple(rest) for fused, (_, *rest) in ordered.items() if rest}
-    unread = dict.fromkeys(pattern_of(name) for name in sorted(plain - {to.name for to, _ in copies}))
-    return Record(linears, renamed, others, tuple(unread))
+    unread = dict.fromkeys(pattern_of(name) for name in sorted(places.parameters - {to.name for to, _ in copies}))
+    return Record(linears, renamed, others, tuple(unread), tuple(float32))
 
 
 def destination(name: str, tensor: Tensor, copies: list[tuple[Rows, Rows | None]]) -> tuple[str, list[int]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -220,6 +221,18 @@ def write_model_folder(folder: Path, base: BaseWeights, tokenizer: Any) -> None:
         tokenizer.save_pretrained(folder)
 
 
+def by_rows(rotate: Callable[..., Any]) -> Callable[..., Any]:
+    """A rotary module's forward for q and k [tokens, heads, dim] too, which vLLM's on a CPU turns wrongly."""
+
+    def forward(positions: Tensor, query: Tensor, key: Tensor | None = None, *more: Any) -> Any:
+        flat = [None if part is None else part.reshape(len(part), -1) for part in (query, key)]
+        turned = rotate(positions, *flat, *more)
+        pairs = zip(turned, (query, key), strict=True)
+        return tuple(None if like is None else part.reshape(like.shape) for part, like in pairs)
+
+    return forward
+
+
 def share_positions(model: nn.Module, config: DecoderConfig, longest: int) -> None:
     """Replace the rotary caches of `model`, vLLM's, by ones with the training graph's frequencies.
 
@@ -244,5 +257,7 @@ def share_positions(model: nn.Module, config: DecoderConfig, longest: int) -> No
             table = rotary.table(held.shape[0], kind or None)
             assert table.shape == held.shape, (name, table.shape, held.shape)
             ours.cos_sin_cache = table.to(held)
+            if not held.is_cuda:
+                ours.forward = by_rows(ours.forward)
             made[kind, id(theirs)] = ours
         attention.rotary_emb = made[kind, id(theirs)]

@@ -26,6 +26,18 @@ YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16, b
 LONG = dict(rope_type="longrope", original_max_position_embeddings=16, short_factor=[1.1] * 12,
             long_factor=[1.5] * 12)  # fmt: skip
 WIDE = {"head_dim": 64}
+DELTA_NET: dict[str, Any] = {
+    **WIDE,
+    **rotary(0.25, mrope_section=[3, 3, 2], mrope_interleaved=True),
+    "num_hidden_layers": 3,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 64,
+    "linear_conv_kernel_dim": 4,
+    "tie_word_embeddings": False,
+}
 EXPERTS = {"num_experts_per_tok": 4}
 
 GEMMA4: dict[str, Any] = {
@@ -119,6 +131,15 @@ NEWCOMERS: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "cohere": {"use_qk_norm": False, "logit_scale": 0.25},
     "gemma4_text": {**GEMMA4, **SHARED_KEYS, "attention_k_eq_v": True, "num_global_key_value_heads": 1},
+    "qwen3_5_text": DELTA_NET,
+    "lfm2": {
+        "num_hidden_layers": 3,
+        "layer_types": ["conv", "full_attention", "conv"],
+        "conv_L_cache": 3,
+        "conv_bias": False,
+        "block_auto_adjust_ff_dim": False,
+        **rotary(),
+    },
 }
 """model_type -> entries of its configuration beside those of all tiny models."""
 
@@ -194,6 +215,11 @@ WITH_IMAGES: dict[str, dict[str, Any]] = {
         "vision_config": {"patch_size": 4, "mm_embed_dim": 32, "mm_posemb_size": 8, "output_proj_dims": 32},
         "audio_config": {"hidden_size": 32},
         **GEMMA4_TOKENS,
+    },
+    "qwen3_5": {
+        "text_config": {**COMMON, **DELTA_NET},
+        "vision_config": {**BLOCKS, "num_position_embeddings": 16},
+        **TOKENS,
     },
     "mistral3 of ministral3": {
         "text_config": {"model_type": "ministral3", **COMMON, **NEWCOMERS["ministral3"]},
