@@ -16,8 +16,9 @@ from typing import Any
 from grpo.config.schema import Config
 from grpo.kernels.sizes import RANK_MULTIPLE
 from grpo.memory.activations import TrainingMemory, moment_bytes
-from grpo.memory.states import pages
+from grpo.memory.states import has_states, pages
 from grpo.model.adapter_layers import adapted_layers
+from grpo.model.attention_layers import attention_layers
 from grpo.model.expert_sizes import COUNTS, expert_sizes
 from grpo.model.layout import fused_linears
 from grpo.model.quantization import stated
@@ -265,14 +266,24 @@ def adapter_bytes(config: Config, shape: Any, itemsize: int, *, on_gpu: bool) ->
     return trained * (4 + 4 + 4 * has_reference + moment_bytes(config.train.optim, on_gpu=on_gpu)) + engine * itemsize
 
 
+def kv_bytes_per_token(shape: Any, itemsize: int, kv_cache_dtype: str) -> int:
+    """Bytes that one token takes in the KV cache over all layers that have keys of their own."""
+    layers = attention_layers(shape).items()
+    own = sum(layer.elements_per_token for number, layer in layers if layer.keys_of == number)
+    return own * (1 if kv_cache_dtype == "fp8" else itemsize)
+
+
 def layer_token_bytes(shape: Any, itemsize: int, kv_cache_dtype: str) -> int:
-    """Bytes that the keys and values of one token take in a layer."""
-    head = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
-    return 2 * shape.num_key_value_heads * head * (1 if kv_cache_dtype == "fp8" else itemsize)
+    """Bytes that the keys and values of one token take in the layer with the most."""
+    most = max(layer.elements_per_token for layer in attention_layers(shape).values())
+    return most * (1 if kv_cache_dtype == "fp8" else itemsize)
 
 
 def kv_cache_bytes(shape: Any, itemsize: int, kv_cache_dtype: str, length: int, sequences: int, block: int) -> int:
     """KV cache in which `sequences` reach `length` tokens, in whole blocks, with two to spare."""
+    if not has_states(shape):
+        blocks = -(-length // block) * sequences + 2
+        return blocks * block * kv_bytes_per_token(shape, itemsize, kv_cache_dtype)
     page = pages(shape, itemsize, layer_token_bytes(shape, itemsize, kv_cache_dtype), block)
     return (page.blocks(length, STATES_KEPT) * sequences + 2) * page.size
 

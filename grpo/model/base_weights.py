@@ -76,6 +76,8 @@ class FusedLinear:
     """transformers module name -> (first row, rows)."""
     in_features: int
     out_features: int
+    again: tuple[str, ...] = ()
+    """Parts whose rows vLLM's layer has once more, behind all others; they are stored and computed once."""
     segments: list[Segment] = field(default_factory=list)
     """One, unless `keep_16bit` holds only some of the parts in 16 bit."""
     bias: Tensor | None = None
@@ -96,7 +98,7 @@ class BaseWeights:
     """Every tensor of the base model, loaded once.
 
     `linears`: vLLM's name -> FusedLinear. `experts`: the graph's name -> ExpertStack. `tensors`: parameter name ->
-    plain tensor (embedding, norms, head) in the compute dtype; embedding and head are padded to vLLM's vocabulary and
+    plain tensor (embedding, norms, head) in the compute dtype; embeddings and head are padded to vLLM's vocabulary and
     hold zeros there. With `model.offload_embedding` or `model.offload_head` the memory of one, a tensor on the GPU like
     the others, is the host's; `pinned` has the same memory, under the same name, as a tensor on the CPU.
     """
@@ -161,7 +163,7 @@ class BaseWeights:
 
     def _load_one(self, source: Source, name: str) -> Tensor:
         tensor = dense(source.read(stored_form(self.config).renamed.get(name, name)), self.dtype)
-        if name in (EMBEDDING, HEAD):
+        if name in self.layout.by_token:
             vocabulary, width = tensor.shape
             padded = -(-vocabulary // VOCABULARY_PADDING) * VOCABULARY_PADDING
             key = self._on_host.get(name)
@@ -175,7 +177,7 @@ class BaseWeights:
         return tensor.to(self.device, torch.float32 if name in self.layout.float32 else self.dtype, copy=True)
 
     def _load_linear(self, source: Source, name: str, layout: LinearLayout) -> FusedLinear:
-        linear = FusedLinear(name, dict(layout.parts), layout.in_features, layout.out_features)
+        linear = FusedLinear(name, dict(layout.parts), layout.in_features, layout.out_features, layout.again)
         for segment_parts in self._same_storage(source, list(layout.parts)):
             if self.load_in_8bit and not self._is_kept(segment_parts[0]):
                 linear.segments += self._load_eight_bit(source, linear, segment_parts)

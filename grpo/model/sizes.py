@@ -71,6 +71,12 @@ def pinned_bytes(size: int) -> int:
     return 1 << (size - 1).bit_length() if size else 0
 
 
+def mlp_widths(shape: Any) -> list[int]:
+    """The MLP's inner size in every layer of transformers' configuration; in one of a plan's Shape, all being alike."""
+    widths = [columns for name, (_, columns) in linear_shapes(shape).items() if name.endswith("mlp.down_proj")]
+    return widths or [shape.intermediate_size]
+
+
 def linear_shapes(shape: Any) -> dict[str, tuple[int, int]]:
     """Module name -> (out, in) of every linear layer of the decoder's blocks.
 

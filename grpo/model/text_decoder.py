@@ -42,7 +42,8 @@ def as_family(config: DecoderConfig, model_type: str) -> Any:
     rotary = {key: value for key, value in values["rope_parameters"].items() if key not in OF_IMAGES}
     if rotary.get("rope_type") == "mrope":
         rotary["rope_type"] = "default"
-    return AutoConfig.for_model(model_type, **{**values, "rope_parameters": rotary})
+    changed = family_of(config.model_type).text_values
+    return AutoConfig.for_model(model_type, **{**values, **changed, "rope_parameters": rotary})
 
 
 def decoder_names(stored: Iterable[str], wanted: set[str]) -> dict[str, str]:
