@@ -24,6 +24,7 @@ from grpo.memory.gpus import as_found
 from grpo.memory.plan import MemoryPlan, plan_memory, sequence_limits, weight_bytes
 from grpo.model.adapter_layers import check_selected
 from grpo.model.architectures import check_supported
+from grpo.model.attention_layers import head_sizes
 from grpo.model.base_weights import BaseWeights
 from grpo.model.checks import check_float16, check_head_size, end_tokens, no_bfloat16
 from grpo.model.config_keys import check_keys, normalize_config
@@ -179,7 +180,8 @@ class Session:
         source, self.stop_token_ids = files.source, files.stop_token_ids
         check_length(config, source.config, source.path)
         if device.type == "cuda":
-            choose_backend(config.rollout.attention_backend, config.rollout.kv_cache_dtype, architecture_of(device))
+            rollout, largest = config.rollout, max(head_sizes(source.config.get_text_config()))
+            choose_backend(rollout.attention_backend, rollout.kv_cache_dtype, architecture_of(device), largest)
         if start_engine:
             kv_bytes = fitted_kv_bytes(config, source.config, device, dtype)
         else:

@@ -28,6 +28,7 @@ from grpo.errors import UserError
 from grpo.memory.gpus import Gpu, gpu_named
 from grpo.memory.shapes import model_shape
 from grpo.memory.summary import memory_plan
+from grpo.model.attention_layers import head_sizes
 from grpo.model.checks import BEYOND_FLOAT16, beyond_float16, no_bfloat16
 from grpo.rollout.attention_backend import choose_backend
 from grpo.run.checkpoint import check_run, moved_base, saved_config, step_numbers
@@ -161,8 +162,9 @@ def card(parsed: argparse.Namespace, config: Config) -> Gpu | None:
     if parsed.card is None:
         return None
     gpu = gpu_named(parsed.card)
-    choose_backend(config.rollout.attention_backend, config.rollout.kv_cache_dtype, gpu.architecture)
     shape = model_shape(config.model, network=True)
+    largest = 0 if shape is None else max(head_sizes(shape))
+    choose_backend(config.rollout.attention_backend, config.rollout.kv_cache_dtype, gpu.architecture, largest)
     if gpu.architecture < 80 and config.model.dtype == "bfloat16":
         raise UserError(no_bfloat16(gpu.name))
     if shape is not None and shape.model_type in BEYOND_FLOAT16 and gpu.architecture < 80:

@@ -30,12 +30,13 @@ from grpo.kernels.nf4_gemm import prepare
 from grpo.memory.plan import CPU_BLOCK, GPU_BLOCK, VLLM_BUFFERS, kv_cache_bytes
 from grpo.memory.states import has_states
 from grpo.model.architectures import vllm_class
+from grpo.model.attention_layers import head_sizes
 from grpo.model.base_weights import BaseWeights
 from grpo.policy.policy import Policy
 from grpo.rollout.attention_backend import choose_backend
 from grpo.rollout.lora_buffers import RolloutAdapter
 from grpo.rollout.types import Completion, EngineSettings, Request, SamplingSettings
-from grpo.rollout.vllm_backend import prepare_class
+from grpo.rollout.vllm_backend import attributes, prepare_class
 from grpo.rollout.vllm_environment import set_environment
 from grpo.rollout.vllm_model import ADAPTER_KEY, SHARED, AdapterHandle, write_model_folder
 from grpo.rollout.vllm_scheduler import LogprobCollector, OnePassSampler, rollout_scheduler
@@ -101,6 +102,7 @@ class Engine:
             "model": self._folder.name,
             "skip_tokenizer_init": not settings.stop_strings,
             "dtype": str(self.base.dtype).removeprefix("torch."),
+            "hf_overrides": attributes(self.base.config),
             "quantization": SHARED,
             "load_format": SHARED,
             "model_loader_extra_config": {ADAPTER_KEY: AdapterHandle(self.adapter)},
@@ -127,7 +129,8 @@ class Engine:
         else:
             arguments["gpu_memory_utilization"] = 0.05
             major, minor = torch.cuda.get_device_capability(self.base.device)
-            backend = choose_backend(settings.attention_backend, settings.kv_cache_dtype, 10 * major + minor)
+            largest = max(head_sizes(self.base.config))
+            backend = choose_backend(settings.attention_backend, settings.kv_cache_dtype, 10 * major + minor, largest)
             arguments["attention_config"] = {"backend": backend.upper()}
             announce(f"attention while sampling: {backend}")
             if settings.release_kv_cache:

@@ -36,6 +36,15 @@ def test_the_backend_of_every_architecture(architecture, plain, fp8):
         choose_backend("auto", "fp8", architecture)
 
 
+def test_heads_that_flash_attention_does_not_take_get_triton():
+    assert choose_backend("auto", "auto", 90, 256) == "flash_attn"
+    assert choose_backend("auto", "auto", 90, 512) == "triton_attn"
+    with pytest.raises(
+        UserError, match='"flash_attn": FlashAttention takes attention heads of up to 256, and this .* 512;'
+    ):
+        choose_backend("flash_attn", "auto", 90, 512)
+
+
 @pytest.mark.parametrize(
     ("wanted", "cache", "architecture", "says"),
     [
