@@ -39,9 +39,7 @@ def test_the_backend_of_every_architecture(architecture, plain, fp8):
 def test_heads_that_flash_attention_does_not_take_get_triton():
     assert choose_backend("auto", "auto", 90, 256) == "flash_attn"
     assert choose_backend("auto", "auto", 90, 512) == "triton_attn"
-    with pytest.raises(
-        UserError, match='"flash_attn": FlashAttention takes attention heads of up to 256, and this .* 512;'
-    ):
+    with pytest.raises(UserError, match="FlashAttention takes heads of up to 256, and this model has some of 512; set"):
         choose_backend("flash_attn", "auto", 90, 512)
 
 
