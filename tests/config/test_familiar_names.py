@@ -50,6 +50,9 @@ enforce_eager enable_prefix_caching compilation_config conservativeness max_logp
 max_num_batched_tokens return_args training r target_modules lora_alpha lora_dropout bias layers_to_transform
 layers_pattern finetune_last_n_layers use_rslora modules_to_save init_lora_weights loftq_config use_dora
 target_parameters ensure_weight_tying offload_layers checkpoint_skip_layers qat_scheme vllm_sampling_params
+auto_model device_map_planner_kwargs fullgraph return_logits text_only unsloth_force_compile whisper_language
+whisper_task on_model_resolved num_labels model_patcher tokenizer_name tokenizer_revision task_type
+finetune_vision_layers finetune_language_layers finetune_audio_layers finetune_attention_modules finetune_mlp_modules
 unsloth_num_chunks unsloth_logit_chunk_multiplier unsloth_grpo_mini_batch sampling_params lora_request""".split()
 """Arguments of its from_pretrained, get_peft_model and fast_generate, and what it adds to GRPOConfig (2026.10.9)."""
 
@@ -127,6 +130,64 @@ def test_what_means_something_else_is_explained(given: dict[str, Any], words: st
     assert words in str(error.value)
 
 
+def look(at: str) -> str:
+    """Look.
+
+    Args:
+        at: what at
+    """
+    return at
+
+
+class Game:
+    """A TRL environment, for its name."""
+
+
+@pytest.mark.parametrize(
+    ("given", "environment"),
+    [
+        ({"tools": [look]}, {"tools": [look], "max_turns": 512, "max_turn_tokens": 512}),
+        ({"environment_factory": Game, "max_completion_length": 99},
+         {"factory": Game, "max_turns": 99, "max_turn_tokens": 99}),
+        ({"tools": [look], "max_tool_calling_iterations": 3, "max_completion_length": 99},
+         {"tools": [look], "max_turns": 4, "max_turn_tokens": 99}),
+        ({"environment": {"tools": ["a:b"]}, "max_tool_calling_iterations": 0}, {"tools": ["a:b"], "max_turns": 1}),
+        ({"tools": [], "environment_factory": None, "max_tool_calling_iterations": None}, None),
+        ({"tools": None, "environment": {"program": "a.py:b"}}, {"program": "a.py:b"}),
+    ],
+)  # fmt: skip
+def test_trls_tools_and_environments_are_the_environment(given: dict[str, Any], environment: Any) -> None:
+    assert ours(given, "policy.train").get("environment") == environment
+
+
+def test_a_grpo_config_brings_its_calls_to_the_tools() -> None:
+    arguments = trl.GRPOConfig(output_dir="x", max_tool_calling_iterations=2, max_completion_length=64, use_cpu=True)
+    found = ours({"args": arguments, "tools": [look]}, "policy.train")
+    assert found["environment"] == {"tools": [look], "max_turns": 3, "max_turn_tokens": 64}
+    assert "max_tool_calling_iterations" not in found and "tools" not in found
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"tools": [look], "environment_factory": Game}, "tools and environment_factory are each an environment"),
+        ({"tools": [look], "environment": {}}, "tools and environment are each an environment"),
+        ({"max_tool_calling_iterations": 4}, "is for tools or environment_factory; pass one of them"),
+        ({"tools": [look], "max_tool_calling_iterations": "4"}, "must be a whole number of at least 0"),
+        ({"rollout_func": look}, 'write the same loop as environment={"program": ...}'),
+    ],
+)
+def test_episodes_that_cannot_be_meant_are_explained(given: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match="^policy.train: ") as error:
+        ours(given, "policy.train")
+    assert words in str(error.value)
+
+
+def test_loading_takes_no_tools() -> None:
+    with pytest.raises(UserError, match="^grpo.load: tools=.*: pass it to policy.train, where it is environment="):
+        ours({"tools": [look]}, "grpo.load")
+
+
 def test_a_grpo_config_gives_what_it_sets(tmp_path: Any) -> None:
     arguments = trl.GRPOConfig(
         output_dir=str(tmp_path), learning_rate=5e-6, max_steps=250, lr_scheduler_type="cosine", beta=0.04,
@@ -164,7 +225,7 @@ def test_a_copied_cell_is_told_the_line_to_write() -> None:
     with pytest.raises(UserError, match=r"max_lora_rank=64: the rank is that of the adapter; write lora"):
         grpo.load(model_name="m", max_lora_rank=64)
     for name in CLASSES:
-        with pytest.raises(UserError, match=f"grpo has no {name}: write|{name}: dtype"):
+        with pytest.raises(UserError, match=f"grpo has no {name}: [a-zT]"):
             getattr(grpo, name)
     policy = LoadedPolicy.__new__(LoadedPolicy)
     with pytest.raises(UserError, match="one policy"):
