@@ -202,6 +202,22 @@ INSTEAD: dict[str, str] = {
         "the decoder of text is trained, and lora={'target_modules': [...]} says which of its layers; leave it out",
     ),
     **_each("tokenizer_name tokenizer_revision", "the tokenizer is the model's; leave it out"),
+    # Of versions before TRL 1 and transformers 5, in notebooks that are still about.
+    **_each("per_gpu_train_batch_size", BATCH),
+    **_each("per_gpu_eval_batch_size include_inputs_for_metrics generate_during_eval evaluation_strategy", HELD_OUT),
+    **_each("push_to_hub_token push_to_hub_model_id push_to_hub_organization", HUB),
+    **_each("group_by_length dataset_num_proc", LOADER),
+    **_each("logging_dir tpu_metrics_debug include_tokens_per_second wandb_log_unique_prompts", RUN_FOLDER),
+    **_each(
+        "use_liger_loss no_cuda use_mps_device fp16_backend fp16_opt_level half_precision_backend jit_mode_eval "
+        "torchdynamo use_legacy_prediction_loop past_index tpu_num_cores ray_scope",
+        ONE_GRAPH,
+    ),
+    **_each("fsdp_min_num_params fsdp_transformer_layer_cls_to_wrap mp_parameters", ONE_PROCESS),
+    **_each("adafactor vllm_guided_decoding_regex", UNSUPPORTED),
+    **_each("vllm_device", SERVER),
+    "overwrite_output_dir": "a run folder is never overwritten; name a new one as output_dir",
+    "save_safetensors": "an adapter is always saved so; leave it out",
     **_each("sync_ref_model ref_model_mixup_alpha ref_model_sync_steps", REFERENCE),
     **_each("vllm_importance_sampling_correction", 'write importance_sampling_correction="none" to do without'),
     "max_lora_rank": 'the rank is that of the adapter; write lora={"r": 32}',
@@ -211,7 +227,7 @@ INSTEAD: dict[str, str] = {
     "tokenizer": "the tokenizer is the model's; a template is given as grpo.load(..., chat_template=...)",
     "data_seed": "one seed decides sampling and order; write seed=0",
     "args": "pass the settings themselves, as max_steps=30, learning_rate=1e-5",
-    "warmup_steps": "write warmup_ratio = warmup_steps / max_steps",
+    "warmup_steps": "write warmup_ratio with the share of the steps, warmup_steps / max_steps",
     "resume_from_checkpoint": "continue a run with `python -m grpo.train --resume RUN_FOLDER`",
     "reward_weights": 'write rewards=[{"function": first, "weight": 0.8}, {"function": second, "weight": 0.2}]',
     "shuffle_dataset": 'write task={"name": ..., "shuffle": False}',
@@ -306,6 +322,8 @@ VALUES: dict[str, Callable[[Any], Settings]] = {
     "fp16": _half("float16"),
     "load_in_16bit": lambda value: {"load_in_4bit": False} if value else {},
     "float8_kv_cache": lambda value: {"kv_cache_dtype": "fp8"} if value else {},
+    # transformers 5 takes a share of the steps here as well.
+    "warmup_steps": lambda value: {"warmup_ratio" if isinstance(value, float) and value < 1 else "warmup_steps": value},
     "optim": lambda value: {"optim": {"adamw_torch": "adamw", "adamw_torch_fused": "adamw"}.get(value, value)},
     "scale_rewards": lambda value: {"scale_rewards": {True: "group", False: "none"}.get(value, value)},
     "min_p": lambda value: {"min_p": 0.0 if value is None else value},
@@ -367,7 +385,7 @@ def ours(settings: Mapping[str, Any], call: str) -> Settings:
         twice = next((key for key in new if key in translated or (key != name and key in given)), None)
         if twice is not None:
             raise UserError(f"{call}: {name} and {twice} are the same setting; leave one out")
-        if name in INSTEAD:
+        if name in INSTEAD and not (name in VALUES and name not in new):
             raise UserError(f"{call}: {name}={value!r}: {batch(given) if INSTEAD[name] is BATCH else INSTEAD[name]}")
         translated |= new
     return translated

@@ -101,6 +101,7 @@ def test_a_call_is_taken_or_ends_with_a_sentence(name: str, value: Any) -> None:
         ({"dtype": None, "load_in_16bit": True}, {"dtype": "auto", "load_in_4bit": False}),
         ({"use_gradient_checkpointing": "unsloth"}, {"gradient_checkpointing": "offload"}),
         ({"random_state": 3407, "warmup_steps": 0}, {"seed": 3407}),
+        ({"warmup_steps": 0.1}, {"warmup_ratio": 0.1}),
         ({"use_vllm": True, "vllm_mode": "colocate", "report_to": "none", "beta": 0.04}, {"beta": 0.04}),
         ({"optim": "adamw_torch", "scale_rewards": False, "bf16": True, "fp16": False},
          {"optim": "adamw", "scale_rewards": "none", "dtype": "bfloat16"}),
@@ -119,6 +120,10 @@ def test_what_means_the_same_is_taken(given: dict[str, Any], expected: dict[str,
         ),
         ({"per_device_train_batch_size": 8}, "here prompts_per_step=1"),
         ({"generation_batch_size": 64, "num_generations": 4}, "here prompts_per_step=16"),
+        ({"warmup_steps": 20}, "write warmup_ratio with the share of the steps"),
+        ({"warmup_steps": 0.1, "warmup_ratio": 0.1}, "warmup_steps and warmup_ratio are the same setting"),
+        ({"overwrite_output_dir": True}, "a run folder is never overwritten"),
+        ({"per_gpu_train_batch_size": 8}, "prompts_per_step"),
         ({"model_name": "a", "model": "b"}, "model_name and model are the same setting"),
         ({"args": {"beta": 1}}, "pass the settings themselves"),
         ({"peft_config": peft.LoraConfig()}, "decided at loading"),
@@ -259,7 +264,7 @@ def calls(page: str, function: str) -> list[dict[str, ast.expr]]:
 def test_the_others_code_uses_their_own_arguments(name: str) -> None:
     page = (ROOT / f"docs/coming-from-{name}.md").read_text()
     (configuration,) = calls(page, "GRPOConfig")
-    assert set(configuration) <= set(fields(trl.GRPOConfig)) | {"warmup_ratio", "max_prompt_length"}
+    assert set(configuration) <= set(fields(trl.GRPOConfig)) | {"warmup_ratio"}, "which Unsloth moves to warmup_steps"
     for trainer in calls(page, "GRPOTrainer"):
         assert set(trainer) <= set(parameters(trl.GRPOTrainer.__init__))
     for function in ("FastLanguageModel.from_pretrained", "FastLanguageModel.get_peft_model"):
