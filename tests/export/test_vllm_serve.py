@@ -60,6 +60,7 @@ def greedy(session: Any, asked: list[list[int]], *, adapter: bool) -> list[list[
 
 @pytest.mark.vllm
 @pytest.mark.wide
+@pytest.mark.timeout(900)
 def test_vllm_serve_answers_as_the_policy_does(tmp_path: Path) -> None:
     base = save_small_chat_model(tmp_path / "base")
     ours: dict[str, list[list[int]]] = {}
