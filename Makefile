@@ -36,11 +36,13 @@ test-quick: $(INSTALLED)
 test-wide: $(INSTALLED) site
 	$(PYTEST) -m wide $(PYTEST_ARGS)
 
-# An environment of its own for tests of other people's packages, which `make test-wide` uses where it is there.
+# Environments of their own for tests of other people's packages, which `make test-wide` uses where they are there.
 environment-packages:
 	@[ -x build/environment-packages/bin/python ] || $(PYTHON) -m venv build/environment-packages
 	build/environment-packages/bin/pip install -qq -r requirements/environments.txt
 	build/environment-packages/bin/pip install -qq --no-deps -r requirements/environments-bare.txt
+	@[ -x build/environment-packages-art/bin/python ] || $(PYTHON) -m venv build/environment-packages-art
+	build/environment-packages-art/bin/pip install -qq -r requirements/environments-art.txt
 
 # The LM Evaluation Harness, in an environment of its own, which `make test-wide` tries where it is there.
 lm-eval:

@@ -111,9 +111,7 @@ HELD_OUT = (
     "held-out rows are the task's (`grpo.Task(..., eval=rows)`), measured every so many steps; write "
     'eval={"every": 50, "limit": 200}'
 )
-HUB = (
-    "write the adapter with policy.save_lora(FOLDER) or a model with policy.save_merged(FOLDER), and upload the folder"
-)
+HUB = "publish a run or an adapter's folder afterwards: python -m grpo.export FOLDER --push OWNER/NAME"
 ONE_PROCESS = "several GPUs are several processes of torchrun with nothing to set; leave it out (docs/scaling.md)"
 LOADER = "rows are tokenised once, before training, and there is no loader; leave it out"
 ONE_GRAPH = "the training graph is this project's own and is not configured so; leave it out"

@@ -102,6 +102,12 @@ class Episode:
         return [] if self.thread is None else self.thread.messages
 
     @property
+    def conversation(self) -> list[dict[str, Any]]:
+        """What was said after the prompt, as the sample log keeps it."""
+        rewards = self.result.turn_rewards if isinstance(self.result, Ended) else None
+        return logged_turns(self.messages[self.prompt_messages :], rewards or ())
+
+    @property
     def text(self) -> str:
         """What the policy said last."""
         spoken = [message for message in self.messages if message["role"] == "assistant"]
@@ -379,6 +385,19 @@ class EpisodePlayer:
 
 class Unusable(Exception):
     """Why an episode cannot go on, in a clause."""
+
+
+def logged_turns(messages: Sequence[Message], rewards: Sequence[float]) -> list[dict[str, Any]]:
+    """`messages` as the sample log keeps them, with the `rewards` of the policy's turns, if there are any."""
+    turns, left = [], list(rewards)
+    for message in messages:
+        sampled = message["role"] == "assistant"
+        turn = {"role": message["role"], "text": str(message.get("content") or ""), "sampled": sampled}
+        turn["calls"] = [call.get("function", call) for call in message.get("tool_calls") or ()]
+        if sampled and left:
+            turn["reward"] = left.pop(0)
+        turns.append(turn)
+    return turns
 
 
 def same(one: Message, other: Message) -> bool:

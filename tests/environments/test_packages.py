@@ -1,7 +1,7 @@
-"""Environments of other people's packages, unchanged: verifiers, SkyRL-gym, GEM, and a whole run with each.
+"""Environments of other people's packages, unchanged: verifiers, SkyRL-gym, GEM, ART, and a whole run with each.
 
-They want packages that do not go together with vLLM's, so they have an interpreter of their own: `make
-environment-packages` makes it, and GRPO_ENVIRONMENT_PYTHON names another.
+They want packages that do not go together with vLLM's, so they have interpreters of their own: `make
+environment-packages` makes them, and GRPO_ENVIRONMENT_PYTHON and GRPO_ART_PYTHON name others.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from tests.helpers.small_chat import save_small_chat_model
 from tests.helpers.tiny_run import read_metrics, run_tables, write_config
 
 PYTHON = Path(os.environ.get("GRPO_ENVIRONMENT_PYTHON", ROOT / "build" / "environment-packages" / "bin" / "python"))
+ART = Path(os.environ.get("GRPO_ART_PYTHON", ROOT / "build" / "environment-packages-art" / "bin" / "python"))
 VERIFIERS = str(ROOT / "tests" / "helpers" / "verifiers_to_try.py")
+ART_AGENT = f"{ART} {ROOT / 'tests' / 'helpers' / 'art_agent.py'}"
 GUESS = "game:GuessTheNumber-v0-easy"
 
-pytestmark = [
-    pytest.mark.wide,
-    pytest.mark.skipif(not PYTHON.exists(), reason="needs the packages that make environment-packages installs"),
-]
+INSTALLED = "needs the packages that make environment-packages installs"
+with_art = pytest.mark.skipif(not ART.exists(), reason=INSTALLED)
+pytestmark = [pytest.mark.wide, pytest.mark.skipif(not PYTHON.exists(), reason=INSTALLED)]
 
 
 def opened(way: str, reference: str, **options: Any) -> EnvironmentPool:
@@ -112,6 +113,17 @@ def test_the_openai_client_with_tools_and_streams() -> None:
     assert [message["role"] for message in asked[1].messages] == ["user", "assistant", "tool"]
     assert asked[1].messages[-1]["content"] == 'seen {"at": 1}' and isinstance(said, Ended)
     assert said.reward == len("A cat.") and said.metrics == {"used": 2.0}
+
+
+@with_art
+def test_a_rollout_of_art(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # it asks the network for prices otherwise
+    with opened("command", ART_AGENT) as pool:
+        row = {"prompt": [{"role": "user", "content": "What is there?"}]}
+        call = '<tool_call>{"name": "look", "arguments": {"at": 1}}</tool_call>'
+        asked, said = played(pool, row, call, "A cat.")
+    assert [message["role"] for message in asked[1].messages] == ["user", "assistant", "tool"]
+    assert isinstance(said, Ended) and said.reward == len("A cat.") and said.metrics == {"turns": 2.0}
 
 
 @pytest.mark.vllm
