@@ -87,7 +87,7 @@ def test_what_is_renamed_exists_here() -> None:
     st.sampled_from(sorted(KNOWN)), st.sampled_from([None, True, False, 0, 1, 7, 0.3, "auto", "x", [1], {}, object()])
 )
 def test_a_call_is_taken_or_ends_with_a_sentence(name: str, value: Any) -> None:
-    sections = tuple(section for section in SECTIONS if section != "model") + ("eval",)
+    sections = tuple(section for section in SECTIONS if section != "model") + ("eval", "environment")
     try:
         tables_of(ours({name: value}, "policy.train"), "policy.train", sections, ("task", "rewards"))
     except UserError as error:
