@@ -31,7 +31,7 @@ from grpo.errors import UserError
 from grpo.kernels.attention import Packing
 from grpo.kernels.host_matmul import mm_transposed
 from grpo.kernels.logprob import selected_logprobs
-from grpo.model import fingerprint
+from grpo.model import fingerprint, weight_source
 from grpo.model.base_weights import BaseWeights
 from grpo.model.decoder_config import DecoderConfig
 from grpo.model.head import Head
@@ -244,5 +244,5 @@ def output_change(source: Source, part: str, linear: BaseLinear, x: Tensor) -> T
     """What `linear` would give more for `x` if its weight were not rounded, in `x`'s dtype."""
     weight = source.read(f"{part}.weight")
     dense = linear.dense()
-    exact = dense if isinstance(weight, NF4Tensor) else weight.to(x.device, x.dtype)
+    exact = dense if isinstance(weight, NF4Tensor) else weight_source.dense(weight).to(x.device, x.dtype)
     return F.linear(x, exact - dense)

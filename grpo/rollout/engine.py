@@ -378,7 +378,7 @@ def kv_cache_allocations() -> list[Any]:
 def nf4_shapes(base: BaseWeights) -> list[tuple[int, int]]:
     """(rows, columns) of the products that the base's 4-bit weights take part in."""
     segments = [segment for linear in base.linears.values() for segment in linear.segments]
-    return [(one.weight.shape[0], one.weight.shape[1] * 2) for one in segments if one.absmax is not None]
+    return [(one.rows, one.columns) for one in segments if one.weight.dtype == torch.uint8]
 
 
 def announce(text: str) -> None:
