@@ -38,11 +38,12 @@ test-wide: $(INSTALLED) site
 
 # Environments of their own for tests of other people's packages, which `make test-wide` uses where they are there.
 environment-packages:
-	@[ -x build/environment-packages/bin/python ] || $(PYTHON) -m venv build/environment-packages
+	@for name in environment-packages environment-packages-art environment-packages-verifiers-1; do \
+	  [ -x build/$$name/bin/python ] || $(PYTHON) -m venv build/$$name; done
 	build/environment-packages/bin/pip install -qq -r requirements/environments.txt
 	build/environment-packages/bin/pip install -qq --no-deps -r requirements/environments-bare.txt
-	@[ -x build/environment-packages-art/bin/python ] || $(PYTHON) -m venv build/environment-packages-art
 	build/environment-packages-art/bin/pip install -qq -r requirements/environments-art.txt
+	build/environment-packages-verifiers-1/bin/pip install -qq -r requirements/environments-verifiers-1.txt
 
 # The LM Evaluation Harness, in an environment of its own, which `make test-wide` tries where it is there.
 lm-eval:
