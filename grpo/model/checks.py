@@ -79,8 +79,7 @@ def check_head_size(config: DecoderConfig, where: Path, on_cpu: bool) -> None:
 
 def largest_head(config: DecoderConfig) -> int:
     """The size of the attention heads of the text model `config`, of the layer with the largest."""
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return max(size, getattr(config, "global_head_dim", None) or 0)
+    return max(head_sizes(config))
 
 
 def check_float16(config: DecoderConfig, where: Path) -> None:
