@@ -183,7 +183,7 @@ class TrainingMemory:
             entropy_gradient=bool(config.loss.entropy_coef),
             on_gpu=on_gpu,
             kernels=has_kernels(shape) and config.train.kernels != "torch" and on_gpu and not config.lora.lora_dropout,
-            packed_weights=config.model.load_in_4bit and on_gpu,
+            packed_weights=config.model.quantized and on_gpu,
             head_on_host=on_gpu and config.model.offload_head,
             flash=flash,
             mean_sizes=LayerSizes.of(shape, config.lora, mean_of),

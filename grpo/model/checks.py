@@ -67,15 +67,6 @@ def check_sizes(values: Mapping[str, Any], file: Path) -> None:
         check_sizes(text, file)
 
 
-def check_quantization(values: Mapping[str, Any], file: Path) -> None:
-    """Raise UserError for weights that are quantised in a form which is not read."""
-    method = (values.get("quantization_config") or {}).get("quant_method", "bitsandbytes")
-    if method != "bitsandbytes":
-        raise UserError(
-            f"{file}: weights quantised with {method!r} are not read; use an NF4 or an unquantised checkpoint"
-        )
-
-
 def check_head_size(config: DecoderConfig, where: Path, on_cpu: bool) -> None:
     """Raise UserError for attention heads that vLLM has no kernel for. `config`: the text model's."""
     unknown = sorted(head_sizes(config) - set(HEAD_SIZES_ON_CPU))
@@ -84,6 +75,11 @@ def check_head_size(config: DecoderConfig, where: Path, on_cpu: bool) -> None:
             f"{where / 'config.json'}: attention heads of {unknown[0]}: vLLM's on a CPU are one of "
             f"{', '.join(map(str, HEAD_SIZES_ON_CPU))}; use another model, or a GPU"
         )
+
+
+def largest_head(config: DecoderConfig) -> int:
+    """The size of the attention heads of the text model `config`, of the layer with the largest."""
+    return max(head_sizes(config))
 
 
 def check_float16(config: DecoderConfig, where: Path) -> None:

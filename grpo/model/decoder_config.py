@@ -40,6 +40,9 @@ class DecoderConfig(Protocol):
     use_bidirectional_attention: str | bool | None
     """Which tokens see those behind them; Gemma alone."""
 
+    quantization_config: dict[str, Any]
+    """How a checkpoint's weights are quantised, where they are."""
+
     def get_text_config(self, decoder: bool | None = None) -> DecoderConfig: ...
 
     def to_dict(self) -> dict[str, Any]: ...

@@ -14,16 +14,19 @@ import torch
 from torch import Tensor
 
 from grpo.errors import UserError
-from grpo.kernels import nf4
 from grpo.model.architectures import causal_class, vllm_class
 from grpo.model.checks import one_line
 from grpo.model.decoder_config import DecoderConfig
 from grpo.model.families.table import family_of
 from grpo.model.layout import EMBEDDING, HEAD
 from grpo.model.stored_form import stored_form
-from grpo.model.weight_source import NF4Tensor, Source
+from grpo.model.weight_source import Packed, Source, dense
 
 EXTRAS = {
+    "a scale for activations or the KV cache, which stay in their own type": re.compile(
+        r"(^|\.)layers\.\d+\..*\.((input|activation|output|k|v|q|kv|prob_output)_scale|input_scale_ub"
+        r"|input_zero_point)$"
+    ),
     "rotary frequencies, which are computed from the configuration": re.compile(
         r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$|(^|\.)attn_rot_embd\."
     ),
@@ -103,7 +106,7 @@ def in_place_of(source: Source, name: str) -> str:
     """What else the layer of the missing tensor `name` has, for the sentence: there it may be in another form."""
     layer = name.rpartition(".")[0]
     others = sorted(other for other in source.names if other.startswith(f"{layer}.") and not other.endswith(".bias"))
-    return f" (there is {others[0]}, and only plain and NF4 weights are read)" if others else ""
+    return f" (there is {others[0]}, and only plain, 8-bit and NF4 weights are read)" if others else ""
 
 
 def extras(source: Source, config: DecoderConfig, surplus: set[str], left_out: list[str]) -> Iterator[str]:
@@ -156,16 +159,9 @@ def settled_head(source: Source, config: DecoderConfig) -> list[str]:
     ]
 
 
-def same_values(one: Tensor | NF4Tensor, other: Tensor | NF4Tensor) -> bool:
+def same_values(one: Tensor | Packed, other: Tensor | Packed) -> bool:
     """Whether two [vocabulary, hidden] tensors are equal as numbers, looked at by rows to spare memory."""
     return all(
         torch.equal(some.float(), others.float())
         for some, others in zip(dense(one).split(ROWS), dense(other).split(ROWS), strict=True)
     )
-
-
-def dense(tensor: Tensor | NF4Tensor) -> Tensor:
-    """`tensor`, dequantised to float32 where it is packed."""
-    if isinstance(tensor, NF4Tensor):
-        return nf4.dequantize_bitsandbytes(tensor.codes, tensor.absmax, tensor.shape, torch.float32)
-    return tensor

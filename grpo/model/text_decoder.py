@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from grpo.model.decoder_config import DecoderConfig
+from grpo.model.eight_bit_source import weight_of
 from grpo.model.families.table import family_of
 
 WRAPPERS = ("language_model", "text_model")
@@ -61,4 +62,4 @@ def decoder_names(stored: Iterable[str], wanted: set[str]) -> dict[str, str]:
 def logical(name: str) -> str:
     """The tensor that a checkpoint's entry belongs to."""
     head, weight, tail = name.partition(".weight.")
-    return head + ".weight" if tail else name
+    return head + ".weight" if tail else weight_of(name)

@@ -179,7 +179,10 @@ SENTENCES = [
     (MINIMAL + "[rollout]\ntop_p = 0.9\n", "file.toml:5: [rollout] top_p < 1, top_k > 0 and min_p > 0 are refused"),
     (MINIMAL + "[lora]\nuse_dora = true\n", "file.toml:5: [lora] use_dora is not supported"),
     (MINIMAL + "[lora]\ninit_lora_weights = 'pissa'\n", "file.toml:5: [lora] init_lora_weights = 'pissa' is not supp"),
-    ("[model]\nname = 'm'\nload_in_8bit = true\n[task]\nname = 't'\n", "file.toml:1: [model] load_in_8bit is not supp"),
+    (
+        "[model]\nname = 'm'\nload_in_4bit = true\nload_in_8bit = true\n[task]\nname = 't'\n",
+        "file.toml:1: [model] load_in_4bit and load_in_8bit are both true",
+    ),
     (
         "[model]\nname='m'\nmax_seq_length=9\n[task]\nname='t'\n",
         "file.toml: model.max_seq_length = 9 is below rollout.max",
