@@ -32,12 +32,13 @@ from grpo.memory.plan import CPU_BLOCK, GPU_BLOCK, VLLM_BUFFERS, kv_cache_bytes
 from grpo.memory.states import has_states
 from grpo.model.architectures import vllm_class
 from grpo.model.base_weights import BaseWeights
+from grpo.model.checks import largest_head
 from grpo.policy.policy import Policy
-from grpo.rollout.attention_backend import choose_backend
+from grpo.rollout.attention_backend import Served, choose_backend
 from grpo.rollout.lora_buffers import RolloutAdapter
 from grpo.rollout.route_recorder import RouteRecorder
 from grpo.rollout.types import Completion, EngineSettings, Request, SamplingSettings
-from grpo.rollout.vllm_backend import prepare_class
+from grpo.rollout.vllm_backend import attributes, prepare_class
 from grpo.rollout.vllm_environment import set_environment
 from grpo.rollout.vllm_model import ADAPTER_KEY, SHARED, AdapterHandle, write_model_folder
 from grpo.rollout.vllm_scheduler import LogprobCollector, OnePassSampler, rollout_scheduler
@@ -109,6 +110,7 @@ class Engine:
             "model": self._folder.name,
             "skip_tokenizer_init": not settings.stop_strings,
             "dtype": str(self.base.dtype).removeprefix("torch."),
+            "hf_overrides": attributes(self.base.config),
             "quantization": SHARED,
             "load_format": SHARED,
             "model_loader_extra_config": {ADAPTER_KEY: AdapterHandle(self.adapter, self.recorder)},
@@ -135,7 +137,9 @@ class Engine:
         else:
             arguments["gpu_memory_utilization"] = 0.05
             major, minor = torch.cuda.get_device_capability(self.base.device)
-            backend = choose_backend(settings.attention_backend, settings.kv_cache_dtype, 10 * major + minor)
+            dtype = str(self.base.dtype).removeprefix("torch.")
+            served = Served(10 * major + minor, settings.kv_cache_dtype, dtype, largest_head(self.base.config))
+            backend = choose_backend(settings.attention_backend, served)
             arguments["attention_config"] = {"backend": backend.upper()}
             announce(f"attention while sampling: {backend}")
             if settings.release_kv_cache:
