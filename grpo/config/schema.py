@@ -400,6 +400,9 @@ class Train(Section):
     """Tokens in one forward and backward, packed without padding. Changes memory and speed, never the result."""
     logprob_chunk_tokens: PositiveInt = 1024
     """Tokens whose logits exist at once."""
+    router_replay: bool = True
+    """Of a mixture of experts: train each token with the experts that sampling chose for it, also for old and reference
+    logprobs. Rounding alone chooses other ones for some tokens, which no importance ratio corrects well."""
     kernels: Literal["auto", "triton", "torch"] = "auto"
     """What computes the layers in training: fused Triton kernels, or plain torch modules to compare them with. "auto":
     Triton on a GPU, torch on a CPU."""

@@ -158,8 +158,8 @@ class LayerCall:
 def walk(graph: nn.Module, sequences: Sequence[Sequence[int]], device: torch.device) -> tuple[list[LayerCall], Tensor]:
     """Run the decoder on `sequences`, one after another in a row: its layers' calls, and what the last one gives."""
     row = PackedRow()
-    for tokens in sequences:
-        row.append(list(tokens), 0)
+    for number, tokens in enumerate(sequences):
+        row.append(list(tokens), 0, number)
     calls: list[LayerCall] = []
     last: list[Tensor] = []
 

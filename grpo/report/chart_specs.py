@@ -148,6 +148,21 @@ LEARNING = (
         mark=norm_limit,
         log=True,
     ),
+    Spec(
+        "Experts that no token went to",
+        "% of experts",
+        "Of all layers with experts. They are frozen, and so is their router: what changes is what reaches it.",
+        {"experts/unused": "unused"},
+        format="percent",
+        from_zero=True,
+    ),
+    Spec(
+        "Load of experts",
+        "share",
+        "Entropy of the tokens over a layer's experts (1: evenly), and the busiest one's share of its tokens.",
+        {"experts/load_entropy": "entropy", "experts/busiest": "busiest"},
+        from_zero=True,
+    ),
     Spec("Loss", "loss", "Its height says little: rewards are compared within a group.", {"loss": "loss"}),
     Spec("Learning rate", "rate", "", {"learning_rate": "learning rate"}, from_zero=True),
 )

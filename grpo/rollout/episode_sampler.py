@@ -46,7 +46,7 @@ class EpisodeSample(Sample):
 
     def segments(self, prompt_ids: Sequence[int]) -> list[Segment]:
         """What is trained on; the prompt is the conversation's own."""
-        return [Segment(one.prompt_ids, one.tokens, one.sampled) for one in self.transcripts]
+        return [Segment(one.prompt_ids, one.tokens, one.sampled, one.routes) for one in self.transcripts]
 
 
 class EpisodeSampler(Sampler):

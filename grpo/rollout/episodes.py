@@ -40,6 +40,8 @@ class Transcript:
     """Of the sampled ones."""
     turns: list[int] = field(default_factory=list)
     """The episode's turn, from 0, that each of those belongs to."""
+    routes: Any = None
+    """Of all tokens that were fed until the last turn, as in `Completion`."""
 
     def draw(self, completion: Completion, turn: int) -> None:
         """Add a sampled turn."""
@@ -47,6 +49,7 @@ class Transcript:
         self.tokens += completion.token_ids
         self.sampled += [True] * len(completion.token_ids)
         self.logprobs += completion.logprobs
+        self.routes = completion.routes
 
     def observe(self, ids: Sequence[int]) -> None:
         """Add what the environment said; a sampled turn must follow."""

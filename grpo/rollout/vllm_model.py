@@ -35,6 +35,7 @@ from grpo.model.layout import pattern_of
 from grpo.model.rope import EVERYWHERE, Rotary
 from grpo.rollout.experts import SharedExpertsMethod, serve_experts
 from grpo.rollout.lora_buffers import RolloutAdapter
+from grpo.rollout.route_recorder import RouteRecorder
 
 SHARED = "grpo_shared"
 """Name of our quantisation method and load format in vLLM."""
@@ -51,6 +52,8 @@ class AdapterHandle:
     """
 
     adapter: RolloutAdapter = field(repr=False)
+    recorder: RouteRecorder | None = field(default=None, repr=False)
+    """Of a mixture of experts."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AdapterHandle:
         return self
@@ -137,9 +140,10 @@ class SharedLoader(BaseModelLoader):
         """Nothing to download."""
 
     def load_weights(self, model: nn.Module, model_config: Any) -> None:
-        adapter = self.load_config.model_loader_extra_config[ADAPTER_KEY].adapter
+        handle = self.load_config.model_loader_extra_config[ADAPTER_KEY]
+        adapter = handle.adapter
         base = adapter.base
-        attached = attach_experts(model, base)
+        attached = attach_experts(model, base, handle.recorder)
         for path, module in model.named_modules():
             if path in attached:
                 continue
@@ -154,16 +158,17 @@ class SharedLoader(BaseModelLoader):
         share_positions(model, base.config, model_config.max_model_len)
 
 
-def attach_experts(model: nn.Module, base: BaseWeights) -> set[str]:
+def attach_experts(model: nn.Module, base: BaseWeights, recorder: RouteRecorder | None) -> set[str]:
     """Hand the experts' storage and their routers' to vLLM's modules; the names of those whose forward is ours."""
     routers = set()
     modules = dict(model.named_modules())
-    for stack in base.experts.values():
+    for number, stack in enumerate(base.experts.values()):
         router = base.layout.tensors[f"{stack.router}.weight"].removesuffix(".weight")
         for name in (stack.served, router):
             if name not in modules:
                 raise unlike(base, f"without {name}")
-        serve_experts(modules[stack.served], modules[router], stack, base.tensors[f"{stack.router}.weight"])
+        weight = base.tensors[f"{stack.router}.weight"]
+        serve_experts(modules[stack.served], modules[router], stack, weight, recorder, number)
         routers.add(router)
     if other := next((name for name, module in modules.items() if is_unserved(module)), None):
         raise unlike(base, f"with {other}, experts that the training graph has not")
