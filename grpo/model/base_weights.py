@@ -9,8 +9,9 @@ multiplies packed weights fast; the values are those of the packed weights.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -112,6 +113,8 @@ class BaseWeights:
         self._keep_16bit = self._chosen_16bit(model)
         self.linears = {name: self._load_linear(source, name, layout) for name, layout in self.layout.linears.items()}
         self.tensors = self._load_plain(source)
+        self.initial: Mapping[str, Any] = getattr(source, "initial", {})
+        """Linear layer -> what its adapter starts from (`initial_adapter.InitialLayer`), without which it is held."""
 
     def _chosen_16bit(self, model: Model) -> list[str]:
         """Names or endings of the parts that stay unquantised. Raises UserError for one that names no part."""
