@@ -31,7 +31,7 @@ from grpo.model.host_memory import free_pinned_memory
 from grpo.model.inventory import account
 from grpo.model.layout import is_recorded, is_traced, learn
 from grpo.model.locate import recorded_name
-from grpo.model.meta_graph import check_frame
+from grpo.model.meta_graph import check_frame, graph_tensors
 from grpo.model.source import open_source, read_template
 from grpo.model.vocabulary import no_row
 from grpo.model.weight_source import Source
@@ -117,16 +117,16 @@ def read_model(
         check_float16(text, source.path)
     for sentence in account(source):
         notice(sentence)
-    check_adapter(config.lora, text, source)
+    check_adapter(config.lora, text)
     tokenizer = source.tokenizer()
     if config.model.chat_template is not None:
         tokenizer.chat_template = read_template(config.model.chat_template)
     return ModelFiles(source, tokenizer, stop_token_ids(source, tokenizer))
 
 
-def check_adapter(lora: Lora, text: Any, source: Source) -> None:
+def check_adapter(lora: Lora, text: Any) -> None:
     """Raise UserError unless `lora` puts its adapter on linear layers of the model alone, and `lora.init` fits it."""
-    check_selected(text, lora, (name.rpartition(".")[0] for name in source.names))
+    check_selected(text, lora, (name.rpartition(".")[0] for name in graph_tensors(text).shapes()))
     if lora.init is not None:
         open_adapter(lora.init, lora, text)
 

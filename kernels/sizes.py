@@ -19,3 +19,9 @@ start is lost."""
 CPU_BLOCK_BYTES = 8 << 20
 """logprob.py: each of two wide buffers on a CPU. Small enough for the caches, large enough that threads meet at few
 barriers, which are slow where other processes use the cores too."""
+DELTA_RULE_BYTES = 1 << 30
+"""gated_delta.py: intermediate tensors at once, about; as many heads are computed together as fit, and at least one."""
+CONVOLUTION_BYTES = 512 << 20
+"""short_conv.py: intermediate tensors at once, about; so many channels are computed together."""
+EXPERTS_BYTES = 256 << 20
+"""experts.py: of dequantised experts at a time, in training."""

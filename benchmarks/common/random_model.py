@@ -15,9 +15,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig
+from transformers import AutoConfig
 
+from grpo.model.architectures import causal_class
 from grpo.model.base_weights import BLOCK
+from grpo.model.expert_sizes import expert_sizes
+from grpo.model.families.table import family_of
+from grpo.model.inventory import as_stored
+from grpo.model.meta_graph import graph_tensors
 from grpo.model.sizes import VOCABULARY_PADDING, linear_shapes
 
 LLAMA3: dict[str, Any] = {
@@ -42,7 +47,42 @@ TINY: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+QWEN35: dict[str, Any] = {
+    "model_type": "qwen3_5_text",
+    "vocab_size": 248320,
+    "hidden_size": 2560,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "max_position_embeddings": 8192,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000000.0, "partial_rotary_factor": 0.25},
+    "tie_word_embeddings": True,
+    "eos_token_id": 248044,
+    "dtype": "bfloat16",
+}
 SHAPES: dict[str, dict[str, Any]] = {
+    "qwen3.5-4b": QWEN35,
+    "tiny_hybrid": {
+        **QWEN35,
+        "vocab_size": 1000,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 64,
+        "linear_value_head_dim": 64,
+        "eos_token_id": 2,
+    },
     "tiny": {**TINY, "tie_word_embeddings": True},
     "tiny_untied": {**TINY, "tie_word_embeddings": False},
     "3b": {
@@ -87,32 +127,56 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 64,
         "tie_word_embeddings": False,
     },
+    "30b_a3b": {
+        "model_type": "qwen3_moe",
+        "vocab_size": 151936,
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
+        "norm_topk_prob": True,
+        "max_position_embeddings": 8192,
+        "rope_theta": 1000000.0,
+        "bos_token_id": 151643,
+        "eos_token_id": 151645,
+        "dtype": "bfloat16",
+        "tie_word_embeddings": False,
+    },
+    "tiny_experts": {
+        **TINY,
+        "model_type": "qwen3_moe",
+        "num_experts": 16,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 128,
+        "norm_topk_prob": True,
+        "tie_word_embeddings": False,
+    },
 }
 """Llama-3.2-3B, Llama-3.1-8B and Llama-3.1-70B, but for the positions; 14b and 32b have the sizes of Qwen3 without its
-norms of q and k. `tiny` and `tiny_untied` are for trying a benchmark on a CPU."""
+norms of q and k; 30b_a3b is Qwen3-30B-A3B, qwen3.5-4b is Qwen3.5-4B. Those whose names begin with `tiny` are to try a
+benchmark on a CPU."""
 
 OFFSETS = 1 << 20
 """Tensors start at one of so many places in the block, so that no two are alike."""
 
 
-def shape_config(shape: str) -> LlamaConfig:
+def shape_config(shape: str) -> Any:
     """transformers' configuration of one of SHAPES."""
-    config = LlamaConfig(**SHAPES[shape])
-    config.architectures = ["LlamaForCausalLM"]
+    values = dict(SHAPES[shape])
+    config = AutoConfig.for_model(values.pop("model_type", "llama"), **values)
+    config.architectures = [causal_class(config.model_type)]
     return config
 
 
 def tensor_shapes(config: Any) -> dict[str, tuple[int, ...]]:
     """Tensor name -> shape, in the order of a checkpoint."""
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, config.hidden_size)}
-    shapes |= {f"{name}.weight": shape for name, shape in linear_shapes(config).items()}
-    for layer in range(config.num_hidden_layers):
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            shapes[f"model.layers.{layer}.{norm}.weight"] = (config.hidden_size,)
-    shapes["model.norm.weight"] = (config.hidden_size,)
-    if not config.tie_word_embeddings:
-        shapes["lm_head.weight"] = (config.vocab_size, config.hidden_size)
-    return shapes
+    shapes = graph_tensors(config).shapes()
+    return shapes if expert_sizes(config) is None else as_stored(config, shapes)
 
 
 def expected_bytes(config: Any) -> dict[str, int]:
@@ -130,7 +194,10 @@ def expected_bytes(config: Any) -> dict[str, int]:
 
 
 class RandomSource:
-    """A bfloat16 checkpoint that exists only as its names: weights ~ N(0, 0.02), norms 1. Tensors are on the CPU."""
+    """A bfloat16 checkpoint that exists only as its names: weights ~ N(0, 0.02), norms 1. Tensors are on the CPU.
+
+    Of recurrent layers convolutions are wider, and some heads forget within a few tokens, others within thousands.
+    """
 
     def __init__(self, shape: str, device: torch.device):
         """`device` draws the numbers; it holds none of them afterwards."""
@@ -150,9 +217,13 @@ class RandomSource:
     def read(self, name: str) -> Tensor:
         size = self._shapes[name]
         if name.endswith("norm.weight"):
-            return torch.ones(size, dtype=torch.bfloat16)
+            adds_one = family_of(self.config.model_type).norm_adds_one and "linear_attn" not in name
+            return torch.full(size, 0.0 if adds_one else 1.0, dtype=torch.bfloat16)
+        if name.endswith("A_log"):
+            return torch.linspace(-7.0, 1.0, size[0], dtype=torch.bfloat16)
         start = zlib.crc32(name.encode()) % OFFSETS
-        return self._block[start : start + torch.Size(size).numel()].view(size)
+        values = self._block[start : start + torch.Size(size).numel()].view(size)
+        return values * 15 if "conv1d" in name else values
 
     def tokenizer(self) -> Any:
         raise NotImplementedError("random weights have no tokenizer")

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from grpo.errors import UserError
-from grpo.kernels import nf4
 from grpo.model.decoder_config import DecoderConfig
-from grpo.model.weight_source import NF4Tensor, Source
+from grpo.model.stored_form import read_whole
+from grpo.model.weight_source import Source
 from grpo.policy.graph import rebuild_buffers
 
 TEXTS = (
@@ -56,7 +56,7 @@ def read_while_running(module: nn.Module, name: str, source: Source, tied: bool)
             if parameter is None:
                 continue
             key = "model.embed_tokens.weight" if tied and name == "lm_head" else f"{name}.{kind}"
-            weight = dense(source, key)
+            weight = read_whole(source, key).float()
             if weight.shape != parameter.shape:
                 raise UserError(f"{source.path}: {key} is {tuple(weight.shape)}, expected {tuple(parameter.shape)}")
             module._parameters[kind] = nn.Parameter(weight, requires_grad=False)
@@ -66,16 +66,6 @@ def read_while_running(module: nn.Module, name: str, source: Source, tied: bool)
 
     module.register_forward_pre_hook(load)
     module.register_forward_hook(drop)
-
-
-def dense(source: Source, name: str) -> Tensor:
-    """The tensor `name` in float32."""
-    if name not in source.names:
-        raise UserError(f"{source.path}: tensor {name} is missing")
-    weight = source.read(name)
-    if isinstance(weight, NF4Tensor):
-        return nf4.dequantize_bitsandbytes(weight.codes, weight.absmax, weight.shape, torch.float32)
-    return weight.float()
 
 
 def sample_tokens(tokenizer: Any, vocabulary: int) -> Tensor:

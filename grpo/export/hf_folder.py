@@ -24,6 +24,8 @@ from grpo.kernels import nf4
 from grpo.model.architectures import causal_class
 from grpo.model.base_weights import matches_module
 from grpo.model.layout import HEAD, fused_linears
+from grpo.model.meta_graph import graph_tensors
+from grpo.model.stored_form import stored_form
 
 SHARD_BYTES = 2 << 30
 COPIED = (
@@ -101,7 +103,7 @@ def write_4bit(
     layers of which a row is no whole number of blocks.
     """
     dtype = half_type(source)
-    linears = [part for parts in fused_linears(source.config.get_text_config()).values() for part in parts]
+    linears, routers = packed_modules(source)
     dense = [part for part in linears if stays_dense(source, part, in_16bit)]
     shards, lost, whole = Shards(folder, shard_bytes), 0.0, 0.0
     for name in sorted(source.names):
@@ -116,14 +118,33 @@ def write_4bit(
         lost += float((unpacked(name, entries) - weight.float()).square().sum(dtype=torch.float64))
         whole += float(weight.float().square().sum(dtype=torch.float64))
     shards.finish()
-    config = model_config(source, dtype) | {"quantization_config": quantization_config(dtype, ["lm_head", *dense])}
+    config = model_config(source, dtype) | {
+        "quantization_config": quantization_config(dtype, ["lm_head", *routers, *dense])
+    }
     write_companions(source, folder, config, template)
     return (lost / whole) ** 0.5 if whole else 0.0
 
 
+def packed_modules(source: MergedSource) -> tuple[list[str], list[str]]:
+    """The linear layers of `source` and its experts, where they are a matrix each; and the routers of experts."""
+    config = source.config.get_text_config()
+    linears = [part for parts in fused_linears(config).values() for part in parts]
+    form = stored_form(config)
+    experts = [
+        piece.name.removesuffix(".weight")
+        for pieces in form.pieces.values()
+        for piece in pieces
+        if piece.expert is not None
+    ]
+    routers = [f"{experts.router}.weight" for experts in graph_tensors(config).experts.values()]
+    return [*linears, *experts], [form.renamed.get(name, name).removesuffix(".weight") for name in routers]
+
+
 def stays_dense(source: MergedSource, part: str, in_16bit: list[str]) -> bool:
     """Whether the linear layer `part` is left out of quantisation."""
-    return source.shape(f"{part}.weight")[1] % nf4.BLOCK != 0 or any(matches_module(part, name) for name in in_16bit)
+    inside = part.partition(".experts.")[0] + ".experts"
+    kept = any(matches_module(module, name) for name in in_16bit for module in (part, inside))
+    return kept or source.shape(f"{part}.weight")[1] % nf4.BLOCK != 0
 
 
 def half_type(source: MergedSource) -> torch.dtype:

@@ -12,8 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from grpo.config.schema import Config, Lora
-from grpo.kernels.sizes import ADAPTER_COLUMNS, CPU_BLOCK_BYTES, HEAD_SLICE_BYTES, MLP_TILE, QKV_TILE
+from grpo.kernels.sizes import ADAPTER_COLUMNS, CPU_BLOCK_BYTES, EXPERTS_BYTES, HEAD_SLICE_BYTES, MLP_TILE, QKV_TILE
+from grpo.memory.states import StateLayers, has_states, largest_layer, state_layers
 from grpo.model.adapter_layers import adapted_layers
+from grpo.model.expert_sizes import ExpertSizes, expert_sizes
+from grpo.model.families.table import family_of
 from grpo.model.sizes import linear_shapes
 
 CHECKPOINTING_MODES = ("none", "mlp", "layer", "offload")
@@ -21,10 +24,12 @@ CHECKPOINTING_MODES = ("none", "mlp", "layer", "offload")
 computes gate and up again and keeps the rest, is the kernels' alone."""
 QKV, GATE_UP, DOWN = (
     ("q_proj", "k_proj", "v_proj", "qkv_proj"),
-    ("gate_proj", "up_proj", "gate_up_proj"),
-    ("down_proj",),
+    ("gate_proj", "up_proj", "gate_up_proj", "w1", "w3"),
+    ("down_proj", "w2"),
 )
 """Linear layers that are one product each."""
+NORMED_HEADS = ("qwen3", "gemma3_text", "qwen3_5_text", "lfm2")
+"""Families that normalise q and k before the rotation."""
 LIBRARIES = 36 << 20
 """Workspaces that cuBLAS takes from torch's allocator on a GPU (32 MiB on Hopper, 8 MiB before)."""
 INDEXED_IN_32_BITS = 2**31 - 1
@@ -78,6 +83,11 @@ class LayerSizes:
     """Numbers in one layer's A and B."""
     adapter_b: int
     """Numbers in one layer's B."""
+    gated: bool = False
+    """What attention gives is multiplied by a gate (Qwen 3.5)."""
+    states: tuple[StateLayers, ...] = ()
+    """The layers that are not attention, by their kind."""
+    experts: ExpertSizes | None = None
 
     @classmethod
     def of(cls, shape: Any, lora: Lora) -> LayerSizes:
@@ -87,7 +97,11 @@ class LayerSizes:
         adapted = frozenset(name.rpartition(".")[2] for name in adapters)
         rank = max(adapter.rank for adapter in adapters.values())
         first = {n: s for n, s in linear_shapes(shape).items() if ".layers.0." in n and n.rpartition(".")[2] in adapted}
+        if mixed := has_states(shape):  # of the layer with the most
+            first = largest_layer(shape, adapted)
         return cls(
+            gated=shape.model_type == "qwen3_5_text",
+            states=state_layers(shape, adapted) if mixed else (),
             hidden=shape.hidden_size,
             inner=shape.intermediate_size,
             query=shape.num_attention_heads * head_dim,
@@ -97,11 +111,12 @@ class LayerSizes:
             layers=shape.num_hidden_layers,
             vocabulary=shape.vocab_size,
             norms=4 if shape.model_type in ("gemma2", "gemma3_text") else 2,
-            normed_heads=shape.model_type in ("qwen3", "gemma3_text"),
+            normed_heads=shape.model_type in NORMED_HEADS,
             adapted=adapted,
             rank=rank,
             adapter=sum(rank * sum(size) for size in first.values()),
             adapter_b=sum(rank * size[0] for size in first.values()),
+            experts=expert_sizes(shape),
         )
 
     def has(self, *endings: str) -> bool:
@@ -110,6 +125,11 @@ class LayerSizes:
     def beside(self, endings: Sequence[str]) -> int:
         """Columns beside a product of linear layers for what their adapters add (kernels/lora_linear.py)."""
         return -(-self.rank * len(self.adapted & set(endings)) // ADAPTER_COLUMNS) * ADAPTER_COLUMNS
+
+
+def has_kernels(shape: Any) -> bool:
+    """Whether kernels compute what the layers do, as `grpo.policy.fused_layers` asks."""
+    return family_of(shape.model_type).fused_layers
 
 
 @dataclass(frozen=True)
@@ -150,7 +170,7 @@ class TrainingMemory:
             chunk=config.train.logprob_chunk_tokens,
             entropy_gradient=bool(config.loss.entropy_coef),
             on_gpu=on_gpu,
-            kernels=config.train.kernels != "torch" and on_gpu and not config.lora.lora_dropout,
+            kernels=has_kernels(shape) and config.train.kernels != "torch" and on_gpu and not config.lora.lora_dropout,
             packed_weights=config.model.load_in_4bit and on_gpu,
             head_on_host=on_gpu and config.model.offload_head,
             flash=flash,
@@ -164,9 +184,25 @@ class TrainingMemory:
     # What layers keep
 
     def kept_by_layer(self) -> int:
-        """Bytes that one layer saves, its input among them, where nothing is computed again."""
+        """Bytes that one layer saves, its input among them, where nothing is computed again; the kind with the most."""
+        return max(self.kept_by_attention(), *self.kept_by_states(), 0)
+
+    def kept_by_attention(self) -> int:
+        """The same of a layer of attention."""
         per_token = self._fused_per_token() if self.kernels else self._plain_per_token()
         return self.tokens * per_token + self._attention() + self._factors()
+
+    def kept_by_states(self) -> list[int]:
+        """The same of a layer of every kind that has states."""
+        common = self.tokens * self._common_per_token() + self._factors()
+        return [common + self.tokens * kind.kept(self.itemsize, self.sizes.rank) for kind in self.sizes.states]
+
+    def _all_layers(self) -> int:
+        """Bytes that all layers save."""
+        with_states = sum(kind.layers for kind in self.sizes.states)
+        of_states = zip(self.sizes.states, self.kept_by_states(), strict=True)
+        attention = (self.sizes.layers - with_states) * self.kept_by_attention()
+        return attention + sum(kind.layers * size for kind, size in of_states)
 
     def _attention(self) -> int:
         """q, k, v, the output and its log-sum-exp (float32), which flash attention saves, and keys and values laid out
@@ -190,13 +226,29 @@ class TrainingMemory:
     def _plain_per_token(self) -> int:
         """transformers' modules with LoRA: each norm keeps its input in float32, and every linear layer its own."""
         s = self.sizes
+        size = 4 * (s.query + s.key) + 4 * (s.query + s.key) // s.head_dim if s.normed_heads else 0
+        numbers = s.hidden * s.has(*QKV) + (2 * s.query if s.gated else 0)
+        return self._common_per_token() + size + (numbers + s.rank * len(s.adapted)) * self.itemsize
+
+    def _common_per_token(self) -> int:
+        """The norms and the MLP of a plain layer, whatever its kind."""
+        s = self.sizes
         size = s.norms * (4 * s.hidden + 4)
-        if s.normed_heads:
-            size += 4 * (s.query + s.key) + 4 * (s.query + s.key) // s.head_dim
-        numbers = s.hidden * s.has(*QKV)
-        numbers += s.hidden * s.has(*GATE_UP)
-        numbers += 3 * s.inner + s.inner * s.has("down_proj")
-        return size + (numbers + s.rank * len(s.adapted)) * self.itemsize
+        if s.experts is not None:
+            return size + self._experts_per_token(s.experts)
+        return size + (s.hidden * s.has(*GATE_UP) + 3 * s.inner + s.inner * s.has(*DOWN)) * self.itemsize
+
+    def _experts_per_token(self, experts: ExpertSizes) -> int:
+        """Gate and up of every row, its place, and its expert and weight twice; the softmax over all experts."""
+        row = 2 * experts.inner * self.itemsize + 2 * 8 + 4 + 2 * self.itemsize
+        return experts.chosen * row + 4 * experts.experts
+
+    def _experts_backward(self, experts: ExpertSizes) -> int:
+        """Rows of the gradient, of the product and its gradients, and what of the weights is dequantised."""
+        row = experts.hidden + 5 * experts.inner, 2 * experts.hidden + 2 * experts.inner
+        pieces = [min(EXPERTS_BYTES, rows * columns * self.itemsize) for rows, columns in experts.matrices]
+        rows = self.tokens * experts.chosen * max(row) * self.itemsize
+        return rows + (max(pieces) if self.packed_weights else 0)
 
     def _factors(self) -> int:
         """A and B as they are multiplied, which plain layers keep: in 16 bit, or s B in float32."""
@@ -223,7 +275,7 @@ class TrainingMemory:
     def kept(self, mode: str) -> int:
         """Bytes that all layers keep on the device between their forward and their backward."""
         if mode == "none":
-            return self.sizes.layers * self.kept_by_layer() - self._absent_in_first_layer()
+            return self._all_layers() - self._absent_in_first_layer()
         if mode == "mlp":
             return self.sizes.layers * (self.kept_by_layer() - self._gate_and_up())
         # Offloaded, one is still here when the backward begins, and later one is on its way.
@@ -333,10 +385,17 @@ class TrainingMemory:
         inner, wide = self.tokens * s.inner * self.itemsize, 4 * self.tokens * s.hidden
         layer_bytes = self.kept_by_layer()
         before = self.kept(mode) + (0 if mode == "none" else layer_bytes + one)
+        mlp, freed = 2 * inner + self._packed_weight(), 4 * inner
+        if s.experts is not None:
+            mlp, freed = self._experts_backward(s.experts), self.tokens * self._experts_per_token(s.experts)
         return {
             "last norm backward": self.kept(mode) + 6 * wide,
-            "mlp backward": before + one + 2 * inner + self._packed_weight(),
-            "attention backward": before - 4 * inner - wide + self._attention_backward(),
+            "mlp backward": before + one + mlp,
+            "attention backward": before - freed - wide + self._attention_backward(),
+            **{
+                f"states backward {number}": before - freed - wide + kind.backward(self.tokens, self.itemsize)
+                for number, kind in enumerate(s.states)
+            },
         }
 
     # Choosing

@@ -15,8 +15,10 @@ from typing import Any
 from grpo.config.schema import Config
 from grpo.kernels.sizes import RANK_MULTIPLE
 from grpo.memory.activations import TrainingMemory, moment_bytes
+from grpo.memory.states import pages
 from grpo.model.adapter_config import takes_from_base
 from grpo.model.adapter_layers import adapted_layers
+from grpo.model.expert_sizes import COUNTS, expert_sizes
 from grpo.model.layout import fused_linears
 from grpo.model.sizes import AUTO_SHARE, embedding_bytes, linear_shapes, nf4_bytes, pinned_bytes, weights_on_host
 
@@ -31,6 +33,8 @@ BATCHED_TOKENS = 8192
 SAMPLER_BYTES = 28
 """Per logit of every sequence decoded at once, when vLLM tries its own sampler at its start: the logit in 16 bit and in
 float32, sorted with its int64 place, its probability, the running sum, a mask."""
+STATES_KEPT = 1
+"""States of a layer that vLLM keeps of a sequence."""
 MARGIN = 0.03
 """Share of the free memory that the allocator loses to fragments."""
 
@@ -48,6 +52,11 @@ class Shape:
     head_dim: int
     vocab_size: int
     tie_word_embeddings: bool
+    num_experts: int = 0
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0
+    decoder_sparse_step: int = 1
+    mlp_only_layers: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Shape:
@@ -64,6 +73,11 @@ class Shape:
             head_dim=values.get("head_dim") or values["hidden_size"] // heads,
             vocab_size=values["vocab_size"],
             tie_word_embeddings=values.get("tie_word_embeddings", values["model_type"].startswith("gemma")),
+            num_experts=next((count for key in COUNTS if (count := values.get(key))), 0),
+            num_experts_per_tok=values.get("num_experts_per_tok") or 0,
+            moe_intermediate_size=values.get("moe_intermediate_size") or 0,
+            decoder_sparse_step=values.get("decoder_sparse_step") or 1,
+            mlp_only_layers=tuple(values.get("mlp_only_layers") or ()),
         )
 
 
@@ -171,10 +185,22 @@ def weight_bytes(config: Config, shape: Any, itemsize: int, *, on_gpu: bool) -> 
             size += dense
         else:
             size += AUTO_SHARE * dense + (1 - AUTO_SHARE) * nf4 if in_16bit == "auto" else nf4
+    size += expert_bytes(shape, itemsize, packed=packed)
     tables = 1 if shape.tie_word_embeddings else 2
     norms = (2 * shape.num_hidden_layers + 1) * shape.hidden_size
     plain = tables * embedding_bytes(shape, itemsize) + norms * itemsize
     return int(size) + plain - host_weight_bytes(config, shape, itemsize, on_gpu=on_gpu)
+
+
+def expert_bytes(shape: Any, itemsize: int, *, packed: bool) -> int:
+    """All experts, in NF4 or in `itemsize` bytes, and their routers."""
+    sizes = expert_sizes(shape)
+    if sizes is None:
+        return 0
+    matrices = sum(
+        nf4_bytes(rows, columns, itemsize) if packed else rows * columns * itemsize for rows, columns in sizes.matrices
+    )
+    return sizes.layers * (matrices + sizes.experts * sizes.hidden * itemsize)
 
 
 def host_weight_bytes(config: Config, shape: Any, itemsize: int, *, on_gpu: bool) -> int:
@@ -203,21 +229,24 @@ def adapter_bytes(config: Config, shape: Any, itemsize: int, *, on_gpu: bool) ->
     return trained * (4 + 4 + 4 * kept + moment_bytes(config.train.optim, on_gpu=on_gpu)) + engine * itemsize
 
 
-def kv_bytes_per_token(shape: Any, itemsize: int, kv_cache_dtype: str) -> int:
-    """Bytes that one token takes in the KV cache over all layers."""
+def layer_token_bytes(shape: Any, itemsize: int, kv_cache_dtype: str) -> int:
+    """Bytes that the keys and values of one token take in a layer."""
     head = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
-    size = 1 if kv_cache_dtype == "fp8" else itemsize
-    return 2 * shape.num_hidden_layers * shape.num_key_value_heads * head * size
+    return 2 * shape.num_key_value_heads * head * (1 if kv_cache_dtype == "fp8" else itemsize)
 
 
 def kv_cache_bytes(shape: Any, itemsize: int, kv_cache_dtype: str, length: int, sequences: int, block: int) -> int:
     """KV cache in which `sequences` reach `length` tokens, in whole blocks, with two to spare."""
-    blocks = -(-length // block) * sequences + 2
-    return blocks * block * kv_bytes_per_token(shape, itemsize, kv_cache_dtype)
+    page = pages(shape, itemsize, layer_token_bytes(shape, itemsize, kv_cache_dtype), block)
+    return (page.blocks(length, STATES_KEPT) * sequences + 2) * page.size
 
 
 def sampling_bytes(shape: Any, itemsize: int, length: int, sequences: int) -> int:
     """What one step of vLLM takes and gives back: the MLP of a full prefill (the hidden state, the residual, their
     norm, gate, up and their product), or the logits of all sequences."""
-    prefill = max(BATCHED_TOKENS, length) * (3 * shape.hidden_size + 3 * shape.intermediate_size) * itemsize
+    tokens, sizes = max(BATCHED_TOKENS, length), expert_sizes(shape)
+    prefill = tokens * (3 * shape.hidden_size + 3 * shape.intermediate_size) * itemsize
+    if sizes is not None:  # every token's rows twice, gate and up and their product, and the dequantised matrices
+        rows = tokens * sizes.chosen * (2 * sizes.hidden + 3 * sizes.inner) + sizes.matrices[0][0] * sizes.hidden
+        prefill = max(prefill, (tokens * 3 * shape.hidden_size + rows) * itemsize)
     return max(prefill, SAMPLER_BYTES * sequences * shape.vocab_size)

@@ -13,6 +13,7 @@ from typing import Any
 
 from grpo.config.schema import Config
 from grpo.memory.gpus import Gpu
+from grpo.memory.states import attention_layers
 from grpo.model.sizes import linear_shapes, nf4_bytes
 
 COPY_SHARE = 0.85
@@ -65,7 +66,7 @@ class Work:
             layers=shape.num_hidden_layers,
             hidden=shape.hidden_size,
             query=shape.num_attention_heads * head_dim,
-            kv_token=2 * shape.num_hidden_layers * shape.num_key_value_heads * head_dim * kv_item,
+            kv_token=2 * attention_layers(shape) * shape.num_key_value_heads * head_dim * kv_item,
             itemsize=itemsize,
             packed=packed,
         )

@@ -9,7 +9,7 @@ from typing import Any
 
 from grpo.config.schema import Model
 from grpo.memory.plan import Shape
-from grpo.model.families.table import listed
+from grpo.model.families.table import family_of, listed
 from grpo.model.gguf_header import read_header
 from grpo.model.locate import local_path
 
@@ -19,14 +19,15 @@ ENDINGS = r"-(instruct|it|base|chat|ft|pretrained|bnb-4bit|unsloth|hf|v\d+(\.\d+
 HUB_SECONDS = 5.0
 
 
-def model_shape(model: Model, *, network: bool = False) -> Shape | None:
-    """The sizes of `model`, or None where they cannot be had, or are of an unknown kind.
+def model_shape(model: Model, *, network: bool = False) -> Any:
+    """The sizes of `model` as a Shape, or transformers' configuration where layers differ in kind; None where they
+    cannot be had, or are of an unknown kind.
 
     From its files on this machine; else from the table of well-known models; else, with `network`, from the hub.
     """
     path = local_path(model.name) or cached_config(model.name, model.revision)
     if path is None and (values := known_sizes(model.name)) is not None:
-        return Shape.of(values)
+        return shape_of(values)
     if path is None and network:
         path = hub_config(model.name, model.revision)
     if path is None:
@@ -35,10 +36,25 @@ def model_shape(model: Model, *, network: bool = False) -> Shape | None:
         return gguf_shape(path)
     file = path if path.suffix == ".json" else path / "config.json"
     try:
-        shape = Shape.of(json.loads(file.read_text(encoding="utf-8")))
+        shape = shape_of(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return shape if shape.model_type in listed() else None
+
+
+def shape_of(values: dict[str, Any]) -> Any:
+    """What `model_shape` gives, from the entries of a config.json."""
+    text = values.get("text_config") or values
+    if not family_of(text["model_type"]).mixers:
+        return Shape.of(values)
+    from transformers import AutoConfig  # its class knows the kinds of layers, however the file says them
+
+    tied = values.get("tie_word_embeddings", text.get("tie_word_embeddings"))
+    given = {key: value for key, value in text.items() if key != "model_type"}
+    config = AutoConfig.for_model(text["model_type"], **given)
+    if tied is not None:
+        config.tie_word_embeddings = tied
+    return config
 
 
 def cached_config(name: str, revision: str | None) -> Path | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from grpo.config.schema import SEVEN_PROJECTIONS
 from grpo.errors import UserError
+from grpo.model.checks import one_line
 from grpo.model.decoder_config import DecoderConfig
 from grpo.model.families.table import family_of
 from grpo.model.layout import fused_linears
@@ -51,7 +52,22 @@ def unsuited(config: DecoderConfig) -> str | None:
     if getattr(config, "kv_lora_rank", None):
         return f"its attention keeps keys and values in latent form (MLA); {other} with plain attention"
     if any((getattr(config, key, None) or 0) > 1 for key in MIXTURE):
-        return "it is a mixture of experts, of which each token uses a few; use a dense model"
+        return unsuited_experts(config)
+    return None
+
+
+def unsuited_experts(config: DecoderConfig) -> str | None:
+    """Why a mixture of experts cannot be trained; None for one whose experts and router are those computed here."""
+    from grpo.model.meta_graph import graph_tensors
+
+    try:
+        found = graph_tensors(config).experts
+    except UserError as error:
+        return str(error)
+    except Exception as error:  # whatever transformers makes of a stranger's configuration
+        return f"transformers builds no model of its configuration ({one_line(error)}); correct it"
+    if not found:
+        return "it is a mixture of experts that transformers does not keep as stacked matrices; use another model"
     return None
 
 

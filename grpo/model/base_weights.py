@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,11 +25,13 @@ from grpo.model import host_memory
 from grpo.model.architectures import check_supported
 from grpo.model.config_keys import check_keys, normalize_config
 from grpo.model.decoder_config import DecoderConfig
+from grpo.model.expert_weights import ExpertStack, load_stack
 from grpo.model.fingerprint import Fingerprint
 from grpo.model.head import Head
 from grpo.model.inventory import account
-from grpo.model.layout import EMBEDDING, HEAD, Layout, LinearLayout
+from grpo.model.layout import EMBEDDING, HEAD, ExpertsLayout, Layout, LinearLayout
 from grpo.model.sizes import VOCABULARY_PADDING, embedding_bytes, pinned_bytes, weights_on_host
+from grpo.model.stored_form import stored_form
 from grpo.model.weight_source import NF4Tensor, Source
 
 logger = logging.getLogger("grpo")
@@ -80,10 +83,10 @@ class FusedLinear:
 class BaseWeights:
     """Every tensor of the base model, loaded once.
 
-    `linears`: vLLM's name -> FusedLinear. `tensors`: parameter name -> plain tensor (embedding, norms, head) in the
-    compute dtype; embedding and head are padded to vLLM's vocabulary and hold zeros there. With
-    `model.offload_embedding` or `model.offload_head` the memory of one, a tensor on the GPU like the others, is the
-    host's; `pinned` has the same memory, under the same name, as a tensor on the CPU.
+    `linears`: vLLM's name -> FusedLinear. `experts`: the graph's name -> ExpertStack. `tensors`: parameter name ->
+    plain tensor (embedding, norms, head) in the compute dtype; embedding and head are padded to vLLM's vocabulary and
+    hold zeros there. With `model.offload_embedding` or `model.offload_head` the memory of one, a tensor on the GPU like
+    the others, is the host's; `pinned` has the same memory, under the same name, as a tensor on the CPU.
     """
 
     def __init__(self, source: Source, model: Model, *, device: torch.device, dtype: torch.dtype):
@@ -112,6 +115,7 @@ class BaseWeights:
         self.kept_16bit: list[str] = []
         self._keep_16bit = self._chosen_16bit(model)
         self.linears = {name: self._load_linear(source, name, layout) for name, layout in self.layout.linears.items()}
+        self.experts = {name: self._load_experts(source, name, layout) for name, layout in self.layout.experts.items()}
         self.tensors = self._load_plain(source)
         self.initial: Mapping[str, Any] = getattr(source, "initial", {})
         """Linear layer -> what its adapter starts from (`initial_adapter.InitialLayer`), without which it is held."""
@@ -121,6 +125,7 @@ class BaseWeights:
         if not model.load_in_4bit:
             return []
         parts = [part for linear in self.layout.linears.values() for part in linear.parts]
+        parts += self.layout.experts
         if model.keep_16bit == "auto":
             raise ValueError('keep_16bit = "auto" is resolved by grpo.policy.keep_16bit.load_base')
         for ending in model.keep_16bit:
@@ -142,7 +147,7 @@ class BaseWeights:
         return {name: self._load_one(source, name) for name in sorted(self.layout.tensors)}
 
     def _load_one(self, source: Source, name: str) -> Tensor:
-        tensor = source.read(name)
+        tensor = source.read(stored_form(self.config).renamed.get(name, name))
         if isinstance(tensor, NF4Tensor):
             tensor = nf4.dequantize_bitsandbytes(tensor.codes, tensor.absmax, tensor.shape, self.dtype)
         if name in (EMBEDDING, HEAD):
@@ -156,7 +161,7 @@ class BaseWeights:
                 self.pinned[name] = storage
             storage[:vocabulary].copy_(tensor)
             return storage if key is None else host_memory.device_view(self.device, storage)
-        return tensor.to(self.device, self.dtype, copy=True)
+        return tensor.to(self.device, torch.float32 if name in self.layout.float32 else self.dtype, copy=True)
 
     def _load_linear(self, source: Source, name: str, layout: LinearLayout) -> FusedLinear:
         linear = FusedLinear(name, dict(layout.parts), layout.in_features, layout.out_features)
@@ -185,11 +190,7 @@ class BaseWeights:
         in_16bit = self._is_kept(parts[0])
         if self.load_in_4bit and in_16bit:
             self.kept_16bit += parts
-        if not in_16bit and columns % BLOCK:
-            raise UserError(
-                f"{source.path}: {parts[0]} has {columns} inputs, not a multiple of {BLOCK}, so NF4 blocks "
-                "would cross rows; set model.load_in_4bit = false"
-            )
+        self._check_blocks(source, parts[0], columns, not in_16bit)
         if not in_16bit and self.packed:
             packed, absmax = nf4.allocate(rows, columns, self.dtype, self.device)
             segment = Segment(first, rows, packed, absmax)
@@ -200,22 +201,55 @@ class BaseWeights:
             self._fill(source, part, segment, offset - first, (count, columns), quantize=not in_16bit)
         return segment
 
+    def _check_blocks(self, source: Source, module: str, columns: int, quantize: bool) -> None:
+        if quantize and columns % BLOCK:
+            raise UserError(
+                f"{source.path}: {module} has {columns} inputs, not a multiple of {BLOCK}, so NF4 blocks "
+                "would cross rows; set model.load_in_4bit = false"
+            )
+
     def _fill(
         self, source: Source, part: str, segment: Segment, row: int, shape: tuple[int, int], *, quantize: bool
     ) -> None:
         """Read one weight into rows `row`... of `segment`."""
         weight = source.read(f"{part}.weight")
-        if segment.absmax is not None and isinstance(weight, NF4Tensor):
+        self._write(weight, segment.weight, segment.absmax, row, shape, quantize=quantize)
+
+    def _write(
+        self,
+        weight: Tensor | NF4Tensor,
+        stored: Tensor,
+        scales: Tensor | None,
+        row: int,
+        shape: tuple[int, int],
+        *,
+        quantize: bool,
+    ) -> None:
+        """Put `weight` of `shape` into rows `row`... of the storage `stored`, with `scales` where that is NF4."""
+        if scales is not None and isinstance(weight, NF4Tensor):
             codes, absmax = weight.codes.to(self.device), weight.absmax.to(self.device)
-            nf4.pack_rows(segment.weight, segment.absmax, row, codes, absmax, shape)
-        elif segment.absmax is not None and not isinstance(weight, NF4Tensor):
-            nf4.quantize_rows(segment.weight, segment.absmax, row, weight.to(self.device))
+            nf4.pack_rows(stored, scales, row, codes, absmax, shape)
+        elif scales is not None and not isinstance(weight, NF4Tensor):
+            nf4.quantize_rows(stored, scales, row, weight.to(self.device))
         else:
             if quantize and not isinstance(weight, NF4Tensor):
                 weight = NF4Tensor(*nf4.quantize(weight), shape)
             if isinstance(weight, NF4Tensor):
                 weight = nf4.dequantize_bitsandbytes(weight.codes, weight.absmax, shape, self.dtype)
-            segment.weight[row : row + shape[0]].copy_(weight)
+            stored[row : row + shape[0]].copy_(weight)
+
+    def _load_experts(self, source: Source, name: str, layout: ExpertsLayout) -> ExpertStack:
+        quantize = not self._is_kept(name)
+        if self.load_in_4bit and not quantize:
+            self.kept_16bit.append(name)
+
+        def allocate(rows: int, columns: int) -> tuple[Tensor, Tensor | None]:
+            self._check_blocks(source, name, columns, quantize)
+            if quantize and self.packed:
+                return nf4.allocate(rows, columns, self.dtype, self.device)
+            return torch.empty(rows, columns, dtype=self.dtype, device=self.device), None
+
+        return load_stack(source, self.config, name, layout, allocate, partial(self._write, quantize=quantize))
 
     def _load_bias(self, source: Source, linear: FusedLinear, biased: tuple[str, ...]) -> Tensor | None:
         if not biased:
@@ -249,6 +283,8 @@ class BaseWeights:
                     yield segment.absmax
             if linear.bias is not None:
                 yield linear.bias
+        for stack in self.experts.values():
+            yield from stack.storages()
 
 
 def matches_module(part: str, name: str) -> bool:

@@ -114,8 +114,9 @@ def layer_complaints(config: DecoderConfig) -> Iterator[Complaint]:
     kinds = getattr(config, "layer_types", None)
     if not kinds:
         return
-    if len(kinds) < layers or not set(kinds) <= set(LAYER_TYPES):
-        kind = " or ".join(map(repr, LAYER_TYPES))
+    known = tuple(family_of(config.model_type).mixers) or LAYER_TYPES
+    if len(kinds) < layers or not set(kinds) <= set(known):
+        kind = " or ".join(map(repr, known))
         yield Complaint("layer_types", kinds, f"must be {kind} for each of the {layers} layers; use another model")
         return
     sliding = list(kinds[:layers]).count("sliding_attention")

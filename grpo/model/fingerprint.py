@@ -15,7 +15,9 @@ import torch
 
 from grpo.errors import UserError
 from grpo.kernels import nf4
+from grpo.model.decoder_config import DecoderConfig
 from grpo.model.locate import BASE_SAMPLE
+from grpo.model.stored_form import stored_form
 from grpo.model.weight_source import NF4Tensor, Source
 
 SAMPLED = 64
@@ -29,7 +31,7 @@ SAME_WEIGHTS = 1e-6
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """Values of the base's down projections in the first, middle and last layer, and what they were stored as."""
+    """Values of a weight in the first, middle and last layer of the base, and what they were stored as."""
 
     stored_as: str
     values: dict[str, list[float]]
@@ -39,9 +41,10 @@ class Fingerprint:
     @classmethod
     def of(cls, source: Source) -> Fingerprint:
         """Read those weights of `source`."""
-        layers = source.config.get_text_config().num_hidden_layers
-        names = [f"model.layers.{number}.mlp.down_proj.weight" for number in {0, layers // 2, layers - 1}]
-        return cls(source.stored_as, {name: sampled(source, name) for name in sorted(names) if name in source.names})
+        config = source.config.get_text_config()
+        layers = config.num_hidden_layers
+        names = {weight_of_layer(source, config, number) for number in (0, layers // 2, layers - 1)} - {""}
+        return cls(source.stored_as, {name: sampled(source, name) for name in sorted(names)})
 
     def write(self, folder: Path) -> None:
         """Keep it beside the adapter in `folder`."""
@@ -59,6 +62,19 @@ class Fingerprint:
         """Whether `other` can be the same model, stored in the same or another way."""
         plain = self.stored_as in UNQUANTISED and other.stored_as in UNQUANTISED
         return self.distance(other) < (SAME_STORAGE if plain or self.stored_as == other.stored_as else OTHER_STORAGE)
+
+
+def weight_of_layer(source: Source, config: DecoderConfig, layer: int) -> str:
+    """What a checkpoint calls the down projection of a layer, or the first of those of its experts; the last by name of
+    its matrices where it has none."""
+    start = f"model.layers.{layer}."
+    for parameter, pieces in stored_form(config).pieces.items():
+        if parameter.startswith(start) and parameter.endswith(".down_proj"):
+            return pieces[0].name
+    if f"{start}mlp.down_proj.weight" in source.names:
+        return f"{start}mlp.down_proj.weight"
+    weights = (name for name in source.names if name.startswith(start) and len(source.shape(name)) == 2)
+    return max(weights, default="")
 
 
 def sampled(source: Source, name: str) -> list[float]:

@@ -20,6 +20,7 @@ from grpo.model.checks import one_line
 from grpo.model.decoder_config import DecoderConfig
 from grpo.model.families.table import family_of
 from grpo.model.layout import EMBEDDING, HEAD
+from grpo.model.stored_form import stored_form
 from grpo.model.weight_source import NF4Tensor, Source
 
 EXTRAS = {
@@ -69,7 +70,19 @@ def parameters(source: Source, config: DecoderConfig) -> dict[str, tuple[int, ..
         raise UserError(
             f"{source.path}: transformers builds no model of its configuration ({one_line(error)}); correct it"
         ) from None
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    return as_stored(config, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
+
+
+def as_stored(config: DecoderConfig, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """`shapes` of the graph's tensors, under the names and in the pieces in which a checkpoint has them."""
+    form = stored_form(config)
+    stored: dict[str, tuple[int, ...]] = {}
+    for name, shape in shapes.items():
+        if name not in form.pieces:
+            stored[form.renamed.get(name, name)] = shape
+        for piece in form.pieces.get(name, ()):
+            stored[piece.name] = (*(shape[:1] if piece.expert is None else ()), piece.rows, *shape[2:])
+    return stored
 
 
 def check_tensor(source: Source, name: str, shape: tuple[int, ...]) -> None:

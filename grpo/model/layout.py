@@ -12,14 +12,22 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from grpo.errors import UserError
 from grpo.model.decoder_config import DecoderConfig
+from grpo.model.expert_sizes import is_in_mlp
+from grpo.model.families.table import family_of
 from grpo.model.layout_records import FAMILIES, LAYOUTS, SEEN
+
+if TYPE_CHECKING:
+    from grpo.model.graph_experts import GraphExperts
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 """Parameters with a row for every token of the vocabulary."""
+
+GATE_UP = "gate_up_proj"
+"""The first of transformers' two parameters of a block's experts."""
 
 LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
 """The number of a layer in a dotted name."""
@@ -35,10 +43,12 @@ class Record:
     linears: Pattern
     renamed: dict[str, str] = field(default_factory=dict)
     """The graph's name of a tensor outside linear layers -> vLLM's, where they differ."""
+    float32: tuple[str, ...] = ()
+    """The graph's names of the tensors that vLLM keeps in float32, whatever it computes in."""
 
     def digest(self) -> str:
         """A short name of the content: another one says that vLLM changed."""
-        content = json.dumps([self.linears, self.renamed], sort_keys=True)
+        content = json.dumps([self.linears, self.renamed, *([self.float32] if self.float32 else [])], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:12]
 
 
@@ -55,8 +65,17 @@ class LinearLayout:
 
 
 @dataclass(frozen=True)
+class ExpertsLayout:
+    """The experts of a block, which both graphs keep in the same order."""
+
+    graph: GraphExperts
+    served: str
+    """vLLM's module that has them."""
+
+
+@dataclass(frozen=True)
 class Layout:
-    """The whole of a model: every tensor of the graph is in one of the two."""
+    """The whole of a model: every tensor of the graph is in one of `linears`, `tensors` and `experts`."""
 
     linears: dict[str, LinearLayout]
     """vLLM's module name -> its rows."""
@@ -64,6 +83,10 @@ class Layout:
     """The graph's name of every other tensor -> vLLM's parameter or buffer."""
     shapes: dict[str, tuple[int, ...]]
     """The graph's name of every tensor -> its shape."""
+    experts: dict[str, ExpertsLayout] = field(default_factory=dict)
+    """The graph's name of a block's experts -> where vLLM has them."""
+    float32: frozenset[str] = frozenset()
+    """Those of `tensors` that are float32, whatever is computed in."""
 
     @classmethod
     def of(cls, config: DecoderConfig) -> Layout:
@@ -84,8 +107,18 @@ class Layout:
         linears = {
             fused: stack(sorted(parts, key=parts.__getitem__), graph.linears) for fused, parts in stacked.items()
         }
-        tensors = {name: numbered(record.renamed.get(pattern_of(name), pattern_of(name)), name) for name in graph.plain}
-        return cls(linears, tensors, graph.shapes())
+        tensors = {name: served_name(record, name) for name in graph.plain}
+        experts = {
+            name: ExpertsLayout(each, served_name(record, f"{name}.{GATE_UP}").rpartition(".")[0])
+            for name, each in graph.experts.items()
+        }
+        float32 = frozenset(name for name in graph.plain if pattern_of(name) in record.float32)
+        return cls(linears, tensors, graph.shapes(), experts, float32)
+
+
+def served_name(record: Record, name: str) -> str:
+    """vLLM's name of the graph's tensor `name`, which is in no linear layer."""
+    return numbered(record.renamed.get(pattern_of(name), pattern_of(name)), name)
 
 
 def stack(parts: list[str], sizes: Mapping[str, Any]) -> LinearLayout:
@@ -143,12 +176,20 @@ def learn(model_type: str, record: Record) -> None:
 def fused_linears(shape: Any) -> dict[str, list[str]]:
     """vLLM's name of every linear layer to the graph's module names whose rows it stacks.
 
-    shape: a plan's Shape, or transformers' configuration, of which only the family and the number of layers are read:
-    all of a family's layers are taken to be alike.
+    shape: a plan's Shape, or transformers' configuration, of which only the family, the number of layers, their kinds
+    and which of them have experts are read: those of a kind are taken to be alike.
     """
     record = record_of(shape.model_type) or Record(**LAYOUTS[FAMILIES["llama"]])
     return {
         pattern.replace("*", str(layer)): [part.replace("*", str(layer)) for part in parts]
         for layer in range(shape.num_hidden_layers)
         for pattern, parts in record.linears.items()
+        if is_in_mlp(parts[0], shape, layer) and is_in_layer(parts[0], shape, layer)
     }
+
+
+def is_in_layer(part: str, shape: Any, layer: int) -> bool:
+    """Whether the layer of that number has the module `part`, a pattern of the graph's names."""
+    mixers = family_of(shape.model_type).mixers
+    module = part.partition(".*.")[2].partition(".")[0]
+    return module not in mixers.values() or mixers[shape.layer_types[layer]] == module

@@ -1,5 +1,7 @@
 """How vLLM lays out the tested families, traced and written by `make layouts`; nothing here is edited by hand."""
 
+# ruff: noqa: E501
+
 from typing import Any
 
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -15,6 +17,62 @@ LAYOUTS: dict[str, dict[str, Any]] = {
             "model.layers.*.mlp.down_proj": ("model.layers.*.mlp.down_proj",),
         },
         "renamed": {},
+    },
+    "3c09ecee8999": {
+        "linears": {
+            "model.layers.*.self_attn.qkv_proj": (
+                "model.layers.*.self_attn.q_proj",
+                "model.layers.*.self_attn.k_proj",
+                "model.layers.*.self_attn.v_proj",
+            ),
+            "model.layers.*.self_attn.o_proj": ("model.layers.*.self_attn.o_proj",),
+        },
+        "renamed": {
+            "model.layers.*.block_sparse_moe.experts.down_proj": "model.layers.*.block_sparse_moe.experts.routed_experts.w2_weight",
+            "model.layers.*.block_sparse_moe.experts.gate_up_proj": "model.layers.*.block_sparse_moe.experts.routed_experts.w13_weight",
+            "model.layers.*.block_sparse_moe.router.weight": "model.layers.*.block_sparse_moe.gate.weight",
+        },
+    },
+    "3de63c168c50": {
+        "linears": {
+            "model.layers.*.self_attn.qkv_proj": (
+                "model.layers.*.self_attn.q_proj",
+                "model.layers.*.self_attn.k_proj",
+                "model.layers.*.self_attn.v_proj",
+            ),
+            "model.layers.*.self_attn.o_proj": ("model.layers.*.self_attn.o_proj",),
+        },
+        "renamed": {
+            "model.layers.*.mlp.experts.down_proj": "model.layers.*.block_sparse_moe.experts.routed_experts.w2_weight",
+            "model.layers.*.mlp.experts.gate_up_proj": "model.layers.*.block_sparse_moe.experts.routed_experts.w13_weight",
+            "model.layers.*.mlp.gate.weight": "model.layers.*.block_sparse_moe.gate.weight",
+        },
+    },
+    "44deb346b749": {
+        "linears": {
+            "model.layers.*.linear_attn.out_proj": ("model.layers.*.linear_attn.out_proj",),
+            "model.layers.*.linear_attn.in_proj_qkvz": (
+                "model.layers.*.linear_attn.in_proj_qkv",
+                "model.layers.*.linear_attn.in_proj_z",
+            ),
+            "model.layers.*.linear_attn.in_proj_ba": (
+                "model.layers.*.linear_attn.in_proj_b",
+                "model.layers.*.linear_attn.in_proj_a",
+            ),
+            "model.layers.*.mlp.gate_up_proj": (
+                "model.layers.*.mlp.gate_proj",
+                "model.layers.*.mlp.up_proj",
+            ),
+            "model.layers.*.mlp.down_proj": ("model.layers.*.mlp.down_proj",),
+            "model.layers.*.self_attn.qkv_proj": (
+                "model.layers.*.self_attn.q_proj",
+                "model.layers.*.self_attn.k_proj",
+                "model.layers.*.self_attn.v_proj",
+            ),
+            "model.layers.*.self_attn.o_proj": ("model.layers.*.self_attn.o_proj",),
+        },
+        "renamed": {},
+        "float32": ("model.layers.*.linear_attn.A_log",),
     },
     "6b15e33fe2ee": {
         "linears": {
@@ -32,6 +90,45 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         },
         "renamed": {},
     },
+    "91f6408f8712": {
+        "linears": {
+            "model.layers.*.self_attn.qkv_proj": (
+                "model.layers.*.self_attn.q_proj",
+                "model.layers.*.self_attn.k_proj",
+                "model.layers.*.self_attn.v_proj",
+            ),
+            "model.layers.*.self_attn.o_proj": ("model.layers.*.self_attn.o_proj",),
+            "model.layers.*.mlp.gate_up_proj": (
+                "model.layers.*.mlp.gate_proj",
+                "model.layers.*.mlp.up_proj",
+            ),
+            "model.layers.*.mlp.down_proj": ("model.layers.*.mlp.down_proj",),
+        },
+        "renamed": {
+            "model.layers.*.mlp.experts.down_proj": "model.layers.*.mlp.experts.routed_experts.w2_weight",
+            "model.layers.*.mlp.experts.gate_up_proj": "model.layers.*.mlp.experts.routed_experts.w13_weight",
+        },
+    },
+    "a48b867f70dd": {
+        "linears": {
+            "model.layers.*.short_conv.in_proj": ("model.layers.*.conv.in_proj",),
+            "model.layers.*.short_conv.out_proj": ("model.layers.*.conv.out_proj",),
+            "model.layers.*.feed_forward.w13": (
+                "model.layers.*.feed_forward.w1",
+                "model.layers.*.feed_forward.w3",
+            ),
+            "model.layers.*.feed_forward.w2": ("model.layers.*.feed_forward.w2",),
+            "model.layers.*.self_attn.qkv_proj": (
+                "model.layers.*.self_attn.q_proj",
+                "model.layers.*.self_attn.k_proj",
+                "model.layers.*.self_attn.v_proj",
+            ),
+            "model.layers.*.self_attn.out_proj": ("model.layers.*.self_attn.out_proj",),
+        },
+        "renamed": {
+            "model.layers.*.conv.conv.weight": "model.layers.*.short_conv.conv.weight",
+        },
+    },
     "e04eaf2f8d69": {
         "linears": {
             "model.layers.*.self_attn.qkv_proj": (
@@ -44,6 +141,20 @@ LAYOUTS: dict[str, dict[str, Any]] = {
             "model.layers.*.mlp.down_proj": ("model.layers.*.mlp.down_proj",),
         },
         "renamed": {},
+    },
+    "e5d8f0f4a127": {
+        "linears": {
+            "model.layers.*.self_attn.qkv_proj": (
+                "model.layers.*.self_attn.q_proj",
+                "model.layers.*.self_attn.k_proj",
+                "model.layers.*.self_attn.v_proj",
+            ),
+            "model.layers.*.self_attn.o_proj": ("model.layers.*.self_attn.o_proj",),
+        },
+        "renamed": {
+            "model.layers.*.mlp.experts.down_proj": "model.layers.*.mlp.experts.routed_experts.w2_weight",
+            "model.layers.*.mlp.experts.gate_up_proj": "model.layers.*.mlp.experts.routed_experts.w13_weight",
+        },
     },
     "fbda1e2bf193": {
         "linears": {
@@ -68,15 +179,21 @@ FAMILIES: dict[str, str] = {
     "glm": "3a23b0a393fb",
     "glm4": "3a23b0a393fb",
     "granite": "6b15e33fe2ee",
+    "granitemoe": "3c09ecee8999",
+    "lfm2": "a48b867f70dd",
     "llama": "6b15e33fe2ee",
     "ministral3": "6b15e33fe2ee",
     "mistral": "6b15e33fe2ee",
+    "mixtral": "3de63c168c50",
     "nemotron": "e04eaf2f8d69",
     "olmo2": "6b15e33fe2ee",
     "olmo3": "6b15e33fe2ee",
+    "olmoe": "e5d8f0f4a127",
     "phi3": "fbda1e2bf193",
     "qwen2": "6b15e33fe2ee",
     "qwen3": "6b15e33fe2ee",
+    "qwen3_5_text": "44deb346b749",
+    "qwen3_moe": "91f6408f8712",
     "seed_oss": "6b15e33fe2ee",
     "smollm3": "6b15e33fe2ee",
     "stablelm": "6b15e33fe2ee",
@@ -95,15 +212,21 @@ SEEN: dict[str, dict[str, str]] = {
         "glm": "3a23b0a393fb",
         "glm4": "3a23b0a393fb",
         "granite": "6b15e33fe2ee",
+        "granitemoe": "3c09ecee8999",
+        "lfm2": "a48b867f70dd",
         "llama": "6b15e33fe2ee",
         "ministral3": "6b15e33fe2ee",
         "mistral": "6b15e33fe2ee",
+        "mixtral": "3de63c168c50",
         "nemotron": "e04eaf2f8d69",
         "olmo2": "6b15e33fe2ee",
         "olmo3": "6b15e33fe2ee",
+        "olmoe": "e5d8f0f4a127",
         "phi3": "fbda1e2bf193",
         "qwen2": "6b15e33fe2ee",
         "qwen3": "6b15e33fe2ee",
+        "qwen3_5_text": "44deb346b749",
+        "qwen3_moe": "91f6408f8712",
         "seed_oss": "6b15e33fe2ee",
         "smollm3": "6b15e33fe2ee",
         "stablelm": "6b15e33fe2ee",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import nn
 
 from grpo.errors import UserError
 from grpo.model.decoder_config import DecoderConfig
+from grpo.model.graph_experts import GraphExperts, experts_in
 
 FRAME = ("model.embed_tokens", "model.layers.0", "model.norm", "lm_head")
 """Modules around and in the stack of layers."""
@@ -39,14 +40,18 @@ class GraphTensors:
     """Module name -> its sizes; the output head is not among them."""
     plain: dict[str, tuple[int, ...]]
     """Name -> shape of everything else, the output head only where it is not the embedding."""
+    experts: dict[str, GraphExperts] = field(default_factory=dict)
+    """Module name -> the experts in it."""
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name -> shape of every tensor, those of linear layers too."""
+        """Name -> shape of every tensor, those of linear layers and experts too."""
         result: dict[str, tuple[int, ...]] = dict(self.plain)
         for name, linear in self.linears.items():
             result[f"{name}.weight"] = (linear.rows, linear.columns)
             if linear.bias:
                 result[f"{name}.bias"] = (linear.rows,)
+        for name, experts in self.experts.items():
+            result |= {f"{name}.{parameter}": shape for parameter, shape in experts.shapes().items()}
         return result
 
 
@@ -56,6 +61,12 @@ def meta_graph(config: DecoderConfig, dtype: torch.dtype = torch.float32, attent
 
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, attn_implementation=attention)
+
+
+def last_norm(graph: nn.Module) -> nn.Module:
+    """The norm between the last layer of `graph`, a causal LM, and its output head."""
+    named = dict(graph.get_submodule("model").named_children())
+    return named["norm"] if "norm" in named else named["embedding_norm"]
 
 
 def check_frame(config: DecoderConfig) -> None:
@@ -87,11 +98,13 @@ def _graph_tensors(kind: Any, values: str) -> GraphTensors:
         for name, module in graph.named_modules()
         if isinstance(module, nn.Linear) and module is not head
     }
+    experts = experts_in(graph)
     inside = {f"{name}.{kind}" for name in linears for kind in ("weight", "bias")}
+    inside |= {f"{name}.{parameter}" for name, each in experts.items() for parameter in each.shapes()}
     tied = {name for name, module in graph.named_modules() if module is head} if config.tie_word_embeddings else set()
     plain = {
         name: tuple(tensor.shape)
         for name, tensor in graph.state_dict().items()
         if name not in inside and name.rpartition(".")[0] not in tied
     }
-    return GraphTensors(linears, plain)
+    return GraphTensors(linears, plain, experts)

@@ -55,8 +55,10 @@ class Rotary(nn.Module):
     def forward(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> tuple[Tensor, Tensor]:
         """Cosines and sines [..., rotated dimensions] of `position_ids` [...] in the dtype of `x`, which gives no more.
 
-        `layer_type` is transformers' name of it, where the model has frequencies for each.
+        `layer_type` is transformers' name of it, where the model has frequencies for each. Of positions in time, height
+        and width [3, batch, tokens], which text has all alike, the first count.
         """
+        position_ids = position_ids[0] if position_ids.ndim == 3 else position_ids
         kind = layer_type if layer_type in self.scalings else EVERYWHERE
         angles = position_ids[..., None].float() * self.get_buffer(prefixed(kind, "inv_freq"))
         angles = angles.repeat_interleave(2, dim=-1) if self.in_pairs else torch.cat((angles, angles), dim=-1)
@@ -163,7 +165,9 @@ def rotary_class(config: DecoderConfig) -> Any:
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     decoder = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    return getattr(sys.modules[decoder.__module__], decoder.__name__.replace("ForCausalLM", "RotaryEmbedding"))
+    module, name = sys.modules[decoder.__module__], decoder.__name__.removesuffix("ForCausalLM")
+    of_text = getattr(module, f"{name}TextRotaryEmbedding", None)  # where a model of images has another
+    return of_text or getattr(module, f"{name}RotaryEmbedding")
 
 
 def rotated(config: DecoderConfig, parameters: dict[str, Any]) -> int:

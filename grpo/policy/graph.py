@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -18,17 +17,12 @@ from grpo.model.architectures import adapter_targets
 from grpo.model.base_weights import BaseWeights
 from grpo.model.decoder_config import DecoderConfig
 from grpo.model.rope import Rotary
+from grpo.policy.experts import install_experts
 from grpo.policy.lora_linear import BaseLinear, LoraLinear
+from grpo.policy.packing import packing_of, remember_packing
+from grpo.policy.recurrent import install_recurrent_layers
 
 ATTENTION = "grpo_packed"
-
-_packing: ContextVar[Packing | None] = ContextVar("packing", default=None)
-"""That of the layer which runs: some families' layers do not pass on to attention what they are called with."""
-
-
-def remember_packing(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """A hook before a decoder layer."""
-    _packing.set(kwargs.get("packing"))
 
 
 def attend(
@@ -46,10 +40,10 @@ def attend(
 ) -> tuple[Tensor, None]:
     """transformers' attention interface over `packed_attention`. query, key, value [1, heads, tokens, dim]."""
     assert attention_mask is None and query.shape[0] == 1, "sequences come packed in one row, without a mask"
-    packing = packing or _packing.get() or Packing.of_lengths([query.shape[2]], query.device)
     output = packed_attention(
-        query[0], key[0], value[0], packing, scale=scaling, window=sliding_window, softcap=softcap
-    )
+        query[0], key[0], value[0], packing_of(packing, query[:, 0]),
+        scale=scaling, window=sliding_window, softcap=softcap,
+    )  # fmt: skip
     return output[None], None
 
 
@@ -87,11 +81,16 @@ def build_graph(base: BaseWeights) -> nn.Module:
     for linear in base.linears.values():
         for part in linear.parts:
             set_module(graph, part, BaseLinear(*linear.part(part)))
+    if base.experts:
+        install_experts(graph, base.experts)
+        # By this peft knows whose older adapters named experts one by one, and moves targets of that name to them.
+        graph.config.model_type = f"{config.model_type} with routed experts"
     for name, tensor in base.tensors.items():
         # Embedding and head have rows that only vLLM's vocabulary has.
         set_tensor(graph, name, tensor[: base.layout.shapes[name][0]] if tensor.ndim else tensor)
     for layer in graph.model.layers:
         layer.register_forward_pre_hook(remember_packing, with_kwargs=True)
+    install_recurrent_layers(graph, config.model_type)
     graph.tie_weights()
     rebuild_buffers(graph, config, base.device, base.dtype)
     left = [name for name, tensor in [*graph.named_parameters(), *graph.named_buffers()] if tensor.is_meta]

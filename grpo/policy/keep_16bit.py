@@ -36,6 +36,7 @@ from grpo.model.base_weights import BaseWeights
 from grpo.model.decoder_config import DecoderConfig
 from grpo.model.head import Head
 from grpo.model.initial_adapter import write_record
+from grpo.model.meta_graph import last_norm
 from grpo.model.sizes import AUTO_SHARE, linear_shapes, nf4_bytes
 from grpo.model.weight_source import NF4Tensor, Source
 from grpo.policy.calibration_texts import TEXTS
@@ -137,7 +138,7 @@ def rounding_costs(
     graph = build_graph(base).eval()
     lengths = [len(tokens) for tokens in sequences]
     calls, last = walk(graph, sequences, base.device)
-    gradients = label_gradients(graph.model.norm, base, last, labels)
+    gradients = label_gradients(last_norm(graph), base, last, labels)
     costs: dict[str, float] = {}
     for call in reversed(calls):
         layer_costs, gradients = through_layer(source, call, gradients, lengths)
@@ -168,7 +169,7 @@ def walk(graph: nn.Module, sequences: Sequence[Sequence[int]], device: torch.dev
     def called(name: str, layer: nn.Module, inputs: tuple[Any, ...], arguments: dict[str, Any]) -> None:
         calls.append(LayerCall(name, layer, inputs[0], arguments))
 
-    hooks = [graph.model.norm.register_forward_pre_hook(lambda norm, inputs: last.append(inputs[0]))]
+    hooks = [last_norm(graph).register_forward_pre_hook(lambda norm, inputs: last.append(inputs[0]))]
     for number, layer in enumerate(graph.model.layers):
         name = f"model.layers.{number}"
         hooks.append(layer.register_forward_pre_hook(lambda *args, name=name: called(name, *args), with_kwargs=True))

@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from itertools import compress, groupby
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from grpo.kernels.attention import Packing, Span
 from grpo.policy.prefix_tree import PrefixTree
+
+_packing: ContextVar[Packing | None] = ContextVar("packing", default=None)
+"""That of the layer which runs: some families' layers do not pass on to their modules what they are called with."""
+
+
+def remember_packing(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """A hook before a decoder layer."""
+    _packing.set(kwargs.get("packing"))
+
+
+def packing_of(packing: Packing | None, row: Tensor) -> Packing:
+    """The packing of `row` [1, tokens, ...]: as given, or the running layer's, or of one sequence."""
+    return packing or _packing.get() or Packing.of_lengths([row.shape[1]], row.device)
 
 
 @dataclass

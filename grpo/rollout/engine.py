@@ -28,13 +28,14 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from grpo.errors import UserError
 from grpo.kernels.nf4_gemm import prepare
 from grpo.memory.plan import CPU_BLOCK, GPU_BLOCK, VLLM_BUFFERS, kv_cache_bytes
+from grpo.memory.states import has_states
 from grpo.model.architectures import vllm_class
 from grpo.model.base_weights import BaseWeights
 from grpo.policy.policy import Policy
 from grpo.rollout.attention_backend import choose_backend
 from grpo.rollout.lora_buffers import RolloutAdapter
 from grpo.rollout.types import Completion, EngineSettings, Request, SamplingSettings
-from grpo.rollout.vllm_backend import leave_classes_alone
+from grpo.rollout.vllm_backend import prepare_class
 from grpo.rollout.vllm_environment import set_environment
 from grpo.rollout.vllm_model import ADAPTER_KEY, SHARED, AdapterHandle, write_model_folder
 from grpo.rollout.vllm_scheduler import LogprobCollector, OnePassSampler, rollout_scheduler
@@ -42,6 +43,13 @@ from grpo.run.tiles import prepare_tiles
 
 VLLM_TESTED = ((0, 26), (0, 33))
 """First and last minor version that these files were written for."""
+
+STATES = {
+    "enable_prefix_caching": False,
+    "mamba_ssm_cache_dtype": "float32",
+    "additional_config": {"gdn_prefill_backend": "triton"},
+}
+"""vLLM's arguments for models with states. Of other kernels for prompts, one would be compiled at start."""
 
 
 class Engine:
@@ -69,7 +77,7 @@ class Engine:
         if base.device.type == "cpu":
             # vLLM compiles a helper of its sampler: seconds at the first rollout, and a C++ compiler needed.
             torch.compiler.set_stance("force_eager")
-        leave_classes_alone(vllm_class(base.config.model_type))
+        prepare_class(vllm_class(base.config.model_type))
         self._start()
 
     def _start(self) -> None:
@@ -109,6 +117,8 @@ class Engine:
             "scheduler_cls": rollout_scheduler(Scheduler if on_cpu else AsyncScheduler, self.collector),
             "enforce_eager": settings.enforce_eager or on_cpu,
         }
+        if has_states(self.base.config):
+            arguments |= STATES
         if on_cpu:
             arguments["block_size"] = CPU_BLOCK
             # A prompt computed in pieces draws a token too many from its request's generator; vLLM turns it back, which

@@ -26,9 +26,11 @@ from vllm.config import set_current_vllm_config
 from vllm.distributed import parallel_state
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers import rotary_embedding
+from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase
 from vllm.model_executor.layers.quantization import register_quantization_config
-from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.model_executor.utils import set_weight_attrs
 
@@ -38,8 +40,9 @@ from grpo.model.checks import one_line
 from grpo.model.config_keys import served_values
 from grpo.model.decoder_config import DecoderConfig
 from grpo.model.layout import Record, pattern_of
-from grpo.model.meta_graph import meta_graph
-from grpo.rollout.vllm_backend import leave_classes_alone
+from grpo.model.meta_graph import graph_tensors, meta_graph
+from grpo.model.stored_form import stored_form
+from grpo.rollout.vllm_backend import prepare_class
 from grpo.rollout.vllm_environment import set_environment
 
 TRACED = "grpo_traced"
@@ -68,9 +71,31 @@ class TracedMethod(LinearMethodBase):
         raise NotImplementedError("a traced model is not run")
 
 
+class TracedExpertsMethod(FusedMoEMethodBase):
+    """Plain stacked weights of experts, w13 [experts, 2 * inner, hidden] and w2 [experts, hidden, inner]."""
+
+    def create_weights(
+        self,
+        layer: nn.Module,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        inner = intermediate_size_per_partition
+        for name, size in (("w13_weight", (2 * inner, hidden_size)), ("w2_weight", (hidden_size, inner))):
+            weight = nn.Parameter(torch.empty(num_experts, *size, dtype=params_dtype), requires_grad=False)
+            set_weight_attrs(weight, extra_weight_attrs)
+            layer.register_parameter(name, weight)
+
+    def get_fused_moe_quant_config(self, layer: nn.Module) -> None:
+        return None
+
+
 @register_quantization_config(TRACED)
 class TracedConfig(QuantizationConfig):
-    """Gives every linear layer a `TracedMethod`."""
+    """Gives every linear layer a `TracedMethod`, and experts a `TracedExpertsMethod`."""
 
     def get_name(self) -> str:
         return TRACED
@@ -90,7 +115,9 @@ class TracedConfig(QuantizationConfig):
     def from_config(cls, config: dict[str, Any]) -> TracedConfig:
         return cls()
 
-    def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        if isinstance(layer, RoutedExperts):
+            return TracedExpertsMethod(layer.moe_config)
         return TracedMethod() if isinstance(layer, LinearBase) else None
 
 
@@ -154,13 +181,26 @@ def trace(config: DecoderConfig, dtype: torch.dtype = torch.bfloat16) -> Record:
     cannot be shared, or what vLLM says of a model that it cannot build."""
     set_environment()
     sources = checkpoint_tensors(config, dtype)
+    linears, stored = graph_tensors(config).linears, list(as_stored(config, sources))
     with traced_model(config, dtype) as model:
         targets = dict(model.named_parameters()) | dict(model.named_buffers())
         with torch.no_grad(), Copies(sources, {name: tensor.data for name, tensor in targets.items()}) as copies:
-            model.load_weights(iter(sources.items()))
+            model.load_weights(iter(stored))
         layers = {name for name, each in model.named_modules() if isinstance(quant_method(each), TracedMethod)}
         widths = {name: model.get_submodule(name).weight.shape[1] for name in layers}
-    return record(copies.found, sources, widths)
+    wider = {name for name, tensor in targets.items() if tensor.dtype == torch.float32 != dtype}
+    return record(copies.found, sources, widths, set(linears), wider)
+
+
+def as_stored(config: DecoderConfig, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """The graph's `tensors` as a checkpoint has them: pieces of stacked experts are views."""
+    form = stored_form(config)
+    for name, tensor in tensors.items():
+        if name not in form.pieces:
+            yield form.renamed.get(name, name), tensor
+        for piece in form.pieces.get(name, ()):
+            rows = slice(piece.first_row, piece.first_row + piece.rows)
+            yield piece.name, tensor if piece.expert is None else tensor[piece.expert, rows]
 
 
 def quant_method(module: nn.Module) -> Any:
@@ -180,7 +220,7 @@ def checkpoint_tensors(config: DecoderConfig, dtype: torch.dtype) -> dict[str, T
 def traced_model(config: DecoderConfig, dtype: torch.dtype) -> Iterator[nn.Module]:
     """vLLM's model of `config` on meta; inside, vLLM's configuration is the current one."""
     with tempfile.TemporaryDirectory(prefix="grpo-layout-") as folder, one_process():
-        leave_classes_alone(vllm_class(config.model_type))
+        prepare_class(vllm_class(config.model_type))
         (Path(folder) / "config.json").write_text(json.dumps(served_values(config), default=str))
         try:
             settings = EngineArgs(
@@ -213,9 +253,10 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 @contextmanager
 def one_process() -> Iterator[None]:
     """Inside, vLLM takes this process to be the only one; no group of processes is made."""
+    group = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
     alone = SimpleNamespace(
         world_size=1, rank=0, rank_in_group=0, local_rank=0, is_first_rank=True, is_last_rank=True, ranks=[0],
-        device_group=None, cpu_group=None,
+        device_group=group, cpu_group=group,
     )  # fmt: skip
     names = [name for name in ("_WORLD", "_TP", "_PP", "_DP", "_EP", "_DCP", "_PCP") if hasattr(parallel_state, name)]
     with ExitStack() as patches:
@@ -224,17 +265,24 @@ def one_process() -> Iterator[None]:
         yield
 
 
-def record(copies: list[tuple[Rows, Rows | None]], sources: dict[str, Tensor], widths: dict[str, int]) -> Record:
-    """The copies as a Record. `widths`: columns of vLLM's linear layers."""
+def record(
+    copies: list[tuple[Rows, Rows | None]], sources: dict[str, Tensor], widths: dict[str, int], ours: set[str],
+    wider: set[str],
+) -> Record:  # fmt: skip
+    """The copies as a Record. `widths`: columns of vLLM's linear layers; `ours`: the graph's, of which a router of
+    experts is none; `wider`: vLLM's tensors in float32."""
     starts: dict[str, dict[str, int]] = {}
     renamed: dict[str, str] = {}
+    float32: dict[str, None] = {}
     for name, tensor in sources.items():
         target, offset = destination(name, tensor, copies)
         layer, _, kind = target.rpartition(".")
-        if layer not in widths:
+        if layer not in widths or name.rpartition(".")[0] not in ours:
             if offset:
                 reason = f"vLLM {vllm.__version__} keeps {name} inside {target}"
                 raise UserError(f"{reason}, which is no linear layer of ours; use a model of another family")
+            if target in wider:
+                float32[pattern_of(name)] = None
             if target != name:
                 renamed[pattern_of(name)] = pattern_of(target)
         elif kind == "weight":
@@ -242,7 +290,7 @@ def record(copies: list[tuple[Rows, Rows | None]], sources: dict[str, Tensor], w
     linears: dict[str, tuple[str, ...]] = {}
     for layer, parts in starts.items():
         linears[pattern_of(layer)] = tuple(pattern_of(part) for part in sorted(parts, key=parts.__getitem__))
-    return Record(linears, renamed)
+    return Record(linears, renamed, tuple(float32))
 
 
 def destination(name: str, tensor: Tensor, copies: list[tuple[Rows, Rows | None]]) -> tuple[str, int]:

@@ -1,18 +1,27 @@
-"""vLLM's Transformers backend, for families that vLLM has no class of its own for, kept from changing transformers.
+"""Which class vLLM builds a model of: ours for families whose own one it cannot load or serve here, or its own.
 
-It rewrites transformers' class of the decoder so that torch.compile can take it, in place: the training graph is of the
-same class and would run the rewritten form. Nothing is compiled here, so the rewriting is left out.
+Families that vLLM has no class for run by its Transformers backend. That rewrites transformers' class of the decoder so
+that torch.compile can take it, in place: the training graph is of the same class and would run the rewritten form.
+Nothing is compiled here, so the rewriting is left out.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 from vllm import ModelRegistry
 
+OURS = {"Qwen3_5ForCausalLM": ("grpo.rollout.vllm_qwen3_5", "Qwen3_5Text")}
+"""vLLM's name of a class -> (module, class) in its place."""
 
-def leave_classes_alone(architecture: str) -> None:
+
+def prepare_class(architecture: str) -> None:
     """Prepare for a model that vLLM knows as `architecture`, before it is built."""
+    if architecture in OURS:
+        module, name = OURS[architecture]
+        ModelRegistry.register_model(architecture, getattr(import_module(module), name))
+        return
     known = ModelRegistry.models.get(architecture)
     if known is not None and not getattr(known, "module_name", "").endswith(".transformers"):
         return

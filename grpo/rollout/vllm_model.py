@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,10 @@ from typing import Any
 import torch
 import vllm
 from torch import Tensor, nn
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase
 from vllm.model_executor.layers.quantization import register_quantization_config
-from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
@@ -31,6 +33,7 @@ from grpo.model.base_weights import BaseWeights, FusedLinear, Segment
 from grpo.model.config_keys import served_values
 from grpo.model.decoder_config import DecoderConfig
 from grpo.model.rope import EVERYWHERE, Rotary
+from grpo.rollout.experts import SharedExpertsMethod, serve_experts
 from grpo.rollout.lora_buffers import RolloutAdapter
 
 SHARED = "grpo_shared"
@@ -110,7 +113,9 @@ class SharedConfig(QuantizationConfig):
     def from_config(cls, config: dict[str, Any]) -> SharedConfig:
         return cls()
 
-    def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        if isinstance(layer, RoutedExperts):
+            return SharedExpertsMethod(layer.moe_config)
         return SharedLinearMethod() if isinstance(layer, LinearBase) else None
 
 
@@ -124,8 +129,10 @@ class SharedLoader(BaseModelLoader):
     def load_weights(self, model: nn.Module, model_config: Any) -> None:
         adapter = self.load_config.model_loader_extra_config[ADAPTER_KEY].adapter
         base = adapter.base
-        attached = set()
+        attached = attach_experts(model, base)
         for path, module in model.named_modules():
+            if path in attached:
+                continue
             if isinstance(getattr(module, "quant_method", None), SharedLinearMethod):
                 if path not in base.linears:
                     raise unlike(base, f"with {path}, which the training graph has not")
@@ -137,6 +144,27 @@ class SharedLoader(BaseModelLoader):
         share_positions(model, base.config, model_config.max_model_len)
 
 
+def attach_experts(model: nn.Module, base: BaseWeights) -> set[str]:
+    """Hand the experts' storage and their routers' to vLLM's modules; the names of those whose forward is ours."""
+    routers = set()
+    modules = dict(model.named_modules())
+    for stack in base.experts.values():
+        router = base.layout.tensors[f"{stack.router}.weight"].removesuffix(".weight")
+        for name in (stack.served, router):
+            if name not in modules:
+                raise unlike(base, f"without {name}")
+        serve_experts(modules[stack.served], modules[router], stack, base.tensors[f"{stack.router}.weight"])
+        routers.add(router)
+    if other := next((name for name, module in modules.items() if is_unserved(module)), None):
+        raise unlike(base, f"with {other}, experts that the training graph has not")
+    return routers
+
+
+def is_unserved(module: nn.Module) -> bool:
+    """Whether `module` has experts that nothing was attached to."""
+    return isinstance(module, RoutedExperts) and not hasattr(module, "shared")
+
+
 def unlike(base: BaseWeights, how: str) -> UserError:
     """An error about a model that vLLM builds otherwise than its layout says."""
     return UserError(f"{base.source_path}: vLLM {vllm.__version__} builds this model {how}; use another vLLM or model")
@@ -145,7 +173,7 @@ def unlike(base: BaseWeights, how: str) -> UserError:
 def attach_tensors(model: nn.Module, base: BaseWeights) -> None:
     """Hand every tensor outside linear layers to vLLM's parameter or buffer. Raises UserError for what does not fit."""
     wanted = {theirs: base.tensors[ours] for ours, theirs in base.layout.tensors.items()}
-    in_linears = tuple(f"{name}." for name in base.linears)
+    in_linears = tuple(f"{name}." for name in (*base.linears, *(each.served for each in base.experts.values())))
     parameters = {name: each for name, each in model.named_parameters() if not name.startswith(in_linears)}
     if empty := sorted(set(parameters) - set(wanted)):
         raise unlike(base, f"with {empty[0]}, which the training graph has not")
@@ -176,6 +204,18 @@ def write_model_folder(folder: Path, base: BaseWeights, tokenizer: Any) -> None:
         tokenizer.save_pretrained(folder)
 
 
+def by_rows(rotate: Callable[..., Any]) -> Callable[..., Any]:
+    """A rotary module's forward for q and k [tokens, heads, dim] too, which vLLM's on a CPU turns wrongly."""
+
+    def forward(positions: Tensor, query: Tensor, key: Tensor | None = None, *more: Any) -> Any:
+        flat = [None if part is None else part.reshape(len(part), -1) for part in (query, key)]
+        turned = rotate(positions, *flat, *more)
+        pairs = zip(turned, (query, key), strict=True)
+        return tuple(None if like is None else part.reshape(like.shape) for part, like in pairs)
+
+    return forward
+
+
 def share_positions(model: nn.Module, config: DecoderConfig, longest: int) -> None:
     """Replace the rotary caches of `model`, vLLM's, by ones with the training graph's frequencies.
 
@@ -200,5 +240,7 @@ def share_positions(model: nn.Module, config: DecoderConfig, longest: int) -> No
             table = rotary.table(held.shape[0], kind or None)
             assert table.shape == held.shape, (name, table.shape, held.shape)
             ours.cos_sin_cache = table.to(held)
+            if not held.is_cuda:
+                ours.forward = by_rows(ours.forward)
             made[kind, id(theirs)] = ours
         attention.rotary_emb = made[kind, id(theirs)]

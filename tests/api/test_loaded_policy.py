@@ -157,7 +157,7 @@ def test_what_other_loaders_offer_is_declined_with_a_reason_and_a_way_out(settin
         ("distilbert", "transformers has no causal language model of it.*; use"),
         ("deepseek_v3", r"latent form \(MLA\); use"),
         ("mamba", "has no num_attention_heads.*; use"),
-        ("mixtral", "mixture of experts.*; use a dense model"),
+        ("glm4_moe", "chooses experts in another way.*; use"),
     ],
 )
 def test_what_is_no_decoder_that_both_graphs_have_is_declined(tmp_path: Path, kind: str, reason: str) -> None:

@@ -75,8 +75,18 @@ def a_model_that_is_not_supported(home: Path) -> None:
     edit_json(home / "model" / "config.json", model_type="gpt2")
 
 
-@case("architecture 'mixtral' is not supported", "use a dense model")
-def a_mixture_of_experts(home: Path) -> None:
+@case("architecture 'glm4_moe' is not supported", "chooses experts in another way", "use a model of another family")
+def a_mixture_of_experts_with_another_router(home: Path) -> None:
+    edit_json(home / "model" / "config.json", model_type="glm4_moe", n_routed_experts=8)
+
+
+@case("architecture 'mixtral' is not supported", "does not run", "k out of range")
+def a_router_that_is_to_choose_more_experts_than_there_are(home: Path) -> None:
+    edit_json(home / "model" / "config.json", model_type="mixtral", num_local_experts=4, num_experts_per_tok=5)
+
+
+@case("tensor model.layers.0.block_sparse_moe.", "is missing")
+def a_mixture_of_experts_without_experts(home: Path) -> None:
     edit_json(home / "model" / "config.json", model_type="mixtral")
 
 

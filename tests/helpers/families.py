@@ -26,6 +26,19 @@ YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16, b
 LONG = dict(rope_type="longrope", original_max_position_embeddings=16, short_factor=[1.1] * 12,
             long_factor=[1.5] * 12)  # fmt: skip
 WIDE = {"head_dim": 64}
+DELTA_NET: dict[str, Any] = {
+    **WIDE,
+    **rotary(0.25, mrope_section=[3, 3, 2], mrope_interleaved=True),
+    "num_hidden_layers": 3,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 64,
+    "linear_conv_kernel_dim": 4,
+    "tie_word_embeddings": False,
+}
+EXPERTS = {"num_experts_per_tok": 4}
 
 NEWCOMERS: dict[str, dict[str, Any]] = {
     "ministral3": {**WIDE, "rope_parameters": {"rope_theta": 1e4, **YARN}},
@@ -79,7 +92,36 @@ NEWCOMERS: dict[str, dict[str, Any]] = {
     "stablelm": rotary(0.25),
     "nemotron": rotary(0.5),
     "arcee": WIDE,
+    "qwen3_moe": {
+        **WIDE,
+        **EXPERTS,
+        "num_experts": 16,
+        "moe_intermediate_size": 64,
+        "norm_topk_prob": True,
+        "num_hidden_layers": 3,
+        "mlp_only_layers": [1],
+    },
+    "olmoe": {**EXPERTS, "num_experts": 16, "intermediate_size": 64, "norm_topk_prob": False},
+    "granitemoe": {
+        **EXPERTS,
+        "num_local_experts": 16,
+        "intermediate_size": 64,
+        "embedding_multiplier": 2.0,
+        "attention_multiplier": 0.1,
+        "residual_multiplier": 0.5,
+        "logits_scaling": 2.0,
+    },
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "cohere": {"use_qk_norm": False, "logit_scale": 0.25},
+    "qwen3_5_text": DELTA_NET,
+    "lfm2": {
+        "num_hidden_layers": 3,
+        "layer_types": ["conv", "full_attention", "conv"],
+        "conv_L_cache": 3,
+        "conv_bias": False,
+        "block_auto_adjust_ff_dim": False,
+        **rotary(),
+    },
 }
 """model_type -> entries of its configuration beside those of all tiny models."""
 
@@ -129,6 +171,11 @@ WITH_IMAGES: dict[str, dict[str, Any]] = {
         "text_config": {"model_type": "mistral", **COMMON, **WIDE},
         "vision_config": {"model_type": "pixtral", **LAYERED},
         "image_token_index": 150,
+    },
+    "qwen3_5": {
+        "text_config": {**COMMON, **DELTA_NET},
+        "vision_config": {**BLOCKS, "num_position_embeddings": 16},
+        **TOKENS,
     },
     "mistral3 of ministral3": {
         "text_config": {"model_type": "ministral3", **COMMON, **NEWCOMERS["ministral3"]},

@@ -37,12 +37,18 @@ def content(records: dict[str, Record], digests: dict[str, dict[str, str]]) -> s
     layouts: dict[str, Record] = {}
     for record in records.values():
         layouts.setdefault(record.digest(), record)
-    lines = [f'"""{layout_records.__doc__}"""\n', "from typing import Any\n", "LAYOUTS: dict[str, dict[str, Any]] = {"]
+    lines = [
+        f'"""{layout_records.__doc__}"""\n',
+        "# ruff: noqa: E501\n",
+        "from typing import Any\n",
+        "LAYOUTS: dict[str, dict[str, Any]] = {",
+    ]
     for digest, record in sorted(layouts.items()):
         lines += [f'    "{digest}": {{', '        "linears": {']
         for fused, parts in record.linears.items():
             lines += [f'            "{fused}": (', *(f'                "{part}",' for part in parts), "            ),"]
-        lines += ["        },", f'        "renamed": {dict(sorted(record.renamed.items()))!r},', "    },"]
+        lines += ["        },", *renamed_lines(record.renamed)]
+        lines += [*([f'        "float32": {record.float32!r},'] if record.float32 else []), "    },"]
     lines += ["}", '"""What vLLM stacks: its linear layers, each with the graph\'s in order."""\n']
     lines += [
         "FAMILIES: dict[str, str] = {",
@@ -56,6 +62,17 @@ def content(records: dict[str, Record], digests: dict[str, dict[str, str]]) -> s
             "    },",
         ]
     return "\n".join([*lines, "}", '"""vLLM\'s version -> model_type -> the layout that was traced with it."""', ""])
+
+
+def renamed_lines(renamed: dict[str, str]) -> list[str]:
+    """The entry of that name, an item a line."""
+    if not renamed:
+        return ['        "renamed": {},']
+    return [
+        '        "renamed": {',
+        *(f'            "{ours}": "{theirs}",' for ours, theirs in sorted(renamed.items())),
+        "        },",
+    ]
 
 
 def main() -> int:

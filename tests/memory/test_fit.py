@@ -201,6 +201,7 @@ def test_more_sequences_take_longer_and_are_worth_it(gpu, one, more):
         ("meta-llama/Llama-3.1-8B-Instruct", 32), ("unsloth/Meta-Llama-3.1-8B-Instruct-bnb-4bit", 32),
         ("microsoft/phi-4", 40), ("unsloth/phi-4", 40), ("google/gemma-3-1b-it", 26), ("Qwen/Qwen3-4B-Base", 36),
         ("mistralai/Mistral-7B-Instruct-v0.3", 32), ("Qwen/Qwen3-4B-Instruct-2507", 36),
+        ("unsloth/Qwen3-30B-A3B-Instruct-2507", 48), ("allenai/OLMoE-1B-7B-0924-Instruct", 16),
         ("nobody/has-this-model", None), ("Qwen/Qwen2.5-VL-3B-Instruct", None),
     ],
 )  # fmt: skip
@@ -217,7 +218,7 @@ PUBLISHED = {
     "llama-3.2-3b": 3.21, "llama-3.1-8b": 8.03, "llama-3.1-70b": 70.55, "llama-3.3-70b": 70.55,
     "tinyllama-1.1b": 1.10, "smollm2-135m": 0.1345, "smollm2-360m": 0.362, "smollm2-1.7b": 1.71, "mistral-7b": 7.25,
     "mistral-nemo": 12.25, "gemma-2-2b": 2.61, "gemma-2-9b": 9.24, "gemma-3-270m": 0.268, "gemma-3-1b": 1.0,
-    "phi-3.5-mini": 3.82, "phi-4": 14.66, "phi-4-mini": 3.84,
+    "qwen3-30b-a3b": 30.53, "olmoe-1b-7b": 6.92, "phi-3.5-mini": 3.82, "phi-4": 14.66, "phi-4-mini": 3.84,
 }  # fmt: skip
 """Billions of parameters, as their publishers state them."""
 

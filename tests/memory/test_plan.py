@@ -72,8 +72,8 @@ def test_kept_modules_count_in_sixteen_bit() -> None:
 
 def test_the_kv_cache_holds_every_sequence_in_whole_blocks() -> None:
     # 2 (keys, values) x 32 layers x 8 heads x 128 x 2 bytes a token
-    assert plan.kv_bytes_per_token(LLAMA_8B, 2, "auto") == 131_072
-    assert plan.kv_bytes_per_token(LLAMA_8B, 2, "fp8") == 65_536
+    assert 32 * plan.layer_token_bytes(LLAMA_8B, 2, "auto") == 131_072
+    assert 32 * plan.layer_token_bytes(LLAMA_8B, 2, "fp8") == 65_536
     assert plan.kv_cache_bytes(LLAMA_8B, 2, "auto", 17, 10, 16) == (2 * 10 + 2) * 16 * 131_072
 
 

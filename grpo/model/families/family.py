@@ -7,8 +7,8 @@ configuration that one of the two reads differently, layers that our kernels may
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -38,6 +38,8 @@ class Family:
     """What vLLM's configuration says otherwise than transformers', of which it is made."""
     of_rotary: frozenset[str] = frozenset()
     """Entries of `rope_parameters` that the family reads elsewhere than in its rotary positions."""
+    mixers: Mapping[str, str] = field(default_factory=dict)
+    """Where layers differ in kind: the kind, as in `layer_types`, -> the module that its layers alone have."""
     fused_layers: bool = False
     """kernels/ compute what the decoder's layers do (`grpo.policy.fused_layers`)."""
     norm_adds_one: bool = False

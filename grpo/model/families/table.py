@@ -7,7 +7,7 @@ from importlib import import_module
 
 from grpo.model.families.family import Family
 
-FILES = ("plain", "gemma", "qwen", "phi3", "ministral3", "granite", "cohere", "position_free")
+FILES = ("plain", "gemma", "qwen", "phi3", "ministral3", "granite", "cohere", "position_free", "experts", "hybrid")
 """The modules of this package, each with FAMILIES: model_type -> Family."""
 
 

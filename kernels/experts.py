@@ -1,0 +1,170 @@
+"""A mixture of experts: which experts a token goes to, and what they make of it, with gradient.
+
+Every token's hidden state goes to the `top_k` experts that its router scores highest; each is a gated MLP, and the
+results are added with the router's weights. Rows are sorted by expert, so that an expert's are neighbours and one
+grouped product does them all. The experts' weights are frozen: gradients reach the input and the router's logits.
+
+Sampling and training call the same functions, so equal logits choose equal experts. NF4 weights are dequantised for a
+product, some experts at a time; for the few rows of a decoding step nf4_experts.py multiplies them as they are.
+
+Not here: the router's own product, adapters' training state, who is asked for which layer.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from grpo.kernels import nf4
+from grpo.kernels.glu import glu_backward, glu_forward
+from grpo.kernels.sizes import EXPERTS_BYTES
+
+
+class ExpertMatrix(NamedTuple):
+    """One matrix [out, in] of every expert, one below the other: [experts * out, in], or packed as NF4."""
+
+    weight: Tensor
+    absmax: Tensor | None
+    experts: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(experts, out, in)."""
+        packed = 1 if self.absmax is None else 2
+        return self.experts, self.weight.shape[0] // self.experts, self.weight.shape[1] * packed
+
+    def dense(self, first: int = 0, last: int | None = None) -> Tensor:
+        """Experts `first` to `last` as [experts, out, in] in the compute dtype: a view, or dequantised anew."""
+        _, out, columns = self.shape
+        rows = slice(first * out, (self.experts if last is None else last) * out)
+        if self.absmax is None:
+            return self.weight[rows].view(-1, out, columns)
+        return nf4.dequantize(self.weight[rows], self.absmax[rows]).view(-1, out, columns)
+
+
+class Experts(NamedTuple):
+    """The experts of a block: gate_up [2 * inner, hidden] of each, gate above up, and down [hidden, inner]."""
+
+    gate_up: ExpertMatrix
+    down: ExpertMatrix
+    activation: str
+    """One of `glu.ACTIVATIONS`."""
+
+
+class Groups(NamedTuple):
+    """Rows sorted by expert. `order` int64 [rows]: which pair of a token and one of its experts, counted by tokens, is
+    at each place; `ends` int32 [experts]: one past each expert's last row."""
+
+    order: Tensor
+    ends: Tensor
+
+
+def route(logits: Tensor, top_k: int, renormalize: bool, chosen: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Each token's experts and their weights: (float [tokens, top_k] in the logits' dtype, int64 [tokens, top_k]).
+
+    logits [tokens, experts]. The largest `top_k` of their softmax (float32), or those that are `chosen` already.
+    """
+    probabilities = torch.softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    if chosen is None:
+        weights, chosen = torch.topk(probabilities, top_k, dim=-1)
+    else:
+        weights = probabilities.gather(-1, chosen)
+    if renormalize:
+        weights = weights / weights.sum(-1, keepdim=True)
+    return weights.to(logits.dtype), chosen
+
+
+def group(chosen: Tensor, experts: int) -> Groups:
+    """The pairs of `chosen` [tokens, top_k], sorted by expert and, within one, by token; the host is not waited for."""
+    sorted_experts, order = torch.sort(chosen.reshape(-1), stable=True)
+    numbers = torch.arange(1, experts + 1, device=chosen.device)
+    return Groups(order, torch.searchsorted(sorted_experts, numbers).int())
+
+
+def experts_mlp(x: Tensor, experts: Experts, chosen: Tensor, weights: Tensor) -> Tensor:
+    """x [tokens, hidden] through each token's experts, summed with `weights`, rounded once; with gradient for x and
+    weights [tokens, top_k]."""
+    if torch.is_grad_enabled() and (x.requires_grad or weights.requires_grad):
+        return _ExpertsMlp.apply(x, weights, chosen, experts)
+    return forward(x, experts, group(chosen, experts.gate_up.experts), weights)[0]
+
+
+def sampled_mlp(x: Tensor, experts: Experts, chosen: Tensor, weights: Tensor) -> Tensor:
+    """`experts_mlp` without gradient and without waiting for the device: packed matrices are dequantised whole."""
+    return forward(x, experts, group(chosen, experts.gate_up.experts), weights, by_pieces=False)[0]
+
+
+def forward(
+    x: Tensor, experts: Experts, groups: Groups, weights: Tensor, *, by_pieces: bool = True
+) -> tuple[Tensor, Tensor]:
+    """(The result [tokens, hidden], gate and up of every row [rows, 2 * inner] for the backward)."""
+    top_k = weights.shape[1]
+    gate_up = grouped(x[groups.order // top_k], experts.gate_up, groups.ends, by_pieces=by_pieces)
+    inner = glu_forward(gate_up, experts.activation)
+    return combine(grouped(inner, experts.down, groups.ends, by_pieces=by_pieces), weights, groups.order), gate_up
+
+
+def combine(rows: Tensor, weights: Tensor, order: Tensor) -> Tensor:
+    """Every token's rows times their weights, added up and rounded once: [tokens, columns] of the sorted `rows`."""
+    tokens, top_k = weights.shape
+    by_token = torch.empty_like(rows).index_copy_(0, order, rows).view(tokens, top_k, -1)
+    return torch.bmm(weights[:, None].to(rows.dtype), by_token)[:, 0]
+
+
+class _ExpertsMlp(torch.autograd.Function):
+    """Keeps the input and gate and up; everything else is computed again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weights: Tensor, chosen: Tensor, experts: Experts) -> Tensor:
+        groups = group(chosen, experts.gate_up.experts)
+        result, gate_up = forward(x, experts, groups, weights)
+        ctx.experts = experts
+        ctx.save_for_backward(weights, gate_up, *groups)
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weights, gate_up, order, ends = ctx.saved_tensors
+        experts, top_k = ctx.experts, weights.shape[1]
+        token = order // top_k
+        row_weights = weights.reshape(-1)[order]
+        inner = grouped(grad[token], experts.down, ends, transposed=True)  # of the MLP's product, but for the weight
+        product, gate_up_grad = torch.empty_like(inner), torch.empty_like(gate_up)
+        glu_backward(inner * row_weights[:, None].to(inner.dtype), gate_up, experts.activation, product, gate_up_grad)
+        of_rows = (
+            (inner.float() * product.float()).sum(-1) if inner.dtype != torch.float64 else (inner * product).sum(-1)
+        )
+        weights_grad = torch.empty_like(of_rows).index_copy_(0, order, of_rows).view_as(weights)
+        x_rows = grouped(gate_up_grad, experts.gate_up, ends, transposed=True)
+        ones = torch.ones_like(weights, dtype=x_rows.dtype)
+        return combine(x_rows, ones, order), weights_grad, None, None
+
+
+def grouped(
+    x: Tensor, matrix: ExpertMatrix, ends: Tensor, *, transposed: bool = False, by_pieces: bool = True
+) -> Tensor:
+    """Rows of x, sorted by expert, times W^T of their experts; `transposed`: times W. By pieces the host is waited for,
+    and no more than EXPERTS_BYTES are dequantised at once."""
+    experts, out, columns = matrix.shape
+    step = max(1, EXPERTS_BYTES // (out * columns * x.element_size()))
+    if matrix.absmax is None or not by_pieces or step >= experts:
+        return multiply(x, matrix.dense(), ends, transposed)
+    result = x.new_empty(x.shape[0], columns if transposed else out)
+    rows = [0, *ends.tolist()]
+    for first in range(0, experts, step):
+        last = min(first + step, experts)
+        part = slice(rows[first], rows[last])
+        if part.stop > part.start:
+            here = ends[first:last] - part.start
+            result[part] = multiply(x[part], matrix.dense(first, last), here, transposed)
+    return result
+
+
+def multiply(x: Tensor, weight: Tensor, ends: Tensor, transposed: bool) -> Tensor:
+    """The grouped product with weight [experts, out, in]."""
+    return F.grouped_mm(x.contiguous(), weight if transposed else weight.mT, offs=ends)

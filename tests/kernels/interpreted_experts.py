@@ -1,0 +1,102 @@
+"""kernels/routing.py and nf4_experts.py in Triton's interpreter, as test_experts.py runs them."""
+
+import os
+
+import pytest
+import torch
+
+from grpo.kernels import experts as plain
+from grpo.kernels import nf4, nf4_experts, routing
+from grpo.kernels.nf4_experts import ExpertLowRank
+from grpo.kernels.nf4_tiles import Tile
+
+assert os.environ.get("TRITON_INTERPRET") == "1", "pytest tests/kernels/test_experts.py runs this file"
+
+
+def logits_of(tokens, experts, dtype=torch.bfloat16, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    spread = torch.stack([torch.randperm(experts, generator=generator) for _ in range(tokens)]).float()
+    return (spread / 8).to(dtype)  # no two of a token are equal
+
+
+@pytest.mark.parametrize(("tokens", "experts", "top_k"), [(1, 16, 4), (5, 12, 3), (40, 16, 2), (2, 4, 1)])
+@pytest.mark.parametrize("renormalize", [False, True])
+def test_experts_and_weights_are_those_of_the_torch_form(tokens, experts, top_k, renormalize):
+    logits = logits_of(tokens, experts)
+    for _ in range(2):  # the counters are zeros again
+        routes = routing.choose(logits, top_k, renormalize, 16)
+        weights, chosen = plain.route(logits, top_k, renormalize)
+        assert torch.equal(routes.chosen.long(), chosen)
+        torch.testing.assert_close(routes.weights, weights, rtol=0.01, atol=1e-3)
+        assert not routing.counters(logits.device, experts).any()
+
+
+@pytest.mark.parametrize(("tokens", "experts", "top_k"), [(1, 16, 4), (100, 4, 2), (33, 128, 8)])
+def test_every_pair_has_one_place_among_its_experts_rows(tokens, experts, top_k):
+    logits = logits_of(tokens, experts, seed=tokens)
+    routes = routing.choose(logits, top_k, True, 16)
+    chosen = routes.chosen.reshape(-1)
+    order, ends = routes.order.long(), routes.ends.tolist()
+    assert sorted(order.tolist()) == list(range(tokens * top_k))
+    assert torch.equal(order[routes.place.long()], torch.arange(tokens * top_k))
+    assert ends == plain.group(routes.chosen.long(), experts).ends.tolist()
+    starts = [0, *ends[:-1]]
+    for expert in range(experts):
+        assert (chosen[order[starts[expert] : ends[expert]]] == expert).all()
+    covered = []
+    for expert, start in zip(routes.expert.tolist(), routes.start.tolist(), strict=True):
+        if expert < experts:
+            assert starts[expert] <= start < ends[expert]
+            covered += range(start, min(start + 16, ends[expert]))
+    assert sorted(covered) == list(range(tokens * top_k))
+
+
+def made(experts, features, columns, dtype):
+    packed, absmax = nf4.allocate(experts * features, columns, dtype, "cpu")
+    generator = torch.Generator().manual_seed(features)
+    nf4.quantize_rows(packed, absmax, 0, torch.randn(experts * features, columns, generator=generator) * 0.1)
+    return packed, absmax
+
+
+TILES = [Tile(64, 16, 4, 2, 2), Tile(64, 16, 4, 2, 1), Tile(128, 32, 4, 3, 2)]
+
+
+@pytest.mark.parametrize(
+    ("tile", "experts", "features", "columns", "tokens", "top_k", "dtype"),
+    [
+        (TILES[0], 16, 64, 128, 5, 4, torch.bfloat16),
+        (TILES[1], 8, 136, 192, 20, 2, torch.float16),
+        (TILES[1], 4, 96, 64, 1, 3, torch.bfloat16),
+        (TILES[2], 8, 136, 192, 20, 2, torch.bfloat16),
+    ],
+)
+def test_products_are_those_of_dequantised_experts_rounded_once(tile, experts, features, columns, tokens, top_k, dtype):
+    weight = made(experts, features, columns, dtype)
+    dense = nf4.dequantize(*weight).double().view(experts, features, columns)
+    torch.manual_seed(0)
+    x = torch.randn(tokens, columns).to(dtype)
+    bias, a = torch.randn(experts, features).to(dtype), (torch.randn(experts, 16, columns) * 0.1).to(dtype)
+    b = torch.randn(experts, features, 16).to(dtype)
+    routes = routing.choose(logits_of(tokens, experts, dtype), top_k, True, tile.m)
+    shrunk = nf4_experts.experts_shrink(x, a, torch.ones((), dtype=dtype), routes, tile.m, top_k=top_k)
+    y = nf4_experts.experts_linear(x, *weight, routes, tile, top_k=top_k, bias=bias, low_rank=ExpertLowRank(shrunk, b))
+    rows = x[routes.order.long() // top_k]
+    expert = routes.chosen.reshape(-1)[routes.order.long()].long()
+    wanted = torch.einsum("mk,mnk->mn", rows.double(), dense[expert])
+    low = torch.einsum("mk,mrk->mr", rows.double(), a.double()[expert])
+    torch.testing.assert_close(shrunk.double(), low, rtol=0.01, atol=0.01)
+    total = wanted + torch.einsum("mr,mnr->mn", shrunk.double(), b.double()[expert]) + bias.double()[expert]
+    assert float((y.double() - total).norm() / total.norm()) < (2.5e-3 if dtype == torch.bfloat16 else 4e-4)
+    plain_y = nf4_experts.experts_linear(x, *weight, routes, tile, top_k=top_k)
+    sorted_y = nf4_experts.experts_linear(rows.contiguous(), *weight, routes, tile)
+    assert torch.equal(plain_y, sorted_y)
+    error = float((plain_y.double() - wanted).norm() / wanted.norm())
+    assert error < (2.5e-3 if dtype == torch.bfloat16 else 4e-4)
+
+
+def test_rows_are_added_with_their_weights():
+    logits = logits_of(7, 8)
+    routes = routing.choose(logits, 3, True, 16)
+    rows = torch.randn(21, 200).bfloat16()
+    wanted = torch.einsum("tk,tkc->tc", routes.weights.double(), rows[routes.place.long()].double().view(7, 3, 200))
+    torch.testing.assert_close(nf4_experts.combine(rows, routes).double(), wanted, rtol=0.005, atol=0.005)

@@ -1,0 +1,129 @@
+"""Recurrent operators over packed rows against the same token by token: any tree of spans, every gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from grpo.kernels import gated_delta
+from grpo.kernels.attention import Packing, Span
+from grpo.kernels.gated_delta import gated_delta_rule, unit
+from grpo.kernels.recurrence import Recurrence
+from grpo.kernels.short_conv import short_conv
+
+CPU = torch.device("cpu")
+TREE = [
+    Span(0, 70), Span(70, 130, 0, 70), Span(200, 1, 0, 70), Span(201, 64, 0, 70), Span(265, 3), Span(268, 5, 265, 3),
+    Span(273, 2, 265, 3), Span(275, 1, 273, 2, ((265, 3),)), Span(276, 80, 275, 1, ((265, 3), (273, 2))),
+]  # fmt: skip
+"""Chunks that are full, and not; a prompt of fewer tokens than a convolution looks back; sharing within sharing."""
+
+
+def spans_of(lengths: list[int], parents: list[int]) -> list[Span]:
+    """Each span continues an earlier one, or none (a negative number)."""
+    spans: list[Span] = []
+    start = 0
+    for length, parent in zip(lengths, parents, strict=True):
+        follows = parent >= 0 and spans
+        spans.append(spans[parent % len(spans)].continued(start, length) if follows else Span(start, length))
+        start += length
+    return spans
+
+
+TREES = st.integers(1, 6).flatmap(
+    lambda count: st.builds(
+        spans_of,
+        st.lists(st.integers(1, 140), min_size=count, max_size=count),
+        st.lists(st.integers(-2, 5), min_size=count, max_size=count),
+    )
+)
+
+
+def alone(spans: list[Span], span: Span) -> Tensor:
+    """The packed tokens of the whole sequence that ends with `span`."""
+    return torch.cat([torch.arange(start, start + length) for start, length in span.ranges])
+
+
+def written_out(query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor) -> Tensor:
+    """The rule for one sequence, as its docstring has it."""
+    shared = value.shape[1] // key.shape[1]
+    query, key = (unit(part).repeat_interleave(shared, 1) for part in (query, key))
+    state = value.new_zeros(value.shape[1], key.shape[2], value.shape[2])
+    outputs = []
+    for q, k, v, g, b in zip(query, key, value, decay, beta, strict=True):
+        state = state * g.exp()[:, None, None]
+        state = state + k[:, :, None] * ((v - (state * k[:, :, None]).sum(1)) * b[:, None])[:, None]
+        outputs.append((state * q[:, :, None]).sum(1) * key.shape[2] ** -0.5)
+    return torch.stack(outputs)
+
+
+def drawn(tokens: int, seed: int = 0) -> list[Tensor]:
+    """query, key, value, decay, beta: two heads of keys, each for two of values."""
+    torch.manual_seed(seed)
+    sizes = [(tokens, 2, 8), (tokens, 2, 8), (tokens, 4, 6)]
+    parts = [torch.randn(size, dtype=torch.float64) for size in sizes]
+    return [*parts, -torch.rand(tokens, 4, dtype=torch.float64) * 3, torch.rand(tokens, 4, dtype=torch.float64)]
+
+
+def check_delta(spans: list[Span], monkeypatch: Any = None) -> None:
+    recurrence = Recurrence.of(Packing(spans, CPU))
+    ours = [part.requires_grad_() for part in drawn(recurrence.tokens)]
+    theirs = [part.detach().clone().requires_grad_() for part in ours]
+    result = gated_delta_rule(*ours, recurrence)
+    expected = [written_out(*(part[alone(spans, span)] for part in theirs))[-span.length :] for span in spans]
+    torch.testing.assert_close(result, torch.cat(expected))
+    weight = torch.randn(result.shape, dtype=torch.float64)
+    grads, wanted = torch.autograd.grad(result, ours, weight), torch.autograd.grad(torch.cat(expected), theirs, weight)
+    for one, other in zip(grads, wanted, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_the_delta_rule_over_a_tree_of_spans() -> None:
+    check_delta(TREE)
+
+
+def test_heads_that_do_not_fit_together_are_computed_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gated_delta, "DELTA_RULE_BYTES", 1)
+    check_delta(TREE)
+
+
+@pytest.mark.wide
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(TREES)
+def test_the_delta_rule_over_any_tree(spans: list[Span]) -> None:
+    check_delta(spans)
+
+
+def conv_alone(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    width = weight.shape[1]
+    padded = F.pad(x.t()[None], (width - 1, 0))
+    return F.conv1d(padded, weight[:, None], bias, groups=len(weight))[0].t()
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(TREES, st.integers(1, 5), st.booleans(), st.booleans())
+def test_a_convolution_over_any_tree(spans: list[Span], width: int, silu: bool, biased: bool) -> None:
+    recurrence = Recurrence.of(Packing(spans, CPU))
+    torch.manual_seed(0)
+    x = torch.randn(recurrence.tokens, 3, dtype=torch.float64, requires_grad=True)
+    weight, bias = torch.randn(3, width, dtype=torch.float64), torch.randn(3, dtype=torch.float64) if biased else None
+    result = short_conv(x, weight, bias, recurrence, silu=silu)
+    expected = torch.cat([conv_alone(x[alone(spans, span)], weight, bias)[-span.length :] for span in spans])
+    expected = F.silu(expected) if silu else expected
+    torch.testing.assert_close(result, expected)
+    grad = torch.randn_like(result)
+    torch.testing.assert_close(torch.autograd.grad(result, x, grad)[0], torch.autograd.grad(expected, x, grad)[0])
+
+
+def test_in_16_bit_the_state_is_float32_and_the_result_is_rounded_once() -> None:
+    recurrence = Recurrence.of(Packing(TREE, CPU))
+    parts = [part.to(torch.bfloat16) for part in drawn(recurrence.tokens)]
+    parts[3] = parts[3].float()
+    exact = gated_delta_rule(*(part.double() for part in parts), recurrence)
+    torch.testing.assert_close(gated_delta_rule(*parts, recurrence), exact.bfloat16(), rtol=2**-7, atol=1e-6)
