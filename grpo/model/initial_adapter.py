@@ -253,10 +253,11 @@ def read_record(folder: Path) -> dict[str, InitialLayer] | None:
             described = json.loads((stored.metadata() or {})["initial_adapter"])
             found = {}
             for name, entry in described["layers"].items():
-                start = Factors(stored.get_tensor(f"{name}.A"), stored.get_tensor(f"{name}.B"))
+                # Copies: the file may be written anew, and its memory is mapped.
+                start = Factors(*(stored.get_tensor(f"{name}.{factor}").clone() for factor in "AB"))
                 taken = {"nothing": None, "start": start}.get(entry["taken"])
                 if entry["taken"] == "other":
-                    taken = Factors(stored.get_tensor(f"{name}.taken_A"), stored.get_tensor(f"{name}.taken_B"))
+                    taken = Factors(*(stored.get_tensor(f"{name}.taken_{factor}").clone() for factor in "AB"))
                 found[str(name)] = InitialLayer(start, float(entry["scale"]), taken)
         return found
     except (OSError, SafetensorError, ValueError, TypeError, LookupError, AttributeError) as error:
