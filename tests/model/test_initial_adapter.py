@@ -22,6 +22,7 @@ from grpo.model.base_weights import BaseWeights
 from grpo.model.fingerprint import Fingerprint
 from grpo.model.initial_adapter import RECORD, ResidualSource, loftq, read_record
 from grpo.model.source import open_source
+from grpo.policy.fused_layers import AdaptedLinears
 from grpo.policy.policy import Policy
 from grpo.policy.starting_base import starting_source
 from grpo.rollout.lora_buffers import RolloutAdapter
@@ -254,6 +255,21 @@ def test_what_cannot_be_known_or_does_not_fit_is_a_sentence(folder: Path, tmp_pa
     save_file(tensors, file)
     with pytest.raises(UserError, match="damaged"):
         opened(folder, lora, in_4bit=False, like=[tmp_path / "ours"])
+
+
+def test_the_kernels_get_the_start_where_adapters_are_disabled(folder: Path) -> None:
+    policy = opened(folder, shape("pissa"), in_4bit=False)
+    move(policy)
+    linear = next(linear for name, linear in policy.base.linears.items() if name.endswith("qkv_proj"))
+    layers = [policy.adapter_layers()[part] for part in linear.parts]
+    group = AdaptedLinears(linear, layers)
+    listed, factors = group.adapters()
+    with policy.model.disable_adapter():
+        listed_off, factors_off = group.adapters()
+        assert not group.drops
+    assert listed == listed_off and len(factors_off) == 6
+    for place, layer in enumerate(layers):
+        assert factors_off[2 * place] is layer.initial_a and factors[2 * place] is layer.lora_A.default.weight
 
 
 def test_layers_that_stay_in_16_bit_start_from_nothing_under_loftq(folder: Path) -> None:
