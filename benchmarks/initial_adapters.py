@@ -29,8 +29,8 @@ from grpo.config.schema import Config, parse_config
 from grpo.config.toml import write_toml
 from grpo.kernels.attention import Packing
 from grpo.model.base_weights import BaseWeights
-from grpo.model.initial_adapter import dense
 from grpo.model.source import open_source
+from grpo.model.weight_source import dense
 from grpo.policy.calibration_texts import TEXTS
 from grpo.policy.policy import Policy
 from grpo.policy.starting_base import starting_source
@@ -83,7 +83,7 @@ def weight_error(policy: Policy, model: str) -> float:
     """||base + s B0 A0 - W|| / ||W|| over the adapted layers."""
     source, error, size = open_source(configuration(model, "true").model), 0.0, 0.0
     for name, layer in policy.adapter_layers().items():
-        whole = dense(source.read(f"{name}.weight")).to(policy.base.device)
+        whole = dense(source.read(f"{name}.weight")).to(policy.base.device, torch.float32)
         held = layer.base_layer.dense().float()
         if (initial := layer.initial()) is not None:
             held = held + initial[1] @ initial[0]

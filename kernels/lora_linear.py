@@ -1,4 +1,4 @@
-"""Linear layers over frozen (NF4 or 16-bit) weights with LoRA, several that share an input as one product.
+"""Linear layers over frozen (NF4, 8-bit or 16-bit) weights with LoRA, several that share an input as one product.
 
     y = x W^T + b + (x A^T) (s B)^T, rounded once
 
@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from grpo.kernels import nf4
+from grpo.kernels import stored_weight
 from grpo.kernels.launch import accumulation_dtype, disable_reduced_precision
 from grpo.kernels.lora_factors import Adapter, LowRank, pack_lora
 from grpo.kernels.lora_sum import dense_linear, round_sum, sums_in_float32
@@ -45,14 +45,15 @@ class LinearGroup:
     """Frozen linear layers that share an input, stacked."""
 
     segments: tuple[tuple[Tensor, Tensor | None], ...]
-    """Consecutive rows: (dense weight [n, K], None), or NF4's stored form (packed [n, K / 2], absmax [n, K / 64])."""
+    """Consecutive rows: (dense weight [n, K], None), or another form of stored_weight.py."""
     bias: Tensor | None = None
     """[N]"""
+    compute_dtype: torch.dtype | None = None
+    """Where the first rows are in 8 bit, whose tensors do not tell."""
 
     @property
     def in_features(self) -> int:
-        weight, absmax = self.segments[0]
-        return weight.shape[1] * (1 if absmax is None else 2)
+        return stored_weight.columns(*self.segments[0])
 
     @property
     def out_features(self) -> int:
@@ -66,8 +67,8 @@ class LinearGroup:
     @property
     def dtype(self) -> torch.dtype:
         """The compute dtype."""
-        weight, absmax = self.segments[0]
-        return weight.dtype if absmax is None else absmax.dtype
+        weight, scales = self.segments[0]
+        return self.compute_dtype or (weight.dtype if scales is None else scales.dtype)
 
     def dense(self, out: Tensor | None = None) -> Tensor:
         """W [N, K] in the compute dtype, written to `out`; without `out` a new tensor, or the stored one."""
@@ -77,12 +78,8 @@ class LinearGroup:
             device = self.segments[0][0].device
             out = torch.empty(self.out_features, self.in_features, dtype=self.dtype, device=device)
         row = 0
-        for weight, absmax in self.segments:
-            part = out[row : row + weight.shape[0]]
-            if absmax is None:
-                part.copy_(weight)
-            else:
-                nf4.dequantize(weight, absmax, out=part)
+        for weight, scales in self.segments:
+            stored_weight.dequantize(weight, scales, out.dtype, out=out[row : row + weight.shape[0]])
             row += weight.shape[0]
         return out
 

@@ -26,7 +26,7 @@ from grpo.kernels.glu import glu_forward
 from grpo.kernels.launch import is_interpreted, on_device, round_to
 from grpo.kernels.nf4_lookup import byte_tables, fenced, load_rows, lookup_half, scaled, tile_columns
 from grpo.kernels.nf4_tiles import Tile
-from grpo.kernels.routing import Routes
+from grpo.kernels.routing import Record, Routes
 from grpo.kernels.split_k import dot
 
 SHRINK_COLUMNS = 128
@@ -83,12 +83,12 @@ def decode_tiles(tokens: int, top_k: int, experts: int) -> DecodeTiles:
 
 def decode(
     x: Tensor, logits: Tensor, experts: Experts, top_k: int, renormalize: bool,
-    adapters: ExpertAdapters | None = None, tiles: DecodeTiles | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """x [tokens, hidden] through the experts that its router's logits choose, rounded once; and int32 [tokens, top_k],
-    which they are. Five launches, seven with adapters, none of which the host waits for."""
+    adapters: ExpertAdapters | None = None, tiles: DecodeTiles | None = None, record: Record | None = None,
+) -> Tensor:  # fmt: skip
+    """x [tokens, hidden] through the experts that its router's logits choose, which `record` keeps; rounded once. Five
+    launches, seven with adapters, none of which the host waits for."""
     tiles = tiles or decode_tiles(len(x), top_k, experts.gate_up.experts)
-    routes = routing.choose(logits, top_k, renormalize, tiles.gate_up.m)
+    routes = routing.choose(logits, top_k, renormalize, tiles.gate_up.m, record)
 
     def product(rows: Tensor, matrix: ExpertMatrix, adapter: ExpertAdapter | None, tile: Tile, top_k: int) -> Tensor:
         low_rank = None
@@ -100,7 +100,7 @@ def decode(
 
     above, below = (None, None) if adapters is None else (adapters.gate_up, adapters.down)
     inner = glu_forward(product(x, experts.gate_up, above, tiles.gate_up, top_k), experts.activation)
-    return combine(product(inner, experts.down, below, tiles.down, 1), routes), routes.chosen
+    return combine(product(inner, experts.down, below, tiles.down, 1), routes)
 
 
 def experts_linear(

@@ -289,9 +289,11 @@ def filled(plan: Plan, rule: Plan | None, times: Times, dense: dict[int, float],
 
 
 def described(measured: Measured) -> str:
-    """A plan and its times in a line."""
+    """A plan and its times in a line; numbers of rows that a short search did not reach have the rule's tile."""
     parts = [
         f"{rows}: {measured.fused(rows) or math.nan:.1f} ({measured.dense[rows]:.1f})"
+        if rows in measured.dense
+        else f"{rows}: by rule"
         for rows, _ in measured.plan.tiles
     ]
     left_out = f"; {len(measured.wrong)} kernels wrong, left out" if measured.wrong else ""

@@ -28,6 +28,23 @@ TOKENS = 16
 _counters: dict[tuple[torch.device, int], Tensor] = {}
 
 
+class Record(NamedTuple):
+    """Where chosen experts are kept for later."""
+
+    table: Tensor
+    """[slots, layers, top_k] of uint8, or int16 for more than 256 experts."""
+    slots: Tensor
+    """int64, at least one a token: its slot; below 0: none."""
+    layer: int
+
+    def write(self, chosen: Tensor) -> None:
+        """Keep `chosen` [tokens, top_k]."""
+        slots = self.slots[: len(chosen)]
+        chosen = chosen[: len(slots)]
+        last = len(self.table) - 1  # a slot that nobody has
+        self.table[torch.where(slots < 0, last, slots), self.layer] = chosen.to(self.table.dtype)
+
+
 class Routes(NamedTuple):
     """Where every token goes, and its rows sorted by expert and cut into tiles."""
 
@@ -68,8 +85,9 @@ def counters(device: torch.device, experts: int) -> Tensor:
     return _counters[key]
 
 
-def choose(logits: Tensor, top_k: int, renormalize: bool, tile_rows: int) -> Routes:
-    """The largest `top_k` of the softmax of logits [tokens, experts], sorted into tiles of `tile_rows` rows."""
+def choose(logits: Tensor, top_k: int, renormalize: bool, tile_rows: int, record: Record | None = None) -> Routes:
+    """The largest `top_k` of the softmax of logits [tokens, experts], sorted into tiles of `tile_rows` rows, and kept
+    in `record`."""
     tokens, experts = logits.shape
     pairs = tokens * top_k
     tiles = most_tiles(pairs, experts, tile_rows)
@@ -77,22 +95,24 @@ def choose(logits: Tensor, top_k: int, renormalize: bool, tile_rows: int) -> Rou
     ints = torch.empty(3 * pairs + experts + 2 * tiles, dtype=torch.int32, device=logits.device)
     chosen, order, place, ends, expert, start = ints.split([pairs, pairs, pairs, experts, tiles, tiles])
     weights = torch.empty(tokens, top_k, dtype=logits.dtype, device=logits.device)
+    table, slots, layer = (chosen, chosen, 0) if record is None else record
+    assert record is None or (table.is_contiguous() and slots.is_contiguous() and len(slots) >= tokens)
     with on_device(logits):
         _choose_kernel[(triton.cdiv(tokens, TOKENS),)](
-            logits, weights, chosen, order, place, ends, expert, start, counters(logits.device, experts),
-            tokens, tiles, logits.stride(0), experts, triton.next_power_of_2(experts), top_k,
-            triton.next_power_of_2(top_k), renormalize, TOKENS, tile_rows, max(128, triton.next_power_of_2(pairs)),
-            is_interpreted(logits), num_warps=4,
+            logits, weights, chosen, order, place, ends, expert, start, counters(logits.device, experts), table, slots,
+            tokens, tiles, layer, logits.stride(0), table.stride(0), record is not None, experts,
+            triton.next_power_of_2(experts), top_k, triton.next_power_of_2(top_k), renormalize, TOKENS, tile_rows,
+            max(128, triton.next_power_of_2(pairs)), is_interpreted(logits), num_warps=4,
         )  # fmt: skip
     return Routes(weights, chosen.view(tokens, top_k), order, place, ends, expert, start)
 
 
-@triton.jit(do_not_specialize=["tokens", "tiles"])
+@triton.jit(do_not_specialize=["tokens", "tiles", "layer"])
 def _choose_kernel(
-    logits_ptr, weights_ptr, chosen_ptr, order_ptr, place_ptr, ends_ptr, expert_ptr, start_ptr, counts_ptr,
-    tokens, tiles, stride, EXPERTS: tl.constexpr, BE: tl.constexpr, TOP_K: tl.constexpr, BK: tl.constexpr,
-    RENORMALIZE: tl.constexpr, BT: tl.constexpr, TILE_ROWS: tl.constexpr, PAIRS: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    logits_ptr, weights_ptr, chosen_ptr, order_ptr, place_ptr, ends_ptr, expert_ptr, start_ptr, counts_ptr, table_ptr,
+    slots_ptr, tokens, tiles, layer, stride, table_stride, RECORD: tl.constexpr, EXPERTS: tl.constexpr,
+    BE: tl.constexpr, TOP_K: tl.constexpr, BK: tl.constexpr, RENORMALIZE: tl.constexpr, BT: tl.constexpr,
+    TILE_ROWS: tl.constexpr, PAIRS: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """BT tokens are routed; the last program sorts the pairs of all tokens."""
     token = tl.program_id(0) * BT + tl.arange(0, BT)
@@ -118,6 +138,11 @@ def _choose_kernel(
     at = token[:, None] * TOP_K + slot[None, :]
     tl.store(weights_ptr + at, round_to(weights, weights_ptr.dtype.element_ty, INTERPRETED), mask=written)
     tl.store(chosen_ptr + at, chosen, mask=written)
+    if RECORD:
+        place = tl.load(slots_ptr + token, mask=known, other=-1)
+        kept = written & (place >= 0)[:, None]
+        kept_at = table_ptr + (place * table_stride + layer * TOP_K)[:, None] + slot[None, :]
+        tl.store(kept_at, chosen.to(table_ptr.dtype.element_ty), mask=kept)
     tl.atomic_add(counts_ptr + chosen, 1, mask=written, sem="relaxed")
     tl.debug_barrier()  # every thread's part is written before one thread says so
     if tl.atomic_add(counts_ptr + EXPERTS, 1, sem="acq_rel") == tl.num_programs(0) - 1:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +14,7 @@ import pytest
 
 from grpo import train
 from grpo.config.schema import read_config
-from grpo.init import FILES, HUB_MODEL, PACKAGED_MODEL, STARTER, default_model, main
+from grpo.init import ENVIRONMENT_FILES, FILES, HUB_MODEL, PACKAGED_MODEL, STARTER, default_model, main
 from grpo.rewards.builtin import resolve_reward
 from grpo.rewards.runtime.contract import RewardBatch
 from grpo.rewards.runtime.conventions import RewardFunction
@@ -110,3 +112,56 @@ def test_what_it_writes_trains_at_once(home: Path) -> None:
     assert all("rewards/right_digits" in entry and "rewards/only_digits" in entry for entry in steps)
     assert (home / "runs/first/adapter/adapter_model.safetensors").is_file()
     assert "right_digits" in (home / "runs/first/report.html").read_text()
+
+
+# A game in place of questions
+
+
+def test_a_game_is_written_and_nothing_of_the_users_overwritten(home: Path, capsys: Any) -> None:
+    assert main(["game", "--environment"]) == 0
+    assert {path.name for path in (home / "game").iterdir()} == set(ENVIRONMENT_FILES.values())
+    (home / "environment.py").write_text("mine")
+    assert main(["--environment"]) == 2 and [path.name for path in home.glob("*.*")] == ["environment.py"]
+    assert "environment.py exists and is never overwritten" in capsys.readouterr().err
+    text = (STARTER / "environment.toml").read_text()
+    assert len(text.splitlines()) < 70 and all(len(line) <= 120 for line in text.splitlines())
+
+
+def test_the_games_can_be_won_and_are_all_different(home: Path) -> None:
+    assert main(["--environment"]) == 0
+    config = read_config("config.toml")
+    assert config.environment is not None
+    task, namespace = load_task(config.task[0].name, config.task[0].options), runpy.run_path("environment.py")
+    rows = [*task.train, *task.eval]
+    assert len({(row["low"], row["high"], row["secret"]) for row in rows}) == len(rows) == 400
+
+    def halving(row: dict[str, Any]) -> dict[str, Any]:
+        low, high, turns = row["low"], row["high"], config.environment.max_turns
+
+        async def sample(messages: list[dict[str, str]]) -> Any:
+            nonlocal low, high, turns
+            guess, turns = (low + high) // 2, turns - 1
+            low, high = (guess + 1, high) if row["secret"] > guess else (low, guess - 1)
+            return namespace["Turn"](str(guess), not turns)
+
+        return asyncio.run(namespace["play"](row, sample))
+
+    results = [halving(row) for row in rows]
+    assert 0.4 < sum(result["success"] for result in results) / len(results) < 0.9
+    assert all(0.4 < result["reward"] <= 1 for result in results)
+
+
+def test_the_environment_can_be_played_by_hand(home: Path) -> None:
+    assert main(["--environment"]) == 0
+    done = subprocess.run([sys.executable, "environment.py"], input="10\n14\n", capture_output=True, text=True)
+    assert done.returncode == 0 and "Higher." in done.stdout and "'success': True" in done.stdout
+
+
+@pytest.mark.vllm
+@pytest.mark.wide
+def test_the_game_trains_at_once(home: Path) -> None:
+    save_tiny_chat_model(home / "model")
+    assert main([".", "--environment", "--model", "model"]) == 0
+    small = ["train.max_steps=2", "rollout.prompts_per_step=2", "rollout.num_generations=4", "eval.limit=4"]
+    assert train.main(["config.toml", *(word for each in small for word in ("--set", each))]) == 0
+    assert all(entry["environment/turns"] >= 1 for entry in read_metrics(home / "runs" / "first"))

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from grpo.environments.pool import EnvironmentPool
     from grpo.session import Session
 
-LOAD_ARGUMENTS = ("load_in_4bit", "max_seq_length", "lora", "base", "verbose")
+LOAD_ARGUMENTS = ("load_in_4bit", "load_in_8bit", "max_seq_length", "lora", "base", "verbose")
 GENERATION_ARGUMENTS = ("temperature", "max_tokens", "top_p", "n", "seed", "adapter", "stream")
 GENERATED_AT_ONCE = 64
 """Sequences that vLLM decodes at once unless training needs more: the KV cache has room for all at full length."""
@@ -56,6 +56,7 @@ def load(
     model: str | Path | None = None,
     *,
     load_in_4bit: bool | None = None,
+    load_in_8bit: bool | None = None,
     max_seq_length: int | None = None,
     lora: Lora | Mapping[str, Any] | LoraConfig | None = None,
     base: str | Path | None = None,
@@ -68,6 +69,7 @@ def load(
         model: whatever `model.name` may be: a folder, a hub id, a `.gguf` file, "package:NAME/FILE". Or the folder of
             a run or of an adapter, whose base is then loaded with the adapter's values.
         load_in_4bit: hold the base as NF4; a run's own choice, else True.
+        load_in_8bit: hold it in 8 bit instead, as int8 or as an 8-bit checkpoint has it.
         max_seq_length: longest prompt plus completion in tokens. Default: that of training, 1,024.
         lora: the adapter's shape, as `grpo.config.schema.Lora`, a dict of `[lora]` keys or peft's LoraConfig; not for
             an adapter or a run.
@@ -80,7 +82,8 @@ def load(
     """
     refuse_several("grpo.load")
     refuse_unsupported(settings)
-    chosen = {"load_in_4bit": load_in_4bit, "max_seq_length": max_seq_length}
+    storage = chosen_storage(load_in_4bit, load_in_8bit)
+    chosen = {**storage, "max_seq_length": max_seq_length}
     given = {name: value for name, value in {"model": model, **chosen}.items() if value is not None}
     settings = ours({**given, **settings}, "grpo.load")
     model = settings.pop("model", None)
@@ -130,13 +133,19 @@ def open_policy(
     return LoadedPolicy(session, tables)
 
 
+def chosen_storage(load_in_4bit: bool | None, load_in_8bit: bool | None) -> dict[str, bool | None]:
+    """Both keys for one that is true, so that it replaces what a run had chosen. Raises UserError for two."""
+    if load_in_4bit and load_in_8bit:
+        raise UserError("grpo.load: load_in_4bit and load_in_8bit are both true; pass one of the two")
+    if load_in_8bit:
+        return {"load_in_4bit": False, "load_in_8bit": True}
+    if load_in_4bit:
+        return {"load_in_4bit": True, "load_in_8bit": False}
+    return {"load_in_4bit": load_in_4bit, "load_in_8bit": load_in_8bit}
+
+
 def refuse_unsupported(settings: Mapping[str, Any]) -> None:
     """Raise UserError for what other libraries' loaders do and this one cannot."""
-    if settings.get("load_in_8bit"):
-        raise UserError(
-            "load_in_8bit is not supported: sampling and training share one copy of the base, whose kernels read NF4 "
-            "or 16 bit; use load_in_4bit=True, or False for a 16-bit base"
-        )
     if settings.get("full_finetuning"):
         raise UserError(
             "full_finetuning is not supported: the base is shared with vLLM and frozen, only a LoRA adapter is "
@@ -414,7 +423,7 @@ class LoadedPolicy:
         if self._session is None:
             return "<closed policy>"
         base, lora = self._session.base, self.config.lora
-        storage = "NF4" if base.load_in_4bit else str(base.dtype).removeprefix("torch.")
+        storage = base.stored_as
         return f"<{self.config.model.name} in {storage} on {base.device.type}, LoRA of rank {lora.r}>"
 
 

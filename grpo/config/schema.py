@@ -49,7 +49,9 @@ class Model(Section):
     name: str
     """A folder in Hugging Face format, a hub id, a `.gguf` file, or `package:NAME/FILE` in an installed package."""
     load_in_4bit: bool = True
-    """Hold the base as NF4. Off: 16-bit LoRA (or 32-bit with `dtype = "float32"`)."""
+    """Hold the base as NF4. Off: 16-bit LoRA (or 32-bit with `dtype = "float32"`), or 8 bit with `load_in_8bit`."""
+    load_in_8bit: bool = False
+    """Hold the base in 8 bit, instead of in 4: as int8, or with the codes of a checkpoint in int8 or FP8."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Compute type. "auto": bfloat16 where the device computes in it, else float16 on a GPU, float32 on a CPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -68,15 +70,30 @@ class Model(Section):
     """A Jinja file that replaces the tokenizer's chat template."""
     trust_remote_code: bool = False
     """Run Python code that the model's repository ships. Off unless you trust it."""
-    load_in_8bit: bool = False
-    """Not supported; present so that a copied configuration gets an explanation."""
     full_finetuning: bool = False
     """Not supported; present so that a copied configuration gets an explanation."""
 
+    @property
+    def quantized(self) -> bool:
+        """Whether the base is held in codes."""
+        return self.load_in_4bit or self.load_in_8bit
+
+    @model_validator(mode="before")
+    @classmethod
+    def eight_bit_is_instead_of_four(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("load_in_8bit") is True and "load_in_4bit" not in values:
+            return values | {"load_in_4bit": False}
+        return values
+
     @model_validator(mode="after")
     def only_what_one_shared_copy_allows(self) -> Model:
-        if self.load_in_8bit:
-            raise ValueError("load_in_8bit is not supported; use load_in_4bit = true, or false for a 16-bit base")
+        if self.load_in_8bit and self.load_in_4bit:
+            raise ValueError("load_in_4bit and load_in_8bit are both true; set one of the two to false")
+        if self.load_in_8bit and self.keep_16bit == "auto":
+            raise ValueError(
+                'keep_16bit = "auto" chooses for NF4, and int8 costs the output a hundredth of that; name layers, or '
+                "leave it out"
+            )
         if self.full_finetuning:
             raise ValueError("full_finetuning is not supported, the base is shared and frozen; train a LoRA adapter")
         return self
@@ -392,6 +409,9 @@ class Train(Section):
     """Tokens in one forward and backward, packed without padding. Changes memory and speed, never the result."""
     logprob_chunk_tokens: PositiveInt = 1024
     """Tokens whose logits exist at once."""
+    router_replay: bool = True
+    """Of a mixture of experts: train each token with the experts that sampling chose for it, also for old and reference
+    logprobs. Rounding alone chooses other ones for some tokens, which no importance ratio corrects well."""
     kernels: Literal["auto", "triton", "torch"] = "auto"
     """What computes the layers in training: fused Triton kernels, or plain torch modules to compare them with. "auto":
     Triton on a GPU, torch on a CPU."""

@@ -41,7 +41,7 @@ class Launch:
     store_is_there: bool = False
     """Whether torchrun keeps that store; otherwise rank 0 does."""
     restarts: int = 0
-    """How many times torchrun started the job again."""
+    """How many times this machine's torchrun started its processes again; other machines' may have counted others."""
 
     @property
     def first(self) -> bool:

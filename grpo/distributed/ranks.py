@@ -6,7 +6,7 @@ after the backward pass, where gradients are summed. Completions themselves stay
 
 torch's default process group is vLLM's, which is alone in each process; so the groups here are not registered with
 torch at all. Messages are JSON and safetensors (grpo/run/tensor_state.py), never pickle. Not here: who is started where
-(grpo/distributed/launch.py), and what a step is (grpo/training/trainer.py).
+(grpo/distributed/launch.py), where they find each other (meeting.py), and what a step is (grpo/training/trainer.py).
 """
 
 from __future__ import annotations
@@ -18,14 +18,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
+from torch.distributed import PrefixStore, ProcessGroupGloo
 
 from grpo.distributed.launch import Launch, RankLost
+from grpo.distributed.meeting import meet
 from grpo.errors import UserError
 from grpo.run.tensor_state import packed, unpacked
 
-START_TIMEOUT = timedelta(minutes=10)
-"""How long the ranks wait for each other to start."""
 ROLLOUT_TIMEOUT = timedelta(hours=12)
 """How long one waits for the others' rollouts. A rank that dies is noticed at once, by its closed connection."""
 
@@ -133,23 +132,15 @@ def connect(launch: Launch, device: torch.device) -> Ranks:
     if launch.size == 1:
         return Ranks()
     try:
-        store = TCPStore(
-            launch.address,
-            launch.port,
-            launch.size,
-            is_master=launch.first and not launch.store_is_there,
-            timeout=START_TIMEOUT,
-            multi_tenant=True,
-        )
-        prefixed = PrefixStore(f"grpo/{launch.restarts}", store)
-        control = ProcessGroupGloo(PrefixStore("control", prefixed), launch.rank, launch.size, timeout=ROLLOUT_TIMEOUT)
+        store = meet(launch)
+        control = ProcessGroupGloo(PrefixStore("control", store), launch.rank, launch.size, timeout=ROLLOUT_TIMEOUT)
         gradients: Any = control
         if device.type == "cuda":
             from torch.distributed import ProcessGroupNCCL
 
             options = ProcessGroupNCCL.Options()
             options._timeout = ROLLOUT_TIMEOUT
-            gradients = ProcessGroupNCCL(PrefixStore("gradients", prefixed), launch.rank, launch.size, options)
+            gradients = ProcessGroupNCCL(PrefixStore("gradients", store), launch.rank, launch.size, options)
     except RuntimeError as error:
         raise RankLost(f"not all {launch.size} ranks have come ({str(error).splitlines()[0]})") from None
     return Ranks(launch.rank, launch.size, control, gradients)

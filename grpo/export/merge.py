@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo.kernels import nf4
 from grpo.model.initial_adapter import InitialLayer
-from grpo.model.weight_source import NF4Tensor, Source
+from grpo.model.weight_source import Source, dense
 from grpo.policy.adapter_files import AdapterFile
 
 
@@ -37,9 +36,7 @@ class MergedSource:
 
     def read(self, name: str) -> Tensor:
         """The tensor `name` on the CPU: float32 where the adapter or dequantising changed it, else as stored."""
-        weight = self.base.read(name)
-        if isinstance(weight, NF4Tensor):
-            weight = nf4.dequantize_bitsandbytes(weight.codes, weight.absmax, weight.shape, torch.float32)
+        weight = dense(self.base.read(name))
         layer = name.removesuffix(".weight")
         if self.adapter is None or layer not in self.adapters or layer == name:
             return weight

@@ -7,17 +7,18 @@ or allocates. Counted in tokens of one micro-batch; weights, adapter, KV cache a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from grpo.config.schema import Config, Lora
 from grpo.kernels.sizes import ADAPTER_COLUMNS, CPU_BLOCK_BYTES, EXPERTS_BYTES, HEAD_SLICE_BYTES, MLP_TILE, QKV_TILE
 from grpo.memory.states import StateLayers, has_states, largest_layer, state_layers
 from grpo.model.adapter_layers import adapted_layers
+from grpo.model.attention_layers import attention_layers
 from grpo.model.expert_sizes import ExpertSizes, expert_sizes
 from grpo.model.families.table import family_of
-from grpo.model.sizes import linear_shapes
+from grpo.model.sizes import linear_shapes, mlp_widths
 
 CHECKPOINTING_MODES = ("none", "mlp", "layer", "offload")
 """Modes of gradient checkpointing, from the fastest to the one that needs least memory on the device. "mlp", which
@@ -76,6 +77,8 @@ class LayerSizes:
     """2, or 4 where a norm follows attention and MLP too (Gemma 2 and 3)."""
     normed_heads: bool
     """q and k are normalised before the rotation (Qwen 3, Gemma 3)."""
+    input_of_layer: int
+    """Numbers that a layer gets of every token beside the hidden state (Gemma 4)."""
     adapted: frozenset[str]
     """Endings of the linear layers that have an adapter."""
     rank: int
@@ -90,9 +93,10 @@ class LayerSizes:
     experts: ExpertSizes | None = None
 
     @classmethod
-    def of(cls, shape: Any, lora: Lora) -> LayerSizes:
-        """Of a plan's Shape or transformers' configuration; every layer as large as one with all adapters there are."""
-        head_dim = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
+    def of(cls, shape: Any, lora: Lora, of_all: Callable[[list[int]], int] = max) -> LayerSizes:
+        """Of a plan's Shape or transformers' configuration; every layer as large as one with all adapters there are.
+        Where layers differ, `of_all` makes one size of theirs: that of the largest, or `mean_of`."""
+        attention = attention_layers(shape).values()
         adapters = adapted_layers(shape, lora)
         adapted = frozenset(name.rpartition(".")[2] for name in adapters)
         rank = max(adapter.rank for adapter in adapters.values())
@@ -103,15 +107,16 @@ class LayerSizes:
             gated=shape.model_type == "qwen3_5_text",
             states=state_layers(shape, adapted) if mixed else (),
             hidden=shape.hidden_size,
-            inner=shape.intermediate_size,
-            query=shape.num_attention_heads * head_dim,
-            key=shape.num_key_value_heads * head_dim,
+            inner=of_all(mlp_widths(shape)),
+            query=of_all([layer.query_heads * layer.head_size for layer in attention]),
+            key=of_all([layer.key_heads * layer.head_size for layer in attention]),
             heads=shape.num_attention_heads,
-            head_dim=head_dim,
+            head_dim=of_all([layer.head_size for layer in attention]),
             layers=shape.num_hidden_layers,
             vocabulary=shape.vocab_size,
-            norms=4 if shape.model_type in ("gemma2", "gemma3_text") else 2,
+            norms=4 if shape.model_type in ("gemma2", "gemma3_text", "gemma4_text") else 2,
             normed_heads=shape.model_type in NORMED_HEADS,
+            input_of_layer=getattr(shape, "hidden_size_per_layer_input", None) or 0,
             adapted=adapted,
             rank=rank,
             adapter=sum(rank * sum(size) for size in first.values()),
@@ -125,6 +130,11 @@ class LayerSizes:
     def beside(self, endings: Sequence[str]) -> int:
         """Columns beside a product of linear layers for what their adapters add (kernels/lora_linear.py)."""
         return -(-self.rank * len(self.adapted & set(endings)) // ADAPTER_COLUMNS) * ADAPTER_COLUMNS
+
+
+def mean_of(sizes: list[int]) -> int:
+    """The mean, rounded up."""
+    return -(-sum(sizes) // len(sizes))
 
 
 def has_kernels(shape: Any) -> bool:
@@ -154,6 +164,8 @@ class TrainingMemory:
     """Whether the output head is in host memory, of which slices come to the GPU."""
     flash: bool = True
     """Whether attention is flash attention's; on a GPU before Ampere it is torch's memory-efficient one."""
+    mean_sizes: LayerSizes | None = None
+    """Of all layers, where they differ and `sizes` are the largest's."""
 
     @classmethod
     def of(
@@ -171,9 +183,10 @@ class TrainingMemory:
             entropy_gradient=bool(config.loss.entropy_coef),
             on_gpu=on_gpu,
             kernels=has_kernels(shape) and config.train.kernels != "torch" and on_gpu and not config.lora.lora_dropout,
-            packed_weights=config.model.load_in_4bit and on_gpu,
+            packed_weights=config.model.quantized and on_gpu,
             head_on_host=on_gpu and config.model.offload_head,
             flash=flash,
+            mean_sizes=LayerSizes.of(shape, config.lora, mean_of),
         )
 
     @property
@@ -234,6 +247,8 @@ class TrainingMemory:
         """The norms and the MLP of a plain layer, whatever its kind."""
         s = self.sizes
         size = s.norms * (4 * s.hidden + 4)
+        if s.input_of_layer:
+            size += 4 * s.hidden + 4 + 4 * s.input_of_layer * self.itemsize
         if s.experts is not None:
             return size + self._experts_per_token(s.experts)
         return size + (s.hidden * s.has(*GATE_UP) + 3 * s.inner + s.inner * s.has(*DOWN)) * self.itemsize
@@ -274,12 +289,18 @@ class TrainingMemory:
 
     def kept(self, mode: str) -> int:
         """Bytes that all layers keep on the device between their forward and their backward."""
+        usual = self if self.mean_sizes is None else replace(self, sizes=self.mean_sizes, mean_sizes=None)
+        inputs = self._inputs_of_layers()
         if mode == "none":
-            return self._all_layers() - self._absent_in_first_layer()
+            return usual._all_layers() - self._absent_in_first_layer() + inputs
         if mode == "mlp":
-            return self.sizes.layers * (self.kept_by_layer() - self._gate_and_up())
+            return self.sizes.layers * (usual.kept_by_layer() - usual._gate_and_up()) + inputs
         # Offloaded, one is still here when the backward begins, and later one is on its way.
-        return self.layer_input() * (self.sizes.layers if mode == "layer" else 2)
+        return self.layer_input() * (self.sizes.layers if mode == "layer" else 2) + inputs
+
+    def _inputs_of_layers(self) -> int:
+        """What all layers get beside the hidden state, made at once: the sum, and its projection's norm in float32."""
+        return self.tokens * self.sizes.layers * self.sizes.input_of_layer * (self.itemsize + 4)
 
     def on_host(self, mode: str) -> int:
         """Bytes of host memory."""

@@ -115,7 +115,7 @@ def lighter_weights(config: Config, shape: Any) -> str:
     """What would make the weights less, the cheapest first."""
     model = config.model
     if not model.load_in_4bit:
-        return "set model.load_in_4bit = true"
+        return "set model.load_in_4bit = true" + (" instead of load_in_8bit" if model.load_in_8bit else "")
     embedding = not (shape.tie_word_embeddings or model.offload_embedding)
     steps = ["set model.offload_embedding = true"] if embedding else []
     if not model.offload_head:

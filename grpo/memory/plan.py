@@ -8,19 +8,32 @@ imported in any of them. What the CUDA context and libraries take outside of tor
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from grpo.config.schema import Config
 from grpo.kernels.sizes import RANK_MULTIPLE
 from grpo.memory.activations import TrainingMemory, moment_bytes
-from grpo.memory.states import pages
+from grpo.memory.states import has_states, pages
 from grpo.model.adapter_config import takes_from_base
 from grpo.model.adapter_layers import adapted_layers
+from grpo.model.attention_layers import attention_layers
 from grpo.model.expert_sizes import COUNTS, expert_sizes
 from grpo.model.layout import fused_linears
-from grpo.model.sizes import AUTO_SHARE, embedding_bytes, linear_shapes, nf4_bytes, pinned_bytes, weights_on_host
+from grpo.model.quantization import stated
+from grpo.model.sizes import (
+    AUTO_SHARE,
+    eight_bit_bytes,
+    embedding_bytes,
+    linear_shapes,
+    nf4_bytes,
+    pinned_bytes,
+    runs_of,
+    stored_block,
+    weights_on_host,
+)
 
 CPU_BLOCK, GPU_BLOCK = 32, 16
 """Tokens in a block of the KV cache. vLLM's default of 128 on a CPU shares no prefix of a short prompt."""
@@ -57,10 +70,13 @@ class Shape:
     moe_intermediate_size: int = 0
     decoder_sparse_step: int = 1
     mlp_only_layers: tuple[int, ...] = ()
+    quantization_config: Mapping[str, Any] | None = field(default=None, hash=False)
+    """How the checkpoint's weights are quantised."""
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Shape:
         """From the entries of a config.json. Raises KeyError for a model without the usual sizes."""
+        stored = stated(values)
         values = values.get("text_config") or values
         heads = values["num_attention_heads"]
         return cls(
@@ -78,6 +94,7 @@ class Shape:
             moe_intermediate_size=values.get("moe_intermediate_size") or 0,
             decoder_sparse_step=values.get("decoder_sparse_step") or 1,
             mlp_only_layers=tuple(values.get("mlp_only_layers") or ()),
+            quantization_config=stored or None,
         )
 
 
@@ -175,21 +192,43 @@ def sequence_limits(config: Config) -> tuple[int, int]:
 
 
 def weight_bytes(config: Config, shape: Any, itemsize: int, *, on_gpu: bool) -> int:
-    """The one copy on the device: NF4 codes with a scale per 64 weights (on a GPU), the rest in `itemsize` bytes."""
-    in_16bit, packed = config.model.keep_16bit, on_gpu and config.model.load_in_4bit
+    """The one copy on the device: codes with their scales (on a GPU), the rest in `itemsize` bytes."""
+    in_16bit, packed = config.model.keep_16bit, on_gpu and config.model.quantized
+    if packed and config.model.load_in_8bit:
+        return eight_bit_weights(config, shape, itemsize) + plain_bytes(config, shape, itemsize, on_gpu=on_gpu)
     size = 0.0
     for name, (rows, columns) in linear_shapes(shape).items():
         dense = rows * columns * itemsize
         nf4 = nf4_bytes(rows, columns, itemsize)
-        if not packed or (in_16bit != "auto" and any(name == end or name.endswith(f".{end}") for end in in_16bit)):
+        if not packed or (in_16bit != "auto" and is_named(name, in_16bit)):
             size += dense
         else:
             size += AUTO_SHARE * dense + (1 - AUTO_SHARE) * nf4 if in_16bit == "auto" else nf4
     size += expert_bytes(shape, itemsize, packed=packed)
+    return int(size) + plain_bytes(config, shape, itemsize, on_gpu=on_gpu)
+
+
+def eight_bit_weights(config: Config, shape: Any, itemsize: int) -> int:
+    """The linear layers in 8 bit, and those that `keep_16bit` names."""
+    shapes, block, size = linear_shapes(shape), stored_block(shape), 0
+    for parts in fused_linears(shape).values():
+        for kept, run in runs_of(parts, lambda part: is_named(part, config.model.keep_16bit)):
+            sizes = [shapes[part] for part in run]
+            size += itemsize * sum(map(math.prod, sizes)) if kept else eight_bit_bytes(sizes, block)
+    return size
+
+
+def is_named(part: str, endings: Sequence[str]) -> bool:
+    """Whether one of `endings` is the module name `part` or an ending of it."""
+    return any(part == name or part.endswith(f".{name}") for name in endings)
+
+
+def plain_bytes(config: Config, shape: Any, itemsize: int, *, on_gpu: bool) -> int:
+    """Everything but linear layers and experts, on the device."""
     tables = 1 if shape.tie_word_embeddings else 2
     norms = (2 * shape.num_hidden_layers + 1) * shape.hidden_size
     plain = tables * embedding_bytes(shape, itemsize) + norms * itemsize
-    return int(size) + plain - host_weight_bytes(config, shape, itemsize, on_gpu=on_gpu)
+    return plain - host_weight_bytes(config, shape, itemsize, on_gpu=on_gpu)
 
 
 def expert_bytes(shape: Any, itemsize: int, *, packed: bool) -> int:
@@ -229,14 +268,24 @@ def adapter_bytes(config: Config, shape: Any, itemsize: int, *, on_gpu: bool) ->
     return trained * (4 + 4 + 4 * kept + moment_bytes(config.train.optim, on_gpu=on_gpu)) + engine * itemsize
 
 
+def kv_bytes_per_token(shape: Any, itemsize: int, kv_cache_dtype: str) -> int:
+    """Bytes that one token takes in the KV cache over all layers that have keys of their own."""
+    layers = attention_layers(shape).items()
+    own = sum(layer.elements_per_token for number, layer in layers if layer.keys_of == number)
+    return own * (1 if kv_cache_dtype == "fp8" else itemsize)
+
+
 def layer_token_bytes(shape: Any, itemsize: int, kv_cache_dtype: str) -> int:
-    """Bytes that the keys and values of one token take in a layer."""
-    head = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
-    return 2 * shape.num_key_value_heads * head * (1 if kv_cache_dtype == "fp8" else itemsize)
+    """Bytes that the keys and values of one token take in the layer with the most."""
+    most = max(layer.elements_per_token for layer in attention_layers(shape).values())
+    return most * (1 if kv_cache_dtype == "fp8" else itemsize)
 
 
 def kv_cache_bytes(shape: Any, itemsize: int, kv_cache_dtype: str, length: int, sequences: int, block: int) -> int:
     """KV cache in which `sequences` reach `length` tokens, in whole blocks, with two to spare."""
+    if not has_states(shape):
+        blocks = -(-length // block) * sequences + 2
+        return blocks * block * kv_bytes_per_token(shape, itemsize, kv_cache_dtype)
     page = pages(shape, itemsize, layer_token_bytes(shape, itemsize, kv_cache_dtype), block)
     return (page.blocks(length, STATES_KEPT) * sequences + 2) * page.size
 

@@ -14,7 +14,7 @@ from typing import Any
 from grpo.config.schema import Config
 from grpo.memory.gpus import Gpu
 from grpo.memory.states import attention_layers
-from grpo.model.sizes import linear_shapes, nf4_bytes
+from grpo.model.sizes import eight_bit_bytes, linear_shapes, nf4_bytes, stored_block
 
 COPY_SHARE = 0.85
 """Of the bandwidth that a maker states, what a copy reaches."""
@@ -56,12 +56,12 @@ class Work:
         sizes = linear_shapes(shape)
         head_dim = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
         linear = sum(rows * columns for rows, columns in sizes.values())
-        packed = config.model.load_in_4bit
+        packed = config.model.quantized
         kv_item = 1 if config.rollout.kv_cache_dtype == "fp8" else itemsize
         return cls(
             linear=linear,
             gate_up=2 * shape.intermediate_size * shape.hidden_size * shape.num_hidden_layers,
-            linear_bytes=sum(nf4_bytes(*size, itemsize) for size in sizes.values()) if packed else linear * itemsize,
+            linear_bytes=stored_bytes(config, shape, itemsize),
             head=shape.vocab_size * shape.hidden_size,
             layers=shape.num_hidden_layers,
             hidden=shape.hidden_size,
@@ -70,6 +70,16 @@ class Work:
             itemsize=itemsize,
             packed=packed,
         )
+
+
+def stored_bytes(config: Config, shape: Any, itemsize: int) -> float:
+    """The linear layers as they are held."""
+    sizes = linear_shapes(shape).values()
+    if config.model.load_in_8bit:
+        return sum(eight_bit_bytes([size], stored_block(shape)) for size in sizes)
+    if config.model.load_in_4bit:
+        return sum(nf4_bytes(*size, itemsize) for size in sizes)
+    return sum(map(math.prod, sizes)) * itemsize
 
 
 def decode_seconds(work: Work, gpu: Gpu, sequences: int, context: float) -> float:

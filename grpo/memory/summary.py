@@ -12,6 +12,7 @@ from grpo.memory.plan import MemoryPlan, Shape, hosted, plan_memory, sequence_li
 from grpo.memory.shapes import model_shape
 from grpo.model.adapter_layers import adapted_layers
 from grpo.model.layout import EMBEDDING, HEAD
+from grpo.model.quantization import quantization
 
 
 def memory_plan(config: Config, gpu: Gpu | None = None) -> list[str]:
@@ -40,9 +41,9 @@ def parts(
     config: Config, shape: Shape, plan: MemoryPlan, fit: Fit | None, *, on_gpu: bool, where: str = ""
 ) -> list[str]:
     """What takes memory, a line each. fit: how a certain GPU's is shared out."""
-    storage = "NF4" if config.model.load_in_4bit else "unquantised"
-    if config.model.load_in_4bit and not on_gpu:
-        storage = "NF4 values, dequantised"
+    storage = held_as(config, shape)
+    if config.model.quantized and not on_gpu:
+        storage = f"{storage} values, dequantised"
     tokens = max(config.train.tokens_per_micro_batch, config.max_seq_length)
     training = plan.peaks[fit.mode] if fit else plan.training
     lines = [
@@ -61,6 +62,13 @@ def parts(
         tied = ", which is the output head too" if shape.tie_word_embeddings else ""
         lines.append(f"  {gb(plan.host)}  of host memory, pinned, for {hosted_names}{tied}")
     return lines
+
+
+def held_as(config: Config, shape: Shape) -> str:
+    """What the linear layers are kept in."""
+    if config.model.load_in_8bit:
+        return quantization({"quantization_config": getattr(shape, "quantization_config", None)}).kind or "int8"
+    return "NF4" if config.model.load_in_4bit else "unquantised"
 
 
 def verdict(config: Config, shape: Shape, plan: MemoryPlan, fit: Fit | None, gpu: Gpu) -> list[str]:

@@ -19,12 +19,13 @@ from torch import Tensor
 
 from grpo.config.schema import Model
 from grpo.errors import UserError
-from grpo.kernels import nf4
+from grpo.kernels import nf4, stored_weight
 from grpo.kernels.launch import disable_reduced_precision
 from grpo.model import host_memory
 from grpo.model.architectures import check_supported
 from grpo.model.config_keys import check_keys, normalize_config
 from grpo.model.decoder_config import DecoderConfig
+from grpo.model.eight_bit_segments import in_eight_bit, stacked
 from grpo.model.expert_weights import ExpertStack, load_stack
 from grpo.model.fingerprint import Fingerprint
 from grpo.model.head import Head
@@ -32,7 +33,7 @@ from grpo.model.inventory import account
 from grpo.model.layout import EMBEDDING, HEAD, ExpertsLayout, Layout, LinearLayout
 from grpo.model.sizes import VOCABULARY_PADDING, embedding_bytes, pinned_bytes, weights_on_host
 from grpo.model.stored_form import stored_form
-from grpo.model.weight_source import NF4Tensor, Source
+from grpo.model.weight_source import NF4Tensor, Packed, Source, dense
 
 logger = logging.getLogger("grpo")
 
@@ -45,13 +46,26 @@ class Segment:
     """Consecutive rows of a fused linear layer, stored in one way.
 
     Dense: `weight` [rows, in] in the compute dtype, `absmax` None. NF4: `weight` packed uint8 [rows, in / 2] and
-    `absmax` [rows, in / 64] in the compute dtype.
+    `absmax` [rows, in / 64] in the compute dtype. 8 bit: `weight` int8 or float8_e4m3fn [rows, in], and `absmax` its
+    float32 scales, of which `kernels/eight_bit.py` says what they are for.
     """
 
     first_row: int
     rows: int
     weight: Tensor
     absmax: Tensor | None = None
+    compute_dtype: torch.dtype | None = None
+    """Where the tensors do not tell: in 8 bit."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The compute dtype."""
+        return self.compute_dtype or (self.weight.dtype if self.absmax is None else self.absmax.dtype)
+
+    @property
+    def columns(self) -> int:
+        """The inputs of the layer."""
+        return stored_weight.columns(self.weight, self.absmax)
 
 
 @dataclass
@@ -63,6 +77,8 @@ class FusedLinear:
     """transformers module name -> (first row, rows)."""
     in_features: int
     out_features: int
+    again: tuple[str, ...] = ()
+    """Parts whose rows vLLM's layer has once more, behind all others; they are stored and computed once."""
     segments: list[Segment] = field(default_factory=list)
     """One, unless `keep_16bit` holds only some of the parts in 16 bit."""
     bias: Tensor | None = None
@@ -73,10 +89,9 @@ class FusedLinear:
         for segment in self.segments:
             inside = first - segment.first_row
             if 0 <= inside and inside + rows <= segment.rows:
-                view = slice(inside, inside + rows)
-                absmax = None if segment.absmax is None else segment.absmax[view]
+                views = stored_weight.rows_of(segment.weight, segment.absmax, slice(inside, inside + rows))
                 bias = None if self.bias is None else self.bias[first : first + rows]
-                return Segment(0, rows, segment.weight[view], absmax), bias
+                return Segment(0, rows, *views, segment.compute_dtype), bias
         raise KeyError(f"{name} spans segments of {self.name}")
 
 
@@ -84,7 +99,7 @@ class BaseWeights:
     """Every tensor of the base model, loaded once.
 
     `linears`: vLLM's name -> FusedLinear. `experts`: the graph's name -> ExpertStack. `tensors`: parameter name ->
-    plain tensor (embedding, norms, head) in the compute dtype; embedding and head are padded to vLLM's vocabulary and
+    plain tensor (embedding, norms, head) in the compute dtype; embeddings and head are padded to vLLM's vocabulary and
     hold zeros there. With `model.offload_embedding` or `model.offload_head` the memory of one, a tensor on the GPU like
     the others, is the host's; `pinned` has the same memory, under the same name, as a tensor on the CPU.
     """
@@ -104,8 +119,11 @@ class BaseWeights:
         self.device, self.dtype = device, dtype
         if device.type == "cuda":
             disable_reduced_precision()
-        self.load_in_4bit = model.load_in_4bit
-        self.packed = model.load_in_4bit and device.type == "cuda"
+        self.load_in_4bit, self.load_in_8bit = model.load_in_4bit, model.load_in_8bit
+        self.quantized = model.load_in_4bit or model.load_in_8bit
+        self.packed = self.quantized and device.type == "cuda"
+        if twice := rounded_twice(source, model):
+            logger.warning(twice)
         wanted = weights_on_host(model, self.config)
         self._on_host = wanted if host_memory.has_own_memory(device) else {}
         self.pinned: dict[str, Tensor] = {}
@@ -122,7 +140,7 @@ class BaseWeights:
 
     def _chosen_16bit(self, model: Model) -> list[str]:
         """Names or endings of the parts that stay unquantised. Raises UserError for one that names no part."""
-        if not model.load_in_4bit:
+        if not self.quantized:
             return []
         parts = [part for linear in self.layout.linears.values() for part in linear.parts]
         parts += self.layout.experts
@@ -147,10 +165,8 @@ class BaseWeights:
         return {name: self._load_one(source, name) for name in sorted(self.layout.tensors)}
 
     def _load_one(self, source: Source, name: str) -> Tensor:
-        tensor = source.read(stored_form(self.config).renamed.get(name, name))
-        if isinstance(tensor, NF4Tensor):
-            tensor = nf4.dequantize_bitsandbytes(tensor.codes, tensor.absmax, tensor.shape, self.dtype)
-        if name in (EMBEDDING, HEAD):
+        tensor = dense(source.read(stored_form(self.config).renamed.get(name, name)), self.dtype)
+        if name in self.layout.by_token:
             vocabulary, width = tensor.shape
             padded = -(-vocabulary // VOCABULARY_PADDING) * VOCABULARY_PADDING
             key = self._on_host.get(name)
@@ -164,9 +180,12 @@ class BaseWeights:
         return tensor.to(self.device, torch.float32 if name in self.layout.float32 else self.dtype, copy=True)
 
     def _load_linear(self, source: Source, name: str, layout: LinearLayout) -> FusedLinear:
-        linear = FusedLinear(name, dict(layout.parts), layout.in_features, layout.out_features)
+        linear = FusedLinear(name, dict(layout.parts), layout.in_features, layout.out_features, layout.again)
         for segment_parts in self._same_storage(source, list(layout.parts)):
-            linear.segments.append(self._load_segment(source, linear, segment_parts))
+            if self.load_in_8bit and not self._is_kept(segment_parts[0]):
+                linear.segments += self._load_eight_bit(source, linear, segment_parts)
+            else:
+                linear.segments.append(self._load_segment(source, linear, segment_parts))
         linear.bias = self._load_bias(source, linear, layout.biased)
         return linear
 
@@ -181,14 +200,24 @@ class BaseWeights:
         yield run
 
     def _is_kept(self, part: str) -> bool:
-        return not self.load_in_4bit or any(matches_module(part, ending) for ending in self._keep_16bit)
+        return not self.quantized or any(matches_module(part, ending) for ending in self._keep_16bit)
+
+    def _load_eight_bit(self, source: Source, linear: FusedLinear, parts: list[str]) -> Iterator[Segment]:
+        """The rows of `parts` in 8 bit, or on a CPU their values."""
+        first = linear.parts[parts[0]][0]
+        for rows in stacked([in_eight_bit(source.read(f"{part}.weight"), self.device) for part in parts]):
+            if self.packed:
+                yield Segment(first, rows.shape[0], rows.codes, rows.scales, self.dtype)
+            else:
+                yield Segment(first, rows.shape[0], rows.dense(self.dtype))
+            first += rows.shape[0]
 
     def _load_segment(self, source: Source, linear: FusedLinear, parts: list[str]) -> Segment:
         first = linear.parts[parts[0]][0]
         rows = sum(linear.parts[part][1] for part in parts)
         columns = linear.in_features
         in_16bit = self._is_kept(parts[0])
-        if self.load_in_4bit and in_16bit:
+        if self.quantized and in_16bit:
             self.kept_16bit += parts
         self._check_blocks(source, parts[0], columns, not in_16bit)
         if not in_16bit and self.packed:
@@ -217,7 +246,7 @@ class BaseWeights:
 
     def _write(
         self,
-        weight: Tensor | NF4Tensor,
+        weight: Tensor | Packed,
         stored: Tensor,
         scales: Tensor | None,
         row: int,
@@ -230,15 +259,18 @@ class BaseWeights:
             codes, absmax = weight.codes.to(self.device), weight.absmax.to(self.device)
             nf4.pack_rows(stored, scales, row, codes, absmax, shape)
         elif scales is not None and not isinstance(weight, NF4Tensor):
-            nf4.quantize_rows(stored, scales, row, weight.to(self.device))
+            nf4.quantize_rows(stored, scales, row, dense(weight).to(self.device))
         else:
             if quantize and not isinstance(weight, NF4Tensor):
-                weight = NF4Tensor(*nf4.quantize(weight), shape)
-            if isinstance(weight, NF4Tensor):
-                weight = nf4.dequantize_bitsandbytes(weight.codes, weight.absmax, shape, self.dtype)
-            stored[row : row + shape[0]].copy_(weight)
+                weight = NF4Tensor(*nf4.quantize(dense(weight)), shape)
+            stored[row : row + shape[0]].copy_(dense(weight, self.dtype))
 
     def _load_experts(self, source: Source, name: str, layout: ExpertsLayout) -> ExpertStack:
+        if self.load_in_8bit:
+            raise UserError(
+                f"model.load_in_8bit: the experts of {source.path} are held in 4 or in 16 bit alone; set "
+                "model.load_in_4bit = true instead, or both to false"
+            )
         quantize = not self._is_kept(name)
         if self.load_in_4bit and not quantize:
             self.kept_16bit.append(name)
@@ -259,6 +291,13 @@ class BaseWeights:
             first, rows = linear.parts[part]
             bias[first : first + rows].copy_(source.read(f"{part}.bias"))
         return bias
+
+    @property
+    def stored_as(self) -> str:
+        """What the linear layers are held in: "NF4", "int8", "FP8", or the compute dtype."""
+        if self.load_in_8bit:
+            return self.fingerprint.stored_as if self.fingerprint.stored_as in ("int8", "FP8") else "int8"
+        return "NF4" if self.load_in_4bit else str(self.dtype).removeprefix("torch.")
 
     def nbytes(self) -> int:
         """Bytes of all storage on `device`, each counted once."""
@@ -285,6 +324,18 @@ class BaseWeights:
                 yield linear.bias
         for stack in self.experts.values():
             yield from stack.storages()
+
+
+def rounded_twice(source: Source, model: Model) -> str | None:
+    """A sentence about a quantised checkpoint whose weights are to be held in another quantised form."""
+    held = "NF4" if model.load_in_4bit else "int8"
+    if model.load_in_4bit and source.stored_as in ("int8", "FP8"):
+        remedy = "model.load_in_8bit = true keeps them as they are"
+    elif model.load_in_8bit and source.stored_as == "NF4":
+        remedy = "model.load_in_4bit = true keeps them as they are"
+    else:
+        return None
+    return f"{source.path}: its weights, in {source.stored_as}, are rounded a second time, to {held}; {remedy}"
 
 
 def matches_module(part: str, name: str) -> bool:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo.errors import UserError
+from grpo.model.attention_layers import head_sizes
 from grpo.model.decoder_config import DecoderConfig
 from grpo.model.weight_files import unique
 
@@ -66,23 +67,19 @@ def check_sizes(values: Mapping[str, Any], file: Path) -> None:
         check_sizes(text, file)
 
 
-def check_quantization(values: Mapping[str, Any], file: Path) -> None:
-    """Raise UserError for weights that are quantised in a form which is not read."""
-    method = (values.get("quantization_config") or {}).get("quant_method", "bitsandbytes")
-    if method != "bitsandbytes":
-        raise UserError(
-            f"{file}: weights quantised with {method!r} are not read; use an NF4 or an unquantised checkpoint"
-        )
-
-
 def check_head_size(config: DecoderConfig, where: Path, on_cpu: bool) -> None:
     """Raise UserError for attention heads that vLLM has no kernel for. `config`: the text model's."""
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if on_cpu and size not in HEAD_SIZES_ON_CPU:
+    unknown = sorted(head_sizes(config) - set(HEAD_SIZES_ON_CPU))
+    if on_cpu and unknown:
         raise UserError(
-            f"{where / 'config.json'}: attention heads of {size}: vLLM's on a CPU are one of "
+            f"{where / 'config.json'}: attention heads of {unknown[0]}: vLLM's on a CPU are one of "
             f"{', '.join(map(str, HEAD_SIZES_ON_CPU))}; use another model, or a GPU"
         )
+
+
+def largest_head(config: DecoderConfig) -> int:
+    """The size of the attention heads of the text model `config`, of the layer with the largest."""
+    return max(head_sizes(config))
 
 
 def check_float16(config: DecoderConfig, where: Path) -> None:

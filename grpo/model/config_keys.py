@@ -25,6 +25,8 @@ from grpo.model.families.table import family_of
 from grpo.model.rope import (
     by_layer_type,
     frequencies,
+    head_size,
+    part_rotated,
     plain_parameters,
     rotary_parameters,
     rotated,
@@ -36,6 +38,8 @@ LAYER_TYPES = ("full_attention", "sliding_attention")
 
 WITHOUT_EFFECT = {"output_hidden_states": False, "output_attentions": False, "return_dict": True}
 """How transformers' models answer; we ask for what we need."""
+OF_IMAGES = "vision"
+"""Value of `use_bidirectional_attention` with which tokens of images see each other, and those of text are causal."""
 OLD_SPELLINGS = {
     "rope_theta", "rope_scaling", "rope_local_base_freq", "partial_rotary_factor", "sliding_window_pattern", "head_dim",
     "is_causal", "layer_types", "hidden_activation", "torch_dtype", "quantization_config", "architectures",
@@ -78,18 +82,18 @@ def complaints(config: DecoderConfig) -> Iterator[Complaint]:
 
 def attention_complaints(config: DecoderConfig) -> Iterator[Complaint]:
     """About who sees whom, and heads."""
-    if getattr(config, "is_heterogeneous", False):
+    if getattr(config, "is_heterogeneous", False) and not family_of(config.model_type).layers_differ:
         yield Complaint("per_layer_config", "...", "layers that differ in shape are not served; use a model without it")
     causal = "completions are sampled left to right; use a causal model"
-    if getattr(config, "use_bidirectional_attention", None):
-        yield Complaint("use_bidirectional_attention", True, causal)
+    if (both_ways := getattr(config, "use_bidirectional_attention", None)) not in (None, False, OF_IMAGES):
+        yield Complaint("use_bidirectional_attention", both_ways, causal)
     if getattr(config, "is_causal", True) is False:
         yield Complaint("is_causal", False, causal)
     if family_of(config.model_type).always_tied and not config.tie_word_embeddings:
         reason = f"the output head of {vllms(config)} is always the embedding; use a model whose weights are tied"
         yield Complaint("tie_word_embeddings", False, reason)
-    head, derived = getattr(config, "head_dim", None), config.hidden_size // config.num_attention_heads
-    if family_of(config.model_type).head_of_hidden_size and head not in (None, derived):
+    derived = config.hidden_size // config.num_attention_heads
+    if family_of(config.model_type).head_of_hidden_size and (head := head_size(config)) != derived:
         yield Complaint("head_dim", head, f"{vllms(config)} has heads of {derived}; use another model")
 
 
@@ -172,7 +176,7 @@ def rotary_complaints(config: DecoderConfig) -> Iterator[Complaint]:
         part, theta = values.get("partial_rotary_factor"), values.get("rope_theta")
         if part is not None and not (is_number(part, above=0) and part <= 1):
             yield Complaint(f"{key}.partial_rotary_factor", part, "must be above 0 and at most 1; correct it")
-        elif part not in (None, 1) and rotates_whole_heads(config):
+        elif part_rotated(values) != 1 and rotates_whole_heads(config):
             whole = f"transformers' {causal_class(config.model_type)} rotates whole heads, vLLM's a part of them"
             yield Complaint(f"{key}.partial_rotary_factor", part, f"{whole}; use a model of another family")
         elif not is_number(theta, above=0):
@@ -183,7 +187,7 @@ def rotary_complaints(config: DecoderConfig) -> Iterator[Complaint]:
         reason = f"transformers finds no rotary frequencies in it ({type(error).__name__}: {one_line(error)})"
         yield Complaint("rope_parameters", config.rope_parameters, f"{reason}; correct it")
         return
-    widths = {rotated(config, values) for _, values in rotary_parameters(config)}
+    widths = {rotated(config, kind, values) for kind, values in rotary_parameters(config)}
     for inverse, scaling in computed:
         usable = bool(inverse.isfinite().all()) and bool((inverse >= 0).all()) and is_number(scaling, above=0)
         if not usable or 2 * len(inverse) not in widths:
@@ -193,11 +197,10 @@ def rotary_complaints(config: DecoderConfig) -> Iterator[Complaint]:
 
 def rotates_whole_heads(config: DecoderConfig) -> bool:
     """Whether transformers rotates all of each head, whatever part the configuration names."""
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     plain = copy.deepcopy(config)
     for _, values in rotary_parameters(plain):
         values |= {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
-    return all(2 * len(inverse) == head for inverse, _ in frequencies(plain, 1).values())
+    return all(2 * len(inverse) == head_size(config, kind) for kind, (inverse, _) in frequencies(plain, 1).items())
 
 
 def normalize_config(config: DecoderConfig) -> list[str]:
@@ -211,6 +214,8 @@ def normalize_config(config: DecoderConfig) -> list[str]:
         setattr(config, key, 0.0)
     for key, value in WITHOUT_EFFECT.items():
         setattr(config, key, value)
+    if getattr(config, "use_bidirectional_attention", None) == OF_IMAGES:
+        config.use_bidirectional_attention = None
     strange = sorted(set(config.to_dict()) - own_keys(config) - base_keys() - OLD_SPELLINGS - TOKENS)
     if strange := [key for key in strange if not key.startswith(("_", "unsloth_"))]:
         notices.append(

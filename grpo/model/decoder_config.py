@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 
@@ -34,6 +35,13 @@ class DecoderConfig(Protocol):
     """Tokens that a layer with a window sees; only in families that have such layers."""
     original_max_position_embeddings: int
     """Length that longrope's short factors are for; Phi-3 alone."""
+    per_layer_config: Mapping[int | str, Any]
+    """Number or type of a layer -> the configuration with its own sizes; where `is_heterogeneous`."""
+    use_bidirectional_attention: str | bool | None
+    """Which tokens see those behind them; Gemma alone."""
+
+    quantization_config: dict[str, Any]
+    """How a checkpoint's weights are quantised, where they are."""
 
     def get_text_config(self, decoder: bool | None = None) -> DecoderConfig: ...
 

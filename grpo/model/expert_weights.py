@@ -9,18 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from grpo.errors import UserError
-from grpo.kernels import nf4
 from grpo.kernels.experts import ExpertMatrix, Experts
 from grpo.kernels.glu import ACTIVATIONS
 from grpo.model.decoder_config import DecoderConfig
 from grpo.model.graph_experts import MATRICES, Routing
 from grpo.model.layout import ExpertsLayout
 from grpo.model.stored_form import Piece, stored_form
-from grpo.model.weight_source import NF4Tensor, Source
+from grpo.model.weight_source import Packed, Source, dense
 
 TRANSFORMERS_NAMES = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 """transformers' names of the activations that kernels/glu.py has."""
@@ -28,7 +26,7 @@ assert set(TRANSFORMERS_NAMES.values()) == set(ACTIVATIONS)
 
 Allocate = Callable[[int, int], tuple[Tensor, Tensor | None]]
 """(rows, columns) -> empty storage: dense, or packed with its scales."""
-Fill = Callable[[Tensor | NF4Tensor, Tensor, Tensor | None, int, tuple[int, int]], None]
+Fill = Callable[[Tensor | Packed, Tensor, Tensor | None, int, tuple[int, int]], None]
 """Writes a weight of that shape to rows of the storage."""
 
 
@@ -89,7 +87,5 @@ def fill_piece(
     if piece.expert is not None:
         fill(tensor, weight, absmax, piece.expert * rows + piece.first_row, (piece.rows, columns))
         return
-    if isinstance(tensor, NF4Tensor):
-        tensor = nf4.dequantize_bitsandbytes(tensor.codes, tensor.absmax, tensor.shape, torch.float32)
-    for expert, matrix in enumerate(tensor.reshape(-1, rows, columns)):
+    for expert, matrix in enumerate(dense(tensor).reshape(-1, rows, columns)):
         fill(matrix, weight, absmax, expert * rows, (rows, columns))

@@ -14,11 +14,10 @@ from pathlib import Path
 import torch
 
 from grpo.errors import UserError
-from grpo.kernels import nf4
 from grpo.model.decoder_config import DecoderConfig
 from grpo.model.locate import BASE_SAMPLE
 from grpo.model.stored_form import stored_form
-from grpo.model.weight_source import NF4Tensor, Source
+from grpo.model.weight_source import Source, dense
 
 SAMPLED = 64
 """Values of each weight."""
@@ -79,10 +78,7 @@ def weight_of_layer(source: Source, config: DecoderConfig, layer: int) -> str:
 
 def sampled(source: Source, name: str) -> list[float]:
     """`SAMPLED` values of the weight `name`, evenly spread."""
-    weight = source.read(name)
-    if isinstance(weight, NF4Tensor):
-        weight = nf4.dequantize_bitsandbytes(weight.codes, weight.absmax, weight.shape, torch.float32)
-    flat = weight.reshape(-1)
+    flat = dense(source.read(name)).reshape(-1)
     indices = torch.linspace(0, len(flat) - 1, SAMPLED, dtype=torch.float64).long()
     return [round(value, 8) for value in flat[indices].tolist()]
 

@@ -38,7 +38,7 @@ from grpo.model.base_weights import matches_module
 from grpo.model.checks import one_line
 from grpo.model.locate import INITIAL_ADAPTER as RECORD
 from grpo.model.sizes import linear_shapes
-from grpo.model.weight_source import NF4Tensor, Source
+from grpo.model.weight_source import Packed, Source, dense
 
 LOFTQ = "loftq"
 
@@ -92,6 +92,11 @@ class ResidualSource:
                     f'{source.path}: lora.init_lora_weights = "loftq" needs an unquantised checkpoint; this one is '
                     "NF4, whose error is not known"
                 )
+        if source.stored_as in ("int8", "FP8"):
+            raise UserError(
+                f"{source.path}: its weights are in 8 bit and are kept so, and lora.init_lora_weights = "
+                f"{lora.init_lora_weights!r} would take a part of them; use an unquantised checkpoint"
+            )
         check_ranks(source, layers)
         self.layers = layers
         self.initial: dict[str, InitialLayer] = dict(record or {})
@@ -107,19 +112,19 @@ class ResidualSource:
         return self.source.tokenizer()
 
     @torch.no_grad()
-    def read(self, name: str) -> Tensor | NF4Tensor:
+    def read(self, name: str) -> Tensor | Packed:
         """The tensor `name`, float32 without what the adapter starts from; as stored where that is nothing."""
         stored = self.source.read(name)
         layer = name.removesuffix(".weight")
         if layer == name or layer not in self.layers:
             return stored
         if layer not in self.initial:
-            self.initial[layer] = self.start_of(layer, dense(stored).to(self.device))
+            self.initial[layer] = self.start_of(layer, dense(stored).to(self.device, torch.float32))
         found = self.initial[layer]
         if found.taken is None:
             return stored
         a, b = (factor.to(self.device) for factor in found.taken)
-        return dense(stored).to(self.device) - found.scale * (b @ a)
+        return dense(stored).to(self.device, torch.float32) - found.scale * (b @ a)
 
     def start_of(self, layer: str, weight: Tensor) -> InitialLayer:
         """What the adapter of `layer` starts from, by its weight [out, in] in float32."""
@@ -147,13 +152,6 @@ class ResidualSource:
 
 def quantised(layer: str, in_16bit: Sequence[str] | None) -> bool:
     return in_16bit is not None and not any(matches_module(layer, ending) for ending in in_16bit)
-
-
-def dense(weight: Tensor | NF4Tensor) -> Tensor:
-    """A weight [out, in] in float32."""
-    if isinstance(weight, NF4Tensor):
-        return nf4.dequantize_bitsandbytes(weight.codes, weight.absmax, weight.shape, torch.float32)
-    return weight.float()
 
 
 def check_ranks(source: Source, layers: Mapping[str, LayerAdapter]) -> None:

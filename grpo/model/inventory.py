@@ -14,23 +14,24 @@ import torch
 from torch import Tensor
 
 from grpo.errors import UserError
-from grpo.kernels import nf4
 from grpo.model.architectures import causal_class, vllm_class
 from grpo.model.checks import one_line
 from grpo.model.decoder_config import DecoderConfig
 from grpo.model.families.table import family_of
 from grpo.model.layout import EMBEDDING, HEAD
 from grpo.model.stored_form import stored_form
-from grpo.model.weight_source import NF4Tensor, Source
+from grpo.model.weight_source import Packed, Source, dense
 
 EXTRAS = {
+    "a scale for activations or the KV cache, which stay in their own type": re.compile(
+        r"(^|\.)layers\.\d+\..*\.((input|activation|output|k|v|q|kv|prob_output)_scale|input_scale_ub"
+        r"|input_zero_point)$"
+    ),
     "rotary frequencies, which are computed from the configuration": re.compile(
         r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$|(^|\.)attn_rot_embd\."
     ),
     "a part for images or sound, of which text needs nothing": re.compile(
-        r"^(model\.)?(vision_tower|vision_model|vision_encoder|vision_embed_tokens|visual|multi_modal_projector"
-        r"|mm_projector|embed_vision|audio_tower|audio_model|audio_encoder|embed_audio)\."
-        r"|^(v|a|mm)\."
+        r"^(model\.)?(\w*(vision|visual|image|audio|speech)\w*|multi_modal_projector|mm_projector)\.|^(v|a|mm)\."
     ),
     "a part that predicts several tokens at once, which sampling does not use": re.compile(
         r"^(model\.)?(mtp|mtp_layers|mtp_block|nextn)\.|^blk\.\d+\.nextn\."
@@ -48,19 +49,20 @@ def account(source: Source) -> list[str]:
     say. Raises UserError naming the tensor that is missing, of another shape or form, or of no use.
     """
     config = source.config.get_text_config()
-    needed = parameters(source, config)
+    needed, left_out = parameters(source, config)
     if config.tie_word_embeddings and HEAD not in source.names:
         del needed[HEAD]
     for name, shape in needed.items():
         check_tensor(source, name, shape)
-    notices = [*source.notices, *extras(source, config, source.names - needed.keys())]
+    notices = [*source.notices, *extras(source, config, source.names - needed.keys(), left_out)]
     source.notices = []
     source.names = set(needed)
     return notices + settled_head(source, config)
 
 
-def parameters(source: Source, config: DecoderConfig) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of everything that transformers' model of `config` keeps in a checkpoint."""
+def parameters(source: Source, config: DecoderConfig) -> tuple[dict[str, tuple[int, ...]], list[str]]:
+    """Of transformers' model of `config`: name -> shape of everything that it keeps in a checkpoint, and patterns of
+    what it expects in checkpoints of its family and leaves out."""
     from transformers import AutoModelForCausalLM
 
     try:
@@ -70,7 +72,10 @@ def parameters(source: Source, config: DecoderConfig) -> dict[str, tuple[int, ..
         raise UserError(
             f"{source.path}: transformers builds no model of its configuration ({one_line(error)}); correct it"
         ) from None
-    return as_stored(config, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
+    lists = [getattr(module, "_keys_to_ignore_on_load_unexpected", None) or [] for module in model.modules()]
+    left_out = [pattern for each in lists for pattern in each]
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    return as_stored(config, shapes), left_out
 
 
 def as_stored(config: DecoderConfig, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
@@ -101,16 +106,19 @@ def in_place_of(source: Source, name: str) -> str:
     """What else the layer of the missing tensor `name` has, for the sentence: there it may be in another form."""
     layer = name.rpartition(".")[0]
     others = sorted(other for other in source.names if other.startswith(f"{layer}.") and not other.endswith(".bias"))
-    return f" (there is {others[0]}, and only plain and NF4 weights are read)" if others else ""
+    return f" (there is {others[0]}, and only plain, 8-bit and NF4 weights are read)" if others else ""
 
 
-def extras(source: Source, config: DecoderConfig, surplus: set[str]) -> Iterator[str]:
-    """A sentence about each kind of `surplus` tensors that may be left out. Raises UserError for any other."""
+def extras(source: Source, config: DecoderConfig, surplus: set[str], left_out: list[str]) -> Iterator[str]:
+    """A sentence about each kind of `surplus` tensors that may be left out; `left_out` are patterns of what
+    transformers does not read. Raises UserError for any other."""
     names_of_kind: dict[str, list[str]] = {}
     for name in sorted(surplus):
         kind = next((kind for kind, pattern in EXTRAS.items() if pattern.search(name)), None)
         if kind is None and predicts_more(config, name):
             kind = list(EXTRAS)[-1]
+        if kind is None and any(re.search(pattern, name) for pattern in left_out):
+            kind = f"which transformers' {causal_class(config.model_type)} leaves out too"
         if kind is None:
             raise UserError(
                 f"{source.path}: tensor {name} has no use in transformers' {causal_class(config.model_type)} as "
@@ -151,16 +159,9 @@ def settled_head(source: Source, config: DecoderConfig) -> list[str]:
     ]
 
 
-def same_values(one: Tensor | NF4Tensor, other: Tensor | NF4Tensor) -> bool:
+def same_values(one: Tensor | Packed, other: Tensor | Packed) -> bool:
     """Whether two [vocabulary, hidden] tensors are equal as numbers, looked at by rows to spare memory."""
     return all(
         torch.equal(some.float(), others.float())
         for some, others in zip(dense(one).split(ROWS), dense(other).split(ROWS), strict=True)
     )
-
-
-def dense(tensor: Tensor | NF4Tensor) -> Tensor:
-    """`tensor`, dequantised to float32 where it is packed."""
-    if isinstance(tensor, NF4Tensor):
-        return nf4.dequantize_bitsandbytes(tensor.codes, tensor.absmax, tensor.shape, torch.float32)
-    return tensor

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +33,8 @@ LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
 """The number of a layer in a dotted name."""
 
 Pattern = dict[str, tuple[str, ...]]
-"""vLLM's linear layer -> the graph's whose rows it stacks, in order; `*` stands for a layer's number."""
+"""vLLM's linear layer -> the graph's whose rows it stacks, in order; `*` stands for a layer's number. One that comes
+twice has its rows in two places of vLLM's layer."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +44,54 @@ class Record:
     linears: Pattern
     renamed: dict[str, str] = field(default_factory=dict)
     """The graph's name of a tensor outside linear layers -> vLLM's, where they differ."""
+    others: dict[str, tuple[tuple[str, ...], ...]] = field(default_factory=dict)
+    """vLLM's linear layer -> what it stacks in layers that have not all that `linears` names."""
+    unread: tuple[str, ...] = ()
+    """vLLM's tensors outside linear layers that it fills from nothing of the graph, and leaves as it made them."""
     float32: tuple[str, ...] = ()
     """The graph's names of the tensors that vLLM keeps in float32, whatever it computes in."""
 
     def digest(self) -> str:
         """A short name of the content: another one says that vLLM changed."""
-        content = json.dumps([self.linears, self.renamed, *([self.float32] if self.float32 else [])], sort_keys=True)
-        return hashlib.sha256(content.encode()).hexdigest()[:12]
+        rare = [each for each in (self.others, self.unread, self.float32) if each]
+        return hashlib.sha256(json.dumps([self.linears, self.renamed, *rare], sort_keys=True).encode()).hexdigest()[:12]
+
+    def with_stacks(self, other: Record) -> Record:
+        """This one, with what `other`, of another model of the family, stacks in kinds of layers that it has not."""
+        linears, others = {**other.linears, **self.linears}, dict(self.others)
+        for fused, parts in other.stacks():
+            known = (linears[fused], *others.get(fused, ()))
+            others |= {} if parts in known else {fused: (*known[1:], parts)}
+        unread, float32 = (
+            tuple(dict.fromkeys(each)) for each in (self.unread + other.unread, self.float32 + other.float32)
+        )
+        return Record(linears, other.renamed | self.renamed, others, unread, float32)
+
+    def stacks(self) -> Iterator[tuple[str, tuple[str, ...]]]:
+        """(vLLM's linear layer, what it stacks) for every kind of layer."""
+        yield from self.linears.items()
+        yield from ((fused, parts) for fused, several in self.others.items() for parts in several)
+
+    def stacked(self, linears: Collection[str]) -> dict[str, tuple[str, ...]]:
+        """vLLM's name of each linear layer -> which of `linears`, the graph's, it stacks, in order.
+
+        Each is a part of the largest stack of which its layer has all parts. Raises KeyError for one that is in none.
+        """
+        found: dict[str, tuple[str, ...]] = {}
+        candidates: dict[str, list[tuple[str, tuple[str, ...]]]] = {}
+        for fused, parts in self.stacks():
+            for part in set(parts):
+                candidates.setdefault(part, []).append((fused, parts))
+        for name in linears:
+            best: tuple[str, tuple[str, ...]] = ("", ())
+            for fused, parts in candidates.get(pattern_of(name), []):
+                named = tuple(numbered(part, name) for part in parts)
+                if len(set(named)) > len(set(best[1])) and all(part in linears for part in named):
+                    best = (numbered(fused, name), named)
+            if not best[0]:
+                raise KeyError(name)
+            found[best[0]] = best[1]
+        return found
 
 
 @dataclass(frozen=True)
@@ -62,6 +104,8 @@ class LinearLayout:
     out_features: int
     biased: tuple[str, ...]
     """The parts that have a bias."""
+    again: tuple[str, ...] = ()
+    """Parts whose rows vLLM's layer has once more, behind all others and in this order."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +127,10 @@ class Layout:
     """The graph's name of every other tensor -> vLLM's parameter or buffer."""
     shapes: dict[str, tuple[int, ...]]
     """The graph's name of every tensor -> its shape."""
+    by_token: frozenset[str]
+    """Those of `tensors` with a row for every token of the vocabulary."""
+    unread: frozenset[str]
+    """Patterns of vLLM's tensors that have no counterpart in the graph."""
     experts: dict[str, ExpertsLayout] = field(default_factory=dict)
     """The graph's name of a block's experts -> where vLLM has them."""
     float32: frozenset[str] = frozenset()
@@ -96,24 +144,20 @@ class Layout:
         record, graph = record_of(config.model_type), graph_tensors(config)
         if record is None:
             raise UserError(f"no layout is known of the family {config.model_type!r}; train or generate with it first")
-        fused_of = {part: fused for fused, parts in record.linears.items() for part in parts}
-        stacked: dict[str, dict[str, int]] = {}
-        for name in graph.linears:
-            pattern = pattern_of(name)
-            if pattern not in fused_of:
-                raise UserError(f"vLLM has no linear layer for {name} of the family {config.model_type!r}")
-            index = record.linears[fused_of[pattern]].index(pattern)
-            stacked.setdefault(numbered(fused_of[pattern], name), {})[name] = index
-        linears = {
-            fused: stack(sorted(parts, key=parts.__getitem__), graph.linears) for fused, parts in stacked.items()
-        }
+        try:
+            stacked = record.stacked(graph.linears)
+        except KeyError as error:
+            name = error.args[0]
+            raise UserError(f"vLLM has no linear layer for {name} of the family {config.model_type!r}") from None
+        linears = {fused: stack(parts, graph.linears) for fused, parts in stacked.items()}
         tensors = {name: served_name(record, name) for name in graph.plain}
         experts = {
             name: ExpertsLayout(each, served_name(record, f"{name}.{GATE_UP}").rpartition(".")[0])
             for name, each in graph.experts.items()
         }
         float32 = frozenset(name for name in graph.plain if pattern_of(name) in record.float32)
-        return cls(linears, tensors, graph.shapes(), experts, float32)
+        unread = frozenset(record.unread)
+        return cls(linears, tensors, graph.shapes(), graph.by_token, unread, experts, float32)
 
 
 def served_name(record: Record, name: str) -> str:
@@ -121,14 +165,17 @@ def served_name(record: Record, name: str) -> str:
     return numbered(record.renamed.get(pattern_of(name), pattern_of(name)), name)
 
 
-def stack(parts: list[str], sizes: Mapping[str, Any]) -> LinearLayout:
-    """The rows of `parts`, one below the other. `sizes`: GraphLinear of each."""
+def stack(parts: Sequence[str], sizes: Mapping[str, Any]) -> LinearLayout:
+    """The rows of `parts`, one below the other; one that comes twice is kept once. `sizes`: GraphLinear of each."""
     first, rows = 0, {}
-    for part in parts:
+    for part in dict.fromkeys(parts):
         rows[part] = (first, sizes[part].rows)
         first += sizes[part].rows
-    biased = tuple(part for part in parts if sizes[part].bias)
-    return LinearLayout(rows, sizes[parts[0]].columns, first, biased)
+    again = tuple(parts[len(rows) :])
+    if tuple(rows) != tuple(parts[: len(rows)]):
+        raise UserError(f"vLLM keeps {again[0]} twice, not behind all else of its layer; use a model of another family")
+    biased = tuple(part for part in rows if sizes[part].bias)
+    return LinearLayout(rows, sizes[parts[0]].columns, first, biased, again)
 
 
 def pattern_of(name: str) -> str:
@@ -149,9 +196,16 @@ _learned: dict[str, Record] = {}
 """Families that this process has traced."""
 
 
-def is_traced(model_type: str) -> bool:
-    """Whether this process has traced the family."""
-    return model_type in _learned
+def is_known(config: DecoderConfig, vllm: str | None) -> bool:
+    """Whether it is known how the version `vllm` lays out the model of transformers' `config`: this process has traced
+    one of its kind, or the record holds for that version and kind."""
+    if config.model_type not in _learned and not is_recorded(config.model_type, vllm):
+        return False
+    try:
+        Layout.of(config)
+    except UserError:
+        return False
+    return True
 
 
 def record_of(model_type: str) -> Record | None:
@@ -169,17 +223,24 @@ def is_recorded(model_type: str, vllm: str | None) -> bool:
 
 
 def learn(model_type: str, record: Record) -> None:
-    """Use what was traced."""
-    _learned[model_type] = record
+    """Use what was traced, beside what was traced of the family before."""
+    before = _learned.get(model_type)
+    _learned[model_type] = record if before is None else record.with_stacks(before)
 
 
 def fused_linears(shape: Any) -> dict[str, list[str]]:
     """vLLM's name of every linear layer to the graph's module names whose rows it stacks.
 
-    shape: a plan's Shape, or transformers' configuration, of which only the family, the number of layers, their kinds
-    and which of them have experts are read: those of a kind are taken to be alike.
+    shape: transformers' configuration, whose graph is asked; or a plan's Shape, of which only the family, the number of
+    layers, their kinds and which of them have experts are read: those of a kind are taken to be alike.
     """
-    record = record_of(shape.model_type) or Record(**LAYOUTS[FAMILIES["llama"]])
+    known = record_of(shape.model_type)
+    record = known or Record(**LAYOUTS[FAMILIES["llama"]])
+    if known and hasattr(shape, "to_dict"):
+        from grpo.model.meta_graph import graph_tensors
+
+        stacked = record.stacked(graph_tensors(shape).linears)
+        return {fused: list(dict.fromkeys(parts)) for fused, parts in stacked.items()}
     return {
         pattern.replace("*", str(layer)): [part.replace("*", str(layer)) for part in parts]
         for layer in range(shape.num_hidden_layers)

@@ -90,6 +90,35 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         },
         "renamed": {},
     },
+    "8a67bc762eab": {
+        "linears": {
+            "model.layers.*.self_attn.qkv_proj": (
+                "model.layers.*.self_attn.q_proj",
+                "model.layers.*.self_attn.k_proj",
+                "model.layers.*.self_attn.v_proj",
+            ),
+            "model.layers.*.self_attn.o_proj": ("model.layers.*.self_attn.o_proj",),
+            "model.layers.*.mlp.gate_up_proj": (
+                "model.layers.*.mlp.gate_proj",
+                "model.layers.*.mlp.up_proj",
+            ),
+            "model.layers.*.mlp.down_proj": ("model.layers.*.mlp.down_proj",),
+            "model.layers.*.per_layer_input_gate": ("model.layers.*.per_layer_input_gate",),
+            "model.layers.*.per_layer_projection": ("model.layers.*.per_layer_projection",),
+            "model.layers.*.self_attn.q_proj": ("model.layers.*.self_attn.q_proj",),
+            "model.per_layer_model_projection": ("model.per_layer_model_projection",),
+        },
+        "renamed": {},
+        "others": {
+            "model.layers.*.self_attn.qkv_proj": (
+                (
+                    "model.layers.*.self_attn.q_proj",
+                    "model.layers.*.self_attn.k_proj",
+                    "model.layers.*.self_attn.k_proj",
+                ),
+            )
+        },
+    },
     "91f6408f8712": {
         "linears": {
             "model.layers.*.self_attn.qkv_proj": (
@@ -176,6 +205,7 @@ FAMILIES: dict[str, str] = {
     "gemma": "6b15e33fe2ee",
     "gemma2": "6b15e33fe2ee",
     "gemma3_text": "6b15e33fe2ee",
+    "gemma4_text": "8a67bc762eab",
     "glm": "3a23b0a393fb",
     "glm4": "3a23b0a393fb",
     "granite": "6b15e33fe2ee",
@@ -209,6 +239,7 @@ SEEN: dict[str, dict[str, str]] = {
         "gemma": "6b15e33fe2ee",
         "gemma2": "6b15e33fe2ee",
         "gemma3_text": "6b15e33fe2ee",
+        "gemma4_text": "8a67bc762eab",
         "glm": "3a23b0a393fb",
         "glm4": "3a23b0a393fb",
         "granite": "6b15e33fe2ee",

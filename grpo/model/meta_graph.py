@@ -19,6 +19,7 @@ from grpo.errors import UserError
 from grpo.model.decoder_config import DecoderConfig
 from grpo.model.graph_experts import GraphExperts, experts_in
 
+HEAD = "lm_head.weight"
 FRAME = ("model.embed_tokens", "model.layers.0", "model.norm", "lm_head")
 """Modules around and in the stack of layers."""
 
@@ -40,6 +41,8 @@ class GraphTensors:
     """Module name -> its sizes; the output head is not among them."""
     plain: dict[str, tuple[int, ...]]
     """Name -> shape of everything else, the output head only where it is not the embedding."""
+    by_token: frozenset[str] = frozenset()
+    """Those of `plain` with a row for every token of the vocabulary."""
     experts: dict[str, GraphExperts] = field(default_factory=dict)
     """Module name -> the experts in it."""
 
@@ -107,4 +110,6 @@ def _graph_tensors(kind: Any, values: str) -> GraphTensors:
         for name, tensor in graph.state_dict().items()
         if name not in inside and name.rpartition(".")[0] not in tied
     }
-    return GraphTensors(linears, plain, experts)
+    modules = dict(graph.named_modules())
+    tables = {name for name in plain if isinstance(modules[name.rpartition(".")[0]], nn.Embedding)}
+    return GraphTensors(linears, plain, frozenset(tables | ({HEAD} & plain.keys())), experts)

@@ -170,10 +170,22 @@ def rotary_class(config: DecoderConfig) -> Any:
     return of_text or getattr(module, f"{name}RotaryEmbedding")
 
 
-def rotated(config: DecoderConfig, parameters: dict[str, Any]) -> int:
-    """How many dimensions of a head turn, by `parameters`."""
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(head * (parameters.get("partial_rotary_factor") or 1.0))
+def rotated(config: DecoderConfig, kind: str, parameters: dict[str, Any]) -> int:
+    """How many dimensions of a head turn, by `parameters` of the layer type `kind`."""
+    return int(head_size(config, kind) * part_rotated(parameters))
+
+
+def part_rotated(parameters: dict[str, Any]) -> float:
+    """The share of a head's dimensions that have a frequency. "proportional" gives one to all, and some are 0."""
+    proportional = parameters.get("rope_type") == "proportional"
+    return 1.0 if proportional else parameters.get("partial_rotary_factor") or 1.0
+
+
+def head_size(config: DecoderConfig, kind: str = EVERYWHERE) -> int:
+    """Dimensions of an attention head; in layers of the type `kind` where they differ by it."""
+    if kind and getattr(config, "is_heterogeneous", False):
+        config = config.per_layer_config[kind]
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def plain_parameters(config: DecoderConfig) -> dict[str, Any]:
@@ -182,7 +194,7 @@ def plain_parameters(config: DecoderConfig) -> dict[str, Any]:
         kind: {
             "rope_type": "default",
             "rope_theta": parameters["rope_theta"],
-            "partial_rotary_factor": parameters.get("partial_rotary_factor") or 1.0,
+            "partial_rotary_factor": part_rotated(parameters),
         }
         for kind, parameters in rotary_parameters(config)
     }

@@ -1,4 +1,4 @@
-"""A checkpoint in Hugging Face's format: a folder of safetensors, unquantised or bitsandbytes 4-bit.
+"""A checkpoint in Hugging Face's format: a folder of safetensors, unquantised, 8-bit or bitsandbytes 4-bit.
 
 Pickled checkpoints are refused: loading one can run arbitrary code.
 """
@@ -18,13 +18,15 @@ from grpo.config.schema import Model
 from grpo.errors import UserError
 from grpo.kernels.nf4_lookup import CODE
 from grpo.model.architectures import check_supported
-from grpo.model.checks import check_quantization, check_sizes, one_line, read_object
+from grpo.model.checks import check_sizes, one_line, read_object
+from grpo.model.eight_bit_source import CODES, read_eight_bit, scales_name, weight_of
 from grpo.model.layout import HEAD
 from grpo.model.meta_graph import graph_tensors
+from grpo.model.quantization import READ_INSTEAD, check_quantization, quantization, stated, with_modelopt
 from grpo.model.sound import refuse_sound
 from grpo.model.text_decoder import decoder_names, text_config
 from grpo.model.weight_files import stored_names, unique, unread_files, weights_entry
-from grpo.model.weight_source import NF4Tensor
+from grpo.model.weight_source import NF4Tensor, Packed
 
 NF4_STATE = ".quant_state.bitsandbytes__nf4"
 """What bitsandbytes appends to a weight's name for the description of its NF4 storage."""
@@ -35,7 +37,7 @@ DENSE_TYPES = ("F64", "F32", "F16", "BF16")
 
 
 class SafetensorsSource:
-    """A folder with config.json and safetensors, whole or in shards, 16-bit, 32-bit or bitsandbytes 4-bit."""
+    """A folder with config.json and safetensors, whole or in shards: 16-bit, 32-bit, 8-bit or bitsandbytes 4-bit."""
 
     def __init__(self, path: Path, model: Model):
         from transformers import AutoConfig
@@ -49,7 +51,9 @@ class SafetensorsSource:
         values = read_object(file)
         refuse_sound(values, file)
         check_sizes(values, file)
+        values = with_modelopt(values, path)
         check_quantization(values, file)
+        self._quantization = quantization(values)
         # Of a family that transformers has, its own class is used, whatever code lies beside the weights.
         brings_code = "auto_map" in values and values.get("model_type") not in CONFIG_MAPPING_NAMES
         if brings_code and not model.trust_remote_code:
@@ -62,14 +66,23 @@ class SafetensorsSource:
             self.config = text_config(whole)
         except Exception as error:  # whatever transformers' checks of an untrusted file raise
             raise UserError(f"{file}: {one_line(error)}; correct it, or download the model again") from None
+        if stored := stated(values):
+            self.config.quantization_config = stored  # which may be the whole model's, and a memory plan reads
         entry = weights_entry(path, getattr(whole, "transformers_weights", None))
         self._shard_of = self._index(entry)
         self.notices = unread_files(path, set(self._shard_of.values()))
         self._stored_name: dict[str, str] = {}
+        self._open: dict[Path, Any] = {}
         if self.config is not whole:
             self._name_decoder()
-        self.names = {logical_name(name, self._shard_of) for name in self._shard_of}
-        self._open: dict[Path, Any] = {}
+        self.names = {self._logical_name(name) for name in self._shard_of}
+
+    def _logical_name(self, name: str) -> str:
+        """The weight that the entry `name` belongs to: packed ones have several."""
+        weight = weight_of(name)
+        if weight != name and weight in self._shard_of and self._is_eight_bit(weight):
+            return weight
+        return logical_name(name, self._shard_of)
 
     def _name_decoder(self) -> None:
         """Call the tensors of the decoder of text as a model has them that is nothing else."""
@@ -112,7 +125,10 @@ class SafetensorsSource:
     def stored_as(self) -> str:
         if any(name.endswith(NF4_STATE) for name in self._shard_of):
             return "NF4"
-        name = next((name for name in sorted(self.names) if "proj" in name), min(self.names))
+        name = next((name for name in sorted(self.names) if name.endswith("proj.weight")), min(self.names))
+        with damage_as_user_error(self._shard_of[name]):
+            if (code := CODES.get(self._slice(name).get_dtype())) is not None:
+                return code
         return str(self._raw(name).dtype).removeprefix("torch.")
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -120,10 +136,16 @@ class SafetensorsSource:
             with damage_as_user_error(self._shard_of[name]):
                 return self._nf4_shape(name)
         with damage_as_user_error(self._shard_of[name]):
-            stored = self._handle(name).get_slice(self._stored_name.get(name, name))
-            if stored.get_dtype() not in DENSE_TYPES:
+            stored = self._slice(name)
+            if not self._is_eight_bit(name) and stored.get_dtype() not in DENSE_TYPES:
                 raise self._unknown_storage(name, stored.get_dtype())
             return tuple(stored.get_shape())
+
+    def _slice(self, name: str) -> Any:
+        return self._handle(name).get_slice(self._stored_name.get(name, name))
+
+    def _is_eight_bit(self, name: str) -> bool:
+        return self._slice(name).get_dtype() in CODES and scales_name(name, self._shard_of) is not None
 
     def _nf4_shape(self, name: str) -> tuple[int, ...]:
         """Raises ValueError where an entry that `read` needs is missing, or the codes stand for other values."""
@@ -138,17 +160,20 @@ class SafetensorsSource:
             raise ValueError(f"{name}.quant_map is not that of NF4")
         return tuple(self._nf4_state(name)["shape"])
 
-    def read(self, name: str) -> Tensor | NF4Tensor:
+    def read(self, name: str) -> Tensor | Packed:
         if f"{name}{NF4_STATE}" in self._shard_of:
             with damage_as_user_error(self._shard_of[name]):
                 return self._read_nf4(name, self._raw(name))
         self.shape(name)  # the form is one that is read
+        if self._is_eight_bit(name):
+            with damage_as_user_error(self._shard_of[name]):
+                return read_eight_bit(name, self._shard_of, self._raw, self._quantization)
         return self._raw(name)
 
     def _unknown_storage(self, name: str, stored: str) -> UserError:
         return UserError(
-            f"{self._shard_of[name]}: {name} is quantised in a form other than bitsandbytes NF4 ({stored}); use an NF4 "
-            "or an unquantised checkpoint"
+            f"{self._shard_of[name]}: {name} is kept as {stored}, without the scales of a form that is read; "
+            f"{READ_INSTEAD}"
         )
 
     def _handle(self, name: str) -> Any:
@@ -221,7 +246,7 @@ def damage_as_user_error(file: Path) -> Iterator[None]:
 
 
 def logical_name(name: str, stored: Container[str]) -> str:
-    """The weight that the entry `name` belongs to among those `stored`: bitsandbytes has several for one."""
+    """The weight that the entry `name` belongs to among those `stored`: bitsandbytes has several for one in 4 bit."""
     weight = name.partition(".weight.")[0] + ".weight"
     packed = weight in stored and f"{weight}{NF4_STATE}" in stored
     return weight if packed and name.removeprefix(f"{weight}.") in NF4_ENTRIES else name

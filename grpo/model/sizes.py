@@ -6,11 +6,14 @@ Torch is not imported, for a dry run. For what a run takes beside its weights se
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
 from typing import Any
 
 from grpo.config.schema import Model
 from grpo.errors import UserError
 from grpo.model.layout import EMBEDDING, HEAD, fused_linears
+from grpo.model.quantization import Block, quantization
 
 AUTO_SHARE = 0.05
 """What `keep_16bit = "auto"` may take, of the memory that all linear layers in 16 bit would take beyond NF4."""
@@ -21,6 +24,28 @@ VOCABULARY_PADDING = 64
 def nf4_bytes(rows: int, columns: int, itemsize: int) -> int:
     """A weight as kernels/nf4.py stores it: rows of whole pairs of blocks, each block with its scale."""
     return rows * math.ceil(columns / 128) * (64 + 2 * itemsize)
+
+
+def eight_bit_bytes(shapes: Sequence[tuple[int, int]], block: Block) -> int:
+    """Weights (out, in) that are stacked, as kernels/eight_bit.py stores them: a byte each, and a float32 scale for
+    each `block`, of which rows are divided until all weights have a whole number of them."""
+    shared = math.gcd(*(math.gcd(rows, block[0] or rows) for rows, _ in shapes))
+    columns = shapes[0][1]
+    wide = block[1] or columns
+    wide = wide if wide >= columns else wide & -wide
+    return sum(rows * columns + rows // shared * math.ceil(columns / wide) * 4 for rows, _ in shapes)
+
+
+def stored_block(shape: Any) -> Block:
+    """What shares a scale when a model of `shape` is held in 8 bit: as its checkpoint has it, else each row."""
+    stored = quantization({"quantization_config": getattr(shape, "quantization_config", None)})
+    return stored.blocks[0] if stored.blocks else (1, None)
+
+
+def runs_of(names: Sequence[str], kept: Callable[[str], bool]) -> Iterator[tuple[bool, list[str]]]:
+    """Neighbours among `names` that all are `kept`, or all are not."""
+    for alike, group in groupby(names, kept):
+        yield alike, list(group)
 
 
 def embedding_bytes(shape: Any, itemsize: int) -> int:
@@ -44,6 +69,12 @@ def weights_on_host(model: Model, shape: Any) -> dict[str, str]:
 def pinned_bytes(size: int) -> int:
     """What pinning `size` bytes takes: torch rounds up to a power of two."""
     return 1 << (size - 1).bit_length() if size else 0
+
+
+def mlp_widths(shape: Any) -> list[int]:
+    """The MLP's inner size in every layer of transformers' configuration; in one of a plan's Shape, all being alike."""
+    widths = [columns for name, (_, columns) in linear_shapes(shape).items() if name.endswith("mlp.down_proj")]
+    return widths or [shape.intermediate_size]
 
 
 def linear_shapes(shape: Any) -> dict[str, tuple[int, int]]:

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from grpo.errors import UserError
-from grpo.kernels import nf4
+from grpo.model import weight_source
 from grpo.model.checks import one_line
 from grpo.model.decoder_config import DecoderConfig
 from grpo.model.meta_graph import graph_tensors, meta_graph
-from grpo.model.weight_source import NF4Tensor, Source
+from grpo.model.weight_source import Source
 
 HALF, COLUMNS = 2, 3
 """Rows of a gate, and columns, in the model that is written."""
@@ -80,10 +80,7 @@ def dense(source: Source, name: str) -> Tensor:
     """The checkpoint's tensor `name`, dequantised to float32 where it is packed."""
     if name not in source.names:
         raise UserError(f"{source.path}: tensor {name} is missing")
-    weight = source.read(name)
-    if isinstance(weight, NF4Tensor):
-        return nf4.dequantize_bitsandbytes(weight.codes, weight.absmax, weight.shape, torch.float32)
-    return weight
+    return weight_source.dense(source.read(name))
 
 
 @lru_cache(maxsize=8)

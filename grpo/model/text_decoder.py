@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from grpo.model.decoder_config import DecoderConfig
+from grpo.model.eight_bit_source import weight_of
 from grpo.model.families.table import family_of
 
 WRAPPERS = ("language_model", "text_model")
@@ -41,7 +42,8 @@ def as_family(config: DecoderConfig, model_type: str) -> Any:
     rotary = {key: value for key, value in values["rope_parameters"].items() if key not in OF_IMAGES}
     if rotary.get("rope_type") == "mrope":
         rotary["rope_type"] = "default"
-    return AutoConfig.for_model(model_type, **{**values, "rope_parameters": rotary})
+    changed = family_of(config.model_type).text_values
+    return AutoConfig.for_model(model_type, **{**values, **changed, "rope_parameters": rotary})
 
 
 def decoder_names(stored: Iterable[str], wanted: set[str]) -> dict[str, str]:
@@ -60,4 +62,4 @@ def decoder_names(stored: Iterable[str], wanted: set[str]) -> dict[str, str]:
 def logical(name: str) -> str:
     """The tensor that a checkpoint's entry belongs to."""
     head, weight, tail = name.partition(".weight.")
-    return head + ".weight" if tail else name
+    return head + ".weight" if tail else weight_of(name)

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
+from grpo.kernels import eight_bit, nf4
 from grpo.model.decoder_config import DecoderConfig
 
 
@@ -26,6 +28,34 @@ class NF4Tensor:
     absmax: Tensor
     shape: tuple[int, int]
 
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The weight [out, in] in `dtype`."""
+        return nf4.dequantize_bitsandbytes(self.codes, self.absmax, self.shape, dtype)
+
+
+@dataclass(frozen=True)
+class EightBitTensor:
+    """A weight in 8 bit, as kernels/eight_bit.py has it: `codes` int8 or float8_e4m3fn [out, in], `scales` float32."""
+
+    codes: Tensor
+    scales: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.codes.shape[0], self.codes.shape[1]
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The weight [out, in] in `dtype`."""
+        return eight_bit.dequantize(self.codes, self.scales, dtype)
+
+
+Packed = NF4Tensor | EightBitTensor
+
+
+def dense(weight: Tensor | Packed, dtype: torch.dtype = torch.float32) -> Tensor:
+    """`weight`, dequantised to `dtype` where it is packed, else as it is."""
+    return weight if isinstance(weight, Tensor) else weight.dense(dtype)
+
 
 class Source(Protocol):
     """A checkpoint that can be read tensor by tensor."""
@@ -39,10 +69,11 @@ class Source(Protocol):
 
     @property
     def stored_as(self) -> str:
-        """What most of the weights are kept in: "bfloat16", "float16", "float32", "NF4", or a GGUF type as "Q4_1"."""
+        """What most of the weights are kept in: "bfloat16", "float16", "float32", "NF4", "int8", "FP8", or a GGUF type
+        as "Q4_1"."""
         ...
 
-    def read(self, name: str) -> Tensor | NF4Tensor:
+    def read(self, name: str) -> Tensor | Packed:
         """The tensor called `name`, on the CPU, in the checkpoint's precision."""
         ...
 

@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -27,6 +28,9 @@ from grpo.policy.rng import RandomState
 
 HOST_BLOCK = 64 << 20
 """Bytes of a pinned block. torch rounds pinned allocations up to a power of two, which would double large ones."""
+
+SHARED = "shared_kv_states"
+"""transformers' argument for keys and values that later layers see too."""
 
 Layer = Callable[..., Tensor]
 
@@ -65,53 +69,102 @@ def switch_layers(
         layer.gradient_checkpointing = enable and index % every_n_layers == 0
 
 
-def recomputed(layer: nn.Module, store: HostStore | None, first: bool, run: Layer, x: Tensor) -> Tensor:
-    """`run(x)`, with nothing but `x` kept for the backward pass. `run` is `layer` with its other arguments bound."""
-    again = partial(run, make_output=False) if isinstance(layer, FusedLayer) else run
-    trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
-    if not torch.is_grad_enabled() or not (trained or x.requires_grad):
-        return run(x)
-    return _Recomputed.apply(run, again, store, first, trained, x, *trained)
+def recomputed(
+    layer: nn.Module, store: HostStore | None, first: bool, run: Layer, x: Tensor, *others: Tensor | None
+) -> Tensor:
+    """`run(x, *others)`, with nothing but these kept for the backward pass. `run` is `layer` with its other arguments
+    bound; among these may be the keys and values that layers share, which count as given and made."""
+    call = LayerCall(layer, run, others)
+    tensors = [*call.given(), *call.trained]
+    if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in (x, *tensors)):
+        return run(x, *others)
+    output, *made = _Recomputed.apply(call, store, first, x, *tensors)
+    call.share(made)
+    return output
+
+
+class LayerCall:
+    """A call of a decoder layer as a function of tensors alone, which may be called again."""
+
+    def __init__(self, layer: nn.Module, run: Layer, others: Sequence[Tensor | None]):
+        self.run, self.others = run, others
+        self.again = partial(run, make_output=False) if isinstance(layer, FusedLayer) else run
+        self.trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+        keywords = run.keywords if isinstance(run, partial) else {}
+        self.shared: Any = keywords.get(SHARED)
+        """Type of layer -> (keys, values) of the layers before, by transformers; None where layers share none."""
+        self.read: dict[str, tuple[Tensor, ...]] = dict(self.shared or {})
+        self.made: list[str] = []
+        """The types of layers whose keys and values this one makes."""
+
+    def given(self) -> list[Tensor]:
+        """All tensors but x that the layer may use."""
+        return [*(each for each in self.others if each is not None), *chain.from_iterable(self.read.values())]
+
+    def __call__(self, run: Layer, x: Tensor, given: Sequence[Tensor]) -> list[Tensor]:
+        """The output of `run`, `self.run` or `self.again`, and the keys and values that it makes."""
+        tensors = iter(given)
+        others = [None if each is None else next(tensors) for each in self.others]
+        if self.shared is None:
+            return [run(x, *others)]
+        read = {kind: tuple(next(tensors) for _ in pair) for kind, pair in self.read.items()}
+        shared = dict(read)
+        output = partial(run, **{SHARED: shared})(x, *others)
+        self.made = [kind for kind, pair in shared.items() if pair is not read.get(kind)]
+        return [output, *chain.from_iterable(shared[kind] for kind in self.made)]
+
+    def share(self, made: Sequence[Tensor]) -> None:
+        """Give later layers the keys and values that this one made."""
+        for kind, pair in zip(self.made, batched(made, 2), strict=True):
+            self.shared[kind] = pair
+
+
+def batched(tensors: Sequence[Tensor], size: int) -> list[tuple[Tensor, ...]]:
+    """`tensors` in tuples of `size`."""
+    return [tuple(tensors[start : start + size]) for start in range(0, len(tensors), size)]
 
 
 class _Recomputed(torch.autograd.Function):
-    """`run` in the forward pass, `again` in the backward, which may leave out what no backward reads.
+    """A LayerCall's `run` in the forward pass, its `again` in the backward, which may leave out what no backward reads.
 
     The trained parameters are inputs, so that a gradient exists even where the first layer's x needs none.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        run: Layer,
-        again: Layer,
-        store: HostStore | None,
-        first: bool,
-        trained: list[nn.Parameter],
-        x: Tensor,
-        *parameters: nn.Parameter,
-    ) -> Tensor:
-        ctx.again, ctx.trained, ctx.random = again, trained, RandomState(x.device)
+        ctx: Any, call: LayerCall, store: HostStore | None, first: bool, x: Tensor, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.call, ctx.random, ctx.offloaded = call, RandomState(x.device), None
+        ctx.set_materialize_grads(False)
+        given = tensors[: len(tensors) - len(call.trained)]
         if store is None:
-            ctx.save_for_backward(x)
+            ctx.save_for_backward(*given, x)
         else:
+            ctx.save_for_backward(*given)
             ctx.offloaded = store.keep(x, first)
-        return run(x)
+        return tuple(call(call.run, x, given))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.saved_tensors:
-            (x,) = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        given = list(ctx.saved_tensors)
+        if ctx.offloaded is None:
+            x = given.pop()
         else:
             x, ctx.offloaded = ctx.offloaded.load(), None
-        x = x.detach().requires_grad_(ctx.needs_input_grad[5])
+        needed = ctx.needs_input_grad[3 : 4 + len(given)]
+        x, *given = (tensor.detach().requires_grad_(wanted) for tensor, wanted in zip((x, *given), needed, strict=True))
         with torch.enable_grad(), ctx.random.restored():
-            # The edge alone: the layer's output would otherwise live as long as its graph.
-            output = get_gradient_edge(ctx.again(x))
-        inputs = [x, *ctx.trained] if x.requires_grad else ctx.trained
-        grads = torch.autograd.grad(output, inputs, grad_output, allow_unused=True)
-        return (None, None, None, None, None, *(() if x.requires_grad else (None,)), *grads)
+            outputs = ctx.call(ctx.call.again, x, given)
+            # The edges alone: the layer's output would otherwise live as long as its graph.
+            pairs = [(output, grad) for output, grad in zip(outputs, grads, strict=True) if output.requires_grad]
+            edges = [(get_gradient_edge(output), grad) for output, grad in pairs if grad is not None]
+            del outputs, pairs
+        tensors = [x, *given, *ctx.call.trained]
+        ends, starts = zip(*edges, strict=True)
+        wanted = [each for each in tensors if each.requires_grad]
+        found = iter(torch.autograd.grad(ends, wanted, starts, allow_unused=True))
+        return None, None, None, *(next(found) if each.requires_grad else None for each in tensors)
 
 
 class HostStore:

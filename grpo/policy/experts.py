@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from grpo.kernels.experts import experts_mlp, route
 from grpo.model.expert_weights import ExpertStack
+from grpo.policy.packing import running_routes
 
 
 class RoutedExperts(nn.Module):
@@ -30,15 +31,17 @@ class RoutedExperts(nn.Module):
 class Router(nn.Module):
     """Scores a block's experts and chooses among them."""
 
-    def __init__(self, stack: ExpertStack, order: tuple[str, ...]):
-        """order: what to return, of "logits", "weights" and "chosen"."""
+    def __init__(self, stack: ExpertStack, number: int, order: tuple[str, ...]):
+        """number: among the model's routers; order: what to return, of "logits", "weights" and "chosen"."""
         super().__init__()
-        self.routing, self.order = stack.routing, order
+        self.routing, self.number, self.order = stack.routing, number, order
         self.register_parameter("weight", None)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         logits = nn.functional.linear(x.reshape(-1, x.shape[-1]), self.weight)
-        weights, chosen = route(logits, *self.routing)
+        replayed = running_routes.get()
+        chosen = None if replayed is None else replayed[:, self.number].long()
+        weights, chosen = route(logits, *self.routing, chosen)
         results = {"logits": logits, "weights": weights, "chosen": chosen}
         return tuple(results[name] for name in self.order)
 
@@ -60,10 +63,8 @@ def result_order(router: nn.Module, stack: ExpertStack) -> tuple[str, ...]:
 
 def install_experts(graph: nn.Module, stacks: dict[str, ExpertStack]) -> None:
     """Put our experts and routers into `graph`, transformers' on meta; the routers' weights are not set yet."""
-    for name, stack in stacks.items():
-        for place, module in (
-            (name, RoutedExperts(stack)),
-            (stack.router, Router(stack, result_order(graph.get_submodule(stack.router), stack))),
-        ):
+    for number, (name, stack) in enumerate(stacks.items()):
+        order = result_order(graph.get_submodule(stack.router), stack)
+        for place, module in ((name, RoutedExperts(stack)), (stack.router, Router(stack, number, order))):
             parent, _, leaf = place.rpartition(".")
             setattr(graph.get_submodule(parent), leaf, module)

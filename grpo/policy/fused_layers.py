@@ -94,7 +94,8 @@ class AdaptedLinears:
     """The linear modules over one fused layer of the base, with what adapters they have at the moment."""
 
     def __init__(self, linear: FusedLinear, modules: Sequence[nn.Module]):
-        self.frozen = LinearGroup(tuple((segment.weight, segment.absmax) for segment in linear.segments), linear.bias)
+        segments = tuple((segment.weight, segment.absmax) for segment in linear.segments)
+        self.frozen = LinearGroup(segments, linear.bias, linear.segments[0].dtype)
         self.modules = tuple(modules)
         self.row_ranges = tuple(linear.parts.values())
 

@@ -102,14 +102,15 @@ def build_graph(base: BaseWeights) -> nn.Module:
 def rebuild_buffers(
     graph: nn.Module, config: DecoderConfig, device: torch.device, dtype: torch.dtype, longest: int | None = None
 ) -> None:
-    """Compute what a checkpoint has not: rotary frequencies, for `longest` tokens, and Gemma's embedding scale."""
+    """Compute what a checkpoint has not: rotary frequencies, for `longest` tokens, and scales of Gemma's embeddings."""
     for name, module in list(graph.named_modules()):
         if not any(buffer.is_meta for buffer in module.buffers(recurse=False)):
             continue
         if "rotary" in name:
             set_module(graph, name, Rotary(config, longest, device))
         elif hasattr(module, "embed_scale"):
-            module.embed_scale = torch.tensor(config.hidden_size**0.5, dtype=dtype, device=device)
+            scale = getattr(module, "scalar_embed_scale", config.hidden_size**0.5)
+            module.embed_scale = torch.tensor(scale, dtype=dtype, device=device)
 
 
 def set_module(root: nn.Module, name: str, module: nn.Module) -> None:

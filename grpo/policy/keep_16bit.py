@@ -31,7 +31,7 @@ from grpo.errors import UserError
 from grpo.kernels.attention import Packing
 from grpo.kernels.host_matmul import mm_transposed
 from grpo.kernels.logprob import selected_logprobs
-from grpo.model import fingerprint
+from grpo.model import fingerprint, weight_source
 from grpo.model.base_weights import BaseWeights
 from grpo.model.decoder_config import DecoderConfig
 from grpo.model.head import Head
@@ -161,8 +161,8 @@ class LayerCall:
 def walk(graph: nn.Module, sequences: Sequence[Sequence[int]], device: torch.device) -> tuple[list[LayerCall], Tensor]:
     """Run the decoder on `sequences`, one after another in a row: its layers' calls, and what the last one gives."""
     row = PackedRow()
-    for tokens in sequences:
-        row.append(list(tokens), 0)
+    for number, tokens in enumerate(sequences):
+        row.append(list(tokens), 0, number)
     calls: list[LayerCall] = []
     last: list[Tensor] = []
 
@@ -247,5 +247,5 @@ def output_change(source: Source, part: str, linear: BaseLinear, x: Tensor) -> T
     """What `linear` would give more for `x` if its weight were not rounded, in `x`'s dtype."""
     weight = source.read(f"{part}.weight")
     dense = linear.dense()
-    exact = dense if isinstance(weight, NF4Tensor) else weight.to(x.device, x.dtype)
+    exact = dense if isinstance(weight, NF4Tensor) else weight_source.dense(weight).to(x.device, x.dtype)
     return F.linear(x, exact - dense)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from grpo.errors import UserError
-from grpo.kernels import nf4
+from grpo.kernels import stored_weight
 from grpo.kernels.lora_factors import LowRank
 from grpo.kernels.lora_sum import dense_linear
 from grpo.model.base_weights import Segment
@@ -27,14 +27,15 @@ class BaseLinear(nn.Module):
     def __init__(self, rows: Segment, bias: Tensor | None):
         super().__init__()
         self.out_features = rows.rows
-        self.in_features = rows.weight.shape[1] * (1 if rows.absmax is None else 2)
+        self.in_features = rows.columns
+        self.dtype = rows.dtype
         self.weight = nn.Parameter(rows.weight, requires_grad=False)
         self.register_buffer("absmax", rows.absmax, persistent=False)
         self.register_buffer("bias", bias, persistent=False)
 
     def dense(self) -> Tensor:
         """The weight [out, in] in the compute dtype: a view, or dequantised anew."""
-        return self.weight if self.absmax is None else nf4.dequantize(self.weight, self.absmax)
+        return stored_weight.dequantize(self.weight, self.absmax, self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return FrozenLinear.apply(x, self)

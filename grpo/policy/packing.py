@@ -12,15 +12,20 @@ import torch
 from torch import Tensor, nn
 
 from grpo.kernels.attention import Packing, Span
-from grpo.policy.prefix_tree import PrefixTree
+from grpo.policy.prefix_tree import Node, PrefixTree
 
 _packing: ContextVar[Packing | None] = ContextVar("packing", default=None)
 """That of the layer which runs: some families' layers do not pass on to their modules what they are called with."""
+
+running_routes: ContextVar[Tensor | None] = ContextVar("routes", default=None)
+"""The experts that sampling chose for the tokens of the layer that runs [tokens, layers, top_k], the layers being those
+that have experts; None: routers choose."""
 
 
 def remember_packing(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """A hook before a decoder layer."""
     _packing.set(kwargs.get("packing"))
+    running_routes.set(kwargs.get("routes"))
 
 
 def packing_of(packing: Packing | None, row: Tensor) -> Packing:
@@ -38,11 +43,14 @@ class PackedRow:
     spans: list[Span] = field(default_factory=list)
     predicting: list[int] = field(default_factory=list)
     """For every completion token, the place in the row that predicts it."""
+    sources: list[tuple[int, int, int]] = field(default_factory=list)
+    """(sequence, first position in it, tokens) of each span; of several sequences that share it, one."""
 
-    def append(self, tokens: Sequence[int], first_position: int, prefix: Span | None = None) -> None:
-        """Add `tokens` as a span that continues `prefix`."""
+    def append(self, tokens: Sequence[int], first_position: int, sequence: int, prefix: Span | None = None) -> None:
+        """Add `tokens` of a sequence as a span that continues `prefix`."""
         if not tokens:
             return
+        self.sources.append((sequence, first_position, len(tokens)))
         place = len(self.tokens), len(tokens)
         self.spans.append(prefix.continued(*place) if prefix else Span(*place))
         self.positions += range(first_position, first_position + len(tokens))
@@ -56,19 +64,20 @@ def packed_row(
 
     `sampled`: which of all completion tokens are predicted; None: each.
     """
-    row = PackedRow()
+    row, number = PackedRow(), 0
     pairs = zip(prompts, completions, strict=True)
     for prompt, members in groupby(pairs, key=lambda pair: list(pair[0])):
         fed = [list(completion[:-1]) for _, completion in members]
+        first, number = number, number + len(fed)
         if len(fed) == 1:
-            row.append(prompt + fed[0], 0)
+            row.append(prompt + fed[0], 0, first)
             row.predicting += range(len(row.tokens) - len(fed[0]) - 1, len(row.tokens))
             continue
-        row.append(prompt, 0)
+        row.append(prompt, 0, first)
         shared = row.spans[-1]
-        for suffix in fed:
+        for member, suffix in enumerate(fed):
             row.predicting += [shared.start + shared.length - 1, *range(len(row.tokens), len(row.tokens) + len(suffix))]
-            row.append(suffix, len(prompt), prefix=shared)
+            row.append(suffix, len(prompt), first + member, prefix=shared)
     if sampled is not None:
         row.predicting = list(compress(row.predicting, sampled))
     return row
@@ -82,9 +91,10 @@ def tree_row(
     for prompt, completion in zip(prompts, completions, strict=True):
         tree.add([*prompt, *completion[:-1]], len(prompt))
     spans: dict[int, Span] = {}
+    passing = sequences_through(tree)
     for node in tree.root.below():
         before = spans.get(id(node.parent))
-        row.append(node.tokens.tolist(), before.keys if before else 0, prefix=before)
+        row.append(node.tokens.tolist(), before.keys if before else 0, passing[id(node)], prefix=before)
         spans[id(node)] = row.spans[-1]
     for prompt, (end, length) in zip(prompts, tree.ends, strict=True):
         places = [place for start, count in spans[id(end)].ranges for place in range(start, start + count)]
@@ -92,6 +102,26 @@ def tree_row(
     if sampled is not None:
         row.predicting = list(compress(row.predicting, sampled))
     return row
+
+
+def sequences_through(tree: PrefixTree) -> dict[int, int]:
+    """id of each node -> a sequence that it is on the path of."""
+    passing: dict[int, int] = {}
+    for number, (end, _) in enumerate(tree.ends):
+        node: Node | None = end
+        while node is not None:
+            passing[id(node)] = number
+            node = node.parent
+    return passing
+
+
+def routes_of(row: PackedRow, routes: Sequence[Tensor | None] | None, device: torch.device) -> Tensor | None:
+    """The experts of every token of `row` [tokens, layers, top_k]; None where those of one sequence are not known."""
+    if routes is None or not routes or any(each is None for each in routes):
+        return None
+    known = [each for each in routes if each is not None]
+    parts = [known[sequence][first : first + count] for sequence, first, count in row.sources]
+    return torch.cat([part.to(device) for part in parts])
 
 
 def predicting_states(
@@ -102,11 +132,12 @@ def predicting_states(
     sampled: Sequence[bool] | None = None,
     *,
     tree: bool = False,
+    routes: Sequence[Tensor | None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(`decoder`'s output where each completion token is predicted [tokens, hidden], those tokens [tokens]).
 
     Only tokens that are `sampled` count, where it is given: what an environment wrote is context and no more. With
-    `tree`, sequences share more than whole prompts.
+    `tree`, sequences share more than whole prompts. `routes` as in `Policy.score`.
     """
     row = (tree_row if tree else packed_row)(prompts, completions, sampled)
     hidden = decoder(
@@ -114,6 +145,7 @@ def predicting_states(
         position_ids=torch.tensor([row.positions], device=device),
         use_cache=False,
         packing=Packing(row.spans, device),
+        routes=routes_of(row, routes, device),
     ).last_hidden_state[0]
     tokens = [token for completion in completions for token in completion]
     targets = torch.tensor(tokens if sampled is None else list(compress(tokens, sampled)), device=device)

@@ -166,17 +166,19 @@ class Policy:
         entropy_gradient: bool = False,
         sampled: Sequence[bool] | None = None,
         tree: bool = False,
+        routes: Sequence[Tensor | None] | None = None,
     ) -> TokenLogprobs:
         """Logprob of every completion token under `softmax(logits / temperature)`, and the entropy there.
 
         `prompts` and `completions` are token ids of S sequences, none empty. `sampled` says of all completion tokens,
         one after another, which are scored; None: each. Those are the T of the result. Neighbours with the same prompt
         share one computation of it; with `tree`, so do all that begin alike, as far as they do. The last completion
-        token predicts nothing and is not fed.
+        token predicts nothing and is not fed. `routes`: of each sequence the experts of its tokens that are fed
+        [tokens, layers, top_k]; where one has none, or without them, routers choose.
         """
         # [T, hidden] and int64 [T]
         hidden, targets = predicting_states(
-            self.decoder.model, prompts, completions, self.base.device, sampled, tree=tree
+            self.decoder.model, prompts, completions, self.base.device, sampled, tree=tree, routes=routes
         )
         logprobs, entropy = selected_logprobs(
             hidden,

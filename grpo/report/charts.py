@@ -12,10 +12,9 @@ and `high` unless the figure has a spread of its own. None in `y` is a gap.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from grpo.report.alarms import thresholds
+from grpo.report.chart_specs import AGREEMENT, COMPLETIONS, EPISODES, LEARNING, RESOURCES, Spec
 from grpo.report.data import RunData, mean, rounded
 
 POINTS = 300
@@ -27,139 +26,6 @@ Chart = dict[str, Any]
 Series = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Spec:
-    """A line chart of one or more metrics."""
-
-    title: str
-    unit: str
-    about: str
-    keys: dict[str, str]
-    """Metric -> its label in the chart; with several runs only the first is drawn."""
-    format: str = "number"
-    """"number", "percent" or "integer"."""
-    mark: Callable[[RunData], tuple[str, float | None]] | None = None
-    """A line at a fixed height: its label and value."""
-    log: bool = False
-    """Logarithmic where all values are above 0 and far apart."""
-    from_zero: bool = False
-    noisy: bool = False
-
-
-def length_limit(run: RunData) -> tuple[str, float | None]:
-    return "limit", run.setting("rollout", "max_completion_length")
-
-
-def norm_limit(run: RunData) -> tuple[str, float | None]:
-    return "max_grad_norm", run.setting("train", "max_grad_norm")
-
-
-def survival_limit(run: RunData) -> tuple[str, float | None]:
-    return "alarm below", thresholds(run).adapter_survival
-
-
-def mismatch_limit(run: RunData) -> tuple[str, float | None]:
-    return "alarm above", thresholds(run).mismatch_kl
-
-
-COMPLETIONS = (
-    Spec(
-        "Completion length",
-        "tokens",
-        "Mean over the step's completions, and the longest one.",
-        {"completion_length": "mean", "completion_length_max": "longest"},
-        format="integer",
-        mark=length_limit,
-        from_zero=True,
-    ),
-    Spec(
-        "Cut at the length limit",
-        "% of completions",
-        "Completions that ran into rollout.max_completion_length.",
-        {"clipped_ratio": "cut"},
-        format="percent",
-        from_zero=True,
-    ),
-)
-LEARNING = (
-    Spec(
-        "Groups without spread",
-        "% of groups",
-        "All rewards of such a group are equal: it teaches nothing.",
-        {"frac_reward_zero_std": "equal rewards"},
-        format="percent",
-        from_zero=True,
-    ),
-    Spec(
-        "Entropy",
-        "nats per token",
-        "How undecided the model is. Near 0 it has stopped exploring.",
-        {"entropy": "entropy"},
-        from_zero=True,
-    ),
-    Spec("KL from the base model", "nats per token", "Distance from the model without the adapter.", {"kl": "KL"}),
-    Spec(
-        "Clipped tokens",
-        "% of tokens",
-        "Tokens whose probability ratio was clipped by the loss.",
-        {"clip_ratio": "all", "clip_ratio_low": "below", "clip_ratio_high": "above"},
-        format="percent",
-        from_zero=True,
-    ),
-    Spec(
-        "Gradient norm",
-        "norm",
-        "Before it is scaled down to train.max_grad_norm.",
-        {"grad_norm": "norm"},
-        mark=norm_limit,
-        log=True,
-    ),
-    Spec("Loss", "loss", "Its height says little: rewards are compared within a group.", {"loss": "loss"}),
-    Spec("Learning rate", "rate", "", {"learning_rate": "learning rate"}, from_zero=True),
-)
-AGREEMENT = (
-    Spec(
-        "Mismatch KL",
-        "nats per token",
-        "How far the sampler's and the trainer's probabilities of the same tokens are apart.",
-        {"mismatch_kl": "mismatch KL"},
-        mark=mismatch_limit,
-        log=True,
-    ),
-    Spec(
-        "Largest mismatch",
-        "nats",
-        "The largest difference of log-probabilities at one token.",
-        {"mismatch_logp_max": "largest"},
-        log=True,
-    ),
-    Spec(
-        "Adapter's effect that survives",
-        "share",
-        "Of what the adapter does to logprobs in float32, how much the 16-bit policy does. Scatters while it is small.",
-        {"adapter_survival": "survives"},
-        mark=survival_limit,
-    ),
-    Spec(
-        "Corrected tokens",
-        "% of tokens",
-        "Tokens whose importance weight was cut or masked by the correction.",
-        {"correction_clip_ratio": "corrected"},
-        format="percent",
-        from_zero=True,
-    ),
-)
-RESOURCES = (
-    Spec(
-        "Sampling speed",
-        "tokens per second",
-        "",
-        {"tokens_per_second": "tokens/s"},
-        format="integer",
-        from_zero=True,
-    ),
-    Spec("Peak memory", "GiB", "The most held so far.", {"peak_memory_gib": "memory"}, from_zero=True),
-)
 TIMES = {
     "rollout_seconds": "sampling",
     "reward_seconds": "waiting for rewards",
@@ -176,6 +42,7 @@ def sections(runs: Sequence[RunData]) -> list[dict[str, Any]]:
         ("reward", "Reward", reward_charts(runs)),
         ("evaluation", "Held-out questions", evaluation_charts(runs)),
         ("lengths", "Completions", line_charts(runs, COMPLETIONS)),
+        ("episodes", "Episodes", line_charts(runs, EPISODES)),
         ("learning", "Learning", line_charts(runs, LEARNING)),
         ("agreement", "Sampler against trainer", line_charts(runs, AGREEMENT)),
         ("time", "Time and memory", [*time_charts(runs), *line_charts(runs, RESOURCES)]),
@@ -466,7 +333,7 @@ def time_shares(run: RunData) -> list[dict[str, Any]]:
 
 def other_charts(runs: Sequence[RunData], most: int = 48) -> list[Chart]:
     """A small chart of every metric that has none above."""
-    shown = {key for spec in (*COMPLETIONS, *LEARNING, *AGREEMENT, *RESOURCES) for key in spec.keys}
+    shown = {key for spec in (*COMPLETIONS, *EPISODES, *LEARNING, *AGREEMENT, *RESOURCES) for key in spec.keys}
     shown |= {*TIMES, "step_seconds", "reward", "reward_std", "reward_min", "reward_max"}
     names = {name for run in runs for name in run.rewards}
     shown |= {f"rewards/{name}{end}" for name in names for end in ("", "/std", "/min", "/max")}

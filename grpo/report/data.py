@@ -224,18 +224,27 @@ def reduced_sample(sample: Entry) -> Entry:
 
 
 def reduced_turns(turns: Sequence[Any]) -> list[Entry]:
-    """An episode's turns, cut to size: {"role", "sampled", "reward", "calls"} and a text each."""
-    return [
-        {
-            "role": printable(str(turn.get("role", ""))),
-            "sampled": bool(turn.get("sampled")),
-            "reward": rounded(number(turn.get("reward"))),
-            "calls": [cut(json.dumps(call, ensure_ascii=False)) for call in turn.get("calls") or ()],
-            **cut(turn.get("text")),
-        }
-        for turn in spread_evenly(turns, EPISODE_TURNS)
-        if isinstance(turn, dict)
-    ]
+    """An episode's turns, cut to size: {"role", "sampled", "reward", "calls"} and a text each.
+
+    Of a long one the middle is left out; an entry with "left_out" turns stands there.
+    """
+    kept = [reduced_turn(turn) for turn in turns if isinstance(turn, dict)]
+    more = len(kept) - EPISODE_TURNS
+    if more <= 0:
+        return kept
+    half = EPISODE_TURNS // 2
+    return [*kept[:half], {**reduced_turn({}), "left_out": more}, *kept[half + more :]]
+
+
+def reduced_turn(turn: Entry) -> Entry:
+    calls = turn.get("calls")
+    return {
+        "role": printable(str(turn.get("role", ""))),
+        "sampled": bool(turn.get("sampled")),
+        "reward": rounded(number(turn.get("reward"))),
+        "calls": [cut(json.dumps(call, ensure_ascii=False)) for call in (calls if isinstance(calls, list) else ())],
+        **cut(turn.get("text")),
+    }
 
 
 def rewarded(sample: Entry) -> float | None:

@@ -26,14 +26,17 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from grpo.errors import UserError
+from grpo.kernels import routing
 from grpo.kernels.nf4_gemm import prepare
 from grpo.memory.plan import CPU_BLOCK, GPU_BLOCK, VLLM_BUFFERS, kv_cache_bytes
 from grpo.memory.states import has_states
 from grpo.model.architectures import vllm_class
 from grpo.model.base_weights import BaseWeights
+from grpo.model.checks import largest_head
 from grpo.policy.policy import Policy
-from grpo.rollout.attention_backend import choose_backend
+from grpo.rollout.attention_backend import Served, choose_backend
 from grpo.rollout.lora_buffers import RolloutAdapter
+from grpo.rollout.route_recorder import RouteRecorder
 from grpo.rollout.types import Completion, EngineSettings, Request, SamplingSettings
 from grpo.rollout.vllm_backend import prepare_class
 from grpo.rollout.vllm_environment import set_environment
@@ -72,6 +75,8 @@ class Engine:
         write_model_folder(Path(self._folder.name), base, tokenizer if settings.stop_strings else None)
         if base.device.type == "cuda":
             prepare(base.device)
+            for stack in base.experts.values():
+                routing.counters(base.device, stack.experts.gate_up.experts)
             prepare_tiles(base.device, nf4_shapes(base), base.dtype, announce)
             torch.cuda.synchronize()  # vLLM changes the stream, and its new one does not wait for the weights
         if base.device.type == "cpu":
@@ -82,6 +87,10 @@ class Engine:
 
     def _start(self) -> None:
         self._ran_out = False
+        self.recorder = None
+        if self.base.experts and self.policy is not None:
+            self.recorder = RouteRecorder(self.base, self.kv_bytes(), self.settings.kv_cache_dtype)
+        self.collector.recorder = self.recorder
         self.llm = vllm.LLM(**self._arguments())
         if self.base.device.type == "cuda":
             self._runner.sampler = self.sampler = OnePassSampler(logprobs_mode="processed_logprobs")
@@ -103,7 +112,7 @@ class Engine:
             "dtype": str(self.base.dtype).removeprefix("torch."),
             "quantization": SHARED,
             "load_format": SHARED,
-            "model_loader_extra_config": {ADAPTER_KEY: AdapterHandle(self.adapter)},
+            "model_loader_extra_config": {ADAPTER_KEY: AdapterHandle(self.adapter, self.recorder)},
             "max_model_len": settings.max_seq_length,
             "max_num_seqs": settings.max_num_seqs,
             "max_num_batched_tokens": max(8192, settings.max_seq_length),
@@ -127,7 +136,9 @@ class Engine:
         else:
             arguments["gpu_memory_utilization"] = 0.05
             major, minor = torch.cuda.get_device_capability(self.base.device)
-            backend = choose_backend(settings.attention_backend, settings.kv_cache_dtype, 10 * major + minor)
+            dtype = str(self.base.dtype).removeprefix("torch.")
+            served = Served(10 * major + minor, settings.kv_cache_dtype, dtype, largest_head(self.base.config))
+            backend = choose_backend(settings.attention_backend, served)
             arguments["attention_config"] = {"backend": backend.upper()}
             announce(f"attention while sampling: {backend}")
             if settings.release_kv_cache:
@@ -272,11 +283,13 @@ class Engine:
         sample = output.outputs[0]
         if sample.finish_reason not in ("stop", "length"):
             raise RuntimeError(f"vLLM ended a completion with {sample.finish_reason!r}")
-        token_ids, logprobs = list(sample.token_ids), self.collector.take(output.request_id)
+        token_ids, (logprobs, routes) = list(sample.token_ids), self.collector.take(output.request_id)
         if len(logprobs) < len(token_ids):
             raise RuntimeError(f"vLLM gave {len(token_ids)} tokens and {len(logprobs)} logprobs")
         # A stop string is found when the token after it may have been sampled.
-        return Completion(int(output.request_id), token_ids, logprobs[: len(token_ids)], sample.finish_reason)
+        if routes is not None:
+            routes = routes[: len(output.prompt_token_ids) + len(token_ids) - 1]
+        return Completion(int(output.request_id), token_ids, logprobs[: len(token_ids)], sample.finish_reason, routes)
 
     def _params(self, sampling: SamplingSettings, seed: int | None, kind: RequestOutputKind) -> SamplingParams:
         return SamplingParams(
@@ -378,7 +391,7 @@ def kv_cache_allocations() -> list[Any]:
 def nf4_shapes(base: BaseWeights) -> list[tuple[int, int]]:
     """(rows, columns) of the products that the base's 4-bit weights take part in."""
     segments = [segment for linear in base.linears.values() for segment in linear.segments]
-    return [(one.weight.shape[0], one.weight.shape[1] * 2) for one in segments if one.absmax is not None]
+    return [(one.rows, one.columns) for one in segments if one.weight.dtype == torch.uint8]
 
 
 def announce(text: str) -> None:

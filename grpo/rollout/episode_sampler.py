@@ -14,7 +14,7 @@ from grpo.data import Prompt
 from grpo.environments.pool import Ended, Lost
 from grpo.errors import UserError
 from grpo.rewards.runtime.contract import RewardResult
-from grpo.rollout.episodes import Episode, EpisodePlayer, Message, Transcript
+from grpo.rollout.episodes import Episode, EpisodePlayer, Message, Transcript, logged_turns
 from grpo.rollout.sampler import Group, Sample, Sampler
 from grpo.rollout.types import Request, Segment
 
@@ -42,21 +42,11 @@ class EpisodeSample(Sample):
         return [turn for one in self.transcripts for turn in one.turns]
 
     def conversation(self) -> list[dict[str, Any]]:
-        """What was said after the prompt, as the sample log keeps it."""
-        rewards = list(self.turn_rewards or ())
-        turns = []
-        for message in self.messages[self.prompt_messages :]:
-            sampled = message["role"] == "assistant"
-            turn = {"role": message["role"], "text": str(message.get("content") or ""), "sampled": sampled}
-            turn["calls"] = [call.get("function", call) for call in message.get("tool_calls") or ()]
-            if sampled and rewards:
-                turn["reward"] = rewards.pop(0)
-            turns.append(turn)
-        return turns
+        return logged_turns(self.messages[self.prompt_messages :], self.turn_rewards or ())
 
     def segments(self, prompt_ids: Sequence[int]) -> list[Segment]:
         """What is trained on; the prompt is the conversation's own."""
-        return [Segment(one.prompt_ids, one.tokens, one.sampled) for one in self.transcripts]
+        return [Segment(one.prompt_ids, one.tokens, one.sampled, one.routes) for one in self.transcripts]
 
 
 class EpisodeSampler(Sampler):

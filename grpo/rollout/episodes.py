@@ -40,6 +40,8 @@ class Transcript:
     """Of the sampled ones."""
     turns: list[int] = field(default_factory=list)
     """The episode's turn, from 0, that each of those belongs to."""
+    routes: Any = None
+    """Of all tokens that were fed until the last turn, as in `Completion`."""
 
     def draw(self, completion: Completion, turn: int) -> None:
         """Add a sampled turn."""
@@ -47,6 +49,7 @@ class Transcript:
         self.tokens += completion.token_ids
         self.sampled += [True] * len(completion.token_ids)
         self.logprobs += completion.logprobs
+        self.routes = completion.routes
 
     def observe(self, ids: Sequence[int]) -> None:
         """Add what the environment said; a sampled turn must follow."""
@@ -100,6 +103,12 @@ class Episode:
     def messages(self) -> list[Message]:
         """The conversation that was spoken in last."""
         return [] if self.thread is None else self.thread.messages
+
+    @property
+    def conversation(self) -> list[dict[str, Any]]:
+        """What was said after the prompt, as the sample log keeps it."""
+        rewards = self.result.turn_rewards if isinstance(self.result, Ended) else None
+        return logged_turns(self.messages[self.prompt_messages :], rewards or ())
 
     @property
     def text(self) -> str:
@@ -379,6 +388,19 @@ class EpisodePlayer:
 
 class Unusable(Exception):
     """Why an episode cannot go on, in a clause."""
+
+
+def logged_turns(messages: Sequence[Message], rewards: Sequence[float]) -> list[dict[str, Any]]:
+    """`messages` as the sample log keeps them, with the `rewards` of the policy's turns, if there are any."""
+    turns, left = [], list(rewards)
+    for message in messages:
+        sampled = message["role"] == "assistant"
+        turn = {"role": message["role"], "text": str(message.get("content") or ""), "sampled": sampled}
+        turn["calls"] = [call.get("function", call) for call in message.get("tool_calls") or ()]
+        if sampled and left:
+            turn["reward"] = left.pop(0)
+        turns.append(turn)
+    return turns
 
 
 def same(one: Message, other: Message) -> bool:

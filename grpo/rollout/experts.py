@@ -18,6 +18,7 @@ from grpo.errors import UserError
 from grpo.kernels import nf4_experts
 from grpo.kernels.experts import route, sampled_mlp
 from grpo.model.expert_weights import ExpertStack
+from grpo.rollout.route_recorder import RouteRecorder
 
 
 class SharedExpertsMethod(FusedMoEMethodBase):
@@ -38,10 +39,12 @@ class SharedExpertsMethod(FusedMoEMethodBase):
         self, layer: nn.Module, x: Tensor, router_logits: Tensor, input_ids: Tensor | None = None
     ) -> Tensor:
         stack: ExpertStack = layer.shared
-        routing = stack.routing
+        routing, record = stack.routing, layer.recorder and layer.recorder.record(layer.number)
         if nf4_experts.serves(x, stack.experts, routing.top_k):
-            return nf4_experts.decode(x, router_logits, stack.experts, *routing)[0]
+            return nf4_experts.decode(x, router_logits, stack.experts, *routing, record=record)
         weights, chosen = route(router_logits, *routing)
+        if record is not None:
+            record.write(chosen)
         return sampled_mlp(x, stack.experts, chosen, weights)
 
 
@@ -60,11 +63,13 @@ def score(router: nn.Module, x: Tensor) -> tuple[Tensor, None]:
     return nn.functional.linear(x, router.weight), None
 
 
-def serve_experts(served: Any, router: Any, stack: ExpertStack, router_weight: Tensor) -> None:
-    """Hand `stack` to vLLM's `served` experts, and the router's weight to its `router`."""
+def serve_experts(
+    served: Any, router: Any, stack: ExpertStack, router_weight: Tensor, recorder: RouteRecorder | None, number: int
+) -> None:
+    """Hand `stack` to vLLM's `served` experts, the model's `number`-th, and the router's weight to its `router`."""
     if served.moe_config.moe_parallel_config.use_ep or served.local_num_experts != served.global_num_experts:
         raise UserError("vLLM spreads experts over several processes (expert parallelism), which is not supported")
-    served.shared = stack
+    served.shared, served.recorder, served.number = stack, recorder, number
     served.w13_weight = nn.Parameter(stack.experts.gate_up.weight, requires_grad=False)
     served.w2_weight = nn.Parameter(stack.experts.down.weight, requires_grad=False)
     router.weight = nn.Parameter(router_weight, requires_grad=False)

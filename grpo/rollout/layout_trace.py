@@ -188,8 +188,9 @@ def trace(config: DecoderConfig, dtype: torch.dtype = torch.bfloat16) -> Record:
             model.load_weights(iter(stored))
         layers = {name for name, each in model.named_modules() if isinstance(quant_method(each), TracedMethod)}
         widths = {name: model.get_submodule(name).weight.shape[1] for name in layers}
+        parameters = {name for name, _ in model.named_parameters() if name.rpartition(".")[0] not in widths}
     wider = {name for name, tensor in targets.items() if tensor.dtype == torch.float32 != dtype}
-    return record(copies.found, sources, widths, set(linears), wider)
+    return record(copies.found, sources, Places(widths, set(linears), parameters, wider))
 
 
 def as_stored(config: DecoderConfig, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -265,44 +266,62 @@ def one_process() -> Iterator[None]:
         yield
 
 
-def record(
-    copies: list[tuple[Rows, Rows | None]], sources: dict[str, Tensor], widths: dict[str, int], ours: set[str],
-    wider: set[str],
-) -> Record:  # fmt: skip
-    """The copies as a Record. `widths`: columns of vLLM's linear layers; `ours`: the graph's, of which a router of
-    experts is none; `wider`: vLLM's tensors in float32."""
-    starts: dict[str, dict[str, int]] = {}
+@dataclass(frozen=True)
+class Places:
+    """What of the two models is what."""
+
+    widths: dict[str, int]
+    """vLLM's linear layers -> their columns."""
+    linears: set[str]
+    """The graph's, of which a router of experts is none."""
+    parameters: set[str]
+    """vLLM's outside of linear layers."""
+    wider: set[str]
+    """vLLM's tensors in float32 where it computes in less."""
+
+
+def record(copies: list[tuple[Rows, Rows | None]], sources: dict[str, Tensor], places: Places) -> Record:
+    """The copies as a Record."""
+    starts: dict[str, list[tuple[int, str]]] = {}
     renamed: dict[str, str] = {}
     float32: dict[str, None] = {}
     for name, tensor in sources.items():
-        target, offset = destination(name, tensor, copies)
+        target, offsets = destination(name, tensor, copies)
         layer, _, kind = target.rpartition(".")
-        if layer not in widths or name.rpartition(".")[0] not in ours:
-            if offset:
+        if layer not in places.widths or name.rpartition(".")[0] not in places.linears:
+            if offsets != [0]:
                 reason = f"vLLM {vllm.__version__} keeps {name} inside {target}"
                 raise UserError(f"{reason}, which is no linear layer of ours; use a model of another family")
-            if target in wider:
+            if target in places.wider:
                 float32[pattern_of(name)] = None
             if target != name:
                 renamed[pattern_of(name)] = pattern_of(target)
         elif kind == "weight":
-            starts.setdefault(layer, {})[name.removesuffix(".weight")] = offset // widths[layer]
-    linears: dict[str, tuple[str, ...]] = {}
+            part = name.removesuffix(".weight")
+            starts.setdefault(layer, []).extend((offset // places.widths[layer], part) for offset in offsets)
+    stacks: dict[str, dict[tuple[str, ...], None]] = {}
     for layer, parts in starts.items():
-        linears[pattern_of(layer)] = tuple(pattern_of(part) for part in sorted(parts, key=parts.__getitem__))
-    return Record(linears, renamed, tuple(float32))
+        stacks.setdefault(pattern_of(layer), {})[tuple(pattern_of(part) for _, part in sorted(parts))] = None
+    # The stack with most parts first: the others are those of layers that lack some.
+    ordered = {fused: sorted(several, key=lambda parts: -len(set(parts))) for fused, several in stacks.items()}
+    linears = {fused: several[0] for fused, several in ordered.items()}
+    others = {fused: tuple(rest) for fused, (_, *rest) in ordered.items() if rest}
+    unread = dict.fromkeys(pattern_of(name) for name in sorted(places.parameters - {to.name for to, _ in copies}))
+    return Record(linears, renamed, others, tuple(unread), tuple(float32))
 
 
-def destination(name: str, tensor: Tensor, copies: list[tuple[Rows, Rows | None]]) -> tuple[str, int]:
-    """(vLLM's parameter, the element of it) where the whole of the graph's `tensor` begins.
+def destination(name: str, tensor: Tensor, copies: list[tuple[Rows, Rows | None]]) -> tuple[str, list[int]]:
+    """(vLLM's parameter, the elements of it where the whole of the graph's `tensor` begins: one, or several copies).
 
-    Raises UserError where it is nowhere, or not one run of elements.
+    Raises UserError where it is nowhere, or not in whole runs of elements of one parameter.
     """
-    places = [(to, source) for to, source in copies if source is not None and source.name == name]
-    runs = {(to.name, to.offset - source.offset) for to, source in places if source is not None}
-    copied = {source for _, source in places}
-    if len(runs) != 1 or sum(source.count for source in copied if source is not None) != tensor.numel():
-        what = "reads nothing from" if not places else "keeps another form of"
+    runs: dict[tuple[str, int], set[Rows]] = {}
+    for to, source in copies:
+        if source is not None and source.name == name:
+            runs.setdefault((to.name, to.offset - source.offset), set()).add(source)
+    whole = all(sum(source.count for source in copied) == tensor.numel() for copied in runs.values())
+    if len({target for target, _ in runs}) != 1 or not whole:
+        what = "reads nothing from" if not runs else "keeps another form of"
         reason = f"vLLM {vllm.__version__} {what} {name}, so the two graphs cannot share it"
         raise UserError(f"{reason}; use a model of another family")
-    return runs.pop()
+    return next(iter(runs))[0], sorted(offset for _, offset in runs)

@@ -40,6 +40,8 @@ class Sample:
     """Cut at the length limit."""
     text: str
     rewards: dict[str, float | None] = field(default_factory=dict)
+    routes: Any = None
+    """As in `Completion`."""
 
     @property
     def length(self) -> int:
@@ -48,7 +50,7 @@ class Sample:
 
     def segments(self, prompt_ids: Sequence[int]) -> list[Segment]:
         """What is trained on, where `prompt_ids` are the tokens of its group's prompt."""
-        return [Segment(prompt_ids, self.token_ids)]
+        return [Segment(prompt_ids, self.token_ids, routes=self.routes)]
 
     @property
     def rewards_by_turn(self) -> list[float]:
@@ -244,6 +246,7 @@ class Sampler:
             logprobs=completion.logprobs,
             truncated=completion.finish_reason == "length",
             text=self.decode(completion.token_ids),
+            routes=completion.routes,
         )
 
     def _batch(self, group: Group, step: int) -> RewardBatch:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,9 @@ class Completion:
     logprobs: list[float]
     finish_reason: str
     """ "stop" or "length"."""
+    routes: Any = None
+    """Of a mixture of experts: the experts of every token of the prompt and the completion but the last, a tensor
+    [tokens, layers, top_k] of small integers on the engine's device; None of other models."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,8 @@ class Segment:
     token_ids: Sequence[int]
     sampled: Sequence[bool] | None = None
     """Which of `token_ids` the policy drew, the last one among them; None: each. The others are an environment's."""
+    routes: Any = None
+    """The experts that sampling chose for each token of a forward pass, as in `Completion`; None: not known."""
 
     def __len__(self) -> int:
         """Tokens that a forward pass sees."""

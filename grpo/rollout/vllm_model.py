@@ -27,14 +27,15 @@ from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from grpo.errors import UserError
 from grpo.kernels.lora_factors import LowRank
 from grpo.kernels.lora_shrink import lora_shrink
-from grpo.kernels.lora_sum import dense_linear
-from grpo.kernels.nf4_gemm import nf4_linear
+from grpo.kernels.stored_weight import linear as stored_linear
 from grpo.model.base_weights import BaseWeights, FusedLinear, Segment
 from grpo.model.config_keys import served_values
 from grpo.model.decoder_config import DecoderConfig
+from grpo.model.layout import pattern_of
 from grpo.model.rope import EVERYWHERE, Rotary
 from grpo.rollout.experts import SharedExpertsMethod, serve_experts
 from grpo.rollout.lora_buffers import RolloutAdapter
+from grpo.rollout.route_recorder import RouteRecorder
 
 SHARED = "grpo_shared"
 """Name of our quantisation method and load format in vLLM."""
@@ -51,6 +52,8 @@ class AdapterHandle:
     """
 
     adapter: RolloutAdapter = field(repr=False)
+    recorder: RouteRecorder | None = field(default=None, repr=False)
+    """Of a mixture of experts."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AdapterHandle:
         return self
@@ -70,25 +73,35 @@ class SharedLinearMethod(LinearMethodBase):
         **extra_weight_attrs: Any,
     ) -> None:
         layer.register_parameter("weight", nn.Parameter(torch.empty(0, dtype=params_dtype), requires_grad=False))
+        layer.served_features = sum(output_partition_sizes)
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
         adapter = layer.adapter
         x_lora_a = None if adapter is None else lora_shrink(flat, adapter.a, layer.adapter_on)
-        y = torch.empty(flat.shape[0], layer.shared.out_features, dtype=x.dtype, device=x.device)
+        y = torch.empty(flat.shape[0], layer.served_features, dtype=x.dtype, device=x.device)
         for segment in layer.shared.segments:
             rows = slice(segment.first_row, segment.first_row + segment.rows)
             low_rank = None if adapter is None else LowRank(x_lora_a, adapter.b[rows])
             segment_linear(flat, segment, None if bias is None else bias[rows], y[:, rows], low_rank)
+        fill_rest(layer.shared, y)
         return y.reshape(*x.shape[:-1], -1)
+
+
+def fill_rest(linear: FusedLinear, y: Tensor) -> None:
+    """Columns of y [tokens, served] behind those that are stored: parts that come again, then zeros nobody reads."""
+    column = linear.out_features
+    for part in linear.again:
+        first, rows = linear.parts[part]
+        y[:, column : column + rows].copy_(y[:, first : first + rows])
+        column += rows
+    if column < y.shape[1]:
+        y[:, column:].zero_()
 
 
 def segment_linear(x: Tensor, segment: Segment, bias: Tensor | None, out: Tensor, low_rank: LowRank | None) -> None:
     """Write one segment's columns of a layer's result into `out`."""
-    if segment.absmax is not None:
-        nf4_linear(x, segment.weight, segment.absmax, bias, out, low_rank)
-        return
-    dense_linear(x, segment.weight, bias, low_rank, out)
+    stored_linear(x, segment.weight, segment.absmax, bias, low_rank, out)
 
 
 @register_quantization_config(SHARED)
@@ -127,9 +140,10 @@ class SharedLoader(BaseModelLoader):
         """Nothing to download."""
 
     def load_weights(self, model: nn.Module, model_config: Any) -> None:
-        adapter = self.load_config.model_loader_extra_config[ADAPTER_KEY].adapter
+        handle = self.load_config.model_loader_extra_config[ADAPTER_KEY]
+        adapter = handle.adapter
         base = adapter.base
-        attached = attach_experts(model, base)
+        attached = attach_experts(model, base, handle.recorder)
         for path, module in model.named_modules():
             if path in attached:
                 continue
@@ -144,16 +158,17 @@ class SharedLoader(BaseModelLoader):
         share_positions(model, base.config, model_config.max_model_len)
 
 
-def attach_experts(model: nn.Module, base: BaseWeights) -> set[str]:
+def attach_experts(model: nn.Module, base: BaseWeights, recorder: RouteRecorder | None) -> set[str]:
     """Hand the experts' storage and their routers' to vLLM's modules; the names of those whose forward is ours."""
     routers = set()
     modules = dict(model.named_modules())
-    for stack in base.experts.values():
+    for number, stack in enumerate(base.experts.values()):
         router = base.layout.tensors[f"{stack.router}.weight"].removesuffix(".weight")
         for name in (stack.served, router):
             if name not in modules:
                 raise unlike(base, f"without {name}")
-        serve_experts(modules[stack.served], modules[router], stack, base.tensors[f"{stack.router}.weight"])
+        weight = base.tensors[f"{stack.router}.weight"]
+        serve_experts(modules[stack.served], modules[router], stack, weight, recorder, number)
         routers.add(router)
     if other := next((name for name, module in modules.items() if is_unserved(module)), None):
         raise unlike(base, f"with {other}, experts that the training graph has not")
@@ -175,7 +190,8 @@ def attach_tensors(model: nn.Module, base: BaseWeights) -> None:
     wanted = {theirs: base.tensors[ours] for ours, theirs in base.layout.tensors.items()}
     in_linears = tuple(f"{name}." for name in (*base.linears, *(each.served for each in base.experts.values())))
     parameters = {name: each for name, each in model.named_parameters() if not name.startswith(in_linears)}
-    if empty := sorted(set(parameters) - set(wanted)):
+    empty = sorted(name for name in set(parameters) - set(wanted) if pattern_of(name) not in base.layout.unread)
+    if empty:
         raise unlike(base, f"with {empty[0]}, which the training graph has not")
     held = parameters | {name: each for name, each in model.named_buffers() if name in wanted}
     for name, tensor in wanted.items():
@@ -189,6 +205,8 @@ def attach_tensors(model: nn.Module, base: BaseWeights) -> None:
 def attach(module: nn.Module, linear: FusedLinear, adapter: RolloutAdapter) -> None:
     """Hand `linear`'s storage, and the adapter's buffers if it has any, to vLLM's layer `module`."""
     module.shared = linear
+    if module.served_features < linear.out_features + sum(linear.parts[part][1] for part in linear.again):
+        raise ValueError(f"{linear.name} has more rows than vLLM's layer, which has {module.served_features}")
     module.weight = nn.Parameter(linear.segments[0].weight, requires_grad=False)
     if linear.bias is not None:
         module.bias = nn.Parameter(linear.bias, requires_grad=False)

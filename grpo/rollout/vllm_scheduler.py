@@ -17,6 +17,7 @@ from vllm.v1.request import RequestStatus
 from vllm.v1.sample.sampler import Sampler
 
 from grpo.kernels.sample import sample_tokens
+from grpo.rollout.route_recorder import RouteRecorder
 from grpo.rollout.types import SamplingSettings
 
 
@@ -52,12 +53,16 @@ class LogprobCollector:
     """
 
     def __init__(self) -> None:
+        self.recorder: RouteRecorder | None = None
+        """Of a mixture of experts."""
         self.begin(deliver_on_finish=False)
 
     def begin(self, *, deliver_on_finish: bool) -> None:
         """Forget every request."""
         self.deliver_on_finish = deliver_on_finish
         self.logprobs: dict[str, list[float]] = {}
+        self.routes: dict[str, Tensor] = {}
+        """As in `Completion`, by vLLM's own name of a request."""
         self._names: dict[str, str] = {}
 
     def enter(self, request_id: str, name: str) -> None:
@@ -65,9 +70,11 @@ class LogprobCollector:
         self._names[request_id] = name
         self.logprobs[name] = []
 
-    def take(self, request_id: str) -> list[float]:
-        """Logprobs of a finished request's tokens, in order; possibly of one more than it was given."""
-        return self.logprobs.pop(self._names.pop(request_id))
+    def take(self, request_id: str) -> tuple[list[float], Tensor | None]:
+        """Logprobs of a finished request's tokens, in order, and the experts of those that were fed; possibly of one
+        more than it was given."""
+        name = self._names.pop(request_id)
+        return self.logprobs.pop(name), self.routes.pop(name, None)
 
 
 def rollout_scheduler(kind: type, collector: LogprobCollector) -> type:
@@ -96,6 +103,11 @@ def rollout_scheduler(kind: type, collector: LogprobCollector) -> type:
                 for output in of_client.outputs:
                     output.new_token_ids = list(requests[output.request_id].output_token_ids)
             return outputs
+
+        def _free_request(self, request: Any, *arguments: Any, **options: Any) -> Any:
+            if collector.recorder is not None and request.request_id in collector.logprobs:
+                collector.routes[request.request_id] = collector.recorder.routes(self, request)
+            return super()._free_request(request, *arguments, **options)
 
         def _append_tokens(self, scheduled: dict[str, int], output: Any) -> dict[str, int]:
             """Give running requests their next token, if nothing else follows from it. Returns the rest of `scheduled`.

@@ -51,6 +51,7 @@ STEP = re.compile(r"step-(\d+)")
 FIXED = (
     "model.revision",
     "model.load_in_4bit",
+    "model.load_in_8bit",
     "model.dtype",
     "model.keep_16bit",
     "lora.r",

@@ -33,11 +33,13 @@ class TrainingSequence:
     """Of each trained token, where they differ; `advantage` is their mean then."""
     rewritten: Sequence[Segment] = ()
     """Further parts of an episode that changed its own history. Their logprobs follow those of the first part."""
+    routes: Any = None
+    """The experts that sampling chose, as in `Segment`."""
 
     @property
     def segments(self) -> list[Segment]:
         """All parts."""
-        return [Segment(self.prompt_ids, self.completion_ids, self.sampled), *self.rewritten]
+        return [Segment(self.prompt_ids, self.completion_ids, self.sampled, self.routes), *self.rewritten]
 
     @property
     def trained(self) -> int:
@@ -102,6 +104,7 @@ def training_sequences(group: Group, advantages: Tensor) -> list[TrainingSequenc
                 sampled=first.sampled,
                 rewritten=others,
                 token_advantages=by_token,
+                routes=first.routes,
             )
         )
     return sequences

@@ -101,9 +101,10 @@ def sequence_state(sequence: TrainingSequence) -> dict[str, Any]:
         "sampled": mask_state(sequence.sampled),
         "token_advantages": float_state(sequence.token_advantages),
         "rewritten": [
-            [torch.tensor(part.prompt_ids), torch.tensor(part.token_ids), mask_state(part.sampled)]
+            [torch.tensor(part.prompt_ids), torch.tensor(part.token_ids), mask_state(part.sampled), on_cpu(part.routes)]
             for part in sequence.rewritten
         ],
+        "routes": on_cpu(sequence.routes),
     }
 
 
@@ -125,10 +126,15 @@ def restored_sequence(state: Mapping[str, Any]) -> TrainingSequence:
         sampled=listed(state.get("sampled")),
         token_advantages=listed(state.get("token_advantages")),
         rewritten=[
-            Segment(prompt.tolist(), tokens.tolist(), listed(sampled))
-            for prompt, tokens, sampled in state.get("rewritten", ())
+            Segment(prompt.tolist(), tokens.tolist(), listed(sampled), *routes)
+            for prompt, tokens, sampled, *routes in state.get("rewritten", ())
         ],
+        routes=state.get("routes"),
     )
+
+
+def on_cpu(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else tensor.cpu()
 
 
 def listed(tensor: torch.Tensor | None) -> list[Any] | None:

@@ -78,6 +78,8 @@ class Sample:
     truncated: bool
     strict: bool
     flexible: bool
+    turns: list[dict[str, Any]] | None = None
+    """Of an episode, as the sample log keeps them."""
 
     def entry(self) -> dict[str, Any]:
         """The sample as a row for a JSON lines file."""
@@ -92,6 +94,7 @@ class Sample:
             "flexible": self.flexible,
             "tokens": self.tokens,
             "finish_reason": "length" if self.truncated else "stop",
+            **({} if self.turns is None else {"turns": self.turns}),
         }
 
     def logged(self) -> LoggedSample:
@@ -104,6 +107,7 @@ class Sample:
             extracted=extracted_answer(self.text),
             tokens=self.tokens,
             finish_reason="length" if self.truncated else "stop",
+            turns=self.turns,
         )
 
 
@@ -162,7 +166,7 @@ def evaluate(
 
 def of_all_ranks(local: Sequence[Sample], prompts: Sequence[Prompt], count: int, ranks: Ranks) -> list[Sample]:
     """The samples of all `prompts`, `count` of each, of which this rank has those of prompts rank, rank + size, ..."""
-    checked = [[one.text, one.tokens, one.truncated, one.strict, one.flexible] for one in local]
+    checked = [[one.text, one.tokens, one.truncated, one.strict, one.flexible, one.turns] for one in local]
     groups = [checked[start : start + count] for start in range(0, len(checked), count)]
     answers = ranks.gather_indexed(
         dict(zip(range(ranks.rank, len(prompts), ranks.size), groups, strict=True)), len(prompts)
@@ -252,6 +256,7 @@ def play_and_check(
             truncated=episode.truncated,
             strict=verdict(task.strict, text, prompt) if alone else bool(success),
             flexible=verdict(task.flexible, text, prompt) if alone else bool(success),
+            turns=episode.conversation,
         )
     return [samples[one.id] for one in requests]
 

@@ -235,6 +235,7 @@ class Learner:
             chunk_tokens=self.config.train.logprob_chunk_tokens,
             entropy_gradient=entropy_gradient,
             tree=self.tree,
+            routes=[segment.routes for segment in segments] if self.config.train.router_replay else None,
         )
 
     def clip_gradients(self) -> float:

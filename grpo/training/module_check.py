@@ -38,13 +38,18 @@ on a CPU."""
 
 
 class Difference(NamedTuple):
-    """A module that the two graphs do not compute alike."""
+    """How far the two graphs are apart at a module."""
 
     module: str
     reached: bool
     """Whether it is in what reaches the module, by what comes before; otherwise the module makes it."""
     size: float
     limit: float
+
+    @property
+    def is_over(self) -> bool:
+        """Whether rounding does not explain it."""
+        return not self.size <= self.limit
 
     def __str__(self) -> str:
         what = f"what reaches {self.module}" if self.reached else f"the result of {self.module}"
@@ -53,6 +58,11 @@ class Difference(NamedTuple):
 
 def first_difference(session: Session, prompt: Sequence[int]) -> Difference | None:
     """The first module that differs on `prompt` with the adapter as it is; None if none does."""
+    return next((found for found in differences(session, prompt) if found.is_over), None)
+
+
+def differences(session: Session, prompt: Sequence[int]) -> Iterator[Difference]:
+    """At every module, in the order that they run: of what reaches it, where that is seen, and of what it makes."""
     from grpo.rollout.watch import watched_linears  # vLLM is imported only where it is started
 
     policy, fused = session.policy, has_fused_layers(session.policy)
@@ -62,14 +72,11 @@ def first_difference(session: Session, prompt: Sequence[int]) -> Difference | No
     seen = watched_linears(session.engine, prompt, places, everywhere=not fused)
     reaching = {} if fused else differences_before(policy, seen, prompt, places)
     for module, difference in reaching.items():
-        for found in (difference, difference_by(policy, module, seen)):
-            if found is not None:
-                return found
-    called = set(reaching)
+        yield difference
+        yield difference_by(policy, module, seen)
     # A layer whose pass was not seen, as one inside a CUDA graph is not, is left to the logprobs.
     linears = ((name, part) for name, linear in session.base.linears.items() for part in linear.parts)
-    others = (part for name, part in linears if part not in called and name in seen)
-    return next((found for part in others if (found := difference_by(policy, part, seen))), None)
+    yield from (difference_by(policy, part, seen) for name, part in linears if part not in reaching and name in seen)
 
 
 def has_fused_layers(policy: Policy) -> bool:
@@ -90,14 +97,13 @@ def compared_places(tokens: int) -> list[int]:
     return [*spread, *last]
 
 
-def difference_by(policy: Policy, part: str, seen: dict[str, Seen]) -> Difference | None:
+def difference_by(policy: Policy, part: str, seen: dict[str, Seen]) -> Difference:
     """What the linear module `part` makes of vLLM's input, beside what vLLM makes of it."""
     name, (first, rows) = place_of(policy, part)
     with torch.no_grad():
         ours = policy.decoder.get_submodule(part)(seen[name].x[None].to(policy.base.device))[0].cpu()
     size = relative(ours, seen[name].y[:, first : first + rows])
-    limit = BY_A_LINEAR[policy.base.dtype]
-    return None if size <= limit else Difference(part, False, size, limit)
+    return Difference(part, False, size, BY_A_LINEAR[policy.base.dtype])
 
 
 def place_of(policy: Policy, part: str) -> tuple[str, tuple[int, int]]:
@@ -110,12 +116,12 @@ def place_of(policy: Policy, part: str) -> tuple[str, tuple[int, int]]:
 
 def differences_before(
     policy: Policy, seen: dict[str, Seen], prompt: Sequence[int], places: list[int]
-) -> dict[str, Difference | None]:
-    """The graph's linear modules in the order that they run, each with what is different in its input.
+) -> dict[str, Difference]:
+    """The graph's linear modules in the order that they run, each with how far its input is from vLLM's.
 
     seen: with what vLLM's layers gave everywhere.
     """
-    found: dict[str, Difference | None] = {}
+    found: dict[str, Difference] = {}
     hooks = []
     for name, linear in policy.base.linears.items():
         if name not in seen:
@@ -144,18 +150,18 @@ def as_in_training(policy: Policy) -> Iterator[None]:
 
 
 def replace_result(
-    found: dict[str, Difference | None],
+    found: dict[str, Difference],
     part: str,
     seen: Seen,
     rows: tuple[int, int],
     places: list[int],
     limit: float,
 ) -> Callable[..., Tensor]:
-    """A hook on the module `part` that notes what is different in its input, and gives vLLM's result."""
+    """A hook on the module `part` that notes how far its input is from vLLM's, and gives vLLM's result."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         size = relative(args[0].reshape(-1, args[0].shape[-1])[places].cpu(), seen.x)
-        found[part] = None if size <= limit else Difference(part, True, size, limit)
+        found[part] = Difference(part, True, size, limit)
         assert seen.everywhere is not None
         return seen.everywhere[:, rows[0] : rows[0] + rows[1]].to(output).reshape(output.shape)
 

@@ -67,6 +67,7 @@ def launch(
         ranks = connect(rank, resolve_device(config.model.device))
         ranks.check = interrupts.check
         ranks.require_same(facts(config))
+        resume = ranks.broadcast(resume)  # the first has the run folder, and not all agents have restarted as often
         share = config_of_rank(config, ranks.size)
         resumed = folder if resume else None
         with (

@@ -66,6 +66,36 @@ def sampling_metrics(scored: ScoredGroups, rollouts: Sequence[Rollout], names: S
     }
 
 
+def expert_metrics(groups: Sequence[Group], experts: int, ranks: Ranks) -> dict[str, float]:
+    """How a step's completions used the experts of a layer, of which there are `experts`: the share of all experts that
+    none of their tokens went to, the entropy of the tokens over a layer's experts (1: evenly), and the busiest expert's
+    share of a layer's tokens. Empty where no experts are known."""
+    counts = expert_counts([sample for group in groups for sample in group.local], experts)
+    if ranks.size > 1:
+        parts = [part for part in ranks.gather(counts) if part is not None]
+        counts = sum(parts[1:], parts[0]) if parts else None
+    if counts is None:
+        return {}
+    shares = counts / counts.sum(-1, keepdim=True)
+    entropy = -(shares * shares.clamp_min(1e-30).log()).sum(-1) / math.log(experts)
+    return {
+        "experts/unused": float((counts == 0).double().mean()),
+        "experts/load_entropy": float(entropy.mean()),
+        "experts/busiest": float(shares.amax(-1).mean()),
+    }
+
+
+def expert_counts(samples: Sequence[Sample], experts: int) -> Tensor | None:
+    """float64 [layers, experts]: rows of the samples' tokens, prompts among them; None without any."""
+    routes = [segment.routes for sample in samples for segment in sample.segments([]) if segment.routes is not None]
+    if not routes:
+        return None
+    together = torch.cat([each.flatten(2).long() for each in routes])  # [tokens, layers, top_k]
+    layers = together.shape[1]
+    flat = together + experts * torch.arange(layers, device=together.device)[:, None]
+    return torch.bincount(flat.reshape(-1), minlength=layers * experts).view(layers, experts).double().cpu()
+
+
 def logged(groups: Sequence[Group], weights: dict[str, float], ranks: Ranks) -> list[SampleGroup]:
     """`groups`, each sampled on some rank, as the sample log keeps them. `weights`: of each reward."""
     local = {

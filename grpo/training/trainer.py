@@ -24,6 +24,7 @@ from grpo.data import Data, Prompt, PromptStream
 from grpo.distributed.ranks import Ranks
 from grpo.environments.pool import EnvironmentPool
 from grpo.errors import UserError
+from grpo.model.expert_sizes import expert_sizes
 from grpo.monitor.log import TrainingLog
 from grpo.policy.adapter_survival import adapter_survival
 from grpo.references import described
@@ -40,7 +41,7 @@ from grpo.training.evaluation import evaluate
 from grpo.training.learner import UNMEASURED, Learner
 from grpo.training.reference_policy import set_reference
 from grpo.training.rollout_memory import sample_within_memory
-from grpo.training.step_metrics import ScoredGroups, logged, reward_table, sampling_metrics
+from grpo.training.step_metrics import ScoredGroups, expert_metrics, logged, reward_table, sampling_metrics
 from grpo.training.update_check import SkippedUpdate
 
 STATE = "trainer.safetensors"
@@ -159,6 +160,7 @@ class Trainer:
             **sampling_metrics(scored, rollouts, self.reward_names),
             **trained,
             **survival,
+            **self.expert_metrics(scored.groups),
             "epoch": self.stream.epoch,
             "tokens": tokens,
             "tokens_per_second": tokens / rollout_seconds,
@@ -182,6 +184,11 @@ class Trainer:
             self.session.policy, [one.prompt_ids for one in firsts], [one.token_ids for one in firsts]
         )
         return {} if share is None else {"adapter_survival": share}
+
+    def expert_metrics(self, groups: list[Group]) -> dict[str, float]:
+        """Of a mixture of experts, how the step's completions used them."""
+        sizes = expert_sizes(self.session.base.config)
+        return {} if sizes is None else expert_metrics(groups, sizes.experts, self.ranks)
 
     def seed_suffix(self) -> tuple[int, ...]:
         """What tells this rank's random numbers from those of the first, which are a lone process's."""

@@ -181,7 +181,10 @@ SENTENCES = [
     (MINIMAL + "[lora]\ninit_lora_weights = 'eva'\n", "file.toml:5: [lora] init_lora_weights = 'eva' is not supp"),
     (MINIMAL + "[lora]\ninit_lora_weights = false\n", "file.toml:5: [lora] init_lora_weights = False is not supp"),
     (MINIMAL + "[lora]\nloftq_iter = 2\n", "file.toml:5: [lora] loftq_iter has no use without init_lora_weights"),
-    ("[model]\nname = 'm'\nload_in_8bit = true\n[task]\nname = 't'\n", "file.toml:1: [model] load_in_8bit is not supp"),
+    (
+        "[model]\nname = 'm'\nload_in_4bit = true\nload_in_8bit = true\n[task]\nname = 't'\n",
+        "file.toml:1: [model] load_in_4bit and load_in_8bit are both true",
+    ),
     (
         "[model]\nname='m'\nmax_seq_length=9\n[task]\nname='t'\n",
         "file.toml: model.max_seq_length = 9 is below rollout.max",

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,10 +19,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from torch.distributed import TCPStore
 
 import grpo
 from grpo.config.schema import Config, parse_config
 from grpo.distributed.launch import Launch, check_share, read_launch, refuse_several
+from grpo.distributed.meeting import PORT
 from grpo.distributed.ranks import Ranks, connect, owners
 from grpo.errors import UserError
 from grpo.model.base_weights import BaseWeights
@@ -176,6 +179,26 @@ def test_gradients_are_summed_and_values_are_the_first_ranks() -> None:
         assert torch.equal(a, torch.zeros(2, 3)) and torch.equal(b, torch.full((4,), 10.0))
         assert torch.equal(a.grad, torch.full((2, 3), 1.0 + 3.0)) and torch.equal(b.grad, torch.full((4,), 2.0))
         assert sent >= 10 * 4
+
+
+def test_ranks_of_one_start_meet_whatever_was_said_before_and_however_often_each_was_restarted() -> None:
+    """torchrun's store, which outlives a start, still names the port of one that is gone."""
+    agents = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    agents.set(PORT, str(free_port()))
+    found: dict[int, Any] = {}
+
+    def one(rank: int) -> None:
+        launch = Launch(rank, 3, rank, "127.0.0.1", agents.port, store_is_there=True, restarts=2 * rank)
+        if rank == 0:
+            time.sleep(0.5)  # the others look first
+        found[rank] = connect(launch, torch.device("cpu")).gather(rank)
+
+    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert found == {rank: [0, 1, 2] for rank in range(3)}
 
 
 def test_ranks_that_are_not_alike_are_named() -> None:

@@ -7,6 +7,7 @@ strides and specialisations as they would; Triton compiles for the card's archit
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 import subprocess
 import tempfile
@@ -25,6 +26,8 @@ from triton.runtime.jit import JITFunction
 from grpo.kernels import (
     cards,
     dense_gemm,
+    eight_bit,
+    eight_bit_gemm,
     glu,
     logprob,
     lora_factors,
@@ -47,8 +50,8 @@ from grpo.kernels.lora_factors import Adapter, LowRank
 from grpo.kernels.nf4_lookup import byte_tables
 
 MODULES = (
-    dense_gemm, glu, logprob, lora_factors, lora_shrink, lora_sum, nf4, nf4_gemm, nf4_turing, rms_norm, rope, sample,
-    shared_keys,
+    dense_gemm, eight_bit, eight_bit_gemm, glu, logprob, lora_factors, lora_shrink, lora_sum, nf4, nf4_gemm,
+    nf4_turing, rms_norm, rope, sample, shared_keys,
 )  # fmt: skip
 CARDS = (
     Card("Tesla T4", 75, SHARED_MEMORY[75], 40, 4 * MB),
@@ -62,6 +65,8 @@ CARDS = (
 """One of every architecture that is served."""
 DECODING = (1, 16, 17, 40, 128, 200, 512)
 """Numbers of sequences that decode together: whole tiles and ragged ones."""
+EIGHT_BIT_ROWS = (1, 17, 128, 200)
+"""The same for products with 8-bit weights, whose tiles are few."""
 TOKENS = 1000
 """Of a training micro-batch."""
 
@@ -210,6 +215,25 @@ def packed_products(shape: Shape, dtype: torch.dtype) -> None:
                 nf4_gemm.nf4_linear(x, packed, absmax, bias, low_rank=low_rank)
 
 
+def eight_bit_products(shape: Shape, dtype: torch.dtype) -> None:
+    """int8 with a scale a row, and FP8 with one for blocks of 128 x 128 rather than for parts of them."""
+    for name, (features, columns) in shape.linears.items():
+        bias = torch.empty(features, dtype=dtype) if shape.bias and name == "qkv" else None
+        shared = math.gcd(features, 128)
+        for codes, scales in (
+            (torch.empty(features, columns, dtype=torch.int8), torch.empty(features, 1)),
+            (
+                torch.empty(features, columns, dtype=torch.float8_e4m3fn),
+                torch.empty(features // shared, -(-columns // 128)),
+            ),
+        ):
+            eight_bit.dequantize(codes, scales, dtype)
+            for rows in EIGHT_BIT_ROWS:
+                x = torch.empty(rows, columns, dtype=dtype)
+                low_rank = adapter(rows, features, 48 if name == "qkv" else 16, dtype)
+                eight_bit_gemm.eight_bit_linear(x, codes, scales, bias, None, low_rank)
+
+
 def dense_products(shape: Shape, dtype: torch.dtype) -> None:
     for name, (features, columns) in shape.linears.items():
         weight = torch.empty(features, columns, dtype=dtype)
@@ -289,8 +313,8 @@ def keys_of_prefixes(shape: Shape, dtype: torch.dtype) -> None:
 
 
 LAUNCHES: tuple[Callable[[Shape, torch.dtype], None], ...] = (
-    packed_weights, packed_products, dense_products, shrinks, factors, norms, rotations, gated_units, logprobs, samples,
-    keys_of_prefixes,
+    packed_weights, packed_products, eight_bit_products, dense_products, shrinks, factors, norms, rotations,
+    gated_units, logprobs, samples, keys_of_prefixes,
 )  # fmt: skip
 
 

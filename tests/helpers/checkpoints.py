@@ -116,3 +116,105 @@ def write_tokenizer(writer: GGUFWriter, config: Any) -> None:
     writer.add_bos_token_id(2)
     writer.add_eos_token_id(1)
     writer.add_pad_token_id(0)
+
+
+def quantize_folder_8bit(folder: Path, form: str) -> dict[str, Tensor]:
+    """Turn `folder`'s projections into one of EIGHT_BIT_FORMS, as it is found on the hub; their float32 values."""
+    write, config = EIGHT_BIT_FORMS[form]
+    file = folder / "model.safetensors"
+    tensors, values = load_file(file), {}
+    for name in [name for name in tensors if name.endswith("proj.weight")]:
+        entries, values[name] = write(tensors[name].float())
+        del tensors[name]
+        tensors |= {f"{name.removesuffix('weight')}{key}": value.clone() for key, value in entries.items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+    if "quantization" in config:
+        (folder / "hf_quant_config.json").write_text(json.dumps(config))
+    else:
+        values_of_model = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(values_of_model | {"quantization_config": config}))
+    return values
+
+
+Entries = dict[str, Tensor]
+
+
+def bitsandbytes_int8(weight: Tensor) -> tuple[Entries, Tensor]:
+    """bitsandbytes' own codes and absmax."""
+    from bitsandbytes.functional import int8_vectorwise_quant
+
+    codes, absmax, _ = int8_vectorwise_quant(weight.half())
+    entries = {"weight": codes, "SCB": absmax, "weight_format": torch.tensor(0, dtype=torch.uint8)}
+    return entries, codes.double().mul(absmax[:, None].double() / 127).float()
+
+
+def fp8(weight: Tensor, tall: int | None, wide: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """(codes e4m3, scales a block, float32 values)."""
+    rows, columns = weight.shape
+    tall, wide = tall or rows, wide or columns
+    padded = torch.nn.functional.pad(weight, (0, -columns % wide, 0, -rows % tall))
+    blocks = padded.unflatten(1, (-1, wide)).unflatten(0, (-1, tall))
+    scales = blocks.abs().amax((1, 3)) / 448
+    whole = scales.repeat_interleave(tall, 0).repeat_interleave(wide, 1)[:rows, :columns]
+    codes = (weight / whole).to(torch.float8_e4m3fn)
+    return codes, scales, codes.float() * whole
+
+
+def fp8_with(name: str, tall: int | None, wide: int | None, **others: Tensor) -> Any:
+    """A writer of FP8 whose scales are called `name`; a number where they are one for the tensor."""
+
+    def write(weight: Tensor) -> tuple[Entries, Tensor]:
+        codes, scales, values = fp8(weight, tall, wide)
+        return {"weight": codes, name: scales.reshape(()) if scales.numel() == 1 else scales, **others}, values
+
+    return write
+
+
+def compressed_tensors(kind: str, **weights: Any) -> dict[str, Any]:
+    group = {"targets": ["Linear"], "weights": {"num_bits": 8, "type": kind, "symmetric": True, **weights}}
+    form = "float-quantized" if kind == "float" else "int-quantized"
+    return {
+        "quant_method": "compressed-tensors",
+        "format": form,
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head"],
+    }
+
+
+def int8_channels(weight: Tensor) -> tuple[Entries, Tensor]:
+    scales = weight.abs().amax(1, keepdim=True) / 127
+    codes = torch.round(weight / scales).to(torch.int8)
+    return {"weight": codes, "weight_scale": scales}, codes.float() * scales
+
+
+ONE = torch.ones(())
+EIGHT_BIT_FORMS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "bitsandbytes": (bitsandbytes_int8, {"quant_method": "bitsandbytes", "load_in_8bit": True, "load_in_4bit": False}),
+    "qwen": (
+        fp8_with("weight_scale_inv", 128, 128),
+        {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]},
+    ),
+    "ministral": (
+        fp8_with("weight_scale_inv", None, None, activation_scale=ONE),
+        {"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": None},
+    ),
+    "compressed-tensor": (
+        fp8_with("weight_scale", None, None, input_scale=ONE),
+        compressed_tensors("float", strategy="tensor"),
+    ),
+    "compressed-channel": (fp8_with("weight_scale", 1, None), compressed_tensors("float", strategy="channel")),
+    "compressed-block": (
+        fp8_with("weight_scale", 32, 64),
+        compressed_tensors("float", strategy="block", block_structure=[32, 64]),
+    ),
+    "compressed-int8": (int8_channels, compressed_tensors("int", strategy="channel")),
+    "fbgemm": (
+        fp8_with("weight_scale", 1, None, input_scale_ub=ONE),
+        {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0},
+    ),
+    "modelopt": (
+        fp8_with("weight_scale", None, None, input_scale=ONE),
+        {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8", "exclude_modules": ["lm_head"]}},
+    ),
+}  # fmt: skip
+"""Where an 8-bit checkpoint is from -> how it keeps a weight, and what its configuration says."""

@@ -40,6 +40,23 @@ DELTA_NET: dict[str, Any] = {
 }
 EXPERTS = {"num_experts_per_tok": 4}
 
+GEMMA4: dict[str, Any] = {
+    "num_hidden_layers": 4,
+    "layer_types": KINDS * 2,
+    "sliding_window": 16,
+    "head_dim": 32,
+    "global_head_dim": 64,
+    "final_logit_softcapping": 3.0,
+    "hidden_size_per_layer_input": 0,
+}
+SHARED_KEYS: dict[str, Any] = {
+    "num_kv_shared_layers": 2,
+    "use_double_wide_mlp": True,
+    "hidden_size_per_layer_input": 64,
+    "vocab_size_per_layer_input": COMMON["vocab_size"],
+}
+"""What the smaller Gemma 4 have: two of its four layers attend to the keys of the first two."""
+
 NEWCOMERS: dict[str, dict[str, Any]] = {
     "ministral3": {**WIDE, "rope_parameters": {"rope_theta": 1e4, **YARN}},
     "granite": {
@@ -113,6 +130,7 @@ NEWCOMERS: dict[str, dict[str, Any]] = {
     },
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "cohere": {"use_qk_norm": False, "logit_scale": 0.25},
+    "gemma4_text": {**GEMMA4, **SHARED_KEYS, "attention_k_eq_v": True, "num_global_key_value_heads": 1},
     "qwen3_5_text": DELTA_NET,
     "lfm2": {
         "num_hidden_layers": 3,
@@ -128,7 +146,12 @@ NEWCOMERS: dict[str, dict[str, Any]] = {
 
 def family_config(family: str, **changes: Any) -> Any:
     """transformers' configuration of a tiny model."""
-    return AutoConfig.for_model(family, **{**COMMON, **NEWCOMERS[family], **changes})
+    return AutoConfig.for_model(family, **{**COMMON, **NEWCOMERS[family], **per_layer_rows(changes)})
+
+
+def per_layer_rows(changes: dict[str, Any]) -> dict[str, Any]:
+    """`changes` with as many rows in an embedding for each layer as in the first one."""
+    return changes | ({"vocab_size_per_layer_input": changes["vocab_size"]} if "vocab_size" in changes else {})
 
 
 def save_family(folder: Path, family: str, **changes: Any) -> Any:
@@ -152,6 +175,10 @@ def sections(*sizes: int) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": list(sizes)}}
 
 
+GEMMA4_TOKENS = {
+    f"{name}_token_id": 140 + place for place, name in enumerate(("boi", "eoi", "image", "video", "boa", "audio"))
+} | {"eoa_token_index": 150}
+
 WITH_IMAGES: dict[str, dict[str, Any]] = {
     "gemma3": {
         "text_config": {**COMMON, **WIDE, "sliding_window": 16, "query_pre_attn_scalar": 64},
@@ -172,6 +199,23 @@ WITH_IMAGES: dict[str, dict[str, Any]] = {
         "vision_config": {"model_type": "pixtral", **LAYERED},
         "image_token_index": 150,
     },
+    "gemma4": {
+        "text_config": {**COMMON, **GEMMA4, **SHARED_KEYS},
+        "vision_config": {**LAYERED, "head_dim": 16, "global_head_dim": 16, "position_embedding_size": 16},
+        "audio_config": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "output_proj_dims": 32},
+        **GEMMA4_TOKENS,
+    },
+    "gemma4 of keys as values": {
+        "text_config": {**COMMON, **GEMMA4, "attention_k_eq_v": True, "num_global_key_value_heads": 1},
+        "vision_config": {**LAYERED, "head_dim": 16, "global_head_dim": 16, "position_embedding_size": 16},
+        **GEMMA4_TOKENS,
+    },
+    "gemma4_unified": {
+        "text_config": {**COMMON, **GEMMA4, "attention_k_eq_v": True, "num_global_key_value_heads": 1},
+        "vision_config": {"patch_size": 4, "mm_embed_dim": 32, "mm_posemb_size": 8, "output_proj_dims": 32},
+        "audio_config": {"hidden_size": 32},
+        **GEMMA4_TOKENS,
+    },
     "qwen3_5": {
         "text_config": {**COMMON, **DELTA_NET},
         "vision_config": {**BLOCKS, "num_position_embeddings": 16},
@@ -190,7 +234,9 @@ def save_with_images(folder: Path, family: str, **changes: Any) -> Any:
     """Write a random float32 model that takes images to `folder`, and return it. changes: to its text's entries."""
     torch.manual_seed(0)
     values = WITH_IMAGES[family]
-    config = AutoConfig.for_model(family.split()[0], **{**values, "text_config": {**values["text_config"], **changes}})
+    config = AutoConfig.for_model(
+        family.split()[0], **{**values, "text_config": {**values["text_config"], **per_layer_rows(changes)}}
+    )
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32, attn_implementation="eager")
     spread(model).save_pretrained(folder)
     return model
@@ -200,6 +246,9 @@ def spread(model: Any) -> Any:
     """`model` with random weights that make its logits far from uniform."""
     vocabulary = spread_of_embedding(model.config.model_type)
     with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            if name.endswith("layer_scalar"):
+                buffer.mul_(0.8)
         for name, parameter in model.named_parameters():
             if "norm" in name or parameter.ndim < 2:
                 parameter.add_(torch.randn_like(parameter) * 0.2)

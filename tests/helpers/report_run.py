@@ -118,3 +118,57 @@ def write_run(
         if finished:
             log.finish({"adapter": str(folder / "adapter")})
     return folder
+
+
+EPISODES = {
+    "environment/turns": 3.0,
+    "environment/success": 0.5,
+    "environment/calls": 2.0,
+    "environment/call_errors": 0.25,
+    "environment/malformed_calls": 0.125,
+    "environment/environment_tokens": 60.0,
+    "environment/out_of_turns": 0.1,
+    "environment/out_of_room": 0.05,
+    "environment/cut_turns": 0.02,
+    "environment/lost": 0.01,
+    "environment_wait_seconds": 1.5,
+}
+"""What the steps of a run with an environment measure besides."""
+
+
+def episode(step: int, turns: int = 3, text: str = "") -> list[dict[str, Any]]:
+    """So many turns of the policy with a call each, and what the environment said between them."""
+    made: list[dict[str, Any]] = []
+    for number in range(turns):
+        call = {"name": "look", "arguments": {"at": number, "why": text or "to see"}}
+        last = number == turns - 1
+        said = {"role": "assistant", "text": f"Turn {number} of step {step}.", "sampled": True, "reward": number / 4}
+        made.append(said | {"calls": [] if last else [call]})
+        if not last:
+            made.append({"role": "tool", "text": f"{text or 'Seen'} {number}", "sampled": False, "calls": []})
+    return made
+
+
+def write_episodes(folder: Path, steps: int = 40, *, text: str = "", turns: int = 3) -> Path:
+    """A run with an environment: conversations in training and of held-out questions."""
+    config = run_config(folder, train={"max_steps": steps}, environment={"tools": ["my_tools.py:look"]})
+    folder.mkdir(parents=True)
+    (folder / CONFIG).write_text(config_toml(config))
+
+    def group(step: int, question: str) -> SampleGroup:
+        samples = [
+            Sample("done", member * step / steps, {"tools": 1.0}, None, 20, "stop", episode(step, turns, text))
+            for member in range(2)
+        ]
+        return SampleGroup([{"role": "user", "content": question}], None, samples, "games")
+
+    with RunLog(folder, config, max_steps=steps, console=Console(file=io.StringIO())) as log:
+        for step in range(steps + 1):
+            if step:
+                log.step(metrics(step, steps, **EPISODES))
+                if log.wants_samples(step):
+                    log.samples(step, [group(step, f"Game {step}")])
+            if step in (0, steps):
+                log.evaluation(step, held_out(0.3 + 0.4 * step / steps), [group(step, "A held-out game")])
+        log.finish({"adapter": str(folder / "adapter")})
+    return folder

@@ -48,7 +48,9 @@ def content(records: dict[str, Record], digests: dict[str, dict[str, str]]) -> s
         for fused, parts in record.linears.items():
             lines += [f'            "{fused}": (', *(f'                "{part}",' for part in parts), "            ),"]
         lines += ["        },", *renamed_lines(record.renamed)]
-        lines += [*([f'        "float32": {record.float32!r},'] if record.float32 else []), "    },"]
+        rare = ("others", "unread", "float32")
+        lines += [f'        "{key}": {each!r},' for key in rare if (each := getattr(record, key))]
+        lines.append("    },")
     lines += ["}", '"""What vLLM stacks: its linear layers, each with the graph\'s in order."""\n']
     lines += [
         "FAMILIES: dict[str, str] = {",

@@ -51,6 +51,22 @@ def test_every_pair_has_one_place_among_its_experts_rows(tokens, experts, top_k)
     assert sorted(covered) == list(range(tokens * top_k))
 
 
+def test_what_is_chosen_is_kept_beside_each_tokens_slot():
+    logits = logits_of(20, 12)
+    table = torch.full((30, 2, 3), 99, dtype=torch.uint8)
+    slots = torch.arange(25).roll(3)
+    slots[4] = -1
+    record = routing.Record(table.clone(), slots, 1)
+    routes = routing.choose(logits, 3, True, 16, record)
+    expected = routing.Record(table.clone(), slots, 1)
+    expected.write(routes.chosen)
+    kept = [slot for slot in slots[:20].tolist() if slot >= 0]
+    assert torch.equal(record.table[kept, 1].int(), routes.chosen[slots[:20] >= 0])
+    assert torch.equal(record.table[:-1], expected.table[:-1]), "the last slot is nobody's"
+    others = [slot for slot in range(29) if slot not in kept]
+    assert (record.table[others] == 99).all() and (record.table[:, 0] == 99).all()
+
+
 def made(experts, features, columns, dtype):
     packed, absmax = nf4.allocate(experts * features, columns, dtype, "cpu")
     generator = torch.Generator().manual_seed(features)

@@ -41,7 +41,8 @@ def test_every_launch_fits_the_card(card, model):
         hold(BY_NAME[card], collected)
     expected = {name for module in MODULES for name in kernels_of(module)}
     served = "_gemm_kernel" if BY_NAME[card].architecture == 75 else "_turing_kernel"
-    absent = {served} | ({"_shrink_kernel", "_dense_kernel"} if BY_NAME[card].architecture == 75 else set())
+    with_dot = {"_shrink_kernel", "_dense_kernel", "_gemm_8bit_kernel"}
+    absent = {served} | (with_dot if BY_NAME[card].architecture == 75 else set())
     assert collected.names == expected - absent, "every kernel there is"
 
 
@@ -66,6 +67,17 @@ def test_the_product_with_an_adapter_fits_the_card(card, monkeypatch):
     with pretended(BY_NAME[card]) as collected:
         card_launches.packed_products(one, card_launches.dtypes(BY_NAME[card])[0])
         hold(BY_NAME[card], collected)
+
+
+@pytest.mark.parametrize("card", ["sm_86"])
+def test_the_8_bit_product_with_an_adapter_fits_the_card(card, monkeypatch):
+    one = Shape(4096, 64, 32, 8, 128, 1000)
+    monkeypatch.setattr(card_launches, "EIGHT_BIT_ROWS", (33,))
+    monkeypatch.setattr(Shape, "linears", property(lambda shape: {"qkv": (6144, 4096)}))
+    with pretended(BY_NAME[card]) as collected:
+        card_launches.eight_bit_products(one, card_launches.dtypes(BY_NAME[card])[0])
+        hold(BY_NAME[card], collected)
+    assert "_gemm_8bit_kernel" in collected.names
 
 
 def test_products_without_tensor_cores_do_not_spill(monkeypatch):

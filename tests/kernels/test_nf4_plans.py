@@ -163,6 +163,8 @@ def test_a_search_that_is_cut_short_has_timed_something_for_every_number_of_rows
         plan = nf4_tuner.filled(nf4_tuner.choose(times, dense, Counter()), rule, times, dense, shape[0])
         most = max(rows for rows, tile in rule.tiles if nf4_tiles.fits(tile, plan.split, rows, shape[0]))
         assert plan.tile(most) is not None, "what is fused by rule is fused after measuring"
+        said = nf4_tuner.described(nf4_tuner.Measured(plan, times, dense, []))
+        assert all(f"{rows}: {'by rule' if rows not in dense else ''}" in said for rows, _ in plan.tiles)
 
 
 def test_wrong_kernels_are_left_out_and_nothing_is_timed_past_the_deadline(monkeypatch):

@@ -16,6 +16,7 @@ from grpo.model.source import open_source
 from grpo.policy.activation_checkpointing import recomputed
 from grpo.policy.fused_layers import install_fused_layers
 from grpo.policy.policy import Policy
+from tests.helpers.families import save_family
 from tests.helpers.tiny import FAMILIES, VOCABULARY, save_tiny
 
 PROMPTS = [[3, 5, 9, 11], [3, 5, 9, 11], [8, 4, 7]]
@@ -70,6 +71,23 @@ def test_every_mode_gives_the_same_bits(family: str, tmp_path: Path) -> None:
     assert expected[1][0].abs().max() > 0
     for mode in ("layer", "offload"):
         assert_same_bits(learn(policy, mode, times=2), expected)
+
+
+def test_keys_that_later_layers_see_too_get_their_gradient_from_all_of_them(tmp_path: Path) -> None:
+    """Gemma 4: its last two layers have the keys of the first two, and every layer has an input for each token."""
+    save_family(tmp_path, "gemma4_text")
+    values = {"model": {"name": str(tmp_path), "load_in_4bit": False}, "task": {"name": "t"}}
+    model = parse_config(values).model
+    base = BaseWeights(open_source(model), model, device=torch.device("cpu"), dtype=torch.float32)
+    policy = policy_of(base)
+    names = [name for name, parameter in policy.model.named_parameters() if parameter.requires_grad]
+    expected = learn(policy, "none", times=2)
+    assert all(grad.abs().max() > 0 for grad in expected[1])
+    for mode in ("layer", "offload"):
+        found = learn(policy, mode, times=2)
+        assert found[0].equal(expected[0])
+        for name, grad, other in zip(names, found[1], expected[1], strict=True):
+            torch.testing.assert_close(grad, other, rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])

@@ -31,7 +31,7 @@ from grpo.report.findings import findings
 from grpo.report.page import LiveReport, write_report
 from grpo.run.records import json_line
 from tests.helpers.paths import ROOT
-from tests.helpers.report_run import HOSTILE, groups, held_out, metrics, run_config, write_run
+from tests.helpers.report_run import HOSTILE, groups, held_out, metrics, run_config, write_episodes, write_run
 
 
 class Page(html.parser.HTMLParser):
@@ -529,3 +529,14 @@ def test_a_resumed_run_reports_no_step_twice(tmp_path: Path) -> None:
             log.step(metrics(step, 6, reward=9.0))
     (reward,) = Page(folder / "report.html").charts()["Reward"]["series"]
     assert reward["x"] == [1, 2, 3, 4, 5, 6] and reward["y"][3:] == [9, 9, 9]
+
+
+def test_a_run_with_an_environment_has_its_own_charts(tmp_path: Path) -> None:
+    made = sections([read_run(write_episodes(tmp_path / "run"))])
+    drawn = {section["id"]: [chart["title"] for chart in section["charts"]] for section in made}
+    assert drawn["episodes"] == [
+        "Turns", "Success", "Calls of tools", "Tokens of the environment", "Episodes cut short",
+        "Waiting for the environment",
+    ]  # fmt: skip
+    assert not any("environment" in title for title in drawn.get("more", ())), "each is drawn once"
+    assert "episodes" not in {section["id"] for section in sections([read_run(write_run(tmp_path / "other"))])}

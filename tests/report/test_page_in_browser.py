@@ -16,7 +16,7 @@ import pytest
 
 from grpo.report.page import write_report
 from tests.helpers.browser import Browser, installed, started
-from tests.helpers.report_run import HOSTILE, run_config, write_run
+from tests.helpers.report_run import HOSTILE, run_config, write_episodes, write_run
 
 PROGRAM = installed()
 pytestmark = pytest.mark.skipif(
@@ -335,3 +335,43 @@ def test_a_comparison_draws_every_run(browser: Browser, run: Path, tmp_path: Pat
     assert all("other ·" in heading for heading in shown(browser, ".card > h3")) and shown(browser, ".card > h3")
     if folder := os.environ.get("GRPO_REPORT_PICTURES"):
         browser.picture(Path(folder) / f"comparison-{look.replace(' ', '-')}.png")
+
+
+# Conversations
+
+
+@pytest.fixture(scope="module")
+def talks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_episodes(tmp_path_factory.mktemp("talks") / "mine", turns=20, text="<b>bold</b> needle")
+
+
+@pytest.mark.parametrize("look", ["light", "phone dark"])
+def test_conversations_are_legible_and_fit(browser: Browser, talks: Path, look: str) -> None:
+    options: dict[str, Any] = LOOKS[look]
+    browser.open(talks / "report.html", **options)
+    choose(browser, "groups")
+    assert browser.run("document.documentElement.scrollWidth") <= options.get("width", 1280)
+    assert browser.run(CONTRAST) == [] and browser.complaints() == []
+
+
+def test_turns_calls_and_rewards_are_shown_and_what_was_sampled_stands_out(browser: Browser, talks: Path) -> None:
+    browser.open(talks / "report.html")
+    assert "what the model said is shaded" in shown(browser, "#count")[0]
+    assert any(text.startswith("A held-out game") for text in shown(browser, ".question")), "held out: turns as well"
+    sides = shown(browser, ".pair .episode")
+    assert len(sides) == 2 and all("Turn 0 of step" in side and "… 15 turns left out …" in side for side in sides)
+    colour = "(selector) => getComputedStyle(document.querySelector(selector)).background"
+    colours = browser.run(f"['.turn.sampled', '.episode .turn:not(.sampled)'].map({colour})")
+    assert colours[0] != colours[1]
+    assert shown(browser, ".turn.sampled i")[1] == "assistant · reward 0.25" and "look" in shown(browser, ".call")[0]
+
+
+def test_turns_and_calls_are_searched_and_stay_text(browser: Browser, talks: Path) -> None:
+    browser.open(talks / "report.html")
+    choose(browser, "groups")
+    fill(browser, "text", "bold</b> needle 1")
+    assert shown(browser, ".episode mark")[0] == "bold</b> needle 1" and not shown(browser, ".episode b")
+    fill(browser, "text", '"why": "<b>bold')
+    assert shown(browser, ".call mark")[0] == '"why": "<b>bold'
+    fill(browser, "text", "nowhere in it")
+    assert shown(browser, "#count") == ["Nothing fits the filter."]

@@ -24,8 +24,12 @@ class Family:
     """vLLM's name of its class; empty for transformers'."""
     text_as: str = ""
     """The family whose graph is this one's, for a text decoder that transformers has no causal LM of."""
+    text_values: dict[str, Any] = field(default_factory=dict)
+    """What that family's configuration says for it, in place of its own defaults."""
     activation: tuple[str, tuple[str, ...]] | None = None
     """The key of the MLP's activation, and what vLLM computes of it; None where vLLM reads the key."""
+    layers_differ: bool = False
+    """Both graphs read sizes of attention that differ by layer (transformers' `per_layer_config`)."""
     head_of_hidden_size: bool = False
     """Heads are, to vLLM, the hidden size over their number, whatever `head_dim` says."""
     always_tied: bool = False

@@ -1,4 +1,8 @@
-"""Gemma 1 to 3: RMSNorm multiplies by its weight plus one, and the MLP's activation is GELU."""
+"""Gemma 1 to 3: RMSNorm multiplies by its weight plus one, and the MLP's activation is GELU.
+
+Gemma 4: plain norms. Heads of another size in its full layers; in some sizes an embedding for each layer, layers that
+attend to the keys and values of an earlier one, or values that are the keys before their norm and rotation.
+"""
 
 from grpo.model.families.family import Family
 
@@ -28,4 +32,13 @@ FAMILIES = {
         fused_layers=True,
         norm_adds_one=True,
     ),
+    "gemma4_text": Family(
+        models="Gemma 4 E2B, E4B, 12B and 31B, the text of those that take images and sound",
+        caveat="no kernels of ours for its layers yet; its mixture of experts (26B-A4B) is refused",
+        vllm_class="Gemma4ForCausalLM",
+        activation=("hidden_activation", ("gelu_pytorch_tanh",)),
+        needs_window=True,
+        layers_differ=True,
+    ),
+    "gemma4_unified_text": Family(text_as="gemma4_text", text_values={"hidden_size_per_layer_input": 0}),
 }

@@ -20,7 +20,6 @@ def growth(config: DecoderConfig) -> dict[str, Any]:
 FAMILIES = {
     "ministral3": Family(
         models="Ministral 3, from checkpoints that take images too",
-        caveat="FP8 checkpoints are not read",
         served=growth,
         of_rotary=frozenset({"llama_4_scaling_beta"}),
     )

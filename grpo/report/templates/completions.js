@@ -70,7 +70,8 @@ function counted(count, filter, state) {
     worst: `${prompts} by the worst completion`,
     groups: one ? "group" : "groups",
   }[filter.view];
-  return count ? `${count} ${what}` : "Nothing fits the filter.";
+  const talks = state.data.groups.some((group) => group.samples.some((sample) => sample.turns));
+  return count ? `${count} ${what}${talks ? "; what the model said is shaded" : ""}` : "Nothing fits the filter.";
 }
 
 // A view is a list of functions that make a card each
@@ -165,9 +166,11 @@ function said(sample, filter) {
 
 // One turn of an episode: what was sampled stands out from what the environment said.
 function spoken(turn, filter) {
+  if (turn.left_out) return element("div", { class: "turn omitted" }, `… ${plainNumber(turn.left_out, 0)} turns left out …`);
   const role = turn.reward === null ? turn.role : `${turn.role} · reward ${score(turn.reward)}`;
   const made = element("div", { class: turn.sampled ? "turn sampled" : "turn" }, element("i", {}, role), ...written(turn, filter));
   for (const call of turn.calls) made.append(element("code", { class: "call" }, ...written(call, filter)));
+  if (!turn.text && !turn.calls.length) made.append(element("span", { class: "omitted" }, "(nothing)"));
   return made;
 }
 
