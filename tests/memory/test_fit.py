@@ -223,7 +223,8 @@ PUBLISHED = {
 """Billions of parameters, as their publishers state them."""
 EXTENDED = {
     "orpheus-3b-0.1": ("llama-3.2-3b", 28_684), "llasa-1b": ("llama-3.2-1b", 65_544),
-    "llasa-3b": ("llama-3.2-3b", 65_544), "llasa-8b": ("llama-3.1-8b", 65_544), "spark-tts-0.5b": ("qwen2.5-0.5b", 14_064),
+    "llasa-3b": ("llama-3.2-3b", 65_544), "llasa-8b": ("llama-3.1-8b", 65_544),
+    "spark-tts-0.5b": ("qwen2.5-0.5b", 14_064),
 }  # fmt: skip
 """Speech models: what they extend, and by how many rows of the vocabulary."""
 for _name, (_base, _rows) in EXTENDED.items():
