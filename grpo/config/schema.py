@@ -560,7 +560,9 @@ class Environment(Section):
     not depend on how long tools take; or at once."""
     latency_steps: PositiveInt = 16
     """Decoding steps from the end of a turn until its answer is taken up. A slower answer is waited for."""
-    tool_parser: Literal["auto", "hermes", "qwen3_coder", "glm45", "lfm2"] = "auto"
+    tool_parser: Literal[
+        "auto", "hermes", "qwen3_coder", "glm45", "lfm2", "llama3_json", "gemma4", "openai", "deepseek_v3"
+    ] = "auto"
     """The form in which the model writes calls, by vLLM's names; "auto": the one of its chat template."""
     python: str | None = None
     """Another Python interpreter to run the environment with, which has packages of its own."""
