@@ -12,7 +12,10 @@ from typing import Any
 
 from vllm import ModelRegistry
 
-OURS = {"Qwen3_5ForCausalLM": ("grpo.rollout.vllm_qwen3_5", "Qwen3_5Text")}
+OURS = {
+    "Qwen3_5ForCausalLM": ("grpo.rollout.vllm_qwen3_5", "Qwen3_5Text"),
+    "Lfm2ForCausalLM": ("grpo.rollout.vllm_lfm2", "Lfm2"),
+}
 """vLLM's name of a class -> (module, class) in its place."""
 
 
