@@ -18,6 +18,7 @@ from grpo.kernels.sizes import RANK_MULTIPLE
 from grpo.memory.activations import TrainingMemory, moment_bytes
 from grpo.memory.kv_groups import KeyPool
 from grpo.memory.states import has_states, pages
+from grpo.model.adapter_config import takes_from_base
 from grpo.model.adapter_layers import adapted_layers
 from grpo.model.attention_layers import attention_layers
 from grpo.model.expert_sizes import COUNTS, expert_sizes
@@ -264,7 +265,8 @@ def adapter_bytes(config: Config, shape: Any, itemsize: int, *, on_gpu: bool) ->
         ranks = -(-ranks // RANK_MULTIPLE) * RANK_MULTIPLE
         engine += ranks * (sizes[parts[0]][1] + sum(sizes[part][0] for part in parts))
     has_reference = config.loss.beta > 0 and config.loss.reference == "start" and config.lora.init is not None
-    return trained * (4 + 4 + 4 * has_reference + moment_bytes(config.train.optim, on_gpu=on_gpu)) + engine * itemsize
+    kept = has_reference + takes_from_base(config.lora.init_lora_weights)  # the reference's values; the first ones
+    return trained * (4 + 4 + 4 * kept + moment_bytes(config.train.optim, on_gpu=on_gpu)) + engine * itemsize
 
 
 def kv_bytes_per_token(shape: Any, itemsize: int, kv_cache_dtype: str) -> int:
