@@ -16,6 +16,7 @@ from typing import Any
 from grpo.config.schema import Config
 from grpo.kernels.sizes import RANK_MULTIPLE
 from grpo.memory.activations import TrainingMemory, moment_bytes
+from grpo.memory.kv_groups import KeyPool
 from grpo.memory.states import has_states, pages
 from grpo.model.adapter_config import takes_from_base
 from grpo.model.adapter_layers import adapted_layers
@@ -287,8 +288,8 @@ def layer_token_bytes(shape: Any, itemsize: int, kv_cache_dtype: str) -> int:
 def kv_cache_bytes(shape: Any, itemsize: int, kv_cache_dtype: str, length: int, sequences: int, block: int) -> int:
     """KV cache in which `sequences` reach `length` tokens, in whole blocks, with two to spare."""
     if not has_states(shape):
-        blocks = -(-length // block) * sequences + 2
-        return blocks * block * kv_bytes_per_token(shape, itemsize, kv_cache_dtype)
+        pool = KeyPool.of(shape, 1 if kv_cache_dtype == "fp8" else itemsize, block)
+        return (pool.blocks(length, max(BATCHED_TOKENS, length)) * sequences + 2) * pool.block_bytes
     page = pages(shape, itemsize, layer_token_bytes(shape, itemsize, kv_cache_dtype), block)
     return (page.blocks(length, STATES_KEPT) * sequences + 2) * page.size
 
