@@ -192,15 +192,17 @@ def started_from(
     """(the base as the adapter was trained on it, what the adapter started from in it); mostly `base` and nothing."""
     import torch
 
-    from grpo.config.schema import Config
+    from grpo.config.schema import Config, Train
     from grpo.model.initial_adapter import ResidualSource
     from grpo.policy.starting_base import starting_source
 
     assert reference.adapter is not None
-    tables: dict[str, Any] = {key: reference.tables[key] for key in ("model", "train") if key in reference.tables}
-    tables |= {"lora": adapter.saved.lora.model_dump(), "task": {"name": "none"}}
+    # The sections by themselves: what holds between them and others was the run's to hold.
+    sections = {"model": Model.model_validate(reference.tables["model"]), "lora": adapter.saved.lora}
+    sections["train"] = Train.model_validate(reference.tables.get("train", {}))
+    config = Config.model_construct(**sections)
     folders = [reference.adapter, *([run] if (run := run_of(reference)) is not None else [])]
-    source = starting_source(base, Config.model_validate(tables), folders, torch.device("cpu"))
+    source = starting_source(base, config, folders, torch.device("cpu"))
     return source, source.read_all() if isinstance(source, ResidualSource) else {}
 
 

@@ -100,7 +100,7 @@ def turns_pairs(config: DecoderConfig) -> bool:
 
 def frequencies(config: DecoderConfig, longest: int | None = None) -> Frequencies:
     """transformers' rotary frequencies for sequences of at most `longest` tokens (None: what the model allows)."""
-    if getattr(config, "rope_parameters", None) is None:
+    if getattr(config, "rope_parameters", None) is None or rotary_class(config) is None:
         return {}
     settled = copy.deepcopy(config)
     longest = config.max_position_embeddings if longest is None else longest
@@ -132,7 +132,8 @@ def rotary_parameters(config: DecoderConfig) -> Iterator[tuple[str, dict[str, An
 
 def by_layer_type(config: DecoderConfig) -> bool:
     """Whether transformers has rotary frequencies for each type of layer in the family."""
-    return "layer_type" in inspect.signature(rotary_class(config).forward).parameters
+    rotary = rotary_class(config)
+    return rotary is not None and "layer_type" in inspect.signature(rotary.forward).parameters
 
 
 def unread_parameters(config: DecoderConfig) -> dict[str, Any]:
@@ -164,13 +165,13 @@ def prefixed(kind: str, name: str) -> str:
 
 
 def rotary_class(config: DecoderConfig) -> Any:
-    """transformers' rotary embedding of the family."""
+    """transformers' rotary embedding of the family; None for one that has none."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     decoder = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     module, name = sys.modules[decoder.__module__], decoder.__name__.removesuffix("ForCausalLM")
     of_text = getattr(module, f"{name}TextRotaryEmbedding", None)  # where a model of images has another
-    return of_text or getattr(module, f"{name}RotaryEmbedding")
+    return of_text or getattr(module, f"{name}RotaryEmbedding", None)
 
 
 def rotated(config: DecoderConfig, kind: str, parameters: dict[str, Any]) -> int:

@@ -152,7 +152,8 @@ def served_layer(case: Case, form: str, device: str) -> tuple[nn.Module, list[Se
             segments.append(Segment(first, rows, weight))
             dense.append(weight)
     layer = nn.Module()
-    layer.shared = FusedLinear("qkv_proj", {"q_proj": (0, 960)}, 576, 960, segments)
+    layer.shared = FusedLinear("qkv_proj", {"q_proj": (0, 960)}, 576, 960, segments=segments)
+    layer.served_features = 960
     layer.adapter = AdapterBuffers(case.a, case.b)
     layer.adapter_on = torch.ones((), dtype=case.x.dtype, device=device)
     return layer, segments, torch.cat(dense)

@@ -224,7 +224,7 @@ def test_every_token_has_the_logprob_that_it_was_sampled_with(vllm_config: Any, 
             count = len(ours.tokens[name])
             expected = [sampled(name, position) for position in range(start, start + count)]
             assert ours.tokens[name] == [token for token, _ in expected]
-            assert collector.take(name.split("-")[0])[:count] == [logprob for _, logprob in expected]
+            assert collector.take(name.split("-")[0])[0][:count] == [logprob for _, logprob in expected]
 
 
 def test_a_token_that_vllm_drops_takes_its_logprob_with_it() -> None:
