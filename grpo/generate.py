@@ -90,7 +90,7 @@ def check_options(parsed: argparse.Namespace) -> None:
         raise UserError(f"--environment and {other}: an episode is a chat with the adapter; keep one of them")
     if parsed.environment:
         environment_of(parsed.model, parsed.base)
-    check_sampling(parsed.temperature, parsed.max_tokens, 1.0, 1)
+    check_sampling(parsed.temperature, parsed.max_tokens, 1.0, 1, None)
 
 
 def opened(parsed: argparse.Namespace) -> LoadedPolicy:
