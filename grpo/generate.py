@@ -81,7 +81,7 @@ def parser() -> argparse.ArgumentParser:
 
 def check_options(parsed: argparse.Namespace) -> None:
     """Raise UserError for options that exclude one another or are out of range, before anything is loaded."""
-    from grpo.api.loaded_policy import check_sampling
+    from grpo.api.arguments import check_sampling
 
     if parsed.raw and parsed.system is not None:
         raise UserError("--system and --raw: a raw prompt has no system prompt; keep one of them")
