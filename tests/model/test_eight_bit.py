@@ -189,8 +189,12 @@ def test_a_kind_that_is_not_read_is_named_before_any_weight(said: str, stored: d
 @pytest.mark.parametrize(
     "stored",
     [
-        ["fp8"], 3, {"quant_method": "fp8", "weight_block_size": [0, 128]},
-        {"quant_method": "fp8", "weight_block_size": 7}, {"quant_method": "fp8", "weight_block_size": [128]}, {**COMPRESSED, "config_groups": [1]},
+        ["fp8"],
+        3,
+        {"quant_method": "fp8", "weight_block_size": [0, 128]},
+        {"quant_method": "fp8", "weight_block_size": 7},
+        {"quant_method": "fp8", "weight_block_size": [128]},
+        {**COMPRESSED, "config_groups": [1]},
         {**COMPRESSED, "config_groups": {"a": {"weights": {"num_bits": 8, "group_size": "x"}}}},
         {"quant_method": "modelopt", "quantization": [1]},
     ],
