@@ -25,9 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from grpo.kernels import nf4, nf4_experts, routing
-from grpo.kernels.experts import ExpertMatrix, Experts, group, route
+from grpo.kernels.experts import ExpertAdapter, ExpertAdapters, ExpertMatrix, Experts, group, route
 from grpo.kernels.glu import glu_forward
-from grpo.kernels.nf4_experts import DecodeTiles, ExpertAdapter, ExpertAdapters
+from grpo.kernels.nf4_experts import DecodeTiles
 from grpo.kernels.nf4_tiles import Tile
 from grpo.run.versions import hardware, versions
 

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from grpo.kernels import cards, nf4, routing
-from grpo.kernels.experts import ExpertMatrix, Experts
+from grpo.kernels.experts import ExpertAdapter, ExpertAdapters, ExpertMatrix, Experts
 from grpo.kernels.glu import glu_forward
 from grpo.kernels.launch import is_interpreted, on_device, round_to
 from grpo.kernels.nf4_lookup import byte_tables, fenced, load_rows, lookup_half, scaled, tile_columns
@@ -54,21 +54,6 @@ class ExpertLowRank(NamedTuple):
     b: Tensor
 
 
-class ExpertAdapter(NamedTuple):
-    """LoRA of every expert on one of its matrices: a [experts, R, in] and b [experts, out, R], which is s B."""
-
-    a: Tensor
-    b: Tensor
-
-
-class ExpertAdapters(NamedTuple):
-    """Those of a block; `on`: one number that their terms are multiplied by, read on the device."""
-
-    gate_up: ExpertAdapter | None
-    down: ExpertAdapter | None
-    on: Tensor
-
-
 def serves(x: Tensor, experts: Experts, top_k: int) -> bool:
     """Whether `decode` takes x [tokens, hidden]: packed experts, few rows, a GPU on which Triton multiplies."""
     packed = experts.gate_up.absmax is not None and x.element_size() == 2
@@ -92,7 +77,7 @@ def decode(
 
     def product(rows: Tensor, matrix: ExpertMatrix, adapter: ExpertAdapter | None, tile: Tile, top_k: int) -> Tensor:
         low_rank = None
-        if adapter is not None and adapters is not None:
+        if adapter is not None and adapters is not None and adapters.on is not None:
             shrunk = experts_shrink(rows, adapter.a, adapters.on, routes, tile.m, top_k=top_k)
             low_rank = ExpertLowRank(shrunk, adapter.b)
         assert matrix.absmax is not None

@@ -49,7 +49,7 @@ max_lora_rank float8_kv_cache disable_log_stats random_state unsloth_vllm_standb
 enforce_eager enable_prefix_caching compilation_config conservativeness max_logprobs max_num_seqs
 max_num_batched_tokens return_args training r target_modules lora_alpha lora_dropout bias layers_to_transform
 layers_pattern finetune_last_n_layers use_rslora modules_to_save init_lora_weights loftq_config use_dora
-target_parameters ensure_weight_tying offload_layers checkpoint_skip_layers qat_scheme vllm_sampling_params
+ensure_weight_tying offload_layers checkpoint_skip_layers qat_scheme vllm_sampling_params
 unsloth_num_chunks unsloth_logit_chunk_multiplier unsloth_grpo_mini_batch sampling_params lora_request""".split()
 """Arguments of its from_pretrained, get_peft_model and fast_generate, and what it adds to GRPOConfig (2026.10.9)."""
 
