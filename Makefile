@@ -7,7 +7,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test test-quick test-wide test-long test-newest lint types docs site resolve clean browser environment-packages
+.PHONY: demo test test-quick test-wide test-long test-newest lint types docs site resolve clean browser environment-packages lm-eval
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
@@ -38,11 +38,17 @@ test-wide: $(INSTALLED) site
 
 # Environments of their own for tests of other people's packages, which `make test-wide` uses where they are there.
 environment-packages:
-	@[ -x build/environment-packages/bin/python ] || $(PYTHON) -m venv build/environment-packages
+	@for name in environment-packages environment-packages-art environment-packages-verifiers-1; do \
+	  [ -x build/$$name/bin/python ] || $(PYTHON) -m venv build/$$name; done
 	build/environment-packages/bin/pip install -qq -r requirements/environments.txt
 	build/environment-packages/bin/pip install -qq --no-deps -r requirements/environments-bare.txt
-	@[ -x build/environment-packages-art/bin/python ] || $(PYTHON) -m venv build/environment-packages-art
 	build/environment-packages-art/bin/pip install -qq -r requirements/environments-art.txt
+	build/environment-packages-verifiers-1/bin/pip install -qq -r requirements/environments-verifiers-1.txt
+
+# The LM Evaluation Harness, in an environment of its own, which `make test-wide` tries where it is there.
+lm-eval:
+	@[ -x build/lm-eval/bin/python ] || $(PYTHON) -m venv build/lm-eval
+	build/lm-eval/bin/pip install -qq "lm-eval[api]==0.4.13"
 
 # What takes an hour: 50 kills, misbehaving rewards for 200 steps, fuzzing, a soak. Their results are in
 # benchmarks/results, as are the ones of whoever ran it last.

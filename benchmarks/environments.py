@@ -2,8 +2,8 @@
 
 Every episode samples exactly so many tokens a turn, and its tool then takes so many milliseconds. Compared are the
 deterministic schedule at several latencies, the eager one, a barrier (no turn begins before all have ended), and
-single-turn rollouts that sample as many tokens. Each is played several times in turn with the others after one warm-up;
-the deterministic ones must give the same tokens every time.
+single-turn rollouts that sample as many tokens; also with turns of unequal length, as many tokens together. Each is
+played several times in turn with the others; the deterministic ones must give the same tokens every time.
 
     python -m benchmarks.environments --model Qwen/Qwen2.5-0.5B-Instruct --out benchmarks/results/environments_gpu.json
     python -m benchmarks.environments --episodes 8 --turns 2 --tokens 8 --repeats 1     # a CPU, in a minute
@@ -19,6 +19,7 @@ import random
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,29 +36,43 @@ def main() -> int:
     from grpo.session import open_session
     from grpo.training.environment import start_environment
 
-    config = parse_config(tables(options))
-    with start_environment(config) as pool, open_session(config) as session:
-        assert pool is not None
-        seconds, prints = measure(options, session, pool)
-    tokens = options.episodes * options.turns * options.tokens
-    speeds = {name: round(tokens / statistics.median(found), 1) for name, found in seconds.items()}
-    result = {
+    result: dict[str, Any] = {
         "benchmark": "environments",
         "hardware": hardware(),
         "versions": versions(),
         "settings": {key: value for key, value in vars(options).items() if key != "out"},
-        "tokens_per_second": speeds,
-        "of_single_turn": {name: round(speed / speeds["single"], 3) for name, speed in speeds.items()},
-        "of_barrier": {name: round(speed / speeds["barrier"], 3) for name, speed in speeds.items()},
-        "same_tokens_every_time": {name: len(set(found)) == 1 for name, found in prints.items()},
     }
-    for name, speed in speeds.items():
-        agrees = "" if name not in prints else "  same tokens" if len(set(prints[name])) == 1 else "  tokens differ"
-        print(f"{name:>14}  {speed:10.1f} tokens/s  {result['of_single_turn'][name]:6.3f} of single turns{agrees}")
-    if options.out:
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    config = parse_config(tables(options))
+    with start_environment(config) as pool, open_session(config) as session:
+        assert pool is not None
+        for seconds, prints in measure(options, session, pool):
+            result |= summed_up(options, seconds, prints)
+            if options.out:
+                options.out.write_text(json.dumps(result, indent=1) + "\n")
+    for name, speed in result["tokens_per_second"].items():
+        share = result["of_single_turn"].get(name)
+        print(f"{name:>20}  {speed:10.1f} tokens/s  {share or '':>6} of single turns")
     print(json.dumps(result))
     return 0
+
+
+def summed_up(
+    options: argparse.Namespace, seconds: dict[str, list[float]], prints: dict[str, list[str]]
+) -> dict[str, Any]:
+    """What the plays so far give."""
+    tokens = options.episodes * options.turns * options.tokens
+    speeds = {name: round(tokens / statistics.median(found), 1) for name, found in seconds.items() if found}
+    single, barrier = (
+        {name: speeds.get(kind + " unequal" * name.endswith("unequal")) for name in speeds}
+        for kind in ("single", "barrier")
+    )
+    return {
+        "tokens_per_second": speeds,
+        "plays": {name: len(found) for name, found in seconds.items()},
+        "of_single_turn": {name: round(speed / over, 3) for name, speed in speeds.items() if (over := single[name])},
+        "of_barrier": {name: round(speed / over, 3) for name, speed in speeds.items() if (over := barrier[name])},
+        "same_tokens_every_time": {name: len(set(found)) == 1 for name, found in prints.items() if len(found) > 1},
+    }
 
 
 def parse() -> argparse.Namespace:
@@ -66,11 +81,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--episodes", type=int, default=64)
     parser.add_argument("--turns", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=128, help="of a turn, on average")
-    parser.add_argument("--spread", type=float, default=0.0, help="lengths of turns differ by up to this share")
+    parser.add_argument(
+        "--spread", type=float, default=0.5, help="of the unequal ones, lengths differ by up to it; 0: none"
+    )
     parser.add_argument("--delay", type=float, default=0.05, help="seconds that a tool takes")
     parser.add_argument("--latencies", default="1,4,8,16,32", help="comma-separated")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=600.0, help="no further repeat begins after so many")
+    parser.add_argument("--seconds", type=float, default=600.0, help="no further play begins after so many")
     parser.add_argument("--load-in-4bit", action="store_true")
     parser.add_argument("--out", type=Path, help="write the result there too, as JSON")
     return parser.parse_args()
@@ -106,25 +123,41 @@ def lengths(options: argparse.Namespace, episode: int) -> list[int]:
 
 def measure(
     options: argparse.Namespace, session: Any, pool: Any
-) -> tuple[dict[str, list[float]], dict[str, list[str]]]:
-    """Seconds of every repeat and, of episodes, a fingerprint of all their tokens, by what was played."""
-    latencies = [int(latency) for latency in options.latencies.split(",")]
-    names = ["single", "barrier", "eager", *(f"latency {latency}" for latency in latencies)]
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    prints: dict[str, list[str]] = {name: [] for name in names if name.startswith("latency")}
+) -> Iterator[tuple[dict[str, list[float]], dict[str, list[str]]]]:
+    """After every play: seconds of each so far and, of episodes, fingerprints of all their tokens, by what was played.
+
+    Short plays warm up first. What matters most comes first and twice, as time may be short.
+    """
+    latencies = [f"latency {latency}" for latency in options.latencies.split(",")]
+    core, more = ["single", "barrier", *latencies], ["eager"]
+    if options.spread:
+        more += ["single unequal", "barrier unequal", *(f"{name} unequal" for name in latencies)]
+    seconds: dict[str, list[float]] = {name: [] for name in [*core, *more]}
+    prints: dict[str, list[str]] = {name: [] for name in seconds if name.startswith("latency")}
+    short = argparse.Namespace(**{**vars(options), "tokens": max(options.tokens // 8, 2), "turns": 2})
+    for name in core:
+        play(short, session, pool, name)
     until = time.perf_counter() + options.seconds
-    for repeat in range(options.repeats + 1):
-        if repeat > 1 and time.perf_counter() > until:
-            break
+    for number in range(2 * options.repeats):
+        names = (core, core[::-1] + more, more[::-1] + core, core[::-1] + more)[min(number, 2 + number % 2)]
         for name in names:
-            session.engine.sync_adapter()  # forgets what was computed for the last one's prefixes
+            if time.perf_counter() > until:
+                return
             started = time.perf_counter()
-            found = single_turns(options, session) if name == "single" else episodes(options, session, pool, name)
-            if repeat:
-                seconds[name].append(time.perf_counter() - started)
+            found = play(options, session, pool, name)
+            seconds[name].append(time.perf_counter() - started)
+            print(f"{name:>20}  {seconds[name][-1]:.2f} s", flush=True)
             if name in prints:
                 prints[name].append(found)
-    return seconds, prints
+            yield seconds, prints
+
+
+def play(options: argparse.Namespace, session: Any, pool: Any, name: str) -> str:
+    """One play of `name`; the fingerprint of its tokens."""
+    kind = name.removesuffix(" unequal")
+    options = argparse.Namespace(**{**vars(options), "spread": options.spread if kind != name else 0.0})
+    session.engine.sync_adapter()  # forgets what was computed for the last one's prefixes
+    return single_turns(options, session) if kind == "single" else episodes(options, session, pool, kind)
 
 
 def sampling(options: argparse.Namespace, session: Any, tokens: int) -> Any:

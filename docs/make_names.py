@@ -11,9 +11,9 @@ HEAD = """\
 # Names of TRL and Unsloth
 
 Arguments of TRL's GRPOConfig and GRPOTrainer, transformers' TrainingArguments, Unsloth's from_pretrained,
-get_peft_model and fast_generate that are not keys here by the same name ([config.md](config.md) has those), as
-`grpo.load`, `policy.train` and `policy.generate` take them. A value in the last column is taken and changes nothing,
-since it says what is so anyhow.
+get_peft_model and fast_generate, and older ones of notebooks that are still about, that are not keys here by the same
+name ([config.md](config.md) has those), as `grpo.load`, `policy.train` and `policy.generate` take them. A value in the
+last column is taken and changes nothing, since it says what is so anyhow.
 
 | argument | here | taken as it is |
 | --- | --- | --- |
@@ -22,7 +22,7 @@ since it says what is so anyhow.
 
 def row(name: str) -> str:
     here = f"`{RENAMED[name]}`" if name in RENAMED else INSTEAD.get(name, "")
-    if name in VALUES:
+    if name in VALUES and name not in INSTEAD:
         here = ", ".join(f"`{key}={value!r}` for `True`" for key, value in VALUES[name](True).items())
     taken = ", ".join(f"`{value!r}`" for value in ALWAYS_SO.get(name, ()))
     return f"| `{name}` | {here.replace('|', '/')} | {taken} |"

@@ -13,6 +13,8 @@ For the exit codes see `grpo.command`.
 from __future__ import annotations
 
 import argparse
+import bisect
+import dataclasses
 import os
 import queue
 import random
@@ -212,7 +214,7 @@ class Service:
 
     def turn(self, waiting: Waiting, completion: Completion) -> Turn:
         """A finished completion as a turn, with the calls in it where tools were offered."""
-        text = self.session.decode(completion.token_ids)
+        completion, text = self.cut(completion, waiting.asked.stop)
         message: dict[str, Any] = {"role": "assistant", "content": text}
         malformed: list[str] = []
         if tools := waiting.asked.tools:
@@ -222,6 +224,23 @@ class Service:
                 call["id"] = f"call{random.getrandbits(48):012x}{index:02d}"
         ids, logprobs = completion.token_ids, completion.logprobs
         return Turn(message, text, completion.finish_reason, False, malformed, waiting.prompt_ids, ids, logprobs)
+
+    def cut(self, completion: Completion, stop: Sequence[str]) -> tuple[Completion, str]:
+        """`completion` up to the token with which the first of `stop` is there, and its text before that."""
+        text = self.session.decode(completion.token_ids)
+        if not any(one in text for one in stop):
+            return completion, text
+        count = bisect.bisect_left(
+            range(len(completion.token_ids)), True, key=lambda n: self.stopped(completion, n, stop)
+        )
+        ids, logprobs = completion.token_ids[:count], completion.logprobs[:count]
+        text = text[: min(place for one in stop if (place := text.find(one)) >= 0)]
+        return dataclasses.replace(completion, token_ids=ids, logprobs=logprobs, finish_reason="stop"), text
+
+    def stopped(self, completion: Completion, count: int, stop: Sequence[str]) -> bool:
+        """Whether the first `count` tokens have one of `stop` in their text."""
+        text = self.session.decode(completion.token_ids[:count])
+        return any(one in text for one in stop)
 
     @staticmethod
     def end(waiting: Waiting, turn: Turn | None = None, problem: Exception | None = None) -> None:

@@ -25,7 +25,7 @@ from grpo.memory.plan import MemoryPlan, plan_memory, sequence_limits, weight_by
 from grpo.model.adapter_layers import check_selected
 from grpo.model.architectures import check_supported
 from grpo.model.base_weights import BaseWeights
-from grpo.model.checks import check_float16, check_head_size, end_tokens, no_bfloat16
+from grpo.model.checks import check_float16, check_head_size, end_tokens, largest_head, no_bfloat16
 from grpo.model.config_keys import check_keys, normalize_config
 from grpo.model.host_memory import free_pinned_memory
 from grpo.model.inventory import account
@@ -38,7 +38,7 @@ from grpo.model.weight_source import Source
 from grpo.policy.adapter_files import open_adapter
 from grpo.policy.keep_16bit import load_base
 from grpo.policy.policy import Policy
-from grpo.rollout.attention_backend import choose_backend
+from grpo.rollout.attention_backend import Served, choose_backend
 from grpo.rollout.types import EngineSettings, SamplingSettings
 from grpo.rollout.vllm_environment import set_environment
 from grpo.run.machine import check_machine, resolve_device, version_of
@@ -179,7 +179,10 @@ class Session:
         source, self.stop_token_ids = files.source, files.stop_token_ids
         check_length(config, source.config, source.path)
         if device.type == "cuda":
-            choose_backend(config.rollout.attention_backend, config.rollout.kv_cache_dtype, architecture_of(device))
+            name = str(dtype).removeprefix("torch.")
+            head = largest_head(source.config.get_text_config())
+            served = Served(architecture_of(device), config.rollout.kv_cache_dtype, name, head)
+            choose_backend(config.rollout.attention_backend, served)
         if start_engine:
             kv_bytes = fitted_kv_bytes(config, source.config, device, dtype)
         else:

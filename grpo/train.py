@@ -18,6 +18,7 @@ import argparse
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from grpo.command import BAD_INPUT, LOST, CommandEnd, command
@@ -28,8 +29,8 @@ from grpo.errors import UserError
 from grpo.memory.gpus import Gpu, gpu_named
 from grpo.memory.shapes import model_shape
 from grpo.memory.summary import memory_plan
-from grpo.model.checks import BEYOND_FLOAT16, beyond_float16, no_bfloat16
-from grpo.rollout.attention_backend import choose_backend
+from grpo.model.checks import BEYOND_FLOAT16, beyond_float16, largest_head, no_bfloat16
+from grpo.rollout.attention_backend import Served, choose_backend
 from grpo.run.checkpoint import check_run, moved_base, saved_config, step_numbers
 from grpo.run.machine import check_machine
 from grpo.run.signals import leaving_at_once
@@ -161,8 +162,11 @@ def card(parsed: argparse.Namespace, config: Config) -> Gpu | None:
     if parsed.card is None:
         return None
     gpu = gpu_named(parsed.card)
-    choose_backend(config.rollout.attention_backend, config.rollout.kv_cache_dtype, gpu.architecture)
     shape = model_shape(config.model, network=True)
+    served = Served(gpu.architecture, config.rollout.kv_cache_dtype, config.model.dtype)
+    if shape is not None:
+        served = replace(served, head_size=largest_head(shape))
+    choose_backend(config.rollout.attention_backend, served)
     if gpu.architecture < 80 and config.model.dtype == "bfloat16":
         raise UserError(no_bfloat16(gpu.name))
     if shape is not None and shape.model_type in BEYOND_FLOAT16 and gpu.architecture < 80:

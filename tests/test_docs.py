@@ -198,7 +198,7 @@ def test_calls_of_the_python_api_exist(path: Path):
 def commands(path: Path) -> Iterator[list[str]]:
     """The words of each command line in a page's shell blocks."""
     for block in blocks(path, "bash"):
-        for line in block.text.splitlines():
+        for line in block.text.replace("\\\n", " ").splitlines():
             if words := shlex.split(line, comments=True):
                 yield words
 

@@ -63,6 +63,25 @@ def test_answers_are_the_policys(policy: Any) -> None:
     assert fourth["choices"][0]["finish_reason"] == "length"
 
 
+def test_an_answer_ends_before_a_text_that_stops_it(policy: Any) -> None:
+    wanted = policy.generate(HELLO, temperature=0.0, max_tokens=12)
+    asked = {"messages": HELLO, "temperature": 0, "max_tokens": 12}
+    stop = wanted[5:7]
+    cut, early, other = answered(
+        policy,
+        {**asked, "stop": ["not in it", stop]},
+        {**asked, "stop": wanted[0]},
+        {**asked, "stop": ["not in it", ""]},
+    )
+    choice = cut["choices"][0]
+    assert choice["message"]["content"] == wanted[: wanted.index(stop)] and choice["finish_reason"] == "stop"
+    assert policy.session.decode(choice["token_ids"]).endswith(stop)
+    assert early["choices"][0]["message"]["content"] == ""
+    assert other["choices"][0]["message"]["content"] == wanted
+    (refused,) = answered(policy, {**asked, "stop": [1]})
+    assert refused == "stop has to be a text or a list of texts"
+
+
 def test_tokens_go_on_from_tokens(policy: Any) -> None:
     (chat,) = answered(policy, {"messages": HELLO, "temperature": 0, "max_tokens": 10})
     ids = chat["prompt_token_ids"] + chat["choices"][0]["token_ids"][:5]

@@ -111,6 +111,9 @@ def as_environment(table: Any) -> tuple[dict[str, Any], Any]:
     if not isinstance(table, Mapping):
         raise UserError(f"environment = {table!r} must be a dict of [environment] keys")
     named, given = dict(table), None
+    if isinstance(several := table.get("factory"), Mapping) and any(map(callable, several.values())):
+        named["factory"] = {key: reference(one) if callable(one) else one for key, one in several.items()}
+        return named, dict(several)
     for kind in ("program", "factory", "tools"):
         value = table.get(kind)
         listed = list(value) if kind == "tools" and isinstance(value, list | tuple) else [value]

@@ -174,7 +174,7 @@ INSTEAD: dict[str, str] = {
         RUN_FOLDER,
     ),
     **_each("peft_config r lora_alpha target_modules lora_dropout use_rslora use_dora", ADAPTER_SHAPE),
-    **_each("bias init_lora_weights layers_to_transform layers_pattern", ADAPTER_SHAPE),
+    **_each("bias init_lora_weights layers_to_transform layers_pattern target_parameters", ADAPTER_SHAPE),
     **_each(
         "vllm_mode vllm_model_impl vllm_server_base_url vllm_server_host vllm_server_port vllm_server_timeout "
         "vllm_group_port use_vllm fast_inference use_async use_engine max_loras enable_prefix_caching",
@@ -189,9 +189,33 @@ INSTEAD: dict[str, str] = {
         "load_in_fp8 conservativeness quantization_config reward_processing_classes optimizers callbacks "
         "restore_callback_states_from_checkpoint use_cache full_determinism auto_find_batch_size "
         "fix_tokenizer use_exact_model_name local_files_only return_args training num_beams stopping_criteria "
-        "adapter_name max_num_batched_tokens logits_to_keep unsloth_tiled_mlp save_only_model",
+        "adapter_name max_num_batched_tokens logits_to_keep unsloth_tiled_mlp save_only_model auto_model "
+        "device_map_planner_kwargs fullgraph return_logits unsloth_force_compile on_model_resolved num_labels "
+        "model_patcher task_type",
         UNSUPPORTED,
     ),
+    **_each(
+        "text_only finetune_vision_layers finetune_language_layers finetune_audio_layers finetune_attention_modules "
+        "finetune_mlp_modules whisper_language whisper_task",
+        "the decoder of text is trained, and lora={'target_modules': [...]} says which of its layers; leave it out",
+    ),
+    **_each("tokenizer_name tokenizer_revision", "the tokenizer is the model's; leave it out"),
+    # Of versions before TRL 1 and transformers 5, in notebooks that are still about.
+    **_each("per_gpu_train_batch_size", BATCH),
+    **_each("per_gpu_eval_batch_size include_inputs_for_metrics generate_during_eval evaluation_strategy", HELD_OUT),
+    **_each("push_to_hub_token push_to_hub_model_id push_to_hub_organization", HUB),
+    **_each("group_by_length dataset_num_proc", LOADER),
+    **_each("logging_dir tpu_metrics_debug include_tokens_per_second wandb_log_unique_prompts", RUN_FOLDER),
+    **_each(
+        "use_liger_loss no_cuda use_mps_device fp16_backend fp16_opt_level half_precision_backend jit_mode_eval "
+        "torchdynamo use_legacy_prediction_loop past_index tpu_num_cores ray_scope",
+        ONE_GRAPH,
+    ),
+    **_each("fsdp_min_num_params fsdp_transformer_layer_cls_to_wrap mp_parameters", ONE_PROCESS),
+    **_each("adafactor vllm_guided_decoding_regex", UNSUPPORTED),
+    **_each("vllm_device", SERVER),
+    "overwrite_output_dir": "a run folder is never overwritten; name a new one as output_dir",
+    "save_safetensors": "an adapter is always saved so; leave it out",
     **_each("sync_ref_model ref_model_mixup_alpha ref_model_sync_steps", REFERENCE),
     **_each("vllm_importance_sampling_correction", 'write importance_sampling_correction="none" to do without'),
     "max_lora_rank": 'the rank is that of the adapter; write lora={"r": 32}',
@@ -201,16 +225,16 @@ INSTEAD: dict[str, str] = {
     "tokenizer": "the tokenizer is the model's; a template is given as grpo.load(..., chat_template=...)",
     "data_seed": "one seed decides sampling and order; write seed=0",
     "args": "pass the settings themselves, as max_steps=30, learning_rate=1e-5",
-    "warmup_steps": "write warmup_ratio = warmup_steps / max_steps",
+    "warmup_steps": "write warmup_ratio with the share of the steps, warmup_steps / max_steps",
     "resume_from_checkpoint": "continue a run with `python -m grpo.train --resume RUN_FOLDER`",
     "reward_weights": 'write rewards=[{"function": first, "weight": 0.8}, {"function": second, "weight": 0.2}]',
     "shuffle_dataset": 'write task={"name": ..., "shuffle": False}',
     "report_to": 'write log={"to": ["wandb"]}, or ["tensorboard"], ["trackio"]',
     "save_strategy": "write save_steps=50; the end of a run is always saved",
     "do_train": "policy.train trains; leave it out",
-    "max_tool_calling_iterations": "write max_turns in the table of the environment (docs/environments.md)",
-    "tools": 'tools are an environment\'s; write environment={"tools": [...]} (docs/environments.md)',
-    "environment_factory": 'write environment={"factory": ...} (docs/environments.md)',
+    "max_tool_calling_iterations": "pass it to policy.train with tools or environment_factory; N are N + 1 turns",
+    "tools": 'pass it to policy.train, where it is environment={"tools": [...]} (docs/environments.md)',
+    "environment_factory": 'pass it to policy.train, where it is environment={"factory": ...} (docs/environments.md)',
     "rollout_func": 'write the same loop as environment={"program": ...} (docs/environments.md)',
     "do_sample": "write temperature=0.0 for the likeliest token each time",
     "sampling_params": "pass temperature, top_p, max_tokens, n and seed themselves",
@@ -224,10 +248,11 @@ INSTEAD: dict[str, str] = {
 """What to write for an argument whose meaning differs from ours, or that is none here."""
 
 ATTRIBUTES = {
-    **_each("fast_generate chat", "write policy.generate(prompts, max_tokens=256)"),
+    **_each("fast_generate fast_generate_batches chat", "write policy.generate(prompts, max_tokens=256)"),
     **_each("get_peft_model", ADAPTER_SHAPE),
     **_each("save_pretrained", "write policy.save_lora(FOLDER)"),
-    **_each("save_pretrained_merged save_pretrained_gguf", "write policy.save_merged(FOLDER)"),
+    **_each("save_pretrained_merged save_pretrained_torchao", "write policy.save_merged(FOLDER)"),
+    "save_pretrained_gguf": 'write policy.save_merged(FOLDER, to="gguf", gguf_type="q8_0")',
     **_each("push_to_hub push_to_hub_merged push_to_hub_gguf", HUB),
     **_each("for_inference for_training eval", "a policy is always ready for both; leave the line out"),
     **_each("print_trainable_parameters", "write policy.model.print_trainable_parameters()"),
@@ -241,14 +266,30 @@ CLASSES = {
         "FastLanguageModel FastModel FastVisionModel AutoModelForCausalLM",
         "write policy = grpo.load(MODEL, max_seq_length=1024, lora={'r': 16})",
     ),
+    **_each("FastTextModel PeftModel AutoPeftModelForCausalLM", "write policy = grpo.load(MODEL_OR_ADAPTER)"),
     **_each(
-        "GRPOConfig GRPOTrainer",
+        "GRPOConfig GRPOTrainer UnslothGRPOConfig UnslothGRPOTrainer",
         "write policy.train(rows, rewards=[function], max_steps=100, learning_rate=1e-5)",
+    ),
+    **_each("RLOOConfig RLOOTrainer", "write policy.train(rows, rewards=[function], leave_one_out=True)"),
+    **_each("DPOConfig DPOTrainer", "TRL's trainer takes policy.model as its model (docs/sft.md)"),
+    **_each("PatchFastRL PatchDPOTrainer PatchKTOTrainer", "nothing is patched; leave the line out"),
+    **_each("AutoTokenizer", "the tokenizer is policy.tokenizer"),
+    **_each(
+        "get_chat_template", "the template is the model's, or a file: grpo.load(MODEL, chat_template='template.jinja')"
+    ),
+    **_each("Dataset load_dataset", "take it from the package datasets; policy.train takes a Dataset as it is"),
+    **_each("BitsAndBytesConfig", "write grpo.load(MODEL, load_in_4bit=True)"),
+    **_each("LLM", "write policy = grpo.load(MODEL); policy.generate(prompts, max_tokens=256)"),
+    **_each(
+        "train_on_responses_only standardize_sharegpt to_sharegpt standardize_data_formats UnslothTrainer "
+        "UnslothTrainingArguments unsloth_train",
+        "python -m grpo.sft reads such chats and trains on the answers (docs/sft.md)",
     ),
     **_each("SFTConfig SFTTrainer", "write a configuration and run python -m grpo.sft (docs/sft.md)"),
     **_each("LoraConfig", "write grpo.load(MODEL, lora={'r': 16, 'lora_alpha': 32})"),
-    **_each("SamplingParams", "write policy.generate(prompts, temperature=0.8, max_tokens=256)"),
-    **_each("is_bfloat16_supported", "dtype is chosen by itself; leave it out"),
+    **_each("SamplingParams vLLMSamplingParams", "write policy.generate(prompts, temperature=0.8, max_tokens=256)"),
+    **_each("is_bfloat16_supported is_bf16_supported", "dtype is chosen by itself; leave it out"),
 }
 """What a copied cell may look for in `grpo`."""
 
@@ -279,12 +320,50 @@ VALUES: dict[str, Callable[[Any], Settings]] = {
     "fp16": _half("float16"),
     "load_in_16bit": lambda value: {"load_in_4bit": False} if value else {},
     "float8_kv_cache": lambda value: {"kv_cache_dtype": "fp8"} if value else {},
+    # transformers 5 takes a share of the steps here as well.
+    "warmup_steps": lambda value: {"warmup_ratio" if isinstance(value, float) and value < 1 else "warmup_steps": value},
     "optim": lambda value: {"optim": {"adamw_torch": "adamw", "adamw_torch_fused": "adamw"}.get(value, value)},
     "scale_rewards": lambda value: {"scale_rewards": {True: "group", False: "none"}.get(value, value)},
     "min_p": lambda value: {"min_p": 0.0 if value is None else value},
     "dtype": lambda value: {"dtype": "auto" if value is None else str(value).removeprefix("torch.")},
 }
 """Arguments whose values have other names here."""
+
+
+EPISODES = {"tools": "tools", "environment_factory": "factory"}
+"""TRL's arguments for episodes, by the key of `[environment]` that means the same."""
+CALLS = "max_tool_calling_iterations"
+
+
+def with_environment(given: Settings, call: str) -> Settings:
+    """`given` with TRL's arguments for episodes as the table of the environment.
+
+    TRL lets a turn, and all of them together, be as long as max_completion_length, and has no limit of turns unless
+    `max_tool_calling_iterations` sets one: the answer after so many calls is the last turn.
+    """
+    for name in (*EPISODES, CALLS):
+        if given.get(name, name) in (None, [], {}):
+            given.pop(name)
+    named = {name: given.pop(name) for name in EPISODES if name in given}
+    calls, table = given.pop(CALLS, None), given.get("environment")
+    if not named and calls is None:
+        return given
+    if not named and table is None:
+        raise UserError(
+            f"{call}: {CALLS}={calls!r} is for tools or environment_factory; pass one of them, or leave it out"
+        )
+    if len(named) > 1 or (named and table is not None):
+        twice = [*named, *(["environment"] if table is not None else [])]
+        raise UserError(f"{call}: {' and '.join(twice)} are each an environment, and there is one; keep one of them")
+    chosen = dict(table) if isinstance(table, Mapping) else {EPISODES[name]: value for name, value in named.items()}
+    longest = given.get("max_completion_length", 512)
+    if named:
+        chosen |= {"max_turns": longest, "max_turn_tokens": longest}
+    if calls is not None:
+        if type(calls) is not int or calls < 0:
+            raise UserError(f"{call}: {CALLS}={calls!r} must be a whole number of at least 0")
+        chosen["max_turns"] = calls + 1
+    return given | {"environment": chosen}
 
 
 def ours(settings: Mapping[str, Any], call: str) -> Settings:
@@ -294,6 +373,8 @@ def ours(settings: Mapping[str, Any], call: str) -> Settings:
     """
     given = {**given_by(settings["args"], call), **settings} if "args" in settings else dict(settings)
     given.pop("args", None)
+    if call == "policy.train":
+        given = with_environment(given, call)
     translated: Settings = {}
     for name, value in ((name, _plain(value)) for name, value in given.items()):
         if name in ALWAYS_SO and any(value is known or value == known for known in ALWAYS_SO[name]):
@@ -302,7 +383,7 @@ def ours(settings: Mapping[str, Any], call: str) -> Settings:
         twice = next((key for key in new if key in translated or (key != name and key in given)), None)
         if twice is not None:
             raise UserError(f"{call}: {name} and {twice} are the same setting; leave one out")
-        if name in INSTEAD:
+        if name in INSTEAD and not (name in VALUES and name not in new):
             raise UserError(f"{call}: {name}={value!r}: {batch(given) if INSTEAD[name] is BATCH else INSTEAD[name]}")
         translated |= new
     return translated

@@ -92,6 +92,8 @@ class Front:
         self.warned_of: set[str] = set()
 
     def answer(self, asked: Asked) -> Turn:
+        if asked.stop:
+            raise Refused("stop is not taken from a request in training; write rollout.stop")
         self.warn_of_settings(asked)
         with self.lock:
             if self.over is not None:

@@ -28,7 +28,7 @@ PATIENCE = 60.0
 """Seconds in which a request has to arrive."""
 CHAT, MODELS, TOKENS = "/v1/chat/completions", "/v1/models", "/inference/v1/generate"
 UNUSED = (
-    "frequency_penalty", "presence_penalty", "logit_bias", "stop", "functions", "function_call", "audio", "prediction",
+    "frequency_penalty", "presence_penalty", "logit_bias", "functions", "function_call", "audio", "prediction",
 )  # fmt: skip
 """Of a chat request: refused unless empty or zero."""
 
@@ -52,6 +52,8 @@ class Asked:
     temperature: float | None
     top_p: float | None
     seed: int | None
+    stop: tuple[str, ...] = ()
+    """Texts that end the answer and are not part of it."""
 
 
 class Endpoint:
@@ -217,7 +219,18 @@ def chat_asked(body: Mapping[str, Any]) -> Asked:
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise Refused("tools has to be a list of objects")
     limit = body.get("max_completion_tokens") or body.get("max_tokens")
-    return Asked(chat_messages(body.get("messages")), tools or None, None, **sampling_of({**body, "max_tokens": limit}))
+    sampling = sampling_of({**body, "max_tokens": limit})
+    return Asked(
+        chat_messages(body.get("messages")), tools or None, None, **sampling, stop=stop_texts(body.get("stop"))
+    )
+
+
+def stop_texts(value: Any) -> tuple[str, ...]:
+    """The texts of a request's `stop`, one or a list; those of no letter are none. Raises Refused for anything else."""
+    listed = [value] if isinstance(value, str) else [] if value is None else value
+    if not isinstance(listed, list) or not all(isinstance(text, str) for text in listed):
+        raise Refused("stop has to be a text or a list of texts")
+    return tuple(filter(None, listed))
 
 
 def chat_messages(value: Any) -> list[dict[str, Any]]:

@@ -43,12 +43,14 @@ def streamed_logits(source: Source, tokens: Tensor, config: DecoderConfig | None
     rebuild_buffers(model, config, torch.device("cpu"), torch.float32, longest=tokens.shape[1])
     for name, module in model.named_modules():
         if module._parameters:
-            read_while_running(module, name, source, bool(config.tie_word_embeddings))
+            # Layers with a state read the weight of their convolution, which is not called.
+            runs = model.get_submodule(name.rpartition(".")[0]) if isinstance(module, nn.Conv1d) else module
+            read_while_running(module, name, source, bool(config.tie_word_embeddings), runs)
     return model(input_ids=tokens, use_cache=False).logits.float()
 
 
-def read_while_running(module: nn.Module, name: str, source: Source, tied: bool) -> None:
-    """Give `module` its weights just before its forward pass, and take them away after it."""
+def read_while_running(module: nn.Module, name: str, source: Source, tied: bool, runs: nn.Module) -> None:
+    """Give `module` its weights just before the forward pass of `runs`, and take them away after it."""
     empty = dict(module._parameters)
 
     def load(*unused: Any) -> None:
@@ -64,8 +66,8 @@ def read_while_running(module: nn.Module, name: str, source: Source, tied: bool)
     def drop(*unused: Any) -> None:
         module._parameters.update(empty)
 
-    module.register_forward_pre_hook(load)
-    module.register_forward_hook(drop)
+    runs.register_forward_pre_hook(load)
+    runs.register_forward_hook(drop)
 
 
 def sample_tokens(tokenizer: Any, vocabulary: int) -> Tensor:

@@ -23,7 +23,7 @@ from grpo.export.merge import MergedSource
 from grpo.kernels import nf4
 from grpo.model.architectures import causal_class
 from grpo.model.base_weights import matches_module
-from grpo.model.layout import HEAD, fused_linears
+from grpo.model.layout import HEAD, Layout, fused_linears
 from grpo.model.meta_graph import graph_tensors
 from grpo.model.stored_form import stored_form
 
@@ -88,8 +88,10 @@ def write_16bit(source: MergedSource, folder: Path, template: str | None, shard_
     """
     dtype = half_type(source)
     shards = Shards(folder, shard_bytes)
+    float32 = Layout.of(source.config.get_text_config()).float32
     for name in sorted(source.names):
-        shards.add(name, rounded(source.read(name), dtype, name))
+        weight = source.read(name)
+        shards.add(name, weight if name in float32 else rounded(weight, dtype, name))
     shards.finish()
     write_companions(source, folder, model_config(source, dtype), template)
 
@@ -104,13 +106,14 @@ def write_4bit(
     """
     dtype = half_type(source)
     linears, routers = packed_modules(source)
+    float32 = Layout.of(source.config.get_text_config()).float32
     dense = [part for part in linears if stays_dense(source, part, in_16bit)]
     shards, lost, whole = Shards(folder, shard_bytes), 0.0, 0.0
     for name in sorted(source.names):
         weight = source.read(name)
         module = name.removesuffix(".weight")
         if module == name or module not in linears or module in dense:
-            shards.add(name, rounded(weight, dtype, name))
+            shards.add(name, weight if name in float32 else rounded(weight, dtype, name))
             continue
         entries = packed_entries(name, weight, dtype)
         for key, entry in entries.items():

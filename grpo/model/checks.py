@@ -77,6 +77,11 @@ def check_head_size(config: DecoderConfig, where: Path, on_cpu: bool) -> None:
         )
 
 
+def largest_head(config: DecoderConfig) -> int:
+    """The size of the attention heads of the text model `config`, of the layer with the largest."""
+    return max(head_sizes(config))
+
+
 def check_float16(config: DecoderConfig, where: Path) -> None:
     """Raise UserError for a text model whose activations leave the range of float16, in which it is to be computed."""
     if config.model_type in BEYOND_FLOAT16:

@@ -91,7 +91,10 @@ def turns_pairs(config: DecoderConfig) -> bool:
     if kind is None:
         return False
     more = {"layer_type": kind} if kind else {}
-    sines = module(torch.empty(0), torch.arange(1, 3)[None], **more)[1][0]
+    positions = torch.arange(1, 3)[None]
+    if hasattr(module, "mrope_section"):  # in time, height and width
+        positions = positions.expand(3, 1, 2)
+    sines = module(torch.empty(0), positions, **more)[1][0]
     return bool((sines[:, 0] == sines[:, 1]).all()) and not bool((sines[:, 0] == sines[:, sines.shape[1] // 2]).all())
 
 

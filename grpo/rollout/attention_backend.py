@@ -1,14 +1,15 @@
 """Which of vLLM's attention backends serves a GPU, decided before vLLM starts, where one that does not would only fail.
 
 vLLM tries them in an order of its own, and may end with one that compiles its kernels at the first request and needs
-nvcc for it. Here the choice follows from the compute capability and the type of the KV cache. Neither torch nor vLLM
-is imported.
+nvcc for it. Here the choice follows from the compute capability, the types of the computation and of the KV cache, and
+the size of attention heads. Neither torch nor vLLM is imported.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import dataclass
 from importlib.util import find_spec
 
 from grpo.errors import UserError
@@ -17,42 +18,67 @@ FP8_TRITON = 89
 """Architecture from which Triton converts to fp8."""
 FP8_FLASH = 90
 """The one whose FlashAttention takes an fp8 cache."""
+FLASH_HEAD, FLASHINFER_HEADS = 256, (64, 128, 256)
+"""The largest attention head of FlashAttention; FlashInfer's."""
 
 
-def choose_backend(wanted: str, kv_cache_dtype: str, architecture: int) -> str:
-    """The backend for a GPU of `architecture` (86 for sm_86), as `rollout.attention_backend` names it.
+@dataclass(frozen=True)
+class Served:
+    """What a backend has to serve."""
 
-    Raises UserError, a sentence, for what `wanted` cannot serve there, and where nothing serves `kv_cache_dtype`.
+    architecture: int
+    """The GPU's, 86 for sm_86."""
+    kv_cache_dtype: str = "auto"
+    dtype: str = "auto"
+    """What is computed in, as `model.dtype` names it."""
+    head_size: int = 128
+    """Of the layer with the largest attention heads: one backend serves all layers."""
+
+    @property
+    def fp8(self) -> bool:
+        return self.kv_cache_dtype == "fp8"
+
+
+def choose_backend(wanted: str, served: Served) -> str:
+    """The backend for `served`, as `rollout.attention_backend` names it.
+
+    Raises UserError, a sentence, for what `wanted` cannot serve, and where nothing serves an fp8 KV cache.
     """
-    fp8 = kv_cache_dtype == "fp8"
-    if wanted == "auto":
-        if fp8 and architecture < FP8_TRITON:
-            raise UserError(
-                f'rollout.kv_cache_dtype = "fp8": no attention backend serves it on compute capability '
-                f"{capability(architecture)}: FlashAttention takes it on 9.0 alone, and Triton from 8.9 on; "
-                'set "auto", and lower rollout.max_num_seqs if the KV cache is too large'
-            )
-        if architecture < 80 or (fp8 and architecture != FP8_FLASH):
-            return "triton_attn"
-        return "flash_attn"
-    if (reason := refusal(wanted, fp8, architecture)) is not None:
-        raise UserError(f'rollout.attention_backend = "{wanted}": {reason}; set another, or "auto"')
-    return wanted
+    if wanted != "auto":
+        if (reason := refusal(wanted, served)) is not None:
+            raise UserError(f'rollout.attention_backend = "{wanted}": {reason}; set another, or "auto"')
+        return wanted
+    if served.fp8 and served.architecture < FP8_TRITON:
+        raise UserError(
+            f'rollout.kv_cache_dtype = "fp8": no attention backend serves it on compute capability '
+            f"{capability(served.architecture)}: FlashAttention takes it on 9.0 alone, and Triton from 8.9 on; "
+            'set "auto", and lower rollout.max_num_seqs if the KV cache is too large'
+        )
+    return "flash_attn" if refusal("flash_attn", served) is None else "triton_attn"
 
 
-def refusal(backend: str, fp8: bool, architecture: int) -> str | None:
-    """Why `backend` does not serve this GPU and cache; None if it does."""
+def refusal(backend: str, served: Served) -> str | None:
+    """Why `backend` does not serve this; None if it does."""
+    architecture, head = served.architecture, served.head_size
     here = f"this GPU has compute capability {capability(architecture)}"
-    if backend == "flash_attn" and architecture < 80:
-        return f"FlashAttention needs compute capability 8.0 or more, and {here}"
-    if backend == "flash_attn" and fp8 and architecture != FP8_FLASH:
+    if backend in ("flash_attn", "flashinfer"):
+        name = {"flash_attn": "FlashAttention", "flashinfer": "FlashInfer"}[backend]
+        if architecture < 80:
+            return f"{name} needs compute capability 8.0 or more, and {here}"
+        if served.dtype == "float32":
+            return f'{name} computes in 16 bit, and model.dtype is "float32"'
+    if backend == "flash_attn" and (head > FLASH_HEAD or head % 8):
+        return f"FlashAttention takes attention heads of up to {FLASH_HEAD}, in eights, and this model's have {head}"
+    if backend == "flash_attn" and served.fp8 and architecture != FP8_FLASH:
         return f"FlashAttention takes an fp8 KV cache on compute capability 9.0 alone, and {here}"
-    if backend == "triton_attn" and fp8 and architecture < FP8_TRITON:
+    if backend == "triton_attn" and served.fp8 and architecture < FP8_TRITON:
         return f"Triton converts to fp8 from compute capability 8.9 on, and {here}"
-    if backend == "flex_attention" and fp8:
+    if backend == "flex_attention" and served.fp8:
         return "FlexAttention takes no fp8 KV cache"
-    if backend == "flashinfer" and architecture < 80:
-        return f"FlashInfer needs compute capability 8.0 or more, and {here}"
+    if backend == "flashinfer" and head not in FLASHINFER_HEADS:
+        return (
+            f"FlashInfer takes attention heads of {', '.join(map(str, FLASHINFER_HEADS))}, and this model's have {head}"
+        )
     if backend == "flashinfer" and not flashinfer_is_ready():
         return "FlashInfer compiles its kernels and finds no nvcc here (CUDA_HOME, PATH), nor compiled ones"
     return None

@@ -32,8 +32,9 @@ from grpo.memory.plan import CPU_BLOCK, GPU_BLOCK, VLLM_BUFFERS, kv_cache_bytes
 from grpo.memory.states import has_states
 from grpo.model.architectures import vllm_class
 from grpo.model.base_weights import BaseWeights
+from grpo.model.checks import largest_head
 from grpo.policy.policy import Policy
-from grpo.rollout.attention_backend import choose_backend
+from grpo.rollout.attention_backend import Served, choose_backend
 from grpo.rollout.lora_buffers import RolloutAdapter
 from grpo.rollout.route_recorder import RouteRecorder
 from grpo.rollout.types import Completion, EngineSettings, Request, SamplingSettings
@@ -135,7 +136,9 @@ class Engine:
         else:
             arguments["gpu_memory_utilization"] = 0.05
             major, minor = torch.cuda.get_device_capability(self.base.device)
-            backend = choose_backend(settings.attention_backend, settings.kv_cache_dtype, 10 * major + minor)
+            dtype = str(self.base.dtype).removeprefix("torch.")
+            served = Served(10 * major + minor, settings.kv_cache_dtype, dtype, largest_head(self.base.config))
+            backend = choose_backend(settings.attention_backend, served)
             arguments["attention_config"] = {"backend": backend.upper()}
             announce(f"attention while sampling: {backend}")
             if settings.release_kv_cache:

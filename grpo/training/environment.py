@@ -66,7 +66,7 @@ def start_environment(
     pool = EnvironmentPool(
         settings.column,
         settings.kind,
-        getattr(settings, settings.kind) if sent is None else pickled(sent),
+        getattr(settings, settings.kind) if sent is None else as_sent(sent),
         settings.options,
         python=settings.python,
         processes=settings.processes,
@@ -80,6 +80,13 @@ def start_environment(
         pool.close()
         raise UserError(f"environment {settings.factory!r} has no get_reward; add it, or a [[rewards]] table")
     return pool
+
+
+def as_sent(sent: Any) -> Any:
+    """A function, class or list of tools to send, or several classes by name, of which some may be named."""
+    if isinstance(sent, dict):
+        return {key: pickled(one) if callable(one) else one for key, one in sent.items()}
+    return pickled(sent)
 
 
 def pickled(sent: Any) -> dict[str, str]:

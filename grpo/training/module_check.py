@@ -79,6 +79,26 @@ def differences(session: Session, prompt: Sequence[int]) -> Iterator[Difference]
     yield from (difference_by(policy, part, seen) for name, part in linears if part not in reaching and name in seen)
 
 
+class AmongOthers(NamedTuple):
+    """A prompt as sequences of a packed row."""
+
+    prompts: list[list[int]]
+    completions: list[list[int]]
+    own: list[int]
+    """Where in the row the prompt's tokens are, in order."""
+
+
+def packed_among_others(prompt: Sequence[int]) -> AmongOthers:
+    """`prompt`, of two tokens or more, behind a sequence of its tokens in another order, and its second half behind
+    another continuation of the first, which both share."""
+    half, quarter = len(prompt) // 2, max(1, len(prompt) // 4)
+    first, second = list(prompt[:half]), list(prompt[half:])
+    other, aside = list(prompt[: quarter + 1])[::-1], second[:quarter][::-1]
+    begins, again = len(other), len(other) + half + len(aside)
+    own = [*range(begins, begins + half), *range(again, again + len(second))]
+    return AmongOthers([other, first, first], [[0], [*aside, 0], [*second, 0]], own)
+
+
 def has_fused_layers(policy: Policy) -> bool:
     """Whether a kernel for a whole layer stands between its modules, so that these are not run one by one."""
     return any(isinstance(layer, FusedLayer) for layer in policy.decoder.model.layers)
@@ -119,19 +139,21 @@ def differences_before(
 ) -> dict[str, Difference]:
     """The graph's linear modules in the order that they run, each with how far its input is from vLLM's.
 
-    seen: with what vLLM's layers gave everywhere.
+    seen: with what vLLM's layers gave everywhere. The prompt is computed as rows are packed in training: behind another
+    sequence, and its second half behind another continuation of the first.
     """
     found: dict[str, Difference] = {}
     hooks = []
+    row = packed_among_others(prompt)
     for name, linear in policy.base.linears.items():
         if name not in seen:
             continue
         for part, rows in linear.parts.items():
-            hook = replace_result(found, part, seen[name], rows, places, BEFORE_A_LINEAR[policy.base.dtype])
+            hook = replace_result(found, part, seen[name], rows, row.own, places, BEFORE_A_LINEAR[policy.base.dtype])
             hooks.append(policy.decoder.get_submodule(part).register_forward_hook(hook))
     try:
         with torch.no_grad(), as_in_training(policy):
-            predicting_states(policy.decoder.model, [list(prompt)], [[0]], policy.base.device)
+            predicting_states(policy.decoder.model, row.prompts, row.completions, policy.base.device)
     finally:
         for handle in hooks:
             handle.remove()
@@ -154,16 +176,23 @@ def replace_result(
     part: str,
     seen: Seen,
     rows: tuple[int, int],
+    own: list[int],
     places: list[int],
     limit: float,
 ) -> Callable[..., Tensor]:
-    """A hook on the module `part` that notes how far its input is from vLLM's, and gives vLLM's result."""
+    """A hook on the module `part` that notes how far its input is from vLLM's, and gives vLLM's result.
+
+    own: where in the row the prompt's tokens are; `places` of them are compared.
+    """
 
     def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        size = relative(args[0].reshape(-1, args[0].shape[-1])[places].cpu(), seen.x)
+        x = args[0].reshape(-1, args[0].shape[-1])
+        size = relative(x[[own[place] for place in places]].cpu(), seen.x)
         found[part] = Difference(part, True, size, limit)
         assert seen.everywhere is not None
-        return seen.everywhere[:, rows[0] : rows[0] + rows[1]].to(output).reshape(output.shape)
+        result = output.detach().clone().reshape(len(x), -1)
+        result[own] = seen.everywhere[:, rows[0] : rows[0] + rows[1]].to(output)
+        return result.reshape(output.shape)
 
     return hook
 

@@ -8,12 +8,13 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from grpo.environments.command import Front
 from grpo.environments.endpoint import CHAT, LARGEST_BODY, MODELS, TOKENS, Asked, Endpoint, Refused, chat_asked
 from grpo.environments.pool import Asked as PoolAsked
 from grpo.environments.pool import Ended, EnvironmentPool, Lost
@@ -99,7 +100,7 @@ def test_tokens_in_tokens_out(endpoint: Endpoint) -> None:
         (CHAT, {"messages": HELLO, "n": 2}, 400, "n has to be 1"),
         (CHAT, {"messages": HELLO, "tool_choice": "required"}, 400, "no tool can be forced"),
         (CHAT, {"messages": HELLO, "response_format": {"type": "json_object"}}, 400, "no form can be forced"),
-        (CHAT, {"messages": HELLO, "stop": ["x"]}, 400, "stop is not supported"),
+        (CHAT, {"messages": HELLO, "stop": [1]}, 400, "stop has to be a text"),
         (CHAT, {"messages": HELLO, "temperature": -1}, 400, "temperature = -1 is out of its range"),
         (CHAT, {"messages": HELLO, "max_tokens": True}, 400, "max_tokens = True is out of its range"),
         (CHAT, {"messages": []}, 400, "messages has to be a list of messages"),
@@ -116,6 +117,15 @@ def test_tokens_in_tokens_out(endpoint: Endpoint) -> None:
 def test_what_cannot_be_done_is_refused(endpoint: Endpoint, path: str, body: Any, status: int, sentence: str) -> None:
     found, answer = ask(endpoint, path, body)
     assert found == status and sentence in answer["error"]["message"]
+
+
+def test_an_episode_takes_no_stop_from_a_request() -> None:
+    """Turns of training are sampled as [rollout] says."""
+    front = Front(cast("Any", None))
+    for stop, refused in (("x", True), (["", ""], False)):
+        asked = chat_asked({"messages": HELLO, "stop": stop})
+        with pytest.raises(Refused if refused else AttributeError, match="write rollout.stop" if refused else "now"):
+            front.answer(asked)
 
 
 def test_strangers_are_not_answered(endpoint: Endpoint) -> None:

@@ -1,7 +1,7 @@
-"""Environments of other people's packages, unchanged: verifiers, SkyRL-gym, GEM, ART, and a whole run with each.
+"""Environments of other people's packages, unchanged: verifiers, SkyRL-gym, GEM, ART, and whole runs.
 
 They want packages that do not go together with vLLM's, so they have interpreters of their own: `make
-environment-packages` makes them, and GRPO_ENVIRONMENT_PYTHON and GRPO_ART_PYTHON name others.
+environment-packages` makes them, and GRPO_ENVIRONMENT_PYTHON, GRPO_ART_PYTHON and GRPO_VERIFIERS_1_PYTHON name others.
 """
 
 from __future__ import annotations
@@ -19,14 +19,20 @@ from tests.helpers.paths import ROOT
 from tests.helpers.small_chat import save_small_chat_model
 from tests.helpers.tiny_run import read_metrics, run_tables, write_config
 
-PYTHON = Path(os.environ.get("GRPO_ENVIRONMENT_PYTHON", ROOT / "build" / "environment-packages" / "bin" / "python"))
-ART = Path(os.environ.get("GRPO_ART_PYTHON", ROOT / "build" / "environment-packages-art" / "bin" / "python"))
+
+def interpreter(variable: str, folder: str) -> Path:
+    return Path(os.environ.get(variable, ROOT / "build" / folder / "bin" / "python"))
+
+
+PYTHON = interpreter("GRPO_ENVIRONMENT_PYTHON", "environment-packages")
+ART = interpreter("GRPO_ART_PYTHON", "environment-packages-art")
+VERIFIERS_1 = interpreter("GRPO_VERIFIERS_1_PYTHON", "environment-packages-verifiers-1")
 VERIFIERS = str(ROOT / "tests" / "helpers" / "verifiers_to_try.py")
 ART_AGENT = f"{ART} {ROOT / 'tests' / 'helpers' / 'art_agent.py'}"
+VERIFIERS_1_AGENT = f"{VERIFIERS_1} {ROOT / 'tests' / 'helpers' / 'verifiers_1_agent.py'}"
 GUESS = "game:GuessTheNumber-v0-easy"
 
 INSTALLED = "needs the packages that make environment-packages installs"
-with_art = pytest.mark.skipif(not ART.exists(), reason=INSTALLED)
 pytestmark = [pytest.mark.wide, pytest.mark.skipif(not PYTHON.exists(), reason=INSTALLED)]
 
 
@@ -115,7 +121,7 @@ def test_the_openai_client_with_tools_and_streams() -> None:
     assert said.reward == len("A cat.") and said.metrics == {"used": 2.0}
 
 
-@with_art
+@pytest.mark.skipif(not ART.exists(), reason=INSTALLED)
 def test_a_rollout_of_art(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # it asks the network for prices otherwise
     with opened("command", ART_AGENT) as pool:
@@ -124,6 +130,15 @@ def test_a_rollout_of_art(monkeypatch: pytest.MonkeyPatch) -> None:
         asked, said = played(pool, row, call, "A cat.")
     assert [message["role"] for message in asked[1].messages] == ["user", "assistant", "tool"]
     assert isinstance(said, Ended) and said.reward == len("A cat.") and said.metrics == {"turns": 2.0}
+
+
+@pytest.mark.skipif(not VERIFIERS_1.exists(), reason=INSTALLED)
+def test_a_taskset_and_a_harness_of_verifiers_1() -> None:
+    with opened("command", VERIFIERS_1_AGENT) as pool:
+        row = {"prompt": [{"role": "user", "content": "What is 2 + 3?"}], "answer": "5"}
+        asked, said = played(pool, row, "It is 5.", "Yes, 5.")
+    assert [message["role"] for message in asked[1].messages] == ["user", "assistant", "user"]
+    assert said == Ended(1.0, True, {"branches": 1.0})
 
 
 @pytest.mark.vllm

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from torch import nn
 
 from grpo.config.schema import Model
 from grpo.errors import UserError
+from grpo.kernels.attention import Span
+from grpo.kernels.recurrence import Preceding, Recurrence
 from grpo.model.checks import BEYOND_FLOAT16
 from grpo.model.source import open_source
 from grpo.session import find_layout
@@ -53,6 +56,16 @@ def multiplied(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     """Granite: multipliers of the embedding, the residuals, attention's scores and the logits."""
     folder = tmp_path_factory.mktemp("granite")
     save_family(folder, "granite")
+    session = gate_session(folder, request.param)
+    yield session
+    session.engine.close()
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def stateful(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Qwen 3.5: layers with a state before and after one of attention."""
+    folder = tmp_path_factory.mktemp("qwen3_5")
+    save_family(folder, "qwen3_5_text")
     session = gate_session(folder, request.param)
     yield session
     session.engine.close()
@@ -171,6 +184,74 @@ def test_a_multiplier_left_out_is_a_sentence_that_names_the_module(
 
 def test_without_a_fault_granite_passes(multiplied: Any) -> None:
     assert check_start(multiplied) is None
+
+
+def states_that_run_on(session: Any) -> Any:
+    """From one sequence of a row into the next."""
+    return changed(Recurrence, "of", lambda packing: Recurrence([Span(0, packing.tokens)], packing.device))
+
+
+def states_that_no_completion_continues(session: Any) -> Any:
+    def of(packing: Any) -> Recurrence:
+        return Recurrence([Span(span.start, span.length) for span in packing.spans], packing.device)
+
+    return changed(Recurrence, "of", of)
+
+
+def convolutions_that_no_completion_continues(session: Any) -> Any:
+    def preceding(recurrence: Recurrence, count: int) -> Preceding:
+        return Preceding([Span(span.start, span.length) for span in recurrence.spans], count, recurrence.device)
+
+    return changed(Recurrence, "preceding", preceding)
+
+
+def vllms_states_that_are_not_emptied(session: Any) -> Any:
+    from grpo.rollout import vllm_recurrence_cpu
+
+    recur = vllm_recurrence_cpu.recur
+
+    def begun(layer: Any, sequences: Any, *more: Any) -> None:
+        everywhere = torch.ones(len(sequences.non_spec_query_start_loc) - 1, dtype=torch.bool)
+        recur(layer, replace(sequences, has_initial_state=everywhere), *more)
+
+    return changed(vllm_recurrence_cpu, "recur", begun)
+
+
+def decays_without_their_bias(session: Any) -> Any:
+    layer = decoder(session).layers[0].linear_attn
+    return changed(layer, "dt_bias", nn.Parameter(torch.zeros_like(layer.dt_bias), requires_grad=False))
+
+
+def vllm_without_the_adapter_of_a_gate(session: Any) -> Any:
+    return changed(session.engine.vllm_model().model.layers[0].linear_attn.in_proj_ba, "adapter", None)
+
+
+def a_gate_left_out(session: Any) -> Any:
+    norm = decoder(session).layers[2].linear_attn.norm
+    return changed(norm, "activation", "relu")
+
+
+@pytest.mark.parametrize(
+    ("fault", "module"),
+    [
+        (states_that_run_on, "layers.0.linear_attn.out_proj"),
+        (states_that_no_completion_continues, "layers.0.linear_attn.out_proj"),
+        (convolutions_that_no_completion_continues, "layers.0.linear_attn.out_proj"),
+        (vllms_states_that_are_not_emptied, "layers.0.linear_attn.out_proj"),
+        (decays_without_their_bias, "layers.0.linear_attn.out_proj"),
+        (a_gate_left_out, "layers.2.linear_attn.out_proj"),
+        (vllm_without_the_adapter_of_a_gate, "result of model.layers.0.linear_attn.in_proj_[ab] differs"),
+    ],
+)
+def test_a_state_that_one_graph_has_otherwise_is_a_sentence(
+    stateful: Any, fault: Callable[[Any], Any], module: str
+) -> None:
+    with fault(stateful), pytest.raises(UserError, match=f"self-test: .*{module}"):
+        check_start(stateful)
+
+
+def test_without_a_fault_qwen3_5_passes(stateful: Any) -> None:
+    assert check_start(stateful) is None
 
 
 @pytest.mark.gpu
