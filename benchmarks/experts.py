@@ -219,10 +219,11 @@ def kernels(options: argparse.Namespace) -> dict[str, Any]:
     sizes, device = (TINY, "cpu") if options.tiny else (SHAPE, "cuda")
     counts = (1, 3) if options.tiny else COUNTS
     experts, lora = layer(sizes, device), adapters(sizes, device)
+    found = None if options.tiny else nf4_experts.find_tile(experts, sizes["top_k"], RANK)
     correct = {str(tokens): checked(tokens, sizes, experts, lora, device) for tokens in counts}
     for tokens, found in correct.items():
         print(f"{tokens:>4} sequences: {found}", flush=True)
-    result: dict[str, Any] = {"shape": sizes, "correctness": correct}
+    result: dict[str, Any] = {"shape": sizes, "tile": str(found), "correctness": correct}
     if options.out:
         options.out.write_text(json.dumps(result, indent=1))
     if not options.tiny:

@@ -12,7 +12,8 @@ from typing import Any
 
 from vllm import ModelRegistry
 
-OURS = {"Qwen3_5ForCausalLM": ("grpo.rollout.vllm_qwen3_5", "Qwen3_5Text")}
+QWEN3_5 = ("grpo.rollout.vllm_qwen3_5", "Qwen3_5Text")
+OURS = {"Qwen3_5ForCausalLM": QWEN3_5, "Qwen3_5MoeForCausalLM": QWEN3_5}
 """vLLM's name of a class -> (module, class) in its place."""
 
 
