@@ -9,15 +9,22 @@ that has ended is not repeated, so that the script can be stopped and called aga
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
+import random
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from grpo.api.result import TrainResult
 from grpo.monitor.curves import draw
 from grpo.run.versions import hardware, versions
+from grpo.tasks import nim
+from grpo.tasks.common import load_task
 
 ROOT = Path(__file__).resolve().parent.parent
 TASKS = ("calculator", "nim")
@@ -50,6 +57,7 @@ def main() -> int:
         "versions": versions(),
         "seeds_that_rose_by_0.2": learned,
         "tasks": tasks,
+        "nim_players": {name: nim_success(move) for name, move in NIM_PLAYERS.items()},
     }
     if options.out:
         options.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
@@ -84,6 +92,28 @@ def run(folder: Path, seed: int) -> dict[str, Any]:
         "held_out": [{key: entry[key] for key in entry if key in HELD_OUT} for entry in found.evaluations],
         "curves": {key: [round(value, 4) for value in found.history(key) if value is not None] for key in CURVES},
     }
+
+
+DRAW = random.Random(1)
+NIM_PLAYERS: dict[str, Callable[[int], int]] = {
+    "any legal move": lambda heap: DRAW.randint(1, min(3, heap)),
+    "always 2": lambda heap: min(2, heap),
+    "best": lambda heap: heap % 4 or 1,
+}
+"""How players without a model choose from a heap."""
+
+
+def nim_success(move: Callable[[int], int], games: int = 60) -> float:
+    """Share of the held-out games that a player wins."""
+
+    async def sample(messages: list[dict[str, str]]) -> Any:
+        heap = re.search(r"(\d+) coins? (?:is|are) left", messages[-1]["content"])
+        assert heap is not None
+        text = str(move(int(heap[1])))
+        return SimpleNamespace(text=text, message={"role": "assistant", "content": text}, last=False)
+
+    rows = load_task("nim").eval[:games]
+    return round(sum(asyncio.run(nim.play(row, sample))["success"] for row in rows) / games, 3)
 
 
 HELD_OUT = ("step", "eval/strict_accuracy", "eval/strict_accuracy/low", "eval/strict_accuracy/high")

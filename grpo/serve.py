@@ -219,7 +219,9 @@ class Service:
         malformed: list[str] = []
         if tools := waiting.asked.tools:
             thinks = self.continuer.opens_thought(waiting.prompt_ids)
-            message, malformed = assistant_message(text, self.continuer.form, tools, thinks=thinks)
+            message, malformed = assistant_message(
+                text, self.continuer.form, tools, thinks=thinks, most=self.continuer.most_calls
+            )
             for index, call in enumerate(message.get("tool_calls", ())):
                 call["id"] = f"call{random.getrandbits(48):012x}{index:02d}"
         ids, logprobs = completion.token_ids, completion.logprobs

@@ -38,6 +38,7 @@ from grpo.model.weight_source import Source
 from grpo.policy.adapter_files import open_adapter
 from grpo.policy.keep_16bit import load_base
 from grpo.policy.policy import Policy
+from grpo.policy.starting_base import check_same_start, starting_source
 from grpo.rollout.attention_backend import Served, choose_backend
 from grpo.rollout.types import EngineSettings, SamplingSettings
 from grpo.rollout.vllm_environment import set_environment
@@ -187,9 +188,11 @@ class Session:
             kv_bytes = fitted_kv_bytes(config, source.config, device, dtype)
         else:
             check_weights(config, source.config, device, dtype)
+        source = starting_source(source, config, like, device)
         base = load_base(
             source, config.model, files.tokenizer, device=device, dtype=dtype, like=like, agree=agree, status=status
         )
+        check_same_start(base.initial, agree)
         train = config.train
         policy = Policy(
             base, config.lora, seed=train.seed, base_name=recorded_name(config.model.name), kernels=train.kernels

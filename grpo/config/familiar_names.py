@@ -423,6 +423,11 @@ def adapter_table(lora: Any) -> Settings:
         )
     changed = changed_fields(lora, type(lora)())
     changed.pop("task_type", None)
+    if loftq := changed.pop("loftq_config", None):
+        settings = loftq if isinstance(loftq, Mapping) else vars(loftq)
+        if settings.get("loftq_bits", 4) != 4:
+            raise UserError(f"grpo.load: loftq_config={loftq!r}: bases are quantised to 4 bits; leave loftq_bits out")
+        changed["loftq_iter"] = settings.get("loftq_iter", 1)
     return {name: sorted(value) if isinstance(value, set) else value for name, value in changed.items()}
 
 

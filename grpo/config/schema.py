@@ -17,6 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from grpo.config.messages import admits_none_as_text, explain
 from grpo.config.toml import NONE, apply_override, read_toml, write_toml
 
+STARTS: tuple[bool | str, ...] = (True, "gaussian", "pissa", "olora", "loftq")
+"""What an adapter can start from."""
 SEVEN_PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -128,18 +130,25 @@ class Lora(Section):
     """Biases belong to the shared base and are never trained."""
     init: PathText | None = None
     """An adapter folder to start from."""
-    init_lora_weights: bool | Literal["gaussian", "pissa", "loftq", "olora", "eva", "corda"] = True
-    """peft's initialisation. Those that alter the base weights are refused."""
+    init_lora_weights: bool | str = True
+    """What the adapter starts from, in peft's words: nothing (true, or "gaussian" for A), or a part of the base, which
+    is then held without it: its largest singular values ("pissa", or faster "pissa_niter_4"), columns of its QR
+    decomposition ("olora"), or most of the error of 4 bits ("loftq"). "The adapter off" and the KL reference then mean
+    the adapter as it started."""
+    loftq_iter: Annotated[int, Field(ge=1, le=20)] = 1
+    """Iterations of "loftq"."""
     use_dora: bool = False
     """Not supported; present so that a copied configuration gets an explanation."""
 
     @model_validator(mode="after")
     def only_adapters_that_leave_the_base_alone(self) -> Lora:
-        if self.init_lora_weights not in (True, "gaussian"):
+        if not (self.init_lora_weights in STARTS or re.fullmatch(r"pissa_niter_[1-9]\d?", str(self.init_lora_weights))):
             raise ValueError(
-                f"init_lora_weights = {self.init_lora_weights!r} is not supported: it alters the base weights, which "
-                'are shared with generation, or does not start from the base; use true or "gaussian"'
+                f"init_lora_weights = {self.init_lora_weights!r} is not supported; use true, "
+                f"{', '.join(map(repr, STARTS[1:]))} or 'pissa_niter_4'"
             )
+        if self.loftq_iter != 1 and self.init_lora_weights != "loftq":
+            raise ValueError('loftq_iter has no use without init_lora_weights = "loftq"; leave it out')
         if self.use_dora:
             raise ValueError(
                 "use_dora is not supported: its magnitude vector does not fit vLLM's LoRA layers; "
@@ -554,7 +563,9 @@ class Environment(Section):
     not depend on how long tools take; or at once."""
     latency_steps: PositiveInt = 16
     """Decoding steps from the end of a turn until its answer is taken up. A slower answer is waited for."""
-    tool_parser: Literal["auto", "hermes", "qwen3_coder", "glm45", "lfm2"] = "auto"
+    tool_parser: Literal[
+        "auto", "hermes", "qwen3_coder", "glm45", "lfm2", "llama3_json", "gemma4", "openai", "deepseek_v3"
+    ] = "auto"
     """The form in which the model writes calls, by vLLM's names; "auto": the one of its chat template."""
     python: str | None = None
     """Another Python interpreter to run the environment with, which has packages of its own."""

@@ -50,16 +50,19 @@ class Continuer:
         """`tool_parser`: the name of a form of calls, or "auto" for the one that the template writes."""
         self.tokenizer, self.end_tokens, self.kwargs = tokenizer, frozenset(end_tokens), dict(template_kwargs)
         self.tool_parser, self.form = tool_parser, HERMES
+        self.most_calls: int | None = None
+        """Calls of one turn that the template can show; None: any number."""
         self._doubt_of_tools: str | None = None
         self._longest_token: int | None = None
 
     def render(self, messages: Sequence[Message], tools: Any, *, opens: bool) -> str:
         """The conversation as text; with `opens` also the opening of the policy's turn. Raises as the template does."""
         shown = [clean(message) for message in messages]
-        text = self.tokenizer.apply_chat_template(
-            shown, tools=tools, tokenize=False, add_generation_prompt=opens, **self.kwargs
-        )
-        return str(text)
+        options = {"tools": tools, "tokenize": False, "add_generation_prompt": opens, **self.kwargs}
+        try:
+            return str(self.tokenizer.apply_chat_template(shown, **options))
+        except TypeError:  # some templates want a call's arguments as the JSON text that OpenAI's are
+            return str(self.tokenizer.apply_chat_template([with_text(message) for message in shown], **options))
 
     def tokens(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -86,7 +89,12 @@ class Continuer:
 
         Raises Unprovable where they are not clear, or would leave out what a message says.
         """
-        text = self.text_after(history, new, tools)
+        try:
+            text = self.text_after(history, new, tools)
+        except Unprovable:
+            raise
+        except Exception:  # some templates refuse to show again what their models say, as gpt-oss's channels
+            text = self.text_after(list(map(placeholder, history)), new, tools)
         for message in new:
             if not shows(text, message.get("content")):
                 raise Unprovable(f"it does not show a {message['role']}'s message")
@@ -117,17 +125,40 @@ class Continuer:
     def text_after(self, history: Sequence[Message], new: Sequence[Message], tools: Any) -> str:
         """What the template writes after the assistant's last message. Raises Unprovable where that is not clear."""
         before, last = list(history[:-1]), history[-1]
-        calls = {"tool_calls": last["tool_calls"]} if last.get("tool_calls") else {}
-        rest = self.after_sentinel([*before, {**said(last), **calls}, *new], tools, opens=True)
-        if calls:
-            # The calls come after the text, and were sampled: they are dropped, the turn's end is kept.
-            shown = self.after_sentinel([*before, {**said(last), **calls}], tools, opens=False)
-            end = self.after_sentinel([*before, said(last)], tools, opens=False)
-            own = shown[: len(shown) - len(end)]
-            if not shown.endswith(end) or not rest.startswith(own):
-                raise Unprovable("where a turn with tool calls ends is not clear")
-            rest = rest[len(own) :]
-        return rest
+        if not last.get("tool_calls"):
+            return self.after_sentinel([*before, said(last), *new], tools, opens=True)
+        calls = {"tool_calls": last["tool_calls"]}
+        try:
+            return self.after_text_and_calls(before, {**said(last), **calls}, new, tools)
+        except Unprovable:
+            return self.after_calls(before, without_text(last), new, tools)
+
+    def after_text_and_calls(self, before: list[Message], called: Message, new: Sequence[Message], tools: Any) -> str:
+        """What follows where calls come after the text, and both were sampled: they are dropped, the end is kept."""
+        rest = self.after_sentinel([*before, called, *new], tools, opens=True)
+        shown = self.after_sentinel([*before, called], tools, opens=False)
+        end = self.after_sentinel([*before, said(called)], tools, opens=False)
+        own = shown[: len(shown) - len(end)]
+        if not shown.endswith(end) or not rest.startswith(own):
+            raise Unprovable("where a turn with tool calls ends is not clear")
+        return rest[len(own) :]
+
+    def after_calls(self, before: list[Message], called: Message, new: Sequence[Message], tools: Any) -> str:
+        """What follows where calls stand alone or before the text, or end a turn in a way of their own."""
+        form = self.form_of_calls()
+        shown = self.render([*before, called], tools, opens=False)
+        whole = self.render([*before, called, *new], tools, opens=True)
+        own, close, _ = shown.rpartition(form.close)
+        own += close
+        opening = self.render(before, tools, opens=True)
+        if shown.startswith(opening):
+            count = len(read_calls(own[len(opening) :], form, tools)[0])
+        else:
+            earlier = self.render(before, tools, opens=False)
+            count = len(form.block.findall(own)) - len(form.block.findall(earlier))
+        if not close or not whole.startswith(own) or count != len(called["tool_calls"]):
+            raise Unprovable("where a turn with tool calls ends is not clear")
+        return whole[len(own) :]
 
     def after_sentinel(self, messages: Sequence[Message], tools: Any, *, opens: bool) -> str:
         text = self.render(messages, tools, opens=opens)
@@ -159,7 +190,12 @@ class Continuer:
         schemas = [TOOL] if kind == "tool" else None
         try:
             for history, new in conversations(kind):
-                self.prove_one(history, new, schemas)
+                try:
+                    self.prove_one(history, new, schemas)
+                except Exception:  # what a template raises is its own
+                    if len(history[-1].get("tool_calls") or ()) < 2:
+                        raise
+                    self.most_calls = 1
             if kind == "tool":
                 self.form = self.form_of_calls()
         except Unprovable as problem:
@@ -171,8 +207,9 @@ class Continuer:
     def prove_one(self, history: list[Message], new: list[Message], schemas: Any) -> None:
         """Raise Unprovable where a continuation is not what the whole conversation shows."""
         rest = self.text_after(history, new, schemas)
-        whole = self.render([*history, *new], schemas, opens=True)
-        if not rest or not whole.endswith(rest):
+        # Text may be shown elsewhere than before the calls, although it was said there.
+        versions = [history, [*history[:-1], without_text(history[-1])]] if history[-1].get("tool_calls") else [history]
+        if not rest or not any(self.render([*one, *new], schemas, opens=True).endswith(rest) for one in versions):
             raise Unprovable("what follows a turn depends on what was said in it")
         for message in new:
             if not shows(rest, message["content"]):
@@ -185,11 +222,12 @@ class Continuer:
         opening = self.render([ASKED], [TOOL], opens=True)
         if CALL["function"]["name"] not in opening:
             raise Unprovable("it does not show which tools there are")
-        called = [ASKED, {**reply("yes"), "tool_calls": [CALL]}]
-        shown = self.render(called, [TOOL], opens=False).rpartition(QUESTION)[2]
+        called = self.render([ASKED, {**reply("yes"), "tool_calls": [CALL]}], [TOOL], opens=False)
+        texts = [called.rpartition(QUESTION)[2], *([called[len(opening) :]] if called.startswith(opening) else [])]
         for name, form in FORMS.items():
-            if self.tool_parser in ("auto", name) and read_calls(shown, form, [TOOL]) == ([CALL["function"]], []):
-                return form
+            for text in texts if self.tool_parser in ("auto", name) else ():
+                if read_calls(text, form, [TOOL]) == ([CALL["function"]], []):
+                    return form
         wanted = "none that is known" if self.tool_parser == "auto" else f"not {self.tool_parser}'s"
         raise Unprovable(f"the form in which it writes calls is {wanted}; known are {', '.join(FORMS)}")
 
@@ -201,6 +239,16 @@ def reply(text: str) -> Message:
 def said(message: Message) -> Message:
     """An assistant's `message` with the sentinel as its text, and without its calls."""
     return {"role": message["role"], "content": SENTINEL}
+
+
+def placeholder(message: Message) -> Message:
+    """`message` with another text, if it is an assistant's."""
+    return {**message, "content": "So."} if message["role"] == "assistant" else message
+
+
+def without_text(message: Message) -> Message:
+    """An assistant's `message` with its calls alone."""
+    return {"role": message["role"], "content": "", "tool_calls": message["tool_calls"]}
 
 
 def conversations(kind: str) -> Iterator[tuple[list[Message], list[Message]]]:
@@ -235,6 +283,15 @@ def clean(message: Message) -> Message:
     if isinstance(calls := kept.get("tool_calls"), list):
         kept["tool_calls"] = [with_object(call) for call in calls]
     return kept
+
+
+def with_text(message: Message) -> Message:
+    """`message` with the arguments of its calls as JSON text."""
+    calls = message.get("tool_calls")
+    if not isinstance(calls, list):
+        return message
+    functions = [{**call["function"], "arguments": json.dumps(call["function"]["arguments"])} for call in calls]
+    return {**message, "tool_calls": [{**call, "function": one} for call, one in zip(calls, functions, strict=True)]}
 
 
 def with_object(call: Any) -> Any:

@@ -36,6 +36,10 @@ class Form:
 
     block: re.Pattern[str]
     read: Callable[[str, Types], list[Call]]
+    close: str
+    """What a turn's last call ends with; what comes after it ends the turn."""
+    around: re.Pattern[str] | None = None
+    """What else of a turn is neither its calls nor what it says."""
 
 
 def from_json(body: str, types: Types) -> list[Call]:
@@ -112,11 +116,84 @@ def literal(node: ast.expr) -> Any:
     return NAMES[node.id] if isinstance(node, ast.Name) and node.id in NAMES else ast.literal_eval(node)
 
 
+def from_json_texts(body: str, types: Types) -> list[Call]:
+    """{"name": "look", "parameters": {"at": 1}}, or several with semicolons between; what follows is left alone."""
+    found, decoder = [], json.JSONDecoder()
+    while body.startswith("{"):
+        value, end = decoder.raw_decode(body)
+        found.append(as_call(value))
+        body = body[end:].lstrip("; \n")
+    return found
+
+
+def from_channel(body: str, types: Types) -> list[Call]:
+    """to=functions.look<|channel|>commentary json<|message|>{"at": 1}"""
+    head, _, arguments = body.partition("<|message|>")
+    name = re.match(r"to=functions\.([^\s<]+)", head)
+    assert name is not None  # the block begins so
+    return [as_call({"name": name.group(1), "arguments": json.loads(arguments)})]
+
+
+def from_fence(body: str, types: Types) -> list[Call]:
+    """look, and in the next lines its arguments between ```json and ```"""
+    found = re.fullmatch(r"\s*(\S+)\s*```(?:json)?\s*(.*?)\s*(?:```\s*)?", body, re.DOTALL)
+    if found is None:
+        raise ValueError("a call is a name and a JSON object between ```json and ```")
+    return [as_call({"name": found.group(1), "arguments": json.loads(found.group(2))})]
+
+
+def from_gemma(body: str, types: Types) -> list[Call]:
+    """call:look{at:1,word:<|"|>cat<|"|>}"""
+    found = re.fullmatch(r"\s*call:([^\s{]+)(\{.*\})\s*", body, re.DOTALL)
+    if found is None:
+        raise ValueError("a call is call:NAME{KEY:VALUE,...}")
+    return [as_call({"name": found.group(1), "arguments": json.loads(as_json(found.group(2)))})]
+
+
+def as_json(text: str) -> str:
+    """Gemma's way of writing an object, as JSON: texts stand between <|"|>, and keys alone."""
+    parts = text.split('<|"|>')
+    if len(parts) % 2 == 0:
+        raise ValueError('a text between <|"|> does not end')
+    for index, part in enumerate(parts):
+        parts[index] = json.dumps(part) if index % 2 else re.sub(r"([{,]\s*)([^\s{}\[\],:]+)\s*:", r'\1"\2":', part)
+    return "".join(parts)
+
+
 FORMS = {
-    "hermes": Form(IN_TOOL_CALL, from_json),
-    "qwen3_coder": Form(IN_TOOL_CALL, from_tags),
-    "glm45": Form(IN_TOOL_CALL, from_keys),
-    "lfm2": Form(re.compile(r"<\|tool_call_start\|>(.*?)(?:<\|tool_call_end\|>|\Z)", re.DOTALL), from_python),
+    "hermes": Form(IN_TOOL_CALL, from_json, "</tool_call>"),
+    "qwen3_coder": Form(IN_TOOL_CALL, from_tags, "</tool_call>"),
+    "glm45": Form(IN_TOOL_CALL, from_keys, "</tool_call>"),
+    "lfm2": Form(
+        re.compile(r"<\|tool_call_start\|>(.*?)(?:<\|tool_call_end\|>|\Z)", re.DOTALL),
+        from_python,
+        "<|tool_call_end|>",
+    ),
+    "llama3_json": Form(
+        re.compile(r"\A\s*(?:<\|python_tag\|>)?\s*(\{\s*\"(?:name|type)\".*)\Z", re.DOTALL), from_json_texts, "}"
+    ),
+    "gemma4": Form(
+        re.compile(r"<\|tool_call>(.*?)(?:<tool_call\|>|(?=<\|tool_call>)|\Z)", re.DOTALL), from_gemma, "<tool_call|>"
+    ),
+    "openai": Form(
+        re.compile(r"(to=functions\.[^\s<]+[^{]*?<\|message\|>.*?)(?:<\|call\|>|<\|end\|>|\Z)", re.DOTALL),
+        from_channel,
+        "}",
+        re.compile(
+            r"<\|channel\|>(?:analysis|commentary)(?:<\|message\|>.*?(?:<\|end\|>|\Z)|\s)"
+            r"|<\|start\|>assistant\s*|<\|channel\|>final\s*<\|message\|>|<\|(?:end|return|call)\|>",
+            re.DOTALL,
+        ),
+    ),
+    "deepseek_v3": Form(
+        re.compile(
+            r"<｜tool▁call▁begin｜>function<｜tool▁sep｜>(.*?)(?:<｜tool▁call▁end｜>|(?=<｜tool▁call▁begin｜>)|\Z)",
+            re.DOTALL,
+        ),
+        from_fence,
+        "<｜tool▁calls▁end｜>",
+        re.compile(r"<｜tool▁calls▁(?:begin|end)｜>"),
+    ),
 }
 """By the names that vLLM's `--tool-call-parser` has for them."""
 HERMES = FORMS["hermes"]
@@ -157,12 +234,23 @@ def types_of(tools: Sequence[Mapping[str, Any]]) -> Types:
 
 
 def assistant_message(
-    text: str, form: Form = HERMES, tools: Sequence[Mapping[str, Any]] | None = None, *, thinks: bool = False
+    text: str,
+    form: Form = HERMES,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    *,
+    thinks: bool = False,
+    most: int | None = None,
 ) -> tuple[dict[str, Any], list[str]]:
-    """What was said as a chat message, and why calls in it could not be read."""
+    """What was said as a chat message, and why calls in it could not be read. `most`: calls that a turn may have."""
     calls, malformed = read_calls(text, form, tools, thinks=thinks)
+    if most is not None and len(calls) > most:
+        malformed += [f"a turn of this model has at most {most} call"] * (len(calls) - most)
+        calls = calls[:most]
     message: dict[str, Any] = {"role": "assistant", "content": text}
-    if calls:
+    if form.around is not None:
+        message["content"] = form.around.sub("", form.block.sub("", text)).strip()
+    elif calls:
         message["content"] = form.block.sub("", text).strip()
+    if calls:
         message["tool_calls"] = [{"type": "function", "function": call} for call in calls]
     return message, malformed

@@ -30,7 +30,9 @@ from grpo.run.records import TRAINING, completions_files, read_entries
 if TYPE_CHECKING:
     from grpo.export.merge import MergedSource
     from grpo.export.modelfile import Chat
+    from grpo.model.initial_adapter import InitialLayer
     from grpo.model.weight_source import Source
+    from grpo.policy.adapter_files import AdapterFile
 
 EXPORT_FORMATS = ("adapter", "merged-16bit", "merged-4bit", "gguf")
 GGUF_TYPES = ("f16", "bf16", "q8_0", "q4_k_m")
@@ -171,8 +173,9 @@ def open_merged(reference: ModelReference, notice: Callable[[str], None]) -> Mer
     check_supported(base.config, str(base.path))
     for sentence in account(base):
         notice(sentence)
-    merged = MergedSource(base, adapter)
-    check_base(reference.adapter, Fingerprint.of(base), model.name)
+    source, initial = started_from(reference, base, adapter)
+    merged = MergedSource(base, adapter, initial)
+    check_base(reference.adapter, Fingerprint.of(source), model.name)
     if base.stored_as in UNQUANTISED:
         notice(f"merging {reference.adapter} into the {base.stored_as} weights of {model.name}")
     else:
@@ -181,6 +184,24 @@ def open_merged(reference: ModelReference, notice: Callable[[str], None]) -> Mer
             "have its 16-bit original, name it with --base"
         )
     return merged
+
+
+def started_from(
+    reference: ModelReference, base: Source, adapter: AdapterFile
+) -> tuple[Source, dict[str, InitialLayer]]:
+    """(the base as the adapter was trained on it, what the adapter started from in it); mostly `base` and nothing."""
+    import torch
+
+    from grpo.config.schema import Config
+    from grpo.model.initial_adapter import ResidualSource
+    from grpo.policy.starting_base import starting_source
+
+    assert reference.adapter is not None
+    tables: dict[str, Any] = {key: reference.tables[key] for key in ("model", "train") if key in reference.tables}
+    tables |= {"lora": adapter.saved.lora.model_dump(), "task": {"name": "none"}}
+    folders = [reference.adapter, *([run] if (run := run_of(reference)) is not None else [])]
+    source = starting_source(base, Config.model_validate(tables), folders, torch.device("cpu"))
+    return source, source.read_all() if isinstance(source, ResidualSource) else {}
 
 
 def chat_template(reference: ModelReference) -> str | None:
@@ -215,7 +236,8 @@ def made_whole(folder: Path) -> Iterator[Path]:
 
 def write_adapter(reference: ModelReference, folder: Path, notice: Callable[[str], None]) -> None:
     """The adapter in peft's format, with its base named so that it is found from anywhere."""
-    from grpo.model.adapter_config import ADAPTER_WEIGHTS, read_adapter_config
+    from grpo.export.plain_lora import write_plain_lora
+    from grpo.model.adapter_config import ADAPTER_WEIGHTS, read_adapter_config, takes_from_base
     from grpo.model.fingerprint import Fingerprint, check_base
     from grpo.policy.adapter_files import AdapterFile
 
@@ -223,20 +245,35 @@ def write_adapter(reference: ModelReference, folder: Path, notice: Callable[[str
     adapter = AdapterFile(read_adapter_config(reference.adapter))
     model = base_model(reference)
     if local_path(model.name) is not None:
-        from grpo.model.inventory import account
-        from grpo.model.source import open_source
-
-        base = open_source(model)
-        account(base)
+        base = open_accounted(model)
         adapter.check(base.config.get_text_config())
-        check_base(reference.adapter, Fingerprint.of(base), model.name)
+        if not takes_from_base(adapter.saved.lora.init_lora_weights):
+            check_base(reference.adapter, Fingerprint.of(base), model.name)
     config = {**adapter.saved.values, "base_model_name_or_path": recorded_name(model.name), "inference_mode": True}
     config["revision"] = model.revision
+    if takes_from_base(adapter.saved.lora.init_lora_weights):
+        base = open_accounted(model)
+        source, initial = started_from(reference, base, adapter)
+        check_base(reference.adapter, Fingerprint.of(source), model.name)
+        write_plain_lora(adapter, initial, config, folder)
+        Fingerprint.of(base).write(folder)
+        notice(f"{reference.adapter} started from a part of its base; written as plain LoRA of twice its rank")
+        return
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     for name in (ADAPTER_WEIGHTS, BASE_SAMPLE):
         if (reference.adapter / name).is_file():
             shutil.copyfile(reference.adapter / name, folder / name)
     notice(f"{len(adapter.names) // 2} layers of {reference.adapter}, for {config['base_model_name_or_path']}")
+
+
+def open_accounted(model: Model) -> Source:
+    """The base, of which every tensor is accounted for."""
+    from grpo.model.inventory import account
+    from grpo.model.source import open_source
+
+    base = open_source(model)
+    account(base)
+    return base
 
 
 def write_folder(

@@ -1,12 +1,14 @@
-"""A base with an adapter folded in, W + s B A, read tensor by tensor: what every export of a whole model is made of.
+"""A base with an adapter folded in, W + s (B A - B0 A0), read tensor by tensor: what whole models are exported from.
 
 `MergedSource` is a `Source` like the base below it and holds no more than one weight at a time. The sum is made in
-float32 and left there; the one rounding is the writer's. What an adapter is, and that it fits the base, is read where
-training reads it: `grpo.model.adapter_config` and `grpo.policy.adapter_files`.
+float32 and left there; B0 A0 is what the adapter started from in the base, mostly nothing; the one rounding is the
+writer's. What an adapter is, and that it fits the base, is read where training reads it: `grpo.model.adapter_config`
+and `grpo.policy.adapter_files`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor
 
 from grpo.model.adapter_layers import adapted_experts
+from grpo.model.initial_adapter import InitialLayer
 from grpo.model.stored_form import Piece, stored_form
 from grpo.model.weight_source import Source, dense
 from grpo.policy.adapter_files import AdapterFile
@@ -22,9 +25,10 @@ from grpo.policy.adapter_files import AdapterFile
 class MergedSource:
     """`base` with `adapter` folded in (None: as it is), under the interface of a Source. Weights are dense."""
 
-    def __init__(self, base: Source, adapter: AdapterFile | None):
-        """base: one that is accounted for. Raises UserError where the adapter's layers are not those of the base."""
-        self.base, self.adapter = base, adapter
+    def __init__(self, base: Source, adapter: AdapterFile | None, initial: Mapping[str, InitialLayer] | None = None):
+        """base: one that is accounted for; initial: what the adapter started from in it. Raises UserError where the
+        adapter's layers are not those of the base."""
+        self.base, self.adapter, self.initial = base, adapter, initial or {}
         self.path, self.config, self.stored_as = base.path, base.config, base.stored_as
         self.names, self.notices = set(base.names), base.notices
         self.adapters = {} if adapter is None else adapter.check(base.config.get_text_config())
@@ -42,7 +46,12 @@ class MergedSource:
         if self.adapter is None or layer not in self.adapters or layer == name:
             return weight
         a, b = self.adapter.factors(layer)
-        return torch.addmm(weight.float(), b.float(), a.float(), alpha=self.adapters[layer].scale)
+        scale = self.adapters[layer].scale
+        merged = torch.addmm(weight.float(), b.float(), a.float(), alpha=scale)
+        if layer in self.initial:
+            start = self.initial[layer].start
+            merged = torch.addmm(merged, start.b, start.a, alpha=-scale)
+        return merged
 
     @cached_property
     def _expert_pieces(self) -> dict[str, tuple[str, Piece]]:

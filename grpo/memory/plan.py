@@ -16,7 +16,9 @@ from typing import Any
 from grpo.config.schema import Config, Lora
 from grpo.kernels.sizes import RANK_MULTIPLE
 from grpo.memory.activations import TrainingMemory, moment_bytes
+from grpo.memory.kv_groups import KeyPool
 from grpo.memory.states import has_states, pages
+from grpo.model.adapter_config import takes_from_base
 from grpo.model.adapter_layers import adapted_experts, adapted_layers
 from grpo.model.attention_layers import attention_layers
 from grpo.model.expert_sizes import COUNTS, MATRICES, expert_sizes
@@ -107,6 +109,8 @@ class MemoryPlan:
     kv_cache: int
     """For every sequence of `max_num_seqs` at its full length, unless the configuration sets it."""
     kv_one_sequence: int
+    kv_spare: int
+    """Of either, the blocks that no sequence is counted for."""
     vllm: int
     """What vLLM keeps beside weights and KV cache."""
     sampling: int
@@ -173,6 +177,7 @@ def plan_memory(config: Config, shape: Any, itemsize: int, *, on_gpu: bool, flas
         adapter=adapter_bytes(config, shape, itemsize, on_gpu=on_gpu),
         kv_cache=config.rollout.kv_cache_memory_bytes or kv(sequences),
         kv_one_sequence=kv(1),
+        kv_spare=kv(0),
         vllm=VLLM_KEEPS if on_gpu else 0,
         sampling=sampling_bytes(shape, itemsize, length, sequences),
         peaks={mode: training.peak(mode) for mode in training.modes},
@@ -264,7 +269,8 @@ def adapter_bytes(config: Config, shape: Any, itemsize: int, *, on_gpu: bool) ->
         engine += ranks * (sizes[parts[0]][1] + sum(sizes[part][0] for part in parts))
     trained, engine = trained + experts_adapter(shape, config.lora), engine + experts_adapter(shape, config.lora, 16)
     has_reference = config.loss.beta > 0 and config.loss.reference == "start" and config.lora.init is not None
-    return trained * (4 + 4 + 4 * has_reference + moment_bytes(config.train.optim, on_gpu=on_gpu)) + engine * itemsize
+    kept = has_reference + takes_from_base(config.lora.init_lora_weights)  # the reference's values; the first ones
+    return trained * (4 + 4 + 4 * kept + moment_bytes(config.train.optim, on_gpu=on_gpu)) + engine * itemsize
 
 
 def kv_bytes_per_token(shape: Any, itemsize: int, kv_cache_dtype: str) -> int:
@@ -295,8 +301,8 @@ def layer_token_bytes(shape: Any, itemsize: int, kv_cache_dtype: str) -> int:
 def kv_cache_bytes(shape: Any, itemsize: int, kv_cache_dtype: str, length: int, sequences: int, block: int) -> int:
     """KV cache in which `sequences` reach `length` tokens, in whole blocks, with two to spare."""
     if not has_states(shape):
-        blocks = -(-length // block) * sequences + 2
-        return blocks * block * kv_bytes_per_token(shape, itemsize, kv_cache_dtype)
+        pool = KeyPool.of(shape, 1 if kv_cache_dtype == "fp8" else itemsize, block)
+        return (pool.blocks(length, max(BATCHED_TOKENS, length)) * sequences + 2) * pool.block_bytes
     page = pages(shape, itemsize, layer_token_bytes(shape, itemsize, kv_cache_dtype), block)
     return (page.blocks(length, STATES_KEPT) * sequences + 2) * page.size
 

@@ -8,6 +8,7 @@ loaded as what it is or not at all. What is honoured becomes a `[lora]` table. W
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,16 +27,16 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 SHAPE = (
     "r", "lora_alpha", "use_rslora", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
-    "rank_pattern", "alpha_pattern", "target_parameters",
+    "rank_pattern", "alpha_pattern", "target_parameters", "init_lora_weights", "loftq_iter",
 )  # fmt: skip
-"""peft's entries, and keys of `[lora]`, that say which layers have an adapter, of which rank and scale."""
+"""peft's entries, and keys of `[lora]`, that say which layers have an adapter, of which rank and scale, and on what."""
 NEEDED = ("r", "lora_alpha", "target_modules")
 HONOURED = (*SHAPE, "lora_dropout")
 
 WITHOUT_EFFECT = {
     "peft_type", "task_type", "auto_mapping", "peft_version", "inference_mode", "runtime_config",
     "base_model_name_or_path", "revision",  # where the base is, for whoever looks for it
-    "init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config",  # how training began
+    "loftq_config", "eva_config", "corda_config", "lora_ga_config",  # how training began
     "megatron_core", "qalora_group_size", "ensure_weight_tying",  # of entries that are refused where they are set
     "fan_in_fan_out",  # peft takes it back on linear layers
 }  # fmt: skip
@@ -63,6 +64,7 @@ UNSET: tuple[Any, ...] = (None, False, "", [], {})
 
 LEAVE_THE_BASE = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 """Values of `init_lora_weights` with which the trained base is the one on the disk."""
+PISSA_NITER = re.compile(r"pissa_niter_([1-9]\d?)")
 MERGE = "have peft merge it into its base (merge_and_unload, save_pretrained), and name that folder as the model"
 RETRAIN = "train a plain LoRA adapter in its place"
 CONVERT = (
@@ -83,7 +85,12 @@ class AdapterConfig:
     @property
     def table(self) -> dict[str, Any]:
         """A `[lora]` table of the adapter's shape."""
-        return {key: getattr(self.lora, key) for key in HONOURED if getattr(self.lora, key) not in UNSET}
+        given = {key: getattr(self.lora, key) for key in HONOURED if getattr(self.lora, key) not in UNSET}
+        starts = {"init_lora_weights": self.lora.init_lora_weights, "loftq_iter": self.lora.loftq_iter}
+        defaults = {"init_lora_weights": True, "loftq_iter": 1}
+        return {key: value for key, value in given.items() if key not in starts} | {
+            key: value for key, value in starts.items() if value != defaults[key]
+        }
 
 
 def read_adapter_config(folder: Path) -> AdapterConfig:
@@ -109,7 +116,7 @@ def check_entry(key: str, value: Any, file: Path) -> None:
     if key in REFUSED and not is_unset(value) and (key, value) != ("bias", "none"):
         way_out = RETRAIN if key in NOT_TO_BE_MERGED else MERGE
         raise UserError(f"{file}: {key} = {shown(value)}: {REFUSED[key]}, and only plain LoRA is taken; {way_out}")
-    if key == "init_lora_weights" and value not in LEAVE_THE_BASE:
+    if key == "init_lora_weights" and value not in LEAVE_THE_BASE and not takes_from_base(value):
         raise UserError(f"{file}: {key} = {shown(value)}: it was trained on a base other than that on disk; {CONVERT}")
     if key == "task_type" and value not in (None, "CAUSAL_LM"):
         raise UserError(
@@ -137,6 +144,7 @@ def default_of_peft(key: str) -> Any:
 def as_lora(values: Mapping[str, Any], file: Path) -> Lora:
     """The honoured entries as `[lora]`, one number or name being a list of it. Raises UserError for what is none."""
     table = {key: values[key] for key in HONOURED if key in NEEDED or not is_unset(values.get(key))}
+    table |= started(table.pop("init_lora_weights", True), values.get("loftq_config"), file)
     for key, kind in (("layers_to_transform", int), ("layers_pattern", str)):
         if isinstance(table.get(key), kind):
             table[key] = [table[key]]
@@ -144,6 +152,25 @@ def as_lora(values: Mapping[str, Any], file: Path) -> Lora:
         return Lora.model_validate(table)
     except ValidationError as error:
         raise explain(error, Lora, table, str(file)) from None
+
+
+def started(kind: Any, loftq_config: Any, file: Path) -> dict[str, Any]:
+    """The keys of `[lora]` for an adapter that takes a part of the base. Raises UserError for other bits than 4."""
+    if not takes_from_base(kind):
+        return {}
+    if kind != "loftq":
+        return {"init_lora_weights": kind}
+    settings = loftq_config if isinstance(loftq_config, dict) else {}
+    if settings.get("loftq_bits", 4) != 4:
+        raise UserError(
+            f"{file}: loftq_config = {shown(settings)}: its base is quantised to other than 4 bits; {CONVERT}"
+        )
+    return {"init_lora_weights": kind, "loftq_iter": settings.get("loftq_iter", 1)}
+
+
+def takes_from_base(kind: Any) -> bool:
+    """Whether an adapter with `init_lora_weights = kind` starts from a part of the base (`initial_adapter.py`)."""
+    return isinstance(kind, str) and (kind in ("pissa", "olora", "loftq") or PISSA_NITER.fullmatch(kind) is not None)
 
 
 def check_same_shape(saved: AdapterConfig, lora: Lora, targets: Callable[[Lora], list[str] | str]) -> None:
@@ -166,6 +193,8 @@ def check_same_shape(saved: AdapterConfig, lora: Lora, targets: Callable[[Lora],
 def differs(key: str, one: Lora, other: Lora) -> bool:
     """Whether the two mean different things by `key`; the order of names is no matter."""
     values = [getattr(lora, key) or None for lora in (one, other)]
+    if key == "init_lora_weights":  # what leaves the base alone is no matter once an adapter is trained
+        values = [value if takes_from_base(value) else True for value in values]
     mine, theirs = (frozenset(value) if isinstance(value, list) else value for value in values)
     return bool(mine != theirs)
 

@@ -9,9 +9,10 @@ multiplies packed weights fast; the values are those of the packed weights.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -134,6 +135,8 @@ class BaseWeights:
         self.linears = {name: self._load_linear(source, name, layout) for name, layout in self.layout.linears.items()}
         self.experts = {name: self._load_experts(source, name, layout) for name, layout in self.layout.experts.items()}
         self.tensors = self._load_plain(source)
+        self.initial: Mapping[str, Any] = getattr(source, "initial", {})
+        """Linear layer -> what its adapter starts from (`initial_adapter.InitialLayer`), without which it is held."""
 
     def _chosen_16bit(self, model: Model) -> list[str]:
         """Names or endings of the parts that stay unquantised. Raises UserError for one that names no part."""

@@ -10,6 +10,9 @@ from grpo.errors import UserError
 BASE_SAMPLE = "base_sample.json"
 """The file beside an adapter, and in a run folder, by which it knows its base (`fingerprint.py`)."""
 
+INITIAL_ADAPTER = "initial_adapter.safetensors"
+"""The file beside an adapter, and in a run folder, with what it started from in its base (`initial_adapter.py`)."""
+
 
 def local_path(name: str) -> Path | None:
     """The file or folder called `name`; None for a hub id. Raises UserError for a path that does not exist."""

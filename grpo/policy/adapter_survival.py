@@ -78,7 +78,7 @@ def float32_effect(policy: Policy, prompts: list[list[int]], completions: list[l
     with_adapter = float32_logprobs(policy, graph, prompts, completions)
     for module in graph.modules():
         if isinstance(module, Float32Linear):
-            module.adapter = None
+            module.trained = False
     return with_adapter - float32_logprobs(policy, graph, prompts, completions)
 
 
@@ -88,15 +88,17 @@ class Float32Linear(nn.Module):
     def __init__(self, layer: BaseLinear | LoraLinear):
         super().__init__()
         self.adapter = layer if isinstance(layer, LoraLinear) else None
+        self.trained = True
+        """Whether the adapter has its trained values, or acts as where adapters are disabled."""
         self.frozen = layer.base_layer if isinstance(layer, LoraLinear) else layer
 
     def forward(self, x: Tensor) -> Tensor:
         bias = self.frozen.bias
         y = F.linear(x, self.frozen.dense().float(), None if bias is None else bias.float())
+        factors = None
         if self.adapter is not None:
-            a, b = self.adapter.scaled(ADAPTER)
-            y = y + F.linear(F.linear(x, a), b)
-        return y
+            factors = self.adapter.scaled(ADAPTER) if self.trained else self.adapter.initial()
+        return y if factors is None else y + F.linear(F.linear(x, factors[0]), factors[1])
 
 
 class Float32Embedding(nn.Module):

@@ -70,6 +70,10 @@ class ExpertsAdapter(nn.Module, BaseTunerLayer):
         apart = b.view(len(b), self.r[ADAPTER], self.experts).permute(2, 0, 1)
         return a.view(self.experts, self.r[ADAPTER], -1), apart * self.scaling[ADAPTER]
 
+    def is_fresh(self) -> bool:
+        """Whether the adapter changes nothing."""
+        return not bool(self.lora_B[ADAPTER].weight.any())
+
     def chain(self) -> Iterator[ExpertsAdapter]:
         """This one and the one inside it."""
         yield self

@@ -32,6 +32,7 @@ from grpo.kernels.rope import rope
 from grpo.model.base_weights import BaseWeights, FusedLinear
 from grpo.model.decoder_config import DecoderConfig
 from grpo.model.families.table import family_of
+from grpo.policy.lora_linear import ADAPTER, LoraLinear
 
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 """transformers' names of the activations that kernels/glu.py has."""
@@ -105,11 +106,15 @@ class AdaptedLinears:
                 yield from ((rows, module, name) for name in module.active_adapters if name in module.lora_A)
 
     def adapters(self) -> tuple[list[Adapter], list[Tensor]]:
-        """For the kernels: where each acts, and A, B of each."""
+        """For the kernels: where each acts, and A, B of each; of disabled ones what they started from in the base."""
         listed, factors = [], []
         for (first, rows), module, name in self.active():
             listed.append(Adapter(first, rows, float(module.scaling[name])))
             factors += [module.lora_A[name].weight, module.lora_B[name].weight]
+        for (first, rows), module in zip(self.row_ranges, self.modules, strict=True):
+            if isinstance(module, LoraLinear) and module.disable_adapters and module.initial_a is not None:
+                listed.append(Adapter(first, rows, float(module.scaling[ADAPTER])))
+                factors += [module.initial_a, module.initial_b]
         return listed, factors
 
     @property

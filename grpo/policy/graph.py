@@ -64,7 +64,8 @@ def peft_config(base: BaseWeights, lora: Lora, base_name: str) -> LoraConfig:
         lora_dropout=lora.lora_dropout,
         use_rslora=lora.use_rslora,
         bias=lora.bias,
-        init_lora_weights=lora.init_lora_weights,
+        # What takes a part of the base is put there by `Policy`: peft would decompose the base that has lost it.
+        init_lora_weights=lora.init_lora_weights if lora.init_lora_weights == "gaussian" else True,
         task_type="CAUSAL_LM",
         base_model_name_or_path=base_name,
     )

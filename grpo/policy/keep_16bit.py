@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from grpo.config.schema import Model
+from grpo.config.schema import Lora, Model
 from grpo.errors import UserError
 from grpo.kernels.attention import Packing
 from grpo.kernels.host_matmul import mm_transposed
@@ -35,6 +35,7 @@ from grpo.model import fingerprint, weight_source
 from grpo.model.base_weights import BaseWeights
 from grpo.model.decoder_config import DecoderConfig
 from grpo.model.head import Head
+from grpo.model.initial_adapter import write_record
 from grpo.model.meta_graph import last_norm
 from grpo.model.sizes import AUTO_SHARE, linear_shapes, nf4_bytes
 from grpo.model.weight_source import NF4Tensor, Source
@@ -96,9 +97,11 @@ def recorded(folders: Sequence[Path], layers: Collection[str]) -> list[str] | No
     return None
 
 
-def record_base(base: BaseWeights, run: Path) -> None:
-    """Write into the folder of a run what its base is known by when it is resumed, and what "auto" chose."""
+def record_base(base: BaseWeights, lora: Lora, run: Path) -> None:
+    """Write into the folder of a run what its base is known by when it is resumed, what "auto" chose, and what its
+    adapter started from in the base."""
     base.fingerprint.write(run)
+    write_record(run, lora, base.initial)
 
 
 def calibration(tokenizer: Any, base: BaseWeights) -> list[list[int]]:

@@ -76,8 +76,12 @@ class RoundedOnce(torch.autograd.Function):
 class LoraLinear(nn.Module, LoraLayer):
     """peft's LoRA on a BaseLinear: y = x W^T + b + (dropout(x) A^T) (s B)^T, rounded once.
 
-    A and B are kept in float32 and used in x's dtype, with s B rounded once, as the engine uses them.
+    A and B are kept in float32 and used in x's dtype, with s B rounded once, as the engine uses them. Where the adapter
+    started from a part of the base, its first values stand in while adapters are disabled.
     """
+
+    initial_a: Tensor | None
+    initial_b: Tensor | None
 
     def __init__(
         self,
@@ -91,21 +95,44 @@ class LoraLinear(nn.Module, LoraLayer):
         super().__init__()
         LoraLayer.__init__(self, base_layer, **kwargs)
         self._active_adapter = adapter_name
+        for name in ("initial_a", "initial_b"):
+            self.register_buffer(name, None, persistent=False)
         self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
 
     def scaled(self, adapter: str = ADAPTER) -> tuple[Tensor, Tensor]:
         """A [r, in] and s B [out, r] in float32."""
         return self.lora_A[adapter].weight, self.lora_B[adapter].weight * self.scaling[adapter]
 
+    @torch.no_grad()
+    def start_from(self, a: Tensor, b: Tensor) -> None:
+        """Let A and B have these values, [r, in] and [out, r], and remember them."""
+        device = self.lora_A[ADAPTER].weight.device
+        self.initial_a, self.initial_b = a.to(device, torch.float32), b.to(device, torch.float32)
+        self.lora_A[ADAPTER].weight.copy_(self.initial_a)
+        self.lora_B[ADAPTER].weight.copy_(self.initial_b)
+
+    def initial(self) -> tuple[Tensor, Tensor] | None:
+        """A and s B that the adapter started from, where that is a part of the base; None where it is nothing."""
+        if self.initial_a is None or self.initial_b is None:
+            return None
+        return self.initial_a, self.initial_b * self.scaling[ADAPTER]
+
+    def is_fresh(self) -> bool:
+        """Whether the adapter changes nothing: its values are the initial ones, or B is zero."""
+        a, b = self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight
+        if self.initial_a is None or self.initial_b is None:
+            return not bool(b.any())
+        return bool(a.equal(self.initial_a)) and bool(b.equal(self.initial_b))
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         active = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.lora_A]
-        if not active:
+        pairs = [(self.lora_dropout[name](x), *self.scaled(name)) for name in active]
+        if self.disable_adapters and (initial := self.initial()) is not None:
+            pairs = [(x, *initial)]
+        if not pairs:
             return self.base_layer(x)
-        x_lora_a, lora_b = [], []
-        for adapter in active:
-            a, b = self.scaled(adapter)
-            x_lora_a.append(F.linear(self.lora_dropout[adapter](x), a.to(x.dtype)))
-            lora_b.append(b.to(x.dtype))
+        x_lora_a = [F.linear(dropped, a.to(x.dtype)) for dropped, a, _ in pairs]
+        lora_b = [b.to(x.dtype) for _, _, b in pairs]
         return RoundedOnce.apply(x, joined(x_lora_a), joined(lora_b), self.base_layer)
 
     def merge(self, *args: Any, **kwargs: Any) -> None:

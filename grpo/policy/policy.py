@@ -21,10 +21,12 @@ from torch import Tensor, nn
 from grpo.config.schema import Lora
 from grpo.errors import UserError
 from grpo.kernels.logprob import selected_logprobs
+from grpo.model.adapter_config import takes_from_base
 from grpo.model.adapter_layers import adapted_experts, adapted_layers
 from grpo.model.base_weights import BaseWeights
 from grpo.model.checks import one_line
 from grpo.model.fingerprint import check_base
+from grpo.model.initial_adapter import LOFTQ, digest, read_record, write_record
 from grpo.policy.activation_checkpointing import recompute_layers
 from grpo.policy.adapter_files import open_adapter
 from grpo.policy.experts import ExpertsAdapter, adapt_experts
@@ -62,6 +64,7 @@ class Policy:
                 adapt_experts(self.decoder, adapted_experts(base.config, lora))
                 self.model.peft_config[ADAPTER].target_parameters = list(lora.target_parameters)
         self.model.peft_config[ADAPTER].base_model_name_or_path = base_name  # peft put the configuration's folder there
+        self._start_from_base()
         if wants_kernels(kernels, base.device):
             install_fused_layers(self.decoder, base)
         patch_hf_forward(self.decoder)
@@ -112,6 +115,24 @@ class Policy:
                     f"{name}, expected were {meant.get(name)} (rank, scale); name linear layers of the decoder by name"
                 )
 
+    def _start_from_base(self) -> None:
+        """Give every adapter what it starts from, where that is a part of the base, and record which way it is."""
+        kind = self.lora.init_lora_weights
+        if takes_from_base(kind) != bool(self.base.initial):
+            raise UserError(
+                f"lora.init_lora_weights = {kind!r}: the base is {'' if self.base.initial else 'not '}held without "
+                "what such an adapter starts from; load base and adapter together, as grpo.load does"
+            )
+        if not self.base.initial:
+            return
+        layers = self.adapter_layers()
+        for name, initial in self.base.initial.items():
+            layers[name].start_from(initial.start.a, initial.start.b)
+        config = self.model.peft_config[ADAPTER]
+        config.init_lora_weights = kind
+        if kind == LOFTQ:
+            config.loftq_config = {"loftq_bits": 4, "loftq_iter": self.lora.loftq_iter}
+
     def parameters(self) -> list[nn.Parameter]:
         """The trained tensors, in a fixed order."""
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -125,8 +146,8 @@ class Policy:
         recompute_layers(self.decoder.model.layers, mode)
 
     def adapter_is_zero(self) -> bool:
-        """Whether the adapter changes nothing, as a fresh one."""
-        return not any(bool(layer.lora_B[ADAPTER].weight.any()) for layer in self.all_adapters())
+        """Whether the adapter changes nothing, as a fresh one: it is zero, or what it started from."""
+        return all(layer.is_fresh() for layer in self.all_adapters())
 
     def remember_reference(self) -> None:
         """Let the adapter's values of this moment be the KL reference."""
@@ -198,6 +219,7 @@ class Policy:
         # Trainers may have added adapters of their own; and peft would ask the hub for the base's embedding.
         self.model.save_pretrained(folder, save_embedding_layers=False, selected_adapters=[ADAPTER])
         self.base.fingerprint.write(folder)
+        write_record(folder, self.lora, self.base.initial)
 
     def load_adapter(self, folder: Path) -> None:
         """Replace the adapter's values by those in `folder`, whose shape and base must be the same."""
@@ -205,6 +227,11 @@ class Policy:
 
         file = open_adapter(folder, self.lora, self.base.config)
         check_base(folder, self.base.fingerprint, str(self.base.source_path))
+        record = read_record(folder)
+        if record is not None and digest(record) != digest(self.base.initial):
+            raise UserError(
+                f"{folder}: this adapter started from other values than the base was loaded without; load them together"
+            )
         set_peft_model_state_dict(self.model, file.tensors(), ADAPTER)
 
 

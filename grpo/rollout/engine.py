@@ -38,7 +38,7 @@ from grpo.rollout.attention_backend import Served, choose_backend
 from grpo.rollout.lora_buffers import RolloutAdapter
 from grpo.rollout.route_recorder import RouteRecorder
 from grpo.rollout.types import Completion, EngineSettings, Request, SamplingSettings
-from grpo.rollout.vllm_backend import prepare_class
+from grpo.rollout.vllm_backend import attributes, prepare_class
 from grpo.rollout.vllm_environment import set_environment
 from grpo.rollout.vllm_model import ADAPTER_KEY, SHARED, AdapterHandle, write_model_folder
 from grpo.rollout.vllm_scheduler import LogprobCollector, OnePassSampler, rollout_scheduler
@@ -122,6 +122,7 @@ class Engine:
             "model": self._folder.name,
             "skip_tokenizer_init": not settings.stop_strings,
             "dtype": str(self.base.dtype).removeprefix("torch."),
+            "hf_overrides": attributes(self.base.config),
             "quantization": SHARED,
             "load_format": SHARED,
             "model_loader_extra_config": {ADAPTER_KEY: AdapterHandle(self.adapter, self.recorder)},

@@ -383,7 +383,7 @@ class EpisodePlayer:
         if not tools:
             return {"role": "assistant", "content": text}, []
         thinks = self.continuer.opens_thought(prompt_ids)
-        return assistant_message(text, self.continuer.form, tools, thinks=thinks)
+        return assistant_message(text, self.continuer.form, tools, thinks=thinks, most=self.continuer.most_calls)
 
 
 class Unusable(Exception):

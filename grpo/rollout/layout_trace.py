@@ -42,7 +42,7 @@ from grpo.model.decoder_config import DecoderConfig
 from grpo.model.layout import Record, pattern_of
 from grpo.model.meta_graph import graph_tensors, meta_graph
 from grpo.model.stored_form import stored_form
-from grpo.rollout.vllm_backend import prepare_class
+from grpo.rollout.vllm_backend import attributes, prepare_class
 from grpo.rollout.vllm_environment import set_environment
 
 TRACED = "grpo_traced"
@@ -226,7 +226,7 @@ def traced_model(config: DecoderConfig, dtype: torch.dtype) -> Iterator[nn.Modul
         try:
             settings = EngineArgs(
                 model=folder, skip_tokenizer_init=True, dtype=str(dtype).removeprefix("torch."), quantization=TRACED,
-                max_model_len=64, enforce_eager=True, generation_config="vllm",
+                max_model_len=64, enforce_eager=True, generation_config="vllm", hf_overrides=attributes(config),
             ).create_engine_config()  # fmt: skip
             with set_current_vllm_config(settings), default_dtype(dtype):
                 with torch.device("meta"):

@@ -41,6 +41,9 @@ class CopyPairs(NamedTuple):
     b_buffers: list[Tensor]
     a_trained: list[Tensor]
     b_trained: list[Tensor]
+    a_initial: list[Tensor]
+    b_initial: list[Tensor]
+    """What stands in where the adapter is off, zeros where it started from nothing; empty where no layer has any."""
     scales: list[float]
 
 
@@ -48,7 +51,8 @@ class RolloutAdapter:
     """The copies that sampling reads.
 
     `buffers`: fused linear's name -> AdapterBuffers, for those that have an adapter. `experts`: the graph's module of
-    experts -> the adapters on them. `on`: 1.0 or 0.0, a scalar tensor that every adapter's product is multiplied by.
+    experts -> the adapters on them. `on`: 1.0 or 0.0, a scalar tensor that every adapter's product is multiplied by. An
+    adapter that started from a part of the base is not switched off but has its first values then.
     """
 
     def __init__(self, base: BaseWeights, policy: Policy | None):
@@ -72,26 +76,35 @@ class RolloutAdapter:
         """Let the adapter act or not; returns whether that is a change."""
         changed = enabled != self._enabled
         if changed:
-            self.on.fill_(float(enabled))
             self._enabled = enabled
+            if self.base.initial:
+                self.refresh()
+            else:
+                self.on.fill_(float(enabled))
         return changed
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Bring the buffers up to date."""
-        if self.policy is not None:
-            pairs = self._copy_pairs(self.policy)
-            torch._foreach_copy_(pairs.a_buffers, pairs.a_trained)
-            torch._foreach_copy_(pairs.b_buffers, torch._foreach_mul(pairs.b_trained, pairs.scales))
-            for adapter, buffers in self._of_experts:
-                a, b = adapter.scaled()
-                buffers.a[:, : a.shape[1]].copy_(a)
-                buffers.b[..., : b.shape[2]].copy_(b)
+        if self.policy is None:
+            return
+        pairs = self._copy_pairs(self.policy)
+        if self.base.initial and not self._enabled:
+            a, b = pairs.a_initial, pairs.b_initial
+        else:
+            a, b = pairs.a_trained, pairs.b_trained
+        torch._foreach_copy_(pairs.a_buffers, a)
+        torch._foreach_copy_(pairs.b_buffers, torch._foreach_mul(b, pairs.scales))
+        acts = self._enabled or not self.base.initial
+        for adapter, buffers in self._of_experts:
+            expert_a, expert_b = adapter.scaled()
+            buffers.a[:, : expert_a.shape[1]].copy_(expert_a)
+            buffers.b[..., : expert_b.shape[2]].copy_(expert_b if acts else torch.zeros_like(expert_b))
 
     def _copy_pairs(self, policy: Policy) -> CopyPairs:
         """Views of the buffers beside the trained tensors that belong there."""
         if self._pairs is None:
-            pairs, layers = CopyPairs([], [], [], [], []), policy.adapter_layers()
+            pairs, layers = CopyPairs([], [], [], [], [], [], []), policy.adapter_layers()
             for name, buffers in self.buffers.items():
                 for part, ranks, rows in parts_with_adapter(self.base.linears[name], layers):
                     layer = layers[part]
@@ -99,6 +112,10 @@ class RolloutAdapter:
                     pairs.b_buffers.append(buffers.b[rows, ranks])
                     pairs.a_trained.append(layer.lora_A[ADAPTER].weight)
                     pairs.b_trained.append(layer.lora_B[ADAPTER].weight)
+                    if self.base.initial:
+                        pairs.a_initial.append(pairs.a_trained[-1] if layer.initial_a is None else layer.initial_a)
+                        none = torch.zeros_like(pairs.b_trained[-1]) if layer.initial_b is None else layer.initial_b
+                        pairs.b_initial.append(none)
                     pairs.scales.append(layer.scaling[ADAPTER])
             self._pairs = pairs
         return self._pairs

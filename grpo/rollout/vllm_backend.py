@@ -11,9 +11,16 @@ from importlib import import_module
 from typing import Any
 
 from vllm import ModelRegistry
+from vllm.config.model_arch import ModelArchitectureConfig
 
-QWEN3_5 = ("grpo.rollout.vllm_qwen3_5", "Qwen3_5Text")
-OURS = {"Qwen3_5ForCausalLM": QWEN3_5, "Qwen3_5MoeForCausalLM": QWEN3_5}
+from grpo.model.attention_layers import FULL
+from grpo.model.decoder_config import DecoderConfig
+
+OURS = {
+    "Qwen3_5ForCausalLM": ("grpo.rollout.vllm_qwen3_5", "Qwen3_5Text"),
+    "Qwen3_5MoeForCausalLM": ("grpo.rollout.vllm_qwen3_5", "Qwen3_5Text"),
+    "Lfm2ForCausalLM": ("grpo.rollout.vllm_lfm2", "Lfm2"),
+}
 """vLLM's name of a class -> (module, class) in its place."""
 
 
@@ -31,6 +38,19 @@ def prepare_class(architecture: str) -> None:
     for name in ("_decorate_for_torch_compile", "_decorate_cls_for_torch_compile"):
         if hasattr(Base, name):
             setattr(Base, name, nothing)
+
+
+def attributes(config: DecoderConfig) -> dict[str, Any]:
+    """What vLLM's configuration gets beside its file (`hf_overrides`): a vLLM that does not ask transformers for the
+    sizes of each layer knows those of full layers by names of their own."""
+    if not getattr(config, "is_heterogeneous", False) or hasattr(ModelArchitectureConfig, "__getitem__"):
+        return {}
+    full = config.per_layer_config[FULL]
+    return {
+        "allow_global_per_layer_attribute_access": True,
+        "global_head_dim": full.head_dim,
+        "num_global_key_value_heads": full.num_key_value_heads,
+    }
 
 
 def nothing(self: Any, *args: Any, **kwargs: Any) -> None:

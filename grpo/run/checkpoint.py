@@ -33,7 +33,7 @@ from grpo.config.messages import shown
 from grpo.config.schema import Config, Model, config_toml, read_config
 from grpo.config.toml import NONE, write_value
 from grpo.errors import UserError
-from grpo.model.locate import BASE_SAMPLE, local_path
+from grpo.model.locate import BASE_SAMPLE, INITIAL_ADAPTER, local_path
 from grpo.run.records import COMPLETIONS, EVALUATIONS, REPORT
 
 MANIFEST = "manifest.json"
@@ -41,7 +41,8 @@ CONFIG = "config.toml"
 LOCK = ".lock"
 REFERENCE = "reference_adapter"
 BEFORE_FIRST_STEP = {
-    LOCK, CONFIG, BASE_SAMPLE, REFERENCE, EVALUATIONS, "best_adapter", COMPLETIONS, "tensorboard", "wandb", REPORT
+    LOCK, CONFIG, BASE_SAMPLE, INITIAL_ADAPTER, REFERENCE, EVALUATIONS, "best_adapter", COMPLETIONS, "tensorboard",
+    "wandb", REPORT,
 }  # fmt: skip
 STEP = re.compile(r"step-(\d+)")
 
@@ -62,6 +63,8 @@ FIXED = (
     "lora.layers_pattern",
     "lora.rank_pattern",
     "lora.alpha_pattern",
+    "lora.init_lora_weights",
+    "lora.loftq_iter",
     "task",
     "rollout.max_prompt_length",
     "train.seed",

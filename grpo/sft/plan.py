@@ -12,6 +12,7 @@ from grpo.memory.plan import Shape, weight_bytes
 from grpo.memory.roofline import Work, pass_seconds
 from grpo.memory.shapes import model_shape
 from grpo.memory.summary import compute_itemsize, gb, has_gpu, others_line
+from grpo.model.adapter_config import takes_from_base
 from grpo.sft.config import SftConfig
 
 
@@ -67,7 +68,8 @@ def needed(config: SftConfig, shape: Shape, gpu: Gpu | None, *, on_gpu: bool) ->
     training = replace(training, keys=tokens)  # no prompts are shared
     mode = mode_of(config, on_gpu)
     sizes = training.sizes
-    adapter = sizes.adapter * sizes.layers * (4 + 4 + moment_bytes(config.train.optim, on_gpu=on_gpu))
+    first = 4 * takes_from_base(config.lora.init_lora_weights)
+    adapter = sizes.adapter * sizes.layers * (4 + 4 + first + moment_bytes(config.train.optim, on_gpu=on_gpu))
     peak = training.peak(mode if mode in training.modes else "none")
     return weight_bytes(like, shape, itemsize, on_gpu=on_gpu), adapter, peak
 

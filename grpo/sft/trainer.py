@@ -50,7 +50,7 @@ def run_sft(config: SftConfig, *, resume: bool = False, verbose: bool = False) -
                 log.notice(notice)
             resumed = run.path if resume else None
             with open_session(settings, files=files, status=log.status, start_engine=False, resumed=resumed) as session:
-                record_base(session.base, run.path)
+                record_base(session.base, settings.lora, run.path)
                 tokens = config.sft.per_device_train_batch_size * config.sft.max_length
 
                 def evaluate() -> dict[str, float]:

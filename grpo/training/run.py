@@ -102,7 +102,7 @@ def train(parts: Parts, *, resume: bool) -> dict[str, Any]:
         log.notice(f"{parts.data.dropped} prompts longer than rollout.max_prompt_length were dropped")
     ranks.broadcast_parameters(session.policy.parameters())
     if ranks.first:
-        record_base(session.base, parts.folder)
+        record_base(session.base, session.config.lora, parts.folder)
     log.status("checking that vLLM computes what is trained")
     if (unlisted := check_start(session)) is not None:
         log.notice(unlisted)

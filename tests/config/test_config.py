@@ -178,7 +178,9 @@ SENTENCES = [
     (MINIMAL + "[model.x]\n", "file.toml:5: unknown key 'model.x'; valid keys are name, load_in_4bit,"),
     (MINIMAL + "[rollout]\ntop_p = 0.9\n", "file.toml:5: [rollout] top_p < 1, top_k > 0 and min_p > 0 are refused"),
     (MINIMAL + "[lora]\nuse_dora = true\n", "file.toml:5: [lora] use_dora is not supported"),
-    (MINIMAL + "[lora]\ninit_lora_weights = 'pissa'\n", "file.toml:5: [lora] init_lora_weights = 'pissa' is not supp"),
+    (MINIMAL + "[lora]\ninit_lora_weights = 'eva'\n", "file.toml:5: [lora] init_lora_weights = 'eva' is not supp"),
+    (MINIMAL + "[lora]\ninit_lora_weights = false\n", "file.toml:5: [lora] init_lora_weights = False is not supp"),
+    (MINIMAL + "[lora]\nloftq_iter = 2\n", "file.toml:5: [lora] loftq_iter has no use without init_lora_weights"),
     (
         "[model]\nname = 'm'\nload_in_4bit = true\nload_in_8bit = true\n[task]\nname = 't'\n",
         "file.toml:1: [model] load_in_4bit and load_in_8bit are both true",

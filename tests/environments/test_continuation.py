@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from grpo.environments.continuation import CALL, OBSERVED, TOOL, Continuer, Unprovable
-from grpo.environments.tool_calls import FORMS, read_calls
+from grpo.environments.tool_calls import FORMS, assistant_message, read_calls
 from grpo.errors import UserError
 from tests.helpers.tiny_run import SMOLLM2
 
@@ -26,8 +26,13 @@ FORMS_OF = {
     ),
     "glm45": ("glm4moe",),
     "lfm2": ("lfm2_2_5", "lfm2_2_5_v2", "lfm2_2_5_vl", "lfm2_v2"),
+    "llama3_json": ("llama3_1", "llama3_2"),
+    "gemma4": ("gemma4", "gemma4_v2", "gemma4_v3", "gemma4_v4", "gemma4_v5", "diffusion_gemma"),
+    "openai": ("gptoss",),
 }  # fmt: skip
 """Templates that can be used with tools, by the form in which they write calls."""
+ONE_CALL = ("llama3_json", "openai")
+"""Forms of templates that show only one call of a turn."""
 WITH_TOOLS = {name: form for form, names in FORMS_OF.items() for name in names}
 DROPS_RESULTS = ("cohere2", "phi3", "phi3_5")
 VISION = {"idefics3", "llava_next", "smolvlm"}
@@ -92,18 +97,108 @@ def test_a_template_is_proven_or_refused(tokenizer: Any, template: str) -> None:
 @each_template
 def test_a_template_is_proven_with_tools_or_refused(tokenizer: Any, template: str) -> None:
     found = proven(tokenizer, template, tools=True)
-    form = None if template == "glm4moe_training" else WITH_TOOLS.get(plain(template))
+    form = WITH_TOOLS.get(plain(template))
     if isinstance(found, str):
         assert form is None, found
         assert found.startswith("the model's chat template cannot continue") and "set model.chat_template" in found
         assert plain(template) not in DROPS_RESULTS or "it does not show a tool's message" in found
         return
     assert form is not None and found.form is FORMS[form]
-    history = [USER, {"role": "assistant", "content": "look", "tool_calls": [CALL, CALL]}]
-    new = [{"role": "tool", "name": "look", "content": f"{OBSERVED} {number}"} for number in (1, 2)]
-    text = tokenizer.decode(found.continuation(history, new, [TOOL], last_token=5))
-    assert found.render([*history, *new], [TOOL], opens=True).endswith(text)
-    assert "tool_call>" not in text and text.index(f"{OBSERVED} 1") < text.index(f"{OBSERVED} 2")
+    assert (found.most_calls == 1) == (form in ONE_CALL)
+    count = found.most_calls or 2
+    new = [{"role": "tool", "name": "look", "content": f"{OBSERVED} {number}"} for number in range(count)]
+    for content in ("", *([] if form == "gemma4" else ["look"])):  # Gemma's show text after the tool's answer
+        history = [USER, {"role": "assistant", "content": content, "tool_calls": [CALL] * count}]
+        text = tokenizer.decode(found.continuation(history, new, [TOOL], last_token=5))
+        assert found.render([*history, *new], [TOOL], opens=True).endswith(text)
+        assert not any(mark in text for mark in ("tool_call>", "tool_call|>", '"name"', "to=functions"))
+        places = [text.index(message["content"]) for message in new]
+        assert places == sorted(places)
+
+
+@pytest.mark.parametrize(
+    ("form", "said", "calls", "content"),
+    [
+        ("llama3_json", '{"name": "look", "parameters": {"at": 1}}', [{"at": 1}], ""),
+        (
+            "llama3_json",
+            '<|python_tag|>{"name": "look", "parameters": {"at": 1}}; {"name": "look"}',
+            [{"at": 1}, {}],
+            "",
+        ),
+        ("llama3_json", 'I say {"name": "look"}', [], 'I say {"name": "look"}'),
+        ("llama3_json", '{"answer": 42}', [], '{"answer": 42}'),
+        (
+            "gemma4",
+            'So.<|tool_call>call:look{at:1,word:<|"|>a{b:c}<|"|>}<tool_call|>',
+            [{"at": 1, "word": "a{b:c}"}],
+            "So.",
+        ),
+        ("gemma4", "<|tool_call>call:look{at:[1,{b:true}]}<tool_call|>", [{"at": [1, {"b": True}]}], ""),
+        (
+            "openai",
+            "<|channel|>analysis<|message|>hm<|end|><|start|>assistant to=functions.look<|channel|>commentary json"
+            '<|message|>{"at": 1}',
+            [{"at": 1}],
+            "",
+        ),
+        (
+            "openai",
+            '<|channel|>commentary to=functions.look <|constrain|>json<|message|>{"at": 1}<|call|>',
+            [{"at": 1}],
+            "",
+        ),
+        (
+            "openai",
+            "<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final<|message|>It is 4.<|return|>",
+            [],
+            "It is 4.",
+        ),
+        (
+            "deepseek_v3",
+            "Now.<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>look\n```json\n{}\n```<｜tool▁call▁end｜>\n"
+            '<｜tool▁call▁begin｜>function<｜tool▁sep｜>look\n```json\n{"at": 2}\n```'
+            "<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+            [{}, {"at": 2}],
+            "Now.",
+        ),
+    ],
+)
+def test_calls_in_the_forms_of_families(form: str, said: str, calls: list[dict[str, Any]], content: str) -> None:
+    message, malformed = assistant_message(said, FORMS[form])
+    found = [call["function"] for call in message.get("tool_calls", ())]
+    assert found == [{"name": "look", "arguments": arguments} for arguments in calls] and not malformed
+    assert message["content"] == content
+
+
+@pytest.mark.parametrize(
+    ("form", "said"),
+    [
+        ("llama3_json", '{"name": "look", "parameters": {"at": '),
+        ("gemma4", '<|tool_call>call:look{at:<|"|>1}<tool_call|>'),
+        ("gemma4", "<|tool_call>look(at=1)<tool_call|>"),
+        ("openai", "<|channel|>commentary to=functions.look <|constrain|>json<|message|>{at}<|call|>"),
+        ("deepseek_v3", "<｜tool▁call▁begin｜>function<｜tool▁sep｜>look {}<｜tool▁call▁end｜>"),
+    ],
+)
+def test_a_call_that_cannot_be_read_is_told_of(form: str, said: str) -> None:
+    calls, malformed = read_calls(said, FORMS[form])
+    assert calls == [] and len(malformed) == 1
+
+
+def test_what_a_template_refuses_to_show_again_does_not_end_a_conversation(tokenizer: Any) -> None:
+    found = proven(tokenizer, "gptoss", tools=False)
+    assert isinstance(found, Continuer)
+    raw = {"role": "assistant", "content": "<|channel|>analysis<|message|>hm<|end|><|channel|>final<|message|>yes"}
+    history = [USER, raw, {"role": "user", "content": "why?"}, raw]
+    text = tokenizer.decode(found.continuation(history, [{"role": "user", "content": "and then?"}], None, 5))
+    assert text == "<|end|><|start|>user<|message|>and then?<|end|><|start|>assistant"
+
+
+def test_a_call_too_many_for_a_template_is_told_of() -> None:
+    said = '{"name": "look", "parameters": {"at": 1}}; {"name": "look", "parameters": {"at": 2}}'
+    message, malformed = assistant_message(said, FORMS["llama3_json"], most=1)
+    assert len(message["tool_calls"]) == 1 and malformed == ["a turn of this model has at most 1 call"]
 
 
 VALUES = st.recursive(

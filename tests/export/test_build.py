@@ -376,7 +376,7 @@ def refusal(made: Made, **keys: Any) -> str:
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("use_dora", True), ("alpha_pattern", {"q_proj": "3"}), ("init_lora_weights", "pissa"), ("peft_type", "IA3"),
+    [("use_dora", True), ("alpha_pattern", {"q_proj": "3"}), ("init_lora_weights", "corda"), ("peft_type", "IA3"),
      ("lora_alpha", None)],
 )  # fmt: skip
 def test_what_is_not_plain_lora_is_refused(key: str, value: Any, made: Made) -> None:

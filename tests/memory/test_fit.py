@@ -221,6 +221,16 @@ PUBLISHED = {
     "qwen3-30b-a3b": 30.53, "olmoe-1b-7b": 6.92, "phi-3.5-mini": 3.82, "phi-4": 14.66, "phi-4-mini": 3.84,
 }  # fmt: skip
 """Billions of parameters, as their publishers state them."""
+EXTENDED = {
+    "orpheus-3b-0.1": ("llama-3.2-3b", 28_684), "llasa-1b": ("llama-3.2-1b", 65_544),
+    "llasa-3b": ("llama-3.2-3b", 65_544), "llasa-8b": ("llama-3.1-8b", 65_544),
+    "spark-tts-0.5b": ("qwen2.5-0.5b", 14_064),
+}  # fmt: skip
+"""Speech models: what they extend, and by how many rows of the vocabulary."""
+for _name, (_base, _rows) in EXTENDED.items():
+    _sizes = json.loads(shapes.TABLE.read_text())[_base]
+    _tables = 1 if _sizes["tie_word_embeddings"] else 2
+    PUBLISHED[_name] = PUBLISHED[_base] + _tables * _rows * _sizes["hidden_size"] / 1e9
 
 
 @pytest.mark.parametrize("name", json.loads(shapes.TABLE.read_text()))

@@ -16,17 +16,19 @@ from hypothesis import HealthCheck, assume, event, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from grpo.config.schema import Lora, Model
+from grpo.config.schema import Config, Lora, Model, Task
 from grpo.errors import UserError
 from grpo.export.compare import streamed_logits
 from grpo.export.merge import MergedSource
-from grpo.model.adapter_config import HONOURED, REFUSED, WITHOUT_EFFECT, read_adapter_config
+from grpo.model.adapter_config import HONOURED, REFUSED, WITHOUT_EFFECT, read_adapter_config, takes_from_base
 from grpo.model.adapter_layers import check_selected
 from grpo.model.base_weights import BaseWeights
+from grpo.model.initial_adapter import ResidualSource
 from grpo.model.inventory import account
 from grpo.model.source import open_source
 from grpo.policy.adapter_files import AdapterFile
 from grpo.policy.policy import Policy
+from grpo.policy.starting_base import starting_source
 from tests.helpers.lora_configs import LORA_CONFIGS
 from tests.helpers.tiny import save_tiny, tiny_model
 
@@ -42,6 +44,14 @@ def base_of(family: str) -> tuple[Path, BaseWeights]:
     save_tiny(folder, family)
     settings = Model(name=str(folder), load_in_4bit=False, dtype="float32")
     return folder, BaseWeights(open_source(settings), settings, device=torch.device("cpu"), dtype=torch.float32)
+
+
+def base_without_start(family: str, lora: Lora, folder: Path) -> BaseWeights:
+    """The weights without what the adapter in `folder` started from."""
+    model = Model(name=str(base_of(family)[0]), load_in_4bit=False, dtype="float32")
+    config = Config(model=model, lora=lora, task=[Task(name="none")])
+    source = starting_source(open_source(model), config, [folder], torch.device("cpu"))
+    return BaseWeights(source, model, device=torch.device("cpu"), dtype=torch.float32)
 
 
 def save_random(family: str, keys: dict[str, Any], folder: Path) -> None:
@@ -71,6 +81,8 @@ def loaded(family: str, folder: Path) -> Policy:
     """The adapter in `folder` as generate, evaluate and lora.init have it."""
     base, lora = base_of(family)[1], Lora.model_validate(read_adapter_config(folder).table)
     check_selected(base.config, lora, (name.rpartition(".")[0] for name in base.tensors))
+    if takes_from_base(lora.init_lora_weights):
+        base = base_without_start(family, lora, folder)
     policy = Policy(base, lora, kernels="torch")
     policy.load_adapter(folder)
     return policy
@@ -85,7 +97,11 @@ def of_export(family: str, folder: Path) -> torch.Tensor:
     """Logprobs by what merged exports are made of."""
     source = open_source(Model(name=str(base_of(family)[0])))
     account(source)
-    merged = MergedSource(source, AdapterFile(read_adapter_config(folder)))
+    adapter = AdapterFile(read_adapter_config(folder))
+    initial = None
+    if takes_from_base(adapter.saved.lora.init_lora_weights):
+        initial = ResidualSource(source, adapter.saved.lora, in_16bit=None).read_all()
+    merged = MergedSource(source, adapter, initial)
     return completion_logprobs(streamed_logits(merged, torch.tensor([PROMPT + COMPLETION])))
 
 
@@ -161,8 +177,8 @@ def changed(folder: Path, **keys: Any) -> Path:
         ("use_dora", True, "have peft merge it into its base (merge_and_unload"),
         ("alora_invocation_tokens", [5], "train a plain LoRA adapter in its place"),
         ("bias", "lora_only", "biases of the base were trained too"),
-        ("init_lora_weights", "pissa_niter_4", "have peft convert it to plain LoRA"),
-        ("init_lora_weights", "loftq", "have peft convert it to plain LoRA"),
+        ("init_lora_weights", "corda", "have peft convert it to plain LoRA"),
+        ("init_lora_weights", "pissa_niter_0", "have peft convert it to plain LoRA"),
         ("task_type", "SEQ_CLS", "another head than CAUSAL_LM"),
         ("peft_type", "LOHA", "only LoRA adapters are taken"),
         ("spectral_gate", 0.5, "this entry of a newer peft is not known here"),

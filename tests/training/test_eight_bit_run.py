@@ -1,0 +1,71 @@
+"""Runs on an 8-bit base, from a 16-bit checkpoint and from an FP8 one: trained, resumed to the same bits, exported."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from grpo.export.build import export
+from grpo.generate import main as generate
+from grpo.train import main
+from tests.helpers.checkpoints import quantize_folder_8bit
+from tests.helpers.same_run import differences
+from tests.helpers.small_chat import TOKENS, save_byte_tokenizer
+from tests.helpers.tiny import save_tiny
+from tests.helpers.tiny_run import read_metrics, run_tables, save_rewards, write_config
+
+pytestmark = [pytest.mark.wide, pytest.mark.vllm, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module", params=[None, "qwen"], ids=["int8", "fp8"])
+def home(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two steps that was resumed for one more, beside its model."""
+    folder = tmp_path_factory.mktemp("eight_bit")
+    save_tiny(folder / "model", "qwen3", vocab_size=len(TOKENS), max_position_embeddings=2048)
+    if request.param:
+        quantize_folder_8bit(folder / "model", request.param)
+    save_byte_tokenizer(folder / "model")
+    save_rewards(folder)
+    model = {"load_in_8bit": True}
+    tables = run_tables(folder, model=model, train={"max_steps": 3}, checkpoint={"save_steps": 2})
+    del tables["model"]["load_in_4bit"]
+    file = str(write_config(folder / "run.toml", tables))
+    assert main([file, "--set", "train.max_steps=2"]) == 0
+    shutil.copytree(folder / "run", folder / "begun")
+    assert main([file, "--resume", str(folder / "run")]) == 0
+    assert main([file, "--set", f"checkpoint.output_dir={folder / 'straight'}"]) == 0
+    return folder
+
+
+def test_it_is_trained_and_resumed_to_the_same_bits(home: Path) -> None:
+    steps = read_metrics(home / "run")
+    assert [step["step"] for step in steps] == [1, 2, 3]
+    trained = [step["mismatch_kl"] for step in steps if step["mismatch_kl"] is not None]
+    assert trained and max(trained) < 1e-6
+    # Samples of its last step are kept where a run ends, and here one ended after two steps.
+    assert set(differences(home / "run", home / "straight")) <= {"step-2.jsonl differs"}
+
+
+def test_it_is_not_resumed_in_another_form(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = str(home / "run.toml")
+    for change in ("model.load_in_8bit=false", "model.load_in_4bit=true"):
+        others = [] if "8bit" in change else ["--set", "model.load_in_8bit=false"]
+        assert main([file, "--resume", str(home / "begun"), "--set", change, *others]) == 2
+        assert "model.load_in_" in capsys.readouterr().err
+
+
+def test_a_merged_model_has_the_values_of_the_codes_and_the_adapter(home: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = export(home / "run", "merged-16bit", home / "merged", notice=lambda sentence: None)
+    assert "quantization_config" not in json.loads((folder / "config.json").read_text())
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert all(bool(parameter.isfinite().all()) for parameter in model.parameters())
+
+
+def test_the_run_generates(home: Path) -> None:
+    assert generate([str(home / "run"), "1 + 1", "--max-tokens", "4"]) == 0
