@@ -1,4 +1,4 @@
-"""grpo/memory/kv_groups.py: keys and values of layers that differ take what vLLM takes; their weights are as planned."""
+"""grpo/memory/kv_groups.py: keys and values of layers that differ take what vLLM takes; weights are as planned."""
 
 from __future__ import annotations
 
