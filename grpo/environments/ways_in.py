@@ -178,9 +178,19 @@ async def called(call: Mapping[str, Any], functions: Mapping[str, Callable[..., 
         if name not in functions:
             raise ValueError(f"Tool {name} not found.")  # TRL's words
         answer = await finished(functions[name](**(json.loads(arguments) if isinstance(arguments, str) else arguments)))
+        return text_of(answer, name), False
+    except BadResult:
+        raise
     except Exception as error:
-        return str({"error": str(error)}), True
-    return text_of(answer, name), False
+        return str({"error": words_of(error)}), True
+
+
+def words_of(error: Exception) -> str:
+    """What `error` says; its kind where it says nothing that is text."""
+    try:
+        return str(error)
+    except Exception:
+        return type(error).__name__
 
 
 def text_of(answer: Any, tool: str) -> str:

@@ -14,7 +14,7 @@ from grpo.config.schema import Config
 from grpo.errors import UserError
 from grpo.memory.activations import FREE_SHARE
 from grpo.memory.gpus import USUAL, Gpu
-from grpo.memory.plan import GPU_BLOCK, MARGIN, VLLM_BUFFERS, MemoryPlan, plan_memory, sequence_limits
+from grpo.memory.plan import MARGIN, VLLM_BUFFERS, MemoryPlan, plan_memory, sequence_limits
 from grpo.memory.roofline import Work, rollout_seconds, training_seconds
 
 CONTEXT = 500_000_000
@@ -63,7 +63,7 @@ def best_fit(config: Config, shape: Any, itemsize: int, plan: MemoryPlan, usable
         for mode in modes:
             room = plan.room_for_kv(usable, mode, share)
             kv = plan.kv_cache if fixed else min(plan.kv_cache, room)
-            sequences = sequences_in(kv, config, plan, work)
+            sequences = sequences_in(kv, config, plan)
             if kv <= room and sequences:
                 seconds = rollout_seconds(config, work, card, sequences)
                 fits.append(Fit(mode, kv, sequences, seconds, training_seconds(config, work, card, mode)))
@@ -72,11 +72,10 @@ def best_fit(config: Config, shape: Any, itemsize: int, plan: MemoryPlan, usable
     return None
 
 
-def sequences_in(kv_cache: int, config: Config, plan: MemoryPlan, work: Work) -> int:
+def sequences_in(kv_cache: int, config: Config, plan: MemoryPlan) -> int:
     """How many sequences that vLLM decodes at once reach their full length in a cache of so many bytes; at least 1 in
     one that the configuration sets, whose sequences may be shorter."""
-    spare = 2 * GPU_BLOCK * work.kv_token
-    held = max(0, kv_cache - spare) // (plan.kv_one_sequence - spare)
+    held = max(0, kv_cache - plan.kv_spare) // (plan.kv_one_sequence - plan.kv_spare)
     return max(min(held, sequence_limits(config)[1]), 1 if config.rollout.kv_cache_memory_bytes else 0)
 
 

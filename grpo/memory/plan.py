@@ -110,6 +110,8 @@ class MemoryPlan:
     kv_cache: int
     """For every sequence of `max_num_seqs` at its full length, unless the configuration sets it."""
     kv_one_sequence: int
+    kv_spare: int
+    """Of either, the blocks that no sequence is counted for."""
     vllm: int
     """What vLLM keeps beside weights and KV cache."""
     sampling: int
@@ -176,6 +178,7 @@ def plan_memory(config: Config, shape: Any, itemsize: int, *, on_gpu: bool, flas
         adapter=adapter_bytes(config, shape, itemsize, on_gpu=on_gpu),
         kv_cache=config.rollout.kv_cache_memory_bytes or kv(sequences),
         kv_one_sequence=kv(1),
+        kv_spare=kv(0),
         vllm=VLLM_KEEPS if on_gpu else 0,
         sampling=sampling_bytes(shape, itemsize, length, sequences),
         peaks={mode: training.peak(mode) for mode in training.modes},

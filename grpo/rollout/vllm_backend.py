@@ -16,7 +16,10 @@ from vllm.config.model_arch import ModelArchitectureConfig
 from grpo.model.attention_layers import FULL
 from grpo.model.decoder_config import DecoderConfig
 
-OURS = {"Qwen3_5ForCausalLM": ("grpo.rollout.vllm_qwen3_5", "Qwen3_5Text")}
+OURS = {
+    "Qwen3_5ForCausalLM": ("grpo.rollout.vllm_qwen3_5", "Qwen3_5Text"),
+    "Lfm2ForCausalLM": ("grpo.rollout.vllm_lfm2", "Lfm2"),
+}
 """vLLM's name of a class -> (module, class) in its place."""
 
 

@@ -264,6 +264,58 @@ def test_tools_answer_what_they_raise_and_unknown_ones_are_named(opened: Callabl
     assert word_of(pool, 0) == Ended(None, False, {"calls": 3.0, "call_errors": 2.0, "malformed_calls": 1.0})
 
 
+TOLD = {
+    "raises": "{'error': 'no such luck'}",
+    "raises a group": "{'error': 'both (2 sub-exceptions)'}",
+    "recurses": "{'error': 'maximum recursion depth exceeded",
+    "forks": "left",
+    "a megabyte": "many words many",
+    "bytes": "b'\\xff\\xfe'",
+    "half a character": "?",
+    "control characters": "\x1b[31m",
+    "nothing": "None",
+    "endless numbers": "nan",
+    "unprintable": "{'error': 'no text for me'}",
+}
+"""What a tool's way of going wrong is told to the model as."""
+ENDS = {
+    "asks to exit": "raised SystemExit: 3",
+    "interrupts": "raised KeyboardInterrupt",
+    "cancels": "raised CancelledError",
+    "exits": "ended its process with exit code 7",
+    "is killed": "was killed (SIGKILL)",
+    "hangs": "did not answer within its timeout of 3 s",
+    "stops": "did not answer within its timeout of 3 s",
+    "late": "did not answer within its timeout of 3 s",
+    "closes": "ended its process with exit code 1",
+    "too much": ("sent a message of", "did not answer"),
+}
+"""And what an episode is lost for."""
+TOOLS = str(ROOT / "tests" / "helpers" / "tools_to_try.py")
+
+
+@pytest.mark.parametrize("tool", ["leaves", "leaves_async"])
+def test_tools_that_go_wrong_are_told_of_or_end_their_episode_and_leave_nothing(tool: str) -> None:
+    limits = {"processes": 32, "timeout": 3.0, "memory_limit": 1 << 33}
+    with EnvironmentPool("tools", "tools", [f"{TOOLS}:{tool}"], {}, python=None, on_output=str, **limits) as pool:
+        for number in range(len(TOLD) + len(ENDS)):
+            pool.start(number, ROW, seed=number)
+        found: dict[str, Said] = {}
+        for number, how in enumerate((*TOLD, *ENDS)):
+            word_of(pool, number)
+            pool.tell(number, turn(f'<tool_call>{{"name": "{tool}", "arguments": {{"how": "{how}"}}}}</tool_call>'))
+        for number, how in enumerate((*TOLD, *ENDS)):
+            found[how] = word_of(pool, number)
+        for how, text in TOLD.items():
+            asked = found[how]
+            assert isinstance(asked, Asked) and str(asked.messages[-1]["content"]).startswith(text), (how, asked)
+        for how, problem in ENDS.items():
+            lost = found[how]
+            assert isinstance(lost, Lost) and lost.problem.startswith(problem), (how, lost)
+        pool.sweep()
+        assert descendants(pool._process.pid) == []
+
+
 @pytest.mark.parametrize(
     ("reference", "sentence"),
     [
