@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from grpo.config.schema import Model
+from grpo.errors import UserError
 from grpo.memory.plan import Shape
 from grpo.model.families.table import family_of, listed
 from grpo.model.gguf_header import read_header
 from grpo.model.locate import local_path
-from grpo.model.quantization import with_modelopt
+from grpo.model.quantization import quantization, with_modelopt
 from grpo.model.text_decoder import as_family
 
 TABLE = Path(__file__).parent.parent / "model" / "known_models.json"
@@ -38,8 +39,10 @@ def model_shape(model: Model, *, network: bool = False) -> Any:
         return gguf_shape(path)
     file = path if path.suffix == ".json" else path / "config.json"
     try:
-        shape = shape_of(with_modelopt(json.loads(file.read_text(encoding="utf-8")), file.parent))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        values = with_modelopt(json.loads(file.read_text(encoding="utf-8")), file.parent)
+        quantization(values)
+        shape = shape_of(values)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, UserError):
         return None
     return shape if shape.model_type in listed() else None
 

@@ -64,7 +64,8 @@ def is_adapted(name: str, targets: list[str] | str, lora: Lora) -> bool:
     """Whether the module `name` gets an adapter. targets: `lora.target_modules` in the family's own names."""
     if lora.exclude_modules and is_named(name, lora.exclude_modules):
         return False
-    if isinstance(targets, str) or not lora.layers_to_transform:
+    if isinstance(targets, str) or not lora.layers_to_transform or name in targets:
+        # A whole name in a list is meant whatever its layer's number.
         return is_named(name, targets)
     return is_named(name, targets) and layer_number(name, lora.layers_pattern) in lora.layers_to_transform
 

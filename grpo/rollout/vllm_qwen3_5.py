@@ -28,6 +28,7 @@ from vllm.model_executor.models.qwen2_moe import Qwen2MoeMLP
 from vllm.model_executor.models.qwen3_next import Qwen3NextAttention
 from vllm.platforms import current_platform
 
+from grpo.rollout.vllm_delta_tiles import settle_tiles
 from grpo.rollout.vllm_recurrence_cpu import delta_net
 
 STACKED: dict[str, tuple[str, Any]] = {
@@ -58,6 +59,8 @@ class GatedDeltaNet(QwenGatedDeltaNetAttention):
     def __init__(self, *arguments: Any, **options: Any):
         super().__init__(*arguments, **options)
         self.conv1d.quant_method = KeptWeight()
+        if not current_platform.is_cpu():
+            settle_tiles()
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         if current_platform.is_cpu():
