@@ -28,6 +28,7 @@ from grpo.model.sizes import (
     AUTO_SHARE,
     eight_bit_bytes,
     embedding_bytes,
+    layer_embedding_bytes,
     linear_shapes,
     nf4_bytes,
     pinned_bytes,
@@ -231,7 +232,7 @@ def plain_bytes(config: Config, shape: Any, itemsize: int, *, on_gpu: bool) -> i
     """Everything but linear layers and experts, on the device."""
     tables = 1 if shape.tie_word_embeddings else 2
     norms = (2 * shape.num_hidden_layers + 1) * shape.hidden_size
-    plain = tables * embedding_bytes(shape, itemsize) + norms * itemsize
+    plain = tables * embedding_bytes(shape, itemsize) + layer_embedding_bytes(shape, itemsize) + norms * itemsize
     return plain - host_weight_bytes(config, shape, itemsize, on_gpu=on_gpu)
 
 
