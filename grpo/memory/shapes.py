@@ -14,6 +14,7 @@ from grpo.model.families.table import family_of, listed
 from grpo.model.gguf_header import read_header
 from grpo.model.locate import local_path
 from grpo.model.quantization import quantization, with_modelopt
+from grpo.model.text_decoder import as_family
 
 TABLE = Path(__file__).parent.parent / "model" / "known_models.json"
 ENDINGS = r"-(instruct|it|base|chat|ft|pretrained|bnb-4bit|unsloth|hf|v\d+(\.\d+)*|\d{4})$"
@@ -49,7 +50,8 @@ def model_shape(model: Model, *, network: bool = False) -> Any:
 def shape_of(values: dict[str, Any]) -> Any:
     """What `model_shape` gives, from the entries of a config.json."""
     text = values.get("text_config") or values
-    if not family_of(text["model_type"]).mixers:
+    computed_as = family_of(text["model_type"]).text_as or text["model_type"]
+    if not (family_of(computed_as).mixers or family_of(computed_as).layers_differ):
         return Shape.of(values)
     from transformers import AutoConfig  # its class knows the kinds of layers, however the file says them
 
@@ -58,7 +60,7 @@ def shape_of(values: dict[str, Any]) -> Any:
     config = AutoConfig.for_model(text["model_type"], **given)
     if tied is not None:
         config.tie_word_embeddings = tied
-    return config
+    return config if computed_as == text["model_type"] else as_family(config, computed_as)
 
 
 def cached_config(name: str, revision: str | None) -> Path | None:
