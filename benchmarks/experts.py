@@ -25,9 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from grpo.kernels import nf4, nf4_experts, routing
-from grpo.kernels.experts import ExpertMatrix, Experts, group, route
+from grpo.kernels.experts import ExpertAdapter, ExpertAdapters, ExpertMatrix, Experts, group, route
 from grpo.kernels.glu import glu_forward
-from grpo.kernels.nf4_experts import DecodeTiles, ExpertAdapter, ExpertAdapters
+from grpo.kernels.nf4_experts import DecodeTiles
 from grpo.kernels.nf4_tiles import Tile
 from grpo.run.versions import hardware, versions
 
@@ -219,10 +219,11 @@ def kernels(options: argparse.Namespace) -> dict[str, Any]:
     sizes, device = (TINY, "cpu") if options.tiny else (SHAPE, "cuda")
     counts = (1, 3) if options.tiny else COUNTS
     experts, lora = layer(sizes, device), adapters(sizes, device)
+    found = None if options.tiny else nf4_experts.find_tile(experts, sizes["top_k"], RANK)
     correct = {str(tokens): checked(tokens, sizes, experts, lora, device) for tokens in counts}
     for tokens, found in correct.items():
         print(f"{tokens:>4} sequences: {found}", flush=True)
-    result: dict[str, Any] = {"shape": sizes, "correctness": correct}
+    result: dict[str, Any] = {"shape": sizes, "tile": str(found), "correctness": correct}
     if options.out:
         options.out.write_text(json.dumps(result, indent=1))
     if not options.tiny:

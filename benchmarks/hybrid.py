@@ -52,11 +52,11 @@ def tree(options: argparse.Namespace, prompts: int, prompt: int, completions: in
     from grpo.policy.packing import PackedRow
 
     row = PackedRow()
-    for _ in range(prompts):
-        row.append([0] * prompt, 0)
+    for number in range(prompts):
+        row.append([0] * prompt, 0, number)
         shared = row.spans[-1]
         for _ in range(completions):
-            row.append([0] * completion, prompt, shared)
+            row.append([0] * completion, prompt, number, shared)
     return Recurrence(row.spans, torch.device(options.device))
 
 

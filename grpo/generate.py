@@ -81,7 +81,7 @@ def parser() -> argparse.ArgumentParser:
 
 def check_options(parsed: argparse.Namespace) -> None:
     """Raise UserError for options that exclude one another or are out of range, before anything is loaded."""
-    from grpo.api.loaded_policy import check_sampling
+    from grpo.api.arguments import check_sampling
 
     if parsed.raw and parsed.system is not None:
         raise UserError("--system and --raw: a raw prompt has no system prompt; keep one of them")
@@ -90,7 +90,7 @@ def check_options(parsed: argparse.Namespace) -> None:
         raise UserError(f"--environment and {other}: an episode is a chat with the adapter; keep one of them")
     if parsed.environment:
         environment_of(parsed.model, parsed.base)
-    check_sampling(parsed.temperature, parsed.max_tokens, 1.0, 1)
+    check_sampling(parsed.temperature, parsed.max_tokens, 1.0, 1, None)
 
 
 def opened(parsed: argparse.Namespace) -> LoadedPolicy:

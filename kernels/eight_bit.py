@@ -42,8 +42,9 @@ def is_eight_bit(weight: Tensor) -> bool:
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     """`weight` [N, K] as (codes int8 [N, K], scales float32 [N, 1]).
 
-    Bit for bit the codes that bitsandbytes 0.50.2 gives a linear layer loaded in 8 bit, which it rounds to float16
-    first; a row beyond the range of float16 is taken as it is. A row of zeros has code 0 and scale 0.
+    Bit for bit the codes that bitsandbytes 0.50.2 gives a linear layer loaded in 8 bit on a CPU, which it rounds to
+    float16 first; its CUDA kernel divides less exactly, and one code in 4,000 is another there. A row beyond the range
+    of float16 is taken as it is. A row of zeros has code 0 and scale 0.
     """
     codes = torch.empty(weight.shape, dtype=INT8, device=weight.device)
     scales = torch.empty(weight.shape[0], 1, dtype=torch.float32, device=weight.device)

@@ -12,6 +12,7 @@ Not here: gradients. One stream at a time per device: calls share a workspace.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -31,8 +32,11 @@ MOST_ROWS = 128
 """Beyond, dequantising and cuBLAS take less time."""
 TILE_FEATURES, TILE_COLUMNS, MOST_STAGES = 64, 128, 4
 """Of W in a program's tile, and how many such tiles are on their way from memory at the most."""
-BUSY_PROGRAMS = 128
-"""Programs below which K is split: about one for each multiprocessor of a large GPU."""
+BUSY_PROGRAMS = 256
+"""Programs below which K is split: two for each multiprocessor of a large GPU (measured on an H200)."""
+LARGEST_SPLIT = 4
+PIECE_ROWS = 256
+"""A dequantised piece of W is a multiple of so many rows: cuBLAS takes three times as long for odd ones."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,9 @@ def dequantized_linear(
     scratch, _ = workspace(x.device)
     most = min(piece_bytes(cards.card(x.device)) if x.is_cuda else WORKSPACE_BYTES, WORKSPACE_BYTES)
     shared = features // scales.shape[0]
-    step = max(1, most // (wide * x.element_size()) // shared) * shared
+    if (common := math.gcd(shared, PIECE_ROWS)) != shared:  # so that a piece ends where a scale does
+        scales = scales.repeat_interleave(shared // common, 0)
+    step = max(1, most // (wide * x.element_size()) // PIECE_ROWS) * PIECE_ROWS
     x_and_lora = x if low_rank is None else low_rank.concat_to(x)
     for start in range(0, features, step):
         part = slice(start, min(start + step, features))
@@ -122,13 +128,17 @@ def tile_for(card: Card, codes: Tensor, scales: Tensor, rows: int) -> Tile:
     k = TILE_COLUMNS if scales.shape[1] == 1 else min(TILE_COLUMNS, width)
     words = card.unit == "wgmma" and k == TILE_COLUMNS and columns % TILE_COLUMNS == 0
     split = 1
-    while split < 8 and triton.cdiv(features, TILE_FEATURES) * split < BUSY_PROGRAMS and columns >= 1024 * split:
+    while (
+        split < LARGEST_SPLIT
+        and triton.cdiv(features, TILE_FEATURES) * split < BUSY_PROGRAMS
+        and columns >= 1024 * split
+    ):
         split *= 2
     tile_rows = max(16, triton.next_power_of_2(rows))
     # Codes and x of every stage, and once the decoded values, which Triton may put in shared memory too.
-    stage, once = TILE_FEATURES * k + 2 * tile_rows * k, 2 * TILE_FEATURES * k
-    stages = max(1, min(MOST_STAGES, (card.shared_memory - once) // stage))
-    return Tile(TILE_FEATURES, k, split, stages, words=words)
+    n = 2 * TILE_FEATURES if words and split == 1 and tile_rows == 16 else TILE_FEATURES
+    stage, once = n * k + 2 * tile_rows * k, 2 * n * k
+    return Tile(n, k, split, max(1, min(MOST_STAGES, (card.shared_memory - once) // stage)), words=words)
 
 
 def launch_fused(

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from grpo.kernels import nf4
-from grpo.kernels.glu import glu_backward, glu_forward
+from grpo.kernels.glu import glu, glu_backward, glu_forward
 from grpo.kernels.sizes import EXPERTS_BYTES
 
 
@@ -55,6 +55,22 @@ class Experts(NamedTuple):
     """One of `glu.ACTIVATIONS`."""
 
 
+class ExpertAdapter(NamedTuple):
+    """LoRA of every expert on one of its matrices: a [experts, R, in] and b [experts, out, R], which is s B."""
+
+    a: Tensor
+    b: Tensor
+
+
+class ExpertAdapters(NamedTuple):
+    """Those of a block."""
+
+    gate_up: ExpertAdapter | None
+    down: ExpertAdapter | None
+    on: Tensor | None = None
+    """One number that their terms are multiplied by while sampling, read on the device; None: 1."""
+
+
 class Groups(NamedTuple):
     """Rows sorted by expert. `order` int64 [rows]: which pair of a token and one of its experts, counted by tokens, is
     at each place; `ends` int32 [experts]: one past each expert's last row."""
@@ -85,16 +101,88 @@ def group(chosen: Tensor, experts: int) -> Groups:
     return Groups(order, torch.searchsorted(sorted_experts, numbers).int())
 
 
-def experts_mlp(x: Tensor, experts: Experts, chosen: Tensor, weights: Tensor) -> Tensor:
-    """x [tokens, hidden] through each token's experts, summed with `weights`, rounded once; with gradient for x and
-    weights [tokens, top_k]."""
+def experts_mlp(
+    x: Tensor, experts: Experts, chosen: Tensor, weights: Tensor, adapters: ExpertAdapters | None = None
+) -> Tensor:
+    """x [tokens, hidden] through each token's experts, summed with `weights`, rounded once; with gradient for x,
+    weights [tokens, top_k] and the adapters' factors."""
+    if adapters is not None:
+        return adapted_mlp(x, experts, group(chosen, experts.gate_up.experts), weights, adapters)
     if torch.is_grad_enabled() and (x.requires_grad or weights.requires_grad):
         return _ExpertsMlp.apply(x, weights, chosen, experts)
     return forward(x, experts, group(chosen, experts.gate_up.experts), weights)[0]
 
 
-def sampled_mlp(x: Tensor, experts: Experts, chosen: Tensor, weights: Tensor) -> Tensor:
+def adapted_mlp(x: Tensor, experts: Experts, groups: Groups, weights: Tensor, adapters: ExpertAdapters) -> Tensor:
+    """The same with adapters, of which rows and inner products are kept for the backward."""
+    top_k = weights.shape[1]
+    gate_up = adapted(x[groups.order // top_k], experts.gate_up, groups.ends, adapters.gate_up, adapters.on)
+    rows = adapted(glu(gate_up, experts.activation), experts.down, groups.ends, adapters.down, adapters.on)
+    return combine(rows, weights, groups.order)
+
+
+def adapted(x: Tensor, matrix: ExpertMatrix, ends: Tensor, adapter: ExpertAdapter | None, on: Tensor | None) -> Tensor:
+    """Sorted rows x times W^T of their experts plus (x A^T) (s B)^T, rounded once."""
+    if adapter is None:
+        return _Adapted.apply(x, None, None, matrix, ends)
+    x_lora_a = _ByExpert.apply(x, adapter.a, ends)
+    if on is not None:
+        x_lora_a = x_lora_a * on
+    return _Adapted.apply(x, x_lora_a, adapter.b, matrix, ends)
+
+
+class _ByExpert(torch.autograd.Function):
+    """Sorted rows x [rows, in] times the transpose of a [experts, R, in], which is trained."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, a: Tensor, ends: Tensor) -> Tensor:
+        ctx.save_for_backward(x, a, ends)
+        return multiply(x, a, ends, transposed=False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, a, ends = ctx.saved_tensors
+        return multiply(grad, a, ends, transposed=True), outer(grad, x, ends), None
+
+
+class _Adapted(torch.autograd.Function):
+    """x W^T + x_lora_a b^T by one product with [W | b]; W, dequantised again in the backward, is frozen."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, x_lora_a: Tensor | None, b: Tensor | None, matrix: ExpertMatrix, ends: Tensor
+    ) -> Tensor:
+        ctx.matrix = matrix
+        ctx.save_for_backward(x_lora_a, b, ends)
+        return grouped(x, matrix, ends, low_rank=None if x_lora_a is None or b is None else (x_lora_a, b))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x_lora_a, b, ends = ctx.saved_tensors
+        x_grad = grouped(grad, ctx.matrix, ends, transposed=True) if ctx.needs_input_grad[0] else None
+        if b is None:
+            return x_grad, None, None, None, None
+        return x_grad, multiply(grad, b, ends, transposed=True), outer(grad, x_lora_a, ends), None, None
+
+
+def outer(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
+    """[experts, M, N]: of each expert the transpose of its rows of left [rows, M] times those of right [rows, N]."""
+    result = left.new_zeros(len(ends), left.shape[1], right.shape[1])
+    rows = [0, *ends.tolist()]
+    for expert, (first, last) in enumerate(zip(rows, rows[1:], strict=False)):
+        if last > first:
+            torch.mm(left[first:last].t(), right[first:last], out=result[expert])
+    return result
+
+
+def sampled_mlp(
+    x: Tensor, experts: Experts, chosen: Tensor, weights: Tensor, adapters: ExpertAdapters | None = None
+) -> Tensor:
     """`experts_mlp` without gradient and without waiting for the device: packed matrices are dequantised whole."""
+    if adapters is not None:
+        return adapted_mlp(x, experts, group(chosen, experts.gate_up.experts), weights, adapters)
     return forward(x, experts, group(chosen, experts.gate_up.experts), weights, by_pieces=False)[0]
 
 
@@ -146,10 +234,20 @@ class _ExpertsMlp(torch.autograd.Function):
 
 
 def grouped(
-    x: Tensor, matrix: ExpertMatrix, ends: Tensor, *, transposed: bool = False, by_pieces: bool = True
+    x: Tensor,
+    matrix: ExpertMatrix,
+    ends: Tensor,
+    *,
+    transposed: bool = False,
+    by_pieces: bool = True,
+    low_rank: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Rows of x, sorted by expert, times W^T of their experts; `transposed`: times W. By pieces the host is waited for,
-    and no more than EXPERTS_BYTES are dequantised at once."""
+    and no more than EXPERTS_BYTES are dequantised at once. low_rank: s [rows, R] and b [experts, out, R], of which s
+    b^T is added before the sum is rounded."""
+    if low_rank is not None:
+        wide = torch.cat([matrix.dense(), low_rank[1]], 2)
+        return multiply(torch.cat([x, low_rank[0]], 1), wide, ends, transposed=False)
     experts, out, columns = matrix.shape
     step = max(1, EXPERTS_BYTES // (out * columns * x.element_size()))
     if matrix.absmax is None or not by_pieces or step >= experts:
@@ -167,4 +265,10 @@ def grouped(
 
 def multiply(x: Tensor, weight: Tensor, ends: Tensor, transposed: bool) -> Tensor:
     """The grouped product with weight [experts, out, in]."""
-    return F.grouped_mm(x.contiguous(), weight if transposed else weight.mT, offs=ends)
+    out = weight.shape[2 if transposed else 1]
+    weight = weight if transposed else weight.mT  # [experts, in, out]
+    step = 16 // x.element_size()
+    if x.shape[1] % step or out % step:  # strides are whole 16 bytes
+        more_in, more_out = -x.shape[1] % step, -out % step
+        x, weight = F.pad(x, (0, more_in)), F.pad(weight, (0, more_out, 0, more_in))
+    return F.grouped_mm(x.contiguous(), weight, offs=ends)[:, :out].contiguous()

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from grpo.kernels import cards, nf4, routing
-from grpo.kernels.experts import ExpertMatrix, Experts
+from grpo.kernels.experts import ExpertAdapter, ExpertAdapters, ExpertMatrix, Experts, multiply
 from grpo.kernels.glu import glu_forward
 from grpo.kernels.launch import is_interpreted, on_device, round_to
 from grpo.kernels.nf4_lookup import byte_tables, fenced, load_rows, lookup_half, scaled, tile_columns
@@ -40,11 +40,14 @@ class DecodeTiles(NamedTuple):
     down: Tile
 
 
-DECODE: tuple[tuple[float, DecodeTiles], ...] = (
-    (9.0, DecodeTiles(Tile(128, 16, 4, 3, 2), Tile(128, 16, 4, 3, 2))),
-    (1e9, DecodeTiles(Tile(128, 32, 4, 3, 2), Tile(128, 32, 4, 3, 2))),
-)
-"""(rows of an expert at the most, on average, tiles)."""
+CANDIDATES = (Tile(128, 32, 4, 3, 2), Tile(64, 32, 4, 4, 2), Tile(128, 16, 4, 3, 1), Tile(64, 16, 4, 4, 1))
+"""Tiles to take, the first that computes what a plain product does. Triton 3.6 compiles some wrongly: on an H200
+Tile(128, 16, 4, 3, 2) lost rows from 8 sequences on, but not with an adapter."""
+CHECKED_TOKENS, CHECKED_EXPERTS = (1, 8, 32, 128), 32
+AGREES = 0.01
+"""Largest relative difference of a product from torch's, where both round once."""
+
+_tiles: dict[torch.device, Tile | None] = {}
 
 
 class ExpertLowRank(NamedTuple):
@@ -54,31 +57,58 @@ class ExpertLowRank(NamedTuple):
     b: Tensor
 
 
-class ExpertAdapter(NamedTuple):
-    """LoRA of every expert on one of its matrices: a [experts, R, in] and b [experts, out, R], which is s B."""
-
-    a: Tensor
-    b: Tensor
-
-
-class ExpertAdapters(NamedTuple):
-    """Those of a block; `on`: one number that their terms are multiplied by, read on the device."""
-
-    gate_up: ExpertAdapter | None
-    down: ExpertAdapter | None
-    on: Tensor
-
-
 def serves(x: Tensor, experts: Experts, top_k: int) -> bool:
-    """Whether `decode` takes x [tokens, hidden]: packed experts, few rows, a GPU on which Triton multiplies."""
+    """Whether `decode` takes x [tokens, hidden]: packed experts, few rows, a GPU on which `find_tile` found one."""
     packed = experts.gate_up.absmax is not None and x.element_size() == 2
-    return x.is_cuda and packed and routing.serves(len(x), top_k) and cards.card(x.device).dot_is_fast
+    return packed and routing.serves(len(x), top_k) and _tiles.get(x.device) is not None
 
 
-def decode_tiles(tokens: int, top_k: int, experts: int) -> DecodeTiles:
-    """Tiles for so many tokens."""
-    rows = tokens * top_k / experts
-    return next(tiles for most, tiles in DECODE if rows <= most)
+def find_tile(experts: Experts, top_k: int, ranks: int = 0) -> Tile | None:
+    """The first of CANDIDATES that computes what torch does on this GPU, with some of `experts` and, where `ranks` is
+    not 0, with adapters too; `serves` and `decode` go by it. None: the kernels are not used."""
+    device = experts.gate_up.weight.device
+    _tiles[device] = None
+    if experts.gate_up.absmax is None or not cards.card(device).dot_is_fast:
+        return None
+    few = [first_experts(matrix, max(top_k, CHECKED_EXPERTS)) for matrix in (experts.gate_up, experts.down)]
+    _tiles[device] = next(
+        (tile for tile in CANDIDATES if all(agrees(matrix, top_k, tile, ranks) for matrix in few)), None
+    )
+    return _tiles[device]
+
+
+def first_experts(matrix: ExpertMatrix, count: int) -> ExpertMatrix:
+    """The first `count` of the experts."""
+    experts, out, _ = matrix.shape
+    count = min(count, experts)
+    absmax = None if matrix.absmax is None else matrix.absmax[: count * out]
+    return ExpertMatrix(matrix.weight[: count * out], absmax, count)
+
+
+def agrees(matrix: ExpertMatrix, top_k: int, tile: Tile, ranks: int) -> bool:
+    """Whether products by `tile` are torch's, for several numbers of tokens, without adapters and with some."""
+    experts, out, columns = matrix.shape
+    assert matrix.absmax is not None
+    dtype, device = matrix.absmax.dtype, matrix.absmax.device
+    generator = torch.Generator(device).manual_seed(0)
+
+    def random(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator, device=device).to(dtype)
+
+    for tokens in CHECKED_TOKENS:
+        x, logits = random(tokens, columns), random(tokens, experts)
+        routes = routing.choose(logits, top_k, True, tile.m)
+        expert = routes.chosen.reshape(-1)[routes.order.long()].long()
+        rows = x[routes.order.long() // top_k]
+        for rank in {0, ranks}:
+            low_rank = ExpertLowRank(random(len(rows), rank), random(experts, out, rank)) if rank else None
+            wanted = multiply(rows, matrix.dense(), routes.ends, transposed=False).float()
+            if low_rank is not None:
+                wanted += torch.einsum("mr,mor->mo", low_rank.x_lora_a.float(), low_rank.b.float()[expert])
+            ours = experts_linear(x, matrix.weight, matrix.absmax, routes, tile, top_k=top_k, low_rank=low_rank)
+            if not float((ours.float() - wanted).norm()) <= AGREES * float(wanted.norm()):
+                return False
+    return True
 
 
 def decode(
@@ -87,12 +117,13 @@ def decode(
 ) -> Tensor:  # fmt: skip
     """x [tokens, hidden] through the experts that its router's logits choose, which `record` keeps; rounded once. Five
     launches, seven with adapters, none of which the host waits for."""
-    tiles = tiles or decode_tiles(len(x), top_k, experts.gate_up.experts)
+    tile = _tiles.get(x.device) or CANDIDATES[0]
+    tiles = tiles or DecodeTiles(tile, tile)
     routes = routing.choose(logits, top_k, renormalize, tiles.gate_up.m, record)
 
     def product(rows: Tensor, matrix: ExpertMatrix, adapter: ExpertAdapter | None, tile: Tile, top_k: int) -> Tensor:
         low_rank = None
-        if adapter is not None and adapters is not None:
+        if adapter is not None and adapters is not None and adapters.on is not None:
             shrunk = experts_shrink(rows, adapter.a, adapters.on, routes, tile.m, top_k=top_k)
             low_rank = ExpertLowRank(shrunk, adapter.b)
         assert matrix.absmax is not None

@@ -67,3 +67,15 @@ def test_every_target_that_tests_is_in_the_table_of_commands() -> None:
     targets = re.findall(r"^(test[\w-]*):", MAKEFILE, re.MULTILINE)
     rows = re.findall(r"^\| `make (test[\w-]*)` \|", CONTRIBUTING, re.MULTILINE)
     assert sorted(targets) == sorted(rows)
+
+
+def test_the_readme_fits_a_terminal() -> None:
+    """80 columns, but for tables and pictures, which no terminal shows as such."""
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert [line for line in lines if len(line) > 80 and not line.startswith(("|", "!["))] == []
+
+
+def test_what_a_gpu_takes_is_said_where_people_look() -> None:
+    readme, install = ((ROOT / name).read_text() for name in ("README.md", "docs/install.md"))
+    for words in ("580 or newer", "WSL2", "Colab"):
+        assert words in " ".join(readme.split()) and words in " ".join(install.split())

@@ -72,4 +72,7 @@ def test_notebooks_run_from_top_to_bottom(path: Path, tmp_path: Path, monkeypatc
     assert trained and all("step 2/2" in texts(cell) for cell in trained)
     assert len(pictures(book)) == len(trained) + 1
     assert all((run / "summary.json").is_file() for run in (tmp_path / "runs").iterdir())
-    assert len(list((tmp_path / "runs").iterdir())) == len(trained)
+    supervised = sum("-m grpo.sft" in cell.source for cell in code(book))
+    assert len(list((tmp_path / "runs").iterdir())) == len(trained) + supervised
+    for plan in (cell for cell in code(book) if "--card T4" in cell.source):
+        assert "Fits the T4 with" in texts(plan), "what a larger model needs there is planned"

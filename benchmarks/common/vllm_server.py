@@ -55,7 +55,7 @@ def vllm_serve(words: Sequence[str], log: Path, seconds: float = 240) -> Iterato
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
     try:
         wait_for(f"http://127.0.0.1:{port}/health", process, log, seconds)
-        with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=KEY, max_retries=0, timeout=120) as client:
+        with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=KEY, max_retries=0, timeout=600) as client:
             yield client
     finally:
         end(process)

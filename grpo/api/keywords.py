@@ -45,7 +45,7 @@ def unknown(keyword: str, sections: Sequence[str], arguments: Sequence[str]) -> 
     """Why there is no such keyword, and what there is instead."""
     if "model" not in sections and (keyword in ("model", "lora") or keyword in {*keys_of("model"), *keys_of("lora")}):
         return f"{keyword!r} is decided when the model is loaded; pass it to grpo.load"
-    for section in ("eval", "lora", "task"):
+    for section in ("eval", "alarms", "lora", "task"):
         if keyword in keys_of(section):
             return f"{keyword!r} belongs to {section}; write {section}={{{keyword!r}: ...}}"
     known = [*arguments, *sections, *(key for section in sections for key in keys_of(section))]

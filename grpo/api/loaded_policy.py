@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import datetime
 import difflib
+import inspect
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from grpo.api.arguments import as_folder, check_export, check_sampling
 from grpo.api.inputs import as_environment, as_own_or_task, as_rewards, reward_table
 from grpo.api.keywords import SECTIONS, Tables, merged, tables_of, with_lengths
 from grpo.api.prompts import Prompts, as_batch, pieces, token_ids
@@ -89,6 +91,8 @@ def load(
     model = settings.pop("model", None)
     if model is None or isinstance(model, Mapping):
         raise UserError('grpo.load: which model? Write grpo.load("Qwen/Qwen2.5-3B-Instruct"), a folder or a .gguf file')
+    if not isinstance(model, str | Path):
+        raise UserError(f"grpo.load: model = {model!r} must be the text of a name, or a path")
     chosen = {name: settings.pop(name, None) for name in chosen}
     tables = merged(
         {} if lora is None else {"lora": lora.model_dump() if isinstance(lora, Lora) else adapter_table(lora)},
@@ -251,7 +255,7 @@ class LoadedPolicy:
         batch, single = as_batch(prompts)
         if stream and (len(batch) > 1 or n > 1):
             raise UserError("stream=True takes one prompt and n=1; leave stream out, or call once for each prompt")
-        check_sampling(temperature, max_tokens, top_p, n)
+        check_sampling(temperature, max_tokens, top_p, n, seed)
         session = self.session
         ids = token_ids(batch, session.tokenizer, session.config.rollout.chat_template_kwargs)
         numbered = ((f"prompt {number}", prompt) for number, prompt in enumerate(ids, 1))
@@ -309,6 +313,7 @@ class LoadedPolicy:
             verbose: print a line a step instead of a live display.
             settings: names of `[rollout]`, `[loss]`, `[train]`, `[log]`, `[checkpoint]` such as `max_steps=30`,
                 `learning_rate=1e-4` or `output_dir="runs/mine"`, and whole sections: `eval={"every": 10}`,
+                `alarms={"length_collapse": 0.1}`,
                 `environment={"tools": [search]}` with functions or classes themselves or their names. TRL's names are
                 taken where they mean the same, and `args=GRPOConfig(...)`.
 
@@ -366,7 +371,7 @@ class LoadedPolicy:
     def _training_config(self, task: Tables, rewards: list[Tables], settings: Mapping[str, Any]) -> Config:
         """The configuration of one run. Raises UserError for a setting that is unknown or out of range."""
         arguments = ("task", "rewards", "verbose")
-        sections = tuple(name for name in SECTIONS if name != "model") + ("eval", "environment")
+        sections = tuple(name for name in SECTIONS if name != "model") + ("eval", "environment", "alarms")
         tables = merged(
             {"checkpoint": {"output_dir": str(unused_folder(task["name"]))}},
             self._tables,
@@ -376,13 +381,18 @@ class LoadedPolicy:
         return parse_config(with_lengths(tables), "policy.train")
 
     def save_lora(self, folder: str | Path) -> Path:
-        """Write the adapter to `folder` in peft's format and return the folder."""
-        self.session.policy.save_adapter(Path(folder))
-        return Path(folder)
+        """Write the adapter to `folder` in peft's format and return the folder. Raises UserError where it cannot be."""
+        path = as_folder(folder, "policy.save_lora")
+        try:
+            self.session.policy.save_adapter(path)
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(f"policy.save_lora: {path} cannot be written ({reason}); name another folder") from None
+        return path
 
     def load_lora(self, folder: str | Path) -> None:
         """Replace the adapter's values by those in `folder`. Raises UserError unless its shape is the same."""
-        self.session.policy.load_adapter(Path(folder))
+        self.session.policy.load_adapter(as_folder(folder, "policy.load_lora"))
 
     def save_merged(
         self, folder: str | Path, to: str = "merged-16bit", *, base: str | Path | None = None, **options: Any
@@ -394,15 +404,17 @@ class LoadedPolicy:
         """
         from grpo.export.build import export, trained_system_prompt
 
+        path = as_folder(folder, "policy.save_merged")
+        check_export(to, options, inspect.signature(export))
         if self._run is not None:
             options.setdefault("system", trained_system_prompt(self._run))
         say = options.pop("notice", print)
         with tempfile.TemporaryDirectory(prefix="grpo-merged-") as scratch:
-            run = Path(scratch) / Path(folder).name
+            run = Path(scratch) / path.name
             adapter = self.save_lora(run / "adapter")
             (run / CONFIG).write_text(config_toml(self.config), encoding="utf-8")
             options["notice"] = lambda text: say(text.replace(str(adapter), "the adapter"))
-            return export(run, to=to, out=folder, base=base, **options)
+            return export(run, to=to, out=path, base=base, **options)
 
     def close(self) -> None:
         """Stop vLLM and give all memory back. May be called twice."""
@@ -425,21 +437,6 @@ class LoadedPolicy:
         base, lora = self._session.base, self.config.lora
         storage = base.stored_as
         return f"<{self.config.model.name} in {storage} on {base.device.type}, LoRA of rank {lora.r}>"
-
-
-def check_sampling(temperature: float, max_tokens: int, top_p: float, n: int) -> None:
-    """Raise UserError naming the argument of `generate` that is out of range."""
-    ranges = {
-        "temperature": (temperature, 0 <= temperature <= 2, "from 0 to 2"),
-        "max_tokens": (max_tokens, max_tokens >= 1, "at least 1"),
-        "top_p": (top_p, 0 < top_p <= 1, "above 0 and at most 1"),
-        "n": (n, n >= 1, "at least 1"),
-    }
-    for name, (value, right, expected) in ranges.items():
-        if not right:
-            raise UserError(f"{name} = {value}: must be {expected}")
-    if n > 1 and temperature == 0:
-        raise UserError(f"n = {n} completions are all the same at temperature 0; set a temperature such as 1.0")
 
 
 def unused_folder(task: str) -> Path:

@@ -174,7 +174,7 @@ INSTEAD: dict[str, str] = {
         RUN_FOLDER,
     ),
     **_each("peft_config r lora_alpha target_modules lora_dropout use_rslora use_dora", ADAPTER_SHAPE),
-    **_each("bias init_lora_weights layers_to_transform layers_pattern", ADAPTER_SHAPE),
+    **_each("bias init_lora_weights layers_to_transform layers_pattern target_parameters", ADAPTER_SHAPE),
     **_each(
         "vllm_mode vllm_model_impl vllm_server_base_url vllm_server_host vllm_server_port vllm_server_timeout "
         "vllm_group_port use_vllm fast_inference use_async use_engine max_loras enable_prefix_caching",
@@ -184,7 +184,7 @@ INSTEAD: dict[str, str] = {
         "router_aux_loss_coef vespo_k_pos vespo_lambda_pos vespo_k_neg vespo_lambda_neg use_adaptive_entropy "
         "entropy_coef_min entropy_coef_max entropy_coef_delta entropy_target vllm_structured_outputs_regex "
         "label_smoothing_factor neftune_noise_alpha repetition_penalty generation_kwargs finetune_last_n_layers "
-        "modules_to_save target_parameters loftq_config ensure_weight_tying "
+        "modules_to_save loftq_config ensure_weight_tying "
         "resize_model_vocab optim_args optim_target_modules enable_jit_checkpoint disable_dropout lr_scheduler_kwargs "
         "load_in_fp8 conservativeness quantization_config reward_processing_classes optimizers callbacks "
         "restore_callback_states_from_checkpoint use_cache full_determinism auto_find_batch_size "

@@ -109,6 +109,9 @@ class Lora(Section):
     target_modules: Annotated[list[str], Field(min_length=1)] | str = SEVEN_PROJECTIONS
     """Linear layers that get an adapter: names or their ends; a regular expression for whole names; or "all-linear".
     The default stands for all of them, whatever a family has."""
+    target_parameters: list[str] = []
+    """Of a mixture of experts, parameters that get an adapter for every expert, in peft's words: names or their ends,
+    "experts.gate_up_proj" and "experts.down_proj". `rank_pattern` and `alpha_pattern` give them a rank of their own."""
     exclude_modules: list[str] | str = []
     """Of these, layers that get none: names or their ends, or a regular expression for whole names."""
     layers_to_transform: list[Annotated[int, Field(ge=0)]] = []

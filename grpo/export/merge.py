@@ -9,12 +9,15 @@ and `grpo.policy.adapter_files`.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from grpo.model.adapter_layers import adapted_experts
 from grpo.model.initial_adapter import InitialLayer
+from grpo.model.stored_form import Piece, stored_form
 from grpo.model.weight_source import Source, dense
 from grpo.policy.adapter_files import AdapterFile
 
@@ -37,6 +40,8 @@ class MergedSource:
     def read(self, name: str) -> Tensor:
         """The tensor `name` on the CPU: float32 where the adapter or dequantising changed it, else as stored."""
         weight = dense(self.base.read(name))
+        if self.adapter is not None and name in self._expert_pieces:
+            return self._merged_experts(weight.float(), name)
         layer = name.removesuffix(".weight")
         if self.adapter is None or layer not in self.adapters or layer == name:
             return weight
@@ -47,6 +52,26 @@ class MergedSource:
             start = self.initial[layer].start
             merged = torch.addmm(merged, start.b, start.a, alpha=-scale)
         return merged
+
+    @cached_property
+    def _expert_pieces(self) -> dict[str, tuple[str, Piece]]:
+        """The checkpoint's name of a piece of adapted experts -> the graph's parameter and the piece."""
+        if self.adapter is None or not self.adapter.saved.lora.target_parameters:
+            return {}
+        config = self.config.get_text_config()
+        form = stored_form(config)
+        names = adapted_experts(config, self.adapter.saved.lora)
+        return {piece.name: (name, piece) for name in names for piece in form.pieces[name]}
+
+    def _merged_experts(self, weight: Tensor, name: str) -> Tensor:
+        """`weight` of one expert, or of all, with its adapter folded in."""
+        parameter, piece = self._expert_pieces[name]
+        assert self.adapter is not None
+        a, b, scale = self.adapter.expert_factors(self.config.get_text_config(), parameter)
+        rows = slice(piece.first_row, piece.first_row + piece.rows)
+        if piece.expert is None:
+            return torch.baddbmm(weight, b.float(), a.float(), alpha=scale)
+        return torch.addmm(weight, b[piece.expert, rows].float(), a[piece.expert].float(), alpha=scale)
 
     def tokenizer(self) -> Any:
         """As the base's."""

@@ -29,7 +29,7 @@ QKV, GATE_UP, DOWN = (
     ("down_proj", "w2"),
 )
 """Linear layers that are one product each."""
-NORMED_HEADS = ("qwen3", "gemma3_text", "qwen3_5_text", "lfm2")
+NORMED_HEADS = ("qwen3", "gemma3_text", "qwen3_5_text", "qwen3_5_moe_text", "qwen3_moe", "lfm2")
 """Families that normalise q and k before the rotation."""
 LIBRARIES = 36 << 20
 """Workspaces that cuBLAS takes from torch's allocator on a GPU (32 MiB on Hopper, 8 MiB before)."""
@@ -104,7 +104,7 @@ class LayerSizes:
         if mixed := has_states(shape):  # of the layer with the most
             first = largest_layer(shape, adapted)
         return cls(
-            gated=shape.model_type == "qwen3_5_text",
+            gated=shape.model_type in ("qwen3_5_text", "qwen3_5_moe_text"),
             states=state_layers(shape, adapted) if mixed else (),
             hidden=shape.hidden_size,
             inner=of_all(mlp_widths(shape)),

@@ -13,21 +13,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from grpo.config.schema import Config
+from grpo.config.schema import Config, Lora
 from grpo.kernels.sizes import RANK_MULTIPLE
 from grpo.memory.activations import TrainingMemory, moment_bytes
 from grpo.memory.kv_groups import KeyPool
 from grpo.memory.states import has_states, pages
 from grpo.model.adapter_config import takes_from_base
-from grpo.model.adapter_layers import adapted_layers
+from grpo.model.adapter_layers import adapted_experts, adapted_layers
 from grpo.model.attention_layers import attention_layers
-from grpo.model.expert_sizes import COUNTS, expert_sizes
+from grpo.model.expert_sizes import COUNTS, MATRICES, expert_sizes
 from grpo.model.layout import fused_linears
 from grpo.model.quantization import stated
 from grpo.model.sizes import (
     AUTO_SHARE,
     eight_bit_bytes,
     embedding_bytes,
+    layer_embedding_bytes,
     linear_shapes,
     nf4_bytes,
     pinned_bytes,
@@ -231,7 +232,7 @@ def plain_bytes(config: Config, shape: Any, itemsize: int, *, on_gpu: bool) -> i
     """Everything but linear layers and experts, on the device."""
     tables = 1 if shape.tie_word_embeddings else 2
     norms = (2 * shape.num_hidden_layers + 1) * shape.hidden_size
-    plain = tables * embedding_bytes(shape, itemsize) + norms * itemsize
+    plain = tables * embedding_bytes(shape, itemsize) + layer_embedding_bytes(shape, itemsize) + norms * itemsize
     return plain - host_weight_bytes(config, shape, itemsize, on_gpu=on_gpu)
 
 
@@ -267,6 +268,7 @@ def adapter_bytes(config: Config, shape: Any, itemsize: int, *, on_gpu: bool) ->
         ranks = sum(adapters[part].rank for part in parts if part in adapters)
         ranks = -(-ranks // RANK_MULTIPLE) * RANK_MULTIPLE
         engine += ranks * (sizes[parts[0]][1] + sum(sizes[part][0] for part in parts))
+    trained, engine = trained + experts_adapter(shape, config.lora), engine + experts_adapter(shape, config.lora, 16)
     has_reference = config.loss.beta > 0 and config.loss.reference == "start" and config.lora.init is not None
     kept = has_reference + takes_from_base(config.lora.init_lora_weights)  # the reference's values; the first ones
     return trained * (4 + 4 + 4 * kept + moment_bytes(config.train.optim, on_gpu=on_gpu)) + engine * itemsize
@@ -277,6 +279,18 @@ def kv_bytes_per_token(shape: Any, itemsize: int, kv_cache_dtype: str) -> int:
     layers = attention_layers(shape).items()
     own = sum(layer.elements_per_token for number, layer in layers if layer.keys_of == number)
     return own * (1 if kv_cache_dtype == "fp8" else itemsize)
+
+
+def experts_adapter(shape: Any, lora: Lora, multiple: int = 1) -> int:
+    """Numbers in the factors of adapters on experts, their ranks rounded up to a power of two of at least `multiple`
+    where that is above 1."""
+    sizes, total = expert_sizes(shape), 0
+    for name, adapter in adapted_experts(shape, lora).items():
+        assert sizes is not None
+        rows, columns = sizes.matrices[name.endswith(MATRICES[1])]
+        rank = adapter.rank if multiple == 1 else max(multiple, 1 << (adapter.rank - 1).bit_length())
+        total += rank * (rows + sizes.experts * columns)
+    return total
 
 
 def layer_token_bytes(shape: Any, itemsize: int, kv_cache_dtype: str) -> int:

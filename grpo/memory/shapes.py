@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from grpo.config.schema import Model
+from grpo.errors import UserError
 from grpo.memory.plan import Shape
 from grpo.model.families.table import family_of, listed
 from grpo.model.gguf_header import read_header
 from grpo.model.locate import local_path
-from grpo.model.quantization import with_modelopt
+from grpo.model.quantization import quantization, with_modelopt
+from grpo.model.text_decoder import as_family
 
 TABLE = Path(__file__).parent.parent / "model" / "known_models.json"
 ENDINGS = r"-(instruct|it|base|chat|ft|pretrained|bnb-4bit|unsloth|hf|v\d+(\.\d+)*|\d{4})$"
@@ -37,8 +39,10 @@ def model_shape(model: Model, *, network: bool = False) -> Any:
         return gguf_shape(path)
     file = path if path.suffix == ".json" else path / "config.json"
     try:
-        shape = shape_of(with_modelopt(json.loads(file.read_text(encoding="utf-8")), file.parent))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        values = with_modelopt(json.loads(file.read_text(encoding="utf-8")), file.parent)
+        quantization(values)
+        shape = shape_of(values)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, UserError):
         return None
     return shape if shape.model_type in listed() else None
 
@@ -46,7 +50,8 @@ def model_shape(model: Model, *, network: bool = False) -> Any:
 def shape_of(values: dict[str, Any]) -> Any:
     """What `model_shape` gives, from the entries of a config.json."""
     text = values.get("text_config") or values
-    if not family_of(text["model_type"]).mixers:
+    computed_as = family_of(text["model_type"]).text_as or text["model_type"]
+    if not (family_of(computed_as).mixers or family_of(computed_as).layers_differ):
         return Shape.of(values)
     from transformers import AutoConfig  # its class knows the kinds of layers, however the file says them
 
@@ -55,7 +60,7 @@ def shape_of(values: dict[str, Any]) -> Any:
     config = AutoConfig.for_model(text["model_type"], **given)
     if tied is not None:
         config.tie_word_embeddings = tied
-    return config
+    return config if computed_as == text["model_type"] else as_family(config, computed_as)
 
 
 def cached_config(name: str, revision: str | None) -> Path | None:

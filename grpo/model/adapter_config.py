@@ -27,7 +27,7 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 SHAPE = (
     "r", "lora_alpha", "use_rslora", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
-    "rank_pattern", "alpha_pattern", "init_lora_weights", "loftq_iter",
+    "rank_pattern", "alpha_pattern", "target_parameters", "init_lora_weights", "loftq_iter",
 )  # fmt: skip
 """peft's entries, and keys of `[lora]`, that say which layers have an adapter, of which rank and scale, and on what."""
 NEEDED = ("r", "lora_alpha", "target_modules")
@@ -45,7 +45,6 @@ REFUSED = {
     "bias": "biases of the base were trained too",
     "modules_to_save": "whole modules were trained too",
     "trainable_token_indices": "rows of the embedding were trained too",
-    "target_parameters": "it is on parameters that are no linear layers",
     "layer_replication": "layers of the base are used several times",
     "lora_bias": "its B has a bias",
     "use_dora": "DoRA scales the base's weights",

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from grpo.config.schema import Lora
 from grpo.errors import UserError
 from grpo.model.architectures import adapter_targets
+from grpo.model.expert_sizes import MATRICES, is_sparse
 from grpo.model.layout import HEAD, fused_linears
 
 
@@ -42,12 +43,42 @@ def adapted_layers(config: Any, lora: Lora) -> dict[str, LayerAdapter]:
     return layers
 
 
+def adapted_experts(config: Any, lora: Lora) -> dict[str, LayerAdapter]:
+    """The graph's parameter -> adapter of each of its experts, of every stacked parameter that has one.
+
+    config: a plan's Shape or transformers'. Raises UserError for an entry of `lora.target_parameters` that names none.
+    """
+    names = [f"{module}.{matrix}" for module in expert_modules(config) for matrix in MATRICES]
+    for target in lora.target_parameters:
+        if not any(is_named(name, [target]) for name in names):
+            has = f"this model has {', '.join(dict.fromkeys(map(ending, names)))}" if names else "this model has none"
+            raise UserError(f"lora.target_parameters names {target!r}, which are no experts; {has}")
+    return {name: adapter_of(name, lora) for name in names if is_named(name, lora.target_parameters)}
+
+
+def expert_modules(config: Any) -> list[str]:
+    """The graph's modules that hold experts; of a plan's Shape by their usual name."""
+    if hasattr(config, "to_dict"):
+        from grpo.model.meta_graph import graph_tensors
+
+        return list(graph_tensors(config).experts)
+    return [
+        f"model.layers.{layer}.mlp.experts" for layer in range(config.num_hidden_layers) if is_sparse(config, layer)
+    ]
+
+
+def ending(name: str) -> str:
+    """The module's and the parameter's own names: "experts.down_proj"."""
+    return ".".join(name.split(".")[-2:])
+
+
 def check_selected(config: Any, lora: Lora, owners: Iterable[str]) -> None:
     """Raise UserError unless `lora` gives adapters to linear layers of the decoder's blocks, and to nothing else.
 
     owners: the model's modules that have tensors of their own.
     """
     layers, targets = adapted_layers(config, lora), adapter_targets(config, lora.target_modules)
+    adapted_experts(config, lora)
     modules = {HEAD.rpartition(".")[0]}
     for name in owners:
         parts = name.split(".")
@@ -64,7 +95,8 @@ def is_adapted(name: str, targets: list[str] | str, lora: Lora) -> bool:
     """Whether the module `name` gets an adapter. targets: `lora.target_modules` in the family's own names."""
     if lora.exclude_modules and is_named(name, lora.exclude_modules):
         return False
-    if isinstance(targets, str) or not lora.layers_to_transform:
+    if isinstance(targets, str) or not lora.layers_to_transform or name in targets:
+        # A whole name in a list is meant whatever its layer's number.
         return is_named(name, targets)
     return is_named(name, targets) and layer_number(name, lora.layers_pattern) in lora.layers_to_transform
 

@@ -28,6 +28,13 @@ def causal_class(model_type: str) -> str | None:
     return CLASSES.get(family_of(model_type).text_as or model_type)
 
 
+def fills_in(model_type: str) -> bool:
+    """Whether models of the family fill in masked tokens: some of them can be made decoders too."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as ENCODERS
+
+    return model_type in ENCODERS
+
+
 def vllm_class(model_type: str) -> str:
     """vLLM's name of the class that serves the family."""
     return family_of(model_type).vllm_class or causal_class(model_type) or model_type
@@ -45,6 +52,8 @@ def unsuited(config: DecoderConfig) -> str | None:
     other = "use a decoder of text"
     if getattr(config, "is_encoder_decoder", False):
         return f"it has an encoder beside its decoder; {other}"
+    if fills_in(config.model_type) and not getattr(config, "is_decoder", False):
+        return f"it is an encoder, as embedding models are, and predicts no next token; {other}"
     if causal_class(config.model_type) is None:
         return f"transformers has no causal language model of it, so it predicts no next token; {other}"
     if not getattr(config, "num_attention_heads", None):

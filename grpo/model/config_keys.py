@@ -160,6 +160,10 @@ def token_complaints(config: DecoderConfig) -> Iterator[Complaint]:
     reason = f"no token of the vocabulary, whose embedding has {rows} rows"
     if pad is not None and not -rows <= pad < rows:
         yield Complaint("pad_token_id", pad, f"{reason}; set another, or null")
+    of_layers = getattr(config, "vocab_size_per_layer_input", None)
+    if getattr(config, "hidden_size_per_layer_input", None) and of_layers != rows:
+        key = "vocab_size_per_layer_input"
+        yield Complaint(key, of_layers, f"must be vocab_size, {rows}, so that every token has a row; correct it")
     for token in ends if isinstance(ends, list) else [] if ends is None else [ends]:
         if not isinstance(token, int) or not 0 <= token < rows:
             yield Complaint("eos_token_id", ends, f"{reason}; correct it")

@@ -11,6 +11,10 @@ COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 """Entries of configurations that say how many experts a layer has."""
 
 
+MATRICES = ("gate_up_proj", "down_proj")
+"""transformers' stacked parameters of the experts of a block."""
+
+
 class ExpertSizes(NamedTuple):
     """The experts of a layer, each gate_up [2 * inner, hidden] and down [hidden, inner]."""
 

@@ -15,7 +15,8 @@ from grpo.errors import UserError
 from grpo.kernels.experts import ExpertMatrix, Experts
 from grpo.kernels.glu import ACTIVATIONS
 from grpo.model.decoder_config import DecoderConfig
-from grpo.model.graph_experts import MATRICES, Routing
+from grpo.model.expert_sizes import MATRICES
+from grpo.model.graph_experts import Routing
 from grpo.model.layout import ExpertsLayout
 from grpo.model.stored_form import Piece, stored_form
 from grpo.model.weight_source import Packed, Source, dense

@@ -17,6 +17,7 @@ from grpo.errors import UserError
 from grpo.model.architectures import check_supported
 from grpo.model.checks import check_sizes, one_line
 from grpo.model.decoder_config import DecoderConfig
+from grpo.model.families.table import family_of
 from grpo.model.gguf_config import ROTARY_TENSORS, complete_config
 from grpo.model.gguf_header import read_header
 from grpo.model.layout import HEAD
@@ -58,6 +59,11 @@ class GGUFSource:
             raise UserError(f"{self.path}: GGUF architecture {self._architecture!r} is unknown to the gguf package")
         text_config = self.config.get_text_config()
         check_supported(text_config, str(self.path))
+        if family_of(text_config.model_type).layers_differ:
+            raise UserError(
+                f"{self.path}: GGUF files of {text_config.model_type} are not read, whose layers differ in size; pass "
+                "the model's folder in Hugging Face's format"
+            )
         names = get_tensor_name_map(by_name[self._architecture], text_config.num_hidden_layers)
         tensors = {tensor.name: tensor for tensor in self.reader.tensors}
         named = {}
@@ -103,7 +109,7 @@ class GGUFSource:
             heads = text_config.num_attention_heads if ".q_proj." in name else text_config.num_key_value_heads
             halves = weight.reshape(heads, weight.shape[0] // heads // 2, 2, *weight.shape[1:])
             return halves.transpose(1, 2).reshape(weight.shape).contiguous()
-        if self._architecture.startswith("gemma") and name.endswith("norm.weight"):
+        if family_of(text_config.model_type).norm_adds_one and name.endswith("norm.weight"):
             return weight - 1
         return weight
 

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from grpo.errors import UserError
 from grpo.kernels.experts import route
 from grpo.model.checks import one_line
+from grpo.model.expert_sizes import MATRICES
 
-MATRICES = ("gate_up_proj", "down_proj")
-"""transformers' parameters of the experts of a block."""
 TRIED_TOKENS = 64
 """Random inputs of a router that is compared."""
 LIKE_OURS = 1e-4

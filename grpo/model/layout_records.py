@@ -33,6 +33,35 @@ LAYOUTS: dict[str, dict[str, Any]] = {
             "model.layers.*.block_sparse_moe.router.weight": "model.layers.*.block_sparse_moe.gate.weight",
         },
     },
+    "3d33ba86f57d": {
+        "linears": {
+            "model.layers.*.linear_attn.out_proj": ("model.layers.*.linear_attn.out_proj",),
+            "model.layers.*.linear_attn.in_proj_qkvz": (
+                "model.layers.*.linear_attn.in_proj_qkv",
+                "model.layers.*.linear_attn.in_proj_z",
+            ),
+            "model.layers.*.linear_attn.in_proj_ba": (
+                "model.layers.*.linear_attn.in_proj_b",
+                "model.layers.*.linear_attn.in_proj_a",
+            ),
+            "model.layers.*.mlp.shared_expert.gate_up_proj": (
+                "model.layers.*.mlp.shared_expert.gate_proj",
+                "model.layers.*.mlp.shared_expert.up_proj",
+            ),
+            "model.layers.*.mlp.shared_expert.down_proj": ("model.layers.*.mlp.shared_expert.down_proj",),
+            "model.layers.*.self_attn.qkv_proj": (
+                "model.layers.*.self_attn.q_proj",
+                "model.layers.*.self_attn.k_proj",
+                "model.layers.*.self_attn.v_proj",
+            ),
+            "model.layers.*.self_attn.o_proj": ("model.layers.*.self_attn.o_proj",),
+        },
+        "renamed": {
+            "model.layers.*.mlp.experts.down_proj": "model.layers.*.mlp.experts.routed_experts.w2_weight",
+            "model.layers.*.mlp.experts.gate_up_proj": "model.layers.*.mlp.experts.routed_experts.w13_weight",
+        },
+        "float32": ("model.layers.*.linear_attn.A_log",),
+    },
     "3de63c168c50": {
         "linears": {
             "model.layers.*.self_attn.qkv_proj": (
@@ -222,6 +251,7 @@ FAMILIES: dict[str, str] = {
     "phi3": "fbda1e2bf193",
     "qwen2": "6b15e33fe2ee",
     "qwen3": "6b15e33fe2ee",
+    "qwen3_5_moe_text": "3d33ba86f57d",
     "qwen3_5_text": "44deb346b749",
     "qwen3_moe": "91f6408f8712",
     "seed_oss": "6b15e33fe2ee",
@@ -256,6 +286,7 @@ SEEN: dict[str, dict[str, str]] = {
         "phi3": "fbda1e2bf193",
         "qwen2": "6b15e33fe2ee",
         "qwen3": "6b15e33fe2ee",
+        "qwen3_5_moe_text": "3d33ba86f57d",
         "qwen3_5_text": "44deb346b749",
         "qwen3_moe": "91f6408f8712",
         "seed_oss": "6b15e33fe2ee",

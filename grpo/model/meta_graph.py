@@ -20,6 +20,8 @@ from grpo.model.decoder_config import DecoderConfig
 from grpo.model.graph_experts import GraphExperts, experts_in
 
 HEAD = "lm_head.weight"
+FEWEST_ROWS = 2
+"""A product with one output, such as the gate of a shared expert, is no linear layer to us: no adapter, no NF4."""
 FRAME = ("model.embed_tokens", "model.layers.0", "model.norm", "lm_head")
 """Modules around and in the stack of layers."""
 
@@ -99,7 +101,7 @@ def _graph_tensors(kind: Any, values: str) -> GraphTensors:
     linears = {
         name: GraphLinear(module.out_features, module.in_features, module.bias is not None)
         for name, module in graph.named_modules()
-        if isinstance(module, nn.Linear) and module is not head
+        if isinstance(module, nn.Linear) and module is not head and module.out_features >= FEWEST_ROWS
     }
     experts = experts_in(graph)
     inside = {f"{name}.{kind}" for name in linears for kind in ("weight", "bias")}

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo.errors import UserError
-from grpo.model.checks import read_object
+from grpo.model.checks import one_line, read_object
 
 MODELOPT_FILE = "hf_quant_config.json"
 """ModelOpt's own, beside config.json."""
@@ -50,15 +50,23 @@ def with_modelopt(values: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 def stated(values: Mapping[str, Any]) -> dict[str, Any]:
     """`quantization_config` of a config.json, which models of several inputs may have in their text model's part."""
-    text = values.get("text_config")
-    return values.get("quantization_config") or (text or {}).get("quantization_config") or {}
+    for part in (values, values.get("text_config")):
+        if isinstance(part, Mapping) and part.get("quantization_config"):
+            return part["quantization_config"]
+    return {}
 
 
 def check_quantization(values: Mapping[str, Any], file: Path) -> None:
     """Raise UserError for weights that are quantised in a form which is not read. file: where `values` are from."""
     stored = stated(values)
-    if reason := next(complaints(stored), None):
-        if "quantization" in stored:
+    try:
+        reason = next(complaints(stored), None)
+        if reason is None:
+            quantization(values)
+    except (TypeError, ValueError, AttributeError, LookupError) as error:
+        reason = f"quantization_config is not understood ({one_line(error)})"
+    if reason is not None:
+        if isinstance(stored, Mapping) and "quantization" in stored:
             file = file.with_name(MODELOPT_FILE)
         raise UserError(f"{file}: {reason}; {READ_INSTEAD}")
 
@@ -102,7 +110,7 @@ def quantization(values: Mapping[str, Any]) -> Quantization:
     method = stored.get("quant_method", "bitsandbytes" if stored else None)
     if method == "fp8":
         block = stored.get("weight_block_size")
-        return Quantization("FP8", ((block[0], block[1]) if block else (None, None),))
+        return Quantization("FP8", (block_of(*block) if block else (None, None),))
     if method == "fbgemm_fp8":
         return Quantization("FP8", ((1, None),))
     if method == "bitsandbytes" and stored.get("load_in_8bit"):
@@ -122,8 +130,14 @@ def strategy_block(arguments: Mapping[str, Any]) -> Block:
     """What shares a scale by compressed-tensors' description of a weight."""
     strategy = arguments.get("strategy") or ("group" if arguments.get("group_size") else "tensor")
     if strategy == "block" and arguments.get("block_structure"):
-        rows, columns = arguments["block_structure"]
-        return int(rows), int(columns)
+        return block_of(*arguments["block_structure"])
     if strategy == "group":
-        return 1, int(arguments["group_size"])
+        return block_of(1, arguments["group_size"])
     return (1, None) if strategy == "channel" else (None, None)
+
+
+def block_of(rows: Any, columns: Any) -> Block:
+    """Raises ValueError for what is no size."""
+    if any(not isinstance(size, int) or isinstance(size, bool) or size < 1 for size in (rows, columns)):
+        raise ValueError(f"blocks of {rows} x {columns}")
+    return rows, columns

@@ -53,6 +53,13 @@ def embedding_bytes(shape: Any, itemsize: int) -> int:
     return -(-shape.vocab_size // VOCABULARY_PADDING) * VOCABULARY_PADDING * shape.hidden_size * itemsize
 
 
+def layer_embedding_bytes(shape: Any, itemsize: int) -> int:
+    """The embedding of every layer, where there is one (Gemma 4), with vLLM's padding."""
+    width = shape.num_hidden_layers * (getattr(shape, "hidden_size_per_layer_input", None) or 0)
+    rows = getattr(shape, "vocab_size_per_layer_input", 0) if width else 0
+    return -(-rows // VOCABULARY_PADDING) * VOCABULARY_PADDING * width * itemsize
+
+
 def weights_on_host(model: Model, shape: Any) -> dict[str, str]:
     """Parameters that `model` wants in host memory, each with the key that says so. Of a model whose embedding is its
     output head that one tensor, for `offload_head`. Raises UserError for `offload_embedding` there."""

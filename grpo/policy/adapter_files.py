@@ -6,6 +6,7 @@ configuration (`grpo.model.adapter_config`) and its base; for what becomes of th
 
 from __future__ import annotations
 
+from collections.abc import Container
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -21,10 +22,12 @@ from grpo.model.adapter_config import (
     check_same_shape,
     read_adapter_config,
 )
-from grpo.model.adapter_layers import LayerAdapter, adapted_layers
+from grpo.model.adapter_layers import LayerAdapter, adapted_experts, adapted_layers
 from grpo.model.architectures import adapter_targets
 from grpo.model.checks import one_line
 from grpo.model.decoder_config import DecoderConfig
+from grpo.model.expert_sizes import MATRICES
+from grpo.model.meta_graph import graph_tensors
 from grpo.model.safetensors_source import DENSE_TYPES
 from grpo.model.sizes import linear_shapes
 from grpo.model.weight_files import stored_names
@@ -61,6 +64,7 @@ class AdapterFile:
             a, b = factor_names(name)
             rows, columns = shapes[name]
             expected |= {a: (adapter.rank, columns), b: (rows, adapter.rank)}
+        expected |= self._expert_shapes(config)
         for key, shape in expected.items():
             self._check_tensor(key, shape)
         for key in sorted(self.names - expected.keys()):
@@ -70,6 +74,31 @@ class AdapterFile:
                 f"{remedy}"
             )
         return layers
+
+    def _expert_shapes(self, config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+        """The factors of adapters on experts: those of all experts in one matrix, as peft has them."""
+        expected: dict[str, tuple[int, ...]] = {}
+        if not self.saved.lora.target_parameters:
+            return expected
+        found = graph_tensors(config).experts
+        try:
+            adapters = adapted_experts(config, self.saved.lora)
+        except UserError as error:
+            raise UserError(f"{self.saved.file}: {error}; {OTHER_BASE}") from None
+        for name, adapter in adapters.items():
+            module, _, matrix = name.rpartition(".")
+            experts, rows, columns = found[module].shapes()[matrix]
+            a, b = expert_factor_names(name, adapters)
+            expected |= {a: (experts * adapter.rank, columns), b: (rows, experts * adapter.rank)}
+        return expected
+
+    def expert_factors(self, config: DecoderConfig, name: str) -> tuple[Tensor, Tensor, float]:
+        """A [experts, rank, in], B [experts, out, rank] and the scale of the adapter on the experts' parameter."""
+        adapters = adapted_experts(config, self.saved.lora)
+        module, _, _ = name.rpartition(".")
+        a, b = (self._handle.get_tensor(key) for key in expert_factor_names(name, adapters))
+        experts, rank = graph_tensors(config).experts[module].experts, adapters[name].rank
+        return a.view(experts, rank, -1), b.view(len(b), rank, experts).permute(2, 0, 1), adapters[name].scale
 
     def _layers(self, config: DecoderConfig) -> dict[str, LayerAdapter]:
         try:
@@ -106,6 +135,14 @@ def open_adapter(folder: Path, lora: Lora, config: DecoderConfig) -> AdapterFile
     file = AdapterFile(saved)
     file.check(config)
     return file
+
+
+def expert_factor_names(name: str, adapters: Container[str]) -> tuple[str, str]:
+    """peft's names of the A and B on a stacked parameter of experts: where both of a block have one, the second is
+    wrapped around the first."""
+    module, _, matrix = name.rpartition(".")
+    inner = matrix == MATRICES[0] and f"{module}.{MATRICES[1]}" in adapters
+    return factor_names(f"{module}.base_layer" if inner else module)
 
 
 def factor_names(layer: str) -> tuple[str, str]:

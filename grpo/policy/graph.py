@@ -90,7 +90,7 @@ def build_graph(base: BaseWeights) -> nn.Module:
         set_tensor(graph, name, tensor[: base.layout.shapes[name][0]] if tensor.ndim else tensor)
     for layer in graph.model.layers:
         layer.register_forward_pre_hook(remember_packing, with_kwargs=True)
-    install_recurrent_layers(graph, config.model_type)
+    install_recurrent_layers(graph, base.config.model_type)
     graph.tie_weights()
     rebuild_buffers(graph, config, base.device, base.dtype)
     left = [name for name, tensor in [*graph.named_parameters(), *graph.named_buffers()] if tensor.is_meta]

@@ -22,13 +22,14 @@ from grpo.config.schema import Lora
 from grpo.errors import UserError
 from grpo.kernels.logprob import selected_logprobs
 from grpo.model.adapter_config import takes_from_base
-from grpo.model.adapter_layers import adapted_layers
+from grpo.model.adapter_layers import adapted_experts, adapted_layers
 from grpo.model.base_weights import BaseWeights
 from grpo.model.checks import one_line
 from grpo.model.fingerprint import check_base
 from grpo.model.initial_adapter import LOFTQ, digest, read_record, write_record
 from grpo.policy.activation_checkpointing import recompute_layers
 from grpo.policy.adapter_files import open_adapter
+from grpo.policy.experts import ExpertsAdapter, adapt_experts
 from grpo.policy.fused_layers import install_fused_layers, wants_kernels
 from grpo.policy.graph import build_graph, peft_config
 from grpo.policy.hf_forward import patch_hf_forward
@@ -59,6 +60,9 @@ class Policy:
             warnings.simplefilter("ignore")  # peft names our layer as unknown, and the base's folder as renamed
             torch.manual_seed(seed)
             self.model: PeftModel = with_adapter(build_graph(base), self.peft_config)
+            if lora.target_parameters:
+                adapt_experts(self.decoder, adapted_experts(base.config, lora))
+                self.model.peft_config[ADAPTER].target_parameters = list(lora.target_parameters)
         self.model.peft_config[ADAPTER].base_model_name_or_path = base_name  # peft put the configuration's folder there
         self._start_from_base()
         if wants_kernels(kernels, base.device):
@@ -79,6 +83,18 @@ class Policy:
         """transformers module name -> its LoRA layer."""
         return {name: module for name, module in self.decoder.named_modules() if isinstance(module, LoraLinear)}
 
+    def expert_adapters(self) -> dict[str, ExpertsAdapter]:
+        """The graph's parameter of experts -> its adapter."""
+        found: dict[str, ExpertsAdapter] = {}
+        for name, module in self.decoder.named_modules():
+            if isinstance(module, ExpertsAdapter) and not name.endswith(".base_layer"):
+                found |= {f"{name}.{each.matrix}": each for each in module.chain()}
+        return found
+
+    def all_adapters(self) -> list[LoraLinear | ExpertsAdapter]:
+        """Whatever has an A and a B."""
+        return [*self.adapter_layers().values(), *self.expert_adapters().values()]
+
     def adapted(self) -> str:
         """The kinds of linear layers that have an adapter, for a sentence."""
         return ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in self.adapter_layers()))
@@ -87,7 +103,11 @@ class Policy:
         """Raise UserError unless peft put adapters on the layers that `[lora]` means, and on no other module."""
         built = {name: (layer.r[ADAPTER], layer.scaling[ADAPTER]) for name, layer in self.adapter_layers().items()}
         meant = {name: tuple(adapter) for name, adapter in adapted_layers(self.base.config, self.lora).items()}
-        others = [name for name, module in self.decoder.named_modules() if isinstance(module, BaseTunerLayer)]
+        others = [
+            name
+            for name, module in self.decoder.named_modules()
+            if isinstance(module, BaseTunerLayer) and not isinstance(module, ExpertsAdapter)
+        ]
         for name in sorted({*others, *meant}):
             if built.get(name) != meant.get(name) or name not in meant:
                 raise UserError(
@@ -127,7 +147,7 @@ class Policy:
 
     def adapter_is_zero(self) -> bool:
         """Whether the adapter changes nothing, as a fresh one: it is zero, or what it started from."""
-        return all(layer.is_fresh() for layer in self.adapter_layers().values())
+        return all(layer.is_fresh() for layer in self.all_adapters())
 
     def remember_reference(self) -> None:
         """Let the adapter's values of this moment be the KL reference."""

@@ -59,6 +59,7 @@ def gated_conv(self: Any, hidden_states: Tensor, packing: Packing | None = None,
 
 FORWARDS: dict[str, tuple[str, Callable[..., Tensor]]] = {
     "qwen3_5_text": ("linear_attn", delta_net),
+    "qwen3_5_moe_text": ("linear_attn", delta_net),
     "lfm2": ("conv", gated_conv),
 }
 """model_type -> (the module of its layers with a state, what it does)."""

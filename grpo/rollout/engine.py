@@ -26,7 +26,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from grpo.errors import UserError
-from grpo.kernels import routing
+from grpo.kernels import nf4_experts, routing
 from grpo.kernels.nf4_gemm import prepare
 from grpo.memory.plan import CPU_BLOCK, GPU_BLOCK, VLLM_BUFFERS, kv_cache_bytes
 from grpo.memory.states import has_states
@@ -75,8 +75,7 @@ class Engine:
         write_model_folder(Path(self._folder.name), base, tokenizer if settings.stop_strings else None)
         if base.device.type == "cuda":
             prepare(base.device)
-            for stack in base.experts.values():
-                routing.counters(base.device, stack.experts.gate_up.experts)
+            self._prepare_experts()
             prepare_tiles(base.device, nf4_shapes(base), base.dtype, announce)
             torch.cuda.synchronize()  # vLLM changes the stream, and its new one does not wait for the weights
         if base.device.type == "cpu":
@@ -96,6 +95,19 @@ class Engine:
             self._runner.sampler = self.sampler = OnePassSampler(logprobs_mode="processed_logprobs")
         if self.policy is not None:
             self.sync_adapter()
+
+    def _prepare_experts(self) -> None:
+        """What kernels for experts allocate, and how they are cut up, before a CUDA graph is captured."""
+        for stack in self.base.experts.values():
+            routing.counters(self.base.device, stack.experts.gate_up.experts)
+        first = next(iter(self.base.experts.values()), None)  # those of the other layers have the same sizes
+        if first is None or first.experts.gate_up.absmax is None:
+            return
+        adapters = self.adapter.experts.get(first.name)
+        factors = [] if adapters is None else [adapters.gate_up, adapters.down]
+        ranks = max((each.a.shape[1] for each in factors if each is not None), default=0)
+        if nf4_experts.find_tile(first.experts, first.routing.top_k, ranks) is None:
+            announce("experts are dequantised at every step: their kernel does not compute a plain product on this GPU")
 
     def restart(self, kv_cache_memory_bytes: int) -> None:
         """Stop vLLM, with whatever runs, and start it with a KV cache of so many bytes."""

@@ -16,7 +16,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 
 from grpo.errors import UserError
 from grpo.kernels import nf4_experts
-from grpo.kernels.experts import route, sampled_mlp
+from grpo.kernels.experts import ExpertAdapters, route, sampled_mlp
 from grpo.model.expert_weights import ExpertStack
 from grpo.rollout.route_recorder import RouteRecorder
 
@@ -41,11 +41,11 @@ class SharedExpertsMethod(FusedMoEMethodBase):
         stack: ExpertStack = layer.shared
         routing, record = stack.routing, layer.recorder and layer.recorder.record(layer.number)
         if nf4_experts.serves(x, stack.experts, routing.top_k):
-            return nf4_experts.decode(x, router_logits, stack.experts, *routing, record=record)
+            return nf4_experts.decode(x, router_logits, stack.experts, *routing, layer.adapters, record=record)
         weights, chosen = route(router_logits, *routing)
         if record is not None:
             record.write(chosen)
-        return sampled_mlp(x, stack.experts, chosen, weights)
+        return sampled_mlp(x, stack.experts, chosen, weights, layer.adapters)
 
 
 class RouterMethod(QuantizeMethodBase):
@@ -64,12 +64,20 @@ def score(router: nn.Module, x: Tensor) -> tuple[Tensor, None]:
 
 
 def serve_experts(
-    served: Any, router: Any, stack: ExpertStack, router_weight: Tensor, recorder: RouteRecorder | None, number: int
+    served: Any,
+    router: Any,
+    stack: ExpertStack,
+    router_weight: Tensor,
+    *,
+    recorder: RouteRecorder | None,
+    number: int,
+    adapters: ExpertAdapters | None,
 ) -> None:
-    """Hand `stack` to vLLM's `served` experts, the model's `number`-th, and the router's weight to its `router`."""
+    """Hand `stack`, with what `adapters` it has, to vLLM's `served` experts, the model's `number`-th, and the router's
+    weight to its `router`."""
     if served.moe_config.moe_parallel_config.use_ep or served.local_num_experts != served.global_num_experts:
         raise UserError("vLLM spreads experts over several processes (expert parallelism), which is not supported")
-    served.shared, served.recorder, served.number = stack, recorder, number
+    served.shared, served.recorder, served.number, served.adapters = stack, recorder, number, adapters
     served.w13_weight = nn.Parameter(stack.experts.gate_up.weight, requires_grad=False)
     served.w2_weight = nn.Parameter(stack.experts.down.weight, requires_grad=False)
     router.weight = nn.Parameter(router_weight, requires_grad=False)

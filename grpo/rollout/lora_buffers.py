@@ -13,8 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from grpo.kernels.experts import ExpertAdapter, ExpertAdapters
 from grpo.kernels.sizes import RANK_MULTIPLE
 from grpo.model.base_weights import BaseWeights, FusedLinear
+from grpo.model.expert_sizes import MATRICES
+from grpo.policy.experts import ExpertsAdapter
 from grpo.policy.lora_linear import ADAPTER
 from grpo.policy.policy import Policy
 
@@ -45,15 +48,27 @@ class CopyPairs(NamedTuple):
 
 
 class RolloutAdapter:
-    """`buffers`: fused linear's name -> AdapterBuffers, for those that have an adapter. `on`: 1.0 or 0.0, a scalar
-    tensor that every product of the adapter is multiplied by. An adapter that started from a part of the base is not
-    switched off but has its first values then."""
+    """The copies that sampling reads.
+
+    `buffers`: fused linear's name -> AdapterBuffers, for those that have an adapter. `experts`: the graph's module of
+    experts -> the adapters on them. `on`: 1.0 or 0.0, a scalar tensor that every adapter's product is multiplied by. An
+    adapter that started from a part of the base is not switched off but has its first values then.
+    """
 
     def __init__(self, base: BaseWeights, policy: Policy | None):
         """Zero buffers; `policy` None: none at all."""
         self.base, self.policy = base, policy
         self.buffers = allocate(base, policy) if policy is not None else {}
         self.on = torch.ones((), dtype=base.dtype, device=base.device)
+        trained = policy.expert_adapters() if policy is not None else {}
+        self._of_experts = [(adapter, expert_buffers(adapter, base.dtype)) for adapter in trained.values()]
+        by_name = {name: buffers for name, (_, buffers) in zip(trained, self._of_experts, strict=True)}
+        modules = dict.fromkeys(name.rpartition(".")[0] for name in trained)
+        above, below = MATRICES
+        self.experts = {
+            module: ExpertAdapters(by_name.get(f"{module}.{above}"), by_name.get(f"{module}.{below}"), self.on)
+            for module in modules
+        }
         self._enabled = True
         self._pairs: CopyPairs | None = None
 
@@ -80,6 +95,11 @@ class RolloutAdapter:
             a, b = pairs.a_trained, pairs.b_trained
         torch._foreach_copy_(pairs.a_buffers, a)
         torch._foreach_copy_(pairs.b_buffers, torch._foreach_mul(b, pairs.scales))
+        acts = self._enabled or not self.base.initial
+        for adapter, buffers in self._of_experts:
+            expert_a, expert_b = adapter.scaled()
+            buffers.a[:, : expert_a.shape[1]].copy_(expert_a)
+            buffers.b[..., : expert_b.shape[2]].copy_(expert_b if acts else torch.zeros_like(expert_b))
 
     def _copy_pairs(self, policy: Policy) -> CopyPairs:
         """Views of the buffers beside the trained tensors that belong there."""
@@ -113,6 +133,17 @@ def allocate(base: BaseWeights, policy: Policy) -> dict[str, AdapterBuffers]:
             b = torch.zeros(linear.out_features, ranks, dtype=base.dtype, device=base.device)
             buffers[name] = AdapterBuffers(a, b)
     return buffers
+
+
+def expert_buffers(adapter: ExpertsAdapter, dtype: torch.dtype) -> ExpertAdapter:
+    """Zero buffers for the adapters of every expert on one matrix, their rank rounded up to a power of two."""
+    experts, out, columns = adapter.stored.shape
+    ranks = max(RANK_MULTIPLE, 1 << (adapter.r[ADAPTER] - 1).bit_length())
+    device = adapter.stored.weight.device
+    return ExpertAdapter(
+        torch.zeros(experts, ranks, columns, dtype=dtype, device=device),
+        torch.zeros(experts, out, ranks, dtype=dtype, device=device),
+    )
 
 
 def parts_with_adapter(linear: FusedLinear, layers: dict[str, Any]) -> Iterator[tuple[str, slice, slice]]:

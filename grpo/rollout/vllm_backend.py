@@ -18,6 +18,7 @@ from grpo.model.decoder_config import DecoderConfig
 
 OURS = {
     "Qwen3_5ForCausalLM": ("grpo.rollout.vllm_qwen3_5", "Qwen3_5Text"),
+    "Qwen3_5MoeForCausalLM": ("grpo.rollout.vllm_qwen3_5", "Qwen3_5Text"),
     "Lfm2ForCausalLM": ("grpo.rollout.vllm_lfm2", "Lfm2"),
 }
 """vLLM's name of a class -> (module, class) in its place."""

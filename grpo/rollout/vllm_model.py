@@ -143,7 +143,7 @@ class SharedLoader(BaseModelLoader):
         handle = self.load_config.model_loader_extra_config[ADAPTER_KEY]
         adapter = handle.adapter
         base = adapter.base
-        attached = attach_experts(model, base, handle.recorder)
+        attached = attach_experts(model, handle)
         for path, module in model.named_modules():
             if path in attached:
                 continue
@@ -158,9 +158,9 @@ class SharedLoader(BaseModelLoader):
         share_positions(model, base.config, model_config.max_model_len)
 
 
-def attach_experts(model: nn.Module, base: BaseWeights, recorder: RouteRecorder | None) -> set[str]:
+def attach_experts(model: nn.Module, handle: AdapterHandle) -> set[str]:
     """Hand the experts' storage and their routers' to vLLM's modules; the names of those whose forward is ours."""
-    routers = set()
+    routers, base = set(), handle.adapter.base
     modules = dict(model.named_modules())
     for number, stack in enumerate(base.experts.values()):
         router = base.layout.tensors[f"{stack.router}.weight"].removesuffix(".weight")
@@ -168,7 +168,15 @@ def attach_experts(model: nn.Module, base: BaseWeights, recorder: RouteRecorder 
             if name not in modules:
                 raise unlike(base, f"without {name}")
         weight = base.tensors[f"{stack.router}.weight"]
-        serve_experts(modules[stack.served], modules[router], stack, weight, recorder, number)
+        serve_experts(
+            modules[stack.served],
+            modules[router],
+            stack,
+            weight,
+            recorder=handle.recorder,
+            number=number,
+            adapters=handle.adapter.experts.get(stack.name),
+        )
         routers.add(router)
     if other := next((name for name, module in modules.items() if is_unserved(module)), None):
         raise unlike(base, f"with {other}, experts that the training graph has not")

@@ -1,4 +1,4 @@
-"""The decoder of text of Qwen 3.5 for vLLM, put together from vLLM's own layers.
+"""The decoder of text of Qwen 3.5, dense and with experts, for vLLM, put together from vLLM's own layers.
 
 vLLM's class of the whole model imports its image processing, which needs torchvision, and in older versions does not
 tell the engine of its recurrent state, so that it would be served without one. Kernels, states and their bookkeeping
@@ -7,6 +7,7 @@ are vLLM's. On a CPU, where vLLM computes the recurrence in bfloat16 alone, `vll
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -25,9 +26,10 @@ from vllm.model_executor.layers.mamba.mamba_utils import (
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.models.interfaces import HasInnerState, IsHybrid
 from vllm.model_executor.models.qwen2_moe import Qwen2MoeMLP
-from vllm.model_executor.models.qwen3_next import Qwen3NextAttention
+from vllm.model_executor.models.qwen3_next import Qwen3NextAttention, Qwen3NextSparseMoeBlock
 from vllm.platforms import current_platform
 
+from grpo.rollout.vllm_delta_tiles import settle_tiles
 from grpo.rollout.vllm_recurrence_cpu import delta_net
 
 STACKED: dict[str, tuple[str, Any]] = {
@@ -44,6 +46,20 @@ STACKED: dict[str, tuple[str, Any]] = {
 """A checkpoint's module -> (vLLM's, which part of it)."""
 
 
+EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
+"""A checkpoint's matrix of one expert: the experts' module, the expert's number, which of its matrices."""
+
+
+def load_expert(parameters: dict[str, nn.Parameter], tensor: Tensor, expert: re.Match[str]) -> str:
+    """Copy the matrix of one expert to its place among vLLM's; returns the name of the parameter that has it."""
+    module, number, kind = expert.groups()
+    name = f"{module}.routed_experts.{'w2' if kind == 'down' else 'w13'}_weight"
+    matrix = parameters[name].data[int(number)]
+    rows = {"gate": slice(0, len(tensor)), "up": slice(len(tensor), None), "down": slice(None)}[kind]
+    matrix[rows].copy_(tensor)
+    return name
+
+
 class KeptWeight(UnquantizedLinearMethod):
     """Of a convolution whose weight stays as it is: for its own operator on a CPU vLLM would put another in its place,
     in another order."""
@@ -58,6 +74,8 @@ class GatedDeltaNet(QwenGatedDeltaNetAttention):
     def __init__(self, *arguments: Any, **options: Any):
         super().__init__(*arguments, **options)
         self.conv1d.quant_method = KeptWeight()
+        if not current_platform.is_cpu():
+            settle_tiles()
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         if current_platform.is_cpu():
@@ -78,10 +96,13 @@ class DecoderLayer(nn.Module):
                 config, vllm_config.model_config, vllm_config.cache_config, vllm_config.quant_config,
                 prefix=f"{prefix}.self_attn",
             )  # fmt: skip
-        self.mlp = Qwen2MoeMLP(
-            config.hidden_size, config.intermediate_size, config.hidden_act, vllm_config.quant_config,
-            prefix=f"{prefix}.mlp",
-        )  # fmt: skip
+        if getattr(config, "num_experts", 0):
+            self.mlp: nn.Module = Qwen3NextSparseMoeBlock(vllm_config, prefix=f"{prefix}.mlp")
+        else:
+            self.mlp = Qwen2MoeMLP(
+                config.hidden_size, config.intermediate_size, config.hidden_act, vllm_config.quant_config,
+                prefix=f"{prefix}.mlp",
+            )  # fmt: skip
         self.input_layernorm = GemmaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = GemmaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
@@ -153,6 +174,9 @@ class Qwen3_5Text(nn.Module, HasInnerState, IsHybrid):
         """Copy each of a checkpoint's tensors where it belongs: what the trace of the layout watches."""
         parameters, loaded = dict(self.named_parameters()), set()
         for name, tensor in weights:
+            if expert := EXPERT.fullmatch(name):
+                loaded.add(load_expert(parameters, tensor, expert))
+                continue
             module, _, kind = name.rpartition(".")
             owner, _, leaf = module.rpartition(".")
             fused, part = STACKED.get(leaf, (leaf, None))

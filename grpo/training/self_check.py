@@ -15,7 +15,7 @@ too small for logprobs to tell from rounding, and it names what differs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -62,6 +62,8 @@ class Sampled(NamedTuple):
     tokens: list[list[int]]
     logprobs: Tensor
     temperature: float
+    routes: Sequence[Tensor | None] | None = None
+    """The experts that vLLM chose: which ones rounding decides, and it is not what is compared."""
 
     @property
     def certain(self) -> bool:
@@ -175,7 +177,7 @@ def nudge_that_stands_out(policy: Policy, prompt: list[int], sampled: Sampled, l
 @contextmanager
 def moved(policy: Policy, noise: Noise) -> Iterator[None]:
     """Inside, every B has noise of that standard deviation added: the same at each call, in proportion."""
-    layers = list(policy.adapter_layers().values())
+    layers = policy.all_adapters()
     tensors = [layer.lora_B[ADAPTER].weight for layer in layers]
     original = [tensor.detach().clone() for tensor in tensors]
     generator = torch.Generator().manual_seed(1)
@@ -239,7 +241,8 @@ def sample(session: Session, prompt: list[int], temperature: float) -> Sampled:
     sampling = SamplingSettings(temperature=temperature, max_tokens=TOKENS)
     done = sorted(session.engine.generate(requests, sampling), key=lambda completion: completion.request_id)
     logprobs = [logprob for completion in done for logprob in completion.logprobs]
-    return Sampled([completion.token_ids for completion in done], torch.tensor(logprobs), temperature)
+    routes = [completion.routes for completion in done]
+    return Sampled([completion.token_ids for completion in done], torch.tensor(logprobs), temperature, routes)
 
 
 @torch.no_grad()
@@ -247,7 +250,8 @@ def scored(policy: Policy, prompt: list[int], sampled: Sampled) -> Tensor:
     """The training graph's logprobs of the same tokens, on the CPU."""
     prompts = [prompt] * len(sampled.tokens)
     with as_in_training(policy):
-        return policy.score(prompts, sampled.tokens, temperature=sampled.temperature).logprobs.float().cpu()
+        scored = policy.score(prompts, sampled.tokens, temperature=sampled.temperature, routes=sampled.routes)
+    return scored.logprobs.float().cpu()
 
 
 def mean_abs_diff(one: Tensor, other: Tensor) -> float:

@@ -234,7 +234,7 @@ def fewer_layers_than_the_configuration_says(home: Path) -> None:
     edit_json(home / "model" / "config.json", num_hidden_layers=3)
 
 
-@case("q_proj.weight is quantised in a form other than bitsandbytes NF4", "use an")
+@case("q_proj.weight is kept as I8, without the scales of a form that is read", "use an")
 def weights_in_8_bit(home: Path) -> None:
     edit_weights(home, model__layers__0__self_attn__q_proj__weight=torch.zeros(128, 128, dtype=torch.int8))
 

@@ -39,6 +39,7 @@ DELTA_NET: dict[str, Any] = {
     "tie_word_embeddings": False,
 }
 EXPERTS = {"num_experts_per_tok": 4}
+SHARED = {"moe_intermediate_size": 64, "shared_expert_intermediate_size": 128}
 
 GEMMA4: dict[str, Any] = {
     "num_hidden_layers": 4,
@@ -132,6 +133,7 @@ NEWCOMERS: dict[str, dict[str, Any]] = {
     "cohere": {"use_qk_norm": False, "logit_scale": 0.25},
     "gemma4_text": {**GEMMA4, **SHARED_KEYS, "attention_k_eq_v": True, "num_global_key_value_heads": 1},
     "qwen3_5_text": DELTA_NET,
+    "qwen3_5_moe_text": {**DELTA_NET, **EXPERTS, "num_experts": 16, **SHARED},
     "lfm2": {
         "num_hidden_layers": 3,
         "layer_types": ["conv", "full_attention", "conv"],

@@ -100,7 +100,8 @@ def shard_index(data: bytes, folder: Path) -> None:
 
 @target
 def model_configuration(data: bytes, folder: Path) -> None:
-    from grpo.model.checks import check_quantization, check_sizes, read_object
+    from grpo.model.checks import check_sizes, read_object
+    from grpo.model.quantization import check_quantization
 
     file = written(folder, "config.json", data)
     values = read_object(file)

@@ -103,7 +103,7 @@ def retie(tied: bool, head: str) -> Change:
             return
         tensors[HEAD] = embedding.flip(0).contiguous() if head == "other" else embedding.clone()
         if head == "near":
-            other = embedding.float()
+            other = embedding.to(torch.float32, copy=True)
             other[3] += 0.25
             tensors[HEAD] = other.to(embedding.dtype)
 

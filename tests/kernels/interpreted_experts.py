@@ -110,6 +110,32 @@ def test_products_are_those_of_dequantised_experts_rounded_once(tile, experts, f
     assert error < (2.5e-3 if dtype == torch.bfloat16 else 4e-4)
 
 
+def test_a_tile_that_loses_rows_is_not_taken(monkeypatch):
+    monkeypatch.setattr(nf4_experts.cards, "card", lambda device: type("Card", (), {"dot_is_fast": True}))
+    monkeypatch.setattr(nf4_experts, "CHECKED_TOKENS", (3,))
+    monkeypatch.setattr(nf4_experts, "CANDIDATES", (TILES[0], TILES[2]))
+    matrices = [
+        plain.ExpertMatrix(*made(4, features, columns, torch.bfloat16), 4) for features, columns in ((64, 64), (64, 64))
+    ]
+    experts = plain.Experts(*matrices, "silu")
+    assert nf4_experts.find_tile(experts, 2) == TILES[0]
+    right = nf4_experts.experts_linear
+
+    def loses(x, packed, absmax, routes, tile, **named):
+        y = right(x, packed, absmax, routes, tile, **named)
+        if tile in wrong:
+            y[-1] = 0
+        return y
+
+    monkeypatch.setattr(nf4_experts, "experts_linear", loses)
+    wrong = {TILES[0]}
+    assert nf4_experts.find_tile(experts, 2, 16) == TILES[2]
+    wrong = {TILES[0], TILES[2]}
+    assert nf4_experts.find_tile(experts, 2) is None
+    x = torch.randn(2, 64).bfloat16()
+    assert not nf4_experts.serves(x, experts, 2)
+
+
 def test_rows_are_added_with_their_weights():
     logits = logits_of(7, 8)
     routes = routing.choose(logits, 3, True, 16)

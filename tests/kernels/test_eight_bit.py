@@ -74,6 +74,18 @@ def test_on_a_cpu_it_is_the_product_of_dequantised_weights(kind, dtype):
     assert eight_bit_gemm.eight_bit_linear(x[:0], codes, scales).shape == (0, 96)
 
 
+@pytest.mark.parametrize("form", [(1040, 192, 1040, 1), (1040, 192, 1, 1), (768, 192, 128, 3), (1040, 192, 104, 1)])
+def test_dequantising_in_pieces_gives_every_column(form, monkeypatch):
+    codes, scales = random_form(torch.int8, *form)
+    x, bias = torch.randn(7, form[1]), torch.randn(form[0])
+    monkeypatch.setattr(eight_bit_gemm, "WORKSPACE_BYTES", 300 * form[1] * 4)
+    weight = eight_bit.dequantize(codes, scales, torch.float32)
+    for given in (None, bias):
+        out = torch.full((7, form[0]), float("nan"))
+        eight_bit_gemm.dequantized_linear(x, codes, scales, given, out)
+        torch.testing.assert_close(out, torch.nn.functional.linear(x, weight, given), atol=1e-3, rtol=1e-4)
+
+
 def test_wrong_input_is_refused():
     codes, scales = random_form(torch.int8, 24, 192, 1, 1)
     x = torch.randn(5, 192)

@@ -1,4 +1,4 @@
-"""grpo/memory/kv_groups.py: the memory of keys and values is what vLLM takes for layers that differ."""
+"""grpo/memory/kv_groups.py: keys and values of layers that differ take what vLLM takes; weights are as planned."""
 
 from __future__ import annotations
 
@@ -6,11 +6,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from grpo.config.schema import Model, parse_config
 from grpo.memory.kv_groups import KeyPool
-from tests.helpers.families import family_config
+from grpo.memory.plan import plan_memory, weight_bytes
+from grpo.memory.shapes import model_shape
+from grpo.model.base_weights import BaseWeights
+from grpo.model.source import open_source
+from tests.helpers.families import WITH_IMAGES, family_config, save_family, save_with_images
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
@@ -33,7 +39,6 @@ def decoder(types: list[str], window: int, full_head: int, shared: int = 0) -> A
 
 def by_vllm(shape: Any, length: int, batched: int, block: int) -> int:
     """What vLLM takes for one sequence, in bytes of 16 bit."""
-    import torch
     from vllm.v1.core import kv_cache_utils
     from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
@@ -84,3 +89,14 @@ def test_layers_that_share_keys_take_nothing_and_alike_ones_are_one_group():
     pool = KeyPool.of(family_config("gemma4_text"), 4, 32)
     assert [group.block for group in pool.groups] == [32, 32], "one head of 64 is as large as two of 32"
     assert pool.block_bytes == 32 * 2 * 64 * 4
+
+
+@pytest.mark.parametrize("family", ["gemma4_text", "gemma4", "gemma4 of keys as values", "gemma4_unified"])
+def test_weights_of_layers_that_differ_are_planned_as_they_are_stored(family, tmp_path):
+    save_with_images(tmp_path, family) if family in WITH_IMAGES else save_family(tmp_path, family)
+    model = Model(name=str(tmp_path), load_in_4bit=False)
+    shape = model_shape(model)
+    base = BaseWeights(open_source(model), model, device=torch.device("cpu"), dtype=torch.float32)
+    config = parse_config({"model": {"name": str(tmp_path), "load_in_4bit": False}, "task": {"name": "t"}})
+    assert weight_bytes(config, shape, 4, on_gpu=False) == pytest.approx(base.nbytes(), rel=0.02)
+    assert plan_memory(config, shape, 4, on_gpu=True).kv_one_sequence > 0

@@ -8,10 +8,12 @@ from transformers import AutoConfig
 
 from grpo.config.schema import SEVEN_PROJECTIONS, Lora, Model
 from grpo.errors import UserError
-from grpo.model.architectures import adapter_targets
+from grpo.model.architectures import adapter_targets, check_supported
 from grpo.model.base_weights import BaseWeights
+from grpo.model.config_keys import check_keys
 from grpo.model.source import open_source
 from grpo.policy.policy import Policy
+from tests.helpers.families import family_config
 from tests.helpers.tiny import COMMON, FAMILIES, save_tiny, tiny_model
 
 PROMPTS = [[5, 9, 33, 7, 21, 64, 90, 11, 2, 3], [12, 140, 77]]
@@ -111,3 +113,29 @@ def test_by_default_every_linear_layer_has_an_adapter(family, names):
 def test_a_name_that_a_family_lacks_is_refused():
     with pytest.raises(UserError, match="'gate_proj', which is no linear layer of this model; name some of q_proj, "):
         adapter_targets(AutoConfig.for_model("nemotron", **COMMON), ["up_proj", "gate_proj"])
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [
+        ("t5", "it has an encoder beside its decoder"),
+        ("xlm-roberta", "it is an encoder, as embedding models are, and predicts no next token"),
+        ("embedding_gemma2", "transformers has no causal language model of it"),
+        ("deepseek_v3", "keys and values in latent form"),
+        ("mamba", "has no num_attention_heads"),
+    ],
+)
+def test_what_no_gate_could_pass_is_refused_by_its_kind(family: str, reason: str) -> None:
+    with pytest.raises(UserError, match=f"/m: architecture '{family}' is not supported: .*{reason}.*; use a decoder"):
+        check_supported(AutoConfig.for_model(family), "/m")
+
+
+def test_keys_of_a_decoder_with_an_embedding_for_every_layer() -> None:
+    config = family_config("gemma4_text", vocab_size=200)
+    check_keys(config, "/m")
+    config.vocab_size_per_layer_input = 160
+    with pytest.raises(UserError, match="vocab_size_per_layer_input = 160: must be vocab_size, 200, .*; correct it"):
+        check_keys(config, "/m")
+    config = family_config("gemma4_text", use_bidirectional_attention="all")
+    with pytest.raises(UserError, match='use_bidirectional_attention = "all": completions are sampled left to right'):
+        check_keys(config, "/m")

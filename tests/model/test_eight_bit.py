@@ -186,6 +186,28 @@ def test_a_kind_that_is_not_read_is_named_before_any_weight(said: str, stored: d
     assert said in message and str(file) in message and "use an int8, FP8, NF4 or an unquantised" in message
 
 
+@pytest.mark.parametrize(
+    "stored",
+    [
+        ["fp8"],
+        3,
+        {"quant_method": "fp8", "weight_block_size": [0, 128]},
+        {"quant_method": "fp8", "weight_block_size": 7},
+        {"quant_method": "fp8", "weight_block_size": [128]},
+        {**COMPRESSED, "config_groups": [1]},
+        {**COMPRESSED, "config_groups": {"a": {"weights": {"num_bits": 8, "group_size": "x"}}}},
+        {"quant_method": "modelopt", "quantization": [1]},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_description_that_says_nothing_is_refused_and_not_planned(stored: Any, tmp_path: Path) -> None:
+    save_tiny(tmp_path, "llama")
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": stored}))
+    assert "quantization_config is not understood" in refusal(tmp_path)
+    assert model_shape(Model(name=str(tmp_path))) is None
+
+
 def test_modelopts_own_file_is_named(tmp_path: Path) -> None:
     save_tiny(tmp_path, "llama")
     (tmp_path / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "W4A16_AWQ"}}))

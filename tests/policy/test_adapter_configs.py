@@ -21,7 +21,7 @@ from grpo.errors import UserError
 from grpo.export.compare import streamed_logits
 from grpo.export.merge import MergedSource
 from grpo.model.adapter_config import HONOURED, REFUSED, WITHOUT_EFFECT, read_adapter_config, takes_from_base
-from grpo.model.adapter_layers import check_selected
+from grpo.model.adapter_layers import adapted_layers, check_selected
 from grpo.model.base_weights import BaseWeights
 from grpo.model.initial_adapter import ResidualSource
 from grpo.model.inventory import account
@@ -132,6 +132,20 @@ def check_config(family: str, keys: dict[str, Any]) -> None:
 
 
 DRAWN = st.tuples(st.sampled_from(FAMILIES), LORA_CONFIGS)
+
+
+@pytest.mark.parametrize("layers", [[0], [1], [0, 1]])
+@pytest.mark.parametrize("whole", ["model.layers.0.self_attn.o_proj", "model.layers.1.mlp.down_proj"])
+def test_a_whole_name_beside_others_is_meant_whatever_its_layers_number(whole: str, layers: list[int]) -> None:
+    targets = ["q_proj", whole, "layers.1.self_attn.v_proj"]
+    keys = {"r": 4, "lora_alpha": 8, "target_modules": targets, "layers_to_transform": layers}
+    with tempfile.TemporaryDirectory() as name:
+        save_random("llama", keys, Path(name))
+        lora = Lora.model_validate(read_adapter_config(Path(name)).table)
+        assert whole in adapted_layers(base_of("llama")[1].config, lora)
+        torch.testing.assert_close(
+            of_policy(loaded("llama", Path(name))), of_peft("llama", Path(name)), rtol=3e-5, atol=1e-4
+        )
 
 
 @settings(max_examples=30, derandomize=True, **MANY)

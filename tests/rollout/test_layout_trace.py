@@ -55,7 +55,9 @@ def test_a_record_holds_for_the_versions_that_were_seen() -> None:
     assert not is_recorded("starcoder2", None)
 
 
-@pytest.mark.parametrize("family", ["starcoder2", pytest.param("cwm", marks=pytest.mark.wide)])
+@pytest.mark.parametrize(
+    "family", ["starcoder2", *(pytest.param(name, marks=pytest.mark.wide) for name in ("cwm", "helium", "vaultgemma"))]
+)
 def test_a_family_that_nobody_wrote_a_line_for_passes_the_gate(family: str, tmp_path: Path) -> None:
     assert family not in listed()
     torch.manual_seed(0)

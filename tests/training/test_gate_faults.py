@@ -254,6 +254,17 @@ def test_without_a_fault_qwen3_5_passes(stateful: Any) -> None:
     assert check_start(stateful) is None
 
 
+@pytest.mark.wide
+@pytest.mark.parametrize("family", list(dict.fromkeys([*FAMILIES, *NEWCOMERS])))
+def test_every_family_passes(family: str, tmp_path: Path) -> None:
+    save_family(tmp_path, family) if family in NEWCOMERS else save_tiny(tmp_path, family)
+    session = gate_session(tmp_path, "float32")
+    try:
+        assert check_start(session) is None
+    finally:
+        session.engine.close()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("four_bit", [False, True], ids=["plain", "nf4"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

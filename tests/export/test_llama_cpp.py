@@ -1,0 +1,58 @@
+"""llama.cpp itself runs exported GGUF files, and predicts what transformers does with base and adapter.
+
+xllamacpp is llama.cpp with a Python interface; it brings no quantiser, so q4_k_m is not among these.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.export.test_gguf import FAMILIES, exported, made_with_tokenizer
+from tests.helpers.adapters import TOKENS
+
+xllamacpp = pytest.importorskip("xllamacpp")
+pytestmark = [pytest.mark.wide, pytest.mark.slow]
+
+STEPS, LISTED = 10, 5
+"""Tokens that are predicted one after another, and likeliest ones that are compared at each."""
+
+
+def server(file: Path) -> Any:
+    """llama.cpp with the model in `file`, its cache in float32."""
+    params = xllamacpp.CommonParams()
+    params.model.path = str(file)
+    params.n_ctx, params.n_parallel, params.n_gpu_layers, params.warmup = 64, 1, 0, False
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    return xllamacpp.Server(params)
+
+
+def likeliest(llama: Any, tokens: list[int]) -> dict[int, float]:
+    """The likeliest tokens after `tokens` with their logprobs; none where the first is no whole character."""
+    request = {"prompt": tokens, "n_predict": 1, "temperature": 0.0, "n_probs": LISTED, "ignore_eos": True}
+    answer = llama.handle_completions(request)
+    result = json.loads(answer) if isinstance(answer, str | bytes) else answer
+    listed = (result["choices"][0].get("logprobs") or {}).get("content") or []
+    return {entry["id"]: entry["logprob"] for step in listed[:1] for entry in step["top_logprobs"]}
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "most"),
+    [*((family, "f16", 0.1) for family in FAMILIES), ("qwen3", "bf16", 0.3), ("llama", "q8_0", 1.5)],
+)
+def test_llama_cpp_predicts_what_transformers_does(family: str, kind: str, most: float, tmp_path: Path) -> None:
+    made = made_with_tokenizer(tmp_path, family, **FAMILIES[family])
+    llama, tokens, gaps = server(exported(made, kind)), TOKENS[0].tolist(), []
+    merged = made.peft.merge_and_unload().eval()
+    for _ in range(STEPS):
+        with torch.no_grad():
+            logprobs = torch.log_softmax(merged(input_ids=torch.tensor([tokens])).logits[0, -1].float(), -1)
+        gaps += [abs(value - float(logprobs[token])) for token, value in likeliest(llama, tokens).items()]
+        tokens.append(int(logprobs.argmax()))
+    assert len(gaps) >= 2 * LISTED, "some predictions are whole characters"
+    assert max(gaps) < most
