@@ -198,9 +198,11 @@ def started_from(
 
     assert reference.adapter is not None
     # The sections by themselves: what holds between them and others was the run's to hold.
-    sections = {"model": Model.model_validate(reference.tables["model"]), "lora": adapter.saved.lora}
-    sections["train"] = Train.model_validate(reference.tables.get("train", {}))
-    config = Config.model_construct(**sections)
+    config = Config.model_construct(
+        model=Model.model_validate(reference.tables["model"]),
+        lora=adapter.saved.lora,
+        train=Train.model_validate(reference.tables.get("train", {})),
+    )
     folders = [reference.adapter, *([run] if (run := run_of(reference)) is not None else [])]
     source = starting_source(base, config, folders, torch.device("cpu"))
     return source, source.read_all() if isinstance(source, ResidualSource) else {}
