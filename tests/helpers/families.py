@@ -178,7 +178,7 @@ def sections(*sizes: int) -> dict[str, Any]:
 
 
 GEMMA4_TOKENS = {
-    f"{name}_token_id": 140 + place for place, name in enumerate(("boi", "eoi", "image", "video", "boa", "audio"))
+    f"{name}_token_id": 151 + place for place, name in enumerate(("boi", "eoi", "image", "video", "boa", "audio"))
 } | {"eoa_token_index": 150}
 
 WITH_IMAGES: dict[str, dict[str, Any]] = {
