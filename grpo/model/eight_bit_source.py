@@ -14,24 +14,14 @@ import torch
 from torch import Tensor
 
 from grpo.kernels.eight_bit import FP8, INT8, LARGEST_CODE
-from grpo.model.quantization import Block, Quantization
+from grpo.model.quantization import FORM, SCALES, ZERO_POINT, Block, Quantization
 from grpo.model.weight_source import EightBitTensor
 
-SCALES = ("weight_scale_inv", "weight_scale", "SCB")
-"""Last parts of the names of a weight's scales."""
-FORM, ZERO_POINT = "weight_format", "weight_zero_point"
-"""bitsandbytes' number of the order of codes, 0 for row after row; compressed-tensors' zero points."""
 CODES = {"I8": "int8", "F8_E4M3": "FP8"}
 """safetensors' names of the types that are read -> ours."""
 
 Read = Callable[[str], Tensor]
 """Gives the stored tensor of a name."""
-
-
-def weight_of(name: str) -> str:
-    """The weight that the entry `name` goes with, if it is one of its scales; `name` itself otherwise."""
-    layer, _, entry = name.rpartition(".")
-    return f"{layer}.weight" if layer and entry in (*SCALES, FORM, ZERO_POINT) else name
 
 
 def scales_name(weight: str, stored: Container[str]) -> str | None:

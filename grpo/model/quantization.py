@@ -16,6 +16,11 @@ from typing import Any
 from grpo.errors import UserError
 from grpo.model.checks import one_line, read_object
 
+SCALES = ("weight_scale_inv", "weight_scale", "SCB")
+"""Last parts of the names of a weight's scales."""
+FORM, ZERO_POINT = "weight_format", "weight_zero_point"
+"""bitsandbytes' number of the order of codes, 0 for row after row; compressed-tensors' zero points."""
+
 MODELOPT_FILE = "hf_quant_config.json"
 """ModelOpt's own, beside config.json."""
 DENSE_OR_8BIT = ("dense", "float-quantized", "int-quantized", "naive-quantized", "mixed-precision")
@@ -141,3 +146,9 @@ def block_of(rows: Any, columns: Any) -> Block:
     if any(not isinstance(size, int) or isinstance(size, bool) or size < 1 for size in (rows, columns)):
         raise ValueError(f"blocks of {rows} x {columns}")
     return rows, columns
+
+
+def weight_of(name: str) -> str:
+    """The weight that the entry `name` goes with, if it is one of its scales; `name` itself otherwise."""
+    layer, _, entry = name.rpartition(".")
+    return f"{layer}.weight" if layer and entry in (*SCALES, FORM, ZERO_POINT) else name

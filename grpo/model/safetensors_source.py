@@ -19,10 +19,10 @@ from grpo.errors import UserError
 from grpo.kernels.nf4_lookup import CODE
 from grpo.model.architectures import check_supported
 from grpo.model.checks import check_sizes, one_line, read_object
-from grpo.model.eight_bit_source import CODES, read_eight_bit, scales_name, weight_of
+from grpo.model.eight_bit_source import CODES, read_eight_bit, scales_name
 from grpo.model.layout import HEAD
 from grpo.model.meta_graph import graph_tensors
-from grpo.model.quantization import READ_INSTEAD, check_quantization, quantization, stated, with_modelopt
+from grpo.model.quantization import READ_INSTEAD, check_quantization, quantization, stated, weight_of, with_modelopt
 from grpo.model.sound import refuse_sound
 from grpo.model.text_decoder import decoder_names, text_config
 from grpo.model.weight_files import stored_names, unique, unread_files, weights_entry

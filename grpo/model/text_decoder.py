@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from grpo.model.decoder_config import DecoderConfig
-from grpo.model.eight_bit_source import weight_of
 from grpo.model.families.table import family_of
+from grpo.model.quantization import weight_of
 
 WRAPPERS = ("language_model", "text_model")
 """Modules that models of several inputs keep their decoder of text in."""

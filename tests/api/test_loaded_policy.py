@@ -154,7 +154,7 @@ def test_what_other_loaders_offer_is_declined_with_a_reason_and_a_way_out(settin
     [
         ("t5", "has an encoder beside its decoder; use"),
         ("whisper", "has an encoder beside its decoder; use"),
-        ("distilbert", "transformers has no causal language model of it.*; use"),
+        ("distilbert", "is an encoder, as embedding models are.*; use"),
         ("deepseek_v3", r"latent form \(MLA\); use"),
         ("mamba", "has no num_attention_heads.*; use"),
         ("glm4_moe", "chooses experts in another way.*; use"),
