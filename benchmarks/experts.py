@@ -25,12 +25,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.common.processes import write_result
 from grpo.kernels import nf4, nf4_experts, routing
 from grpo.kernels.experts import ExpertAdapter, ExpertAdapters, ExpertMatrix, Experts, group, route
 from grpo.kernels.glu import glu_forward
 from grpo.kernels.nf4_experts import DecodeTiles
 from grpo.kernels.nf4_tiles import Tile
-from grpo.run.versions import hardware, versions
 
 SHAPE = {"experts": 128, "hidden": 2048, "inner": 768, "top_k": 8}
 TINY = {"experts": 8, "hidden": 128, "inner": 64, "top_k": 2}
@@ -258,14 +258,14 @@ def kernels(options: argparse.Namespace) -> dict[str, Any]:
     sizes, device = (TINY, "cpu") if options.tiny else (SHAPE, "cuda")
     counts = (1, 3) if options.tiny else COUNTS
     experts, lora = layer(sizes, device), adapters(sizes, device)
-    found = None if options.tiny else nf4_experts.find_tile(experts, sizes["top_k"], RANK)
+    taken = None if options.tiny else nf4_experts.find_tile(experts, sizes["top_k"], RANK)
     correct = {str(tokens): checked(tokens, sizes, experts, lora, device) for tokens in counts}
     for tokens, errors in correct.items():
         print(f"{tokens:>4} sequences: {errors}", flush=True)
-    result: dict[str, Any] = {"shape": sizes, "tile_taken": str(found), "correctness": correct}
+    result: dict[str, Any] = {"benchmark": "experts", "shape": sizes, "correctness": correct}
+    result["tile_taken"] = str(taken)
     result["tiles_that_agree"] = {} if options.tiny else agreement(experts, sizes["top_k"])
-    if options.out:
-        options.out.write_text(json.dumps(result, indent=1))
+    write_result(options.out, result)
     if not options.tiny:
         dense = experts.gate_up.dense(), experts.down.dense()
         rows = []
@@ -274,8 +274,7 @@ def kernels(options: argparse.Namespace) -> dict[str, Any]:
             rows.append(timed(tokens, sizes, experts, lora, dense, right))
             print({key: value for key, value in rows[-1].items() if key != "by_tile"}, flush=True)
             result["times"] = rows
-            if options.out:
-                options.out.write_text(json.dumps(result, indent=1))
+            write_result(options.out, result)
     return result
 
 
@@ -292,10 +291,9 @@ def main(arguments: list[str] | None = None) -> int:
     started = time.monotonic()
     if not options.tiny:
         compile_ahead(TILES)
-    result = {"benchmark": "experts", "versions": versions(), "hardware": hardware()} | kernels(options)
+    result = kernels(options)
     result["seconds"] = round(time.monotonic() - started, 1)
-    if options.out:
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    write_result(options.out, result)
     print(json.dumps(result))
     return 0
 
