@@ -171,7 +171,8 @@ def experts_linear(
             routes.order, routes.ends, routes.expert, routes.start, experts, features, columns, words.shape[1],
             x.stride(0), *byte_tables(x.dtype, mxfp4.VALUES if mx else CODE), tile.n, tile.m, tile.warps, tile.stages,
             tile.dots, columns % nf4.TILE != 0, top_k, bias is not None, ranks,
-            min(64, triton.next_power_of_2(max(ranks, 16))), mx, is_interpreted(x), x.is_cuda and cards.card(x.device).unit == "mma", num_warps=tile.warps,
+            min(64, triton.next_power_of_2(max(ranks, 16))), mx, is_interpreted(x),
+            x.is_cuda and cards.card(x.device).unit == "mma", num_warps=tile.warps,
         )  # fmt: skip
     return out
 
