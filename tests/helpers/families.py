@@ -6,6 +6,7 @@ where the family has several.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +181,29 @@ def save_family(folder: Path, family: str, **changes: Any) -> Any:
     config = family_config(family, **changes)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
     spread(model).save_pretrained(folder)
+    return model
+
+
+def save_mxfp4(folder: Path, **changes: Any) -> Any:
+    """Write a tiny gpt-oss whose experts are in MXFP4 to `folder`, and return the model of their values."""
+    from safetensors.torch import load_file, save_file
+
+    from grpo.kernels import mxfp4
+
+    model = save_family(folder, "gpt_oss", **changes)
+    tensors, generator = load_file(folder / "model.safetensors"), torch.Generator().manual_seed(0)
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, columns, rows = tensors.pop(name).shape
+        codes = torch.randint(0, 256, (experts, rows, columns // 32, 16), generator=generator, dtype=torch.uint8)
+        exponents = torch.randint(121, 124, codes.shape[:3], generator=generator, dtype=torch.uint8)
+        tensors |= {f"{name}_blocks": codes, f"{name}_scales": exponents}
+        with torch.no_grad():
+            model.get_parameter(name).copy_(mxfp4.value(codes, exponents, torch.float32).mT)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    values = json.loads((folder / "config.json").read_text())
+    left = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+    values["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": left}
+    (folder / "config.json").write_text(json.dumps(values))
     return model
 
 
