@@ -9,7 +9,10 @@ the state S before it:
 
 T and P of all chunks are made first, then the states run along the spans. The backward runs along them in the other
 direction, with R = T^T dN the gradient of what T is applied to, and then has all that the inputs' gradients need:
-dL = -R N^T, dP = dy N^T, and products with S. Products are of three in TF32, which is float32 but for its last bits.
+dL = -R N^T, dP = dy N^T, and products with S.
+
+Sums are in float32. Products run on tensor cores: what comes in bfloat16 goes in as it is, the lengths of queries and
+keys are divided by afterwards, and a float32 matrix goes in as the sum of two of bfloat16, with 16 bits of its 24.
 """
 
 from __future__ import annotations
@@ -38,11 +41,12 @@ class Tile(NamedTuple):
 
 
 PREPARE, ALONG, BACK, GRADS = Tile(0, 4, 1), Tile(32, 4, 1), Tile(32, 4, 1), Tile(32, 8, 1)
-PRECISION = "tf32x3"
 
 
 class Inputs(NamedTuple):
-    """query, key [tokens, key heads, dim], value [tokens, heads, dim], decay and beta [tokens, heads]; last stride 1."""
+    """query, key [tokens, key heads, dim], value [tokens, heads, dim], decay and beta [tokens, heads].
+
+    The last strides of the first three are 1."""
 
     query: Tensor
     key: Tensor
@@ -58,6 +62,13 @@ class Inputs(NamedTuple):
     def shared(self) -> int:
         """Neighbouring heads of values that have one of keys."""
         return self.heads // self.key.shape[1]
+
+    @property
+    def products(self) -> str:
+        """How kernels multiply."""
+        if self.value.dtype == torch.float32:
+            return "float32"
+        return "interpreted" if is_interpreted(self.value) else "pieces"
 
     @property
     def dims(self) -> tuple[int, int]:
@@ -84,6 +95,13 @@ class Kept(NamedTuple):
     states: Tensor
 
 
+def bytes_of_head(run: Run, dim: int, value_dim: int) -> int:
+    """Bytes of what a backward keeps for one head of values."""
+    state = dim * value_dim
+    chunk = 2 * CHUNK * CHUNK + 2 * (CHUNK * value_dim + state)
+    return 4 * (len(run.starts) * chunk + 3 * state * max(len(order.spans) for order in run.orders))
+
+
 def block(size: int) -> int:
     """Of a tile that holds `size` numbers."""
     return max(16, triton.next_power_of_2(size))
@@ -96,7 +114,7 @@ def prepare(inputs: Inputs, run: Run, eps: float) -> Prepared:
     with on_device(inputs.value):
         _prepare_kernel[(chunks, inputs.key.shape[1])](
             *inputs, *made, run.starts, run.counts, *inputs.strides(), inputs.heads, dim, dim**-0.5, eps,
-            inputs.shared, CHUNK, block(dim), PRECISION, num_warps=PREPARE.warps, num_stages=PREPARE.stages,
+            inputs.shared, CHUNK, block(dim), inputs.products, num_warps=PREPARE.warps, num_stages=PREPARE.stages,
         )  # fmt: skip
     return made
 
@@ -112,7 +130,7 @@ def along(inputs: Inputs, run: Run, made: Prepared, eps: float, out: Tensor | No
             _along_kernel[(len(order.spans), heads, triton.cdiv(value_dim, columns))](
                 *inputs, *made, inputs.value if out is None else out, *(kept or made), before, states, order.spans,
                 *inputs.strides(inputs.value if out is None else out), heads, dim, value_dim, dim**-0.5, eps,
-                inputs.shared, CHUNK, block(dim), columns, PRECISION, out is not None, kept is not None,
+                inputs.shared, CHUNK, block(dim), columns, inputs.products, out is not None, kept is not None,
                 is_interpreted(states), num_warps=ALONG.warps, num_stages=ALONG.stages,
             )  # fmt: skip
 
@@ -133,7 +151,7 @@ def back(inputs: Inputs, run: Run, made: Prepared, eps: float, grad: Tensor) -> 
         with on_device(after):
             _back_kernel[(len(order.spans), heads, triton.cdiv(value_dim, columns))](
                 *inputs, *made, grad, *kept, after, later, order.spans, *inputs.strides(grad), heads, dim, value_dim,
-                dim**-0.5, eps, inputs.shared, CHUNK, block(dim), columns, PRECISION, num_warps=BACK.warps,
+                dim**-0.5, eps, inputs.shared, CHUNK, block(dim), columns, inputs.products, num_warps=BACK.warps,
                 num_stages=BACK.stages,
             )  # fmt: skip
     return kept
@@ -148,7 +166,7 @@ def input_grads(
     with on_device(grad):
         _grads_kernel[(len(run.starts), inputs.key.shape[1])](
             *inputs, grad, *kept, *later, *out, run.starts, run.counts, *inputs.strides(grad, *out), inputs.heads, dim,
-            value_dim, dim**-0.5, eps, inputs.shared, CHUNK, block(dim), columns, PRECISION, is_interpreted(grad),
+            value_dim, dim**-0.5, eps, inputs.shared, CHUNK, block(dim), columns, inputs.products, is_interpreted(grad),
             num_warps=GRADS.warps, num_stages=GRADS.stages,
         )  # fmt: skip
 
@@ -158,18 +176,52 @@ def empty_kept(inputs: Inputs, run: Run) -> Kept:
     chunks, heads, (dim, value_dim) = len(run.starts), inputs.heads, inputs.dims
     new = inputs.value.new_empty
     return Kept(
-        new(chunks, heads, CHUNK, value_dim, dtype=torch.float32), new(chunks, heads, dim, value_dim, dtype=torch.float32)
+        new(chunks, heads, CHUNK, value_dim, dtype=torch.float32),
+        new(chunks, heads, dim, value_dim, dtype=torch.float32),
     )
 
 
 @triton.jit
-def _unit_rows(ptr, token, inside, stride, dim, eps, K: tl.constexpr):
-    """float32 [C, K] rows divided by their lengths, and what they were multiplied with."""
+def _pieces(x):
+    """The two of bfloat16 whose sum float32 `x` is, but for what 16 bits leave out."""
+    high = x.to(tl.bfloat16)
+    return high, (x - high.to(tl.float32)).to(tl.bfloat16)
+
+
+@triton.jit
+def _multiply(left, right, PRODUCTS: tl.constexpr):
+    """left @ right as they are. Triton's interpreter does not multiply bfloat16."""
+    if PRODUCTS == "interpreted":
+        return tl.dot(left.to(tl.float32), right.to(tl.float32))
+    else:
+        return tl.dot(left, right, input_precision="ieee")
+
+
+@triton.jit
+def _dot(left, right, PRODUCTS: tl.constexpr):
+    """left @ right in float32, of which one or both are float32 and otherwise of the inputs' type."""
+    if PRODUCTS == "float32":
+        return tl.dot(left, right, input_precision="ieee")
+    elif left.dtype == tl.bfloat16:
+        high, low = _pieces(right.to(tl.float32))
+        return _multiply(left, high, PRODUCTS) + _multiply(left, low, PRODUCTS)
+    elif right.dtype == tl.bfloat16:
+        high, low = _pieces(left.to(tl.float32))
+        return _multiply(high, right, PRODUCTS) + _multiply(low, right, PRODUCTS)
+    else:
+        high, low = _pieces(left.to(tl.float32))
+        right_high, right_low = _pieces(right.to(tl.float32))
+        rest = _multiply(low, right_high, PRODUCTS) + _multiply(high, right_low, PRODUCTS)
+        return rest + _multiply(high, right_high, PRODUCTS)
+
+
+@triton.jit
+def _rows(ptr, token, inside, stride, dim, eps, K: tl.constexpr):
+    """[C, K] rows as they are, 0 beyond the end, and what each is multiplied with to have the length 1."""
     column = tl.arange(0, K)[None, :]
     x = tl.load(ptr + token[:, None] * stride + column, mask=inside[:, None] & (column < dim), other=0.0)
-    x = x.to(tl.float32)
-    scale = 1.0 / tl.sqrt(tl.sum(x * x, 1) + eps)
-    return x * scale[:, None], scale
+    wide = x.to(tl.float32)
+    return x, 1.0 / tl.sqrt(tl.sum(wide * wide, 1) + eps)
 
 
 @triton.jit
@@ -186,16 +238,16 @@ def _between(passed, C: tl.constexpr):
 
 
 @triton.jit
-def _inverse(lower, C: tl.constexpr, PRECISION: tl.constexpr):
+def _inverse(lower, C: tl.constexpr):
     """The inverse of 1 + lower, which is strictly lower triangular: from blocks on the diagonal to those twice as wide,
     [[X, 0], [B, Y]]^-1 = [[X^-1, 0], [-Y^-1 B X^-1, Y^-1]]."""
     row, column = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
     result = tl.where(row == column, 1.0, 0.0)
     result -= tl.where(row // 2 == column // 2, lower, 0.0)
-    for level in tl.static_range(1, 6):
+    for level in range(1, 6):
         below = tl.where((row >> (level + 1) == column >> (level + 1)) & (row >> level != column >> level), lower, 0.0)
-        product = tl.dot(below, result, input_precision=PRECISION)
-        result -= tl.dot(result, product, input_precision=PRECISION)
+        product = tl.dot(below, result, input_precision="tf32x3")
+        result -= tl.dot(result, product, input_precision="tf32x3")
     return result
 
 
@@ -204,20 +256,19 @@ def _prepare_kernel(
     query_ptr, key_ptr, value_ptr, decay_ptr, beta_ptr, solve_ptr, within_ptr, start_ptr, count_ptr,
     stride_q_t, stride_q_h, stride_k_t, stride_k_h, stride_v_t, stride_v_h, stride_d_t, stride_d_h, stride_b_t,
     stride_b_h, heads, dim, scale, eps,
-    SHARED: tl.constexpr, C: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
+    SHARED: tl.constexpr, C: tl.constexpr, K: tl.constexpr, PRODUCTS: tl.constexpr,
 ):  # fmt: skip
     """T and P of one chunk, for the heads of one head of keys."""
     chunk, key_head = tl.program_id(0), tl.program_id(1)
     place = tl.arange(0, C)
     token = tl.load(start_ptr + chunk).to(tl.int64) + place
     inside = place < tl.load(count_ptr + chunk)
-    q, _ = _unit_rows(query_ptr + key_head * stride_q_h, token, inside, stride_q_t, dim, eps, K)
-    k, _ = _unit_rows(key_ptr + key_head * stride_k_h, token, inside, stride_k_t, dim, eps, K)
-    transposed = tl.trans(k)
-    kk = tl.dot(k, transposed, input_precision=PRECISION)
-    qk = tl.dot(q, transposed, input_precision=PRECISION) * scale
+    q, q_scale = _rows(query_ptr + key_head * stride_q_h, token, inside, stride_q_t, dim, eps, K)
+    k, k_scale = _rows(key_ptr + key_head * stride_k_h, token, inside, stride_k_t, dim, eps, K)
+    kk = _multiply(k, tl.trans(k), PRODUCTS) * k_scale[:, None] * k_scale[None, :]
+    qk = _multiply(q, tl.trans(k), PRODUCTS) * (q_scale * scale)[:, None] * k_scale[None, :]
     row, column = place[:, None], place[None, :]
-    for number in tl.static_range(SHARED):
+    for number in range(SHARED):
         head = key_head * SHARED + number
         passed = tl.cumsum(_numbers(decay_ptr + head * stride_d_h, token, inside, stride_d_t), 0)
         beta = _numbers(beta_ptr + head * stride_b_h, token, inside, stride_b_t)
@@ -225,7 +276,7 @@ def _prepare_kernel(
         target = (chunk.to(tl.int64) * heads + head) * C * C + row * C + column
         tl.store(within_ptr + target, qk * between)
         lower = tl.where(row > column, kk * between * beta[:, None], 0.0)
-        tl.store(solve_ptr + target, _inverse(lower, C, PRECISION))
+        tl.store(solve_ptr + target, _inverse(lower, C))
 
 
 @triton.jit
@@ -234,7 +285,7 @@ def _along_kernel(
     before_ptr, after_ptr, span_ptr,
     stride_q_t, stride_q_h, stride_k_t, stride_k_h, stride_v_t, stride_v_h, stride_d_t, stride_d_h, stride_b_t,
     stride_b_h, stride_o_t, stride_o_h, heads, dim, value_dim, scale, eps,
-    SHARED: tl.constexpr, C: tl.constexpr, K: tl.constexpr, V: tl.constexpr, PRECISION: tl.constexpr,
+    SHARED: tl.constexpr, C: tl.constexpr, K: tl.constexpr, V: tl.constexpr, PRODUCTS: tl.constexpr,
     HAS_OUT: tl.constexpr, KEEP: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """The state of one head along one span, V of its columns."""
@@ -254,27 +305,25 @@ def _along_kernel(
     for number in range(tl.cdiv(length, C)):
         token, inside = start + number * C + place, place < length - number * C
         chunk = (first + number) * heads + head
-        k, _ = _unit_rows(key_ptr + head // SHARED * stride_k_h, token, inside, stride_k_t, dim, eps, K)
+        k, k_scale = _rows(key_ptr + head // SHARED * stride_k_h, token, inside, stride_k_t, dim, eps, K)
         decay = _numbers(decay_ptr + head * stride_d_h, token, inside, stride_d_t)
         beta = _numbers(beta_ptr + head * stride_b_h, token, inside, stride_b_t)
         passed, total = tl.cumsum(decay, 0), tl.sum(decay)
         tokens = inside[:, None] & (column < value_dim)
         v = tl.load(value_ptr + head * stride_v_h + token[:, None] * stride_v_t + column, mask=tokens, other=0.0)
-        found = tl.dot(k, state, input_precision=PRECISION) * tl.exp(passed)[:, None]
-        right = (v.to(tl.float32) - found) * beta[:, None]
-        news = tl.dot(tl.load(solve_ptr + chunk * C * C + square), right, input_precision=PRECISION)
+        found = _dot(k, state, PRODUCTS) * (tl.exp(passed) * k_scale)[:, None]
+        news = _dot(tl.load(solve_ptr + chunk * C * C + square), (v.to(tl.float32) - found) * beta[:, None], PRODUCTS)
         if HAS_OUT:
-            q, _ = _unit_rows(query_ptr + head // SHARED * stride_q_h, token, inside, stride_q_t, dim, eps, K)
-            y = tl.dot(q, state, input_precision=PRECISION) * (tl.exp(passed) * scale)[:, None]
-            y += tl.dot(tl.load(within_ptr + chunk * C * C + square), news, input_precision=PRECISION)
+            q, q_scale = _rows(query_ptr + head // SHARED * stride_q_h, token, inside, stride_q_t, dim, eps, K)
+            y = _dot(q, state, PRODUCTS) * (tl.exp(passed) * scale * q_scale)[:, None]
+            y += _dot(tl.load(within_ptr + chunk * C * C + square), news, PRODUCTS)
             target = out_ptr + head * stride_o_h + token[:, None] * stride_o_t + column
             tl.store(target, round_to(y, out_ptr.dtype.element_ty, INTERPRETED), mask=tokens)
         if KEEP:
             tl.store(states_ptr + chunk * dim * value_dim + row * value_dim + column, state, mask=whole)
             target = news_ptr + chunk * C * value_dim + place[:, None] * value_dim + column
             tl.store(target, news, mask=column < value_dim)
-        k *= tl.exp(total - passed)[:, None]
-        state = state * tl.exp(total) + tl.dot(tl.trans(k), news, input_precision=PRECISION)
+        state = state * tl.exp(total) + _dot(tl.trans(k), news * (tl.exp(total - passed) * k_scale)[:, None], PRODUCTS)
     tl.store(after_ptr + span.to(tl.int64) * size + own, state, mask=whole)
 
 
@@ -284,15 +333,14 @@ def _back_kernel(
     after_ptr, before_ptr, span_ptr,
     stride_q_t, stride_q_h, stride_k_t, stride_k_h, stride_v_t, stride_v_h, stride_d_t, stride_d_h, stride_b_t,
     stride_b_h, stride_g_t, stride_g_h, heads, dim, value_dim, scale, eps,
-    SHARED: tl.constexpr, C: tl.constexpr, K: tl.constexpr, V: tl.constexpr, PRECISION: tl.constexpr,
+    SHARED: tl.constexpr, C: tl.constexpr, K: tl.constexpr, V: tl.constexpr, PRODUCTS: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the state of one head along one span, from its end, V of its columns."""
     span, head = tl.program_id(0), tl.program_id(1)
     column = tl.program_id(2) * V + tl.arange(0, V)[None, :]
     row = tl.arange(0, K)[:, None]
     place = tl.arange(0, C)
-    # Transposed: what is read as [column, row] of T and P.
-    square = place[None, :] * C + place[:, None]
+    square = place[:, None] * C + place[None, :]
     start, length = tl.load(span_ptr + 4 * span).to(tl.int64), tl.load(span_ptr + 4 * span + 1)
     first = tl.load(span_ptr + 4 * span + 2).to(tl.int64)
     whole = (row < dim) & (column < value_dim)
@@ -303,24 +351,22 @@ def _back_kernel(
         number = chunks - 1 - step
         token, inside = start + number * C + place, place < length - number * C
         chunk = (first + number) * heads + head
-        k, _ = _unit_rows(key_ptr + head // SHARED * stride_k_h, token, inside, stride_k_t, dim, eps, K)
-        q, _ = _unit_rows(query_ptr + head // SHARED * stride_q_h, token, inside, stride_q_t, dim, eps, K)
+        k, k_scale = _rows(key_ptr + head // SHARED * stride_k_h, token, inside, stride_k_t, dim, eps, K)
         decay = _numbers(decay_ptr + head * stride_d_h, token, inside, stride_d_t)
         beta = _numbers(beta_ptr + head * stride_b_h, token, inside, stride_b_t)
         passed, total = tl.cumsum(decay, 0), tl.sum(decay)
         tokens = inside[:, None] & (column < value_dim)
         grad = tl.load(grad_ptr + head * stride_g_h + token[:, None] * stride_g_t + column, mask=tokens, other=0.0)
-        grad = grad.to(tl.float32)
         tl.store(states_ptr + chunk * dim * value_dim + row * value_dim + column, state, mask=whole)
-        news = tl.dot(tl.load(within_ptr + chunk * C * C + square), grad, input_precision=PRECISION)
-        news += tl.dot(k, state, input_precision=PRECISION) * tl.exp(total - passed)[:, None]
-        right = tl.dot(tl.load(solve_ptr + chunk * C * C + square), news, input_precision=PRECISION)
+        news = _dot(k, state, PRODUCTS) * (tl.exp(total - passed) * k_scale)[:, None]
+        news += _dot(tl.trans(tl.load(within_ptr + chunk * C * C + square)), grad, PRODUCTS)
+        right = _dot(tl.trans(tl.load(solve_ptr + chunk * C * C + square)), news, PRODUCTS)
         target = right_ptr + chunk * C * value_dim + place[:, None] * value_dim + column
         tl.store(target, right, mask=column < value_dim)
-        grown = tl.exp(passed)
         state = state * tl.exp(total)
-        state += tl.dot(tl.trans(q), grad * (grown * scale)[:, None], input_precision=PRECISION)
-        state -= tl.dot(tl.trans(k), right * (grown * beta)[:, None], input_precision=PRECISION)
+        state -= _dot(tl.trans(k), right * (tl.exp(passed) * beta * k_scale)[:, None], PRODUCTS)
+        q, q_scale = _rows(query_ptr + head // SHARED * stride_q_h, token, inside, stride_q_t, dim, eps, K)
+        state += _dot(tl.trans(q), grad.to(tl.float32) * (tl.exp(passed) * scale * q_scale)[:, None], PRODUCTS)
     tl.store(before_ptr + own, state, mask=whole)
 
 
@@ -331,22 +377,19 @@ def _grads_kernel(
     stride_q_t, stride_q_h, stride_k_t, stride_k_h, stride_v_t, stride_v_h, stride_d_t, stride_d_h, stride_b_t,
     stride_b_h, stride_g_t, stride_g_h, stride_dq_t, stride_dq_h, stride_dk_t, stride_dk_h, stride_dv_t, stride_dv_h,
     stride_dd_t, stride_dd_h, stride_db_t, stride_db_h, heads, dim, value_dim, scale, eps,
-    SHARED: tl.constexpr, C: tl.constexpr, K: tl.constexpr, V: tl.constexpr, PRECISION: tl.constexpr,
+    SHARED: tl.constexpr, C: tl.constexpr, K: tl.constexpr, V: tl.constexpr, PRODUCTS: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of one chunk's inputs, for the heads of one head of keys."""
+    """The gradients of one chunk's inputs, for the heads of one head of keys. dq and dk are those of unit rows."""
     chunk, key_head = tl.program_id(0), tl.program_id(1)
     place = tl.arange(0, C)
     token = tl.load(start_ptr + chunk).to(tl.int64) + place
     inside = place < tl.load(count_ptr + chunk)
-    q, q_scale = _unit_rows(query_ptr + key_head * stride_q_h, token, inside, stride_q_t, dim, eps, K)
-    k, k_scale = _unit_rows(key_ptr + key_head * stride_k_h, token, inside, stride_k_t, dim, eps, K)
-    kk = tl.dot(k, tl.trans(k), input_precision=PRECISION)
-    qk = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    lower = place[:, None] > place[None, :]
+    q, q_scale = _rows(query_ptr + key_head * stride_q_h, token, inside, stride_q_t, dim, eps, K)
+    k, k_scale = _rows(key_ptr + key_head * stride_k_h, token, inside, stride_k_t, dim, eps, K)
     key_column = tl.arange(0, K)[None, :]
     dq, dk = tl.zeros([C, K], tl.float32), tl.zeros([C, K], tl.float32)
-    for number in tl.static_range(SHARED):
+    for number in range(SHARED):
         head = key_head * SHARED + number
         decay = _numbers(decay_ptr + head * stride_d_h, token, inside, stride_d_t)
         beta = _numbers(beta_ptr + head * stride_b_h, token, inside, stride_b_t)
@@ -360,7 +403,6 @@ def _grads_kernel(
             column = first + tl.arange(0, V)[None, :]
             tokens, present = inside[:, None] & (column < value_dim), column < value_dim
             grad = tl.load(grad_ptr + head * stride_g_h + token[:, None] * stride_g_t + column, mask=tokens, other=0.0)
-            grad = grad.to(tl.float32)
             v = tl.load(value_ptr + head * stride_v_h + token[:, None] * stride_v_t + column, mask=tokens, other=0.0)
             source = own * C * value_dim + place[:, None] * value_dim + column
             news = tl.load(news_ptr + source, mask=present, other=0.0)
@@ -369,40 +411,41 @@ def _grads_kernel(
             d_value = round_to(right * beta[:, None], value_grad_ptr.dtype.element_ty, INTERPRETED)
             tl.store(target, d_value, mask=tokens)
             d_beta += tl.sum(right * v.to(tl.float32), 1)
-            # States transposed: [value dim, key dim].
+            d_within += _dot(grad, tl.trans(news), PRODUCTS)
+            d_lower -= _dot(right, tl.trans(news), PRODUCTS)
             value_row = first + tl.arange(0, V)[:, None]
+            # Transposed: [value dim, key dim].
             source = own * dim * value_dim + key_column * value_dim + value_row
             whole = (key_column < dim) & (value_row < value_dim)
             state = tl.load(states_ptr + source, mask=whole, other=0.0)
-            later = tl.load(later_ptr + source, mask=whole, other=0.0)
-            d_within += tl.dot(grad, tl.trans(news), input_precision=PRECISION)
-            d_lower -= tl.dot(right, tl.trans(news), input_precision=PRECISION)
-            part = tl.dot(grad * (grown * scale)[:, None], state, input_precision=PRECISION)
+            part = _dot(grad, state, PRODUCTS) * (grown * scale)[:, None]
             dq += part
-            d_passed += tl.sum(part * q, 1)
-            part = tl.dot(right * grown[:, None], state, input_precision=PRECISION)
+            d_passed += tl.sum(part * q.to(tl.float32), 1) * q_scale
+            part = _dot(right, state, PRODUCTS) * grown[:, None]
             dk -= part * beta[:, None]
-            along = tl.sum(part * k, 1)
+            along = tl.sum(part * k.to(tl.float32), 1) * k_scale
             d_beta -= along
             d_passed -= along * beta
-            part = tl.dot(news * left[:, None], later, input_precision=PRECISION)
+            later = tl.load(later_ptr + source, mask=whole, other=0.0)
+            d_total += tl.sum(state * later) * tl.exp(total)
+            part = _dot(news, later, PRODUCTS) * left[:, None]
             dk += part
-            along = tl.sum(part * k, 1)
+            along = tl.sum(part * k.to(tl.float32), 1) * k_scale
             d_passed -= along
-            d_total += tl.sum(along) + tl.sum(state * later) * tl.exp(total)
+            d_total += tl.sum(along)
         between = _between(passed, C)
         d_within *= between * scale
-        found = d_within * qk
+        found = d_within * (_multiply(q, tl.trans(k), PRODUCTS) * q_scale[:, None] * k_scale[None, :])
         d_passed += tl.sum(found, 1) - tl.sum(found, 0)
-        dq += tl.dot(d_within, k, input_precision=PRECISION)
-        dk += tl.dot(tl.trans(d_within), q, input_precision=PRECISION)
-        d_lower = tl.where(lower, d_lower * between, 0.0)
-        found = d_lower * kk
+        dq += _dot(d_within * k_scale[None, :], k, PRODUCTS)
+        dk += _dot(tl.trans(d_within * q_scale[:, None]), q, PRODUCTS)
+        d_lower = tl.where(place[:, None] > place[None, :], d_lower * between, 0.0)
+        found = d_lower * (_multiply(k, tl.trans(k), PRODUCTS) * k_scale[:, None] * k_scale[None, :])
         d_beta += tl.sum(found, 1)
         found *= beta[:, None]
         d_passed += tl.sum(found, 1) - tl.sum(found, 0)
         d_lower *= beta[:, None]
-        dk += tl.dot(d_lower + tl.trans(d_lower), k, input_precision=PRECISION)
+        dk += _dot((d_lower + tl.trans(d_lower)) * k_scale[None, :], k, PRODUCTS)
         d_passed += tl.where(place == C - 1, d_total, 0.0)
         d_decay = tl.cumsum(d_passed, 0, reverse=True)
         target = decay_grad_ptr + head * stride_dd_h + token * stride_dd_t
@@ -410,9 +453,11 @@ def _grads_kernel(
         target = beta_grad_ptr + head * stride_db_h + token * stride_db_t
         tl.store(target, round_to(d_beta, beta_grad_ptr.dtype.element_ty, INTERPRETED), mask=inside)
     mask = inside[:, None] & (key_column < dim)
-    dq = (dq - q * tl.sum(dq * q, 1)[:, None]) * q_scale[:, None]
-    dk = (dk - k * tl.sum(dk * k, 1)[:, None]) * k_scale[:, None]
+    unit = q.to(tl.float32) * q_scale[:, None]
+    dq = (dq - unit * tl.sum(dq * unit, 1)[:, None]) * q_scale[:, None]
     target = query_grad_ptr + key_head * stride_dq_h + token[:, None] * stride_dq_t + key_column
     tl.store(target, round_to(dq, query_grad_ptr.dtype.element_ty, INTERPRETED), mask=mask)
+    unit = k.to(tl.float32) * k_scale[:, None]
+    dk = (dk - unit * tl.sum(dk * unit, 1)[:, None]) * k_scale[:, None]
     target = key_grad_ptr + key_head * stride_dk_h + token[:, None] * stride_dk_t + key_column
     tl.store(target, round_to(dk, key_grad_ptr.dtype.element_ty, INTERPRETED), mask=mask)
