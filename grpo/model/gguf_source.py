@@ -36,6 +36,8 @@ class GGUFSource:
 
         self.path = path
         self.notices: list[str] = []
+        self.vision: Vision | None = None
+        self.tower: dict[str, str] = {}
         read_header(path)
         try:
             self.reader = PlainReader(path)

@@ -54,7 +54,7 @@ def account(source: Source) -> list[str]:
         del needed[HEAD]
     for name, shape in needed.items():
         check_tensor(source, name, shape)
-    notices = [*source.notices, *extras(source, config, source.names - needed.keys(), left_out)]
+    notices = [*source.notices, *extras(source, config, source.names - needed.keys() - set(source.tower.values()), left_out)]
     source.notices = []
     source.names = set(needed)
     return notices + settled_head(source, config)
