@@ -15,6 +15,7 @@ from typing import Any
 
 from grpo.config import schema as sections
 from grpo.errors import UserError
+from grpo.images import Image
 from grpo.references import described
 from grpo.rewards.extract import is_no_answer
 from grpo.rewards.runtime.contract import RewardSpec
@@ -40,6 +41,8 @@ class Prompt:
     columns: dict[str, Any]
     """The row without "prompt". With several tasks, columns that only the others have are None."""
     token_ids: list[int]
+    images: tuple[Image, ...] = ()
+    """In the order of their places in the prompt."""
 
     @property
     def row(self) -> Row:

@@ -51,11 +51,26 @@ class ImageTokens:
         return int(patches) // self.vision.merge**2
 
     def pixels(self, image: Image) -> tuple[torch.Tensor, tuple[int, int, int]]:
-        """(pixel values as the tower takes them, float32 [patches, values], the grid of patches: time, rows, columns).
-        """
+        """(float32 [patches, values] as the tower takes them, the grid of patches: time, rows, columns)."""
         made = self.processor(images=[image.pil()], return_tensors="pt")
         time, rows, columns = made["image_grid_thw"][0].tolist()
         return made["pixel_values"], (time, rows, columns)
+
+    def example(self) -> Image:
+        """A picture of random pixels, five tokens wide and three high where the processor leaves it so."""
+        import io
+        import random
+
+        import PIL.Image
+
+        from grpo.images import read_image
+
+        side = int(self.processor.patch_size) * self.vision.merge
+        width, height = 5 * side, 3 * side
+        pixels = random.Random(0).randbytes(3 * width * height)
+        file = io.BytesIO()
+        PIL.Image.frombytes("RGB", (width, height), pixels).save(file, "PNG")
+        return read_image(file.getvalue(), "an example")
 
     def encode(self, text: str, images: Sequence[Image], tokenizer: Any) -> list[int]:
         """Token ids of `text`, a rendered chat with one placeholder an image, in the order of `images`.

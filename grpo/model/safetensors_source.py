@@ -91,8 +91,8 @@ class SafetensorsSource:
         for name, entry in found.items():
             if self.shape(entry) != shapes[name]:
                 raise UserError(
-                    f"{self.path}: {entry} has shape {self.shape(entry)}, config.json says {shapes[name]}; pass a model "
-                    "whose files belong together"
+                    f"{self.path}: {entry} has shape {self.shape(entry)}, config.json says {shapes[name]}; pass a "
+                    "model whose files belong together"
                 )
         return found
 

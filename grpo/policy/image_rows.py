@@ -19,7 +19,6 @@ from grpo.model.vision import Vision, positions
 
 if TYPE_CHECKING:
     from grpo.images import Image
-    from grpo.policy.packing import PackedRow
     from grpo.policy.vision_tower import ImageFeatures, VisionTower
 
 
@@ -52,17 +51,20 @@ class ImageRows:
             marked[start : start + len(each)] = range(-first - 1, -first - 1 - len(each), -1)
         return marked
 
-    def positions(self, row: PackedRow, device: torch.device) -> Tensor:
-        """int64 [3, 1, tokens]: time, row and column of every token of `row`."""
-        parts = []
-        known: dict[int, Tensor] = {}
-        for sequence, first, count in row.sources:
-            if sequence not in known:
-                longest = max(start + length for other, start, length in row.sources if other == sequence)
-                grids = [(start, each.grid) for start, each in self.placed[sequence]]
-                known[sequence] = torch.tensor(positions(longest, grids, self.vision.merge))
-            parts.append(known[sequence][:, first : first + count])
+    def positions(self, sources: Sequence[tuple[int, int, int]], device: torch.device) -> Tensor:
+        """int64 [3, 1, tokens]: time, row and column of every token of a row made of `sources`, as `PackedRow` has
+        them."""
+        lengths: dict[int, int] = {}
+        for sequence, first, count in sources:
+            lengths[sequence] = max(lengths.get(sequence, 0), first + count)
+        known = {sequence: self._positions(sequence, length) for sequence, length in lengths.items()}
+        parts = [known[sequence][:, first : first + count] for sequence, first, count in sources]
         return torch.cat(parts, dim=1)[:, None].to(device)
+
+    def _positions(self, sequence: int, length: int) -> Tensor:
+        """int64 [3, length] of the first tokens of a sequence."""
+        grids = [(start, each.grid) for start, each in self.placed[sequence]]
+        return torch.tensor(positions(length, grids, self.vision.merge))
 
     def embedded(self, tokens: Tensor, embed: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor | None, Tensor]:
         """(embeddings [tokens, width], those of images [images' tokens, (1 + levels) * width], their places).

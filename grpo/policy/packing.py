@@ -151,7 +151,7 @@ def predicting_states(
     else:
         inputs, seen, at = images.embedded(tokens, decoder.get_input_embeddings())
         with deepstack(decoder.layers, seen, at, images.vision):
-            result = decoder(inputs_embeds=inputs[None], position_ids=images.positions(row, device), **shared)
+            result = decoder(inputs_embeds=inputs[None], position_ids=images.positions(row.sources, device), **shared)
     targets = [token for completion in completions for token in completion]
     chosen = torch.tensor(targets if sampled is None else list(compress(targets, sampled)), device=device)
     return result.last_hidden_state[0].index_select(0, torch.tensor(row.predicting, device=device)), chosen
