@@ -141,12 +141,13 @@ def back(inputs: Inputs, run: Run, made: Prepared, eps: float, grad: Tensor) -> 
     kept = empty_kept(inputs, run)
     columns = min(BACK.columns, block(value_dim))
     later: Tensor | None = None
-    for index in reversed(range(len(run.orders))):
-        order = run.orders[index]
+    parents: Tensor | None = None
+    for order in reversed(run.orders):
         after = kept.news.new_zeros(len(order.spans), heads, dim, value_dim)
-        if later is not None:
+        if later is not None and parents is not None:
             # One order of adding up a prompt's completions.
-            torch.mm(run.orders[index + 1].parents.t(), later.flatten(1), out=after.flatten(1))
+            torch.mm(parents.t(), later.flatten(1), out=after.flatten(1))
+        parents = order.parents
         later = torch.empty_like(after)
         with on_device(after):
             _back_kernel[(len(order.spans), heads, triton.cdiv(value_dim, columns))](

@@ -86,7 +86,9 @@ class Recurrence:
     @cached_property
     def run(self) -> Run:
         """The same for kernels."""
-        starts, counts, orders = [], [], []
+        starts: list[int] = []
+        counts: list[int] = []
+        orders: list[Order] = []
         for spans, before in self._by_depth():
             order = {span.start: index for index, span in enumerate(before)}
             rows = []
@@ -96,8 +98,8 @@ class Recurrence:
                 counts += [min(CHUNK, span.start + span.length - start) for start in starts[len(counts) :]]
             parents = self._parents(spans, before) if before else None
             orders.append(Order(torch.tensor(rows, dtype=torch.int32).to(self.device), parents))
-        numbers = (torch.tensor(part, dtype=torch.int32).to(self.device) for part in (starts, counts))
-        return Run(*numbers, orders)
+        first, count = torch.tensor([starts, counts], dtype=torch.int32).to(self.device)
+        return Run(first, count, orders)
 
     def _by_depth(self) -> Iterator[tuple[list[Span], list[Span]]]:
         """The spans of each stage, from the longest to the shortest, and those of the stage before."""
