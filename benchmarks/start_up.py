@@ -150,14 +150,15 @@ def main() -> int:
             options.sections = options.scratch / "whole_step.json"
         for start in options.starts:
             if start == "cold":
-                installed = {Path(one) for one in sys.path if one.endswith(("-packages",)) or Path(one, "vllm").is_dir()}
-                result["files_forgotten"] = forget_files([*installed, options.scratch])
+                packages = [Path(one) for one in sys.path if one.endswith("-packages") or Path(one, "vllm").is_dir()]
+                result["files_forgotten"] = forget_files([*packages, options.scratch])
             result["starts"][start] = one_start(options, folder, start, folder / "caches")
             show(start, result["starts"][start])
             from benchmarks.common.processes import write_result
 
             write_result(options.out, result)
-    print(json.dumps({"benchmark": "start_up", **{n: s.get("first_step_ended_s") for n, s in result["starts"].items()}}))
+    seconds = {start: found.get("first_step_ended_s") for start, found in result["starts"].items()}
+    print(json.dumps({"benchmark": "start_up", **seconds}))
     return 0
 
 

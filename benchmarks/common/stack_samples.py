@@ -1,8 +1,7 @@
 """Where the main thread of a Python process spends its wall time: its stack, looked at every few milliseconds.
 
-A profiler that traces calls slows imports down severalfold, and sees no share of a second that is spent waiting for a
-compiler or a disk. A look costs microseconds. What passes between two looks is counted for the later one, so a call into
-C that keeps the interpreter's lock has its whole time.
+A profiler that traces calls slows imports down severalfold, and a look costs microseconds. What passes between two
+looks is counted for the later one, so a call into C that keeps the interpreter's lock has its whole time.
 
 Not here: other threads, other processes.
 """

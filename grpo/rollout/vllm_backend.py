@@ -1,8 +1,7 @@
 """Which class vLLM builds a model of: ours for families whose own one it cannot load or serve here, or its own.
 
-A class is imported here and registered as what it is. One that vLLM knows by its name alone it would import in a process
-of its own first, to ask it what it can do: a second import of all there is, for some 20 seconds on a machine that is
-new to it.
+A class is imported here and registered as what it is. One that vLLM knows by its name alone it would first import in a
+process of its own, to ask it what it can do: a second import of everything, the first time on a machine.
 
 Families that vLLM has no class for run by its Transformers backend. That rewrites transformers' class of the decoder so
 that torch.compile can take it, in place: the training graph is of the same class and would run the rewritten form.
