@@ -244,7 +244,8 @@ def main() -> int:
     if options.what == "runs":
         with tempfile.TemporaryDirectory() as work:
             runs = train_all(options, Path(work))
-        record |= {"runs": runs, "judged": judged(runs), "settings": {"steps": options.steps, "seed": options.seed, "set": options.set}}
+        settings = {"steps": options.steps, "seed": options.seed, "set": options.set}
+        record |= {"runs": runs, "judged": judged(runs), "settings": settings}
     for entry in record["recorded"]:
         print(f"{entry['kind']}: {entry['with_alarm']} of {entry['runs']} runs with an alarm; {entry['alarms']}")
     write_result(options.out, record)

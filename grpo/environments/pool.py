@@ -218,7 +218,7 @@ class EnvironmentPool:
         self.tell(episode, message)
 
     def prepare(self, episodes: int) -> None:
-        """Have processes for so many episodes that begin later, while there is time: forking takes milliseconds each."""
+        """Fork processes for so many episodes that begin later, while there is time: each takes milliseconds."""
         for _ in range(0 if self._gone else min(episodes, self.processes) - len(self._spare)):
             self._fork()
 
