@@ -118,6 +118,6 @@ def refuse_images(images: Sequence[Sequence[Image]], where: Sequence[str]) -> No
     for seen, one in zip(images, where, strict=True):
         if seen:
             raise UserError(
-                f"{one}: it has images, and the model reads text alone; choose a model that sees images, or leave them "
-                "out"
+                f"{one}: it has images, and the model is read as one of text alone; set model.images = true if it sees "
+                "images, or leave them out"
             )

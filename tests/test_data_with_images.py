@@ -126,8 +126,8 @@ def test_a_table_finds_images_in_any_column_and_beside_its_file(tmp_path: Path) 
 def test_what_cannot_be_used_is_named_with_its_row(tmp_path: Path) -> None:
     said = refusal(asked("what"), asked(image=TALL), sees=False)
     assert said == (
-        "task 't', training row 2: it has images, and the model reads text alone; choose a model that sees images, or "
-        "leave them out"
+        "task 't', training row 2: it has images, and the model is read as one of text alone; set model.images = true "
+        "if it sees images, or leave them out"
     )
     assert refusal(asked(PLACE)) == "task 't', training row 1: it has 0 images and 1 places for one"
     assert refusal({"prompt": PLACE}).startswith("task 't', training row 1: it has 0 images")

@@ -341,7 +341,7 @@ class LoadedPolicy:
                 raise UserError(
                     f"task {loaded.name!r} suggests no rewards; pass rewards=[...] with at least one function"
                 )
-            data = load_data(config, session.tokenizer, tasks=[loaded])
+            data = load_data(config, session.tokenizer, tasks=[loaded], image_tokens=session.image_tokens)
             check_tokens(data.texts(), session.tokenizer, session.base.config)
             data.rewards = specs or data.rewards
             return self._trained(config, data, environment, verbose=verbose)
