@@ -38,6 +38,8 @@ LAYER_TYPES = ("full_attention", "sliding_attention")
 
 WITHOUT_EFFECT = {"output_hidden_states": False, "output_attentions": False, "return_dict": True}
 """How transformers' models answer; we ask for what we need."""
+IMAGE_POSITIONS = ("mrope_section", "mrope_interleaved")
+"""Entries of `rope_parameters` about positions in images."""
 OF_IMAGES = "vision"
 """Value of `use_bidirectional_attention` with which tokens of images see each other, and those of text are causal."""
 OLD_SPELLINGS = {
@@ -247,8 +249,11 @@ def dropouts(config: DecoderConfig) -> list[tuple[str, float]]:
     return [(key, value) for key, value in values if isinstance(value, float | int) and value]
 
 
-def served_values(config: DecoderConfig) -> dict[str, Any]:
-    """The configuration that vLLM gets: the family's keys with the rotary scaling left to `rope.share_positions`."""
+def served_values(config: DecoderConfig, *, images: bool = False) -> dict[str, Any]:
+    """The configuration that vLLM gets: the family's keys with the rotary scaling left to `rope.share_positions`.
+
+    `images`: with positions in images.
+    """
     keys_served = own_keys(config) | {"head_dim"}
     values = {key: value for key, value in config.to_dict().items() if key in keys_served}
     values |= {
@@ -256,6 +261,8 @@ def served_values(config: DecoderConfig) -> dict[str, Any]:
         "architectures": [vllm_class(config.model_type)],
         "rope_parameters": plain_parameters(config),
     }
+    if images:
+        values["rope_parameters"] |= {key: config.rope_parameters[key] for key in IMAGE_POSITIONS}
     served = family_of(config.model_type).served
     return values if served is None else values | served(config)
 

@@ -209,6 +209,7 @@ def sample_and_check(
             number * count + member,
             prompt.token_ids,
             sample_seed(session.config.train.seed, stream, prompt.index, member),
+            images=prompt.images,
         )
         for number, prompt in enumerate(prompts)
         for member in range(count)
