@@ -85,7 +85,7 @@ def with_places(messages: Sequence[Any], beside: Sequence[Any], where: str) -> t
     if empty != len(beside):
         places = f"{empty} place{'' if empty == 1 else 's'} for one"
         raise UserError(
-            f"{where}: it has {len(beside)} image{'' if len(beside) == 1 else 's'} in its columns, and its messages "
+            f"{where}: it has {len(beside)} image{'' if len(beside) == 1 else 's'} beside its messages, and these "
             f'have {places}; give each image a part {{"type": "image"}}, or none of them'
         )
     rest = iter(beside)
