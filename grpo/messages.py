@@ -27,10 +27,15 @@ HELD = ("image", "image_url", "bytes", "path", "url")
 
 def content_text(content: Any) -> str:
     """The text of a message's content, without its images."""
+    return "".join(content_texts(content))
+
+
+def content_texts(content: Any) -> list[str]:
+    """The texts of a message's content: several where images stand between them."""
     if isinstance(content, list):
         texts = [part["text"] if isinstance(part, Mapping) and is_text(part) else part for part in content]
-        return "".join(text for text in texts if isinstance(text, str))
-    return "" if content is None else str(content)
+        return [text for text in texts if isinstance(text, str)]
+    return [] if content is None else [str(content)]
 
 
 def says_nothing(content: Any) -> bool:
