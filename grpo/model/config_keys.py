@@ -23,6 +23,7 @@ from grpo.model.checks import one_line
 from grpo.model.decoder_config import DecoderConfig
 from grpo.model.families.table import family_of
 from grpo.model.rope import (
+    IMAGE_POSITIONS,
     by_layer_type,
     frequencies,
     head_size,
@@ -38,8 +39,6 @@ LAYER_TYPES = ("full_attention", "sliding_attention")
 
 WITHOUT_EFFECT = {"output_hidden_states": False, "output_attentions": False, "return_dict": True}
 """How transformers' models answer; we ask for what we need."""
-IMAGE_POSITIONS = ("mrope_section", "mrope_interleaved")
-"""Entries of `rope_parameters` about positions in images."""
 OF_IMAGES = "vision"
 """Value of `use_bidirectional_attention` with which tokens of images see each other, and those of text are causal."""
 OLD_SPELLINGS = {

@@ -34,6 +34,9 @@ OF_TYPE = {
 }
 """The entries of `rope_parameters` that transformers reads for a `rope_type`."""
 
+IMAGE_POSITIONS = ("mrope_section", "mrope_interleaved")
+"""The entries about positions in images."""
+
 Frequencies = dict[str, tuple[Tensor, float]]
 """Layer type, or EVERYWHERE -> (float32 [rotated dimensions / 2], what cosines and sines are multiplied by)."""
 
@@ -174,6 +177,8 @@ def unknown_parameters(config: DecoderConfig) -> list[str]:
     unknown: dict[str, None] = {}
     for _, values in rotary_parameters(config):
         known = OF_EVERY_TYPE | OF_TYPE.get(values.get("rope_type", ""), set()) | family_of(config.model_type).of_rotary
+        if "mrope_interleaved" in values:  # `text_decoder.py` says so where images are read
+            known = known | set(IMAGE_POSITIONS)
         unknown |= dict.fromkeys(key for key, value in values.items() if key not in known and value is not None)
     return list(unknown)
 

@@ -221,23 +221,22 @@ dtype = "float32"
 r = 16
 [sft]
 path = "{data}"
-max_length = 128
-packing = true
-per_device_train_batch_size = 4
+max_length = 64
+per_device_train_batch_size = 8
 [train]
-learning_rate = 2e-2
+learning_rate = 2e-3
 lr_scheduler_type = "constant"
 warmup_ratio = 0.0
-max_steps = 20
+max_steps = 10
 seed = 1
 [checkpoint]
 output_dir = "{tmp_path / "run"}"
-save_steps = 10
+save_steps = 5
 """
     )
     assert main([str(config)]) == 0
     losses = [entry["loss"] for entry in read_metrics(tmp_path / "run")]
     assert losses[0] > 1 and losses[-1] < 0.15, losses  # who does not see has ln 2 / 2 per token at best
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
-    assert main([str(config), "--resume", "--set", "train.max_steps=22"]) == 0
-    assert read_metrics(tmp_path / "run")[-1]["step"] == 22
+    assert main(["--resume", str(tmp_path / "run"), "--set", "train.max_steps=11"]) == 0
+    assert [entry["step"] for entry in read_metrics(tmp_path / "run")] == list(range(1, 12))

@@ -7,8 +7,6 @@ decoder is that of the text model.
 from grpo.model.families.family import Family
 
 SILU = ("hidden_act", ("silu",))
-OF_IMAGES = frozenset({"mrope_section", "mrope_interleaved"})
-"""Which frequencies turn by a token's row and column in an image; `grpo/model/rope.py` reads them."""
 
 FAMILIES = {
     "qwen2": Family(
@@ -16,7 +14,6 @@ FAMILIES = {
         caveat="a sliding window in all layers or in none",
         activation=SILU,
         head_of_hidden_size=True,
-        of_rotary=OF_IMAGES,
         window_in_all_or_none=True,
         fused_layers=True,
     ),
@@ -24,7 +21,6 @@ FAMILIES = {
         models="Qwen 3, the text of Qwen3-VL",
         caveat="a sliding window in all layers or in none",
         activation=SILU,
-        of_rotary=OF_IMAGES,
         window_in_all_or_none=True,
         fused_layers=True,
     ),
