@@ -97,7 +97,8 @@ def test_calls_of_all_kinds_are_tool_calls_with_an_object_and_tools_are_schemas(
 
 
 BAD = [
-    ({"messages": [turn("user", [{"type": "image_url", "image_url": "x"}]), HI[1]]}, "no text but image_url"),
+    ({"messages": [turn("user", [{"type": "image_url", "image_url": "x"}]), HI[1]]}, "its image x cannot be read"),
+    ({"messages": [turn("user", [{"type": "input_audio"}]), HI[1]]}, "no text or image but input_audio"),
     ({"messages": [HI[0], turn("assistant", "x", weight=0.5)]}, "weight 0.5 of a message must be 0 or 1"),
     ({"messages": [HI[0], turn("assistant", None, tool_calls=[{"id": "1"}])]}, 'a tool call must have a "name"'),
     ({"messages": [HI[0], turn("assistant", None, tool_calls=[{**CALL, "arguments": "at"}])]}, "no JSON object"),
