@@ -17,6 +17,7 @@ import json
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.common.processes import write_result
 from grpo.kernels import nf4, nf4_experts, routing
 from grpo.kernels.experts import ExpertAdapter, ExpertAdapters, ExpertMatrix, Experts, group, route
 from grpo.kernels.glu import glu_forward
 from grpo.kernels.nf4_experts import DecodeTiles
 from grpo.kernels.nf4_tiles import Tile
-from grpo.run.versions import hardware, versions
 
 SHAPE = {"experts": 128, "hidden": 2048, "inner": 768, "top_k": 8}
 TINY = {"experts": 8, "hidden": 128, "inner": 64, "top_k": 2}
@@ -127,14 +128,28 @@ def microseconds(call: Any) -> float:
     return 1e3 * triton.testing.do_bench_cudagraph(call, rep=12)
 
 
-def timed(tokens: int, sizes: dict[str, int], experts: Experts, lora: ExpertAdapters, dense: Any) -> dict[str, Any]:
-    """Microseconds of everything at one number of sequences."""
+def name_of(tile: Tile) -> str:
+    return str((tile.n, tile.m, tile.warps, tile.stages, tile.dots))
+
+
+def agreement(experts: Experts, top_k: int) -> dict[str, bool]:
+    """Which tiles compute what torch does, with adapters and without."""
+    few = [nf4_experts.first_experts(each, nf4_experts.CHECKED_EXPERTS) for each in (experts.gate_up, experts.down)]
+    return {name_of(tile): all(nf4_experts.agrees(each, top_k, tile, RANK) for each in few) for tile in TILES}
+
+
+def timed(
+    tokens: int, sizes: dict[str, int], experts: Experts, lora: ExpertAdapters, dense: Any, right: list[Tile]
+) -> dict[str, Any]:
+    """Microseconds of everything at one number of sequences, by the tiles that are `right`."""
     x, logits = inputs(tokens, sizes, "cuda")
     top_k, hit = sizes["top_k"], len(set(route(logits, sizes["top_k"], True)[1].flatten().tolist()))
     inner = torch.randn(tokens * top_k, sizes["inner"], device="cuda").bfloat16()
-    by_tile = {tile: both_products(x, inner, logits, experts, top_k, tile) for tile in TILES}
+    by_tile = {tile: both_products(x, inner, logits, experts, top_k, tile) for tile in right}
     tiles = fastest(by_tile)
     router = torch.randn(sizes["experts"], sizes["hidden"], device="cuda").bfloat16()
+
+    router_us = round(microseconds(lambda: F.linear(x, router)), 1)
 
     def whole(each: ExpertAdapters | None) -> float:
         def call() -> None:
@@ -149,12 +164,36 @@ def timed(tokens: int, sizes: dict[str, int], experts: Experts, lora: ExpertAdap
         "products_us": round(by_tile[tiles.gate_up][0] + by_tile[tiles.down][1], 1),
         "layer_us": whole(None),
         "layer_with_adapters_us": whole(lora),
-        "choose_us": round(microseconds(lambda: routing.choose(logits, top_k, True, tiles.gate_up.m)), 1),
+        "parts_us": parts(x, inner, logits, experts, lora, top_k, tiles) | {"router": router_us},
         "bf16_grouped_mm_us": round(dense_time(x, logits, sizes, dense), 1),
         "floor_us": round(hit * 3 * sizes["hidden"] * sizes["inner"] * 0.53125 / BANDWIDTH * 1e6, 1),
         "tiles": [str(tile) for tile in tiles],
-        "by_tile": {str((t.n, t.m, t.warps, t.stages, t.dots)): times for t, times in by_tile.items()},
+        "by_tile": {name_of(tile): times for tile, times in by_tile.items()},
     }
+
+
+def parts(
+    x: Tensor, inner: Tensor, logits: Tensor, experts: Experts, lora: ExpertAdapters, top_k: int, tiles: DecodeTiles
+) -> dict[str, Any]:
+    """Microseconds of every launch of a layer alone; of the products with their adapters' terms."""
+    routes = routing.choose(logits, top_k, True, tiles.gate_up.m)
+    gate_up = torch.cat([inner, inner], 1)
+    rows = torch.empty(len(inner), x.shape[1], dtype=x.dtype, device=x.device)
+    found = {
+        "choose": microseconds(lambda: routing.choose(logits, top_k, True, tiles.gate_up.m)),
+        "glu": microseconds(lambda: glu_forward(gate_up, experts.activation)),
+        "combine": microseconds(lambda: nf4_experts.combine(rows, routes)),
+    }
+    for name, source, matrix, adapter, tile, of_token in (
+        ("gate_up", x, experts.gate_up, lora.gate_up, tiles.gate_up, top_k),
+        ("down", inner, experts.down, lora.down, tiles.down, 1),
+    ):
+        shrink = partial(nf4_experts.experts_shrink, source, adapter.a, lora.on, routes, tile.m, top_k=of_token)
+        found[f"shrink_{name}"] = microseconds(shrink)
+        low_rank = nf4_experts.ExpertLowRank(shrink(), adapter.b)
+        product = partial(nf4_experts.experts_linear, source, matrix.weight, matrix.absmax, routes, tile)
+        found[f"{name}_with_adapter"] = microseconds(partial(product, top_k=of_token, low_rank=low_rank))
+    return {name: round(time, 1) for name, time in found.items()}
 
 
 def both_products(
@@ -219,22 +258,23 @@ def kernels(options: argparse.Namespace) -> dict[str, Any]:
     sizes, device = (TINY, "cpu") if options.tiny else (SHAPE, "cuda")
     counts = (1, 3) if options.tiny else COUNTS
     experts, lora = layer(sizes, device), adapters(sizes, device)
-    found = None if options.tiny else nf4_experts.find_tile(experts, sizes["top_k"], RANK)
+    taken = None if options.tiny else nf4_experts.find_tile(experts, sizes["top_k"], RANK)
     correct = {str(tokens): checked(tokens, sizes, experts, lora, device) for tokens in counts}
-    for tokens, found in correct.items():
-        print(f"{tokens:>4} sequences: {found}", flush=True)
-    result: dict[str, Any] = {"shape": sizes, "tile": str(found), "correctness": correct}
-    if options.out:
-        options.out.write_text(json.dumps(result, indent=1))
+    for tokens, errors in correct.items():
+        print(f"{tokens:>4} sequences: {errors}", flush=True)
+    result: dict[str, Any] = {"benchmark": "experts", "shape": sizes, "correctness": correct}
+    result["tile_taken"] = str(taken)
+    result["tiles_that_agree"] = {} if options.tiny else agreement(experts, sizes["top_k"])
+    write_result(options.out, result)
     if not options.tiny:
         dense = experts.gate_up.dense(), experts.down.dense()
         rows = []
         for tokens in counts:
-            rows.append(timed(tokens, sizes, experts, lora, dense))
+            right = [tile for tile in TILES if result["tiles_that_agree"][name_of(tile)]]
+            rows.append(timed(tokens, sizes, experts, lora, dense, right))
             print({key: value for key, value in rows[-1].items() if key != "by_tile"}, flush=True)
             result["times"] = rows
-            if options.out:
-                options.out.write_text(json.dumps(result, indent=1))
+            write_result(options.out, result)
     return result
 
 
@@ -251,10 +291,9 @@ def main(arguments: list[str] | None = None) -> int:
     started = time.monotonic()
     if not options.tiny:
         compile_ahead(TILES)
-    result = {"benchmark": "experts", "versions": versions(), "hardware": hardware()} | kernels(options)
+    result = kernels(options)
     result["seconds"] = round(time.monotonic() - started, 1)
-    if options.out:
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    write_result(options.out, result)
     print(json.dumps(result))
     return 0
 

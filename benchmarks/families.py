@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from grpo.run.versions import hardware, versions
+from benchmarks.common.processes import write_result
 from tests.helpers.families import NEWCOMERS, WITH_IMAGES, save_family, save_with_images
 from tests.helpers.graph_comparison import largest_difference, load
 from tests.helpers.tiny import FAMILIES, save_tiny
@@ -49,9 +49,8 @@ def main(arguments: list[str] | None = None) -> int:
     every = [*FAMILIES, *(name for name in NEWCOMERS if name not in FAMILIES), *WITH_IMAGES]
     print(f"{'family':24}{'16 bit':>12}{'NF4':>12}")
     families = {name: measured(name) for name in (parsed.only.split(",") if parsed.only else every)}
-    result = {"benchmark": "families", "versions": versions(), "hardware": hardware(), "families": families}
-    if parsed.out:
-        parsed.out.write_text(json.dumps(result, indent=2) + "\n")
+    result = {"benchmark": "families", "families": families}
+    write_result(parsed.out, result)
     print(json.dumps(result))
     return 0
 

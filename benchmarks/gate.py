@@ -17,12 +17,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common.processes import write_result
 from benchmarks.families import save
 from grpo.config.schema import Model
 from grpo.errors import UserError
 from grpo.model.checks import BEYOND_FLOAT16
 from grpo.model.source import open_source
-from grpo.run.versions import hardware, versions
 from grpo.session import find_layout
 from grpo.training import self_check
 from grpo.training.module_check import differences
@@ -85,14 +85,13 @@ def main(arguments: list[str] | None = None) -> int:
     parsed = parser.parse_args(arguments)
     every = list(dict.fromkeys([*FAMILIES, *NEWCOMERS, *WITH_IMAGES]))
     start, results = time.perf_counter(), []
-    result = {"benchmark": "gate", "versions": versions(), "hardware": hardware(), "cases": results}
+    result = {"benchmark": "gate", "cases": results}
     for case in cases(parsed.only.split(",") if parsed.only else every, parsed.dtypes.split(",")):
         if time.perf_counter() - start > parsed.budget:
             break
         results.append(measured(*case, parsed.device))
         print(json.dumps(results[-1]), flush=True)
-        if parsed.out:
-            parsed.out.write_text(json.dumps(result, indent=2) + "\n")
+        write_result(parsed.out, result)
     print(json.dumps(result))
     return 0
 

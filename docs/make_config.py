@@ -17,7 +17,7 @@ from grpo.config.toml import write_value
 from grpo.sft.config import KEYS, SftConfig
 
 INTRODUCTION = """\
-<!-- Made by docs/make_config.py from the docstrings in grpo/config/schema.py and grpo/sft/config.py; edit them,
+<!-- Made by docs/make_config.py from the docstrings in grpo/config/sections/ and grpo/sft/config.py; edit them,
 then run `make docs`. -->
 # Configuration
 

@@ -19,12 +19,11 @@ from grpo.config.schema import (
     Log,
     Lora,
     Model,
-    PathText,
-    PositiveInt,
     Section,
     Train,
     parse_config,
 )
+from grpo.config.sections.section import PathText, PositiveInt
 from grpo.config.toml import NONE, apply_override, read_toml, write_toml
 
 TRAIN_KEYS = (

@@ -123,3 +123,33 @@ def test_on_a_gpu_it_agrees_with_flash_attention(dim, window, monkeypatch):
         found.append((output, *torch.autograd.grad((output * weight).sum(), leaf)))
     for one, other in zip(*found, strict=True):
         assert (one.double() - other.double()).norm() < 5e-3 * one.double().norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_on_a_gpu_heads_of_512_agree_with_the_definition(dtype):
+    device, dim = torch.device("cuda"), 512
+    nodes = [(96, None), (130, 0), (64, 0), (40, None), (70, 3), (60, 1)]
+    tokens = sum(length for length, _ in nodes)
+    generator = torch.Generator().manual_seed(0)
+    leaf = torch.randn(4 + 2, tokens, dim, generator=generator).to(device, dtype).requires_grad_()
+    weight = torch.randn(tokens, 4, dim, generator=generator).to(device, dtype)
+    exact = leaf.detach().cpu().double().requires_grad_()
+    ours = packed_attention(*leaf.split([4, 1, 1]), Packing(tree_of(nodes), device), scale=dim**-0.5)
+    expected = reference(*exact.split([4, 1, 1]), nodes, dim**-0.5, None)
+    grad = torch.autograd.grad((ours * weight).sum(), leaf)[0]
+    wanted = torch.autograd.grad((expected * weight.cpu().double()).sum(), exact)[0]
+    bound = 1e-2 if dtype == torch.bfloat16 else 1e-4
+    for one, other in ((ours, expected), (grad, wanted)):
+        assert (one.detach().cpu().double() - other.detach()).norm() < bound * other.detach().norm()
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_heads_of_512_keep_no_scores():
+    device, dim, tokens, heads = torch.device("cuda"), 512, 16384, 4
+    leaf = torch.randn(heads + 2, tokens, dim, device=device, dtype=torch.bfloat16, requires_grad=True)
+    packing = Packing(tree_of([(tokens, None)]), device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    packed_attention(*leaf.split([heads, 1, 1]), packing, scale=dim**-0.5).sum().backward()
+    assert torch.cuda.max_memory_allocated(device) - before < heads * tokens**2  # half of what scores take in 16 bit

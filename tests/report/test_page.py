@@ -1,85 +1,29 @@
-"""The report's content without a browser: what is drawn, how much of it, how often it is written, and that it is inert.
+"""The report's content without a browser: what is drawn, how much of it, and the command that writes it.
 
-How it looks and behaves is tested in a real browser by `test_report_browser.py`.
+How it looks and behaves is tested in a real browser by `test_page_in_browser.py`.
 """
 
 from __future__ import annotations
 
-import html.parser
-import io
-import itertools
 import json
 import re
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from rich.console import Console
 
-from grpo.monitor.run_log import RunLog
-from grpo.report import page as report
 from grpo.report.__main__ import main
 from grpo.report.charts import POINTS, curve, reward_charts, sections, smoothed, time_shares
 from grpo.report.data import CHARACTERS, RunData, cut, improvements, read_run, sampled_groups, spread_evenly
-from grpo.report.findings import findings
-from grpo.report.page import LiveReport, write_report
 from grpo.run.records import json_line
 from tests.helpers.paths import ROOT
-from tests.helpers.report_run import HOSTILE, groups, held_out, metrics, run_config, write_episodes, write_run
-
-
-class Page(html.parser.HTMLParser):
-    """Elements, scripts and text of an HTML file, as a parser finds them."""
-
-    def __init__(self, file: Path):
-        super().__init__()
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.scripts: list[str] = []
-        self.text = ""
-        self._inside = ""
-        self.feed(file.read_text(encoding="utf-8"))
-
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attributes)))
-        self._inside = tag
-
-    def handle_endtag(self, tag: str) -> None:
-        self._inside = ""
-
-    def handle_data(self, data: str) -> None:
-        if self._inside == "script":
-            self.scripts.append(data)
-        elif self._inside != "style":
-            self.text += data
-
-    @property
-    def data(self) -> dict[str, Any]:
-        return json.loads(self.scripts[0])
-
-    def charts(self) -> dict[str, dict[str, Any]]:
-        return {chart["title"]: chart for section in self.data["sections"] for chart in section["charts"]}
-
-
-def page_of(*folders: Path, out: Path) -> Page:
-    write_report(folders, out)
-    return Page(out)
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_run(tmp_path_factory.mktemp("report") / "mine")
-
-
-@pytest.fixture(scope="module")
-def page(run: Path) -> Page:
-    return Page(run / "report.html")
-
+from tests.helpers.report_page import Page, copied, page_of
+from tests.helpers.report_run import groups, held_out, metrics, run_config, write_episodes, write_run
 
 # What is in it
 
@@ -255,193 +199,6 @@ def test_prompts_that_got_worse_are_listed_last() -> None:
     assert [(one["first"], one["last"], one["change"]) for one in found] == [(1, 3, 1.0), (0, 2, -0.5)]
 
 
-# Untrusted text
-
-
-def test_nothing_that_a_model_writes_becomes_markup(tmp_path: Path) -> None:
-    clean = Page(write_run(tmp_path / "clean", 3) / "report.html")
-    config = run_config(tmp_path / "hostile", task={"name": f"x.py:{HOSTILE}".replace("\ud800", "")})
-    folder = write_run(tmp_path / f"hostile{'<script>'}", 3, text=HOSTILE, config=config, **{f"m{HOSTILE}": 1.0})
-    page = Page(folder / "report.html")
-    shape = [tag for tag, _ in clean.elements if tag not in ("tr", "th", "td", "code")]
-    assert [tag for tag, _ in page.elements if tag not in ("tr", "th", "td", "code")] == shape
-    assert not [name for _, attributes in page.elements for name in attributes if name.startswith("on")]
-    text = page.data["groups"][0]["samples"][0]["text"]
-    assert text.startswith("</script><script>window.pwned=1</script>") and "\\x1b[2J" in text and "\\u202e" in text
-    raw = (folder / "report.html").read_text(encoding="utf-8")
-    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", raw)
-    assert "&lt;script&gt;window.pwned" in raw, "the task's name is shown, escaped"
-
-
-def test_the_policy_allows_this_files_own_style_and_scripts_and_nothing_else(page: Page) -> None:
-    (policy,) = [a["content"] for tag, a in page.elements if a.get("http-equiv") == "Content-Security-Policy"]
-    assert policy is not None and policy.startswith("default-src 'none';") and "unsafe" not in policy
-    allowed = re.findall(r"script-src ([^;]*);", policy)[0].split()
-    executed = page.scripts[1:]
-    assert allowed == re.findall(r"script-src ([^;]*);", report.policy("", executed))[0].split() and len(executed) == 3
-
-
-def test_the_file_names_no_address_and_loads_nothing(page: Page, run: Path) -> None:
-    loading = {"src", "srcset", "data", "action", "poster", "style"}
-    assert not [(tag, name) for tag, attributes in page.elements for name in attributes if name in loading]
-    assert not [tag for tag, _ in page.elements if tag in ("link", "iframe", "object", "img", "base")]
-    links = {a["href"] for tag, a in page.elements if tag == "a"}
-    assert links and all(link and link.startswith("#") for link in links)
-    addresses = set(re.findall(r"https?://[\w./]+", (run / "report.html").read_text()))
-    assert addresses <= {"http://www.w3.org/2000/svg"}, "the name of SVG's elements, which is never fetched"
-
-
-def test_secrets_among_the_options_are_hidden(run: Path) -> None:
-    assert "hunter2" in (run / "config.toml").read_text()
-    raw = (run / "report.html").read_text()
-    assert "hunter2" not in raw and "(not shown)" in raw
-
-
-# While a run goes on
-
-
-class Clock:
-    """Seconds that pass only when a report is written or a test says so."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, cost: float):
-        self.now, self.written = 0.0, list[float]()
-        monkeypatch.setattr(report, "write_report", self.write)
-        self._cost = cost
-
-    def __call__(self) -> float:
-        return self.now
-
-    def write(self, *arguments: Any, **options: Any) -> None:
-        self.now += self._cost
-        self.written.append(self.now)
-
-
-@pytest.mark.parametrize("step_seconds", [0.05, 2.0, 300.0])
-def test_reports_take_at_most_a_hundredth_of_the_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step_seconds: float
-) -> None:
-    clock = Clock(monkeypatch, cost=0.25)
-    live = LiveReport(tmp_path, pytest.fail, clock)
-    live.update(500)
-    assert len(clock.written) == 1, "the first step is reported at once"
-    for _ in range(499):
-        clock.now += step_seconds
-        live.update(500)
-    spent = 0.25 * len(clock.written)
-    assert spent <= 0.01 * clock.now + 0.25
-    assert len(clock.written) >= min(500, int(0.009 * clock.now / 0.25)), "and no more seldom than that"
-
-
-def test_the_last_step_is_always_in_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Each look at the clock is an hour after the one before, so a report seems to take an hour.
-    clock = itertools.count(0, 3600)
-    monkeypatch.setattr(report.LiveReport.__init__, "__defaults__", (lambda: next(clock),))
-    folder = write_run(tmp_path / "stopped", 7, finished=False)
-    page = Page(folder / "report.html")
-    assert "step 7 of 7" in page.text and page.charts()["Reward"]["series"][0]["x"][-1] == 7
-    assert page.data["end"] == 7
-
-
-def test_a_reader_never_finds_half_a_report(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    copy = copied(run, tmp_path / "copy")
-    before = (copy / "report.html").read_bytes()
-    monkeypatch.setattr(Path, "replace", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    said: list[str] = []
-    live = LiveReport(copy, said.append)
-    for _ in range(3):
-        live.update(40)
-        live.flush()
-    assert (copy / "report.html").read_bytes() == before
-    assert said == [
-        "report.html cannot be written (OSError: [Errno 28] No space left on device); the run goes on without it"
-    ]
-    assert not [path for path in copy.iterdir() if path.name.startswith(".report")]
-
-
-def test_no_report_is_written_where_the_configuration_says_so(tmp_path: Path) -> None:
-    config = run_config(tmp_path / "quiet", log={"report": False})
-    assert not (write_run(tmp_path / "quiet", 2, config=config) / "report.html").exists()
-
-
-def test_a_report_is_read_while_lines_are_being_written(run: Path, tmp_path: Path) -> None:
-    copy = copied(run, tmp_path / "copy")
-    for name in ("metrics.jsonl", "eval.jsonl", "completions/step-1.jsonl"):
-        with (copy / name).open("a") as file:
-            file.write('{"step": 41, "rew')
-    (copy / "summary.json").write_text('{"steps"')
-    page = page_of(copy, out=tmp_path / "out.html")
-    assert "step 40 of 40" in page.text
-
-
-def test_a_write_is_cheap_beside_a_step(run: Path, tmp_path: Path) -> None:
-    write_report([run], tmp_path / "out.html")
-    started = time.process_time()
-    write_report([run], tmp_path / "out.html")
-    assert time.process_time() - started < 0.5
-
-
-# Findings
-
-
-def run_of(steps: int = 40, **changes: Any) -> RunData:
-    """The simulated run with some metrics replaced by functions of the share of the run that is done."""
-    made = [metrics(step, steps) for step in range(1, steps + 1)]
-    series = {key: [entry[key] for entry in made] for key in made[0] if key != "step"}
-    for key, function in changes.items():
-        series[key] = [function(step / steps) for step in range(1, steps + 1)]
-    return RunData("r", list(range(1, steps + 1)), series, config={"train": {"max_grad_norm": 1.0}})
-
-
-def said(run: RunData) -> list[str]:
-    return [finding.text for finding in findings(run)]
-
-
-def test_a_healthy_run_gets_one_good_finding() -> None:
-    (finding,) = findings(run_of())
-    assert finding.good and finding.text.startswith("The reward rose from 0.678")
-
-
-@pytest.mark.parametrize(
-    ("changes", "sentence"),
-    [
-        ({"reward": lambda done: 0.5 + 0.1 * (int(done * 40) % 3)}, "The reward is flat"),
-        ({"reward": lambda done: 2 - done}, "The reward fell"),
-        ({"frac_reward_zero_std": lambda done: done}, "of the last groups have equal rewards"),
-        ({"clipped_ratio": lambda done: 0.5 * done}, "were cut at rollout.max_completion_length"),
-        ({"grad_norm": lambda done: 50.0}, "The gradient's norm is 50"),
-        ({"reward_seconds": lambda done: 4.0}, "40 % of a step is waiting for rewards"),
-        ({"environment/calls": lambda done: 0.0}, "The tool is as good as never called"),
-        (
-            {"environment/calls": lambda done: 2.0, "environment/call_errors": lambda done: 1.0},
-            "50 % of the calls fail",
-        ),
-        ({"environment/lost": lambda done: 0.1}, "10 % of the episodes are lost"),
-        ({"environment/out_of_room": lambda done: 0.5}, "50 % of the episodes end because nothing fits"),
-        (
-            {"environment_wait_seconds": lambda done: 2.0, "rollout_seconds": lambda done: 5.0},
-            "is too small: the engine waits for the environment in 40 % of a rollout",
-        ),
-    ],
-)
-def test_each_trouble_is_named(changes: dict[str, Any], sentence: str) -> None:
-    assert [text for text in said(run_of(**changes)) if sentence in text]
-
-
-def test_format_and_skill_are_told_apart() -> None:
-    run = run_of()
-    run.evaluations = [{"step": 0, **held_out(0.2)}, {"step": 40, **held_out(0.6)}]
-    assert not [text for text in said(run) if "learned the format" in text]
-    flexible = {key: value for key, value in held_out(0.2).items() if "flexible" in key}
-    run.evaluations[1] |= flexible
-    assert [text for text in said(run) if "learned the format" in text]
-    run.evaluations = run.evaluations[::-1]
-    assert [text for text in said(run) if "keep_best kept the best adapter" in text]
-
-
-def test_a_few_steps_prove_nothing() -> None:
-    assert findings(run_of(steps=10)) == []
-
-
 # The command line, and several runs
 
 
@@ -510,25 +267,6 @@ print([name for name in ("torch", "vllm", "transformers", "numpy") if name in sy
 def test_a_run_of_no_step_has_a_report_without_charts(tmp_path: Path) -> None:
     (tmp_path / "config.toml").write_text('[model]\nname = "m"\n')
     assert "step 0" in page_of(tmp_path, out=tmp_path / "out.html").text
-
-
-def copied(run: Path, folder: Path) -> Path:
-    folder.mkdir(parents=True)
-    for path in run.rglob("*"):
-        if path.is_file():
-            (folder / path.relative_to(run)).parent.mkdir(parents=True, exist_ok=True)
-            (folder / path.relative_to(run)).write_bytes(path.read_bytes())
-    return folder
-
-
-def test_a_resumed_run_reports_no_step_twice(tmp_path: Path) -> None:
-    folder = write_run(tmp_path / "run", 6, finished=False)
-    with RunLog(folder, run_config(folder), max_steps=6, console=Console(file=io.StringIO())) as log:
-        log.resume(3)
-        for step in range(4, 7):
-            log.step(metrics(step, 6, reward=9.0))
-    (reward,) = Page(folder / "report.html").charts()["Reward"]["series"]
-    assert reward["x"] == [1, 2, 3, 4, 5, 6] and reward["y"][3:] == [9, 9, 9]
 
 
 def test_a_run_with_an_environment_has_its_own_charts(tmp_path: Path) -> None:

@@ -1,0 +1,65 @@
+"""`[model]`: the base model's keys."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import model_validator
+
+from grpo.config.sections.section import PathText, PositiveInt, Section
+
+
+class Model(Section):
+    """`[model]`: which base model, and how it is held in memory."""
+
+    name: str
+    """A folder in Hugging Face format, a hub id, a `.gguf` file, or `package:NAME/FILE` in an installed package."""
+    load_in_4bit: bool = True
+    """Hold the base as NF4. Off: 16-bit LoRA (or 32-bit with `dtype = "float32"`), or 8 bit with `load_in_8bit`."""
+    load_in_8bit: bool = False
+    """Hold the base in 8 bit, instead of in 4: as int8, or with the codes of a checkpoint in int8 or FP8."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Compute type. "auto": bfloat16 where the device computes in it, else float16 on a GPU, float32 on a CPU."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to run. "auto": the GPU, unless torch is built without CUDA. "cpu" asks nothing of CUDA."""
+    max_seq_length: PositiveInt | None = None
+    """Longest prompt plus completion. Default: `max_prompt_length + max_completion_length` of `[rollout]`."""
+    keep_16bit: list[str] | Literal["auto"] = []
+    """Modules left unquantised, by name or ending ("mlp.down_proj"); "auto": the 5 % that the output needs most."""
+    offload_embedding: bool = False
+    """Keep a token embedding that is not the output head too in host memory, where the GPU reads the rows it needs."""
+    offload_head: bool = False
+    """Keep the output head in host memory, for a model that does not fit otherwise: each decoding step reads it all."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+    chat_template: PathText | None = None
+    """A Jinja file that replaces the tokenizer's chat template."""
+    trust_remote_code: bool = False
+    """Run Python code that the model's repository ships. Off unless you trust it."""
+    full_finetuning: bool = False
+    """Not supported; present so that a copied configuration gets an explanation."""
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the base is held in codes."""
+        return self.load_in_4bit or self.load_in_8bit
+
+    @model_validator(mode="before")
+    @classmethod
+    def eight_bit_is_instead_of_four(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("load_in_8bit") is True and "load_in_4bit" not in values:
+            return values | {"load_in_4bit": False}
+        return values
+
+    @model_validator(mode="after")
+    def only_what_one_shared_copy_allows(self) -> Model:
+        if self.load_in_8bit and self.load_in_4bit:
+            raise ValueError("load_in_4bit and load_in_8bit are both true; set one of the two to false")
+        if self.load_in_8bit and self.keep_16bit == "auto":
+            raise ValueError(
+                'keep_16bit = "auto" chooses for NF4, and int8 costs the output a hundredth of that; name layers, or '
+                "leave it out"
+            )
+        if self.full_finetuning:
+            raise ValueError("full_finetuning is not supported, the base is shared and frozen; train a LoRA adapter")
+        return self
