@@ -36,6 +36,7 @@ from grpo.model.source import open_source, read_template
 from grpo.model.vocabulary import no_row
 from grpo.model.weight_source import Source
 from grpo.policy.adapter_files import open_adapter
+from grpo.policy.full_policy import FullPolicy
 from grpo.policy.keep_16bit import load_base
 from grpo.policy.policy import Policy
 from grpo.policy.starting_base import check_same_start, starting_source
@@ -193,11 +194,7 @@ class Session:
             source, config.model, files.tokenizer, device=device, dtype=dtype, like=like, agree=agree, status=status
         )
         check_same_start(base.initial, agree)
-        train = config.train
-        policy = Policy(
-            base, config.lora, seed=train.seed, base_name=recorded_name(config.model.name), kernels=train.kernels
-        )
-        self._model = LoadedModel(base, policy, files.tokenizer)
+        self._model = LoadedModel(base, build_policy(base, config, files.tokenizer), files.tokenizer)
         self.policy.set_longest(sequence_limits(config)[0])
         if adapter is not None:
             self.policy.load_adapter(adapter)
@@ -332,6 +329,14 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def build_policy(base: BaseWeights, config: Config, tokenizer: Any) -> Policy:
+    """What `config` trains over `base`: an adapter, or all of it."""
+    train = config.train
+    if config.model.full_finetuning:
+        return FullPolicy(base, tokenizer=tokenizer, kernels=train.kernels)
+    return Policy(base, config.lora, seed=train.seed, base_name=recorded_name(config.model.name), kernels=train.kernels)
 
 
 def with_smaller_cache(start: Callable[[int | None], T], kv_bytes: int | None, least: int) -> T:

@@ -4,7 +4,8 @@ The language-model head is frozen, so its gradient is never needed, and the grad
 log-probability with respect to its hidden state is made while the logits exist, in the forward pass. The backward
 pass only scales it by whatever gradient arrives, which makes it exact for any loss on top.
 
-Not here: a head with a bias, one that is trained itself (trained_head.py), and anything about what the log-probabilities are for.
+Not here: a head with a bias, one that is trained itself (trained_head.py), and anything about what the
+log-probabilities are for.
 """
 
 from __future__ import annotations

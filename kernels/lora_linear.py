@@ -206,7 +206,6 @@ class LoraMatmul:
             result += [self.a_grad[ranks], b_grad * adapter.scale]
         return result
 
-
     def _add_weight_gradients(self) -> None:
         first = 0
         for weight, bias in self.group.trained if self.weight_grad is not None else ():

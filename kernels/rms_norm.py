@@ -87,7 +87,6 @@ class Norm(NamedTuple):
         result = scale * (inner - unit * (inner * unit).mean(-1, keepdim=True))
         return result if residual_grad is None else result + residual_grad
 
-
     def _weight_gradient(self, grad: Tensor, x: Tensor) -> Tensor:
         """dL/dw, summed over all rows in float32 (float64 for float64)."""
         values = x.to(accumulation_dtype(x.dtype))

@@ -30,11 +30,12 @@ def token_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """`logprob.selected_logprobs`, for a head `weight` [V, H] that may require a gradient; it is added to
     `weight.grad`. Arguments, results and errors are the same."""
-    settings = {"temperature": temperature, "softcap": softcap, "chunk_tokens": chunk_tokens}
+    settings: dict[str, Any] = {"temperature": temperature, "softcap": softcap, "chunk_tokens": chunk_tokens}
     if not (weight.requires_grad and torch.is_grad_enabled()):
-        return logprob.selected_logprobs(hidden, weight.detach(), targets, **settings, entropy_gradient=entropy_gradient)
+        settings["entropy_gradient"] = entropy_gradient
+        return logprob.selected_logprobs(hidden, weight.detach(), targets, **settings)
     with torch.no_grad():
-        stats = logprob.selected_logprobs(hidden, weight, targets, **settings)
+        stats = logprob.selected_logprobs(hidden, weight.detach(), targets, **settings)
     chunk = logprob.chunk_rows(hidden, weight.shape[0], chunk_tokens)
     logprobs, entropy = _TrainedHead.apply(
         hidden, weight, targets.contiguous(), *stats, (temperature, softcap, chunk, entropy_gradient)
@@ -76,9 +77,7 @@ class _TrainedHead(torch.autograd.Function):
             grads, size = logits[: rows.stop - start], rows.stop - start
             other = None if of_entropy is None else of_entropy[:size]
             mm_transposed(hidden[rows], weight, out=grads)
-            logprob.softmax_stats_(
-                grads, targets[rows], temperature, softcap, gradient=True, entropy_gradient=other
-            )
+            logprob.softmax_stats_(grads, targets[rows], temperature, softcap, gradient=True, entropy_gradient=other)
             grads.mul_((grad_logprobs[rows] * (-1.0 / temperature))[:, None])
             if other is not None and grad_entropy is not None:
                 grads.addcmul_(other, (grad_entropy[rows] * (-1.0 / temperature))[:, None].to(other.dtype))

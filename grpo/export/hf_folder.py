@@ -26,6 +26,7 @@ from grpo.model.meta_graph import graph_tensors
 from grpo.model.model_folder import SHARD_BYTES, Shards, companions, replace_template, write_json
 from grpo.model.stored_form import stored_form
 
+
 def write_16bit(source: MergedSource, folder: Path, template: str | None, shard_bytes: int = SHARD_BYTES) -> None:
     """Write `source` to the empty `folder`, every tensor rounded once to the base's 16-bit type.
 

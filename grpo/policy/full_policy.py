@@ -58,6 +58,9 @@ class FullPolicy(Policy):
         """transformers' name -> parameter, each once."""
         return dict(self.model.named_parameters())
 
+    def adapted(self) -> str:
+        return "all layers"
+
     def head_weight(self) -> Tensor:
         """The output head [vocabulary, hidden]."""
         return self.decoder.get_output_embeddings().weight

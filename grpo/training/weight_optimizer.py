@@ -40,7 +40,13 @@ class WeightOptimizer(torch.optim.Optimizer):
     """AdamW over `parameters` in bfloat16 or float32, by `form`."""
 
     def __init__(
-        self, parameters: Sequence[nn.Parameter], form: Form, train: Train, *, eight_bit: bool = False, paged: bool = False
+        self,
+        parameters: Sequence[nn.Parameter],
+        form: Form,
+        train: Train,
+        *,
+        eight_bit: bool = False,
+        paged: bool = False,
     ):
         """`eight_bit`: keep moments so; `paged`: in memory that moves between GPU and host by need."""
         self.form, self.seed, self.eight_bit, self.paged = form, train.seed, eight_bit, paged
@@ -95,7 +101,9 @@ class WeightOptimizer(torch.optim.Optimizer):
 
     def clip(self, most: float) -> float:
         """Let the next step scale all gradients down to the norm `most` together; returns what their norm is."""
-        norms = [torch.linalg.vector_norm(each.grad, dtype=torch.float32) for each in self.weights if each.grad is not None]
+        norms = [
+            torch.linalg.vector_norm(each.grad, dtype=torch.float32) for each in self.weights if each.grad is not None
+        ]
         if not norms:
             return 0.0
         norm = float(torch.linalg.vector_norm(torch.stack(norms)))
@@ -110,7 +118,9 @@ class WeightOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             for weight in group["params"]:
                 if weight.grad is not None:
-                    self._step_weight(weight, group, torch.Generator(weight.device).manual_seed(self._noise_seed(number)))
+                    self._step_weight(
+                        weight, group, torch.Generator(weight.device).manual_seed(self._noise_seed(number))
+                    )
                 number += 1
         self.gradient_scale = 1.0
 
