@@ -19,7 +19,7 @@ import torch
 
 from grpo.config.schema import Config, Lora
 from grpo.errors import UserError
-from grpo.memory.fit import check_memory, lighter_weights
+from grpo.memory.fit import check_memory, lighter_weights, with_weight_update
 from grpo.memory.gpus import as_found
 from grpo.memory.plan import MemoryPlan, plan_memory, sequence_limits, weight_bytes
 from grpo.model.adapter_layers import check_selected
@@ -170,7 +170,6 @@ class Session:
         agree: Callable[[Any], Any],
     ):
         """As `open_session`; `like`: folders of runs and adapters whose base this is to be."""
-        self.config = config
         self.status = status
         self._model: LoadedModel | None = None
         self._engine: Engine | None = None
@@ -179,6 +178,7 @@ class Session:
         device = resolve_device(config.model.device)
         dtype = resolve_dtype(config.model.dtype, device)
         source, self.stop_token_ids = files.source, files.stop_token_ids
+        self.config = config = with_form(config, source.config, device, dtype)
         check_length(config, source.config, source.path)
         if device.type == "cuda":
             name = str(dtype).removeprefix("torch.")
@@ -278,6 +278,9 @@ class Session:
             raise UserError(
                 f"kernels = {config.train.kernels!r} is decided when the model is loaded; pass it to grpo.load"
             )
+        if config.model.full_finetuning and config.train.weight_update == "auto":
+            chosen = {"weight_update": self.config.train.weight_update}
+            config = config.model_copy(update={"train": config.train.model_copy(update=chosen)})
         self.config = config
         if self.policy.set_longest(sequence_limits(config)[0]):
             self._stop_engine()  # its caches have the frequencies for other lengths
@@ -329,6 +332,18 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def with_form(config: Config, model: Any, device: torch.device, dtype: torch.dtype) -> Config:
+    """`config` with the form of the weights' update that it leaves open, where all weights are trained. `model`:
+    transformers' configuration."""
+    if not config.model.full_finetuning:
+        return config
+    memory = torch.cuda.mem_get_info(device) if device.type == "cuda" else None
+    gpu = None
+    if memory is not None:
+        gpu = as_found(torch.cuda.get_device_name(device), architecture_of(device), memory[1])
+    return with_weight_update(config, model.get_text_config(), dtype.itemsize, memory, gpu)
 
 
 def build_policy(base: BaseWeights, config: Config, tokenizer: Any) -> Policy:

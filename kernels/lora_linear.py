@@ -40,7 +40,7 @@ from grpo.kernels.lora_factors import Adapter, LowRank, pack_lora
 from grpo.kernels.lora_sum import dense_linear, round_sum, sums_in_float32
 from grpo.kernels.rms_norm import Norm
 from grpo.kernels.sizes import ADAPTER_COLUMNS
-from grpo.kernels.weight_gradient import add_gradient
+from grpo.kernels.weight_gradient import add_gradient, add_product_, float32_product
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,10 @@ class LoraMatmul:
         `input_gradient`'s second result."""
         x, grad = x[:, : self.group.in_features], grad[:, : self.group.out_features]
         if self.group.trained:
-            self.weight_grad = add_product(self.weight_grad, grad.t(), x)
+            if self.weight_grad is None:
+                self.weight_grad = float32_product(grad.t(), x)
+            else:
+                add_product_(self.weight_grad, grad.t(), x)
             if self.group.bias is not None:
                 total = grad.sum(0, dtype=accumulation_dtype(grad.dtype))
                 self.bias_grad = total if self.bias_grad is None else self.bias_grad + total

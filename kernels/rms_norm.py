@@ -30,6 +30,7 @@ from grpo.kernels.launch import (
     unit_stride,
     warps,
 )
+from grpo.kernels.sizes import NORM_ROWS
 from grpo.kernels.weight_gradient import add_gradient
 
 MOST_COLUMNS = 1 << 16
@@ -88,12 +89,15 @@ class Norm(NamedTuple):
         return result if residual_grad is None else result + residual_grad
 
     def _weight_gradient(self, grad: Tensor, x: Tensor) -> Tensor:
-        """dL/dw, summed over all rows in float32 (float64 for float64)."""
-        values = x.to(accumulation_dtype(x.dtype))
-        unit = values * torch.rsqrt(values.square().mean(-1, keepdim=True) + self.eps)
-        if not self.unit_offset:
-            unit = unit.to(x.dtype)
-        return (unit * grad.to(values.dtype)).flatten(0, -2).sum(0)
+        """dL/dw, summed over all rows in float32 (float64 for float64), from NORM_ROWS of them at a time."""
+        total = torch.zeros(x.shape[-1], dtype=accumulation_dtype(x.dtype), device=x.device)
+        for rows, grads in zip(x.split(NORM_ROWS), grad.split(NORM_ROWS), strict=True):
+            values = rows.to(total.dtype)
+            unit = values * torch.rsqrt(values.square().mean(-1, keepdim=True) + self.eps)
+            if not self.unit_offset:
+                unit = unit.to(x.dtype)
+            total += (unit * grads.to(total.dtype)).flatten(0, -2).sum(0)
+        return total
 
 
 def rms_norm(x: Tensor, norm: Norm) -> Tensor:

@@ -12,8 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-SLICE_BYTES = 128 << 20
-"""Of a product in float32 that is made only to be added to a gradient."""
+from grpo.kernels.sizes import WEIGHT_SLICE_BYTES
 
 
 def gradient_dtype(weight: Tensor) -> torch.dtype:
@@ -30,16 +29,18 @@ def add_gradient(weight: Tensor, gradient: Tensor) -> None:
 
 
 def add_outer(weight: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add left^T right to the gradient of `weight` [N, K]; left [M, N], right [M, K], in one dtype.
-
-    In float32, from as many rows of `weight` at a time as SLICE_BYTES hold.
-    """
+    """Add left^T right to the gradient of `weight` [N, K]; left [M, N], right [M, K], in one dtype."""
     if weight.grad is None:
         weight.grad = torch.zeros(weight.shape, dtype=gradient_dtype(weight), device=weight.device)
-    step = max(1, SLICE_BYTES // (4 * weight.shape[1]))
-    for start in range(0, weight.shape[0], step):
+    add_product_(weight.grad, left.t(), right)
+
+
+def add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, summed in float32, from as many rows of `total` at a time as WEIGHT_SLICE_BYTES hold."""
+    step = max(1, WEIGHT_SLICE_BYTES // (4 * total.shape[1]))
+    for start in range(0, total.shape[0], step):
         rows = slice(start, start + step)
-        weight.grad[rows].add_(float32_product(left[:, rows].t(), right))
+        total[rows].add_(float32_product(left[rows], right))
 
 
 def float32_product(left: Tensor, right: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ class FullPolicy(Policy):
         self.base, self.lora, self.tokenizer = base, Lora(), tokenizer
         graph = build_graph(base)
         train_weights(graph, base)
-        self.model = graph  # type: ignore[assignment]
+        self.model = graph
         if wants_kernels(kernels, base.device):
             install_fused_layers(graph, base)
         patch_hf_forward(graph)

@@ -41,8 +41,8 @@ CONFIG = "config.toml"
 LOCK = ".lock"
 REFERENCE = "reference_adapter"
 BEFORE_FIRST_STEP = {
-    LOCK, CONFIG, BASE_SAMPLE, INITIAL_ADAPTER, REFERENCE, EVALUATIONS, "best_adapter", "best_model", COMPLETIONS, "tensorboard",
-    "wandb", REPORT,
+    LOCK, CONFIG, BASE_SAMPLE, INITIAL_ADAPTER, REFERENCE, EVALUATIONS, "best_adapter", "best_model", COMPLETIONS,
+    "tensorboard", "wandb", REPORT,
 }  # fmt: skip
 STEP = re.compile(r"step-(\d+)")
 

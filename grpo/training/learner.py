@@ -33,8 +33,8 @@ from grpo.training.loss import BatchTotals, LossInputs, batch_totals, resolve_lo
 from grpo.training.loss_metrics import Metrics, as_message, from_message, joined, merge_metrics
 from grpo.training.micro_batch import MicroBatchBudget, largest_batch
 from grpo.training.optim import LossScaler, OptimizerBackup, build_optimizer, learning_rate, moments_like
-from grpo.training.weight_optimizer import WeightOptimizer, build_weight_optimizer
 from grpo.training.update_check import Batch, UpdateCheck
+from grpo.training.weight_optimizer import WeightOptimizer, build_weight_optimizer
 
 
 class Learner:

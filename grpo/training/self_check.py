@@ -24,8 +24,8 @@ from torch import Tensor
 
 from grpo.errors import UserError
 from grpo.model.families.table import listed
-from grpo.policy.lora_linear import ADAPTER, LoraLinear
 from grpo.policy.full_policy import FullPolicy
+from grpo.policy.lora_linear import ADAPTER, LoraLinear
 from grpo.policy.policy import Policy
 from grpo.rollout.types import Request, SamplingSettings
 from grpo.session import Session
@@ -224,9 +224,9 @@ def refuse_difference(session: Session, prompt: list[int], mean_logprob_diff: fl
     """Raise UserError for a difference between the two graphs that rounding does not explain."""
     if not mean_logprob_diff <= limit:
         raise UserError(
-            f"self-test: with the {which}{moved_names(session.policy)[0]} vLLM's logprobs differ from the training graph's by "
-            f"{mean_logprob_diff:.3g} on average, over {limit:.3g}, so completions would not come from the trained "
-            f"policy{named_difference(session, prompt)}; {remedy(session)}"
+            f"self-test: with the {which}{moved_names(session.policy)[0]} vLLM's logprobs differ from the training "
+            f"graph's by {mean_logprob_diff:.3g} on average, over {limit:.3g}, so completions would not come from the "
+            f"trained policy{named_difference(session, prompt)}; {remedy(session)}"
         )
 
 

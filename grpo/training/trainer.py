@@ -282,8 +282,8 @@ class Trainer:
             return
         if not self.learner.is_finite():
             raise UserError(
-                f"step {self.step}: the {self.session.policy.artefact} has values that are not finite, and is not saved; continue from the "
-                "checkpoint before with --resume and a lower train.learning_rate"
+                f"step {self.step}: the {self.session.policy.artefact} has values that are not finite, and is not "
+                "saved; continue from the checkpoint before with --resume and a lower train.learning_rate"
             )
 
         def write(folder: Path) -> None:

@@ -30,7 +30,7 @@ from grpo.memory.full_finetuning import BLOCK, Form
 
 PIECE = 1 << 24
 """Numbers of a weight that exist in float32 at once."""
-STRIDE = 1 << 12
+STRIDE = 1 << 10
 """One in so many numbers is followed, to say how much of their change is served."""
 LEAST_IN_8BIT = 4096
 """Numbers of a weight below which its moments stay in float32, as in bitsandbytes."""
@@ -111,7 +111,7 @@ class WeightOptimizer(torch.optim.Optimizer):
         return norm
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+    def step(self, closure: Callable[[], float] | None = None) -> None:
         """One step of every weight that has a gradient."""
         self.steps += 1
         number = 0
@@ -189,18 +189,19 @@ class WeightOptimizer(torch.optim.Optimizer):
             whole += float(torch.dot(state["moved"], state["moved"]))
         return shown / whole if whole > 0 else None
 
-    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
+    def state_dict(self) -> dict[str, Any]:
         """Nested plain values and tensors: the form, the number of steps, and what is kept of each weight."""
         kept = [dict(self.state[weight]) for weight in self.weights]
         return {"form": self.form, "eight_bit": self.eight_bit, "steps": self.steps, "weights": kept}
 
     @torch.no_grad()
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # type: ignore[override]
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over what `state_dict` gave, in place. Raises UserError for that of another form."""
         if state_dict["form"] != self.form:
+            begun = state_dict["form"]
             raise UserError(
-                f"the run was begun with train.weight_update = {state_dict['form']!r}, and goes on with that alone, not "
-                f"with {self.form!r}; set it"
+                f"the run was begun with train.weight_update = {begun!r}, and goes on with that alone, not with "
+                f"{self.form!r}; set it"
             )
         self.steps = int(state_dict["steps"])
         for weight, saved in zip(self.weights, state_dict["weights"], strict=True):
@@ -213,6 +214,8 @@ def build_weight_optimizer(
 ) -> WeightOptimizer:
     """As `[train]` says. On a CPU moments are in float32, and `notice` says so where that was not asked for."""
     on_gpu = parameters[0].is_cuda
+    if parameters[0].dtype == torch.bfloat16:
+        notice(f"all weights are trained; their update keeps small steps by train.weight_update = {form!r}")
     if train.optim != "adamw" and not on_gpu:
         notice(f"train.optim = {train.optim!r} needs a GPU; adamw is used on this CPU")
     eight_bit = train.optim != "adamw" and on_gpu
@@ -231,7 +234,7 @@ def code_tables(device: torch.device) -> tuple[Tensor, Tensor]:
 def as_paged(part: Tensor, whole: Tensor) -> Tensor:
     """`part` of `whole`, known to bitsandbytes as paged memory where that is."""
     if getattr(whole, "is_paged", False):
-        part.is_paged, part.page_deviceid = True, whole.page_deviceid  # type: ignore[attr-defined]
+        part.is_paged, part.page_deviceid = True, whole.page_deviceid
     return part
 
 
