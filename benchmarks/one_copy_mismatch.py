@@ -28,7 +28,7 @@ import torch
 
 from benchmarks.common import shared_model
 from grpo.config.schema import Config, Model, parse_config
-from grpo.data import load_data, tokenize
+from grpo.data import load_data
 from grpo.kernels import nf4
 from grpo.model.layout import fused_linears
 from grpo.model.source import open_source
@@ -36,6 +36,7 @@ from grpo.model.weight_source import NF4Tensor
 from grpo.monitor.run_log import RunLog
 from grpo.run.versions import hardware, versions
 from grpo.session import open_session
+from grpo.tokenizing import tokenize
 
 SUBJECTS = (
     "how bread is baked", "the water cycle", "a day in the life of a lighthouse keeper", "why the sky is blue",

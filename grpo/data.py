@@ -9,20 +9,19 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from grpo.config import schema as sections
 from grpo.errors import UserError
-from grpo.references import described
+from grpo.images import Image, read_image
+from grpo.messages import column_images, with_places
 from grpo.rewards.extract import is_no_answer
 from grpo.rewards.runtime.contract import RewardSpec
-from grpo.special_tokens import encode_texts, warn_of_rendered_chats
 from grpo.tasks.cells import GIVE_OR_LEAVE_OUT, check_question, checked_prompt
 from grpo.tasks.common import Row, Task, load_task
-
-Messages = list[dict[str, Any]]
+from grpo.tokenizing import ImageTokens, Messages, tokenize
 
 GOLD_COLUMNS = ("answer", "ground_truth")
 """The columns that rewards, the built-in ones and verl's, read as the gold answer."""
@@ -36,10 +35,14 @@ class Prompt:
     """Its row number over all tasks, training and held-out rows counted apart; dropping others leaves it."""
     task: str
     prompt: str | Messages
-    """Of a row that has token numbers, their text."""
+    """Of a row that has token numbers, their text. Messages have places for images, and not the images."""
     columns: dict[str, Any]
-    """The row without "prompt". With several tasks, columns that only the others have are None."""
+    """The row without "prompt". With several tasks, columns that only the others have are None. Where rows have images,
+    "images" is each row's tuple of them, and a column "image" its one."""
     token_ids: list[int]
+    """With each image's tokens, as many as it takes."""
+    images: tuple[Image, ...] = ()
+    """In the order of their places."""
 
     @property
     def row(self) -> Row:
@@ -69,15 +72,20 @@ class Data:
 
 
 def load_data(
-    config: sections.Config, tokenizer: Any, *, train: bool = True, tasks: Sequence[Task] | None = None
+    config: sections.Config,
+    tokenizer: Any,
+    *,
+    train: bool = True,
+    tasks: Sequence[Task] | None = None,
+    image_tokens: ImageTokens | None = None,
 ) -> Data:
     """The prompts of all `[task]` sections, and the rewards to train with.
 
     `tokenizer` is transformers'. `tasks`: those of the sections, if they need not be loaded by name. `train = False`
     leaves the training rows and the rewards out; held-out rows are left out if `eval.every` is not set, unless they
-    are all that is asked for. `eval.limit` counts for each task. Raises UserError for an unknown task, a row without
-    a usable prompt, no rows, nothing but overlong prompts, chat prompts without a chat template, and rewards neither
-    given nor agreed on by the tasks.
+    are all that is asked for. `eval.limit` counts for each task. `image_tokens`: None for a model of text alone. Raises
+    UserError for an unknown task, a row without a usable prompt, no rows, nothing but overlong prompts, chat prompts
+    without a chat template, images that cannot be used, and rewards neither given nor agreed on by the tasks.
     """
     data = Data()
     loaded = tasks or [load_task(section.name, section.options) for section in config.task]
@@ -86,13 +94,13 @@ def load_data(
         data.tasks[name], data.settings[name] = task, section
     if train:
         rows = {name: task.train[: data.settings[name].limit] for name, task in data.tasks.items()}
-        data.train, data.dropped = make_prompts(rows, "training", data.settings, config, tokenizer)
+        data.train, data.dropped = make_prompts(rows, "training", data.settings, config, tokenizer, image_tokens)
         data.rewards = [RewardSpec.of(reward) for reward in config.rewards]
         if not data.rewards and (config.environment is None or config.environment.kind == "tools"):
             data.rewards = default_rewards(data.tasks)
     if config.eval.every is not None or not train:
         rows = {name: task.eval[: config.eval.limit] for name, task in data.tasks.items()}
-        data.eval, data.eval_dropped = make_prompts(rows, "held-out", data.settings, config, tokenizer)
+        data.eval, data.eval_dropped = make_prompts(rows, "held-out", data.settings, config, tokenizer, image_tokens)
         if not data.eval:
             names = ", ".join(data.tasks)
             raise UserError(f"task {names}: no held-out rows to evaluate on; give the task some, or unset eval.every")
@@ -120,7 +128,19 @@ def default_rewards(tasks: Mapping[str, Task]) -> list[RewardSpec]:
     return [RewardSpec.of(table) for table in task.rewards]
 
 
-# Tokenising
+# From rows to prompts
+
+
+@dataclass(frozen=True)
+class ReadRow:
+    """A row whose prompt and images are known to be usable."""
+
+    where: str
+    row: Row
+    prompt: str | Messages
+    images: tuple[Image, ...]
+    given: list[int] | None
+    """Its tokens, where it has those."""
 
 
 def make_prompts(
@@ -129,46 +149,116 @@ def make_prompts(
     settings: Mapping[str, sections.Task],
     config: sections.Config,
     tokenizer: Any,
+    image_tokens: ImageTokens | None = None,
 ) -> tuple[list[Prompt], int]:
     """Every task's rows as prompts no longer than `max_prompt_length`, and how many were longer."""
-    limit = config.rollout.max_prompt_length
-    columns: dict[str, None] = {}
-    for row in (row for task_rows in rows.values() for row in task_rows if isinstance(row, dict)):
-        columns |= dict.fromkeys(row)
+    read = {task: read_rows(task, task_rows, split, settings[task], tokenizer) for task, task_rows in rows.items()}
+    if config.environment is not None:
+        refuse_in_environment(one for each in read.values() for one in each)
+    columns = list(dict.fromkeys(name for each in read.values() for one in each for name in one.row))
     prompts: list[Prompt] = []
     index = dropped = 0
-    for task, task_rows in rows.items():
-        if not task_rows and split == "training":
+    for task, each in read.items():
+        if not each and split == "training":
             raise UserError(f"task {task!r} has no training rows; check its options")
-        where = [f"task {task!r}, {split} row {number}" for number in range(1, len(task_rows) + 1)]
-        given = [given_tokens(row, one) for row, one in zip(task_rows, where, strict=True)]
-        task_rows = [
-            row if ids is None else {**row, "prompt": tokenizer.decode(ids).strip() or f"tokens {ids}"}
-            for row, ids in zip(task_rows, given, strict=True)
-        ]
-        texts = [checked_row(row, one) for row, one in zip(task_rows, where, strict=True)]
-        if (system := settings[task].system_prompt) is not None:
-            texts = [with_system_prompt(text, system, one) for text, one in zip(texts, where, strict=True)]
-        ids = tokenize(texts, tokenizer, config.rollout.chat_template_kwargs, f"task {task!r}", given)
-        lengths = [len(one) for one in ids]
-        if lengths and min(lengths) > limit:
-            raise UserError(
-                f"task {task!r}: all {len(lengths)} {split} prompts are longer than rollout.max_prompt_length = "
-                f"{limit}; the shortest has {min(lengths)} tokens, so raise it"
-            )
-        for row, row_where, text, token_ids in zip(task_rows, where, texts, ids, strict=True):
-            if len(token_ids) <= limit:
-                rest = {name: row.get(name) for name in columns if name != "prompt"}
-                prompts.append(Prompt(index, task, text, rest, token_ids))
-            elif settings[task].overlong == "error":
-                raise UserError(
-                    f"{row_where}: {len(token_ids)} tokens exceed rollout.max_prompt_length = {limit}; raise it, or "
-                    'set overlong = "drop"'
-                )
+        ids = tokenize(
+            [one.prompt for one in each],
+            tokenizer,
+            config.rollout.chat_template_kwargs,
+            f"task {task!r}",
+            [one.given for one in each],
+            images=[one.images for one in each],
+            where=[one.where for one in each],
+            image_tokens=image_tokens,
+        )
+        check_shortest(task, split, [len(one) for one in ids], config.rollout.max_prompt_length)
+        for one, token_ids in zip(each, ids, strict=True):
+            if fits(one, token_ids, settings[task], config):
+                prompts.append(Prompt(index, task, one.prompt, columns_of(one, columns), token_ids, one.images))
             else:
                 dropped += 1
             index += 1
     return prompts, dropped
+
+
+def read_rows(task: str, rows: Sequence[Row], split: str, settings: sections.Task, tokenizer: Any) -> list[ReadRow]:
+    """The rows of a task with their images read. Raises UserError naming the first that cannot be used."""
+    return [
+        read_row(row, f"task {task!r}, {split} row {number}", settings.system_prompt, tokenizer)
+        for number, row in enumerate(rows, 1)
+    ]
+
+
+def read_row(row: Any, where: str, system: str | None, tokenizer: Any) -> ReadRow:
+    given = given_tokens(row, where)
+    if given is not None:
+        row = {**row, "prompt": tokenizer.decode(given).strip() or f"tokens {given}"}
+    row, images = images_apart(row, where)
+    prompt = checked_row(row, where)
+    if system is not None:
+        prompt = with_system_prompt(prompt, system, where)
+    return ReadRow(where, row, prompt, images, given)
+
+
+def images_apart(row: Any, where: str) -> tuple[Any, tuple[Image, ...]]:
+    """The row with places for its images in the prompt, and in its columns the images as read; and the images.
+
+    Raises UserError for what is no image, for places that do not match, and for images of a prompt without messages.
+    """
+    if not isinstance(row, dict) or not row.get("prompt"):
+        return row, ()
+    beside, prompt = column_images(row, where), row["prompt"]
+    if isinstance(prompt, str):
+        if beside:
+            raise UserError(f"{where}: its prompt is a plain text, which has no place for images; make it messages")
+        return row, ()
+    if not isinstance(prompt, list):
+        return row, ()
+    prompt, found = with_places(prompt, beside, where)
+    count = len(found)
+    images = tuple(
+        read_image(value, where if count == 1 else f"{where}, image {number}") for number, value in enumerate(found, 1)
+    )
+    read: Row = {"images": images} if images else {}
+    if row.get("image") is not None:
+        read["image"] = images[0]
+    return {**row, "prompt": prompt, **read}, images
+
+
+def refuse_in_environment(rows: Iterable[ReadRow]) -> None:
+    """Raise UserError for the first row with images."""
+    for one in rows:
+        if one.images:
+            raise UserError(
+                f"{one.where}: it has images, and conversations of an [environment] are of text alone; remove "
+                "[environment], or the images"
+            )
+
+
+def columns_of(read: ReadRow, columns: Sequence[str]) -> dict[str, Any]:
+    """The values of `columns`, the prompt's left out; None for those that the row lacks, no images for "images"."""
+    values = {name: read.row.get(name) for name in columns if name != "prompt"}
+    return values | {"images": read.images} if "images" in values else values
+
+
+def check_shortest(task: str, split: str, lengths: Sequence[int], limit: int) -> None:
+    """Raise UserError where no prompt of a task is short enough."""
+    if lengths and min(lengths) > limit:
+        raise UserError(
+            f"task {task!r}: all {len(lengths)} {split} prompts are longer than rollout.max_prompt_length = "
+            f"{limit}; the shortest has {min(lengths)} tokens, so raise it"
+        )
+
+
+def fits(read: ReadRow, token_ids: Sequence[int], settings: sections.Task, config: sections.Config) -> bool:
+    """Whether a prompt is short enough. Raises UserError where it is not and no row may be dropped."""
+    limit = config.rollout.max_prompt_length
+    if len(token_ids) > limit and settings.overlong == "error":
+        raise UserError(
+            f"{read.where}: {len(token_ids)} tokens exceed rollout.max_prompt_length = {limit}; raise it, or "
+            'set overlong = "drop"'
+        )
+    return len(token_ids) <= limit
 
 
 def given_tokens(row: Any, where: str) -> list[int] | None:
@@ -203,52 +293,6 @@ def with_system_prompt(prompt: str | Messages, system: str, where: str) -> Messa
         raise UserError(f"{where}: a plain-text prompt takes no system_prompt; remove it from [task]")
     rest = prompt[1:] if prompt[0]["role"] == "system" else prompt
     return [{"role": "system", "content": system}, *rest] if system else rest
-
-
-def tokenize(
-    prompts: Sequence[str | Messages],
-    tokenizer: Any,
-    chat_template_kwargs: Mapping[str, Any],
-    whose: str,
-    given: Sequence[list[int] | None] = (),
-) -> list[list[int]]:
-    """Token ids of each prompt: text with the tokenizer's special tokens, messages through the chat template.
-
-    `given`: those that are known already. A text that begins with those tokens already does not get them twice.
-    Messages that end with an assistant's are continued; others get the template's opening of an answer. Raises
-    UserError naming `whose` prompts a chat template lacks or refuses.
-    """
-    if any(not isinstance(prompt, str) for prompt in prompts) and getattr(tokenizer, "chat_template", None) is None:
-        raise UserError(
-            f"{whose} has chat prompts, but the model's tokenizer has no chat template; set model.chat_template to a "
-            "Jinja file, or use plain-text prompts"
-        )
-    ids: dict[int, list[int]] = {number: tokens for number, tokens in enumerate(given) if tokens is not None}
-    kinds: dict[str, list[int]] = {"text": [], "ask": [], "continue": []}
-    for number, prompt in enumerate(prompts):
-        if number in ids:
-            continue
-        kind = "text" if isinstance(prompt, str) else "continue" if prompt[-1]["role"] == "assistant" else "ask"
-        kinds[kind].append(number)
-    for kind, numbers in kinds.items():
-        batch: list[Any] = [prompts[number] for number in numbers]
-        if not batch:
-            continue
-        if kind == "text":
-            encoded = encode_texts(batch, tokenizer, whose)
-        else:
-            warn_of_rendered_chats(batch, tokenizer, whose)
-            ending = {"continue_final_message" if kind == "continue" else "add_generation_prompt": True}
-            try:
-                rendered = tokenizer.apply_chat_template(batch, return_dict=True, **ending, **chat_template_kwargs)
-                encoded = rendered["input_ids"]
-            except Exception as error:  # a template is a program, and not ours
-                raise UserError(
-                    f"{whose}: the chat template refuses its prompts ({described(error)}); change system_prompt, "
-                    "rollout.chat_template_kwargs or model.chat_template"
-                ) from None
-        ids.update(zip(numbers, map(list, encoded), strict=True))
-    return [ids[number] for number in range(len(prompts))]
 
 
 # Taking
@@ -303,7 +347,8 @@ class PromptStream:
         digest = hashlib.sha256()
         for task, prompts in self.rows.items():
             for prompt in prompts:
-                digest.update(f"{task} {prompt.index} {prompt.token_ids}\n".encode())
+                images = "".join(f" {image.digest}" for image in prompt.images)
+                digest.update(f"{task} {prompt.index} {prompt.token_ids}{images}\n".encode())
         return digest.hexdigest()
 
     def state_dict(self) -> dict[str, Any]:

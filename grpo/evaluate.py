@@ -117,7 +117,9 @@ def evaluate_model(config: Config, adapter: Path | None, *, with_base: bool) -> 
     check_conversation(config, files.tokenizer, files.stop_token_ids)
     with contextlib.ExitStack() as ending:
         environment = ending.enter_context(start_environment(config))
-        data = load_data(config, files.tokenizer, train=False, tasks=load_tasks(config, environment))
+        data = load_data(
+            config, files.tokenizer, train=False, tasks=load_tasks(config, environment), image_tokens=files.image_tokens
+        )
         check_tokens(data.texts(), files.tokenizer, files.source.config)
         if data.eval_dropped:
             print(f"{data.eval_dropped} questions longer than rollout.max_prompt_length left out", file=sys.stderr)

@@ -32,7 +32,7 @@ from grpo.run.model_reference import ADAPTER, BASE
 
 if TYPE_CHECKING:
     from grpo.api.loaded_policy import LoadedPolicy
-    from grpo.data import Messages
+    from grpo.tokenizing import Messages
 
 LONGEST = 8192
 """Tokens that a chat may have, where the model takes so many."""

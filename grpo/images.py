@@ -35,6 +35,8 @@ STEEPEST = 200
 """The longer side over the shorter one, from which on Qwen's processors refuse an image."""
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 """Those that are read. PIL knows others, of which some start further programs."""
+PREVIEW = 384
+"""Pixels of the longer side of what a run keeps of an image."""
 TURNS = {
     2: "FLIP_LEFT_RIGHT",
     3: "ROTATE_180",
@@ -75,6 +77,12 @@ class Image:
         from PIL import Image as pil
 
         return pil.open(io.BytesIO(self.data), formats=["PNG"]).convert("RGB")
+
+    def preview(self) -> bytes:
+        """A small WebP to look at, of at most `PREVIEW` pixels a side and some kilobytes."""
+        file = io.BytesIO()
+        self.within(PREVIEW).pil().save(file, "WEBP", quality=80, method=2)
+        return file.getvalue()
 
     def within(self, longest: int) -> Image:
         """The image, scaled down where a side is longer than `longest` pixels."""

@@ -28,8 +28,15 @@ HELD = ("image", "image_url", "bytes", "path", "url")
 def content_text(content: Any) -> str:
     """The text of a message's content, without its images."""
     if isinstance(content, list):
-        return "".join(str(part["text"]) for part in content if isinstance(part, Mapping) and is_text(part))
+        texts = [part["text"] if isinstance(part, Mapping) and is_text(part) else part for part in content]
+        return "".join(text for text in texts if isinstance(text, str))
     return "" if content is None else str(content)
+
+
+def says_nothing(content: Any) -> bool:
+    """Whether a message's content has neither a visible character nor an image."""
+    texts = not isinstance(content, list) or all(isinstance(part, str) or is_text(part) for part in content)
+    return texts and not content_text(content).strip()
 
 
 def is_text(part: Mapping[str, Any]) -> bool:

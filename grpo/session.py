@@ -28,6 +28,7 @@ from grpo.model.base_weights import BaseWeights
 from grpo.model.checks import check_float16, check_head_size, end_tokens, largest_head, no_bfloat16
 from grpo.model.config_keys import check_keys, normalize_config
 from grpo.model.host_memory import free_pinned_memory
+from grpo.model.image_tokens import ImageTokens
 from grpo.model.inventory import account
 from grpo.model.layout import is_known, learn
 from grpo.model.locate import recorded_name
@@ -40,6 +41,7 @@ from grpo.policy.full_policy import FullPolicy
 from grpo.policy.keep_16bit import load_base
 from grpo.policy.policy import Policy
 from grpo.policy.starting_base import check_same_start, starting_source
+from grpo.policy.vision_tower import VisionTower
 from grpo.rollout.attention_backend import Served, choose_backend
 from grpo.rollout.types import EngineSettings, SamplingSettings
 from grpo.rollout.vllm_environment import set_environment
@@ -93,6 +95,8 @@ class ModelFiles:
     tokenizer: Any
     """transformers', with the configuration's chat template."""
     stop_token_ids: tuple[int, ...]
+    image_tokens: ImageTokens | None = None
+    """How images become tokens; None where they are not read (`model.images`)."""
 
 
 def read_model(
@@ -122,7 +126,8 @@ def read_model(
     tokenizer = source.tokenizer()
     if config.model.chat_template is not None:
         tokenizer.chat_template = read_template(config.model.chat_template)
-    return ModelFiles(source, tokenizer, stop_token_ids(source, tokenizer))
+    image_tokens = None if source.vision is None else ImageTokens(source.path, source.vision)
+    return ModelFiles(source, tokenizer, stop_token_ids(source, tokenizer), image_tokens)
 
 
 def check_adapter(lora: Lora, text: Any) -> None:
@@ -154,6 +159,7 @@ class LoadedModel:
     base: BaseWeights
     policy: Policy
     tokenizer: Any
+    image_tokens: ImageTokens | None = None
 
 
 class Session:
@@ -194,12 +200,19 @@ class Session:
             source, config.model, files.tokenizer, device=device, dtype=dtype, like=like, agree=agree, status=status
         )
         check_same_start(base.initial, agree)
-        self._model = LoadedModel(base, build_policy(base, config, files.tokenizer), files.tokenizer)
+        policy = build_policy(base, config, files.tokenizer, self._tower(source, files, base))
+        self._model = LoadedModel(base, policy, files.tokenizer, files.image_tokens)
         self.policy.set_longest(sequence_limits(config)[0])
         if adapter is not None:
             self.policy.load_adapter(adapter)
         if start_engine:
             self._start_engine(kv_bytes)
+
+    def _tower(self, source: Source, files: ModelFiles, base: BaseWeights) -> VisionTower | None:
+        if files.image_tokens is None:
+            return None
+        offload = self.config.model.offload_tower
+        return VisionTower(source, files.image_tokens, device=base.device, dtype=base.dtype, offload=offload)
 
     @property
     def model(self) -> LoadedModel:
@@ -222,6 +235,11 @@ class Session:
     def tokenizer(self) -> Any:
         """transformers', with the configuration's chat template."""
         return self.model.tokenizer
+
+    @property
+    def image_tokens(self) -> ImageTokens | None:
+        """How images become tokens; None where the model was loaded without them."""
+        return self.model.image_tokens
 
     @property
     def engine(self) -> Engine:
@@ -346,12 +364,17 @@ def with_form(config: Config, model: Any, device: torch.device, dtype: torch.dty
     return with_weight_update(config, model.get_text_config(), dtype.itemsize, memory, gpu)
 
 
-def build_policy(base: BaseWeights, config: Config, tokenizer: Any) -> Policy:
-    """What `config` trains over `base`: an adapter, or all of it."""
+def build_policy(base: BaseWeights, config: Config, tokenizer: Any, tower: VisionTower | None) -> Policy:
+    """What `config` trains over `base`: an adapter, or all of it. Raises UserError for all of a model with `tower`."""
     train = config.train
+    if config.model.full_finetuning and tower is not None:
+        raise UserError(
+            "model.full_finetuning trains decoders of text, and this run shows the model images; train a LoRA adapter"
+        )
     if config.model.full_finetuning:
         return FullPolicy(base, tokenizer=tokenizer, kernels=train.kernels)
-    return Policy(base, config.lora, seed=train.seed, base_name=recorded_name(config.model.name), kernels=train.kernels)
+    name = recorded_name(config.model.name)
+    return Policy(base, config.lora, seed=train.seed, base_name=name, kernels=train.kernels, tower=tower)
 
 
 def with_smaller_cache(start: Callable[[int | None], T], kv_bytes: int | None, least: int) -> T:

@@ -10,6 +10,8 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+from grpo.messages import content_text
+
 logger = logging.getLogger("grpo")
 
 PROBE = "a"
@@ -48,7 +50,7 @@ def encode_texts(texts: Sequence[str], tokenizer: Any, whose: str) -> list[list[
 def warn_of_rendered_chats(chats: Sequence[Sequence[dict[str, Any]]], tokenizer: Any, whose: str) -> None:
     """A notice about chats in which a turn begins with what begins a sequence: it was rendered before."""
     begin = getattr(tokenizer, "bos_token", None)
-    turns = [turn["content"].lstrip() for chat in chats for turn in chat if turn["role"] != "assistant"]
+    turns = [content_text(turn["content"]).lstrip() for chat in chats for turn in chat if turn["role"] != "assistant"]
     if begin and (count := sum(turn.startswith(begin) for turn in turns)):
         logger.warning(
             "%s: %d of %d turns begin with %s, as if a chat template had rendered them; the model's template renders "

@@ -10,6 +10,7 @@ log-probabilities are for.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -38,6 +39,7 @@ def selected_logprobs(
     softcap: float | None = None,
     chunk_tokens: int = 1024,
     entropy_gradient: bool = False,
+    never: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor]:
     """log p(target | hidden) and the entropy of p, with p = softmax(softcap(hidden @ weight.T) / temperature).
 
@@ -49,6 +51,7 @@ def selected_logprobs(
     softcap: None, or c for c * tanh(logits / c) (Gemma 2).
     chunk_tokens: rows whose logits exist at once, in `hidden`'s dtype. A CPU may take fewer (`CPU_CHUNK_BYTES`).
     entropy_gradient: let gradients flow through the entropy; costs a second [M, H] and a second product per chunk.
+    never: tokens that p gives nothing; not with a softcap, which would bring them back.
 
     Returns (logprobs [M], entropy [M]) in nats, float64 for float64 inputs and float32 otherwise: the product is
     made in `hidden`'s dtype, as in generation, everything after it in that wider type. The entropy is detached
@@ -63,10 +66,13 @@ def selected_logprobs(
         raise ValueError("weight requires a gradient; the head must be frozen")
     if temperature <= 0 or chunk_tokens < 1:
         raise ValueError(f"temperature = {temperature} and chunk_tokens = {chunk_tokens} must be positive")
+    if never and softcap is not None:
+        raise ValueError("tokens cannot be left out under a softcap")
     wants_gradient = hidden.requires_grad and torch.is_grad_enabled()
     logprobs, entropy = _SelectedLogprobs.apply(
-        hidden, weight, targets.contiguous(), temperature, softcap, chunk_tokens, wants_gradient, entropy_gradient
-    )
+        hidden, weight, targets.contiguous(), temperature, softcap, chunk_tokens, wants_gradient, entropy_gradient,
+        never,
+    )  # fmt: skip
     return logprobs, entropy
 
 
@@ -76,6 +82,17 @@ def chunk_rows(hidden: Tensor, vocabulary: int, chunk_tokens: int) -> int:
     if hidden.device.type == "cpu":
         chunk = max(1, min(chunk, CPU_CHUNK_BYTES // (vocabulary * hidden.itemsize)))
     return chunk
+
+
+OUT_OF_REACH = -30_000.0
+"""A logit that no sampling draws, finite in every dtype so that entropies stay numbers."""
+
+
+def put_out_of_reach(logits: Tensor, tokens: Sequence[int]) -> Tensor:
+    """`logits` [..., V], in place with no probability for `tokens`."""
+    for token in tokens:
+        logits[..., token] = OUT_OF_REACH
+    return logits
 
 
 class _SelectedLogprobs(torch.autograd.Function):
@@ -92,6 +109,7 @@ class _SelectedLogprobs(torch.autograd.Function):
         chunk_tokens: int,
         wants_gradient: bool,
         entropy_gradient: bool,
+        never: Sequence[int],
     ) -> tuple[Tensor, Tensor]:
         rows, vocabulary = hidden.shape[0], weight.shape[0]
         chunk = chunk_rows(hidden, vocabulary, chunk_tokens)
@@ -106,6 +124,7 @@ class _SelectedLogprobs(torch.autograd.Function):
             part = slice(start, min(start + chunk, rows))
             size = part.stop - start
             mm_transposed(hidden[part], weight, out=logits[:size])
+            put_out_of_reach(logits[:size], never)
             stats = softmax_stats_(
                 logits[:size],
                 targets[part],
@@ -133,10 +152,10 @@ class _SelectedLogprobs(torch.autograd.Function):
         scaled = (grad_logprobs * ctx.scale)[:, None]
         if entropy_grad is not None:
             wide = scaled * logprob_grad + (grad_entropy * ctx.scale)[:, None] * entropy_grad
-            return wide.to(logprob_grad.dtype), None, None, None, None, None, None, None
+            return wide.to(logprob_grad.dtype), *[None] * 8
         # The product is computed in the wider type and rounded once, without a tensor of that type.
         grad_hidden = torch.mul(scaled, logprob_grad, out=torch.empty_like(logprob_grad))
-        return grad_hidden, None, None, None, None, None, None, None
+        return grad_hidden, *[None] * 8
 
 
 class SoftmaxStats(NamedTuple):

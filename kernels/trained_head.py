@@ -7,6 +7,7 @@ gradient sums over tokens, each with its own weight, which is known in the backw
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,10 +28,12 @@ def token_logprobs(
     softcap: float | None = None,
     chunk_tokens: int = 1024,
     entropy_gradient: bool = False,
+    never: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor]:
     """`logprob.selected_logprobs`, for a head `weight` [V, H] that may require a gradient; it is added to
     `weight.grad`. Arguments, results and errors are the same."""
     settings: dict[str, Any] = {"temperature": temperature, "softcap": softcap, "chunk_tokens": chunk_tokens}
+    settings["never"] = never
     if not (weight.requires_grad and torch.is_grad_enabled()):
         settings["entropy_gradient"] = entropy_gradient
         return logprob.selected_logprobs(hidden, weight.detach(), targets, **settings)
@@ -38,7 +41,7 @@ def token_logprobs(
         stats = logprob.selected_logprobs(hidden, weight.detach(), targets, **settings)
     chunk = logprob.chunk_rows(hidden, weight.shape[0], chunk_tokens)
     logprobs, entropy = _TrainedHead.apply(
-        hidden, weight, targets.contiguous(), *stats, (temperature, softcap, chunk, entropy_gradient)
+        hidden, weight, targets.contiguous(), *stats, (temperature, softcap, chunk, entropy_gradient, never)
     )
     return logprobs, entropy
 
@@ -54,12 +57,12 @@ class _TrainedHead(torch.autograd.Function):
         targets: Tensor,
         logprobs: Tensor,
         entropy: Tensor,
-        settings: tuple[float, float | None, int, bool],
+        settings: tuple[float, float | None, int, bool, Sequence[int]],
     ) -> tuple[Tensor, Tensor]:
         ctx.settings, ctx.weight = settings, weight
         ctx.save_for_backward(hidden, targets)
         logprobs, entropy = logprobs.view_as(logprobs), entropy.view_as(entropy)
-        if not settings[-1]:
+        if not settings[3]:
             ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
@@ -68,7 +71,7 @@ class _TrainedHead(torch.autograd.Function):
     def backward(ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, targets = ctx.saved_tensors
         weight = ctx.weight.detach()
-        temperature, softcap, chunk, entropy_gradient = ctx.settings
+        temperature, softcap, chunk, entropy_gradient, never = ctx.settings
         hidden_grad = torch.empty_like(hidden)
         logits = hidden.new_empty(min(chunk, len(hidden)), weight.shape[0])
         of_entropy = torch.empty_like(logits) if entropy_gradient else None
@@ -77,6 +80,7 @@ class _TrainedHead(torch.autograd.Function):
             grads, size = logits[: rows.stop - start], rows.stop - start
             other = None if of_entropy is None else of_entropy[:size]
             mm_transposed(hidden[rows], weight, out=grads)
+            logprob.put_out_of_reach(grads, never)
             logprob.softmax_stats_(grads, targets[rows], temperature, softcap, gradient=True, entropy_gradient=other)
             grads.mul_((grad_logprobs[rows] * (-1.0 / temperature))[:, None])
             if other is not None and grad_entropy is not None:

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from grpo.errors import UserError
+from grpo.messages import says_nothing
 
 GIVE_OR_LEAVE_OUT = "give the row one, or leave the row out"
 
@@ -156,13 +157,11 @@ def filled(template: str, row: Mapping[str, Any], where: str, what: str = "the p
 
 
 def checked_prompt(prompt: Any, where: str) -> str | list[dict[str, Any]]:
-    """`prompt`. Raises UserError unless it is text or chat messages with a role and text each."""
+    """`prompt`. Raises UserError unless it is text or chat messages with a role and a content each."""
     if isinstance(prompt, str) and prompt:
         return prompt
     if isinstance(prompt, list) and prompt:
-        if all(
-            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in prompt
-        ):
+        if all(isinstance(m, dict) and isinstance(m.get("role"), str) and is_content(m.get("content")) for m in prompt):
             return prompt
     raise UserError(
         f'{where}: "prompt" must be text or a list of messages such as {{"role": "user", "content": "..."}}; '
@@ -170,11 +169,16 @@ def checked_prompt(prompt: Any, where: str) -> str | list[dict[str, Any]]:
     )
 
 
+def is_content(content: Any) -> bool:
+    """Whether a message may say this: a text, or a list of parts."""
+    return isinstance(content, str) or (isinstance(content, list) and all(isinstance(p, dict | str) for p in content))
+
+
 def check_question(prompt: str | Sequence[Mapping[str, Any]], where: str) -> None:
     """Raise UserError where a prompt asks nothing: an empty text, or a user's turn that is empty."""
     if isinstance(prompt, str):
         empty = is_blank(prompt)
     else:
-        empty = any(turn["role"] == "user" and is_blank(turn["content"]) for turn in prompt)
+        empty = any(turn["role"] == "user" and says_nothing(turn["content"]) for turn in prompt)
     if empty:
         raise UserError(f"{where}: its question is empty; {GIVE_OR_LEAVE_OUT}")

@@ -28,11 +28,13 @@ import contextlib
 import functools
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from grpo.errors import UserError
+from grpo.messages import COLUMNS, content_text
 from grpo.rewards.extract import boxed_answer, completion_text, hash_answer, is_no_answer, last_number, xml_answer
-from grpo.tasks.cells import check_question, checked_prompt, filled, gold_text, is_blank, reach
+from grpo.tasks.cells import check_question, checked_prompt, filled, gold_text, is_blank, reach, require_columns
 from grpo.tasks.common import Row, Task, read_hub, read_splits
 
 Place = Literal["text", "xml", "boxed", "hash", "number"]
@@ -61,6 +63,7 @@ def load(
     answer_in: Place = "text",
     completion_answer_in: Place = "xml",
     held_out: int = 0,
+    images: str | None = None,
     name: str = "table",
 ) -> Task:
     """The rows of `path` (a folder with train.* and test.*, or one file) or of the data set `hub`, `subset`.
@@ -69,8 +72,9 @@ def load(
     columns, in `prompt` and in `answer`: "reward_model.ground_truth". A question or gold answer that is missing, empty,
     NaN, or no text or number is refused with its place. `examples` are rows
     whose `reply` is shown before the question. `chat = false` makes plain-text prompts, for base models. Without an
-    evaluation split (`eval_split = ""`), `held_out` rows are taken from the end of the training rows. `name` tells
-    several tables apart.
+    evaluation split (`eval_split = ""`), `held_out` rows are taken from the end of the training rows. The columns
+    `image` and `images` show an image or a list of them before the question, or where it says "<image>"; `images` is
+    another column that does. Relative paths start at the file that has the row. `name` tells several tables apart.
     """
     shown = [{"role": "system", "content": system_prompt}] if system_prompt else []
     for number, example in enumerate(examples or [], 1):
@@ -81,7 +85,8 @@ def load(
     def make(row: Row, where: str) -> Row:
         messages = shown + fill(prompt, row, where)
         gold = gold_answer(row, answer, answer_in, where)
-        return row | {"prompt": messages if chat else plain_text(messages), "answer": gold}
+        shows = with_image_paths(row, images, where, None if path is None else Path(path).expanduser())
+        return row | shows | {"prompt": messages if chat else plain_text(messages), "answer": gold}
 
     if path is not None and hub is None:
         train, test = read_splits(path, [answer], train_split, eval_split, make)
@@ -103,6 +108,34 @@ def load(
         strict=functools.partial(strict, place=completion_answer_in),
         flexible=flexible,
     )
+
+
+def with_image_paths(row: Row, column: str | None, where: str, path: Path | None) -> Row:
+    """The row's columns of images, in which relative paths start at the folder of the data in `path`.
+
+    `column`: what is taken as `images`. Raises UserError where the row lacks it, and for paths in data of the hub
+    (`path` None), which would be files of this machine.
+    """
+    found = {name: row[name] for name in COLUMNS if row.get(name) is not None}
+    if column is not None:
+        require_columns(row, [column], where)
+        value = reach(row, column)
+        found = {"images": list(value) if isinstance(value, list | tuple) else [value]}
+
+    def located(value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return [located(each) for each in value]
+        held = isinstance(value, dict) and value.get("bytes") is None
+        name = value.get("path") if held else value
+        if not isinstance(name, str) or name.startswith("data:") or "://" in name[:40]:
+            return value
+        if path is None and held:  # in the cache of `datasets`
+            return value
+        if path is None:
+            raise UserError(f"{where}: its image is the path {name[:200]!r} and not the file; download the data set")
+        return (path if path.is_dir() else path.parent) / Path(name).expanduser()
+
+    return {name: located(value) for name, value in found.items()}
 
 
 def gold_answer(row: Row, column: str, place: Place, where: str) -> str:
@@ -131,7 +164,7 @@ def plain_text(messages: Sequence[dict[str, Any]]) -> str:
     text = ""
     for message in messages:
         text += "\n\n" if text and message["role"] != "assistant" else ""
-        text += str(message["content"])
+        text += content_text(message["content"])
     return text
 
 

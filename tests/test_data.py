@@ -176,7 +176,10 @@ def test_real_gsm8k_layout_trains_on_the_configuration_file(tmp_path: Path) -> N
         ({"prompt": []}, "prompt"),
         ({"prompt": ["one"]}, "role"),
         ({"prompt": [{"role": "user"}]}, "content"),
-        ({"prompt": [{"role": "user", "content": [{"type": "image"}]}]}, "content"),
+        ({"prompt": [{"role": "user", "content": [{"type": "image"}]}]}, "1 place for one"),
+        ({"prompt": [{"role": "user", "content": [{"type": "video"}]}]}, "no text or image but video"),
+        ({"prompt": [{"role": "user", "content": 3}]}, "content"),
+        ({"prompt": "one", "image": "a.png"}, "plain text, which has no place for images"),
         ("one", "prompt"),
     ],
 )

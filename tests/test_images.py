@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 import os
 import pickle
 import struct
@@ -22,20 +21,9 @@ from PIL import Image as pil
 
 from grpo.errors import UserError
 from grpo.images import FORMATS, MAX_PIXELS, MOST_BYTES, MOST_PIXELS, Image, read_image
+from tests.helpers.pictures import file_of, noise
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
-
-
-def picture(width: int = 3, height: int = 2, mode: str = "RGB", seed: int = 0) -> pil.Image:
-    """Noise, so that turned ones differ."""
-    values = numpy.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=numpy.uint8)
-    return pil.fromarray(values).convert(mode)
-
-
-def file_of(image: pil.Image, kind: str = "PNG", **options: Any) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
 
 
 def refusal(value: Any, **options: Any) -> str:
@@ -54,7 +42,7 @@ def same(image: Image, expected: pil.Image) -> bool:
 
 
 def test_every_form_of_an_image_gives_the_same(tmp_path: Path) -> None:
-    original = picture()
+    original = noise(3, 2)
     data = file_of(original)
     (tmp_path / "a.png").write_bytes(data)
     uri = "data:image/png;base64," + base64.b64encode(data).decode()
@@ -67,9 +55,9 @@ def test_every_form_of_an_image_gives_the_same(tmp_path: Path) -> None:
 
 
 def test_equal_pixels_are_equal_and_others_are_not() -> None:
-    first = read_image(picture(), "row 1")
-    assert first == read_image(file_of(picture(), "BMP"), "row 2")
-    assert first != read_image(picture(seed=1), "row 3")
+    first = read_image(noise(), "row 1")
+    assert first == read_image(file_of(noise(), "BMP"), "row 2")
+    assert first != read_image(noise(seed=1), "row 3")
     one_row, one_column = (read_image(pil.new("RGB", size, "red"), "row 4") for size in ((6, 1), (1, 6)))
     assert one_row != one_column
 
@@ -86,7 +74,7 @@ def test_every_format_is_read(kind: str) -> None:
 
 @pytest.mark.parametrize("turn", range(1, 9))
 def test_exif_orientation_is_undone(turn: int) -> None:
-    shown = picture(5, 3)
+    shown = noise(5, 3)
     undo = [None, 0, 3, 1, 5, 2, 6, 4]  # what a camera does to it, as PIL numbers transpositions
     stored = shown if turn == 1 else shown.transpose(undo[turn - 1])  # type: ignore[arg-type]
     exif = pil.Exif()
@@ -159,17 +147,17 @@ def test_what_is_no_image_is_a_sentence(tmp_path: Path) -> None:
 
 def test_a_damaged_image_is_a_sentence() -> None:
     for kind in ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF"):
-        data = file_of(picture(64, 64), kind)
+        data = file_of(noise(64, 64), kind)
         said = refusal(data[: len(data) // 2])
         assert "is damaged or cut short" in said or "cannot be read" in said
-    flipped = bytearray(file_of(picture(64, 64)))
+    flipped = bytearray(file_of(noise(64, 64)))
     flipped[len(flipped) // 2] ^= 255
     assert "is damaged or cut short" in refusal(bytes(flipped))
 
 
 def test_animated_and_empty_and_narrow_images_are_sentences() -> None:
     for kind in ("GIF", "WEBP", "PNG", "TIFF"):
-        frames = [picture(9, 9, seed=seed) for seed in range(3)]
+        frames = [noise(9, 9, seed=seed) for seed in range(3)]
         said = refusal(file_of(frames[0], kind, save_all=True, append_images=frames[1:]))
         assert said == "has several frames; choose one and save it alone"
     assert "is 0 x 5 pixels, which is nothing" in refusal(pil.new("RGB", (0, 5)))
@@ -216,7 +204,7 @@ def test_no_bytes_end_otherwise_than_in_an_image_or_a_sentence(data: st.DataObje
     kind = data.draw(st.sampled_from(FORMATS))
     exif = pil.Exif()
     exif[0x0112] = 6
-    content = bytearray(file_of(picture(12, 9), kind, exif=exif) if kind != "BMP" else file_of(picture(12, 9), kind))
+    content = bytearray(file_of(noise(12, 9), kind, exif=exif) if kind != "BMP" else file_of(noise(12, 9), kind))
     for _ in range(data.draw(st.integers(1, 8))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     content = content[: data.draw(st.integers(0, len(content)))]

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, processors
 
-from grpo.data import tokenize
 from grpo.rewards.tag_count import tag_count
 from grpo.special_tokens import completion_text, leading_tokens
+from grpo.tokenizing import tokenize
 from tests.helpers.vocabularies import TEXTS, byte_level, save_tokenizer, sentencepiece
 
 MAKERS: dict[str, Callable[[], Any]] = {

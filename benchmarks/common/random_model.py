@@ -206,6 +206,7 @@ class RandomSource:
         self.config = shape_config(shape)
         self._shapes = tensor_shapes(self.config)
         self.names, self.notices = set(self._shapes), list[str]()
+        self.vision, self.tower = None, dict[str, str]()
         largest = max(torch.Size(size).numel() for size in self._shapes.values())
         torch.manual_seed(0)
         drawn = torch.randn(min(largest, 1 << 27), dtype=torch.bfloat16, device=device).mul_(0.02).cpu()

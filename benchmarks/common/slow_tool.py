@@ -11,8 +11,9 @@ PROMPT = [{"role": "user", "content": "Tell me something, and go on when I ask y
 async def play(row: dict[str, Any], sample: Any) -> float:
     """A turn of each of the row's lengths, with its delay between them."""
     messages = list(row["prompt"])
-    for length in row["lengths"]:
+    for number, length in enumerate(row["lengths"]):
+        if number:
+            await asyncio.sleep(row["delay"])
         turn = await sample(messages, max_tokens=length)
-        await asyncio.sleep(row["delay"])
         messages = [*messages, turn.message, {"role": "user", "content": "Go on."}]
     return 0.0

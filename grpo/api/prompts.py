@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from grpo.data import Messages, tokenize
 from grpo.errors import UserError
 from grpo.tasks.cells import checked_prompt
+from grpo.tokenizing import Messages, tokenize
 
 Prompts = str | Messages | Sequence[str | Messages]
 """A text, a chat (a list of messages), or a list of these."""

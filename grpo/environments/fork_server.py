@@ -67,7 +67,7 @@ class ForkServer:
     def __init__(self, control: socket.socket, program: Program, setup: dict[str, Any]):
         self.control, self.program, self.setup = control, program, setup
         self.running: dict[int, int] = {}
-        """Process id -> episode."""
+        """Process id -> the trainer's number of it."""
         self.wake, wake = os.pipe()
         os.set_blocking(wake, False)
         signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
@@ -96,21 +96,21 @@ class ForkServer:
         if "start" in order:
             self.start(order["start"], links[0])
         elif "end" in order:
-            for process, episode in list(self.running.items()):
-                if episode == order["end"]:
+            for process, number in list(self.running.items()):
+                if number == order["end"]:
                     end_group(process)
         else:
             self.end_everything()
             send(self.control, {"swept": order["sweep"]})
         return True
 
-    def start(self, episode: int, link: int) -> None:
-        """Fork `episode`, whose link is the descriptor `link`."""
+    def start(self, number: int, link: int) -> None:
+        """Fork a process for an episode, which waits for it at the link, the descriptor `link`."""
         process = os.fork()
         if process == 0:
             run_episode(self.program, self.setup, link, (self.control.fileno(), self.wake))
         os.close(link)
-        self.running[process] = episode
+        self.running[process] = number
 
     def reap(self) -> None:
         """Tell of every process that has ended; a stranger's is only removed."""
@@ -121,9 +121,9 @@ class ForkServer:
                 return
             if process == 0:
                 return
-            episode = self.running.pop(process, None)
-            if episode is not None:
-                send(self.control, {"ended": episode, "code": os.waitstatus_to_exitcode(status)})
+            number = self.running.pop(process, None)
+            if number is not None:
+                send(self.control, {"ended": number, "code": os.waitstatus_to_exitcode(status)})
 
     def end_everything(self) -> None:
         """Kill whatever descends from here, and wait for it."""

@@ -84,6 +84,8 @@ Said = Asked | Ended | Scored | Lost
 
 @dataclass
 class _Episode:
+    process: int
+    """The number that the fork server knows it by."""
     link: socket.socket
     inbox: Inbox
     outgoing: bytearray
@@ -129,6 +131,11 @@ class EnvironmentPool:
         self._python = python
         self.inbox: dict[int, Said] = {}
         self._episodes: dict[int, _Episode] = {}
+        self._episode_of: dict[int, int] = {}
+        """Process -> episode."""
+        self._spare: dict[int, socket.socket] = {}
+        """Process without an episode yet -> link."""
+        self._forked = 0
         self._waiting: deque[tuple[int, bytes]] = deque()
         self._selector = selectors.DefaultSelector()
         self._sweeps = 0
@@ -201,13 +208,33 @@ class EnvironmentPool:
     def _begin(self, episode: int, message: dict[str, Any]) -> None:
         if self._gone:
             self._restart()
+        if not self._spare:
+            self._fork()
+        process = min(self._spare)
+        link = self._spare.pop(process)
+        self._episodes[episode] = _Episode(process, link, Inbox(), bytearray())
+        self._episode_of[process] = episode
+        self._selector.register(link, selectors.EVENT_READ, episode)
+        self.tell(episode, message)
+
+    def prepare(self, episodes: int) -> None:
+        """Fork processes for so many episodes that begin later, while there is time: each takes milliseconds."""
+        for _ in range(0 if self._gone else min(episodes, self.processes) - len(self._spare)):
+            self._fork()
+
+    def _fork(self) -> None:
+        """A process that waits for an episode."""
         mine, theirs = socket.socketpair()
-        self._order({"start": episode}, theirs.fileno())
+        self._forked += 1
+        self._order({"start": self._forked}, theirs.fileno())
         theirs.close()
         mine.setblocking(False)
-        self._episodes[episode] = _Episode(mine, Inbox(), bytearray())
-        self._selector.register(mine, selectors.EVENT_READ, episode)
-        self.tell(episode, message)
+        self._spare[self._forked] = mine
+
+    def _drop_spare(self) -> None:
+        for link in self._spare.values():
+            link.close()
+        self._spare.clear()
 
     def _restart(self) -> None:
         """Another fork server, after the last one was killed."""
@@ -314,7 +341,8 @@ class EnvironmentPool:
         with contextlib.suppress(KeyError):
             self._selector.unregister(one.link)
         one.link.close()
-        self._order({"end": number})
+        del self._episode_of[one.process]
+        self._order({"end": one.process})
 
     def _read_control(self) -> None:
         try:
@@ -326,18 +354,24 @@ class EnvironmentPool:
             self._selector.unregister(self._control)
             for number in list(self._episodes):
                 self._lose(number, "was ended with the process that all episodes come from")
+            self._drop_spare()
             return
         for report in self._reports.feed(piece):
             if "ended" in report:
-                number = report["ended"]
-                if number in self._episodes:
-                    self._read(number)
-                if number in self._episodes:
-                    self._lose(number, how_it_ended(report["code"]))
+                self._take_end(report["ended"], report["code"])
             elif "swept" in report:
                 self._swept = report["swept"]
             else:
                 self._loaded = report
+
+    def _take_end(self, process: int, code: int) -> None:
+        """A process has ended."""
+        if (spare := self._spare.pop(process, None)) is not None:
+            spare.close()
+        if process in self._episode_of:
+            self._read(self._episode_of[process])
+        if process in self._episode_of:
+            self._lose(self._episode_of[process], how_it_ended(code))
 
     def _read_output(self) -> None:
         assert self._process.stdout is not None
@@ -360,6 +394,7 @@ class EnvironmentPool:
         """End all episodes and whatever they left behind, and forget what they said."""
         for number in list(self._episodes):
             self._forget(number)
+        self._drop_spare()
         self._waiting.clear()
         self._sweeps += 1
         self._order({"sweep": self._sweeps})
@@ -380,6 +415,7 @@ class EnvironmentPool:
         """End all processes. May be called twice."""
         for number in list(self._episodes):
             self._forget(number)
+        self._drop_spare()
         self._close_server()
 
     def __enter__(self) -> EnvironmentPool:

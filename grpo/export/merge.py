@@ -31,6 +31,7 @@ class MergedSource:
         self.base, self.adapter, self.initial = base, adapter, initial or {}
         self.path, self.config, self.stored_as = base.path, base.config, base.stored_as
         self.names, self.notices = set(base.names), base.notices
+        self.vision, self.tower = base.vision, base.tower
         self.adapters = {} if adapter is None else adapter.check(base.config.get_text_config())
 
     def shape(self, name: str) -> tuple[int, ...]:

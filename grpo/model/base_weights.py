@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -113,7 +113,10 @@ class BaseWeights:
         for sentence in account(source):  # nothing is left to say where `read_model` has been
             logger.warning(sentence)
         self.layout = Layout.of(self.config)
+        self.vision = source.vision
         self.head_form = Head.of(self.config)
+        if self.vision is not None:
+            self.head_form = replace(self.head_form, never=self.vision.never)
         self.source_path = source.path
         self.fingerprint = Fingerprint.of(source)
         self.device, self.dtype = device, dtype

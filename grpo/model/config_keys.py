@@ -23,6 +23,7 @@ from grpo.model.checks import one_line
 from grpo.model.decoder_config import DecoderConfig
 from grpo.model.families.table import family_of
 from grpo.model.rope import (
+    IMAGE_POSITIONS,
     by_layer_type,
     frequencies,
     head_size,
@@ -247,8 +248,11 @@ def dropouts(config: DecoderConfig) -> list[tuple[str, float]]:
     return [(key, value) for key, value in values if isinstance(value, float | int) and value]
 
 
-def served_values(config: DecoderConfig) -> dict[str, Any]:
-    """The configuration that vLLM gets: the family's keys with the rotary scaling left to `rope.share_positions`."""
+def served_values(config: DecoderConfig, *, images: bool = False) -> dict[str, Any]:
+    """The configuration that vLLM gets: the family's keys with the rotary scaling left to `rope.share_positions`.
+
+    `images`: with positions in images.
+    """
     keys_served = own_keys(config) | {"head_dim"}
     values = {key: value for key, value in config.to_dict().items() if key in keys_served}
     values |= {
@@ -256,6 +260,8 @@ def served_values(config: DecoderConfig) -> dict[str, Any]:
         "architectures": [vllm_class(config.model_type)],
         "rope_parameters": plain_parameters(config),
     }
+    if images:
+        values["rope_parameters"] |= {key: config.rope_parameters[key] for key in IMAGE_POSITIONS}
     served = family_of(config.model_type).served
     return values if served is None else values | served(config)
 

@@ -22,6 +22,7 @@ from grpo.model.gguf_config import ROTARY_TENSORS, complete_config
 from grpo.model.gguf_header import read_header
 from grpo.model.layout import HEAD
 from grpo.model.meta_graph import graph_tensors
+from grpo.model.vision import Vision
 
 
 class GGUFSource:
@@ -36,6 +37,8 @@ class GGUFSource:
 
         self.path = path
         self.notices: list[str] = []
+        self.vision: Vision | None = None
+        self.tower: dict[str, str] = {}
         read_header(path)
         try:
             self.reader = PlainReader(path)

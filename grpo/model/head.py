@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grpo.kernels.logprob import put_out_of_reach
 from grpo.model.config_keys import own_keys
 from grpo.model.decoder_config import DecoderConfig
 
@@ -27,6 +28,8 @@ class Head:
 
     scale: float = 1.0
     cap: float | None = None
+    never: tuple[int, ...] = ()
+    """Tokens that are out of reach, in sampling as in training."""
 
     @classmethod
     def of(cls, config: DecoderConfig) -> Head:
@@ -43,9 +46,11 @@ class Head:
         With s the scale, h a product and t the temperature: cap tanh(s h / cap) / t = c tanh(h / c) / (t / s) for
         c = cap / s.
         """
-        return {"temperature": temperature / self.scale, "softcap": None if self.cap is None else self.cap / self.scale}
+        softcap = None if self.cap is None else self.cap / self.scale
+        return {"temperature": temperature / self.scale, "softcap": softcap, "never": self.never}
 
     def logits(self, products: Tensor) -> Tensor:
         """The logits of `products`, hidden W^T in float32."""
         scaled = products * self.scale if self.scale != 1.0 else products
-        return scaled if self.cap is None else self.cap * torch.tanh(scaled / self.cap)
+        logits = scaled if self.cap is None else self.cap * torch.tanh(scaled / self.cap)
+        return put_out_of_reach(logits.clone(), self.never) if self.never else logits

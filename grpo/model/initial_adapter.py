@@ -78,6 +78,7 @@ class ResidualSource:
         self.source, self.lora, self.seed = source, lora, seed
         self.path, self.config, self.stored_as = source.path, source.config, source.stored_as
         self.names, self.notices = source.names, source.notices
+        self.vision, self.tower = source.vision, source.tower
         self.device = device or torch.device("cpu")
         layers = adapted_layers(source.config.get_text_config(), lora)
         if lora.init_lora_weights == LOFTQ:

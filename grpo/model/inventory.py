@@ -54,7 +54,8 @@ def account(source: Source) -> list[str]:
         del needed[HEAD]
     for name, shape in needed.items():
         check_tensor(source, name, shape)
-    notices = [*source.notices, *extras(source, config, source.names - needed.keys(), left_out)]
+    surplus = source.names - needed.keys() - set(source.tower.values())
+    notices = [*source.notices, *extras(source, config, surplus, left_out)]
     source.notices = []
     source.names = set(needed)
     return notices + settled_head(source, config)

@@ -34,6 +34,9 @@ OF_TYPE = {
 }
 """The entries of `rope_parameters` that transformers reads for a `rope_type`."""
 
+IMAGE_POSITIONS = ("mrope_section", "mrope_interleaved")
+"""The entries about positions in images."""
+
 Frequencies = dict[str, tuple[Tensor, float]]
 """Layer type, or EVERYWHERE -> (float32 [rotated dimensions / 2], what cosines and sines are multiplied by)."""
 
@@ -47,6 +50,7 @@ class Rotary(nn.Module):
         self.config = config
         self.scalings: dict[str, float] = {}
         self.in_pairs = turns_pairs(config)
+        self.sections = image_sections(config)
         for kind, (inverse, scaling) in frequencies(config, longest).items():
             self.register_buffer(prefixed(kind, "inv_freq"), inverse.to(device), persistent=False)
             self.scalings[kind] = scaling
@@ -55,12 +59,17 @@ class Rotary(nn.Module):
     def forward(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> tuple[Tensor, Tensor]:
         """Cosines and sines [..., rotated dimensions] of `position_ids` [...] in the dtype of `x`, which gives no more.
 
-        `layer_type` is transformers' name of it, where the model has frequencies for each. Of positions in time, height
-        and width [3, batch, tokens], which text has all alike, the first count.
+        `layer_type` is transformers' name of it, where the model has frequencies for each. Of positions in time, row
+        and column [3, batch, tokens] each frequency turns by one; without `sections` by the first, as text has all
+        three alike.
         """
-        position_ids = position_ids[0] if position_ids.ndim == 3 else position_ids
         kind = layer_type if layer_type in self.scalings else EVERYWHERE
-        angles = position_ids[..., None].float() * self.get_buffer(prefixed(kind, "inv_freq"))
+        inverse = self.get_buffer(prefixed(kind, "inv_freq"))
+        if position_ids.ndim == 3 and self.sections is not None:
+            positions = position_ids[self.sections.to(position_ids.device)].movedim(0, -1).float()
+        else:
+            positions = (position_ids[0] if position_ids.ndim == 3 else position_ids)[..., None].float()
+        angles = positions * inverse
         angles = angles.repeat_interleave(2, dim=-1) if self.in_pairs else torch.cat((angles, angles), dim=-1)
         return tuple((part * self.scalings[kind]).to(x.dtype) for part in (angles.cos(), angles.sin()))
 
@@ -81,6 +90,19 @@ class Rotary(nn.Module):
         halves = self(torch.empty(0, dtype=torch.float32), torch.arange(length), layer_type)
         once = slice(None, None, 2) if self.in_pairs else slice(len(halves[0][0]) // 2)
         return torch.cat([part[:, once] for part in halves], dim=1)
+
+
+def image_sections(config: DecoderConfig) -> Tensor | None:
+    """int64 [frequencies]: by which of time (0), row (1) and column (2) each turns; None of a model of text alone."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    sections = parameters.get("mrope_section")
+    if not sections:
+        return None
+    if not parameters.get("mrope_interleaved"):
+        return torch.tensor([axis for axis, count in enumerate(sections) for _ in range(count)])
+    axes = torch.arange(sum(sections)) % 3
+    beyond = torch.arange(sum(sections)) >= 3 * torch.tensor(sections)[axes]
+    return axes.masked_fill(beyond, 0)
 
 
 def turns_pairs(config: DecoderConfig) -> bool:
@@ -155,6 +177,8 @@ def unknown_parameters(config: DecoderConfig) -> list[str]:
     unknown: dict[str, None] = {}
     for _, values in rotary_parameters(config):
         known = OF_EVERY_TYPE | OF_TYPE.get(values.get("rope_type", ""), set()) | family_of(config.model_type).of_rotary
+        if "mrope_interleaved" in values:  # `text_decoder.py` says so where images are read
+            known = known | set(IMAGE_POSITIONS)
         unknown |= dict.fromkeys(key for key, value in values.items() if key not in known and value is not None)
     return list(unknown)
 

@@ -25,6 +25,7 @@ from grpo.model.meta_graph import graph_tensors
 from grpo.model.quantization import READ_INSTEAD, check_quantization, quantization, stated, weight_of, with_modelopt
 from grpo.model.sound import refuse_sound
 from grpo.model.text_decoder import decoder_names, text_config
+from grpo.model.vision import Vision, tower_shapes
 from grpo.model.weight_files import stored_names, unique, unread_files, weights_entry
 from grpo.model.weight_source import NF4Tensor, Packed
 
@@ -63,7 +64,10 @@ class SafetensorsSource:
             )
         try:
             whole = AutoConfig.from_pretrained(path, trust_remote_code=brings_code)
-            self.config = text_config(whole)
+            self.vision = Vision.of(whole, str(path)) if model.images else None
+            self.config = text_config(whole, images=model.images)
+        except UserError:
+            raise
         except Exception as error:  # whatever transformers' checks of an untrusted file raise
             raise UserError(f"{file}: {one_line(error)}; correct it, or download the model again") from None
         if stored := stated(values):
@@ -76,6 +80,21 @@ class SafetensorsSource:
         if self.config is not whole:
             self._name_decoder()
         self.names = {self._logical_name(name) for name in self._shard_of}
+        self.tower = self._find_tower()
+
+    def _find_tower(self) -> dict[str, str]:
+        """The tower's tensors -> their entries; none where images are not read."""
+        if self.vision is None:
+            return {}
+        shapes = tower_shapes(self.vision)
+        found = self.vision.stored_tower(self.names, shapes, str(self.path))
+        for name, entry in found.items():
+            if self.shape(entry) != shapes[name]:
+                raise UserError(
+                    f"{self.path}: {entry} has shape {self.shape(entry)}, config.json says {shapes[name]}; pass a "
+                    "model whose files belong together"
+                )
+        return found
 
     def _logical_name(self, name: str) -> str:
         """The weight that the entry `name` belongs to: packed ones have several."""

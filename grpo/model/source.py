@@ -19,6 +19,11 @@ def open_source(model: Model) -> Source:
     """The checkpoint that `[model]` names. Raises UserError when it cannot be found, read or trusted."""
     path = locate(model)
     if path.suffix == ".gguf":
+        if model.images:
+            raise UserError(
+                f"{path}: model.images = true, and a GGUF file holds a decoder of text alone; use the model's folder "
+                "in Hugging Face's format, or leave images out"
+            )
         return GGUFSource(path)
     return SafetensorsSource(path, model)
 

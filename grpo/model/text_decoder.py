@@ -21,8 +21,11 @@ OF_IMAGES = ("mrope_section", "mrope_interleaved")
 """Entries of `rope_parameters` about positions in images."""
 
 
-def text_config(config: DecoderConfig) -> DecoderConfig:
-    """The configuration of the decoder in the model of `config`, transformers'; `config` itself where that is all."""
+def text_config(config: DecoderConfig, *, images: bool = False) -> DecoderConfig:
+    """The configuration of the decoder in the model of `config`, transformers'; `config` itself where that is all.
+
+    `images`: its positions are those in images too.
+    """
     text = config.get_text_config(decoder=True)
     if text is not config:
         tied = getattr(config, "tie_word_embeddings", getattr(text, "tie_word_embeddings", None))
@@ -30,16 +33,18 @@ def text_config(config: DecoderConfig) -> DecoderConfig:
         for key in SHARED_KEYS:
             if getattr(text, key, None) is None:
                 setattr(text, key, getattr(config, key, None))
+    if images:
+        text.rope_parameters["mrope_interleaved"] = family_of(text.model_type).sees == "interleaved"
     plain = family_of(text.model_type).text_as
-    return as_family(text, plain) if plain else text
+    return as_family(text, plain, images=images) if plain else text
 
 
-def as_family(config: DecoderConfig, model_type: str) -> Any:
+def as_family(config: DecoderConfig, model_type: str, *, images: bool = False) -> Any:
     """`config`, of a decoder that computes what the family `model_type` does, as that family's."""
     from transformers import AutoConfig
 
     values = {key: value for key, value in config.to_dict().items() if key not in ("model_type", "architectures")}
-    rotary = {key: value for key, value in values["rope_parameters"].items() if key not in OF_IMAGES}
+    rotary = {key: value for key, value in values["rope_parameters"].items() if images or key not in OF_IMAGES}
     if rotary.get("rope_type") == "mrope":
         rotary["rope_type"] = "default"
     changed = family_of(config.model_type).text_values

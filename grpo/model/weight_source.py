@@ -15,6 +15,7 @@ from torch import Tensor
 
 from grpo.kernels import eight_bit, nf4
 from grpo.model.decoder_config import DecoderConfig
+from grpo.model.vision import Vision
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,10 @@ class Source(Protocol):
     names: set[str]
     notices: list[str]
     """A sentence each about what of the checkpoint is not read."""
+    vision: Vision | None
+    """What the model says of images; None where they are not read."""
+    tower: dict[str, str]
+    """The vision tower's tensors, as transformers' module has them -> as `read` knows them."""
 
     @property
     def stored_as(self) -> str:

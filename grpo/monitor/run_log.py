@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -24,6 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 from grpo.config.schema import Config
+from grpo.images import Image
 from grpo.monitor.log import is_sampled
 from grpo.monitor.notebook import NotebookDisplay, Progress
 from grpo.monitor.trackers import Trackers
@@ -35,6 +36,7 @@ from grpo.run.records import (
     ALARMS,
     EVALUATIONS,
     HELD_OUT,
+    IMAGES,
     METRICS,
     REPORT,
     SUMMARY,
@@ -45,7 +47,7 @@ from grpo.run.records import (
     plain,
     read_entries,
 )
-from grpo.run.samples import SampleGroup
+from grpo.run.samples import SampleGroup, preview_name
 from grpo.run.versions import hardware, versions
 
 ENDS = 5  # steps that "first" and "last" are means over
@@ -222,6 +224,7 @@ class RunLog:
     def _keep(self, kind: str, step: int, groups: Sequence[SampleGroup]) -> None:
         path = completions_file(self.run_folder, kind, step)
         path.parent.mkdir(exist_ok=True)
+        keep_previews(path.parent / IMAGES, {image for group in groups for image in group.images})
         lines = (json_line({"step": step, **group.entry()}) for group in groups)
         write_atomically(path, "".join(lines).encode())
 
@@ -365,6 +368,15 @@ class RunLog:
         if self._report is not None:
             parts.append(Text(f"Curves and samples to look at: {printable(str(self.run_folder / REPORT))}"))
         return Padding(Group(*parts), (1, 0, 0, 0))
+
+
+def keep_previews(folder: Path, images: Iterable[Image]) -> None:
+    """Write what shows `images` into `folder`, where it is not there yet."""
+    for image in images:
+        path = folder / preview_name(image)
+        if not path.exists():
+            folder.mkdir(exist_ok=True)
+            write_atomically(path, image.preview())
 
 
 def _label(key: str) -> str:

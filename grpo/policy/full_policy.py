@@ -35,7 +35,7 @@ class FullPolicy(Policy):
     def __init__(self, base: BaseWeights, *, tokenizer: Any = None, kernels: str = "auto"):
         """Build the graph over `base`, whose memory is trained. `tokenizer`, transformers', is saved with the model;
         `kernels` is `train.kernels`."""
-        self.base, self.lora, self.tokenizer = base, Lora(), tokenizer
+        self.base, self.lora, self.tower, self.tokenizer = base, Lora(), None, tokenizer
         graph = build_graph(base)
         train_weights(graph, base)
         self.model = graph

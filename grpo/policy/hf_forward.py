@@ -69,7 +69,8 @@ def backbone_forward(
     once as far as they do. The result is 0 where the mask is. Autocast has no effect: the model's dtype decides.
     """
     if packing is not None:
-        return packed_forward(self, input_ids=input_ids, position_ids=position_ids, packing=packing, **kwargs)
+        row = {"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
+        return packed_forward(self, **row, position_ids=position_ids, packing=packing, **kwargs)
     refuse(attention_mask, past_key_values if cache is None else cache, kwargs)  # `cache` since transformers 5.24
     given = input_ids if inputs_embeds is None else inputs_embeds
     if given is None or (input_ids is not None and inputs_embeds is not None):

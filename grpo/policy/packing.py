@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from grpo.kernels.attention import Packing, Span
+from grpo.policy.image_rows import ImageRows, deepstack
 from grpo.policy.prefix_tree import Node, PrefixTree
 
 _packing: ContextVar[Packing | None] = ContextVar("packing", default=None)
@@ -133,20 +134,24 @@ def predicting_states(
     *,
     tree: bool = False,
     routes: Sequence[Tensor | None] | None = None,
+    images: ImageRows | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(`decoder`'s output where each completion token is predicted [tokens, hidden], those tokens [tokens]).
 
     Only tokens that are `sampled` count, where it is given: what an environment wrote is context and no more. With
-    `tree`, sequences share more than whole prompts. `routes` as in `Policy.score`.
+    `tree`, sequences share more than whole prompts. `routes` as in `Policy.score`; `images`: those of the prompts.
     """
-    row = (tree_row if tree else packed_row)(prompts, completions, sampled)
-    hidden = decoder(
-        input_ids=torch.tensor([row.tokens], device=device),
-        position_ids=torch.tensor([row.positions], device=device),
-        use_cache=False,
-        packing=Packing(row.spans, device),
-        routes=routes_of(row, routes, device),
-    ).last_hidden_state[0]
-    tokens = [token for completion in completions for token in completion]
-    targets = torch.tensor(tokens if sampled is None else list(compress(tokens, sampled)), device=device)
-    return hidden.index_select(0, torch.tensor(row.predicting, device=device)), targets
+    given = prompts if images is None else images.prompts
+    row = (tree_row if tree else packed_row)(given, completions, sampled)
+    shared = {"use_cache": False, "packing": Packing(row.spans, device), "routes": routes_of(row, routes, device)}
+    tokens = torch.tensor(row.tokens, device=device)
+    if images is None:
+        positions = torch.tensor([row.positions], device=device)
+        result = decoder(input_ids=tokens[None], position_ids=positions, **shared)
+    else:
+        inputs, seen, at = images.embedded(tokens, decoder.get_input_embeddings())
+        with deepstack(decoder.layers, seen, at, images.vision):
+            result = decoder(inputs_embeds=inputs[None], position_ids=images.positions(row.sources, device), **shared)
+    targets = [token for completion in completions for token in completion]
+    chosen = torch.tensor(targets if sampled is None else list(compress(targets, sampled)), device=device)
+    return result.last_hidden_state[0].index_select(0, torch.tensor(row.predicting, device=device)), chosen

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -34,8 +34,13 @@ from grpo.policy.experts import ExpertsAdapter, adapt_experts
 from grpo.policy.fused_layers import install_fused_layers, wants_kernels
 from grpo.policy.graph import build_graph, peft_config
 from grpo.policy.hf_forward import patch_hf_forward
+from grpo.policy.image_rows import ImageRows
 from grpo.policy.lora_linear import ADAPTER, LoraLinear
 from grpo.policy.packing import predicting_states
+from grpo.policy.vision_tower import VisionTower
+
+if TYPE_CHECKING:
+    from grpo.images import Image
 
 
 @dataclass(frozen=True)
@@ -54,10 +59,19 @@ class Policy:
     artefact: ClassVar[str] = "adapter"
     """What `save` writes, as folders are named after it."""
 
-    def __init__(self, base: BaseWeights, lora: Lora, *, seed: int = 0, base_name: str = "", kernels: str = "auto"):
+    def __init__(
+        self,
+        base: BaseWeights,
+        lora: Lora,
+        *,
+        seed: int = 0,
+        base_name: str = "",
+        kernels: str = "auto",
+        tower: VisionTower | None = None,
+    ):
         """Build the graph and a fresh adapter, or the one in `lora.init`. `base_name` is recorded in saved adapters;
-        `kernels` is `train.kernels`."""
-        self.base = base
+        `kernels` is `train.kernels`. `tower` encodes the images of prompts."""
+        self.base, self.tower = base, tower
         self.lora = lora
         self.peft_config = peft_config(base, lora, base_name)
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
@@ -191,6 +205,7 @@ class Policy:
         sampled: Sequence[bool] | None = None,
         tree: bool = False,
         routes: Sequence[Tensor | None] | None = None,
+        images: Sequence[Sequence[Image]] | None = None,
     ) -> TokenLogprobs:
         """Logprob of every completion token under `softmax(logits / temperature)`, and the entropy there.
 
@@ -198,12 +213,14 @@ class Policy:
         one after another, which are scored; None: each. Those are the T of the result. Neighbours with the same prompt
         share one computation of it; with `tree`, so do all that begin alike, as far as they do. The last completion
         token predicts nothing and is not fed. `routes`: of each sequence the experts of its tokens that are fed
-        [tokens, layers, top_k]; where one has none, or without them, routers choose.
+        [tokens, layers, top_k]; where one has none, or without them, routers choose. `images`: those of each prompt,
+        in the order of their placeholders.
         """
         # [T, hidden] and int64 [T]
         hidden, targets = predicting_states(
-            self.decoder.model, prompts, completions, self.base.device, sampled, tree=tree, routes=routes
-        )
+            self.decoder.model, prompts, completions, self.base.device, sampled,
+            tree=tree, routes=routes, images=self.image_rows(prompts, images),
+        )  # fmt: skip
         logprobs, entropy = token_logprobs(
             hidden,
             self.head_weight(),
@@ -213,6 +230,16 @@ class Policy:
             entropy_gradient=entropy_gradient,
         )
         return TokenLogprobs(logprobs, entropy)
+
+    def image_rows(
+        self, prompts: Sequence[Sequence[int]], images: Sequence[Sequence[Image]] | None
+    ) -> ImageRows | None:
+        """The `images` of `prompts` as a packed row takes them; None where there are none."""
+        if images is None or not any(images):
+            return None
+        if self.tower is None:
+            raise UserError("a prompt has images, and the model was loaded without its tower; set model.images = true")
+        return ImageRows(self.tower, prompts, images)
 
     def head_weight(self) -> Tensor:
         """The output head [vocabulary, hidden]; on the CPU, pinned, where `model.offload_head` keeps it from a GPU."""

@@ -6,8 +6,10 @@ of a run of a hundred thousand steps is no heavier than that of a thousand. Char
 
 from __future__ import annotations
 
+import base64
 import json
 import math
+import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,11 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from grpo.errors import UserError
+from grpo.messages import content_text
 from grpo.printable import printable
 from grpo.run.checkpoint import CONFIG
 from grpo.run.records import (
+    COMPLETIONS,
     EVALUATIONS,
     HELD_OUT,
+    IMAGES,
     METRICS,
     SUMMARY,
     TRAINING,
@@ -32,6 +37,13 @@ SAMPLED_STEPS, EVALUATED_STEPS = 60, 12
 """At most so many steps have their completions in the report: the first, the last, and between them evenly."""
 CHARACTERS = 600_000
 """Of completions and prompts in the report, for training and for held-out questions each."""
+IMAGE_CHARACTERS = 3_000_000
+"""Of images in the report."""
+LONGEST_IMAGE = 200_000
+"""Bytes of an image's file."""
+GROUP_IMAGES = 8
+"""Images of a prompt that are shown."""
+IMAGE_NAME = re.compile(r"[0-9a-f]{32}\.webp")
 GROUP_SAMPLES = 8
 """Completions of a group that are kept: the best, the worst, and evenly by rank."""
 EPISODE_TURNS = 24
@@ -57,6 +69,8 @@ class RunData:
     config: Entry = field(default_factory=dict)
     """The resolved configuration; empty where there is none."""
     summary: Entry = field(default_factory=dict)
+    images: dict[str, str] = field(default_factory=dict)
+    """Data URIs of images that prompts in `groups` have, by file."""
     groups: list[Entry] = field(default_factory=list)
     """Completions, see `sampled_groups`."""
     max_steps: int | None = None
@@ -114,7 +128,31 @@ def read_run(folder: Path, max_steps: int | None = None, share: float = 1.0) -> 
         *sampled_groups(completions_files(folder, TRAINING), "training", SAMPLED_STEPS, share),
         *sampled_groups(completions_files(folder, HELD_OUT), "held out", EVALUATED_STEPS, share),
     ]
+    run.images = embedded_images(folder / COMPLETIONS / IMAGES, run.groups, share)
     return run
+
+
+def embedded_images(folder: Path, groups: Sequence[Entry], share: float) -> dict[str, str]:
+    """Data URIs, by name, of the files in `folder` that `groups` name, the latest first while they fit in a report.
+
+    A file counts as what a run writes there: a WebP of some kilobytes.
+    """
+    left = share * IMAGE_CHARACTERS
+    found: dict[str, str] = {}
+    for name in dict.fromkeys(name for group in reversed(groups) for name in group.get("images", ())):
+        try:
+            with (folder / name).open("rb") as file:
+                content = file.read(LONGEST_IMAGE + 1)
+        except OSError:
+            continue
+        if content[:4] != b"RIFF" or content[8:12] != b"WEBP" or len(content) > LONGEST_IMAGE:
+            continue
+        uri = f"data:image/webp;base64,{base64.b64encode(content).decode()}"
+        left -= len(uri)
+        if left < 0:
+            break
+        found[name] = uri
+    return found
 
 
 def number(value: Any) -> Any:
@@ -190,11 +228,13 @@ def reduced_group(group: Entry, kind: str, step: int) -> Entry | None:
     prompt = group.get("prompt")
     messages = prompt if isinstance(prompt, list) else [{"role": "", "content": prompt}]
     answer, task = group.get("answer"), group.get("task")
+    images = group.get("images")
+    names = [name for name in images if isinstance(name, str)] if isinstance(images, list) else []
     return {
         "kind": kind,
         "step": step,
         "prompt": [
-            {"role": printable(str(message.get("role", ""))), **cut(message.get("content"))}
+            {"role": printable(str(message.get("role", ""))), **cut(said(message.get("content")))}
             for message in messages
             if isinstance(message, dict)
         ],
@@ -203,7 +243,13 @@ def reduced_group(group: Entry, kind: str, step: int) -> Entry | None:
         "count": len(samples),
         "mean": mean([value for sample in samples if (value := rewarded(sample)) is not None]),
         "samples": [reduced_sample(sample) for sample in spread_evenly(ranked, GROUP_SAMPLES)],
+        **({"images": [name for name in names[:GROUP_IMAGES] if IMAGE_NAME.fullmatch(name)]} if names else {}),
     }
+
+
+def said(content: Any) -> Any:
+    """What a message says, without its images."""
+    return content_text(content) if isinstance(content, list) else content
 
 
 def reduced_sample(sample: Entry) -> Entry:
@@ -267,7 +313,8 @@ def improvements(groups: Sequence[Entry], most: int = 40) -> list[Entry]:
     seen: dict[str, list[int]] = {}
     for index, group in enumerate(groups):
         if group["mean"] is not None:
-            key = json.dumps([group.get("run"), group["kind"], group["task"], group["prompt"]])
+            asked = (group["prompt"], group.get("images"))
+            key = json.dumps([group.get("run"), group["kind"], group["task"], *asked])
             seen.setdefault(key, []).append(index)
     entries: list[Entry] = []
     for indices in seen.values():

@@ -150,8 +150,8 @@ def policy(style: str, scripts: Sequence[str], *, server: bool = False) -> str:
     allowed = " ".join(map(digest, scripts))
     own = "'self'" if server else "'none'"
     return (
-        f"default-src 'none'; style-src {digest(style)}; script-src {allowed}; base-uri 'none'; form-action {own}; "
-        f"connect-src {own}"
+        f"default-src 'none'; img-src data:; style-src {digest(style)}; script-src {allowed}; base-uri 'none'; "
+        f"form-action {own}; connect-src {own}"
     )
 
 
@@ -168,6 +168,7 @@ def data(runs: Sequence[RunData], drawn: list[Page]) -> Page:
     return {
         "sections": drawn,
         "groups": groups,
+        "images": {name: uri for run in runs for name, uri in run.images.items()},
         "improved": improvements(groups),
         "end": None if one and runs[0].finished else max((run.max_steps or 0 for run in runs), default=0),
     }

@@ -40,6 +40,8 @@ from grpo.rollout.route_recorder import RouteRecorder
 from grpo.rollout.types import Completion, EngineSettings, Request, SamplingSettings
 from grpo.rollout.vllm_backend import attributes, prepare_class
 from grpo.rollout.vllm_environment import set_environment
+from grpo.rollout.vllm_images import ARGUMENTS as IMAGE_ARGUMENTS
+from grpo.rollout.vllm_images import ImageStore
 from grpo.rollout.vllm_model import ADAPTER_KEY, SHARED, AdapterHandle, write_model_folder
 from grpo.rollout.vllm_scheduler import LogprobCollector, OnePassSampler, rollout_scheduler
 from grpo.run.tiles import prepare_tiles
@@ -65,6 +67,8 @@ class Engine:
         self.llm: Any = None
         """vLLM while it runs, else None."""
         self.base, self.policy, self.settings = base, policy, settings
+        self.tower = policy.tower if policy is not None else None
+        self.images = None if base.vision is None else ImageStore(base.vision)
         self.adapter = RolloutAdapter(base, policy)
         if policy is not None:
             policy.set_longest(settings.max_seq_length)
@@ -72,6 +76,7 @@ class Engine:
         self.between_steps: Callable[[], None] = lambda: None  # may raise, which ends a generation
         self._kv_cache_is_released = False
         self._folder = tempfile.TemporaryDirectory(prefix="grpo-model-")
+        prepare_class(vllm_class(base.config.model_type))
         write_model_folder(Path(self._folder.name), base, tokenizer if settings.stop_strings else None)
         if base.device.type == "cuda":
             prepare(base.device)
@@ -81,7 +86,6 @@ class Engine:
         if base.device.type == "cpu":
             # vLLM compiles a helper of its sampler: seconds at the first rollout, and a C++ compiler needed.
             torch.compiler.set_stance("force_eager")
-        prepare_class(vllm_class(base.config.model_type))
         self._start()
 
     def _start(self) -> None:
@@ -118,6 +122,8 @@ class Engine:
 
     def _arguments(self) -> dict[str, Any]:
         settings, on_cpu = self.settings, self.base.device.type == "cpu"
+        step_tokens = max(8192, settings.max_seq_length)
+        handle = AdapterHandle(self.adapter, self.recorder, self.images, step_tokens)
         arguments: dict[str, Any] = {
             "model": self._folder.name,
             "skip_tokenizer_init": not settings.stop_strings,
@@ -125,10 +131,10 @@ class Engine:
             "hf_overrides": attributes(self.base.config),
             "quantization": SHARED,
             "load_format": SHARED,
-            "model_loader_extra_config": {ADAPTER_KEY: AdapterHandle(self.adapter, self.recorder)},
+            "model_loader_extra_config": {ADAPTER_KEY: handle},
             "max_model_len": settings.max_seq_length,
             "max_num_seqs": settings.max_num_seqs,
-            "max_num_batched_tokens": max(8192, settings.max_seq_length),
+            "max_num_batched_tokens": step_tokens,
             "kv_cache_memory_bytes": self.kv_bytes(),
             "kv_cache_dtype": settings.kv_cache_dtype,
             "logprobs_mode": "processed_logprobs",
@@ -141,6 +147,8 @@ class Engine:
         }
         if has_states(self.base.config):
             arguments |= STATES
+        if self.images is not None:
+            arguments |= IMAGE_ARGUMENTS
         if on_cpu:
             arguments["block_size"] = CPU_BLOCK
             # A prompt computed in pieces draws a token too many from its request's generator; vLLM turns it back, which
@@ -202,6 +210,8 @@ class Engine:
         there the generator is seeded once a call, from the first request.
         """
         self.begin(sampling, requests[0].seed if requests else 0, adapter=adapter)
+        if self.tower is not None:  # all at once: it may have to come from host memory
+            self.tower.embed([image for request in requests for image in request.images])
         with self.ending():
             for request in requests:
                 self.add(request)
@@ -237,6 +247,8 @@ class Engine:
             self.sampler.begin(sampling, seed)
         self._sampling, self._kind = sampling, kind
         self._open: set[str] = set()
+        if self.images is not None:
+            self.images.clear()
         self.collector.begin(deliver_on_finish=kind == RequestOutputKind.FINAL_ONLY and not sampling.stop)
 
     def add(self, request: Request) -> None:
@@ -245,10 +257,18 @@ class Engine:
         params = self._params(self._sampling, seed, self._kind)
         if request.max_tokens is not None:
             params.max_tokens = request.max_tokens
-        prompt = {"prompt_token_ids": list(request.prompt_ids)}
+        prompt = self._prompt(request)
         name = self.llm.llm_engine.add_request(str(request.id), prompt, params)
         self.collector.enter(str(request.id), name)
         self._open.add(str(request.id))
+
+    def _prompt(self, request: Request) -> dict[str, Any]:
+        """A request's prompt as vLLM takes it."""
+        if not request.images:
+            return {"prompt_token_ids": list(request.prompt_ids)}
+        if self.images is None or self.tower is None:
+            raise UserError("a prompt has images, and the model was loaded without its tower; set model.images = true")
+        return self.images.request(request.prompt_ids, self.tower.embed(request.images))
 
     @property
     def running(self) -> int:

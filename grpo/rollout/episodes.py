@@ -188,6 +188,7 @@ class EpisodePlayer:
             yield from self.scored_together(members)
         finally:
             self.pool.sweep()
+            self.pool.prepare(len(starts))
 
     @staticmethod
     def row(prompt: Prompt) -> dict[str, Any]:
@@ -198,20 +199,24 @@ class EpisodePlayer:
             "prompt": [{"role": "user", "content": asked}] if isinstance(asked, str) else asked,
         }
 
-    def ready(self) -> list[int]:
-        """The episodes whose word is taken up now, after waiting for it where the schedule says so."""
+    def ready(self) -> Iterator[int]:
+        """The episodes whose word is taken up now, each after waiting for it where the schedule says so.
+
+        Those before one that is waited for are taken up meanwhile, which the tokens do not depend on.
+        """
         self.pool.collect(0)
         idle = not self.engine.running
         if self.settings.schedule == "eager":
             while idle and not self.pool.inbox:
                 self.wait()
-            return sorted(self.pool.inbox)
+            yield from sorted(self.pool.inbox)
+            return
         if idle and self.due:
             self.steps = max(self.steps, min(self.due.values()))
-        wanted = sorted((when, number) for number, when in self.due.items() if when <= self.steps)
-        while any(number not in self.pool.inbox for _, number in wanted):
-            self.wait()
-        return [number for _, number in wanted]
+        for _, number in sorted((when, number) for number, when in self.due.items() if when <= self.steps):
+            while number not in self.pool.inbox:
+                self.wait()
+            yield number
 
     def wait(self) -> None:
         started = time.perf_counter()

@@ -236,7 +236,7 @@ class Sampler:
         for prompt in prompts:
             for member in range(self.num_generations):
                 seed = sample_seed(self.seed, step, round, prompt.index, seen[prompt.index], member)
-                requests.append(Request(len(requests), prompt.token_ids, seed))
+                requests.append(Request(len(requests), prompt.token_ids, seed, images=prompt.images))
             seen[prompt.index] += 1
         return requests
 

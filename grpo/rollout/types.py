@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from grpo.images import Image
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,8 @@ class Request:
     seed: int
     max_tokens: int | None = None
     """None: as the sampling settings say."""
+    images: Sequence[Image] = ()
+    """Of the prompt, in the order of their placeholders."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,8 @@ class Segment:
     """Which of `token_ids` the policy drew, the last one among them; None: each. The others are an environment's."""
     routes: Any = None
     """The experts that sampling chose for each token of a forward pass, as in `Completion`; None: not known."""
+    images: Sequence[Image] = ()
+    """Of the prompt, in the order of their placeholders."""
 
     def __len__(self) -> int:
         """Tokens that a forward pass sees."""

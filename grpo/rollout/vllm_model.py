@@ -30,6 +30,7 @@ from grpo.errors import UserError
 from grpo.kernels.lora_factors import LowRank
 from grpo.kernels.lora_shrink import lora_shrink
 from grpo.kernels.stored_weight import linear as stored_linear
+from grpo.model.architectures import vllm_class
 from grpo.model.base_weights import BaseWeights, FusedLinear, Segment
 from grpo.model.config_keys import served_values
 from grpo.model.decoder_config import DecoderConfig
@@ -39,6 +40,7 @@ from grpo.policy.full_policy import FullPolicy
 from grpo.rollout.experts import SharedExpertsMethod, serve_experts
 from grpo.rollout.lora_buffers import RolloutAdapter
 from grpo.rollout.route_recorder import RouteRecorder
+from grpo.rollout.vllm_images import ImageStore, class_with_images
 
 SHARED = "grpo_shared"
 """Name of our quantisation method and load format in vLLM."""
@@ -57,6 +59,10 @@ class AdapterHandle:
     adapter: RolloutAdapter = field(repr=False)
     recorder: RouteRecorder | None = field(default=None, repr=False)
     """Of a mixture of experts."""
+    images: ImageStore | None = field(default=None, repr=False)
+    """Of a model that takes images."""
+    step_tokens: int = 0
+    """Tokens of one step of vLLM, at most."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AdapterHandle:
         return self
@@ -176,6 +182,8 @@ class SharedLoader(BaseModelLoader):
             for module in model.modules():
                 if isinstance(module, VocabParallelEmbedding):
                     module.quant_method = SharedEmbeddingMethod()
+        if handle.images is not None:
+            model.see(handle.images, handle.step_tokens, base.device, base.dtype)
         share_positions(model, base.config, model_config.max_model_len)
 
 
@@ -245,7 +253,9 @@ def attach(module: nn.Module, linear: FusedLinear, adapter: RolloutAdapter) -> N
 
 def write_model_folder(folder: Path, base: BaseWeights, tokenizer: Any) -> None:
     """A folder with just what vLLM reads: the configuration, and the tokenizer if stop strings need one."""
-    values = served_values(base.config)
+    values = served_values(base.config, images=base.vision is not None)
+    if base.vision is not None:
+        values["architectures"] = [class_with_images(vllm_class(base.config.model_type))]
     (folder / "config.json").write_text(json.dumps(values, default=str))
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)

@@ -5,6 +5,7 @@
     alarms.jsonl              what was warned of, a line each time; no file without any
     completions/step-N.jsonl  completions sampled in training at step N, a group a line
     completions/eval-N.jsonl  completions of held-out questions after step N, a group a line
+    completions/images/       the images of their prompts, scaled down
     summary.json, report.html
     base_sample.json          beside an adapter too: by which it knows its base (`grpo.model.fingerprint`)
 
@@ -25,6 +26,7 @@ from grpo.printable import UNPRINTABLE
 METRICS, EVALUATIONS, SUMMARY, REPORT = "metrics.jsonl", "eval.jsonl", "summary.json", "report.html"
 ALARMS = "alarms.jsonl"
 COMPLETIONS = "completions"
+IMAGES = "images"  # a folder in COMPLETIONS
 TRAINING, HELD_OUT = "step", "eval"  # kinds of files in COMPLETIONS
 
 SECRET = re.compile(r"(^|[_-])(api_?key|key|token|secret|password|passwd|credentials?|authorization)$", re.IGNORECASE)

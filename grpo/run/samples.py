@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
+
+from grpo.images import Image
+from grpo.messages import content_text
 
 
 @dataclass(frozen=True)
@@ -36,14 +39,25 @@ class SampleGroup:
     answer: Any
     samples: Sequence[Sample]
     task: str | None = None
+    images: Sequence[Image] = ()
+    """The prompt's, in the order of their places."""
 
     def entry(self) -> dict[str, Any]:
         """The group as a row for a JSON lines file."""
-        return {**asdict(self), "samples": [sample.entry() for sample in self.samples]}
+        values = {**asdict(replace(self, samples=(), images=())), "samples": [each.entry() for each in self.samples]}
+        del values["images"]
+        return {**values, **({"images": [preview_name(image) for image in self.images]} if self.images else {})}
 
     @property
     def question(self) -> str:
         """The prompt, or the last message of a chat."""
         if isinstance(self.prompt, str):
             return self.prompt
-        return str(self.prompt[-1].get("content", "")) if self.prompt else ""
+        count = len(self.images)
+        shown = f" [{count} image{'' if count == 1 else 's'}]" if count else ""
+        return content_text(self.prompt[-1].get("content", "")) + shown if self.prompt else ""
+
+
+def preview_name(image: Image) -> str:
+    """The file in `completions/images/` that shows an image."""
+    return f"{image.digest[:32]}.webp"

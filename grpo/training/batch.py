@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from torch import Tensor
 from grpo.policy.prefix_tree import PrefixTree
 from grpo.rollout.sampler import Group
 from grpo.rollout.types import Segment
+
+if TYPE_CHECKING:
+    from grpo.images import Image
 
 
 @dataclass
@@ -35,11 +38,14 @@ class TrainingSequence:
     """Further parts of an episode that changed its own history. Their logprobs follow those of the first part."""
     routes: Any = None
     """The experts that sampling chose, as in `Segment`."""
+    images: Sequence[Image] = ()
+    """Of the prompt, in the order of their placeholders."""
 
     @property
     def segments(self) -> list[Segment]:
         """All parts."""
-        return [Segment(self.prompt_ids, self.completion_ids, self.sampled, self.routes), *self.rewritten]
+        first = Segment(self.prompt_ids, self.completion_ids, self.sampled, self.routes, self.images)
+        return [first, *self.rewritten]
 
     @property
     def trained(self) -> int:
@@ -105,6 +111,7 @@ def training_sequences(group: Group, advantages: Tensor) -> list[TrainingSequenc
                 rewritten=others,
                 token_advantages=by_token,
                 routes=first.routes,
+                images=group.prompt.images,
             )
         )
     return sequences
@@ -132,11 +139,12 @@ def pack(sequences: Sequence[TrainingSequence], tokens: int, *, tree: bool = Fal
 
 def new_tokens() -> Callable[[TrainingSequence], int]:
     """What counts the tokens of one sequence after another, without a prompt that is the one before's."""
-    last: list[Sequence[int]] = []
+    last: list[tuple[Sequence[int], Sequence[Image]]] = []
 
     def count(sequence: TrainingSequence) -> int:
-        shared = bool(last) and last[-1] == sequence.prompt_ids
-        last.append(sequence.prompt_ids)
+        prompt = sequence.prompt_ids, sequence.images
+        shared = bool(last) and last[-1] == prompt
+        last.append(prompt)
         return len(sequence) - (len(sequence.prompt_ids) if shared else 0)
 
     return count
@@ -147,10 +155,19 @@ def new_tokens_of_trees() -> Callable[[TrainingSequence], int]:
     tree = PrefixTree()
 
     def count(sequence: TrainingSequence) -> int:
-        parts = [([*one.prompt_ids, *one.token_ids[:-1]], len(one.prompt_ids)) for one in sequence.segments]
+        # Whatever has images counts as different from what has others, from the first token on.
+        parts = [
+            ([*apart(one), *one.prompt_ids, *one.token_ids[:-1]], len(apart(one)) + len(one.prompt_ids))
+            for one in sequence.segments
+        ]
         return sum(tree.add(tokens, prompt) for tokens, prompt in parts)
 
     return count
+
+
+def apart(segment: Segment) -> list[int]:
+    """A number that is no token, for each image of a prompt; the same for the same image."""
+    return [-1 - int(image.digest[:12], 16) for image in segment.images]
 
 
 def sampled_inputs(batch: Sequence[TrainingSequence], device: torch.device) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import torch
 
 from grpo.config.schema import Config, config_toml
 from grpo.distributed.ranks import Ranks
+from grpo.images import Image
 from grpo.rollout.types import Segment
 from grpo.run.checkpoint import replace_folder
 from grpo.run.tensor_state import save_tensors
@@ -106,7 +107,16 @@ def sequence_state(sequence: TrainingSequence) -> dict[str, Any]:
             for part in sequence.rewritten
         ],
         "routes": on_cpu(sequence.routes),
+        "images": [image_state(image) for image in sequence.images],
     }
+
+
+def image_state(image: Image) -> list[Any]:
+    return [torch.frombuffer(bytearray(image.data), dtype=torch.uint8), image.width, image.height, image.digest]
+
+
+def restored_image(data: torch.Tensor, width: int, height: int, digest: str) -> Image:
+    return Image(data.numpy().tobytes(), width, height, digest)
 
 
 def float_state(values: Sequence[float] | None) -> torch.Tensor | None:
@@ -131,6 +141,7 @@ def restored_sequence(state: Mapping[str, Any]) -> TrainingSequence:
             for prompt, tokens, sampled, *routes in state.get("rewritten", ())
         ],
         routes=state.get("routes"),
+        images=tuple(restored_image(*image) for image in state.get("images", ())),
     )
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from grpo.config.schema import Eval
 from grpo.data import Prompt
 from grpo.errors import UserError
+from grpo.messages import COLUMNS
 from grpo.references import described
 from grpo.rewards.extract import extracted_answer
 from grpo.run.samples import Sample as LoggedSample
@@ -81,6 +82,12 @@ class Sample:
     turns: list[dict[str, Any]] | None = None
     """Of an episode, as the sample log keeps them."""
 
+    @property
+    def columns(self) -> dict[str, Any]:
+        """The prompt's, with what images are known by in their place."""
+        rest = {name: value for name, value in self.prompt.columns.items() if name not in COLUMNS}
+        return rest | {"images": [image.digest for image in self.prompt.images]} if self.prompt.images else rest
+
     def entry(self) -> dict[str, Any]:
         """The sample as a row for a JSON lines file."""
         return {
@@ -88,7 +95,7 @@ class Sample:
             "index": self.prompt.index,
             "member": self.member,
             "prompt": self.prompt.prompt,
-            **self.prompt.columns,
+            **self.columns,
             "completion": self.text,
             "strict": self.strict,
             "flexible": self.flexible,
@@ -129,6 +136,7 @@ class EvalResult:
                 answers[0].prompt.columns.get("answer"),
                 [sample.logged() for sample in answers],
                 answers[0].prompt.task,
+                answers[0].prompt.images,
             )
             for answers in by_question[:limit]
         ]
@@ -201,6 +209,7 @@ def sample_and_check(
             number * count + member,
             prompt.token_ids,
             sample_seed(session.config.train.seed, stream, prompt.index, member),
+            images=prompt.images,
         )
         for number, prompt in enumerate(prompts)
         for member in range(count)

@@ -238,6 +238,7 @@ class Learner:
             entropy_gradient=entropy_gradient,
             tree=self.tree,
             routes=[segment.routes for segment in segments] if self.config.train.router_replay else None,
+            images=[segment.images for segment in segments],
         )
 
     def clip_gradients(self) -> float:

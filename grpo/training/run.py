@@ -62,7 +62,9 @@ def launch(
         files = read_model(config, log.status, log.notice)
         check_conversation(config, files.tokenizer, files.stop_token_ids)
         environment = opened.enter_context(start_environment(config, status=log.status))
-        data = load_data(config, files.tokenizer, tasks=load_tasks(config, environment))
+        data = load_data(
+            config, files.tokenizer, tasks=load_tasks(config, environment), image_tokens=files.image_tokens
+        )
         check_tokens(data.texts(), files.tokenizer, files.source.config)
         ranks = connect(rank, resolve_device(config.model.device))
         ranks.check = interrupts.check

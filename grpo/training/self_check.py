@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from grpo.errors import UserError
+from grpo.images import Image
 from grpo.model.families.table import listed
 from grpo.policy.full_policy import FullPolicy
 from grpo.policy.lora_linear import ADAPTER, LoraLinear
@@ -52,6 +53,16 @@ FLOAT32_ON_CPU = 2e-4
 EVEN_MOVE = 1.5
 """Standard deviation of the noise in B, times the adapter's scale and root of its rank, under which modules are
 compared: what an adapter adds is then about the size of its input, and stands out from a module's rounding."""
+
+
+class GatePrompt(NamedTuple):
+    """What the graphs are compared on."""
+
+    ids: list[int]
+    images: tuple[Image, ...]
+    """Whose placeholders are among `ids`."""
+    text: list[int]
+    """Without them: what modules are compared on, one by one."""
 
 
 Noise = Callable[[LoraLinear | None], float]
@@ -89,14 +100,25 @@ def check_start(session: Session) -> str | None:
     )
 
 
-def gate_prompt(session: Session) -> list[int]:
-    """Random tokens, as many as the run's sequences may have, up to LONGEST_PROMPT."""
+def gate_prompt(session: Session) -> GatePrompt:
+    """Random tokens, as many as the run's sequences may have, up to LONGEST_PROMPT; of a model that takes images with
+    one among them, where there is room."""
     length = max(2, min(LONGEST_PROMPT, session.engine.settings.max_seq_length - TOKENS))
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, session.base.config.vocab_size, (length,), generator=generator).tolist()
+    text = torch.randint(0, session.base.config.vocab_size, (length,), generator=generator).tolist()
+    tokens = session.image_tokens
+    if tokens is None:
+        return GatePrompt(text, (), text)
+    around = [token for token in text if token not in tokens.media_ids]
+    image = tokens.example()
+    seen = tokens.tokens(image.width, image.height)
+    if seen > len(around) // 2:
+        return GatePrompt(around, (), around)
+    before, after = around[: len(around) // 4], around[len(around) // 4 + seen :]
+    return GatePrompt([*before, *tokens.expand([tokens.vision.image_token_id], [image]), *after], (image,), around)
 
 
-def check_logprobs(session: Session, prompt: list[int]) -> None:
+def check_logprobs(session: Session, prompt: GatePrompt) -> None:
     """Raise UserError unless sampled and trained logprobs agree and vLLM follows a move of the adapter."""
     policy, limit = session.policy, tolerance(session)
     before = sample_with_choice(session, prompt)
@@ -139,7 +161,7 @@ def moved_names(policy: Policy) -> tuple[str, str]:
     return ("weights", "other weights") if isinstance(policy, FullPolicy) else ("adapter", "another adapter")
 
 
-def check_modules(session: Session, prompt: list[int]) -> None:
+def check_modules(session: Session, prompt: GatePrompt) -> None:
     """Raise UserError for the first module that the two graphs do not compute alike, with an adapter that acts."""
     different = different_module(session, prompt)
     if different is not None:
@@ -149,12 +171,12 @@ def check_modules(session: Session, prompt: list[int]) -> None:
         )
 
 
-def different_module(session: Session, prompt: list[int]) -> Difference | None:
+def different_module(session: Session, prompt: GatePrompt) -> Difference | None:
     """The first module that is not alike on `prompt`, with an adapter that acts on all of them."""
     if isinstance(session.policy, FullPolicy):
-        return first_difference(session, prompt)
+        return first_difference(session, prompt.text)
     with served_move(session, even_move):
-        return first_difference(session, prompt)
+        return first_difference(session, prompt.text)
 
 
 def everywhere(noise: float) -> Noise:
@@ -176,7 +198,7 @@ def tolerance(session: Session) -> float:
     return FLOAT32_ON_CPU if on_cpu and dtype == torch.float32 else TOLERANCE[dtype]
 
 
-def nudge_that_stands_out(policy: Policy, prompt: list[int], sampled: Sampled, least: float) -> float | None:
+def nudge_that_stands_out(policy: Policy, prompt: GatePrompt, sampled: Sampled, least: float) -> float | None:
     """The first of NUDGES that changes the training graph's logprobs by `least` on average; None if none does."""
     start = scored(policy, prompt, sampled)
     for nudge in NUDGES:
@@ -220,7 +242,7 @@ def served_move(session: Session, noise: Noise) -> Iterator[None]:
         session.engine.sync_adapter()
 
 
-def refuse_difference(session: Session, prompt: list[int], mean_logprob_diff: float, limit: float, which: str) -> None:
+def refuse_difference(session: Session, prompt: GatePrompt, mean_logprob_diff: float, limit: float, which: str) -> None:
     """Raise UserError for a difference between the two graphs that rounding does not explain."""
     if not mean_logprob_diff <= limit:
         raise UserError(
@@ -237,13 +259,13 @@ def remedy(session: Session) -> str:
     return "use a model of another family, or another version of vLLM"
 
 
-def named_difference(session: Session, prompt: list[int]) -> str:
+def named_difference(session: Session, prompt: GatePrompt) -> str:
     """The module to which a difference of logprobs is due, as a part of a sentence."""
     different = different_module(session, prompt)
     return f": {different or 'all layers agree, so it is the last norm or the output head'}"
 
 
-def sample_with_choice(session: Session, prompt: list[int]) -> Sampled:
+def sample_with_choice(session: Session, prompt: GatePrompt) -> Sampled:
     """Short completions from vLLM at the first of TEMPERATURES at which tokens are not certain."""
     for temperature in TEMPERATURES:
         sampled = sample(session, prompt, temperature)
@@ -252,9 +274,9 @@ def sample_with_choice(session: Session, prompt: list[int]) -> Sampled:
     return sampled
 
 
-def sample(session: Session, prompt: list[int], temperature: float) -> Sampled:
+def sample(session: Session, prompt: GatePrompt, temperature: float) -> Sampled:
     """Short completions from vLLM."""
-    requests = [Request(index, prompt, seed=index) for index in range(COMPLETIONS)]
+    requests = [Request(index, prompt.ids, seed=index, images=prompt.images) for index in range(COMPLETIONS)]
     sampling = SamplingSettings(temperature=temperature, max_tokens=TOKENS)
     done = sorted(session.engine.generate(requests, sampling), key=lambda completion: completion.request_id)
     logprobs = [logprob for completion in done for logprob in completion.logprobs]
@@ -263,11 +285,14 @@ def sample(session: Session, prompt: list[int], temperature: float) -> Sampled:
 
 
 @torch.no_grad()
-def scored(policy: Policy, prompt: list[int], sampled: Sampled) -> Tensor:
+def scored(policy: Policy, prompt: GatePrompt, sampled: Sampled) -> Tensor:
     """The training graph's logprobs of the same tokens, on the CPU."""
-    prompts = [prompt] * len(sampled.tokens)
+    count = len(sampled.tokens)
     with as_in_training(policy):
-        scored = policy.score(prompts, sampled.tokens, temperature=sampled.temperature, routes=sampled.routes)
+        scored = policy.score(
+            [prompt.ids] * count, sampled.tokens, temperature=sampled.temperature, routes=sampled.routes,
+            images=[prompt.images] * count,
+        )  # fmt: skip
     return scored.logprobs.float().cpu()
 
 

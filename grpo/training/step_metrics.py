@@ -109,6 +109,7 @@ def logged(groups: Sequence[Group], weights: dict[str, float], ranks: Ranks) -> 
             group.prompt.columns.get("answer"),
             [LoggedSample(**values) for values in samples],
             group.prompt.task,
+            group.prompt.images,
         )
         for group, samples in zip(groups, ranks.gather_indexed(local, len(groups)), strict=True)
     ]

@@ -1,7 +1,7 @@
 """AdamW on the weights that are served, in place, which keeps the steps that are too small for them.
 
 A step at a learning rate of 1e-6 is a thousandth of the distance between neighbouring bfloat16 numbers: rounded to the
-nearest, nearly all of them vanish (docs/full_finetuning.md has the figures). Three forms of the update keep them:
+nearest, nearly all of them vanish (docs/full-finetuning.md has the figures). Three forms of the update keep them:
 
     float32      The weight is a float32 number of which generation reads the upper half: rounded to bfloat16, the
                  nearest one. The lower 16 bits are kept beside it (Kalamkar et al., 2019, arXiv:1905.12322, split

@@ -15,6 +15,8 @@ give them away; the first that fits is taken:
   and every column |
 
 verifiers' group functions, known by a plural (`answers, infos, states, tasks`), get those lists besides TRL's.
+Images come as PIL images, in the columns `images` (a list each) and, where the data have one, `image`; messages have
+parts {"type": "image"} in their places. The completions of one prompt share them.
 The gold answer of the conventions that name it differently (`ground_truth`, `labels`, `target`) is the column of that
 name, or else `answer`. Nothing here knows about processes or timeouts.
 """
@@ -23,11 +25,13 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from grpo.errors import UserError
+from grpo.images import Image
+from grpo.messages import COLUMNS, content_text
 from grpo.rewards.extract import completion_text, xml_answer
 from grpo.rewards.runtime.contract import BadReturn, Prompt, RewardBatch, Scores, as_metric, check_scores, plain
 
@@ -143,6 +147,8 @@ class RewardFunction:
 
     def _calls(self, batch: RewardBatch, log: Log) -> list[Arguments]:
         calls = []
+        if self.takes_any or self.names & {*COLUMNS} or self.arguments is not _trl:
+            batch = replace(batch, columns=with_pil_images(batch.columns))
         for available in self.arguments(batch, log):
             missing = sorted(self.required - available.keys())
             if missing:
@@ -155,6 +161,20 @@ class RewardFunction:
         scores = check_scores(returned if self.per_completion else returned[0], len(batch), self.name)
         log.add_to(scores, len(batch))
         return scores
+
+
+def with_pil_images(columns: Mapping[str, Sequence[Any]]) -> dict[str, Sequence[Any]]:
+    """`columns` with images as reward functions know them; equal ones are unpacked once."""
+    unpacked: dict[Image, Any] = {}
+
+    def pil(value: Any) -> Any:
+        if isinstance(value, Image):
+            if value not in unpacked:
+                unpacked[value] = value.pil()
+            return unpacked[value]
+        return [pil(each) for each in value] if isinstance(value, tuple) else value
+
+    return {name: [pil(each) for each in values] if name in COLUMNS else values for name, values in columns.items()}
 
 
 def missing_column(reward: str, column: str, columns: list[str]) -> UserError:
@@ -271,7 +291,7 @@ def _shaped(text: str, prompt: Prompt) -> str | list[dict[str, str]]:
 
 def _prompt_text(prompt: Prompt) -> str:
     """A prompt for functions that take a string: a conversation's contents, one a line."""
-    return prompt if isinstance(prompt, str) else "\n".join(str(message["content"]) for message in prompt)
+    return prompt if isinstance(prompt, str) else "\n".join(content_text(message["content"]) for message in prompt)
 
 
 def _gold(row: Mapping[str, Any], name: str) -> Arguments:

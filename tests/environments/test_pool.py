@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -129,6 +130,29 @@ def test_a_program_that_misbehaves_is_lost_and_named(
     assert isinstance(said, Lost) and said.problem.startswith(problem), said
     pool.sweep()
     assert isinstance(play(pool, "hello", number=1), Lost), "the pool serves on"
+
+
+def test_prepared_processes_play_and_a_dead_one_is_passed_over(opened: Callable[..., EnvironmentPool]) -> None:
+    pool = opened("forks")
+    pool.prepare(3)
+    assert play(pool, "hello") == Ended(1.0, True, {})
+    pool.sweep()
+    assert descendants(pool._process.pid) == [], "those that wait are ended too"
+    pool.prepare(2)
+    wait_for(lambda: len(descendants(pool._process.pid)) == 2)
+    first = min(descendants(pool._process.pid))
+    os.kill(first, signal.SIGKILL)
+    wait_for(lambda: first not in descendants(pool._process.pid))
+    pool.collect(0.2)
+    assert play(pool, "hello", number=1) == Ended(1.0, True, {})
+    assert play(pool, "hello", number=2) == Ended(1.0, True, {})
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    give_up = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < give_up
+        time.sleep(0.01)
 
 
 def test_what_an_episode_leaves_behind_is_ended(opened: Callable[..., EnvironmentPool]) -> None:

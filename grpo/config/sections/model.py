@@ -30,6 +30,10 @@ class Model(Section):
     """Keep a token embedding that is not the output head too in host memory, where the GPU reads the rows it needs."""
     offload_head: bool = False
     """Keep the output head in host memory, for a model that does not fit otherwise: each decoding step reads it all."""
+    images: bool = False
+    """Read the model's vision tower too, so that prompts may have images. Off: its decoder of text alone."""
+    offload_tower: bool = False
+    """Keep the vision tower in host memory between steps; the GPU has it while images are encoded."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
     chat_template: PathText | None = None
@@ -37,7 +41,7 @@ class Model(Section):
     trust_remote_code: bool = False
     """Run Python code that the model's repository ships. Off unless you trust it."""
     full_finetuning: bool = False
-    """Train all weights, in 16 or 32 bit and in place, instead of an adapter: `docs/full_finetuning.md`."""
+    """Train all weights, in 16 or 32 bit and in place, instead of an adapter: `docs/full-finetuning.md`."""
 
     @property
     def quantized(self) -> bool:
@@ -56,6 +60,8 @@ class Model(Section):
     def only_what_one_shared_copy_allows(self) -> Model:
         if self.load_in_8bit and self.load_in_4bit:
             raise ValueError("load_in_4bit and load_in_8bit are both true; set one of the two to false")
+        if self.offload_tower and not self.images:
+            raise ValueError("offload_tower moves the vision tower, which is read with images = true alone; set that")
         if self.load_in_8bit and self.keep_16bit == "auto":
             raise ValueError(
                 'keep_16bit = "auto" chooses for NF4, and int8 costs the output a hundredth of that; name layers, or '
@@ -67,11 +73,11 @@ class Model(Section):
     def weights_that_can_be_trained(self) -> Model:
         if not self.full_finetuning:
             return self
-        for key in ("load_in_4bit", "load_in_8bit", "offload_embedding", "offload_head"):
+        for key in ("load_in_4bit", "load_in_8bit", "offload_embedding", "offload_head", "images"):
             if getattr(self, key):
                 raise ValueError(
-                    f"full_finetuning trains weights in 16 or 32 bit on the device; set {key} = false, or train a LoRA "
-                    "adapter"
+                    f"full_finetuning trains the decoder's weights, in 16 or 32 bit on the device; set {key} = false, "
+                    "or train a LoRA adapter"
                 )
         if self.dtype == "float16":
             raise ValueError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -46,5 +46,11 @@ class Family:
     """Where layers differ in kind: the kind, as in `layer_types`, -> the module that its layers alone have."""
     fused_layers: bool = False
     """kernels/ compute what the decoder's layers do (`grpo.policy.fused_layers`)."""
+    sees: Literal["", "chunks", "interleaved"] = ""
+    """Of a decoder inside a model that takes images: an image is tokens of the prompt, in rows of a grid and seen left
+    to right like text. How rotary frequencies are shared out between time, row and column; empty where images of such
+    a model are not read."""
+    blind: str = ""
+    """Why images of such a model are not read, where somebody would expect it."""
     norm_adds_one: bool = False
     """RMSNorm multiplies by the weight plus one."""

@@ -31,6 +31,7 @@ FAMILIES = {
         needs_window=True,
         fused_layers=True,
         norm_adds_one=True,
+        blind="tokens of an image see each other in both directions there, and attention here is causal",
     ),
     "gemma4_text": Family(
         models="Gemma 4 E2B, E4B, 12B and 31B, the text of those that take images and sound",

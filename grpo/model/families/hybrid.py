@@ -24,6 +24,7 @@ FAMILIES = {
         of_rotary=frozenset({"mrope_section", "mrope_interleaved"}),
         mixers={"linear_attention": "linear_attn", "full_attention": "self_attn"},
         norm_adds_one=True,
+        sees="interleaved",
     ),
     "lfm2": Family(
         models="LFM2, LFM2.5, dense",

@@ -24,7 +24,7 @@ FAMILIES = {
         window_in_all_or_none=True,
         fused_layers=True,
     ),
-    "qwen2_5_vl_text": Family(text_as="qwen2"),
-    "qwen2_vl_text": Family(text_as="qwen2"),
-    "qwen3_vl_text": Family(text_as="qwen3"),
+    "qwen2_5_vl_text": Family(text_as="qwen2", sees="chunks"),
+    "qwen2_vl_text": Family(text_as="qwen2", sees="chunks"),
+    "qwen3_vl_text": Family(text_as="qwen3", sees="interleaved"),
 }

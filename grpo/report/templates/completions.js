@@ -8,6 +8,7 @@ function browse(data) {
   const form = document.getElementById("filter");
   if (!form) return;
   const state = { data, form, limit: PAGE };
+  for (const group of data.groups) group.pictures = (group.images || []).map((name) => data.images[name]);
   options(form.elements.step, "every step", [...new Set(data.groups.map((g) => g.step))].sort((a, b) => a - b));
   options(form.elements.kind, "training and held out", [...new Set(data.groups.map((g) => g.kind))]);
   if (form.elements.run) options(form.elements.run, "every run", [...new Set(data.groups.map((g) => g.run))]);
@@ -147,9 +148,17 @@ function question(group, filter) {
     for (const turn of turns.slice(0, -1)) before.append(element("div", { class: "turn" }, element("i", {}, turn.role), ...written(turn, filter)));
     parts.push(before);
   }
+  if (group.pictures.length) parts.push(pictures(group.pictures));
   if (last) parts.push(element("p", { class: "question" }, ...written(last, filter)));
   if (group.answer !== null) parts.push(element("p", { class: "gold" }, element("i", {}, "answer "), ...written(group.answer, filter)));
   return parts;
+}
+
+function pictures(sources) {
+  return element("div", { class: "pictures" }, ...sources.map((source, index) => {
+    const name = sources.length > 1 ? `image ${index + 1} of ${sources.length}` : "image of the prompt";
+    return source ? element("img", { src: source, alt: name }) : element("span", { class: "omitted" }, `(${name}, not kept here)`);
+  }));
 }
 
 function said(sample, filter) {
