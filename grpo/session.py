@@ -25,6 +25,7 @@ from grpo.model.architectures import check_supported
 from grpo.model.base_weights import BaseWeights
 from grpo.model.checks import check_float16, check_head_size, end_tokens, largest_head, no_bfloat16
 from grpo.model.config_keys import check_keys, normalize_config
+from grpo.model.families.table import family_of
 from grpo.model.host_memory import free_pinned_memory
 from grpo.model.image_tokens import ImageTokens
 from grpo.model.inventory import account
@@ -187,8 +188,9 @@ class Session:
         check_length(config, source.config, source.path)
         if device.type == "cuda":
             name = str(dtype).removeprefix("torch.")
-            head = largest_head(source.config.get_text_config())
-            served = Served(architecture_of(device), config.rollout.kv_cache_dtype, name, head)
+            text = source.config.get_text_config()
+            head, sinks = largest_head(text), family_of(text.model_type).sinks
+            served = Served(architecture_of(device), config.rollout.kv_cache_dtype, name, head, sinks)
             choose_backend(config.rollout.attention_backend, served)
         if start_engine:
             kv_bytes = fitted_kv_bytes(config, source.config, device, dtype, tower=tower_sizes(source.vision))

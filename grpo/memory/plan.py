@@ -24,6 +24,7 @@ from grpo.model.adapter_config import takes_from_base
 from grpo.model.adapter_layers import adapted_experts, adapted_layers
 from grpo.model.attention_layers import attention_layers
 from grpo.model.expert_sizes import COUNTS, MATRICES, expert_sizes
+from grpo.model.families.table import family_of
 from grpo.model.layout import fused_linears
 from grpo.model.quantization import stated
 from grpo.model.sizes import (
@@ -248,14 +249,15 @@ def plain_bytes(config: Config, shape: Any, itemsize: int, *, on_gpu: bool) -> i
 
 
 def expert_bytes(shape: Any, itemsize: int, *, packed: bool) -> int:
-    """All experts, in NF4 or in `itemsize` bytes, and their routers."""
+    """All experts, in 4 bit (NF4 and MXFP4 take the same) or in `itemsize` bytes, their biases, and their routers."""
     sizes = expert_sizes(shape)
     if sizes is None:
         return 0
     matrices = sum(
         nf4_bytes(rows, columns, itemsize) if packed else rows * columns * itemsize for rows, columns in sizes.matrices
     )
-    return sizes.layers * (matrices + sizes.experts * sizes.hidden * itemsize)
+    biases = 2 * sizes.inner + sizes.hidden + 1 if family_of(shape.model_type).expert_biases else 0
+    return sizes.layers * (matrices + sizes.experts * (sizes.hidden + biases) * itemsize)
 
 
 def host_weight_bytes(config: Config, shape: Any, itemsize: int, *, on_gpu: bool) -> int:
