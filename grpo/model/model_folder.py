@@ -19,6 +19,8 @@ COPIED = (
     "chat_template*", "generation_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*",
 )  # fmt: skip
 """What a model folder holds beside weights and configuration, as far as it stays true after merging."""
+OF_IMAGES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+"""What it holds besides for a model that takes images."""
 
 
 @dataclass
@@ -67,9 +69,10 @@ class Shards:
             write_json(self.folder / "model.safetensors.index.json", index)
 
 
-def companions(folder: Path) -> Iterator[Path]:
+def companions(folder: Path, *, images: bool = False) -> Iterator[Path]:
     """The files of a model folder that go with any format of its weights."""
-    yield from sorted({file for pattern in COPIED for file in folder.glob(pattern) if file.is_file()})
+    patterns = (*COPIED, *(OF_IMAGES if images else ()))
+    yield from sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
 
 
 def replace_template(folder: Path, template: str) -> None:
