@@ -16,6 +16,7 @@ with its plan: `python -m benchmarks.memory_plan --shapes qwen3.5-4b`.
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -101,16 +102,16 @@ def written_out(parts: list[torch.Tensor], recurrence: Recurrence) -> torch.Tens
     return torch.stack(outputs)
 
 
-def errors(options: argparse.Namespace, dtype: torch.dtype) -> dict[str, float]:
-    """Relative differences of result and gradients from the rule written out in float64."""
+def errors(options: argparse.Namespace, dtype: torch.dtype, form: str) -> dict[str, float]:
+    """Relative differences of result and gradients from the rule written out in float64, of the form that is named."""
     import torch
 
-    from grpo.kernels.gated_delta import gated_delta_rule
+    from grpo.kernels.gated_delta import FORMS
 
     recurrence = tree(options, 2, 150, 2, 70)
     ours = [part.requires_grad_() for part in drawn(recurrence, (1, 2), 32 if options.tiny else 128, dtype)]
     exact = [part.detach().cpu().double().requires_grad_() for part in ours]
-    result, expected = gated_delta_rule(*ours, recurrence), written_out(exact, recurrence)
+    result, expected = FORMS[form].apply(recurrence, *ours), written_out(exact, recurrence)
     weight = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     grads = torch.autograd.grad(result, ours, weight.to(result))
     wanted = torch.autograd.grad((expected * weight.to(dtype).double()).sum(), exact)
@@ -124,22 +125,25 @@ def operators(row: Row, options: argparse.Namespace) -> Row:
     import torch
 
     from benchmarks.common.timing import measure, tried
-    from grpo.kernels.gated_delta import gated_delta_rule
+    from grpo.kernels.gated_delta import FORMS
     from grpo.kernels.launch import disable_reduced_precision
     from grpo.kernels.short_conv import short_conv
 
     disable_reduced_precision()
     found: Row = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        name = str(dtype).removeprefix("torch.")
-        found[f"errors {name}"] = tried(lambda dtype=dtype: errors(options, dtype))
+    forms = ["torch"] if options.device == "cpu" else list(FORMS)
+    for form, dtype in itertools.product(forms, (torch.float32, torch.bfloat16)):
+        if form == "torch" or dtype == torch.bfloat16:
+            name = f"errors {form} {str(dtype).removeprefix('torch.')}"
+            found[name] = tried(lambda dtype=dtype, form=form: errors(options, dtype, form))
+            rows.tell(row | found)
     recurrence = tree(options, *((1, 20, 2, 10) if options.tiny else (4, 512, 8, 192)))
     heads, dim, channels = ((1, 2), 32, 128) if options.tiny else ((16, 32), 128, 8192)
     parts = [part.requires_grad_() for part in drawn(recurrence, heads, dim, torch.bfloat16)]
     x = torch.randn(recurrence.tokens, channels, device=recurrence.device, dtype=torch.bfloat16, requires_grad=True)
     weight = torch.randn(channels, 4, device=recurrence.device, dtype=torch.bfloat16)
     calls: dict[str, tuple[Callable[[], torch.Tensor], list[torch.Tensor]]] = {
-        "delta": (lambda: gated_delta_rule(*parts, recurrence), parts),
+        **{f"delta {form}": (lambda form=form: FORMS[form].apply(recurrence, *parts), parts) for form in forms},
         "conv": (lambda: short_conv(x, weight, None, recurrence, silu=True), [x]),
     }
     for name, (call, leaves) in calls.items():
@@ -150,6 +154,7 @@ def operators(row: Row, options: argparse.Namespace) -> Row:
 
         found[f"{name} forward"] = tried(lambda call=call: measure(lambda: call().detach(), 5))
         found[f"{name} both"] = tried(lambda both=both: measure(both, 5))
+        rows.tell(row | found)
     return found | {"tokens": recurrence.tokens}
 
 

@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import argparse
 import cProfile
+import gzip
 import json
 import pstats
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -140,18 +142,26 @@ def kernels(engine: Engine, options: argparse.Namespace, count: int) -> dict[str
             profiler.stop()
 
     rollout(engine, options, count, at_step, seed=12)
-    if options.trace:
-        profiler.export_chrome_trace(str(options.trace) + f"-{count}.json.gz")
-    steps = STEPS.stop - STEPS.start
-    microseconds: Counter[str] = Counter()
-    calls: Counter[str] = Counter()
-    for event in profiler.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
-            microseconds[event.name] += event.time_range.elapsed_us() / steps
-            calls[event.name] += 1
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(f"{options.trace or Path(folder) / 'trace'}-{count}.json.gz")
+        profiler.export_chrome_trace(str(trace))
+        with gzip.open(trace, "rt") as file:
+            events = json.load(file)["traceEvents"]
+    return by_kernel(events, STEPS.stop - STEPS.start)
+
+
+def by_kernel(events: list[dict[str, Any]], steps: int) -> dict[str, Any]:
+    """Of a Chrome trace of `steps` steps: how long the GPU was busy in one, and with which kernels and grids."""
+    microseconds: Counter[tuple[str, str]] = Counter()
+    calls: Counter[tuple[str, str]] = Counter()
+    for event in events:
+        if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset"):
+            kernel = event["name"][:160], "x".join(map(str, event["args"].get("grid", ())))
+            microseconds[kernel] += event["dur"] / steps
+            calls[kernel] += 1
     table = [
-        {"kernel": name[:160], "us": round(us, 1), "calls": round(calls[name] / steps, 2)}
-        for name, us in microseconds.most_common(45)
+        {"kernel": name, "grid": grid, "us": round(us, 1), "calls": round(calls[name, grid] / steps, 2)}
+        for (name, grid), us in microseconds.most_common(60)
     ]
     return {"busy_us": round(sum(microseconds.values()), 1), "kernels": table}
 
@@ -209,7 +219,7 @@ def print_entry(replaced: dict[str, Any], count: int, entry: dict[str, Any]) -> 
     if own := entry.get("vllms_scheduler"):
         print(f"  by vLLM's own scheduler: rollout {own['rollout_s']} s, {own['step_ms']} ms a step")
     for row in entry.get("kernels", [])[:30]:
-        print(f"  {row['us']:8.1f} us {row['calls']:7.2f}x  {row['kernel'][:90]}")
+        print(f"  {row['us']:8.1f} us {row['calls']:7.2f}x  {row['grid']:12} {row['kernel'][:80]}")
     for row in entry.get("host", [])[:16]:
         print(f"  host {row['own_ms']:7.3f} ms own {row['all_ms']:8.3f} all {row['calls']:7.1f}x  {row['function']}")
 

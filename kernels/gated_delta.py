@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from grpo.kernels.launch import accumulation_dtype
+from grpo.kernels import delta_rule
+from grpo.kernels.launch import accumulation_dtype, unit_stride
 from grpo.kernels.recurrence import CHUNK, Recurrence, Stage
 from grpo.kernels.sizes import DELTA_RULE_BYTES
 
@@ -48,6 +49,8 @@ def gated_delta_rule(
 
 
 class _GatedDelta(torch.autograd.Function):
+    """By torch."""
+
     @staticmethod
     def forward(ctx: Any, recurrence: Recurrence, *inputs: Tensor) -> Tensor:
         ctx.recurrence = recurrence
@@ -77,6 +80,54 @@ class _GatedDelta(torch.autograd.Function):
                 for index, total in enumerate(grads):
                     put(next(found), stage, total[:, of_keys if index < 2 else of_values])
         return None, *grads
+
+
+class _GatedDeltaKernels(torch.autograd.Function):
+    """By delta_rule.py."""
+
+    @staticmethod
+    def forward(ctx: Any, recurrence: Recurrence, *inputs: Tensor) -> Tensor:
+        inputs = tuple(map(unit_stride, inputs))
+        ctx.recurrence = recurrence
+        ctx.save_for_backward(*inputs)
+        out = torch.empty(inputs[2].shape, dtype=inputs[2].dtype, device=inputs[2].device)
+        run = recurrence.run
+        for _, of_values, some in head_groups(recurrence, inputs):
+            delta_rule.along(some, run, delta_rule.prepare(some, run, EPS), EPS, out[:, of_values], None)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        run, inputs, grad = ctx.recurrence.run, ctx.saved_tensors, unit_stride(grad)
+        grads = [torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) for tensor in inputs]
+        for of_keys, of_values, some in head_groups(ctx.recurrence, inputs):
+            made, kept = delta_rule.prepare(some, run, EPS), delta_rule.empty_kept(some, run)
+            delta_rule.along(some, run, made, EPS, None, kept)
+            later = delta_rule.back(some, run, made, EPS, grad[:, of_values])
+            del made
+            heads = (of_keys, of_keys, of_values, of_values, of_values)
+            out = [total[:, part] for total, part in zip(grads, heads, strict=True)]
+            delta_rule.input_grads(some, run, EPS, grad[:, of_values], kept, later, out)
+        return None, *grads
+
+
+def head_groups(recurrence: Recurrence, inputs: Sequence[Tensor]) -> Iterator[tuple[slice, slice, delta_rule.Inputs]]:
+    """Heads that the kernels compute together: (those of keys, those of values, their inputs)."""
+    query, _, value, _, _ = inputs
+    key_heads, shared = query.shape[1], value.shape[1] // query.shape[1]
+    one = shared * delta_rule.bytes_of_head(recurrence.run, query.shape[2], value.shape[2])
+    together = max(1, DELTA_RULE_BYTES // one)
+    for first in range(0, key_heads, together):
+        of_keys = slice(first, min(first + together, key_heads))
+        of_values = slice(of_keys.start * shared, of_keys.stop * shared)
+        heads = (of_keys, of_keys, of_values, of_values, of_values)
+        some = [tensor.detach()[:, part] for tensor, part in zip(inputs, heads, strict=True)]
+        yield of_keys, of_values, delta_rule.Inputs(*some)
+
+
+FORMS: dict[str, type[torch.autograd.Function]] = {"torch": _GatedDelta, "kernels": _GatedDeltaKernels}
+"""What `gated_delta_rule` chooses from: each takes the recurrence and its five tensors."""
 
 
 def by_heads(recurrence: Recurrence, inputs: Sequence[Tensor]) -> Iterator[tuple[slice, slice, list[list[Tensor]]]]:

@@ -8,9 +8,10 @@ for convolutions. Nothing is computed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -41,6 +42,26 @@ class Stage:
     """float32 [spans, spans of the stage before]: 1 for the one whose state each begins with; None: empty states."""
 
 
+class Order(NamedTuple):
+    """Spans that can run beside one another: a stage, as kernels take it."""
+
+    spans: Tensor
+    """int32 [spans, 4]: first token, number of tokens, number of the first chunk, and which span of the order before
+    is continued; -1 for none."""
+    parents: Tensor | None
+    """As of `Stage`."""
+
+
+class Run(NamedTuple):
+    """The chunks of a packed row, each of one span, and the orders in which states run along them."""
+
+    starts: Tensor
+    """int32 [chunks]: the first token."""
+    counts: Tensor
+    """int32 [chunks]: how many there are, at most CHUNK."""
+    orders: list[Order]
+
+
 class Recurrence:
     """The order of the tokens of a packed row. spans: in order, without gaps; a continued span is a whole one."""
 
@@ -60,16 +81,44 @@ class Recurrence:
     @cached_property
     def stages(self) -> list[Stage]:
         """Spans that begin empty, then those that continue one of them, and so on."""
+        return [self._stage(spans, before) for spans, before in self._by_depth()]
+
+    @cached_property
+    def run(self) -> Run:
+        """The same for kernels."""
+        starts: list[int] = []
+        counts: list[int] = []
+        orders: list[Order] = []
+        for spans, before in self._by_depth():
+            order = {span.start: index for index, span in enumerate(before)}
+            rows = []
+            for span in spans:
+                rows.append((span.start, span.length, len(starts), order.get(span.prefix_start, -1)))
+                starts += range(span.start, span.start + span.length, CHUNK)
+                counts += [min(CHUNK, span.start + span.length - start) for start in starts[len(counts) :]]
+            parents = self._parents(spans, before) if before else None
+            orders.append(Order(torch.tensor(rows, dtype=torch.int32).to(self.device), parents))
+        first, count = torch.tensor([starts, counts], dtype=torch.int32).to(self.device)
+        return Run(first, count, orders)
+
+    def _by_depth(self) -> Iterator[tuple[list[Span], list[Span]]]:
+        """The spans of each stage, from the longest to the shortest, and those of the stage before."""
         by_depth: dict[int, list[Span]] = {}
         for span in self.spans:
             by_depth.setdefault(len(span.ranges) - 1, []).append(span)
-        result: list[Stage] = []
         before: list[Span] = []
         for depth in sorted(by_depth):
             spans = sorted(by_depth[depth], key=lambda span: -span.length)
-            result.append(self._stage(spans, before))
+            yield spans, before
             before = spans
-        return result
+
+    def _parents(self, spans: list[Span], before: list[Span]) -> Tensor:
+        """float32 [spans, spans before]: 1 for the one that each continues."""
+        order = {span.start: index for index, span in enumerate(before)}
+        parents = torch.zeros(len(spans), len(before))
+        for index, span in enumerate(spans):
+            parents[index, order[span.prefix_start]] = 1.0
+        return parents.to(self.device)
 
     def _stage(self, spans: list[Span], before: list[Span]) -> Stage:
         chunks = [-(-span.length // CHUNK) for span in spans]
@@ -80,15 +129,11 @@ class Recurrence:
         offsets = [CHUNK * step + places.expand(active, CHUNK) for step, active in enumerate(running)]
         inside = torch.cat([offset < lengths[: len(offset), None] for offset in offsets])
         tokens = torch.cat([firsts[: len(offset), None] + offset for offset in offsets]).masked_fill(~inside, 0)
-        order = {span.start: index for index, span in enumerate(before)}
-        parents = torch.zeros(len(spans), len(before))
-        for index, span in enumerate(spans if before else ()):
-            parents[index, order[span.prefix_start]] = 1.0
         filled = inside.flatten().nonzero()[:, 0]
         packed, device = tokens.flatten()[filled], self.device
         return Stage(
             tokens.to(device), inside.to(device), packed.to(device), filled.to(device), running,
-            parents.to(device) if before else None,
+            self._parents(spans, before) if before else None,
         )  # fmt: skip
 
     def preceding(self, count: int) -> Preceding:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,9 +17,10 @@ from torch import Tensor
 
 from grpo.kernels import gated_delta
 from grpo.kernels.attention import Packing, Span
-from grpo.kernels.gated_delta import gated_delta_rule, unit
+from grpo.kernels.gated_delta import FORMS, gated_delta_rule, unit
 from grpo.kernels.recurrence import Recurrence
 from grpo.kernels.short_conv import short_conv
+from tests.helpers.paths import ROOT
 
 CPU = torch.device("cpu")
 TREE = [
@@ -127,3 +132,33 @@ def test_in_16_bit_the_state_is_float32_and_the_result_is_rounded_once() -> None
     parts[3] = parts[3].float()
     exact = gated_delta_rule(*(part.double() for part in parts), recurrence)
     torch.testing.assert_close(gated_delta_rule(*parts, recurrence), exact.bfloat16(), rtol=2**-7, atol=1e-6)
+
+
+def test_kernels_in_the_interpreter() -> None:
+    """Triton reads TRITON_INTERPRET when it is imported, so this needs a process of its own."""
+    file = Path(__file__).with_name("interpreted_delta.py")
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dims", [(128, 128), (64, 64), (64, 128), (32, 40)])
+def test_kernels_on_a_gpu_are_the_rule(dtype: torch.dtype, dims: tuple[int, int]) -> None:
+    device = torch.device("cuda")
+    found = []
+    recurrence = Recurrence(TREE, CPU)
+    torch.manual_seed(0)
+    sizes = [(recurrence.tokens, 2, dims[0])] * 2 + [(recurrence.tokens, 4, dims[1])] * 2
+    *parts, weight = (torch.randn(size).to(dtype) for size in sizes)
+    parts += [-torch.rand(recurrence.tokens, 4) * 3, torch.rand(recurrence.tokens, 4).to(dtype)]
+    for form, where in (("kernels", Recurrence(TREE, device)), ("torch", recurrence)):
+        given = [part.to(where.device, None if form == "kernels" else torch.float64) for part in parts]
+        given = [part.requires_grad_() for part in given]
+        result = FORMS[form].apply(where, *given)
+        found.append((result, *torch.autograd.grad(result, given, weight.to(result))))
+    bounds = [3e-3] * 4 + [1e-4, 3e-3]
+    for one, exact, bound in zip(*found, bounds, strict=True):
+        assert (one.detach().cpu().double() - exact.detach()).norm() < bound * exact.detach().norm()

@@ -1,0 +1,166 @@
+"""From the command to the end of the first step: seconds, and what they are spent on.
+
+A run of one step in a process of its own, first with empty caches (Triton's, vLLM's, the project's) and the system
+asked to forget every installed file, then again with what the first left in all of them. What the process does is seen
+by looking at its stack (stack_samples.py).
+
+    python -m benchmarks.start_up --out benchmarks/results/start_up.json            # the fixed work of whole_step.py
+    python -m benchmarks.start_up --config configs/quickstart.toml --device cpu
+    python -m benchmarks.start_up --imports                  # only what `import vllm` and the project's modules take
+
+Prints a tree of what took long, with the seconds of each; the last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+from benchmarks.common.stack_samples import StackSampler
+
+SAMPLER = StackSampler()  # before whatever else is imported
+if __name__ == "__main__":
+    SAMPLER.start()
+
+import argparse  # noqa: E402
+import json  # noqa: E402
+import os  # noqa: E402
+import subprocess  # noqa: E402
+import sys  # noqa: E402
+import tempfile  # noqa: E402
+import time  # noqa: E402
+from pathlib import Path  # noqa: E402
+from typing import Any  # noqa: E402
+
+BARS = {"cold": 45.0, "warm": 20.0}
+"""Seconds to the end of the first step, for the 3B shape."""
+MODULES = ("grpo.training.run", "vllm", "grpo.rollout.engine")
+"""What a run imports, in this order."""
+
+
+def child_main(options: argparse.Namespace) -> int:
+    """Train in this process and write what it did to `options.out`, or make the work."""
+    if options.make:
+        fixed_work(options)
+        return 0
+    if options.imports:
+        for module in MODULES:
+            __import__(module)
+        ended = time.time()
+    else:
+        from grpo.config.schema import parse_config, read_config
+        from grpo.run.library_logs import quiet_libraries
+        from grpo.training.run import launch
+
+        quiet_libraries(False)
+        if options.config:
+            overrides = [*options.set, f"checkpoint.output_dir='{options.run}'", "train.max_steps=1"]
+            config = read_config(options.config, overrides)
+        else:
+            sections = json.loads(options.sections.read_text())
+            values = sections.pop("") | sections
+            values["checkpoint"]["output_dir"] = str(options.run)
+            config = parse_config(values)
+        launch(config)
+        ended = (options.run / "metrics.jsonl").stat().st_mtime
+    SAMPLER.stop()
+    found = {"first_step_ended_s": round(ended - options.began, 1), "spent": SAMPLER.tree(options.least)}
+    options.out.write_text(json.dumps(found))
+    return 0
+
+
+def one_start(options: argparse.Namespace, folder: Path, name: str, caches: Path) -> dict[str, Any]:
+    """What a process of its own finds."""
+    found, run = folder / f"{name}.json", folder / f"run-{name}"
+    command = [sys.executable, "-m", "benchmarks.start_up", *sys.argv[1:], "--out", str(found), "--run", str(run)]
+    if options.sections:
+        command += ["--sections", str(options.sections)]
+    places = {"TRITON_CACHE_DIR": "triton", "XDG_CACHE_HOME": "xdg", "VLLM_CACHE_ROOT": "vllm"}
+    environment = os.environ | {variable: str(caches / place) for variable, place in places.items()}
+    log = folder / f"{name}.log"
+    began = time.time()
+    with open(log, "w") as file:
+        code = subprocess.run(
+            [*command, "--began", str(began)], env=environment, stdout=file, stderr=subprocess.STDOUT
+        ).returncode
+    whole = round(time.time() - began, 1)
+    if code:
+        return {"failed": f"exit code {code}", "log": log.read_text(errors="replace")[-2000:], "process_s": whole}
+    return json.loads(found.read_text()) | {"process_s": whole}
+
+
+def fixed_work(options: argparse.Namespace) -> None:
+    """Write the checkpoint and whole_step.py's configuration, of one step, to `options.scratch`."""
+    from benchmarks import whole_step
+
+    options.steps, options.tokens = 1, 32768
+    options.prompt, options.completion = (16, 8) if options.shape == "tiny" else (128, 512)
+    whole_step.ours_command(options, whole_step.make_work(options), options.scratch)
+
+
+def forget_files(folders: list[Path]) -> int:
+    """Ask the system to drop from memory what it keeps of these folders' files; how many there are. What a process has
+    mapped stays."""
+    count = 0
+    for file in (Path(place, name) for folder in folders for place, _, names in os.walk(folder) for name in names):
+        try:
+            descriptor = os.open(file, os.O_RDONLY)
+        except OSError:
+            continue
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+        count += 1
+    return count
+
+
+def show(name: str, found: dict[str, Any]) -> None:
+    if "failed" in found:
+        print(f"{name}: {found['failed']}\n{found['log']}", flush=True)
+        return
+    print(f"{name}: the first step ended after {found['first_step_ended_s']} s", flush=True)
+    for line in found["spent"]:
+        alone = f" ({line['own_s']:.2f} alone)" if 0.1 < line["own_s"] < line["s"] else ""
+        print(f"{line['s']:8.2f} s  {'  ' * line['depth']}{line['what']}{alone}", flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--shape", default="3b")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--config", type=Path, help="this configuration instead of the fixed work")
+    parser.add_argument("--set", action="append", default=[], help="as of python -m grpo.train")
+    parser.add_argument("--imports", action="store_true", help="import only")
+    parser.add_argument("--starts", default="cold,warm", type=lambda text: text.split(","))
+    parser.add_argument("--least", type=float, default=0.2, help="seconds from which something is listed")
+    parser.add_argument("--scratch", type=Path)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--run", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--sections", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--make", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--began", type=float, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.began or options.make:
+        return child_main(options)
+    SAMPLER.stop()
+    result: dict[str, Any] = {"benchmark": "start_up", "shape": options.shape, "bars": BARS, "starts": {}}
+    with tempfile.TemporaryDirectory(prefix="grpo-start-") as name:
+        folder = Path(name)
+        options.scratch = options.scratch or folder
+        if not options.config and not options.imports:
+            # In a process of its own, so that this one has nothing mapped that is to be forgotten.
+            command = [sys.executable, "-m", "benchmarks.start_up", *sys.argv[1:], "--scratch", str(options.scratch)]
+            subprocess.run([*command, "--make"], check=True)
+            options.sections = options.scratch / "whole_step.json"
+        for start in options.starts:
+            if start == "cold":
+                packages = [Path(one) for one in sys.path if one.endswith("-packages") or Path(one, "vllm").is_dir()]
+                result["files_forgotten"] = forget_files([*packages, options.scratch])
+            result["starts"][start] = one_start(options, folder, start, folder / "caches")
+            show(start, result["starts"][start])
+            from benchmarks.common.processes import write_result
+
+            write_result(options.out, result)
+    seconds = {start: found.get("first_step_ended_s") for start, found in result["starts"].items()}
+    print(json.dumps({"benchmark": "start_up", **seconds}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
