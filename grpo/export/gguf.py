@@ -203,4 +203,5 @@ def run_quantizer(program: Sequence[str], source: Path, target: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     if done.returncode != 0 or not target.is_file():
         said = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
-        raise UserError(f"{program[0] if len(program) == 1 else PACKAGE} failed ({said[-1].strip() if said else f'exit code {done.returncode}'})")
+        name = program[0] if len(program) == 1 else PACKAGE
+        raise UserError(f"{name} failed ({said[-1].strip() if said else f'exit code {done.returncode}'})")
