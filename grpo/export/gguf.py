@@ -63,7 +63,12 @@ def find_quantizer(named: str | Path | None) -> list[str]:
 
 
 def write_gguf(
-    source: MergedSource, folder: Path, kind: str, chat: Chat, quantizer: Sequence[str] | None, notice: Callable[[str], None]
+    source: MergedSource,
+    folder: Path,
+    kind: str,
+    chat: Chat,
+    quantizer: Sequence[str] | None,
+    notice: Callable[[str], None],
 ) -> Path:
     """Write `source` to `folder` as a GGUF file of type `kind` (f16, bf16, q8_0, q4_k_m) with a Modelfile; the file.
 
