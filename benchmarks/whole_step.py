@@ -28,20 +28,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common.grpo_peers import PHASES, spread, step_clock
 from benchmarks.common.processes import wait_or_end, write_result
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPTS, GENERATIONS, PROMPT, COMPLETION = 16, 8, 128, 512
 RANK = 16
-PHASES = ("step_seconds", "rollout_seconds", "train_seconds", "sync_seconds", "old_logprob_seconds")
 BARS = {"step_seconds": 6.0, "train_seconds": 2.5, "rollout_seconds": 3.5}
 MEASURED = {"trl bf16": 11.2, "unsloth nf4": 12.1}
 """Seconds of a whole step that other runs of this work took on an H100. Not measured here."""
-
-
-def spread(completion_ids: list[list[int]], **_: Any) -> list[float]:
-    """A reward with variance that costs nothing."""
-    return [sum(ids) % 1000 / 1000 for ids in completion_ids]
 
 
 # The work
@@ -83,7 +78,7 @@ def ours_command(options: argparse.Namespace, folder: Path, run: Path) -> list[s
     values: dict[str, Any] = {
         "model.name": str(folder), "model.load_in_4bit": True, "lora.r": RANK, "lora.lora_alpha": 2 * RANK,
         "task.name": "table", "task.options": {"path": str(folder / "prompts.jsonl"), "chat": False, "eval_split": ""},
-        "rewards": [{"function": f"{Path(__file__).resolve()}:spread"}],
+        "rewards": [{"function": f"{ROOT}/benchmarks/common/grpo_peers.py:spread"}],
         "rollout.prompts_per_step": PROMPTS, "rollout.num_generations": GENERATIONS,
         "rollout.max_prompt_length": options.prompt, "rollout.max_completion_length": options.completion,
         "train.learning_rate": 1e-5, "train.max_steps": options.steps,
@@ -151,61 +146,8 @@ def train_trl(options: argparse.Namespace) -> None:
             r=RANK, lora_alpha=2 * RANK, target_modules=SEVEN_PROJECTIONS, task_type="CAUSAL_LM"
         ),
     )  # fmt: skip
-    trainer.add_callback(step_clock(trainer, options.steps // 2 + 1 if gpu else None))
+    trainer.add_callback(step_clock(trainer, lambda step: step <= options.steps // 2 + 1))
     trainer.train()
-
-
-def step_clock(trainer: Any, correction_until: int | None) -> Any:
-    """A callback that times every step's phases, prints them, and ends the correction after a step."""
-    import torch
-    from transformers import TrainerCallback
-
-    parts: dict[str, float] = {}
-    inside: list[str] = []
-
-    def now() -> float:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    def timed(owner: Any, name: str, part: str, within: str | None = None) -> None:
-        original = getattr(owner, name)
-
-        def call(*arguments: Any, **options: Any) -> Any:
-            if within is not None and within not in inside:
-                return original(*arguments, **options)
-            inside.append(part)
-            begun = now()
-            try:
-                return original(*arguments, **options)
-            finally:
-                parts[part] = parts.get(part, 0.0) + now() - begun
-                inside.remove(part)
-
-        setattr(owner, name, call)
-
-    timed(trainer, "_generate_and_score_completions", "prepare")
-    timed(trainer, "_get_per_token_logps_and_entropies", "old_logprob_seconds", within="prepare")
-    if trainer.use_vllm:
-        timed(trainer.vllm_generation, "generate", "rollout_seconds")
-        timed(trainer.vllm_generation, "sync_weights", "sync_seconds")
-
-    class Clock(TrainerCallback):
-        def on_step_begin(self, *arguments: Any, **options: Any) -> None:
-            parts.clear()
-            self.begun = now()
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **options: Any) -> None:
-            whole = now() - self.begun
-            found = {name: parts.get(name, 0.0) for name in PHASES} | {"step_seconds": whole}
-            found["train_seconds"] = whole - found["rollout_seconds"] - found["sync_seconds"]
-            corrected = bool(getattr(trainer, "vllm_importance_sampling_correction", False)) and trainer.use_vllm
-            peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
-            print("STEP " + json.dumps({**found, "corrected": corrected, "peak_memory_gib": peak}), flush=True)
-            if state.global_step == correction_until:
-                trainer.vllm_importance_sampling_correction = False
-
-    return Clock()
 
 
 # Both
