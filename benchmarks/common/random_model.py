@@ -274,6 +274,9 @@ class RandomSource:
         values = self._block[start : start + torch.Size(size).numel()].view(size)
         return values * 15 if "conv1d" in name else values
 
+    def stored_name(self, name: str) -> str:
+        return name
+
     def tokenizer(self) -> Any:
         raise NotImplementedError("random weights have no tokenizer")
 

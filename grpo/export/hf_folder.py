@@ -26,12 +26,15 @@ from grpo.model.base_weights import matches_module
 from grpo.model.layout import HEAD, Layout, fused_linears
 from grpo.model.meta_graph import graph_tensors
 from grpo.model.stored_form import stored_form
+from grpo.model.vision import TOWER
 
 SHARD_BYTES = 2 << 30
 COPIED = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken",
     "chat_template*", "generation_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*",
 )  # fmt: skip
+OF_IMAGES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+"""What it holds besides for a model that takes images."""
 """What a model folder holds beside weights and configuration, as far as it stays true after merging."""
 
 
@@ -91,7 +94,8 @@ def write_16bit(source: MergedSource, folder: Path, template: str | None, shard_
     float32 = Layout.of(source.config.get_text_config()).float32
     for name in sorted(source.names):
         weight = source.read(name)
-        shards.add(name, weight if name in float32 else rounded(weight, dtype, name))
+        shards.add(source.stored_name(name), weight if name in float32 else rounded(weight, dtype, name))
+    add_tower(source, shards, dtype)
     shards.finish()
     write_companions(source, folder, model_config(source, dtype), template)
 
@@ -113,19 +117,28 @@ def write_4bit(
         weight = source.read(name)
         module = name.removesuffix(".weight")
         if module == name or module not in linears or module in dense:
-            shards.add(name, weight if name in float32 else rounded(weight, dtype, name))
+            shards.add(source.stored_name(name), weight if name in float32 else rounded(weight, dtype, name))
             continue
         entries = packed_entries(name, weight, dtype)
         for key, entry in entries.items():
-            shards.add(key, entry)
+            shards.add(source.stored_name(name) + key.removeprefix(name), entry)
         lost += float((unpacked(name, entries) - weight.float()).square().sum(dtype=torch.float64))
         whole += float(weight.float().square().sum(dtype=torch.float64))
+    add_tower(source, shards, dtype)
     shards.finish()
+    plain = [source.stored_name(f"{name}.weight").removesuffix(".weight") for name in (*routers, *dense)]
+    towers = [TOWER] if source.vision is not None else []
     config = model_config(source, dtype) | {
-        "quantization_config": quantization_config(dtype, ["lm_head", *routers, *dense])
+        "quantization_config": quantization_config(dtype, ["lm_head", *towers, *plain])
     }
     write_companions(source, folder, config, template)
     return (lost / whole) ** 0.5 if whole else 0.0
+
+
+def add_tower(source: MergedSource, shards: Shards, dtype: torch.dtype) -> None:
+    """The vision tower as the base has it, where the model takes images."""
+    for entry in sorted(source.tower.values()):
+        shards.add(source.stored_name(entry), rounded(source.read(entry), dtype, entry))
 
 
 def packed_modules(source: MergedSource) -> tuple[list[str], list[str]]:
@@ -171,13 +184,16 @@ def model_config(source: MergedSource, dtype: torch.dtype) -> dict[str, Any]:
     decoder's."""
     file = source.path / "config.json"
     values = json.loads(file.read_text()) if file.is_file() else {}
-    if values.get("model_type") != source.config.model_type:
+    if values.get("model_type") != source.config.model_type and source.vision is None:
         values = json.loads(source.config.to_json_string())
     for stale in ("quantization_config", "auto_map", "_name_or_path"):
         values.pop(stale, None)
     values["torch_dtype" if "torch_dtype" in values else "dtype"] = str(dtype).removeprefix("torch.")
     values["tie_word_embeddings"] = HEAD not in source.names
-    values["architectures"] = [causal_class(source.config.model_type)]
+    if source.vision is None:
+        values["architectures"] = [causal_class(source.config.model_type)]
+    elif isinstance(values.get("text_config"), dict):
+        values["text_config"]["tie_word_embeddings"] = values["tie_word_embeddings"]
     return values
 
 
@@ -185,7 +201,7 @@ def write_companions(source: MergedSource, folder: Path, config: dict[str, Any],
     """Everything but the weights."""
     write_json(folder / "config.json", config)
     if source.path.is_dir():
-        for file in companions(source.path):
+        for file in companions(source.path, images=source.vision is not None):
             shutil.copyfile(file, folder / file.name)
     else:
         from transformers import GenerationConfig
@@ -196,9 +212,10 @@ def write_companions(source: MergedSource, folder: Path, config: dict[str, Any],
         replace_template(folder, template)
 
 
-def companions(folder: Path) -> Iterator[Path]:
+def companions(folder: Path, *, images: bool = False) -> Iterator[Path]:
     """The files of a model folder that go with any format of its weights."""
-    yield from sorted({file for pattern in COPIED for file in folder.glob(pattern) if file.is_file()})
+    patterns = (*COPIED, *(OF_IMAGES if images else ()))
+    yield from sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
 
 
 def replace_template(folder: Path, template: str) -> None:
