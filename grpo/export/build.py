@@ -65,7 +65,7 @@ def export(
             is 4-bit and this is its 16-bit original.
         checkpoint: "step-N" or "best": another adapter of the run than its final one.
         gguf_type: one of `GGUF_TYPES`.
-        llama_quantize: llama.cpp's quantiser, which q4_k_m needs; else LLAMA_QUANTIZE, else the one on the PATH.
+        llama_quantize: llama.cpp's quantiser, which q4_k_m needs; else LLAMA_QUANTIZE, the one on the PATH, cyllama's.
         system: the system prompt in a Modelfile. Default: that of the run's questions.
         check: compare the logits of what was written with those of base + adapter.
         notice: called with what is done and found, a sentence at a time.
@@ -84,12 +84,10 @@ def export(
         else:
             merged = open_merged(reference, notice)
             if to == "gguf":
-                if sees(reference):
-                    notice(
-                        "a GGUF file holds the decoder of text; llama.cpp takes the tower from the base's mmproj file"
-                    )
                 from grpo.export.gguf import find_quantizer, write_gguf
 
+                if merged.vision is not None:
+                    notice("a GGUF file holds the language model; images need an mmproj file of the base beside it")
                 quantizer = find_quantizer(llama_quantize) if gguf_type == "q4_k_m" else None
                 write_gguf(merged, folder, gguf_type, chat_of(reference, merged, system), quantizer, notice)
             else:
@@ -155,14 +153,9 @@ def title(reference: ModelReference) -> str:
 def base_model(reference: ModelReference) -> Model:
     """The [model] table of the base, without what only training needs."""
     table = reference.tables["model"]
-    keys = ("name", "revision", "trust_remote_code", "chat_template")
+    keys = ("name", "revision", "trust_remote_code", "chat_template", "images")
     values = {key: table[key] for key in keys if table.get(key) is not None and table[key] != "none"}
     return Model.model_validate(values)
-
-
-def sees(reference: ModelReference) -> bool:
-    """Whether the run's prompts could have images."""
-    return reference.tables["model"].get("images") is True
 
 
 def open_merged(reference: ModelReference, notice: Callable[[str], None]) -> MergedSource:
@@ -250,7 +243,7 @@ def made_whole(folder: Path) -> Iterator[Path]:
 def write_adapter(reference: ModelReference, folder: Path, notice: Callable[[str], None]) -> None:
     """The adapter in peft's format, with its base named so that it is found from anywhere."""
     from grpo.export.plain_lora import write_plain_lora
-    from grpo.export.seeing import rename_adapter
+    from grpo.export.whole_model import write_for_whole_model
     from grpo.model.adapter_config import ADAPTER_WEIGHTS, read_adapter_config, takes_from_base
     from grpo.model.fingerprint import Fingerprint, check_base
     from grpo.policy.adapter_files import AdapterFile
@@ -265,24 +258,21 @@ def write_adapter(reference: ModelReference, folder: Path, notice: Callable[[str
             check_base(reference.adapter, Fingerprint.of(base), model.name)
     config = {**adapter.saved.values, "base_model_name_or_path": recorded_name(model.name), "inference_mode": True}
     config["revision"] = model.revision
-    if sees(reference):
-        notice("its layers are named as in the whole model that sees")
     if takes_from_base(adapter.saved.lora.init_lora_weights):
         base = open_accounted(model)
         source, initial = started_from(reference, base, adapter)
         check_base(reference.adapter, Fingerprint.of(source), model.name)
         write_plain_lora(adapter, initial, config, folder)
         Fingerprint.of(base).write(folder)
-        if sees(reference):
-            rename_adapter(folder)
         notice(f"{reference.adapter} started from a part of its base; written as plain LoRA of twice its rank")
         return
-    (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    for name in (ADAPTER_WEIGHTS, BASE_SAMPLE):
-        if (reference.adapter / name).is_file():
-            shutil.copyfile(reference.adapter / name, folder / name)
-    if sees(reference):
-        rename_adapter(folder)
+    if model.images:
+        write_for_whole_model(adapter, open_accounted(model), config, folder)
+    else:
+        (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        shutil.copyfile(reference.adapter / ADAPTER_WEIGHTS, folder / ADAPTER_WEIGHTS)
+    if (reference.adapter / BASE_SAMPLE).is_file():
+        shutil.copyfile(reference.adapter / BASE_SAMPLE, folder / BASE_SAMPLE)
     notice(f"{len(adapter.names) // 2} layers of {reference.adapter}, for {config['base_model_name_or_path']}")
 
 
@@ -302,18 +292,6 @@ def write_folder(
     """A merged model in Hugging Face format."""
     from grpo.export.hf_folder import write_4bit, write_16bit
 
-    if sees(reference) and to == "merged-4bit":
-        raise UserError(
-            f"{reference.source}: it was trained with model.images = true, and a model that sees is not written in 4 "
-            "bit; export merged-16bit, which bitsandbytes can quantise when it is loaded"
-        )
-    if sees(reference):
-        from grpo.export.seeing import write_whole
-        from grpo.model.source import open_source
-
-        seeing = open_source(base_model(reference).model_copy(update={"images": True}))
-        write_whole(merged, seeing, folder, chat_template(reference))
-        return
     if to == "merged-16bit":
         write_16bit(merged, folder, chat_template(reference))
         return

@@ -30,7 +30,7 @@ from grpo.model.expert_sizes import MATRICES
 from grpo.model.meta_graph import graph_tensors
 from grpo.model.safetensors_source import DENSE_TYPES
 from grpo.model.sizes import linear_shapes
-from grpo.model.text_decoder import WRAPPERS
+from grpo.model.text_decoder import plain_name
 from grpo.model.weight_files import stored_names
 
 PEFT_PREFIX = "base_model.model."
@@ -53,7 +53,14 @@ class AdapterFile:
             self._stored = {plain_name(name): name for name in stored_names(self.file)}
         except (SafetensorError, OSError, ValueError) as error:
             raise UserError(f"{self.file}: damaged safetensors ({one_line(error)}); copy the adapter again") from None
-        self.names = set(self._stored)
+
+    @property
+    def names(self) -> set[str]:
+        """peft's names of all tensors, those of a model of several inputs as the decoder alone has them."""
+        return set(self._stored)
+
+    def _tensor(self, name: str) -> Tensor:
+        return self._handle.get_tensor(self._stored[name])
 
     def check(self, config: DecoderConfig) -> dict[str, LayerAdapter]:
         """The adapter of each linear layer of the base, whose A and B are there and of the right size; and no others.
@@ -122,11 +129,8 @@ class AdapterFile:
         a, b = (self._tensor(key) for key in factor_names(layer))
         return a, b
 
-    def _tensor(self, key: str) -> Tensor:
-        return self._handle.get_tensor(self._stored[key])
-
     def tensors(self) -> dict[str, Tensor]:
-        """Everything, by peft's names for the decoder, on the CPU."""
+        """Everything, by peft's names, on the CPU."""
         return {name: self._tensor(name) for name in sorted(self.names)}
 
 
@@ -140,11 +144,6 @@ def open_adapter(folder: Path, lora: Lora, config: DecoderConfig) -> AdapterFile
     file = AdapterFile(saved)
     file.check(config)
     return file
-
-
-def plain_name(name: str) -> str:
-    """A tensor's name on the decoder of text, where it is one on a whole model that has other inputs too."""
-    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def expert_factor_names(name: str, adapters: Container[str]) -> tuple[str, str]:

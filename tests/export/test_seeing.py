@@ -1,121 +1,137 @@
-"""What is exported of a model that sees answers about images in transformers and peft as it did here."""
+"""Exports of an adapter on a model that takes images: whole models, and adapters that peft puts on one."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
+from peft import PeftModel
+from safetensors.torch import load_file
 from torch import Tensor
+from transformers import AutoModelForImageTextToText
 
-from grpo.config.schema import Lora, Model, config_toml, parse_config
+from grpo.config.schema import Lora, Model
+from grpo.config.toml import write_toml
 from grpo.errors import UserError
 from grpo.export.build import export
-from grpo.images import Image
-from grpo.model.adapter_config import read_adapter_config
 from grpo.model.base_weights import BaseWeights
 from grpo.model.image_tokens import ImageTokens
 from grpo.model.source import open_source
-from grpo.policy.adapter_files import AdapterFile
 from grpo.policy.policy import Policy
 from grpo.policy.vision_tower import VisionTower
-from grpo.run.checkpoint import CONFIG
-from tests.helpers.seeing import PLACEHOLDER, noise, prompt_ids, save_seeing
+from tests.helpers.seeing import PLACEHOLDER, SEEING, noise, prompt_ids, save_seeing
 
-CPU = torch.device("cpu")
-COMPLETION = [5, 77, 12, 9]
+COMPLETION = [8, 15, 99, 4, 20]
 
 
-class Made(NamedTuple):
-    run: Path
-    prompt: list[int]
-    images: tuple[Image, ...]
-    ours: Tensor
-    """Logprobs of COMPLETION here, in float32."""
-    base: Tensor
-    """The same without the adapter."""
-    tokens: ImageTokens
+class Made:
+    """A run's folder: a configuration, an adapter that was moved, its base; and its policy."""
 
+    def __init__(self, folder: Path, family: str, **lora: Any):
+        self.base, self.run, self.out = folder / "base", folder / "run", folder / "out"
+        save_seeing(self.base, family)
+        model = Model(name=str(self.base), load_in_4bit=False, dtype="float32", images=True)
+        source = open_source(model)
+        assert source.vision is not None
+        self.tokens = ImageTokens(self.base, source.vision)
+        base = BaseWeights(source, model, device=torch.device("cpu"), dtype=torch.float32)
+        tower = VisionTower(source, self.tokens, device=base.device, dtype=base.dtype)
+        self.policy = Policy(base, Lora(r=4, **lora), kernels="torch", tower=tower, base_name=str(self.base))
+        generator = torch.Generator().manual_seed(1)
+        for layer in self.policy.adapter_layers().values():
+            weight = layer.lora_B["default"].weight
+            weight.data.copy_(torch.randn(weight.shape, generator=generator) * 0.1)
+        self.policy.save_adapter(self.run / "adapter")
+        tables = {
+            "model": {"name": str(self.base), "load_in_4bit": False, "dtype": "float32", "images": True},
+            "lora": {"r": 4, **lora},
+            "task": {"name": "arithmetic"},
+        }
+        (self.run / "config.toml").write_text(write_toml(tables))
+        self.image = noise(24, 16, 0)
+        self.prompt = prompt_ids(5, self.image, 9, tokens=self.tokens)
 
-@pytest.fixture(scope="module", params=["qwen2_5_vl", "qwen3_vl"])
-def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
-    folder = tmp_path_factory.mktemp(request.param)
-    save_seeing(folder / "model", request.param)
-    settings = Model(name=str(folder / "model"), load_in_4bit=False, dtype="float32", images=True)
-    source = open_source(settings)
-    tokens = ImageTokens(folder / "model", source.vision)
-    tower = VisionTower(source, tokens, device=CPU, dtype=torch.float32)
-    base = BaseWeights(source, settings, device=CPU, dtype=torch.float32)
-    policy = Policy(base, Lora(r=4), base_name=settings.name, kernels="torch", tower=tower)
-    images = (noise(24, 16, 0), noise(16, 16, 1))
-    prompt = prompt_ids(5, images[0], 9, images[1], 33, tokens=tokens)
-    scores = []
-    for scale in (0.0, 0.1):
+    def logprobs(self) -> Tensor:
         with torch.no_grad():
-            for layer in policy.adapter_layers().values():
-                for weight in layer.lora_B.values():
-                    weight.weight.normal_(generator=torch.Generator().manual_seed(1)).mul_(scale)
-            scores.append(policy.score([prompt], [COMPLETION], temperature=1.0, images=[images]).logprobs.clone())
-    run = folder / "run"
-    policy.save_adapter(run / "adapter")
-    model = {"name": settings.name, "load_in_4bit": False, "dtype": "float32", "images": True}
-    (run / CONFIG).write_text(config_toml(parse_config({"model": model, "task": {"name": "shapes"}, "lora": {"r": 4}})))
-    return Made(run, prompt, images, scores[1], scores[0], tokens)
+            return self.policy.score([self.prompt], [COMPLETION], temperature=1.0, images=[[self.image]]).logprobs
+
+    def theirs(self, model: Any) -> Tensor:
+        pixels, grid = self.tokens.pixels(self.image)
+        ids = torch.tensor([self.prompt + COMPLETION])
+        with torch.no_grad():
+            logits = model(
+                input_ids=ids,
+                pixel_values=pixels,
+                image_grid_thw=torch.tensor([grid]),
+                mm_token_type_ids=(ids == PLACEHOLDER).int(),
+            ).logits[0, len(self.prompt) - 1 : -1]
+        logits[:, list(self.tokens.media_ids)] = -torch.inf
+        return torch.log_softmax(logits.float(), -1)[range(len(COMPLETION)), COMPLETION]
 
 
-def with_pixels(model: Any, made: Made) -> Tensor:
-    """transformers' own logprobs of COMPLETION; media tokens are out of reach, as here."""
-    seen = [made.tokens.pixels(image) for image in made.images]
-    ids = torch.tensor([made.prompt + COMPLETION])
-    with torch.no_grad():
-        logits = model.eval()(
-            input_ids=ids,
-            pixel_values=torch.cat([pixels for pixels, _ in seen]).to(model.dtype),
-            image_grid_thw=torch.tensor([grid for _, grid in seen]),
-            mm_token_type_ids=(ids == PLACEHOLDER).int(),
-        ).logits[0, len(made.prompt) - 1 : -1].float()  # fmt: skip
-    logits[:, list(made.tokens.media_ids)] = -torch.inf
-    return torch.log_softmax(logits, -1)[range(len(COMPLETION)), COMPLETION]
+def loaded(folder: Path) -> Any:
+    model, report = AutoModelForImageTextToText.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
+    assert not report["missing_keys"] and not report["unexpected_keys"], report
+    return model.eval()
 
 
-def test_an_adapter_is_the_same_in_peft_on_the_whole_model(made: Made, tmp_path: Path) -> None:
-    from peft import PeftModel
-    from transformers import AutoModelForImageTextToText
-
-    folder = export(made.run, to="adapter", out=tmp_path / "adapter", notice=lambda text: None)
-    whole = AutoModelForImageTextToText.from_pretrained(made.run.parent / "model", dtype=torch.float32)
-    model = PeftModel.from_pretrained(whole, folder)
-    adapted = {name for name, module in model.named_modules() if name.endswith("lora_A")}
-    assert adapted and not [name for name in adapted if "visual" in name]
-    assert (made.ours - made.base).abs().max() > 0.1
-    torch.testing.assert_close(with_pixels(model, made), made.ours, atol=1e-4, rtol=1e-4)
-    # And it is read here under those names too.
-    again = AdapterFile(read_adapter_config(folder))
-    assert again.names == AdapterFile(read_adapter_config(made.run / "adapter")).names
-
-
-def test_a_merged_model_has_its_tower_and_answers_as_base_and_adapter(made: Made, tmp_path: Path) -> None:
-    from transformers import AutoImageProcessor, AutoModelForImageTextToText
-
-    folder = export(made.run, to="merged-16bit", out=tmp_path / "merged", notice=lambda text: None)
-    model, loading = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-    assert not loading["missing_keys"] and not loading["unexpected_keys"] and not loading["mismatched_keys"]
-    found, effect = with_pixels(model, made), made.ours - made.base
-    # The weights were rounded to bfloat16 once; the adapter's effect is there.
-    assert float(((found - made.base) * effect).sum() / effect.square().sum()) == pytest.approx(1, abs=0.2)
-    assert AutoImageProcessor.from_pretrained(folder, backend="pil").patch_size == made.tokens.processor.patch_size
-    with safe_open(folder / "model.safetensors", "pt") as file:
-        assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.bfloat16}
-    config = json.loads((folder / "config.json").read_text())
-    assert config["model_type"] in ("qwen2_5_vl", "qwen3_vl") and "vision_config" in config
-    # It is a base that sees, here too.
-    assert open_source(Model(name=str(folder), images=True)).tower
+@pytest.mark.parametrize("family", list(SEEING))
+def test_a_merged_model_is_whole_and_sees_what_base_and_adapter_see(family: str, tmp_path: Path) -> None:
+    made = Made(tmp_path, family)
+    notices: list[str] = []
+    export(made.run, "merged-16bit", made.out, notice=notices.append)
+    found, wanted, unmoved = made.theirs(loaded(made.out)), made.logprobs(), made.theirs(loaded(made.base))
+    assert float((found - wanted).norm()) < 0.1 * float((wanted - unmoved).norm()), "rounding to bfloat16 alone"
+    before = load_file(made.base / "model.safetensors")
+    after = load_file(made.out / "model.safetensors")
+    assert before.keys() == after.keys()
+    tower = [name for name in before if "visual" in name]
+    assert tower and all(after[name].equal(before[name].bfloat16()) for name in tower)
+    assert (made.out / "preprocessor_config.json").read_text() == (made.base / "preprocessor_config.json").read_text()
+    assert any("read back and compared" in notice for notice in notices)
 
 
-def test_4_bit_is_refused_and_leaves_nothing(made: Made, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="a model that sees is not written in 4 bit; export merged-16bit"):
-        export(made.run, to="merged-4bit", out=tmp_path / "packed", notice=lambda text: None)
-    assert not (tmp_path / "packed").exists()
+def test_a_model_in_4_bit_keeps_its_tower_in_16(tmp_path: Path) -> None:
+    made = Made(tmp_path, "qwen2_5_vl")
+    export(made.run, "merged-4bit", made.out, notice=print)
+    config = json.loads((made.out / "config.json").read_text())
+    assert "visual" in config["quantization_config"]["llm_int8_skip_modules"]
+    names = load_file(made.out / "model.safetensors")
+    assert not any("visual" in name and "quant" in name for name in names)
+    assert any(name.endswith("layers.0.mlp.down_proj.weight.absmax") for name in names)
+    again = open_source(Model(name=str(made.out), images=True))
+    assert again.stored_as == "NF4" and again.tower
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [{}, {"target_modules": r"model\.layers\.1\..*(q|down)_proj"}, {"exclude_modules": ["o_proj"]}],
+    ids=["names", "a pattern", "left out"],
+)
+def test_peft_puts_an_adapter_on_the_whole_model_and_gets_the_same_in_float32(lora: Any, tmp_path: Path) -> None:
+    made = Made(tmp_path, "qwen2_5_vl", **lora)
+    export(made.run, "adapter", made.out, notice=print)
+    model = PeftModel.from_pretrained(loaded(made.base), made.out)
+    adapted = {name for name, _ in model.named_parameters() if "lora_A" in name}
+    assert len(adapted) == len(made.policy.adapter_layers()) and not any("visual" in name for name in adapted)
+    torch.testing.assert_close(made.theirs(model), made.logprobs(), atol=1e-4, rtol=0)
+
+
+def test_an_exported_adapter_is_one_to_go_on_from(tmp_path: Path) -> None:
+    made = Made(tmp_path, "qwen2_5_vl")
+    export(made.run, "adapter", made.out, notice=print)
+    before = [parameter.detach().clone() for parameter in made.policy.parameters()]
+    for parameter in made.policy.parameters():
+        parameter.data.zero_()
+    made.policy.load_adapter(made.out)
+    assert all(torch.equal(*pair) for pair in zip(made.policy.parameters(), before, strict=True))
+
+
+def test_an_adapter_on_the_tower_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="'visual.blocks.0.attn.qkv', which is in the vision tower"):
+        Made(tmp_path, "qwen2_5_vl", target_modules=["q_proj", "visual.blocks.0.attn.qkv"])
