@@ -41,6 +41,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma2": {**GEMMA, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
     "gemma3_text": {**GEMMA, "num_hidden_layers": 6},
     "phi3": {},
+    "lfm2": {},
 }
 """Shapes that transformers reads from GGUF files; what it leaves unread is at its default."""
 
@@ -118,6 +119,21 @@ def test_biases_of_query_and_key_are_turned_too(tmp_path: Path) -> None:
         assert source.read(name).equal(base[name])
 
 
+DELTA: dict[str, Any] = {"linear_value_head_dim": 32}
+"""A Qwen 3.5 whose values are as wide as its keys, as llama.cpp needs them: two heads for one of keys."""
+
+
+def test_gated_delta_net_is_written_and_read(tmp_path: Path) -> None:
+    """By our reader: transformers has none."""
+    made = made_with_tokenizer(tmp_path, "qwen3_5_text", **DELTA)
+    source = open_source(Model(name=str(exported(made, "f16"))))
+    assert source.config.layer_types == ["linear_attention", "full_attention", "linear_attention"]
+    assert apart(logits(made.peft), streamed_logits(source, TOKENS)) < 2e-3
+    before = AutoTokenizer.from_pretrained(made.base)
+    for text in TEXTS:
+        assert source.tokenizer()(text)["input_ids"] == before(text)["input_ids"]
+
+
 # Metadata
 
 
@@ -179,6 +195,8 @@ def test_sizes_and_names_are_llama_cpps(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("family", "changes"),
     [("gemma2", {"query_pre_attn_scalar": 100}), ("gemma3_text", {"layer_types": ["full_attention"] * 2}),
+     ("qwen3_5_text", {}), ("qwen3_5_text", {**DELTA, "layer_types": ["full_attention", "linear_attention"] * 2,
+                                             "num_hidden_layers": 4}),
      ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}})],
 )  # fmt: skip
 def test_what_llama_cpp_computes_otherwise_is_refused(family: str, changes: dict[str, Any], tmp_path: Path) -> None:
