@@ -152,7 +152,8 @@ def make_prompts(
     image_tokens: ImageTokens | None = None,
 ) -> tuple[list[Prompt], int]:
     """Every task's rows as prompts no longer than `max_prompt_length`, and how many were longer."""
-    read = {task: read_rows(task, task_rows, split, settings[task], tokenizer) for task, task_rows in rows.items()}
+    most = config.model.max_pixels
+    read = {task: read_rows(task, given, split, settings[task], tokenizer, most) for task, given in rows.items()}
     if config.environment is not None:
         refuse_in_environment(one for each in read.values() for one in each)
     columns = list(dict.fromkeys(name for each in read.values() for one in each for name in one.row))
@@ -181,26 +182,28 @@ def make_prompts(
     return prompts, dropped
 
 
-def read_rows(task: str, rows: Sequence[Row], split: str, settings: sections.Task, tokenizer: Any) -> list[ReadRow]:
+def read_rows(
+    task: str, rows: Sequence[Row], split: str, settings: sections.Task, tokenizer: Any, max_pixels: int
+) -> list[ReadRow]:
     """The rows of a task with their images read. Raises UserError naming the first that cannot be used."""
     return [
-        read_row(row, f"task {task!r}, {split} row {number}", settings.system_prompt, tokenizer)
+        read_row(row, f"task {task!r}, {split} row {number}", settings.system_prompt, tokenizer, max_pixels)
         for number, row in enumerate(rows, 1)
     ]
 
 
-def read_row(row: Any, where: str, system: str | None, tokenizer: Any) -> ReadRow:
+def read_row(row: Any, where: str, system: str | None, tokenizer: Any, max_pixels: int) -> ReadRow:
     given = given_tokens(row, where)
     if given is not None:
         row = {**row, "prompt": tokenizer.decode(given).strip() or f"tokens {given}"}
-    row, images = images_apart(row, where)
+    row, images = images_apart(row, where, max_pixels)
     prompt = checked_row(row, where)
     if system is not None:
         prompt = with_system_prompt(prompt, system, where)
     return ReadRow(where, row, prompt, images, given)
 
 
-def images_apart(row: Any, where: str) -> tuple[Any, tuple[Image, ...]]:
+def images_apart(row: Any, where: str, max_pixels: int) -> tuple[Any, tuple[Image, ...]]:
     """The row with places for its images in the prompt, and in its columns the images as read; and the images.
 
     Raises UserError for what is no image, for places that do not match, and for images of a prompt without messages.
@@ -215,10 +218,8 @@ def images_apart(row: Any, where: str) -> tuple[Any, tuple[Image, ...]]:
     if not isinstance(prompt, list):
         return row, ()
     prompt, found = with_places(prompt, beside, where)
-    count = len(found)
-    images = tuple(
-        read_image(value, where if count == 1 else f"{where}, image {number}") for number, value in enumerate(found, 1)
-    )
+    places = [where] if len(found) == 1 else [f"{where}, image {number}" for number in range(1, len(found) + 1)]
+    images = tuple(read_image(value, one, max_pixels=max_pixels) for value, one in zip(found, places, strict=True))
     read: Row = {"images": images} if images else {}
     if row.get("image") is not None:
         read["image"] = images[0]

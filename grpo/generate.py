@@ -2,6 +2,7 @@
 
     python -m grpo.generate runs/gsm8k "A jar holds 4 figs. How many are in 3 jars?"
     python -m grpo.generate runs/gsm8k --compare-base            # a chat, the model without its adapter beside it
+    python -m grpo.generate runs/shapes --image photo.jpg "How many circles are there?"
     echo "Once upon a time" | python -m grpo.generate Qwen/Qwen2.5-0.5B --raw
 
 Completions are text by an untrusted model: characters that a terminal would act upon are shown as escapes.
@@ -27,6 +28,7 @@ from grpo.api.episodes import environment_of, episodes_of
 from grpo.command import command
 from grpo.config.toml import apply_override
 from grpo.errors import UserError
+from grpo.images import read_image
 from grpo.printable import printable
 from grpo.run.model_reference import ADAPTER, BASE
 
@@ -65,6 +67,9 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument("prompt", nargs="?", help="what to ask; without it, read from a pipe, or asked for")
     result.add_argument("--system", metavar="TEXT", help="a system prompt")
+    result.add_argument(
+        "--image", action="append", default=[], metavar="FILE", help="show it before the first question; several times"
+    )
     result.add_argument("--raw", action="store_true", help="continue the prompt as it stands, without chat template")
     result.add_argument("--compare-base", action="store_true", help="answer without the adapter, too, side by side")
     result.add_argument("--environment", action="store_true", help="answer in the run's [environment], tools and all")
@@ -85,6 +90,11 @@ def check_options(parsed: argparse.Namespace) -> None:
 
     if parsed.raw and parsed.system is not None:
         raise UserError("--system and --raw: a raw prompt has no system prompt; keep one of them")
+    if parsed.image and (parsed.raw or parsed.environment):
+        other = "--raw" if parsed.raw else "--environment"
+        raise UserError(f"--image and {other}: an image needs a chat, and an environment's is of text; keep one")
+    for file in parsed.image:
+        read_image(file, "--image")
     if parsed.environment and (parsed.raw or parsed.compare_base):
         other = "--raw" if parsed.raw else "--compare-base"
         raise UserError(f"--environment and {other}: an episode is a chat with the adapter; keep one of them")
@@ -179,7 +189,8 @@ class Talk:
             return
         if not self.said and self.parsed.system is not None:
             self.said.append({"role": "system", "content": self.parsed.system})
-        self.said.append({"role": "user", "content": prompt})
+        first = not any(message["role"] == "user" for message in self.said)
+        self.said.append({"role": "user", "content": with_images(prompt, self.parsed.image) if first else prompt})
         if self.play is not None:
             asked, self.said = len(self.said), self.play(self.said)
             for message in self.said[asked:]:
@@ -227,6 +238,13 @@ class Talk:
             adapter=adapter,
             stream=True,
         )
+
+
+def with_images(prompt: str, files: Sequence[str]) -> str | list[dict[str, Any]]:
+    """What a message says that shows `files` before `prompt`."""
+    if not files:
+        return prompt
+    return [*({"type": "image", "image": file} for file in files), {"type": "text", "text": prompt}]
 
 
 def spoken(message: Mapping[str, Any]) -> str:

@@ -27,10 +27,15 @@ HELD = ("image", "image_url", "bytes", "path", "url")
 
 def content_text(content: Any) -> str:
     """The text of a message's content, without its images."""
+    return "".join(content_texts(content))
+
+
+def content_texts(content: Any) -> list[str]:
+    """The texts of a message's content: several where images stand between them."""
     if isinstance(content, list):
         texts = [part["text"] if isinstance(part, Mapping) and is_text(part) else part for part in content]
-        return "".join(text for text in texts if isinstance(text, str))
-    return "" if content is None else str(content)
+        return [text for text in texts if isinstance(text, str)]
+    return [] if content is None else [str(content)]
 
 
 def says_nothing(content: Any) -> bool:
@@ -85,7 +90,7 @@ def with_places(messages: Sequence[Any], beside: Sequence[Any], where: str) -> t
     if empty != len(beside):
         places = f"{empty} place{'' if empty == 1 else 's'} for one"
         raise UserError(
-            f"{where}: it has {len(beside)} image{'' if len(beside) == 1 else 's'} in its columns, and its messages "
+            f"{where}: it has {len(beside)} image{'' if len(beside) == 1 else 's'} beside its messages, and these "
             f'have {places}; give each image a part {{"type": "image"}}, or none of them'
         )
     rest = iter(beside)

@@ -19,14 +19,13 @@ import torch
 
 from grpo.config.schema import Config, Lora
 from grpo.errors import UserError
-from grpo.memory.fit import check_memory, lighter_weights
-from grpo.memory.gpus import as_found
-from grpo.memory.plan import MemoryPlan, plan_memory, sequence_limits, weight_bytes
+from grpo.memory.plan import MemoryPlan, plan_memory, sequence_limits
 from grpo.model.adapter_layers import check_selected
 from grpo.model.architectures import check_supported
 from grpo.model.base_weights import BaseWeights
 from grpo.model.checks import check_float16, check_head_size, end_tokens, largest_head, no_bfloat16
 from grpo.model.config_keys import check_keys, normalize_config
+from grpo.model.families.table import family_of
 from grpo.model.host_memory import free_pinned_memory
 from grpo.model.image_tokens import ImageTokens
 from grpo.model.inventory import account
@@ -44,6 +43,7 @@ from grpo.policy.vision_tower import VisionTower
 from grpo.rollout.attention_backend import Served, choose_backend
 from grpo.rollout.types import EngineSettings, SamplingSettings
 from grpo.rollout.vllm_environment import set_environment
+from grpo.run.device_memory import architecture_of, check_weights, fitted_kv_bytes, tower_sizes
 from grpo.run.machine import check_machine, resolve_device, version_of
 from grpo.special_tokens import completion_text
 
@@ -187,13 +187,14 @@ class Session:
         check_length(config, source.config, source.path)
         if device.type == "cuda":
             name = str(dtype).removeprefix("torch.")
-            head = largest_head(source.config.get_text_config())
-            served = Served(architecture_of(device), config.rollout.kv_cache_dtype, name, head)
+            text = source.config.get_text_config()
+            head, sinks = largest_head(text), family_of(text.model_type).sinks
+            served = Served(architecture_of(device), config.rollout.kv_cache_dtype, name, head, sinks)
             choose_backend(config.rollout.attention_backend, served)
         if start_engine:
-            kv_bytes = fitted_kv_bytes(config, source.config, device, dtype)
+            kv_bytes = fitted_kv_bytes(config, source.config, device, dtype, tower=tower_sizes(source.vision))
         else:
-            check_weights(config, source.config, device, dtype)
+            check_weights(config, source.config, device, dtype, tower_sizes(source.vision))
         source = starting_source(source, config, like, device)
         base = load_base(
             source, config.model, files.tokenizer, device=device, dtype=dtype, like=like, agree=agree, status=status
@@ -218,8 +219,16 @@ class Session:
     def _tower(self, source: Source, files: ModelFiles, base: BaseWeights) -> VisionTower | None:
         if files.image_tokens is None:
             return None
-        offload = self.config.model.offload_tower
-        return VisionTower(source, files.image_tokens, device=base.device, dtype=base.dtype, offload=offload)
+        sizes = tower_sizes(base.vision)
+        assert sizes is not None
+        return VisionTower(
+            source,
+            files.image_tokens,
+            device=base.device,
+            dtype=base.dtype,
+            offload=self.config.model.offload_tower,
+            kept_bytes=sizes.kept_bytes(self.config, base.dtype.itemsize),
+        )
 
     @property
     def model(self) -> LoadedModel:
@@ -255,7 +264,9 @@ class Session:
             if self.base.device.type == "cuda":
                 torch.cuda.empty_cache()
             base = self.base
-            self._start_engine(fitted_kv_bytes(self.config, base.config, base.device, base.dtype, base.nbytes()))
+            loaded = base.nbytes() + (self.policy.tower.nbytes() if self.policy.tower is not None else 0)
+            sizes = tower_sizes(base.vision)
+            self._start_engine(fitted_kv_bytes(self.config, base.config, base.device, base.dtype, loaded, sizes))
         assert self._engine is not None
         return self._engine
 
@@ -315,7 +326,8 @@ class Session:
         if self.base.device.type != "cuda":
             return settings, None
         flash = architecture_of(self.base.device) >= 80
-        return settings, plan_memory(config, self.base.config, self.base.dtype.itemsize, on_gpu=True, flash=flash)
+        sizes, itemsize = tower_sizes(self.base.vision), self.base.dtype.itemsize
+        return settings, plan_memory(config, self.base.config, itemsize, on_gpu=True, flash=flash, tower=sizes)
 
     def sampling(self, temperature: float, max_tokens: int, top_p: float = 1.0) -> SamplingSettings:
         """Sampling settings with this model's end tokens and the configuration's stop strings."""
@@ -418,12 +430,6 @@ def resolve_dtype(wanted: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
 
 
-def architecture_of(device: torch.device) -> int:
-    """86 for a GPU of compute capability 8.6."""
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
-
-
 def stop_token_ids(source: Any, tokenizer: Any) -> tuple[int, ...]:
     """Every token that ends a completion: the tokenizer's, the configuration's and the generation configuration's."""
     text = source.config.get_text_config()
@@ -456,31 +462,6 @@ def check_length(config: Config, model: Any, where: Path) -> None:
                 f"sequences of {length} tokens exceed the {longest} positions of {where}; lower "
                 f"rollout.max_prompt_length or {key}"
             )
-
-
-def fitted_kv_bytes(
-    config: Config, model: Any, device: torch.device, dtype: torch.dtype, loaded: int = 0
-) -> int | None:
-    """KV cache for a GPU on which `loaded` bytes of the model are; None where the engine decides. `model`:
-    transformers' configuration. Raises UserError if the run cannot fit."""
-    if device.type != "cuda":
-        return config.rollout.kv_cache_memory_bytes
-    free, total = torch.cuda.mem_get_info(device)
-    gpu = as_found(torch.cuda.get_device_name(device), architecture_of(device), total)
-    return check_memory(config, model.get_text_config(), dtype.itemsize, free + loaded, total, gpu)
-
-
-def check_weights(config: Config, model: Any, device: torch.device, dtype: torch.dtype) -> None:
-    """Raise UserError if the weights alone exceed a GPU's free memory."""
-    if device.type != "cuda":
-        return
-    free, shape = torch.cuda.mem_get_info(device)[0], model.get_text_config()
-    needed = weight_bytes(config, shape, dtype.itemsize, on_gpu=True)
-    if needed > free:
-        raise UserError(
-            f"the GPU has {free / 1e9:.1f} GB free, and the weights of {config.model.name} need {needed / 1e9:.1f} GB; "
-            f"{lighter_weights(config, shape)}"
-        )
 
 
 def engine_settings(config: Config, kv_cache_memory_bytes: int | None) -> EngineSettings:

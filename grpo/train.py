@@ -30,6 +30,7 @@ from grpo.memory.gpus import Gpu, gpu_named
 from grpo.memory.shapes import model_shape
 from grpo.memory.summary import memory_plan
 from grpo.model.checks import BEYOND_FLOAT16, beyond_float16, largest_head, no_bfloat16
+from grpo.model.families.table import family_of
 from grpo.rollout.attention_backend import Served, choose_backend
 from grpo.run.checkpoint import check_run, moved_base, saved_config, step_numbers
 from grpo.run.machine import check_machine
@@ -165,7 +166,7 @@ def card(parsed: argparse.Namespace, config: Config) -> Gpu | None:
     shape = model_shape(config.model, network=True)
     served = Served(gpu.architecture, config.rollout.kv_cache_dtype, config.model.dtype)
     if shape is not None:
-        served = replace(served, head_size=largest_head(shape))
+        served = replace(served, head_size=largest_head(shape), sinks=family_of(shape.model_type).sinks)
     choose_backend(config.rollout.attention_backend, served)
     if gpu.architecture < 80 and config.model.dtype == "bfloat16":
         raise UserError(no_bfloat16(gpu.name))

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from grpo.kernels.attention_sinks import FlashWithSinks, masked_with_sinks, sink_weights
 from grpo.kernels.shared_keys import GatherIndex, gather_keys
 
 try:
@@ -218,23 +219,24 @@ def packed_attention(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attention of every span.
 
     `query` [heads, tokens, dim], `key` and `value` [key-value heads, tokens, dim]. `window`: a token sees itself and
-    the `window - 1` before it. `softcap`: scores become `softcap * tanh(score / softcap)` (Gemma 2). Returns
-    [tokens, heads, dim].
+    the `window - 1` before it. `softcap`: scores become `softcap * tanh(score / softcap)` (Gemma 2). `sinks` [heads]:
+    scores that take part in each head's softmax without a value (attention_sinks.py). Returns [tokens, heads, dim].
     """
     assert packing.tokens == query.shape[1] == key.shape[1], (packing.tokens, query.shape, key.shape)
     assert query.shape[0] % key.shape[0] == 0, (query.shape, key.shape)
     if softcap is None and flash_supports(query):
-        return _flash(query, key, value, packing, scale, window)
+        return _flash(query, key, value, packing, scale, window, sinks)
     if softcap is None and without_scores(query):
-        outputs = [_causal(query, key, value, batch, scale, window) for batch in packing.causal]
+        outputs = [_causal(query, key, value, batch, scale, window, sinks) for batch in packing.causal]
     else:
         groups = query.shape[0] // key.shape[0]
         key, value = key.repeat_interleave(groups, 0), value.repeat_interleave(groups, 0)
-        outputs = [_padded(query, key, value, batch, scale, window, softcap) for batch in packing.padded]
+        outputs = [_padded(query, key, value, batch, scale, window, softcap, sinks) for batch in packing.padded]
     return torch.cat(outputs).index_select(0, packing.order)
 
 
@@ -254,7 +256,15 @@ def without_scores(query: Tensor) -> bool:
     return query.is_cuda
 
 
-def _flash(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: float, window: int | None) -> Tensor:
+def _flash(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    packing: Packing,
+    scale: float,
+    window: int | None,
+    sinks: Tensor | None,
+) -> Tensor:
     arguments: dict = {"scale": scale, "window_size": (-1 if window is None else window - 1, 0)}
     if "enable_gqa" in VARLEN_ARGUMENTS:  # torch 2.11 takes fewer heads of keys without this argument
         arguments["enable_gqa"] = key.shape[0] != query.shape[0]
@@ -262,10 +272,21 @@ def _flash(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: f
     if packing.shares_prefixes:
         key, value = gather_keys(key, value, packing.gather_index)
     # With fewer queries than keys, flash attention aligns the causal mask to the last key, as a continuation needs.
+    if sinks is not None:
+        bounds = packing.query_bounds, packing.key_bounds
+        return FlashWithSinks.apply(query, key, value, sinks, *bounds, packing.longest, scale, window)
     return varlen_attn(query, key, value, packing.query_bounds, packing.key_bounds, *packing.longest, **arguments)
 
 
-def _causal(query: Tensor, key: Tensor, value: Tensor, batch: CausalBatch, scale: float, window: int | None) -> Tensor:
+def _causal(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    batch: CausalBatch,
+    scale: float,
+    window: int | None,
+    sinks: Tensor | None,
+) -> Tensor:
     """Attention of one batch's own tokens [tokens, heads, dim]. Prompts are computed with each span and left out."""
     groups = query.shape[0] // key.shape[0]
     # A prompt's query gets no gradient but from its own row, so that torch's atomics add zeros; its key gets several.
@@ -274,14 +295,21 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, batch: CausalBatch, scale
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     q, k, v = (part.unflatten(0, (batch.spans, -1)).transpose(1, 2) for part in (query, key, value))
     longest = q.shape[2]
-    if window is None or window >= longest:
+    if sinks is None and (window is None or window >= longest):
         output = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
     else:
         place = torch.arange(longest, device=q.device)
         distance = place[:, None] - place[None, :]
-        visible = (distance >= 0) & (distance < window)
-        output = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale)
+        visible = (distance >= 0) & (distance < (longest if window is None else window))
+        output = _masked(q, k, v, visible[None, None], scale, sinks)
     return output.transpose(1, 2).flatten(0, 1).index_select(0, batch.own)
+
+
+def _masked(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float, sinks: Tensor | None) -> Tensor:
+    """torch's fused attention of [batch, heads, length, dim] with a mask [batch or 1, 1, queries, keys]."""
+    if sinks is not None:
+        return masked_with_sinks(q, k, v, visible, sinks, scale)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale)
 
 
 def _padded(
@@ -292,6 +320,7 @@ def _padded(
     scale: float,
     window: int | None,
     softcap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     """Attention of one padded batch: its valid queries [tokens, heads, dim]."""
     spans = batch.queries.shape[0]
@@ -303,11 +332,12 @@ def _padded(
     if window is not None:
         visible &= batch.distance < window
     if softcap is None and visible.numel() * q.shape[1] > EXPLICIT_SCORES:
-        output = F.scaled_dot_product_attention(q, k, v, attn_mask=visible[:, None], scale=scale)
+        output = _masked(q, k, v, visible[:, None], scale, sinks)
     else:
         scores = (q * scale) @ k.transpose(-1, -2)
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
-        weights = scores.masked_fill(~visible[:, None], float("-inf")).softmax(-1, dtype=torch.float32)
+        scores = scores.masked_fill(~visible[:, None], float("-inf"))
+        weights = scores.softmax(-1, dtype=torch.float32) if sinks is None else sink_weights(scores, sinks)
         output = weights.to(q.dtype) @ v
     return output.transpose(1, 2)[batch.valid]

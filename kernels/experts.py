@@ -4,8 +4,9 @@ Every token's hidden state goes to the `top_k` experts that its router scores hi
 results are added with the router's weights. Rows are sorted by expert, so that an expert's are neighbours and one
 grouped product does them all. The experts' weights are frozen: gradients reach the input and the router's logits.
 
-Sampling and training call the same functions, so equal logits choose equal experts. NF4 weights are dequantised for a
-product, some experts at a time; for the few rows of a decoding step nf4_experts.py multiplies them as they are.
+Sampling and training call the same functions, so equal logits choose equal experts. Weights in NF4 or MXFP4 are
+dequantised for a product, some experts at a time; for the few rows of a decoding step nf4_experts.py multiplies them as
+they are.
 
 Not here: the router's own product, adapters' training state, who is asked for which layer.
 """
@@ -19,17 +20,27 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from grpo.kernels import nf4
+from grpo.kernels import mxfp4, nf4
 from grpo.kernels.glu import glu, glu_backward, glu_forward
 from grpo.kernels.sizes import EXPERTS_BYTES
 
 
 class ExpertMatrix(NamedTuple):
-    """One matrix [out, in] of every expert, one below the other: [experts * out, in], or packed as NF4."""
+    """One matrix [out, in] of every expert, one below the other: [experts * out, in], or packed as NF4 or MXFP4."""
 
     weight: Tensor
     absmax: Tensor | None
+    """The scales of what is packed, as nf4.py or mxfp4.py keeps them."""
     experts: int
+    bias: Tensor | None = None
+    """[experts, out]"""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it is computed in."""
+        if mxfp4.is_stored(self.absmax):
+            return torch.bfloat16
+        return self.weight.dtype if self.absmax is None else self.absmax.dtype
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -40,10 +51,32 @@ class ExpertMatrix(NamedTuple):
     def dense(self, first: int = 0, last: int | None = None) -> Tensor:
         """Experts `first` to `last` as [experts, out, in] in the compute dtype: a view, or dequantised anew."""
         _, out, columns = self.shape
-        rows = slice(first * out, (self.experts if last is None else last) * out)
+        rows = self._rows(first, last)
         if self.absmax is None:
             return self.weight[rows].view(-1, out, columns)
-        return nf4.dequantize(self.weight[rows], self.absmax[rows]).view(-1, out, columns)
+        return self._dequantize(rows).view(-1, out, columns)
+
+    def dense_beside(self, first: int, last: int, more: Tensor) -> Tensor:
+        """[experts, out, in + R]: experts `first` to `last`, and beside each its part of more [experts, out, R]."""
+        _, out, columns = self.shape
+        rows = self._rows(first, last)
+        wide = torch.empty(last - first, out, columns + more.shape[2], dtype=self.dtype, device=self.weight.device)
+        wide[..., columns:] = more[first:last]
+        left = wide.view(-1, wide.shape[2])[:, :columns]
+        if self.absmax is None:
+            left.copy_(self.weight[rows])
+        else:
+            self._dequantize(rows, left)
+        return wide
+
+    def _rows(self, first: int, last: int | None) -> slice:
+        out = self.shape[1]
+        return slice(first * out, (self.experts if last is None else last) * out)
+
+    def _dequantize(self, rows: slice, out: Tensor | None = None) -> Tensor:
+        assert self.absmax is not None
+        form = mxfp4 if mxfp4.is_stored(self.absmax) else nf4
+        return form.dequantize(self.weight[rows], self.absmax[rows], out)
 
 
 class Experts(NamedTuple):
@@ -113,22 +146,26 @@ def experts_mlp(
     return forward(x, experts, group(chosen, experts.gate_up.experts), weights)[0]
 
 
-def adapted_mlp(x: Tensor, experts: Experts, groups: Groups, weights: Tensor, adapters: ExpertAdapters) -> Tensor:
+def adapted_mlp(
+    x: Tensor, experts: Experts, groups: Groups, weights: Tensor, adapters: ExpertAdapters, *, by_pieces: bool = True
+) -> Tensor:
     """The same with adapters, of which rows and inner products are kept for the backward."""
-    top_k = weights.shape[1]
-    gate_up = adapted(x[groups.order // top_k], experts.gate_up, groups.ends, adapters.gate_up, adapters.on)
-    rows = adapted(glu(gate_up, experts.activation), experts.down, groups.ends, adapters.down, adapters.on)
+    top_k, (ends, on) = weights.shape[1], (groups.ends, adapters.on)
+    gate_up = adapted(x[groups.order // top_k], experts.gate_up, ends, adapters.gate_up, on, by_pieces)
+    rows = adapted(glu(gate_up, experts.activation), experts.down, ends, adapters.down, on, by_pieces)
     return combine(rows, weights, groups.order)
 
 
-def adapted(x: Tensor, matrix: ExpertMatrix, ends: Tensor, adapter: ExpertAdapter | None, on: Tensor | None) -> Tensor:
+def adapted(
+    x: Tensor, matrix: ExpertMatrix, ends: Tensor, adapter: ExpertAdapter | None, on: Tensor | None, by_pieces: bool
+) -> Tensor:
     """Sorted rows x times W^T of their experts plus (x A^T) (s B)^T, rounded once."""
     if adapter is None:
-        return _Adapted.apply(x, None, None, matrix, ends)
+        return _Adapted.apply(x, None, None, matrix, ends, by_pieces)
     x_lora_a = _ByExpert.apply(x, adapter.a, ends)
     if on is not None:
         x_lora_a = x_lora_a * on
-    return _Adapted.apply(x, x_lora_a, adapter.b, matrix, ends)
+    return _Adapted.apply(x, x_lora_a, adapter.b, matrix, ends, by_pieces)
 
 
 class _ByExpert(torch.autograd.Function):
@@ -151,11 +188,13 @@ class _Adapted(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, x_lora_a: Tensor | None, b: Tensor | None, matrix: ExpertMatrix, ends: Tensor
-    ) -> Tensor:
+        ctx: Any, x: Tensor, x_lora_a: Tensor | None, b: Tensor | None, matrix: ExpertMatrix, ends: Tensor,
+        by_pieces: bool,
+    ) -> Tensor:  # fmt: skip
         ctx.matrix = matrix
         ctx.save_for_backward(x_lora_a, b, ends)
-        return grouped(x, matrix, ends, low_rank=None if x_lora_a is None or b is None else (x_lora_a, b))
+        low_rank = None if x_lora_a is None or b is None else (x_lora_a, b)
+        return grouped(x, matrix, ends, low_rank=low_rank, by_pieces=by_pieces)
 
     @staticmethod
     @once_differentiable
@@ -163,8 +202,8 @@ class _Adapted(torch.autograd.Function):
         x_lora_a, b, ends = ctx.saved_tensors
         x_grad = grouped(grad, ctx.matrix, ends, transposed=True) if ctx.needs_input_grad[0] else None
         if b is None:
-            return x_grad, None, None, None, None
-        return x_grad, multiply(grad, b, ends, transposed=True), outer(grad, x_lora_a, ends), None, None
+            return x_grad, None, None, None, None, None
+        return x_grad, multiply(grad, b, ends, transposed=True), outer(grad, x_lora_a, ends), None, None, None
 
 
 def outer(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
@@ -182,7 +221,7 @@ def sampled_mlp(
 ) -> Tensor:
     """`experts_mlp` without gradient and without waiting for the device: packed matrices are dequantised whole."""
     if adapters is not None:
-        return adapted_mlp(x, experts, group(chosen, experts.gate_up.experts), weights, adapters)
+        return adapted_mlp(x, experts, group(chosen, experts.gate_up.experts), weights, adapters, by_pieces=False)
     return forward(x, experts, group(chosen, experts.gate_up.experts), weights, by_pieces=False)[0]
 
 
@@ -211,22 +250,22 @@ class _ExpertsMlp(torch.autograd.Function):
         groups = group(chosen, experts.gate_up.experts)
         result, gate_up = forward(x, experts, groups, weights)
         ctx.experts = experts
-        ctx.save_for_backward(weights, gate_up, *groups)
+        ctx.save_for_backward(weights, chosen, gate_up, *groups)
         return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weights, gate_up, order, ends = ctx.saved_tensors
+        weights, chosen, gate_up, order, ends = ctx.saved_tensors
         experts, top_k = ctx.experts, weights.shape[1]
         token = order // top_k
         row_weights = weights.reshape(-1)[order]
         inner = grouped(grad[token], experts.down, ends, transposed=True)  # of the MLP's product, but for the weight
         product, gate_up_grad = torch.empty_like(inner), torch.empty_like(gate_up)
         glu_backward(inner * row_weights[:, None].to(inner.dtype), gate_up, experts.activation, product, gate_up_grad)
-        of_rows = (
-            (inner.float() * product.float()).sum(-1) if inner.dtype != torch.float64 else (inner * product).sum(-1)
-        )
+        of_rows = row_products(inner, product)
+        if experts.down.bias is not None:  # a row's result has it too
+            of_rows = of_rows + row_products(grad[token], experts.down.bias[chosen.reshape(-1)[order]])
         weights_grad = torch.empty_like(of_rows).index_copy_(0, order, of_rows).view_as(weights)
         x_rows = grouped(gate_up_grad, experts.gate_up, ends, transposed=True)
         ones = torch.ones_like(weights, dtype=x_rows.dtype)
@@ -245,13 +284,20 @@ def grouped(
     """Rows of x, sorted by expert, times W^T of their experts; `transposed`: times W. By pieces the host is waited for,
     and no more than EXPERTS_BYTES are dequantised at once. low_rank: s [rows, R] and b [experts, out, R], of which s
     b^T is added before the sum is rounded."""
-    if low_rank is not None:
-        wide = torch.cat([matrix.dense(), low_rank[1]], 2)
-        return multiply(torch.cat([x, low_rank[0]], 1), wide, ends, transposed=False)
     experts, out, columns = matrix.shape
-    step = max(1, EXPERTS_BYTES // (out * columns * x.element_size()))
-    if matrix.absmax is None or not by_pieces or step >= experts:
-        return multiply(x, matrix.dense(), ends, transposed)
+    more = None if transposed else columns_beside(matrix, low_rank)
+    if more is not None:
+        of_adapter = x[:, :0] if low_rank is None else low_rank[0]
+        ones = x.new_zeros(len(x), more.shape[2] - of_adapter.shape[1])
+        ones[:, :1] = 1
+        x = torch.cat([x, of_adapter, ones], 1)
+
+    def weight(first: int, last: int) -> Tensor:
+        return matrix.dense(first, last) if more is None else matrix.dense_beside(first, last, more)
+
+    step = max(1, EXPERTS_BYTES // (out * x.shape[1] * x.element_size()))
+    if not by_pieces or step >= experts or (matrix.absmax is None and more is None):
+        return multiply(x, weight(0, experts), ends, transposed)
     result = x.new_empty(x.shape[0], columns if transposed else out)
     rows = [0, *ends.tolist()]
     for first in range(0, experts, step):
@@ -259,8 +305,27 @@ def grouped(
         part = slice(rows[first], rows[last])
         if part.stop > part.start:
             here = ends[first:last] - part.start
-            result[part] = multiply(x[part], matrix.dense(first, last), here, transposed)
+            result[part] = multiply(x[part], weight(first, last), here, transposed)
     return result
+
+
+def columns_beside(matrix: ExpertMatrix, low_rank: tuple[Tensor, Tensor] | None) -> Tensor | None:
+    """[experts, out, R + ...] that W is widened by, so that one product rounds once: an adapter's b, then the bias for
+    a column of ones and zeros up to whole 16 bytes. None: nothing."""
+    parts = [] if low_rank is None else [low_rank[1]]
+    if matrix.bias is not None:
+        parts.append(matrix.bias[..., None])
+    if not parts:
+        return None
+    width = sum(part.shape[2] for part in parts)
+    filled = -(width + matrix.shape[2]) % (16 // matrix.dtype.itemsize)
+    return F.pad(torch.cat(parts, 2), (0, filled))
+
+
+def row_products(left: Tensor, right: Tensor) -> Tensor:
+    """[rows]: the sum over columns of the product of each row, in float32 or wider."""
+    wide = torch.promote_types(left.dtype, torch.float32)
+    return (left.to(wide) * right.to(wide)).sum(-1)
 
 
 def multiply(x: Tensor, weight: Tensor, ends: Tensor, transposed: bool) -> Tensor:

@@ -1,9 +1,12 @@
 """Gated activations act(gate) * up: SwiGLU (Llama, Qwen, Mistral, Phi) and GeGLU with tanh (Gemma).
 
+gpt-oss has a third, here "clamped_silu": with gate at most 7 and up from -7 to 7, gate * sigmoid(1.702 * gate) times
+up + 1 (arXiv:2508.10925, 2.2.2); beyond a limit there is no gradient.
+
 The two halves come as one tensor, as the fused layer writes them. The backward computes the activation again from
 them and gives the product and both gradients in one pass, over its inputs' memory if asked. Rounding is that of
-`act_fn(gate) * up` in torch: the activation once, the product once. GELU: Hendrycks and Gimpel, 2016
-(arXiv:1606.08415); gated: Shazeer, 2020 (arXiv:2002.05202).
+`act_fn(gate) * up` in torch: the activation once, the product once, and up + 1 not at all. GELU: Hendrycks and
+Gimpel, 2016 (arXiv:1606.08415); gated: Shazeer, 2020 (arXiv:2002.05202).
 """
 
 from __future__ import annotations
@@ -19,7 +22,9 @@ from torch.autograd.function import once_differentiable
 
 from grpo.kernels.launch import accumulation_dtype, is_interpreted, on_device, round_to, triton_supports, unit_stride
 
-ACTIVATIONS = ("silu", "gelu_tanh")
+ACTIVATIONS = ("silu", "gelu_tanh", "clamped_silu")
+CLAMP, STEEPNESS = 7.0, 1.702
+"""Of clamped_silu."""
 ELEMENTS = 2048
 """Of a program's tile: one row or, where rows are short, several."""
 GELU_SLOPE = 0.7978845608028654
@@ -59,7 +64,11 @@ def glu_forward(gate_up: Tensor, activation: str, out: Tensor | None = None) -> 
         launch_forward(gate_up, activation, out)
     else:
         gate, up = gate_up.chunk(2, -1)
-        torch.mul(_activate(gate, activation), up, out=out)
+        if activation == "clamped_silu":
+            gate, up = _clamped(*(half.to(accumulation_dtype(gate_up.dtype)) for half in (gate, up)))
+            out.copy_(_activate(gate, activation).to(out.dtype) * up)
+        else:
+            torch.mul(_activate(gate, activation), up, out=out)
     return out
 
 
@@ -75,20 +84,32 @@ def glu_backward(grad: Tensor, gate_up: Tensor, activation: str, product: Tensor
         return
     gate, up = (half.to(accumulation_dtype(gate_up.dtype)) for half in gate_up.chunk(2, -1))
     incoming = grad.to(gate.dtype)
+    moves = None
+    if activation == "clamped_silu":
+        moves = torch.cat([gate <= CLAMP, up.abs() <= CLAMP], -1)
+        gate, up = _clamped(gate, up)
     value = _activate(gate, activation)
     gradients = torch.cat([incoming * up * _slope(gate, activation), incoming * value], -1)
-    torch.mul(value.to(product.dtype), up.to(product.dtype), out=product)
-    out.copy_(gradients)
+    product.copy_(value.to(product.dtype) * up)
+    out.copy_(gradients if moves is None else gradients.where(moves, 0))
+
+
+def _clamped(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Within their limits, and up with its 1."""
+    return gate.clamp(max=CLAMP), up.clamp(-CLAMP, CLAMP) + 1
 
 
 def _activate(gate: Tensor, activation: str) -> Tensor:
+    if activation == "clamped_silu":
+        return gate * torch.sigmoid(STEEPNESS * gate)
     return F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
 
 
 def _slope(gate: Tensor, activation: str) -> Tensor:
-    if activation == "silu":
-        sigmoid = torch.sigmoid(gate)
-        return sigmoid * (1 + gate * (1 - sigmoid))
+    if activation != "gelu_tanh":
+        steepness = 1.0 if activation == "silu" else STEEPNESS
+        sigmoid = torch.sigmoid(steepness * gate)
+        return sigmoid * (1 + steepness * gate * (1 - sigmoid))
     tanh = torch.tanh(GELU_SLOPE * (gate + GELU_CUBE * gate**3))
     return 0.5 * (1 + tanh) + 0.5 * gate * (1 - tanh**2) * GELU_SLOPE * (1 + 3 * GELU_CUBE * gate**2)
 
@@ -122,7 +143,7 @@ def launch_forward(gate_up: Tensor, activation: str, out: Tensor) -> None:
     grid, height, columns = _launch_sizes(rows, inner)
     with on_device(gate_up):
         _forward_kernel[grid](
-            gate_up, out, rows, inner, gate_up.stride(0), out.stride(0), activation == "silu", height, columns,
+            gate_up, out, rows, inner, gate_up.stride(0), out.stride(0), activation, height, columns,
             is_interpreted(gate_up), num_warps=4,
         )  # fmt: skip
 
@@ -137,34 +158,38 @@ def launch_backward(grad: Tensor, gate_up: Tensor, activation: str, product: Ten
     with on_device(gate_up):
         _backward_kernel[grid](
             grad, gate_up, product, out, rows, inner, grad.stride(0), gate_up.stride(0), product.stride(0),
-            out.stride(0), activation == "silu", height, columns, is_interpreted(gate_up), num_warps=4,
+            out.stride(0), activation, height, columns, is_interpreted(gate_up), num_warps=4,
         )  # fmt: skip
 
 
 _SLOPE = tl.constexpr(GELU_SLOPE)
 _CUBE = tl.constexpr(GELU_CUBE)
+_CLAMP = tl.constexpr(CLAMP)
+_STEEP = tl.constexpr(STEEPNESS)
 
 
 @triton.jit
-def _curve(gate, SILU: tl.constexpr):
+def _curve(gate, ACTIVATION: tl.constexpr):
     """sigmoid(gate) for SiLU; tanh of GELU's polynomial otherwise, as 1 - 2 / (exp(2 u) + 1), which saturates."""
-    if SILU:
+    if ACTIVATION == "silu":
         return tl.sigmoid(gate)
+    elif ACTIVATION == "clamped_silu":
+        return tl.sigmoid(gate * _STEEP)
     cubic = gate + gate * gate * gate * _CUBE
     return 1.0 - 2.0 / (tl.exp(cubic * _SLOPE * 2.0) + 1.0)
 
 
 @triton.jit
-def _value(gate, curve, SILU: tl.constexpr):
-    if SILU:
-        return gate * curve
-    return 0.5 * gate * (1.0 + curve)
+def _value(gate, curve, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "gelu_tanh":
+        return 0.5 * gate * (1.0 + curve)
+    return gate * curve
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _forward_kernel(
-    gate_up_ptr, out_ptr, rows, columns, stride_gate_up_m, stride_out_m, SILU: tl.constexpr, HEIGHT: tl.constexpr,
-    COLUMNS: tl.constexpr, INTERPRETED: tl.constexpr,
+    gate_up_ptr, out_ptr, rows, columns, stride_gate_up_m, stride_out_m, ACTIVATION: tl.constexpr,
+    HEIGHT: tl.constexpr, COLUMNS: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     DTYPE: tl.constexpr = out_ptr.dtype.element_ty
     row = (tl.program_id(0) * HEIGHT + tl.arange(0, HEIGHT)).to(tl.int64)[:, None]
@@ -173,7 +198,10 @@ def _forward_kernel(
     source = gate_up_ptr + row * stride_gate_up_m + column
     gate = tl.load(source, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(source + columns, mask=inside, other=0.0).to(tl.float32)
-    value = round_to(_value(gate, _curve(gate, SILU), SILU), DTYPE, INTERPRETED).to(tl.float32)
+    if ACTIVATION == "clamped_silu":
+        gate = tl.minimum(gate, _CLAMP)
+        up = tl.minimum(tl.maximum(up, -_CLAMP), _CLAMP) + 1.0
+    value = round_to(_value(gate, _curve(gate, ACTIVATION), ACTIVATION), DTYPE, INTERPRETED).to(tl.float32)
     tl.store(out_ptr + row * stride_out_m + column, round_to(value * up, DTYPE, INTERPRETED), mask=inside)
 
 
@@ -181,7 +209,7 @@ def _forward_kernel(
 def _backward_kernel(
     grad_ptr, gate_up_ptr, product_ptr, out_ptr, rows, columns,
     stride_grad_m, stride_gate_up_m, stride_product_m, stride_out_m,
-    SILU: tl.constexpr, HEIGHT: tl.constexpr, COLUMNS: tl.constexpr, INTERPRETED: tl.constexpr,
+    ACTIVATION: tl.constexpr, HEIGHT: tl.constexpr, COLUMNS: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     DTYPE: tl.constexpr = out_ptr.dtype.element_ty
     row = (tl.program_id(0) * HEIGHT + tl.arange(0, HEIGHT)).to(tl.int64)[:, None]
@@ -191,15 +219,23 @@ def _backward_kernel(
     gate = tl.load(source, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(source + columns, mask=inside, other=0.0).to(tl.float32)
     incoming = tl.load(grad_ptr + row * stride_grad_m + column, mask=inside, other=0.0).to(tl.float32)
-    curve = _curve(gate, SILU)
-    value = _value(gate, curve, SILU)
-    if SILU:
+    of_gate, of_up = incoming, incoming
+    if ACTIVATION == "clamped_silu":
+        of_gate = tl.where(gate <= _CLAMP, incoming, 0.0)
+        of_up = tl.where(tl.abs(up) <= _CLAMP, incoming, 0.0)
+        gate = tl.minimum(gate, _CLAMP)
+        up = tl.minimum(tl.maximum(up, -_CLAMP), _CLAMP) + 1.0
+    curve = _curve(gate, ACTIVATION)
+    value = _value(gate, curve, ACTIVATION)
+    if ACTIVATION == "silu":
         slope = curve * (1.0 + gate * (1.0 - curve))
+    elif ACTIVATION == "clamped_silu":
+        slope = curve * (1.0 + _STEEP * gate * (1.0 - curve))
     else:
         steepness = (gate * gate * (3.0 * _CUBE) + 1.0) * _SLOPE
         slope = 0.5 * (1.0 + curve) + 0.5 * gate * (1.0 - curve * curve) * steepness
     rounded = round_to(value, DTYPE, INTERPRETED).to(tl.float32)
     tl.store(product_ptr + row * stride_product_m + column, round_to(rounded * up, DTYPE, INTERPRETED), mask=inside)
     target = out_ptr + row * stride_out_m + column
-    tl.store(target, round_to(incoming * up * slope, DTYPE, INTERPRETED), mask=inside)
-    tl.store(target + columns, round_to(incoming * value, DTYPE, INTERPRETED), mask=inside)
+    tl.store(target, round_to(of_gate * up * slope, DTYPE, INTERPRETED), mask=inside)
+    tl.store(target + columns, round_to(of_up * value, DTYPE, INTERPRETED), mask=inside)

@@ -1,4 +1,4 @@
-"""Products of sorted rows with their experts' weights in NF4: the fused kernel of nf4_gemm.py, grouped.
+"""Products of sorted rows with their experts' weights in NF4 or MXFP4: the fused kernel of nf4_gemm.py, grouped.
 
 The stored matrices of the experts lie one below the other. A program multiplies a tile of one expert's rows of x with
 some rows of that expert's W, which it looks up and scales in registers; experts without rows are not read. Tiles come
@@ -20,11 +20,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from grpo.kernels import cards, nf4, routing
+from grpo.kernels import cards, mxfp4, nf4, routing
 from grpo.kernels.experts import ExpertAdapter, ExpertAdapters, ExpertMatrix, Experts, multiply
 from grpo.kernels.glu import glu_forward
 from grpo.kernels.launch import is_interpreted, on_device, round_to
-from grpo.kernels.nf4_lookup import byte_tables, fenced, load_rows, lookup_half, scaled, tile_columns
+from grpo.kernels.mxfp4 import mx_scaled
+from grpo.kernels.nf4_lookup import CODE, byte_tables, fenced, load_rows, lookup_half, scaled, tile_columns
 from grpo.kernels.nf4_tiles import Tile
 from grpo.kernels.routing import Record, Routes
 from grpo.kernels.split_k import dot
@@ -82,14 +83,16 @@ def first_experts(matrix: ExpertMatrix, count: int) -> ExpertMatrix:
     experts, out, _ = matrix.shape
     count = min(count, experts)
     absmax = None if matrix.absmax is None else matrix.absmax[: count * out]
-    return ExpertMatrix(matrix.weight[: count * out], absmax, count)
+    return ExpertMatrix(
+        matrix.weight[: count * out], absmax, count, None if matrix.bias is None else matrix.bias[:count]
+    )
 
 
 def agrees(matrix: ExpertMatrix, top_k: int, tile: Tile, ranks: int) -> bool:
     """Whether products by `tile` are torch's, for several numbers of tokens, without adapters and with some."""
     experts, out, columns = matrix.shape
     assert matrix.absmax is not None
-    dtype, device = matrix.absmax.dtype, matrix.absmax.device
+    dtype, device = matrix.dtype, matrix.absmax.device
     generator = torch.Generator(device).manual_seed(0)
 
     def random(*size: int) -> Tensor:
@@ -103,9 +106,13 @@ def agrees(matrix: ExpertMatrix, top_k: int, tile: Tile, ranks: int) -> bool:
         for rank in {0, ranks}:
             low_rank = ExpertLowRank(random(len(rows), rank), random(experts, out, rank)) if rank else None
             wanted = multiply(rows, matrix.dense(), routes.ends, transposed=False).float()
+            if matrix.bias is not None:
+                wanted += matrix.bias.float()[expert]
             if low_rank is not None:
                 wanted += torch.einsum("mr,mor->mo", low_rank.x_lora_a.float(), low_rank.b.float()[expert])
-            ours = experts_linear(x, matrix.weight, matrix.absmax, routes, tile, top_k=top_k, low_rank=low_rank)
+            ours = experts_linear(
+                x, matrix.weight, matrix.absmax, routes, tile, top_k=top_k, bias=matrix.bias, low_rank=low_rank
+            )
             if not float((ours.float() - wanted).norm()) <= AGREES * float(wanted.norm()):
                 return False
     return True
@@ -127,7 +134,9 @@ def decode(
             shrunk = experts_shrink(rows, adapter.a, adapters.on, routes, tile.m, top_k=top_k)
             low_rank = ExpertLowRank(shrunk, adapter.b)
         assert matrix.absmax is not None
-        return experts_linear(rows, matrix.weight, matrix.absmax, routes, tile, top_k=top_k, low_rank=low_rank)
+        return experts_linear(
+            rows, matrix.weight, matrix.absmax, routes, tile, top_k=top_k, bias=matrix.bias, low_rank=low_rank
+        )
 
     above, below = (None, None) if adapters is None else (adapters.gate_up, adapters.down)
     inner = glu_forward(product(x, experts.gate_up, above, tiles.gate_up, top_k), experts.activation)
@@ -140,16 +149,17 @@ def experts_linear(
 ) -> Tensor:  # fmt: skip
     """[rows, out] in x's dtype: x of each place times the transpose of its expert's W, plus bias [experts, out].
 
-    packed, absmax: the experts' matrices [experts * out, K] as `nf4.allocate` made them. `top_k` above 1: x [tokens, K]
-    is unsorted, and the token of a place is `order // top_k`; else x [rows, K] is sorted. tile.m is the number of rows
-    that the routes were cut into. Records no gradient.
+    packed, absmax: the experts' matrices [experts * out, K] as `nf4.allocate` or `mxfp4.allocate` made them. `top_k`
+    above 1: x [tokens, K] is unsorted, and the token of a place is `order // top_k`; else x [rows, K] is sorted. tile.m
+    is the number of rows that the routes were cut into. Records no gradient.
     """
     experts, rows = len(routes.ends), len(routes.order)
     features, columns = packed.shape[0] // experts, packed.shape[1] * 2
     words, scales = nf4.stored_rows(packed, absmax, 0, packed.shape[0], columns)
     out = torch.empty(rows, features, dtype=x.dtype, device=x.device)
     assert features % 8 == 0 and x.stride(1) == 1 and x.shape[1] == columns and x.element_size() == 2
-    assert x.dtype == absmax.dtype and (bias is None or bias.is_contiguous())
+    mx = mxfp4.is_stored(absmax)
+    assert x.dtype == (torch.bfloat16 if mx else absmax.dtype) and (bias is None or bias.is_contiguous())
     x_lora_a, b, ranks = (x, x, 0) if low_rank is None else (*low_rank, low_rank.b.shape[2])
     if low_rank is not None:
         assert x_lora_a.shape == (rows, ranks) and b.shape == (experts, features, ranks) and ranks % 16 == 0
@@ -159,9 +169,10 @@ def experts_linear(
         _experts_kernel[grid](
             x, words.view(torch.int32), scales.view(torch.int32), x if bias is None else bias, out, x_lora_a, b,
             routes.order, routes.ends, routes.expert, routes.start, experts, features, columns, words.shape[1],
-            x.stride(0), *byte_tables(x.dtype), tile.n, tile.m, tile.warps, tile.stages, tile.dots,
-            columns % nf4.TILE != 0, top_k, bias is not None, ranks, min(64, triton.next_power_of_2(max(ranks, 16))),
-            is_interpreted(x), x.is_cuda and cards.card(x.device).unit == "mma", num_warps=tile.warps,
+            x.stride(0), *byte_tables(x.dtype, mxfp4.VALUES if mx else CODE), tile.n, tile.m, tile.warps, tile.stages,
+            tile.dots, columns % nf4.TILE != 0, top_k, bias is not None, ranks,
+            min(64, triton.next_power_of_2(max(ranks, 16))), mx, is_interpreted(x),
+            x.is_cuda and cards.card(x.device).unit == "mma", num_warps=tile.warps,
         )  # fmt: skip
     return out
 
@@ -201,7 +212,7 @@ def _experts_kernel(
     experts, features, columns, tiles, stride_x_m, t0, t1, t2, t3, t4, t5, t6, t7,
     BN: tl.constexpr, BM: tl.constexpr, WARPS: tl.constexpr, STAGES: tl.constexpr, DOTS: tl.constexpr,
     HALF_TAIL: tl.constexpr, TOP_K: tl.constexpr, HAS_BIAS: tl.constexpr, RANKS: tl.constexpr, BR: tl.constexpr,
-    INTERPRETED: tl.constexpr, FENCED: tl.constexpr,
+    MX: tl.constexpr, INTERPRETED: tl.constexpr, FENCED: tl.constexpr,
 ):  # fmt: skip
     """out^T [BN, BM] = W of one expert [BN, K] x^T. Words: [N / 8, tiles, 8, 16]; scales: pairs, [N / 8, tiles, 8]."""
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
@@ -228,10 +239,10 @@ def _experts_kernel(
             word = tl.load(word_ptrs + tile * 128)
             pair = tl.load(scale_ptrs + tile * 8)
             low = tile_columns(lookup_half(word, 0, t0, t1, t2, t3, t4, t5, t6, t7, DTYPE, INTERPRETED), BN, WARPS)
-            low = scaled(low, (pair & 0xFFFF).to(tl.int16).to(DTYPE, bitcast=True), DTYPE, INTERPRETED)
+            low = _block_scaled(low, pair, 0, MX, DTYPE, INTERPRETED)
             low = fenced(low, FENCED)
             high = tile_columns(lookup_half(word, 1, t0, t1, t2, t3, t4, t5, t6, t7, DTYPE, INTERPRETED), BN, WARPS)
-            high = scaled(high, (pair >> 16).to(tl.int16).to(DTYPE, bitcast=True), DTYPE, INTERPRETED)
+            high = _block_scaled(high, pair, 1, MX, DTYPE, INTERPRETED)
             high = fenced(high, FENCED)
             last = x_mask
             if HALF_TAIL:  # times a padded block of zeros, so it has to be finite
@@ -256,6 +267,18 @@ def _experts_kernel(
             total += tl.load(bias_ptr + expert * features + n, mask=inside, other=0.0).to(tl.float32)[:, None]
         out_ptrs = out_ptr + m[None, :].to(tl.int64) * features + n[:, None]
         tl.store(out_ptrs, round_to(total, DTYPE, INTERPRETED), mask=x_mask & inside[:, None])
+
+
+@triton.jit
+def _block_scaled(
+    values, pair, HALF: tl.constexpr, MX: tl.constexpr, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr
+):  # fmt: skip
+    """values [R, 64], half HALF of a tile, times their scales; pair int32 [R] holds those of the whole tile."""
+    if MX:
+        return mx_scaled(values, pair, HALF, INTERPRETED)
+    elif HALF == 0:
+        return scaled(values, (pair & 0xFFFF).to(tl.int16).to(DTYPE, bitcast=True), DTYPE, INTERPRETED)
+    return scaled(values, (pair >> 16).to(tl.int16).to(DTYPE, bitcast=True), DTYPE, INTERPRETED)
 
 
 @triton.jit

@@ -30,12 +30,12 @@ BOUNDS = tuple(((torch.tensor(CODE)[:-1] + torch.tensor(CODE)[1:]) / 2).tolist()
 
 
 @lru_cache
-def byte_tables(dtype: torch.dtype) -> tuple[int, ...]:
-    """Eight int32 for a kernel's t0..t7: the upper bytes of the sixteen values in `dtype` (16 bits), then the lower.
+def byte_tables(dtype: torch.dtype, values: tuple[float, ...] = CODE) -> tuple[int, ...]:
+    """Eight int32 for a kernel's t0..t7: the upper bytes of the sixteen `values` in `dtype` (16 bits), then the lower.
 
     Kernel arguments rather than immediates: ptxas moves an immediate to a register again for every `prmt`.
     """
-    bits = torch.tensor(CODE).to(dtype).view(torch.int16).to(torch.int32)
+    bits = torch.tensor(values).to(dtype).view(torch.int16).to(torch.int32)
     both = torch.stack([bits >> 8, bits]).to(torch.uint8)
     return tuple(both.reshape(-1).view(torch.int32).tolist())
 

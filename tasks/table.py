@@ -32,10 +32,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from grpo.errors import UserError
-from grpo.messages import COLUMNS, content_text
+from grpo.messages import content_text
 from grpo.rewards.extract import boxed_answer, completion_text, hash_answer, is_no_answer, last_number, xml_answer
-from grpo.tasks.cells import check_question, checked_prompt, filled, gold_text, is_blank, reach, require_columns
+from grpo.tasks.cells import check_question, checked_prompt, filled, gold_text, is_blank, reach
 from grpo.tasks.common import Row, Task, read_hub, read_splits
+from grpo.tasks.image_paths import with_image_paths
 
 Place = Literal["text", "xml", "boxed", "hash", "number"]
 """Where an answer is: all of the text, `<answer>` tags, `\\boxed{}`, after `####`, or the last number."""
@@ -83,10 +84,10 @@ def load(
         shown.append({"role": "assistant", "content": filled("{reply}", example, where)})
 
     def make(row: Row, where: str) -> Row:
+        row = with_image_paths(row, where, None if path is None else Path(path).expanduser(), images)
         messages = shown + fill(prompt, row, where)
         gold = gold_answer(row, answer, answer_in, where)
-        shows = with_image_paths(row, images, where, None if path is None else Path(path).expanduser())
-        return row | shows | {"prompt": messages if chat else plain_text(messages), "answer": gold}
+        return row | {"prompt": messages if chat else plain_text(messages), "answer": gold}
 
     if path is not None and hub is None:
         train, test = read_splits(path, [answer], train_split, eval_split, make)
@@ -108,34 +109,6 @@ def load(
         strict=functools.partial(strict, place=completion_answer_in),
         flexible=flexible,
     )
-
-
-def with_image_paths(row: Row, column: str | None, where: str, path: Path | None) -> Row:
-    """The row's columns of images, in which relative paths start at the folder of the data in `path`.
-
-    `column`: what is taken as `images`. Raises UserError where the row lacks it, and for paths in data of the hub
-    (`path` None), which would be files of this machine.
-    """
-    found = {name: row[name] for name in COLUMNS if row.get(name) is not None}
-    if column is not None:
-        require_columns(row, [column], where)
-        value = reach(row, column)
-        found = {"images": list(value) if isinstance(value, list | tuple) else [value]}
-
-    def located(value: Any) -> Any:
-        if isinstance(value, list | tuple):
-            return [located(each) for each in value]
-        held = isinstance(value, dict) and value.get("bytes") is None
-        name = value.get("path") if held else value
-        if not isinstance(name, str) or name.startswith("data:") or "://" in name[:40]:
-            return value
-        if path is None and held:  # in the cache of `datasets`
-            return value
-        if path is None:
-            raise UserError(f"{where}: its image is the path {name[:200]!r} and not the file; download the data set")
-        return (path if path.is_dir() else path.parent) / Path(name).expanduser()
-
-    return {name: located(value) for name, value in found.items()}
 
 
 def gold_answer(row: Row, column: str, place: Place, where: str) -> str:

@@ -17,7 +17,7 @@ from grpo.data import Data, Prompt, PromptStream, load_data
 from grpo.errors import UserError
 from grpo.images import read_image
 from grpo.tasks.common import Task
-from grpo.tasks.table import with_image_paths
+from grpo.tasks.image_paths import with_image_paths
 from tests.helpers.pictures import PLACE, PatchTokens, file_of, noise
 
 TEMPLATE = (
@@ -159,6 +159,6 @@ def test_the_stream_knows_its_images_again() -> None:
 
 def test_a_path_in_data_of_the_hub_is_no_file_of_this_machine() -> None:
     with pytest.raises(UserError, match="its image is the path '/etc/hostname' and not the file"):
-        with_image_paths({"image": "/etc/hostname"}, None, "set train, row 1", None)
+        with_image_paths({"image": "/etc/hostname"}, "set train, row 1", None)
     cached = {"image": {"bytes": None, "path": "/cache/a.png"}}
-    assert with_image_paths(cached, None, "set train, row 1", None) == cached
+    assert with_image_paths(cached, "set train, row 1", None) == cached

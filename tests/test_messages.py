@@ -74,10 +74,12 @@ def test_text_in_parts_becomes_text() -> None:
 
 
 def test_what_does_not_match_is_a_sentence() -> None:
-    assert refusal([user([IMAGE])], []).startswith("it has 0 images in its columns, and its messages have 1 place for")
-    assert refusal([user([IMAGE])], ["A", "B"]).startswith("it has 2 images in its columns")
-    assert refusal([user("<image>")], ["A", "B"]).startswith("it has 2 images in its columns, and its messages have 1")
-    assert refusal([{"role": "system", "content": "a"}], ["A"]).startswith("it has 1 image in its columns, and its")
+    assert refusal([user([IMAGE])], []).startswith("it has 0 images beside its messages, and these have 1 place for")
+    assert refusal([user([IMAGE])], ["A", "B"]).startswith("it has 2 images beside its messages")
+    assert refusal([user("<image>")], ["A", "B"]).startswith("it has 2 images beside its messages, and these have 1")
+    assert refusal([{"role": "system", "content": "a"}], ["A"]).startswith(
+        "it has 1 image beside its messages, and these"
+    )
     assert refusal([user([{"type": "video", "video": "v"}])], []) == (
         "a part of a message's content is no text or image but video; leave such rows out"
     )

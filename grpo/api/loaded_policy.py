@@ -227,19 +227,22 @@ class LoadedPolicy:
         seed: int | None = None,
         adapter: bool = True,
         stream: bool = False,
+        images: Any = None,
         **settings: Any,
     ) -> Any:
         """Sample completions with vLLM, which the first call starts.
 
         Args:
             prompts: a text, which is continued as it stands; a chat, a list of messages with "role" and "content",
-                which goes through the chat template; or a list of these.
+                which goes through the chat template; or a list of these. A model with `images = true` is shown those
+                in parts {"type": "image", "image": ...} of a content: PIL images, paths, bytes of files.
             temperature: 0 takes the likeliest token each time; at most 2.
             max_tokens: where a completion is cut.
             n: completions of each prompt.
             seed: the same seed gives the same completions. Default: another one every call.
             adapter: False asks the base.
             stream: return an iterator over the text in pieces, for one prompt. Another call ends it.
+            images: an image or a list of them, beside one chat whose messages do not have them already.
             settings: the same by names that other libraries have for it, such as `max_new_tokens`.
 
         Returns the text; a list of `n` texts for `n` above 1; for a list of prompts a list of these, in its order.
@@ -251,20 +254,23 @@ class LoadedPolicy:
             chosen = dict(
                 zip(GENERATION_ARGUMENTS, (temperature, max_tokens, top_p, n, seed, adapter, stream), strict=True)
             )
-            return self.generate(prompts, **chosen | generation_arguments(settings))
-        batch, single = as_batch(prompts)
+            return self.generate(prompts, images=images, **chosen | generation_arguments(settings))
+        batch, single = as_batch(prompts, images, self.config.model.max_pixels)
         if stream and (len(batch) > 1 or n > 1):
             raise UserError("stream=True takes one prompt and n=1; leave stream out, or call once for each prompt")
         check_sampling(temperature, max_tokens, top_p, n, seed)
         session = self.session
-        ids = token_ids(batch, session.tokenizer, session.config.rollout.chat_template_kwargs)
+        template = session.config.rollout.chat_template_kwargs
+        ids = token_ids(batch, session.tokenizer, template, session.image_tokens)
         numbered = ((f"prompt {number}", prompt) for number, prompt in enumerate(ids, 1))
         check_tokens(numbered, session.tokenizer, session.base.config)
         sampling = self._ready(max(map(len, ids)), temperature, max_tokens, top_p, adapter)
         self._calls += 1
         parts = (self._calls,) if seed is None else (0, seed)
         requests = [
-            Request(index * n + member, prompt, sample_seed(GENERATION, *parts, index, member))
+            Request(
+                index * n + member, prompt, sample_seed(GENERATION, *parts, index, member), images=batch[index].images
+            )
             for index, prompt in enumerate(ids)
             for member in range(n)
         ]

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from grpo.model.adapter_layers import adapted_experts
 from grpo.model.initial_adapter import InitialLayer
+from grpo.model.meta_graph import graph_tensors
 from grpo.model.stored_form import Piece, stored_form
 from grpo.model.weight_source import Source, dense
 from grpo.policy.adapter_files import AdapterFile
@@ -70,6 +71,9 @@ class MergedSource:
         assert self.adapter is not None
         a, b, scale = self.adapter.expert_factors(self.config.get_text_config(), parameter)
         rows = slice(piece.first_row, piece.first_row + piece.rows)
+        module = parameter.rpartition(".")[0]
+        if graph_tensors(self.config.get_text_config()).experts[module].form.transposed:
+            return torch.baddbmm(weight, a.float().mT, b.float().mT, alpha=scale)
         if piece.expert is None:
             return torch.baddbmm(weight, b.float(), a.float(), alpha=scale)
         return torch.addmm(weight, b[piece.expert, rows].float(), a[piece.expert].float(), alpha=scale)

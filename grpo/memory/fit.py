@@ -16,6 +16,7 @@ from grpo.memory.activations import FREE_SHARE
 from grpo.memory.gpus import USUAL, Gpu
 from grpo.memory.plan import MARGIN, VLLM_BUFFERS, MemoryPlan, plan_memory, sequence_limits
 from grpo.memory.roofline import Work, rollout_seconds, training_seconds
+from grpo.memory.tower import TowerSizes
 
 CONTEXT = 500_000_000
 """Bytes of a CUDA context and of the libraries that start with it."""
@@ -80,18 +81,24 @@ def sequences_in(kv_cache: int, config: Config, plan: MemoryPlan) -> int:
 
 
 def check_memory(
-    config: Config, shape: Any, itemsize: int, free: int, total: int, gpu: Gpu | None = None
+    config: Config,
+    shape: Any,
+    itemsize: int,
+    free: int,
+    total: int,
+    gpu: Gpu | None = None,
+    tower: TowerSizes | None = None,
 ) -> int | None:
     """Bytes for the KV cache on a GPU with `free` of `total` bytes, nothing of the model being loaded yet.
 
     What the configuration sets is obeyed: None for `gpu_memory_utilization`, which the engine works out. Otherwise by
     `best_fit`. Raises UserError, with the plan and what to lower, where the run cannot fit.
     """
-    plan = plan_memory(config, shape, itemsize, on_gpu=True, flash=gpu is None or gpu.flash)
+    plan = plan_memory(config, shape, itemsize, on_gpu=True, flash=gpu is None or gpu.flash, tower=tower)
     usable = usable_bytes(free, total)
     share = config.rollout.gpu_memory_utilization
     if share is not None:
-        kv = max(int(share * total) - plan.weights - VLLM_BUFFERS, plan.kv_one_sequence)
+        kv = max(int(share * total) - plan.weights - plan.tower - VLLM_BUFFERS, plan.kv_one_sequence)
         if plan.peak(kv) > usable:
             raise UserError(refusal(config, shape, plan, plan.peak(kv), free, usable))
         return None
@@ -128,6 +135,8 @@ def refusal(config: Config, shape: Any, plan: MemoryPlan, needed: int, free: int
     share, fixed = config.rollout.gpu_memory_utilization, config.rollout.kv_cache_memory_bytes
     kv = plan.kv_cache if fixed else plan.kv_one_sequence
     parts = {"weights": plan.weights, "KV cache": kv, "vLLM's buffers": plan.vllm, "adapter": plan.adapter}
+    if plan.images:
+        parts |= {"vision tower": plan.tower, "images": plan.images}
     if plan.sampling > plan.training:
         parts |= {"sampling": plan.sampling}
     else:
@@ -138,6 +147,8 @@ def refusal(config: Config, shape: Any, plan: MemoryPlan, needed: int, free: int
         "KV cache": "lower rollout.kv_cache_memory_bytes" if fixed else "lower rollout.max_completion_length",
         "vLLM's buffers": "use a smaller model",
         "adapter": "lower lora.r",
+        "vision tower": "set model.offload_tower = true",
+        "images": "lower rollout.prompts_per_step or rollout.max_prompt_length",
         "sampling": "lower rollout.max_num_seqs or rollout.max_completion_length",
         "activations": "lower train.tokens_per_micro_batch or rollout.max_completion_length"
         if plan.gradient_checkpointing in ("auto", "offload")

@@ -18,10 +18,12 @@ from grpo.kernels.sizes import RANK_MULTIPLE
 from grpo.memory.activations import TrainingMemory, moment_bytes
 from grpo.memory.kv_groups import KeyPool
 from grpo.memory.states import has_states, pages
+from grpo.memory.tower import TowerSizes, images_plan
 from grpo.model.adapter_config import takes_from_base
 from grpo.model.adapter_layers import adapted_experts, adapted_layers
 from grpo.model.attention_layers import attention_layers
 from grpo.model.expert_sizes import COUNTS, MATRICES, expert_sizes
+from grpo.model.families.table import family_of
 from grpo.model.layout import fused_linears
 from grpo.model.quantization import stated
 from grpo.model.sizes import (
@@ -123,7 +125,11 @@ class MemoryPlan:
     gradient_checkpointing: str
     release_kv_cache: bool = False
     host: int = 0
-    """Pinned host memory for what the GPU reads in place; in none of the other figures."""
+    """Pinned host memory for what the GPU reads in place, or between uses; in none of the other figures."""
+    tower: int = 0
+    """The vision tower, unless it is in host memory."""
+    images: int = 0
+    """Embeddings of images, kept for sampling and training, and vLLM's buffers for them."""
 
     @property
     def mode(self) -> str:
@@ -139,7 +145,7 @@ class MemoryPlan:
     @property
     def always(self) -> int:
         """What stays, besides the KV cache."""
-        return self.weights + self.adapter + self.vllm
+        return self.weights + self.adapter + self.vllm + self.tower + self.images
 
     def peak(self, kv_cache: int, mode: str | None = None) -> int:
         """Most bytes at once with a KV cache of so many, training in `mode` or in `self.mode`. Sampling and training
@@ -161,10 +167,12 @@ class MemoryPlan:
 # What it takes
 
 
-def plan_memory(config: Config, shape: Any, itemsize: int, *, on_gpu: bool, flash: bool = True) -> MemoryPlan:
+def plan_memory(
+    config: Config, shape: Any, itemsize: int, *, on_gpu: bool, flash: bool = True, tower: TowerSizes | None = None
+) -> MemoryPlan:
     """The plan for a model of `shape` (a Shape or transformers' configuration), computed in `itemsize` bytes.
 
-    flash: as `TrainingMemory.flash`.
+    flash: as `TrainingMemory.flash`; tower: of a model whose images are read.
     """
     length, sequences = sequence_limits(config)
     block = GPU_BLOCK if on_gpu else CPU_BLOCK
@@ -173,6 +181,7 @@ def plan_memory(config: Config, shape: Any, itemsize: int, *, on_gpu: bool, flas
         return kv_cache_bytes(shape, itemsize, config.rollout.kv_cache_dtype, length, count, block)
 
     training = TrainingMemory.of(config, shape, itemsize, on_gpu=on_gpu, flash=flash)
+    seen = images_plan(config, tower, itemsize, on_gpu=on_gpu)
     return MemoryPlan(
         weights=weight_bytes(config, shape, itemsize, on_gpu=on_gpu),
         adapter=adapter_bytes(config, shape, itemsize, on_gpu=on_gpu),
@@ -180,12 +189,14 @@ def plan_memory(config: Config, shape: Any, itemsize: int, *, on_gpu: bool, flas
         kv_one_sequence=kv(1),
         kv_spare=kv(0),
         vllm=VLLM_KEEPS if on_gpu else 0,
-        sampling=sampling_bytes(shape, itemsize, length, sequences),
-        peaks={mode: training.peak(mode) for mode in training.modes},
+        sampling=max(sampling_bytes(shape, itemsize, length, sequences), seen.encoding),
+        peaks={mode: training.peak(mode) + seen.training for mode in training.modes},
         logits=training.logits(),
         gradient_checkpointing=str(config.train.gradient_checkpointing),
         release_kv_cache=config.rollout.release_kv_cache and on_gpu,
-        host=len(hosted(config, shape, on_gpu=on_gpu)) * pinned_bytes(embedding_bytes(shape, itemsize)),
+        host=len(hosted(config, shape, on_gpu=on_gpu)) * pinned_bytes(embedding_bytes(shape, itemsize)) + seen.host,
+        tower=seen.tower,
+        images=seen.kept,
     )
 
 
@@ -237,14 +248,15 @@ def plain_bytes(config: Config, shape: Any, itemsize: int, *, on_gpu: bool) -> i
 
 
 def expert_bytes(shape: Any, itemsize: int, *, packed: bool) -> int:
-    """All experts, in NF4 or in `itemsize` bytes, and their routers."""
+    """All experts, in 4 bit (NF4 and MXFP4 take the same) or in `itemsize` bytes, their biases, and their routers."""
     sizes = expert_sizes(shape)
     if sizes is None:
         return 0
     matrices = sum(
         nf4_bytes(rows, columns, itemsize) if packed else rows * columns * itemsize for rows, columns in sizes.matrices
     )
-    return sizes.layers * (matrices + sizes.experts * sizes.hidden * itemsize)
+    biases = 2 * sizes.inner + sizes.hidden + 1 if family_of(shape.model_type).expert_biases else 0
+    return sizes.layers * (matrices + sizes.experts * (sizes.hidden + biases) * itemsize)
 
 
 def host_weight_bytes(config: Config, shape: Any, itemsize: int, *, on_gpu: bool) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 from grpo.config.schema import Model
 from grpo.errors import UserError
 from grpo.memory.plan import Shape
+from grpo.memory.tower import TowerSizes
 from grpo.model.families.table import family_of, listed
 from grpo.model.gguf_header import read_header
 from grpo.model.locate import local_path
@@ -45,6 +46,19 @@ def model_shape(model: Model, *, network: bool = False) -> Any:
     except (OSError, ValueError, LookupError, TypeError, AttributeError, UserError):
         return None
     return shape if shape.model_type in listed() else None
+
+
+def model_tower(model: Model) -> TowerSizes | None:
+    """The sizes of the vision tower of `model`, from its files on this machine, where its images are read; None where
+    they are not, or the sizes cannot be had."""
+    path = local_path(model.name) or cached_config(model.name, model.revision)
+    if not model.images or path is None or path.suffix == ".gguf":
+        return None
+    file = path if path.suffix == ".json" else path / "config.json"
+    try:
+        return TowerSizes.of(json.loads(file.read_text(encoding="utf-8"))["vision_config"])
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return None
 
 
 def shape_of(values: dict[str, Any]) -> Any:

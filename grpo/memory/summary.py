@@ -9,7 +9,7 @@ from grpo.config.schema import Config
 from grpo.memory.fit import CONTEXT, DESKTOP, DESKTOP_BELOW, Fit, best_fit, least_bytes, refusal, usable_bytes
 from grpo.memory.gpus import GPUS, Gpu, gpu_here
 from grpo.memory.plan import MemoryPlan, Shape, hosted, plan_memory, sequence_limits
-from grpo.memory.shapes import model_shape
+from grpo.memory.shapes import model_shape, model_tower
 from grpo.model.adapter_layers import adapted_layers
 from grpo.model.layout import EMBEDDING, HEAD
 from grpo.model.quantization import quantization
@@ -27,7 +27,10 @@ def memory_plan(config: Config, gpu: Gpu | None = None) -> list[str]:
     gpu = gpu or (gpu_here() if may else None)
     on_gpu = gpu is not None or config.model.device == "cuda" or (may and has_gpu())
     itemsize = compute_itemsize(config, on_gpu)
-    plan = plan_memory(config, shape, itemsize, on_gpu=on_gpu, flash=gpu is None or gpu.flash)
+    tower = model_tower(config.model)
+    if config.model.images and tower is None:
+        return [f"Memory: the sizes of the vision tower of {config.model.name} are not known, so nothing is planned."]
+    plan = plan_memory(config, shape, itemsize, on_gpu=on_gpu, flash=gpu is None or gpu.flash, tower=tower)
     if gpu is None:
         return parts(config, shape, plan, None, on_gpu=on_gpu) + (smallest(config, shape) if may else [])
     fit = None
@@ -56,11 +59,17 @@ def parts(
     ]
     if on_gpu:
         lines.insert(3, f"  {gb(plan.vllm)}  vLLM's buffers and CUDA graphs")
+    if plan.images:
+        lines[2:2] = [
+            f"  {gb(plan.tower)}  vision tower" + (", in host memory between uses" if not plan.tower else ""),
+            f"  {gb(plan.images)}  images' embeddings, and vLLM's buffers for them",
+        ]
     if plan.host:
         names = {EMBEDDING: "the token embedding", HEAD: "the output head"}
-        hosted_names = " and ".join(names[name] for name in hosted(config, shape, on_gpu=on_gpu))
-        tied = ", which is the output head too" if shape.tie_word_embeddings else ""
-        lines.append(f"  {gb(plan.host)}  of host memory, pinned, for {hosted_names}{tied}")
+        moved = [names[name] for name in hosted(config, shape, on_gpu=on_gpu)]
+        moved += ["the vision tower"] if plan.images and not plan.tower else []
+        tied = ", which is the output head too" if shape.tie_word_embeddings and moved[0] in names.values() else ""
+        lines.append(f"  {gb(plan.host)}  of host memory, pinned, for {' and '.join(moved)}{tied}")
     return lines
 
 
@@ -103,7 +112,7 @@ def smallest(config: Config, shape: Shape) -> list[str]:
     """The least memory of the known GPUs that would do, in a line; none where none would."""
     for gpu in sorted(GPUS, key=lambda gpu: gpu.memory):
         itemsize = compute_itemsize(config, True)
-        plan = plan_memory(config, shape, itemsize, on_gpu=True, flash=gpu.flash)
+        plan = plan_memory(config, shape, itemsize, on_gpu=True, flash=gpu.flash, tower=model_tower(config.model))
         usable = usable_bytes(gpu.memory - CONTEXT, gpu.memory)
         if best_fit(config, shape, itemsize, plan, usable, gpu) is not None:
             name = gpu.name.removeprefix("RTX ")

@@ -95,6 +95,11 @@ def adapter_targets(config: DecoderConfig, target_modules: list[str] | str) -> l
         return list(leaves)
     family_names = [own_name(name, list(leaves)) for name in target_modules]
     for name, meant in zip(family_names, target_modules, strict=True):
+        if {"visual", "vision_tower", "vision_model"} & set(meant.split(".")):
+            raise UserError(
+                f"lora.target_modules names {meant!r}, which is in the vision tower: it is frozen, and vLLM has none; "
+                "name linear layers of the language model alone"
+            )
         if not any(part == name or part.endswith(f".{name}") for part in parts):
             raise UserError(
                 f"lora.target_modules names {meant!r}, which is no linear layer of this model; name some of "

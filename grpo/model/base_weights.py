@@ -19,7 +19,7 @@ from torch import Tensor
 
 from grpo.config.schema import Model
 from grpo.errors import UserError
-from grpo.kernels import nf4, stored_weight
+from grpo.kernels import mxfp4, nf4, stored_weight
 from grpo.kernels.launch import disable_reduced_precision
 from grpo.model import host_memory
 from grpo.model.architectures import check_supported
@@ -33,7 +33,7 @@ from grpo.model.inventory import account
 from grpo.model.layout import EMBEDDING, HEAD, ExpertsLayout, Layout, LinearLayout
 from grpo.model.sizes import VOCABULARY_PADDING, embedding_bytes, pinned_bytes, weights_on_host
 from grpo.model.stored_form import stored_form
-from grpo.model.weight_source import NF4Tensor, Packed, Source, dense
+from grpo.model.weight_source import MXFP4Tensor, NF4Tensor, Packed, Source, dense
 
 logger = logging.getLogger("grpo")
 
@@ -278,9 +278,12 @@ class BaseWeights:
         if self.load_in_4bit and not quantize:
             self.kept_16bit.append(name)
 
-        def allocate(rows: int, columns: int) -> tuple[Tensor, Tensor | None]:
+        def allocate(rows: int, columns: int, kept: Tensor | Packed) -> tuple[Tensor, Tensor | None]:
             self._check_blocks(source, name, columns, quantize)
-            if quantize and self.packed:
+            if isinstance(kept, MXFP4Tensor):
+                if quantize and self.packed and self.dtype == torch.bfloat16:
+                    return mxfp4.allocate(rows, columns, self.device)
+            elif quantize and self.packed:
                 return nf4.allocate(rows, columns, self.dtype, self.device)
             return torch.empty(rows, columns, dtype=self.dtype, device=self.device), None
 

@@ -74,6 +74,7 @@ def check_keys(config: DecoderConfig, where: str) -> None:
 def complaints(config: DecoderConfig) -> Iterator[Complaint]:
     """What `check_keys` refuses, the most telling first."""
     yield from attention_complaints(config)
+    yield from fixed_complaints(config)
     yield from activation_complaints(config)
     yield from layer_complaints(config)
     yield from number_complaints(config)
@@ -96,6 +97,13 @@ def attention_complaints(config: DecoderConfig) -> Iterator[Complaint]:
     derived = config.hidden_size // config.num_attention_heads
     if family_of(config.model_type).head_of_hidden_size and (head := head_size(config)) != derived:
         yield Complaint("head_dim", head, f"{vllms(config)} has heads of {derived}; use another model")
+
+
+def fixed_complaints(config: DecoderConfig) -> Iterator[Complaint]:
+    """About keys that vLLM takes for granted."""
+    for key, granted in family_of(config.model_type).taken_for_granted.items():
+        if (value := getattr(config, key)) != granted:
+            yield Complaint(key, value, f"{vllms(config)} computes with {shown(granted)}; use another model")
 
 
 def activation_complaints(config: DecoderConfig) -> Iterator[Complaint]:
@@ -135,9 +143,17 @@ def layer_complaints(config: DecoderConfig) -> Iterator[Complaint]:
         reason = f"{sliding} of {layers} layers have the window, and {vllms(config)} gives it to all or to none"
         remedy = f"set it to false, which is the same for sequences of at most {window} tokens, or use another model"
         yield Complaint("use_sliding_window", True, f"{reason}; {remedy}")
+    elif family_of(config.model_type).window_in_every_other and kinds[:layers] != every_other(layers):
+        reason = f"{vllms(config)} gives the window to layers 0, 2, 4 and so on"
+        yield Complaint("layer_types", kinds, f"{reason}; use another model")
     elif "layer_types" not in own_keys(config) and sliding != (0 if window is None else layers):
         alike = f"transformers' {type(config).__name__} has the same attention in every layer"
         yield Complaint("layer_types", kinds, f"{alike}; remove it, or name the family that the model is of")
+
+
+def every_other(layers: int) -> list[str]:
+    """`layer_types` of so many layers, of which the first and every other one have a window."""
+    return [LAYER_TYPES[layer % 2 == 0] for layer in range(layers)]
 
 
 def number_complaints(config: DecoderConfig) -> Iterator[Complaint]:

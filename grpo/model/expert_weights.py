@@ -9,24 +9,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from grpo.errors import UserError
+from grpo.kernels import mxfp4
 from grpo.kernels.experts import ExpertMatrix, Experts
-from grpo.kernels.glu import ACTIVATIONS
 from grpo.model.decoder_config import DecoderConfig
-from grpo.model.expert_sizes import MATRICES
-from grpo.model.graph_experts import Routing
+from grpo.model.graph_experts import GraphExperts, Routing
 from grpo.model.layout import ExpertsLayout
 from grpo.model.stored_form import Piece, stored_form
-from grpo.model.weight_source import Packed, Source, dense
+from grpo.model.weight_source import MXFP4Tensor, Packed, Source, dense
 
-TRANSFORMERS_NAMES = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
-"""transformers' names of the activations that kernels/glu.py has."""
-assert set(TRANSFORMERS_NAMES.values()) == set(ACTIVATIONS)
-
-Allocate = Callable[[int, int], tuple[Tensor, Tensor | None]]
-"""(rows, columns) -> empty storage: dense, or packed with its scales."""
+Allocate = Callable[[int, int, Tensor | Packed], tuple[Tensor, Tensor | None]]
+"""(rows, columns, what is to be kept) -> empty storage: dense, or packed with its scales."""
 Fill = Callable[[Tensor | Packed, Tensor, Tensor | None, int, tuple[int, int]], None]
 """Writes a weight of that shape to rows of the storage."""
 
@@ -43,23 +39,13 @@ class ExpertStack:
     """The graph's module whose weight [experts, hidden] scores them."""
     routing: Routing
     experts: Experts
+    graph: GraphExperts
+    """How the graph has them."""
 
     def storages(self) -> Iterator[Tensor]:
         """Every owned tensor."""
         for matrix in (self.experts.gate_up, self.experts.down):
-            yield matrix.weight
-            if matrix.absmax is not None:
-                yield matrix.absmax
-
-
-def activation_of(config: DecoderConfig) -> str:
-    """What the experts' gates go through, by its name in kernels/glu.py. Raises UserError for another."""
-    if config.hidden_act not in TRANSFORMERS_NAMES:
-        raise UserError(
-            f"experts with the activation {config.hidden_act!r} (hidden_act) are not computed, of "
-            f"{', '.join(TRANSFORMERS_NAMES)} alone; use another model"
-        )
-    return TRANSFORMERS_NAMES[config.hidden_act]
+            yield from (tensor for tensor in (matrix.weight, matrix.absmax, matrix.bias) if tensor is not None)
 
 
 def load_stack(
@@ -68,25 +54,67 @@ def load_stack(
     """Read the experts `name` of the graph of `config` from `source`, one piece after the other."""
     pieces, graph = stored_form(config).pieces, layout.graph
     matrices = []
-    for parameter in MATRICES:
-        _, rows, columns = graph.shapes()[parameter]
-        weight, absmax = allocate(graph.experts * rows, columns)
+    for parameter, (rows, columns) in graph.matrices().items():
+        storage: tuple[Tensor, Tensor | None] | None = None
         for piece in pieces[f"{name}.{parameter}"]:
-            fill_piece(source, piece, weight, absmax, (rows, columns), fill)
-        matrices.append(ExpertMatrix(weight, absmax, graph.experts))
+            tensor = source.read(piece.name)
+            storage = storage or allocate(graph.experts * rows, columns, tensor)
+            fill_piece(tensor, piece, parameter, graph, storage, fill)
+        assert storage is not None
+        matrices.append(ExpertMatrix(*storage, graph.experts, load_bias(source, name, parameter, graph, storage)))
     gate_up, down = matrices
-    experts = Experts(gate_up, down, activation_of(config))
-    return ExpertStack(name, layout.served, graph.router, graph.routing, experts)
+    experts = Experts(gate_up, down, graph.form.activation)
+    return ExpertStack(name, layout.served, graph.router, graph.routing, experts, graph)
 
 
 def fill_piece(
-    source: Source, piece: Piece, weight: Tensor, absmax: Tensor | None, shape: tuple[int, int], fill: Fill
+    tensor: Tensor | Packed,
+    piece: Piece,
+    parameter: str,
+    graph: GraphExperts,
+    storage: tuple[Tensor, Tensor | None],
+    fill: Fill,
 ) -> None:
-    """Write one piece, of experts with matrices of `shape`, to where it belongs."""
-    rows, columns = shape
-    tensor = source.read(piece.name)
+    """Write `tensor`, a piece of the experts' `parameter`, to where it belongs."""
+    (rows, columns), (weight, scales) = graph.matrices()[parameter], storage
     if piece.expert is not None:
-        fill(tensor, weight, absmax, piece.expert * rows + piece.first_row, (piece.rows, columns))
+        if graph.form.transposed or graph.form.interleaved:
+            raise UserError(f"{piece.name} of one expert, in an order of its own, is not read; use another model")
+        fill(tensor, weight, scales, piece.expert * rows + piece.first_row, (piece.rows, columns))
         return
-    for expert, matrix in enumerate(dense(tensor).reshape(-1, rows, columns)):
-        fill(matrix, weight, absmax, expert * rows, (rows, columns))
+    for expert in range(graph.experts):
+        place = expert * rows
+        if isinstance(tensor, MXFP4Tensor):
+            codes, exponents = (each[expert] for each in (tensor.codes, tensor.exponents))
+            codes = graph.rows(parameter, codes.flatten(1)).view_as(codes)
+            fill_mxfp4(codes, graph.rows(parameter, exponents), weight, scales, place, piece.name)
+        else:
+            matrix = dense(tensor)[expert]
+            fill(graph.rows(parameter, matrix.mT if graph.form.transposed else matrix).contiguous(), weight, scales,
+                 place, (rows, columns))  # fmt: skip
+
+
+def fill_mxfp4(codes: Tensor, exponents: Tensor, weight: Tensor, scales: Tensor | None, row: int, name: str) -> None:
+    """Write one expert's matrix in MXFP4 to rows `row`..., packed or as its values. Raises UserError for values that
+    the storage does not hold exactly."""
+    if not mxfp4.is_exact(codes, exponents):
+        raise UserError(f"{name} has values that bfloat16 cannot hold; use another checkpoint of the model")
+    if scales is not None:
+        mxfp4.pack_rows(weight, scales, row, codes.to(weight.device), exponents.to(weight.device))
+        return
+    values = mxfp4.value(codes, exponents, torch.float32)
+    kept = weight[row : row + len(values)]
+    kept.copy_(values)
+    if not torch.equal(kept.float().cpu(), values):
+        raise UserError(f'{name} has values that float16 cannot hold; set model.dtype = "bfloat16"')
+
+
+def load_bias(
+    source: Source, name: str, parameter: str, graph: GraphExperts, storage: tuple[Tensor, Tensor | None]
+) -> Tensor | None:
+    """The bias of every expert [experts, out], in the order of the rows that are kept."""
+    if not graph.form.biased:
+        return None
+    weight, scales = storage
+    bias = graph.rows(f"{parameter}_bias", dense(source.read(f"{name}.{parameter}_bias")))
+    return bias.to(weight.device, ExpertMatrix(weight, scales, graph.experts).dtype).contiguous()

@@ -1,8 +1,8 @@
 """Mixtures of experts in a training graph, found by their form: where experts are, and how their router chooses.
 
-transformers keeps the experts of a block as stacked matrices beside a router. What the router computes is not asked of
-its class's name: it is run on random numbers, and compared with what `grpo.kernels.experts` computes, which is what
-both graphs run. A router that chooses otherwise is refused by name.
+transformers keeps the experts of a block as stacked matrices beside a router. What the router computes, and what is
+made of gates, is not asked of the class's name: both are run on random numbers, and compared with what `grpo.kernels`
+computes, which is what both graphs run. A router that chooses otherwise is refused by name, and so are other gates.
 """
 
 from __future__ import annotations
@@ -16,8 +16,12 @@ from torch import Tensor, nn
 
 from grpo.errors import UserError
 from grpo.kernels.experts import route
+from grpo.kernels.glu import ACTIVATIONS, glu_forward
 from grpo.model.checks import one_line
 from grpo.model.expert_sizes import MATRICES
+
+BIASES = tuple(f"{name}_bias" for name in MATRICES)
+"""transformers' parameters of experts with biases, [experts, out] each."""
 
 TRIED_TOKENS = 64
 """Random inputs of a router that is compared."""
@@ -33,8 +37,21 @@ class Routing(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Form:
+    """How transformers keeps the experts of a block."""
+
+    activation: str
+    """What gates go through, one of kernels/glu.py."""
+    transposed: bool = False
+    """Whether matrices are [in, out]."""
+    interleaved: bool = False
+    """Whether a row of gates is followed by that of its up, rather than all gates by all ups."""
+    biased: bool = False
+
+
+@dataclass(frozen=True)
 class GraphExperts:
-    """The experts of one block: gate_up_proj [experts, 2 * inner, hidden] and down_proj [experts, hidden, inner]."""
+    """The experts of one block: of each gate_up_proj [2 * inner, hidden] and down_proj [hidden, inner]."""
 
     experts: int
     inner: int
@@ -42,27 +59,47 @@ class GraphExperts:
     router: str
     """The module that chooses among them."""
     routing: Routing
+    form: Form
 
-    def shapes(self) -> dict[str, tuple[int, int, int]]:
+    def matrices(self) -> dict[str, tuple[int, int]]:
+        """Parameter -> (out, in) of one expert, however it is kept."""
+        return dict(zip(MATRICES, ((2 * self.inner, self.hidden), (self.hidden, self.inner)), strict=True))
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
         """Parameter -> shape."""
-        sizes = (self.experts, 2 * self.inner, self.hidden), (self.experts, self.hidden, self.inner)
-        return dict(zip(MATRICES, sizes, strict=True))
+        shapes: dict[str, tuple[int, ...]] = {}
+        for name, size in self.matrices().items():
+            shapes[name] = (self.experts, *(reversed(size) if self.form.transposed else size))
+        if self.form.biased:
+            shapes |= {f"{name}_bias": (self.experts, rows) for name, (rows, _) in self.matrices().items()}
+        return shapes
+
+    def rows(self, parameter: str, tensor: Tensor) -> Tensor:
+        """`tensor` [..., out] or [..., out, in] of the graph's order of rows with all gates before all ups; the second
+        form is not the graph's where that is transposed."""
+        if not self.form.interleaved or not parameter.startswith(MATRICES[0]):
+            return tensor
+        row = -1 if parameter in BIASES else -2
+        pairs = tensor.unflatten(row, (-1, 2))
+        return pairs.transpose(*((-1, -2) if row == -1 else (-2, -3))).flatten(row - 1, row)
 
 
 def experts_in(graph: nn.Module) -> dict[str, GraphExperts]:
     """Module name -> experts, of every block of `graph`, on meta, that has some. Raises UserError for other kinds."""
     found: dict[str, GraphExperts] = {}
-    known: dict[tuple[type, int, int], Routing] = {}
+    known: dict[tuple[type, type, int, int], tuple[Form, Routing]] = {}
     for name, module in graph.named_modules():
         if not holds_experts(module):
             continue
         check_form(name, module)
-        experts, double, hidden = module.gate_up_proj.shape
+        transposed = bool(getattr(module, "is_transposed", False))
+        experts, inner, hidden = module.down_proj.shape if transposed else module.down_proj.mT.shape
         router_name, router = router_beside(graph, name, experts, hidden)
-        key = type(router), experts, hidden
+        key = type(module), type(router), experts, hidden
         if key not in known:
-            known[key] = routing_of(router, experts, hidden)
-        found[name] = GraphExperts(experts, double // 2, hidden, router_name, known[key])
+            known[key] = form_of(module, transposed), routing_of(router, experts, hidden)
+        form, routing = known[key]
+        found[name] = GraphExperts(experts, inner, hidden, router_name, routing, form)
     return found
 
 
@@ -74,13 +111,40 @@ def holds_experts(module: nn.Module) -> bool:
 def check_form(name: str, module: nn.Module) -> None:
     """Raise UserError for experts that are not computed here."""
     parameters = {key: tuple(each.shape) for key, each in module.named_parameters(recurse=False)}
-    flags = {"has_gate": True, "has_bias": False, "is_transposed": False, "is_concatenated": True}
-    usual = set(parameters) == set(MATRICES) and all(getattr(module, key, on) == on for key, on in flags.items())
-    if not usual:
+    biased = set(parameters) == {*MATRICES, *BIASES}
+    usual = (biased or set(parameters) == set(MATRICES)) and getattr(module, "has_gate", True)
+    if not usual or getattr(module, "has_bias", biased) != biased:
         raise UserError(
             f"the experts of transformers' {type(module).__name__} ({name}: {', '.join(sorted(parameters))}) are no "
-            "gated MLPs without biases, which are the ones that are computed; use a model of another family"
+            "gated MLPs, with a bias in both products or in none, which are the ones that are computed; use a model of "
+            "another family"
         )
+
+
+def form_of(module: nn.Module, transposed: bool) -> Form:
+    """How `module` keeps its experts, and what it makes of gates, which is tried on random numbers. Raises UserError
+    where that is none of what is computed."""
+    biased = BIASES[0] in dict(module.named_parameters(recurse=False))
+    interleaved = not getattr(module, "is_concatenated", True)
+    pairs = torch.randn(TRIED_TOKENS, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float32) * 6
+    theirs = run(lambda x: gated(module, x), pairs, module)
+    ours = torch.cat([pairs[:, ::2], pairs[:, 1::2]], 1) if interleaved else pairs
+    for activation in ACTIVATIONS:
+        if float((glu_forward(ours, activation) - theirs).abs().max()) < LIKE_OURS:
+            return Form(activation, transposed, interleaved, biased)
+    raise UserError(
+        f"transformers' {type(module).__name__} makes of gates something else than is computed, which is "
+        f"{', '.join(ACTIVATIONS)}; use a model of another family"
+    )
+
+
+def gated(module: Any, gate_up: Tensor) -> Tensor:
+    """What the experts `module` make of gates and ups [rows, 2 * inner] in its order."""
+    with torch.device("cpu"), torch.no_grad():
+        if hasattr(module, "_apply_gate"):
+            return module._apply_gate(gate_up)
+        gate, up = gate_up.chunk(2, -1)
+        return module.act_fn(gate) * up
 
 
 def router_beside(graph: nn.Module, name: str, experts: int, hidden: int) -> tuple[str, nn.Module]:
@@ -102,7 +166,7 @@ def routing_of(router: nn.Module, experts: int, hidden: int) -> Routing:
         for tensor in (*tried.parameters(), *tried.buffers()):
             tensor.copy_(torch.randn(tensor.shape, generator=generator, dtype=torch.float32) / hidden**0.5 * 2)
         x = torch.randn(TRIED_TOKENS, hidden, generator=generator, dtype=torch.float32)
-        theirs = parts(run(tried, x), experts)
+        theirs = parts(run(tried, x, tried), experts)
         if theirs is not None:
             weights, chosen = theirs
             logits = nn.functional.linear(x, tried.weight, getattr(tried, "bias", None))
@@ -115,14 +179,14 @@ def routing_of(router: nn.Module, experts: int, hidden: int) -> Routing:
     )
 
 
-def run(router: nn.Module, x: Tensor) -> Any:
-    """What the router gives for x. Raises UserError for one that cannot be run, as where it chooses more experts than
+def run(call: Any, x: Tensor, module: nn.Module) -> Any:
+    """`call`(x), of a router or experts. Raises UserError where it fails, as a router that chooses more experts than
     there are."""
     try:
-        return router(x)
+        return call(x)
     except Exception as error:
         raise UserError(
-            f"transformers' {type(router).__name__} does not run as config.json describes it ({one_line(error)}); "
+            f"transformers' {type(module).__name__} does not run as config.json describes it ({one_line(error)}); "
             "correct it, or use another model"
         ) from None
 

@@ -81,6 +81,11 @@ class ImageTokens:
 
     def expand(self, token_ids: Sequence[int], images: Sequence[Image]) -> list[int]:
         """`token_ids` with each placeholder, one an image, as often as the image has tokens."""
+        if others := sorted(set(token_ids) & (set(self.media_ids) - {self.vision.image_token_id})):
+            raise UserError(
+                f"the rendered prompt has token {others[0]}, which stands for video or sound, and images alone are "
+                "read; leave it out, or give its frames as images"
+            )
         found = sum(token == self.vision.image_token_id for token in token_ids)
         if found != len(images):
             raise UserError(

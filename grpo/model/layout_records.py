@@ -214,6 +214,24 @@ LAYOUTS: dict[str, dict[str, Any]] = {
             "model.layers.*.mlp.experts.gate_up_proj": "model.layers.*.mlp.experts.routed_experts.w13_weight",
         },
     },
+    "e8c3dd70c37c": {
+        "linears": {
+            "model.layers.*.attn.qkv_proj": (
+                "model.layers.*.self_attn.q_proj",
+                "model.layers.*.self_attn.k_proj",
+                "model.layers.*.self_attn.v_proj",
+            ),
+            "model.layers.*.attn.o_proj": ("model.layers.*.self_attn.o_proj",),
+        },
+        "renamed": {
+            "model.embed_tokens.weight": "model.embedding.weight",
+            "model.layers.*.mlp.experts.down_proj": "model.layers.*.mlp.experts.routed_experts.w2_weight",
+            "model.layers.*.mlp.experts.down_proj_bias": "model.layers.*.mlp.experts.routed_experts.w2_bias",
+            "model.layers.*.mlp.experts.gate_up_proj": "model.layers.*.mlp.experts.routed_experts.w13_weight",
+            "model.layers.*.mlp.experts.gate_up_proj_bias": "model.layers.*.mlp.experts.routed_experts.w13_bias",
+            "model.layers.*.self_attn.sinks": "model.layers.*.attn.sinks",
+        },
+    },
     "fbda1e2bf193": {
         "linears": {
             "model.layers.*.self_attn.o_proj": ("model.layers.*.self_attn.o_proj",),
@@ -237,6 +255,7 @@ FAMILIES: dict[str, str] = {
     "gemma4_text": "8a67bc762eab",
     "glm": "3a23b0a393fb",
     "glm4": "3a23b0a393fb",
+    "gpt_oss": "e8c3dd70c37c",
     "granite": "6b15e33fe2ee",
     "granitemoe": "3c09ecee8999",
     "lfm2": "a48b867f70dd",
@@ -272,6 +291,7 @@ SEEN: dict[str, dict[str, str]] = {
         "gemma4_text": "8a67bc762eab",
         "glm": "3a23b0a393fb",
         "glm4": "3a23b0a393fb",
+        "gpt_oss": "e8c3dd70c37c",
         "granite": "6b15e33fe2ee",
         "granitemoe": "3c09ecee8999",
         "lfm2": "a48b867f70dd",

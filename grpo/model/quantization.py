@@ -2,8 +2,8 @@
 
 The kinds are bitsandbytes' NF4 and int8, and 8 bit with scales for whole tensors, rows or blocks, as FP8 is written by
 transformers ("fp8", of Qwen, DeepSeek and Mistral, and "fbgemm_fp8"), by compressed-tensors and by ModelOpt, the last
-of which has a file of its own. What the tensors themselves hold is read in `eight_bit_source.py`. Torch is not
-imported: a memory plan asks here too.
+of which has a file of its own; and MXFP4 of experts, as gpt-oss is published. What tensors in 8 bit hold is read in
+`eight_bit_source.py`. Torch is not imported: a memory plan asks here too.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ MODELOPT_FILE = "hf_quant_config.json"
 """ModelOpt's own, beside config.json."""
 DENSE_OR_8BIT = ("dense", "float-quantized", "int-quantized", "naive-quantized", "mixed-precision")
 """Formats of compressed-tensors in which a weight is itself, or one code a number."""
-READ_INSTEAD = "use an int8, FP8, NF4 or an unquantised checkpoint"
+MXFP4_ENTRIES = ("_blocks", "_scales")
+"""What follows the name of experts in MXFP4: their codes, their exponents."""
+READ_INSTEAD = "use an int8, FP8, NF4, MXFP4 (of experts) or an unquantised checkpoint"
 
 Block = tuple[int | None, int | None]
 """Rows and columns that share a scale; None: all there are."""
@@ -88,7 +90,7 @@ def complaints(stored: Mapping[str, Any]) -> Iterator[str]:
         algorithm = (stored.get("quantization") or stored).get("quant_algo")
         if algorithm not in (None, *MODELOPT_FP8):
             yield f"weights quantised by ModelOpt's {algorithm!r} are not read"
-    elif method not in ("bitsandbytes", "fbgemm_fp8"):
+    elif method not in ("bitsandbytes", "fbgemm_fp8", "mxfp4"):
         yield f"weights quantised with {method!r} are not read"
 
 

@@ -49,7 +49,7 @@ class Rotary(nn.Module):
         super().__init__()
         self.config = config
         self.scalings: dict[str, float] = {}
-        self.in_pairs = turns_pairs(config)
+        self.in_pairs, self.once = turns_pairs(config), gives_angles_once(config)
         self.sections = image_sections(config)
         for kind, (inverse, scaling) in frequencies(config, longest).items():
             self.register_buffer(prefixed(kind, "inv_freq"), inverse.to(device), persistent=False)
@@ -57,7 +57,8 @@ class Rotary(nn.Module):
 
     @torch.no_grad()
     def forward(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> tuple[Tensor, Tensor]:
-        """Cosines and sines [..., rotated dimensions] of `position_ids` [...] in the dtype of `x`, which gives no more.
+        """Cosines and sines [..., rotated dimensions] of `position_ids` [...] in the dtype of `x`, which gives no more;
+        of a family that takes each once, half as many.
 
         `layer_type` is transformers' name of it, where the model has frequencies for each. Of positions in time, row
         and column [3, batch, tokens] each frequency turns by one; without `sections` by the first, as text has all
@@ -70,7 +71,8 @@ class Rotary(nn.Module):
         else:
             positions = (position_ids[0] if position_ids.ndim == 3 else position_ids)[..., None].float()
         angles = positions * inverse
-        angles = angles.repeat_interleave(2, dim=-1) if self.in_pairs else torch.cat((angles, angles), dim=-1)
+        if not self.once:
+            angles = angles.repeat_interleave(2, dim=-1) if self.in_pairs else torch.cat((angles, angles), dim=-1)
         return tuple((part * self.scalings[kind]).to(x.dtype) for part in (angles.cos(), angles.sin()))
 
     @torch.no_grad()
@@ -88,7 +90,8 @@ class Rotary(nn.Module):
     def table(self, length: int, layer_type: str | None = None) -> Tensor:
         """float32 [length, rotated dimensions]: the cosines of one half, then the sines, as vLLM keeps them."""
         halves = self(torch.empty(0, dtype=torch.float32), torch.arange(length), layer_type)
-        once = slice(None, None, 2) if self.in_pairs else slice(len(halves[0][0]) // 2)
+        width = len(halves[0][0])
+        once = slice(None, None, 2) if self.in_pairs else slice(width if self.once else width // 2)
         return torch.cat([part[:, once] for part in halves], dim=1)
 
 
@@ -107,17 +110,30 @@ def image_sections(config: DecoderConfig) -> Tensor | None:
 
 def turns_pairs(config: DecoderConfig) -> bool:
     """Whether transformers' module of the family gives each angle to two neighbours, not to both halves of a head."""
-    with torch.device("cpu"):
-        module = rotary_class(config)(copy.deepcopy(config))
+    sines = sines_of(config)
+    if sines is None:
+        return False
+    return bool((sines[:, 0] == sines[:, 1]).all()) and not bool((sines[:, 0] == sines[:, sines.shape[1] // 2]).all())
+
+
+def gives_angles_once(config: DecoderConfig) -> bool:
+    """Whether transformers' module of the family gives each angle once, and attention turns both halves by it."""
+    sines = sines_of(config)
+    return sines is not None and sines.shape[1] == len(next(iter(frequencies(config, 1).values()))[0])
+
+
+def sines_of(config: DecoderConfig) -> Tensor | None:
+    """What transformers' module gives for positions 1 and 2, of the first layer type that has frequencies."""
     kind = next(iter(frequencies(config, 1)), None)
     if kind is None:
-        return False
+        return None
+    with torch.device("cpu"):
+        module = rotary_class(config)(copy.deepcopy(config))
     more = {"layer_type": kind} if kind else {}
     positions = torch.arange(1, 3)[None]
     if hasattr(module, "mrope_section"):  # in time, height and width
         positions = positions.expand(3, 1, 2)
-    sines = module(torch.empty(0), positions, **more)[1][0]
-    return bool((sines[:, 0] == sines[:, 1]).all()) and not bool((sines[:, 0] == sines[:, sines.shape[1] // 2]).all())
+    return module(torch.empty(0), positions, **more)[1][0]
 
 
 def frequencies(config: DecoderConfig, longest: int | None = None) -> Frequencies:

@@ -16,18 +16,27 @@ from torch import Tensor
 
 from grpo.config.schema import Model
 from grpo.errors import UserError
+from grpo.kernels.mxfp4 import BLOCK as MXFP4_BLOCK
 from grpo.kernels.nf4_lookup import CODE
 from grpo.model.architectures import check_supported
 from grpo.model.checks import check_sizes, one_line, read_object
 from grpo.model.eight_bit_source import CODES, read_eight_bit, scales_name
 from grpo.model.layout import HEAD
 from grpo.model.meta_graph import graph_tensors
-from grpo.model.quantization import READ_INSTEAD, check_quantization, quantization, stated, weight_of, with_modelopt
+from grpo.model.quantization import (
+    MXFP4_ENTRIES,
+    READ_INSTEAD,
+    check_quantization,
+    quantization,
+    stated,
+    weight_of,
+    with_modelopt,
+)
 from grpo.model.sound import refuse_sound
 from grpo.model.text_decoder import decoder_names, text_config
 from grpo.model.vision import Vision, tower_shapes
 from grpo.model.weight_files import stored_names, unique, unread_files, weights_entry
-from grpo.model.weight_source import NF4Tensor, Packed
+from grpo.model.weight_source import MXFP4Tensor, NF4Tensor, Packed
 
 NF4_STATE = ".quant_state.bitsandbytes__nf4"
 """What bitsandbytes appends to a weight's name for the description of its NF4 storage."""
@@ -38,7 +47,8 @@ DENSE_TYPES = ("F64", "F32", "F16", "BF16")
 
 
 class SafetensorsSource:
-    """A folder with config.json and safetensors, whole or in shards: 16-bit, 32-bit, 8-bit or bitsandbytes 4-bit."""
+    """A folder with config.json and safetensors, whole or in shards: 16-bit, 32-bit, 8-bit, bitsandbytes 4-bit, or
+    experts in MXFP4."""
 
     def __init__(self, path: Path, model: Model):
         from transformers import AutoConfig
@@ -98,6 +108,8 @@ class SafetensorsSource:
 
     def _logical_name(self, name: str) -> str:
         """The weight that the entry `name` belongs to: packed ones have several."""
+        if name.endswith(MXFP4_ENTRIES) and self._is_mxfp4(whole := name.rpartition("_")[0]):
+            return whole
         weight = weight_of(name)
         if weight != name and weight in self._shard_of and self._is_eight_bit(weight):
             return weight
@@ -151,6 +163,8 @@ class SafetensorsSource:
         return str(self._raw(name).dtype).removeprefix("torch.")
 
     def shape(self, name: str) -> tuple[int, ...]:
+        if self._is_mxfp4(name):
+            return self._mxfp4_shape(name)
         if f"{name}{NF4_STATE}" in self._shard_of:
             with damage_as_user_error(self._shard_of[name]):
                 return self._nf4_shape(name)
@@ -159,6 +173,21 @@ class SafetensorsSource:
             if not self._is_eight_bit(name) and stored.get_dtype() not in DENSE_TYPES:
                 raise self._unknown_storage(name, stored.get_dtype())
             return tuple(stored.get_shape())
+
+    def _is_mxfp4(self, name: str) -> bool:
+        return all(f"{name}{entry}" in self._shard_of for entry in MXFP4_ENTRIES)
+
+    def _mxfp4_shape(self, name: str) -> tuple[int, int, int]:
+        """The shape of experts in MXFP4, which the graph has transposed."""
+        codes, exponents = (f"{name}{entry}" for entry in MXFP4_ENTRIES)
+        with damage_as_user_error(self._shard_of[codes]):
+            kinds = {self._slice(codes).get_dtype(), self._slice(exponents).get_dtype()}
+            experts, rows, blocks, size = self._slice(codes).get_shape()
+            if kinds != {"U8"} or size != MXFP4_BLOCK // 2:
+                raise ValueError(f"{codes} are no codes of MXFP4, of which a block of {MXFP4_BLOCK} shares an exponent")
+            if tuple(self._slice(exponents).get_shape()) != (experts, rows, blocks):
+                raise ValueError(f"{exponents} does not fit {codes}")
+            return experts, blocks * MXFP4_BLOCK, rows
 
     def _slice(self, name: str) -> Any:
         return self._handle(name).get_slice(self._stored_name.get(name, name))
@@ -180,6 +209,10 @@ class SafetensorsSource:
         return tuple(self._nf4_state(name)["shape"])
 
     def read(self, name: str) -> Tensor | Packed:
+        if self._is_mxfp4(name):
+            self._mxfp4_shape(name)  # the form is one that is read
+            codes, exponents = (self._raw(f"{name}{entry}") for entry in MXFP4_ENTRIES)
+            return MXFP4Tensor(codes, exponents)
         if f"{name}{NF4_STATE}" in self._shard_of:
             with damage_as_user_error(self._shard_of[name]):
                 return self._read_nf4(name, self._raw(name))

@@ -87,7 +87,7 @@ def dense(source: Source, name: str) -> Tensor:
 def _stored_form(kind: Any, values: str) -> StoredForm:
     config = kind.from_dict(json.loads(values) | {"pad_token_id": None})
     tensors = graph_tensors(config)
-    stacks = {f"{name}.{key}": shape for name, each in tensors.experts.items() for key, shape in each.shapes().items()}
+    stacks = {f"{name}.{key}": each.shapes()[key] for name, each in tensors.experts.items() for key in each.matrices()}
     plain_names, stack_names = [name for name in tensors.shapes() if name not in stacks], list(stacks)
     marked = {name: torch.tensor([-1 - number]) for number, name in enumerate(plain_names)}
     small = {name: small_stack(number, name, stacks[name][0]) for number, name in enumerate(stack_names)}

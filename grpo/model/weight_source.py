@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from grpo.kernels import eight_bit, nf4
+from grpo.kernels import eight_bit, mxfp4, nf4
 from grpo.model.decoder_config import DecoderConfig
 from grpo.model.vision import Vision
 
@@ -50,7 +50,25 @@ class EightBitTensor:
         return eight_bit.dequantize(self.codes, self.scales, dtype)
 
 
-Packed = NF4Tensor | EightBitTensor
+@dataclass(frozen=True)
+class MXFP4Tensor:
+    """Matrices of experts in MXFP4, which a graph has transposed: `codes` uint8 [experts, out, in / 32, 16], the even
+    column in the low half of a byte, and `exponents` uint8 [experts, out, in / 32]."""
+
+    codes: Tensor
+    exponents: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        experts, rows, blocks, _ = self.codes.shape
+        return experts, blocks * mxfp4.BLOCK, rows
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The matrices [experts, in, out] in `dtype`; exact in bfloat16 and float32."""
+        return mxfp4.value(self.codes, self.exponents, dtype).mT
+
+
+Packed = NF4Tensor | EightBitTensor | MXFP4Tensor
 
 
 def dense(weight: Tensor | Packed, dtype: torch.dtype = torch.float32) -> Tensor:

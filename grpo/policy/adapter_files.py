@@ -87,7 +87,7 @@ class AdapterFile:
             raise UserError(f"{self.saved.file}: {error}; {OTHER_BASE}") from None
         for name, adapter in adapters.items():
             module, _, matrix = name.rpartition(".")
-            experts, rows, columns = found[module].shapes()[matrix]
+            experts, (rows, columns) = found[module].experts, found[module].matrices()[matrix]
             a, b = expert_factor_names(name, adapters)
             expected |= {a: (experts * adapter.rank, columns), b: (rows, experts * adapter.rank)}
         return expected

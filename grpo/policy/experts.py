@@ -37,7 +37,8 @@ class ExpertsAdapter(nn.Module, BaseTunerLayer):
     """LoRA of every expert on one of the two matrices of a block, around its experts or around the other's.
 
     A [experts * r, in] holds the experts' factors one below the other, B [out, r * experts] column by column, the
-    expert counted fastest: peft's layout of an adapter on a stacked parameter, and its names.
+    expert counted fastest: peft's layout of an adapter on a stacked parameter, and its names. Rows of B are in the
+    order of transformers' parameter.
     """
 
     adapter_layer_names = ("lora_A", "lora_B")
@@ -68,6 +69,7 @@ class ExpertsAdapter(nn.Module, BaseTunerLayer):
         """A [experts, r, in] and s B [experts, out, r] in float32."""
         a, b = self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight
         apart = b.view(len(b), self.r[ADAPTER], self.experts).permute(2, 0, 1)
+        apart = self.stack.graph.rows(self.matrix, apart)
         return a.view(self.experts, self.r[ADAPTER], -1), apart * self.scaling[ADAPTER]
 
     def is_fresh(self) -> bool:
@@ -110,9 +112,10 @@ class Router(nn.Module):
         super().__init__()
         self.routing, self.number, self.order = stack.routing, number, order
         self.register_parameter("weight", None)
+        self.register_parameter("bias", None)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        logits = nn.functional.linear(x.reshape(-1, x.shape[-1]), self.weight)
+        logits = nn.functional.linear(x.reshape(-1, x.shape[-1]), self.weight, self.bias)
         replayed = running_routes.get()
         chosen = None if replayed is None else replayed[:, self.number].long()
         weights, chosen = route(logits, *self.routing, chosen)

@@ -36,13 +36,15 @@ def attend(
     packing: Packing | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface over `packed_attention`. query, key, value [1, heads, tokens, dim]."""
+    """transformers' attention interface over `packed_attention`. query, key, value [1, heads, tokens, dim]; s_aux
+    [heads]: transformers' name of attention sinks."""
     assert attention_mask is None and query.shape[0] == 1, "sequences come packed in one row, without a mask"
     output = packed_attention(
         query[0], key[0], value[0], packing_of(packing, query[:, 0]),
-        scale=scaling, window=sliding_window, softcap=softcap,
+        scale=scaling, window=sliding_window, softcap=softcap, sinks=s_aux,
     )  # fmt: skip
     return output[None], None
 

@@ -9,6 +9,7 @@ Not here: a cache of keys and values, attention weights and hidden states of inn
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import types
 from collections.abc import Callable
@@ -23,8 +24,12 @@ from grpo.kernels.attention import Packing
 from grpo.kernels.logprob import selected_logprobs
 from grpo.model.head import Head
 from grpo.policy.activation_checkpointing import patch_checkpointing_switch
+from grpo.policy.image_rows import deepstack
+from grpo.policy.marked_images import MarkedImages
 from grpo.policy.shared_prefix import pairs_of
 
+MARKED = "marked_images"
+"""The attribute of a decoder that has the images under negative numbers."""
 IGNORED = -100
 """The label of a token that has no part in the loss, as everywhere in transformers."""
 DERIVED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
@@ -37,6 +42,12 @@ def patch_hf_forward(graph: nn.Module) -> None:
         module.forward = types.MethodType(method(forward, type(module).forward), module)
     patch_checkpointing_switch(graph)
     graph.config.use_cache = graph.generation_config.use_cache = False
+    show_images(graph, None)
+
+
+def show_images(graph: nn.Module, images: MarkedImages | None) -> None:
+    """Let negative numbers in the `input_ids` of `graph`, a causal LM, be tokens of `images`."""
+    object.__setattr__(graph.model, MARKED, images)  # no module, whose state would be the graph's
 
 
 def method(forward: Callable[..., Any], inner: Callable[..., Any]) -> Callable[..., Any]:
@@ -76,11 +87,19 @@ def backbone_forward(
     if given is None or (input_ids is not None and inputs_embeds is not None):
         raise ValueError("pass either input_ids or inputs_embeds")
     rows = Rows(given, attention_mask, position_ids)
-    inputs = {"input_ids" if inputs_embeds is None else "inputs_embeds": rows.pack(given)}
+    inputs: dict[str, Any] = {"input_ids" if inputs_embeds is None else "inputs_embeds": rows.pack(given)}
+    inputs["position_ids"] = rows.positions
     wants_dict = kwargs.pop("return_dict", None)
     kwargs = {name: value for name, value in kwargs.items() if name not in DERIVED} | {"use_cache": False}
-    with torch.autocast(given.device.type, enabled=False):
-        result = packed_forward(self, **inputs, position_ids=rows.positions, packing=rows.packing, **kwargs)
+    marked: MarkedImages | None = getattr(self, MARKED)
+    shown: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if marked is not None and input_ids is not None:
+        embeddings, seen, at = marked.embedded(inputs.pop("input_ids")[0], self.get_input_embeddings())
+        axes = marked.positions(input_ids, rows.starts)
+        inputs |= {"inputs_embeds": embeddings[None], "position_ids": torch.stack([rows.pack(axis) for axis in axes])}
+        shown = deepstack(self.layers, seen, at, marked.vision)
+    with torch.autocast(given.device.type, enabled=False), shown:
+        result = packed_forward(self, **inputs, packing=rows.packing, **kwargs)
     output = BaseModelOutputWithPast(last_hidden_state=rows.unpack(result.last_hidden_state))
     return output.to_tuple() if wants_dict is False else output
 
@@ -118,14 +137,15 @@ class Rows:
         present = None if attention_mask is None else attention_mask.to(device).bool()
         positions = torch.arange(length, device=device) if position_ids is None else position_ids.to(device)
         positions = positions.expand(batch, length)
+        self.starts = starts = torch.zeros(batch, length, dtype=torch.bool, device=device)
+        """Where a sequence begins."""
+        starts[:, 0] = True
         pairs = pairs_of(given, present) if position_ids is None and given.ndim == 2 else None
         if pairs is not None:
             self.present, self.sources, self.positions_in_row = pairs.present, pairs.sources, pairs.positions_in_row
             self.positions = self.pack(positions)
             self.packing = Packing(pairs.spans, device)
             return
-        starts = torch.zeros(batch, length, dtype=torch.bool, device=device)
-        starts[:, 0] = True
         if present is None:
             starts[:, 1:] = positions.diff(dim=1) != 1
         elif not bool(present.all()):

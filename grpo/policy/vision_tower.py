@@ -16,15 +16,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from grpo.memory.tower import KEPT_BYTES
 from grpo.model.image_tokens import ImageTokens
 from grpo.model.vision import Vision, meta_model
 from grpo.model.weight_source import Source, dense
 
 if TYPE_CHECKING:
     from grpo.images import Image
-
-KEPT_BYTES = 1 << 30
-"""Of embeddings kept, where nobody says how much a step needs."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +84,12 @@ class VisionTower:
             self._kept.move_to_end(each.digest)
         self._drop()
         return found
+
+    def take_counts(self) -> dict[str, float]:
+        """Images encoded since the last call, and the seconds that took."""
+        counts = {"images_encoded": float(self.encoded), "tower_seconds": self.seconds}
+        self.encoded, self.seconds = 0, 0.0
+        return counts
 
     def nbytes(self) -> int:
         """Bytes of the tower's weights."""

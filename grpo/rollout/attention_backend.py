@@ -18,6 +18,13 @@ FP8_TRITON = 89
 """Architecture from which Triton converts to fp8."""
 FP8_FLASH = 90
 """The one whose FlashAttention takes an fp8 cache."""
+FLASH_SINKS = 90
+"""The one whose FlashAttention takes attention sinks."""
+NO_SINKS = {
+    "flash_attn": "FlashAttention takes attention sinks on compute capability 9.0 alone",
+    "flashinfer": "FlashInfer takes no attention sinks",
+    "flex_attention": "FlexAttention takes no attention sinks",
+}
 FLASH_HEAD, FLASHINFER_HEADS = 256, (64, 128, 256)
 """The largest attention head of FlashAttention; FlashInfer's."""
 
@@ -33,6 +40,8 @@ class Served:
     """What is computed in, as `model.dtype` names it."""
     head_size: int = 128
     """Of the layer with the largest attention heads: one backend serves all layers."""
+    sinks: bool = False
+    """Whether heads have sinks."""
 
     @property
     def fp8(self) -> bool:
@@ -69,6 +78,8 @@ def refusal(backend: str, served: Served) -> str | None:
             return f'{name} computes in 16 bit, and model.dtype is "float32"'
     if backend == "flash_attn" and (head > FLASH_HEAD or head % 8):
         return f"FlashAttention takes attention heads of up to {FLASH_HEAD}, in eights, and this model's have {head}"
+    if served.sinks and backend in NO_SINKS and (backend != "flash_attn" or architecture != FLASH_SINKS):
+        return f"{NO_SINKS[backend]}, which this model's heads have"
     if backend == "flash_attn" and served.fp8 and architecture != FP8_FLASH:
         return f"FlashAttention takes an fp8 KV cache on compute capability 9.0 alone, and {here}"
     if backend == "triton_attn" and served.fp8 and architecture < FP8_TRITON:

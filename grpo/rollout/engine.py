@@ -33,6 +33,7 @@ from grpo.memory.states import has_states
 from grpo.model.architectures import vllm_class
 from grpo.model.base_weights import BaseWeights
 from grpo.model.checks import largest_head
+from grpo.model.families.table import family_of
 from grpo.policy.policy import Policy
 from grpo.rollout.attention_backend import Served, choose_backend
 from grpo.rollout.lora_buffers import RolloutAdapter
@@ -158,7 +159,8 @@ class Engine:
             arguments["gpu_memory_utilization"] = 0.05
             major, minor = torch.cuda.get_device_capability(self.base.device)
             dtype = str(self.base.dtype).removeprefix("torch.")
-            served = Served(10 * major + minor, settings.kv_cache_dtype, dtype, largest_head(self.base.config))
+            head, sinks = largest_head(self.base.config), family_of(self.base.config.model_type).sinks
+            served = Served(10 * major + minor, settings.kv_cache_dtype, dtype, head, sinks)
             backend = choose_backend(settings.attention_backend, served)
             arguments["attention_config"] = {"backend": backend.upper()}
             announce(f"attention while sampling: {backend}")

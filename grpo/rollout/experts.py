@@ -58,28 +58,32 @@ class RouterMethod(QuantizeMethodBase):
         raise NotImplementedError("its forward is `score`")
 
 
-def score(router: nn.Module, x: Tensor) -> tuple[Tensor, None]:
-    """A router's logits as the training graph computes them, where vLLM has kernels of its own."""
-    return nn.functional.linear(x, router.weight), None
+def score(router: nn.Module, x: Tensor) -> tuple[Tensor, None] | Tensor:
+    """A router's logits as the training graph computes them, where vLLM has kernels of its own, with the place of a
+    bias that is not added yet where the caller expects it."""
+    logits = nn.functional.linear(x, router.weight, router.bias)
+    return (logits, None) if router.return_bias else logits
 
 
 def serve_experts(
     served: Any,
     router: Any,
     stack: ExpertStack,
-    router_weight: Tensor,
+    scores: tuple[Tensor, Tensor | None],
     *,
     recorder: RouteRecorder | None,
     number: int,
     adapters: ExpertAdapters | None,
 ) -> None:
     """Hand `stack`, with what `adapters` it has, to vLLM's `served` experts, the model's `number`-th, and the router's
-    weight to its `router`."""
+    weight and bias to its `router`."""
     if served.moe_config.moe_parallel_config.use_ep or served.local_num_experts != served.global_num_experts:
         raise UserError("vLLM spreads experts over several processes (expert parallelism), which is not supported")
     served.shared, served.recorder, served.number, served.adapters = stack, recorder, number, adapters
     served.w13_weight = nn.Parameter(stack.experts.gate_up.weight, requires_grad=False)
     served.w2_weight = nn.Parameter(stack.experts.down.weight, requires_grad=False)
-    router.weight = nn.Parameter(router_weight, requires_grad=False)
+    weight, bias = scores
+    router.weight = nn.Parameter(weight, requires_grad=False)
+    router.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
     router.quant_method = RouterMethod()
     router.forward = MethodType(score, router)

@@ -88,6 +88,10 @@ class TracedExpertsMethod(FusedMoEMethodBase):
             weight = nn.Parameter(torch.empty(num_experts, *size, dtype=params_dtype), requires_grad=False)
             set_weight_attrs(weight, extra_weight_attrs)
             layer.register_parameter(name, weight)
+        for name, rows in (("w13_bias", 2 * inner), ("w2_bias", hidden_size)) if self.moe.has_bias else ():
+            bias = nn.Parameter(torch.empty(num_experts, rows, dtype=params_dtype), requires_grad=False)
+            set_weight_attrs(bias, extra_weight_attrs)
+            layer.register_parameter(name, bias)
 
     def get_fused_moe_quant_config(self, layer: nn.Module) -> None:
         return None
@@ -128,6 +132,8 @@ class Rows:
     name: str
     offset: int
     count: int
+    moved: bool = False
+    """Whether the elements are all of the tensor's, in another order."""
 
 
 @dataclass
@@ -157,7 +163,7 @@ class Copies(TorchDispatchMode):
             return args[0]
         result = func(*args, **(kwargs or {}))
         if operator in ("clone", "_to_copy", "contiguous") and args[0].numel() == result.numel():
-            copied = self.where(args[0])
+            copied = self.where(args[0]) or self.turned(args[0])
             if copied is not None:
                 self._alive.append(result)
                 self._known[storage(result)] = copied
@@ -168,7 +174,12 @@ class Copies(TorchDispatchMode):
         known = self._known.get(storage(tensor))
         if known is None or not tensor.is_contiguous():
             return None
-        return Rows(known.name, known.offset + tensor.storage_offset(), tensor.numel())
+        return Rows(known.name, known.offset + tensor.storage_offset(), tensor.numel(), known.moved)
+
+    def turned(self, tensor: Tensor) -> Rows | None:
+        """The source whose elements are those of `tensor`, a view in another order."""
+        known = self._known.get(storage(tensor))
+        return None if known is None or known.count != tensor.numel() else Rows(known.name, 0, known.count, moved=True)
 
 
 def storage(tensor: Tensor) -> int:
@@ -190,7 +201,12 @@ def trace(config: DecoderConfig, dtype: torch.dtype = torch.bfloat16) -> Record:
         widths = {name: model.get_submodule(name).weight.shape[1] for name in layers}
         parameters = {name for name, _ in model.named_parameters() if name.rpartition(".")[0] not in widths}
     wider = {name for name, tensor in targets.items() if tensor.dtype == torch.float32 != dtype}
-    return record(copies.found, sources, Places(widths, set(linears), parameters, wider))
+    experts = {f"{name}.{key}" for name, each in graph_tensors(config).experts.items() for key in each.shapes()}
+    # Of experts the place is used alone: their storage is ours in vLLM too.
+    found = [
+        (to, source) for to, source in copies.found if source is None or not source.moved or source.name in experts
+    ]
+    return record(found, sources, Places(widths, set(linears), parameters, wider))
 
 
 def as_stored(config: DecoderConfig, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

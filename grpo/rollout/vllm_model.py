@@ -175,12 +175,12 @@ def attach_experts(model: nn.Module, handle: AdapterHandle) -> set[str]:
         for name in (stack.served, router):
             if name not in modules:
                 raise unlike(base, f"without {name}")
-        weight = base.tensors[f"{stack.router}.weight"]
+        scores = base.tensors[f"{stack.router}.weight"], base.tensors.get(f"{stack.router}.bias")
         serve_experts(
             modules[stack.served],
             modules[router],
             stack,
-            weight,
+            scores,
             recorder=handle.recorder,
             number=number,
             adapters=handle.adapter.experts.get(stack.name),

@@ -6,17 +6,22 @@ and labels already (`token_rows.py`). Not here: packing and batches, which are T
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from grpo.errors import UserError
+from grpo.images import MAX_PIXELS, Image
+from grpo.model.image_tokens import ImageTokens
 from grpo.sft.config import Sft, SftConfig
 from grpo.sft.encoding import IGNORED, Encoder, Example
 from grpo.sft.forms import chat_of, check_optional_columns, conversation, joined, message
 from grpo.sft.token_rows import TOKEN_COLUMNS, has_tokens, token_example, unended_notice
 from grpo.tasks.common import Row, read_hub, read_splits
+from grpo.tasks.image_paths import with_image_paths
 
 __all__ = ["IGNORED", "Example", "SftData", "conversation", "load_data", "load_examples", "read_rows"]
 
@@ -30,6 +35,11 @@ class SftData:
     """Not trained on."""
     notices: list[str] = field(default_factory=list)
 
+    @property
+    def images(self) -> list[Image]:
+        """Those of all sequences."""
+        return [image for example in (*self.examples, *self.held_out) for image in example.images]
+
 
 class PlacedRow(dict[str, Any]):
     """A row that knows where it was read, as "file:line"."""
@@ -37,7 +47,9 @@ class PlacedRow(dict[str, Any]):
     where = ""
 
 
-def load_data(config: SftConfig, tokenizer: Any, stop_token_ids: Sequence[int]) -> SftData:
+def load_data(
+    config: SftConfig, tokenizer: Any, stop_token_ids: Sequence[int], image_tokens: ImageTokens | None = None
+) -> SftData:
     """The sequences to train on and, where `[eval] every` is set, those to measure. Raises UserError."""
     settings, seed = config.sft, config.train.seed
     rows = read_rows(settings, settings.split)[: settings.limit]
@@ -54,15 +66,24 @@ def load_data(config: SftConfig, tokenizer: Any, stop_token_ids: Sequence[int]) 
         held_out_notices = [
             f"the last {held_out_count} rows are held out and not trained on; sft.eval_split names a split instead"
         ]
-    data = load_examples(settings, rows, tokenizer, stop_token_ids, seed)
+    load = functools.partial(load_examples, image_tokens=image_tokens, max_pixels=config.model.max_pixels)
+    data = load(settings, rows, tokenizer, stop_token_ids, seed)
     if held_out:
-        data.held_out = load_examples(settings, held_out, tokenizer, stop_token_ids, seed, "held-out ").examples
+        data.held_out = load(settings, held_out, tokenizer, stop_token_ids, seed, "held-out ").examples
     data.notices = held_out_notices + data.notices
     return data
 
 
 def load_examples(
-    settings: Sft, rows: Sequence[Row], tokenizer: Any, stop_token_ids: Sequence[int], seed: int, kind: str = ""
+    settings: Sft,
+    rows: Sequence[Row],
+    tokenizer: Any,
+    stop_token_ids: Sequence[int],
+    seed: int,
+    kind: str = "",
+    *,
+    image_tokens: ImageTokens | None = None,
+    max_pixels: int = MAX_PIXELS,
 ) -> SftData:
     """`rows` as sequences. `stop_token_ids`: the tokens that end generation; `kind`: what errors call the rows.
 
@@ -72,7 +93,8 @@ def load_examples(
     if rows and has_tokens(rows[0]):
         placed, notices = token_examples(settings, rows, tokenizer, stop_token_ids, kind)
     else:
-        placed, notices = chat_examples(settings, rows, tokenizer, stop_token_ids, seed, kind)
+        encoder = Encoder(tokenizer, settings, tuple(stop_token_ids), image_tokens)
+        placed, notices = chat_examples(settings, rows, encoder, seed, kind, max_pixels)
     data = SftData()
     for where, example in placed:
         length = len(example.input_ids)
@@ -100,11 +122,11 @@ Placed = list[tuple[str, Example]]
 
 
 def chat_examples(
-    settings: Sft, rows: Sequence[Row], tokenizer: Any, stop_token_ids: Sequence[int], seed: int, kind: str
+    settings: Sft, rows: Sequence[Row], encoder: Encoder, seed: int, kind: str, max_pixels: int
 ) -> tuple[Placed, list[str]]:
     """Rows of conversations as sequences, and what is to be said about them."""
     check_optional_columns(settings, rows, kind)
-    chats = [chat_of(row, settings, place(row, kind, number)) for number, row in enumerate(rows, 1)]
+    chats = [chat_of(row, settings, place(row, kind, number), max_pixels) for number, row in enumerate(rows, 1)]
     unused = unused_notice(rows, [chat.used for chat in chats])
     if settings.conversation_extension > 1:
         chats = joined(chats, settings.conversation_extension, seed)
@@ -115,7 +137,6 @@ def chat_examples(
     if settings.system_prompt is not None:
         system = message("system", settings.system_prompt)
         chats = [c if c.messages[0]["role"] == "system" else replace(c, messages=[system, *c.messages]) for c in chats]
-    encoder = Encoder(tokenizer, settings, tuple(stop_token_ids))
     placed = [(chat.where, example) for chat in chats for example in encoder.encode(chat)]
     return placed, [*encoder.notices(), *unused]
 
@@ -154,13 +175,13 @@ def read_rows(settings: Sft, split: str) -> list[Row]:
     if settings.path is not None:
         if settings.path.is_file() and split == settings.eval_split:
             raise UserError(f"sft.eval_split: {settings.path} is one file; give a folder with a file for each split")
-        return read_splits(settings.path, [], split, None, placed_row)[0]
+        return read_splits(settings.path, [], split, None, functools.partial(placed_row, path=settings.path))[0]
     assert settings.hub is not None
     return read_hub(settings.hub, settings.subset, [], split, None, placed_row)[0]
 
 
-def placed_row(row: Row, where: str) -> Row:
-    """The row with its place."""
-    found = PlacedRow(row)
+def placed_row(row: Row, where: str, path: Path | None = None) -> Row:
+    """The row with its place, and with its images' paths from where the data are."""
+    found = PlacedRow(with_image_paths(row, where, path))
     found.where = where
     return found

@@ -19,10 +19,14 @@ from typing import Any
 
 from grpo.environments.continuation import clean, shows
 from grpo.errors import UserError
+from grpo.images import Image
+from grpo.messages import content_texts, image_places, in_parts
+from grpo.model.image_tokens import ImageTokens
 from grpo.references import described
 from grpo.sft.config import Sft
 from grpo.sft.forms import Chat, Messages
 from grpo.special_tokens import leading_tokens, start_with
+from grpo.tokenizing import refuse_images
 
 IGNORED = -100
 """The label of a token that is not trained on."""
@@ -37,12 +41,20 @@ class Example:
 
     input_ids: list[int]
     labels: list[int]
+    images: tuple[Image, ...] = ()
+    """In the order of their places; each is in `input_ids` with all of its tokens."""
 
 
 class Encoder:
     """Conversations to tokens and labels, counting what the template leaves out."""
 
-    def __init__(self, tokenizer: Any, settings: Sft, stop_token_ids: tuple[int, ...]):
+    def __init__(
+        self,
+        tokenizer: Any,
+        settings: Sft,
+        stop_token_ids: tuple[int, ...],
+        image_tokens: ImageTokens | None = None,
+    ):
         template = getattr(tokenizer, "chat_template", None)
         if settings.chat and template is None:
             raise UserError(
@@ -52,6 +64,7 @@ class Encoder:
         if not getattr(tokenizer, "is_fast", False):
             raise UserError("the tokenizer has no tokenizer.json, which is needed to find turns in the text; add it")
         self.tokenizer, self.settings, self.stops = tokenizer, settings, stop_token_ids
+        self.image_tokens = image_tokens
         eos = tokenizer.eos_token_id
         self.eos: int = eos if eos in stop_token_ids else stop_token_ids[0]
         self.front = leading_tokens(tokenizer)
@@ -60,6 +73,8 @@ class Encoder:
 
     def encode(self, chat: Chat) -> list[Example]:
         """One sequence, or several where the template renders an earlier answer otherwise once others follow."""
+        if self.image_tokens is None:
+            refuse_images([chat.images], [chat.where])
         answers = self.answers(chat)
         if not self.settings.chat:
             text, spans = plain(chat.messages)
@@ -68,10 +83,25 @@ class Encoder:
         sequences = list(self.sequences(chat, answers))
         if len(sequences) > 1:
             self.split, self.pieces = self.split + 1, self.pieces + len(sequences)
-        return [
+        examples = [
             self.example(text, spans, list(spans), marked=self.marks(chat, through) if self.marked else None)
             for through, text, spans in sequences
         ]
+        seen = [chat.images[: image_places(chat.messages[:through])] for through, _, _ in sequences]
+        return [self.seeing(*pair, chat.where) for pair in zip(examples, seen, strict=True)]
+
+    def seeing(self, example: Example, images: tuple[Image, ...], where: str) -> Example:
+        """`example` with the tokens of `images` in their places. Raises UserError where these do not match."""
+        if self.image_tokens is None:
+            return example
+        try:
+            ids = self.image_tokens.expand(example.input_ids, images)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+        labels, sizes = [], iter([self.image_tokens.tokens(image.width, image.height) for image in images])
+        for token, label in zip(example.input_ids, example.labels, strict=True):
+            labels += [IGNORED] * next(sizes) if token == self.image_tokens.vision.image_token_id else [label]
+        return Example(ids, labels, images)
 
     def answers(self, chat: Chat) -> list[int]:
         """The assistant's turns to train on. Raises UserError where there is none."""
@@ -187,10 +217,11 @@ class Encoder:
     def check_shown(self, chat: Chat, last: int, text: str) -> None:
         """Raise UserError where the template leaves out what others than the assistant said."""
         for turn in chat.messages[:last]:
-            if turn["role"] != "assistant" and not shows(text, turn["content"]):
+            hidden = [said for said in content_texts(turn["content"]) if not shows(text, said)]
+            if turn["role"] != "assistant" and hidden:
                 raise UserError(
                     f"{chat.where}: the chat template does not show the {turn['role']}'s message "
-                    f"{turn['content'].strip()[:40]!r}; set model.chat_template to one that does, or leave the row out"
+                    f"{hidden[0].strip()[:40]!r}; set model.chat_template to one that does, or leave the row out"
                 )
 
     def marks(self, chat: Chat, count: int) -> list[bool]:
@@ -204,6 +235,7 @@ class Encoder:
 
     def apply(self, chat: Chat, count: int, **how: Any) -> Any:
         shown = [{key: value for key, value in clean(turn).items() if key != "weight"} for turn in chat.messages]
+        shown = in_parts(shown) if chat.images else shown
         settings = {**self.settings.chat_template_kwargs, **how}
         try:
             return self.tokenizer.apply_chat_template(shown[:count], tools=chat.tools, **settings)

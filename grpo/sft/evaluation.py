@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from grpo.kernels.attention import Packing
 from grpo.kernels.logprob import selected_logprobs
 from grpo.policy.policy import Policy
 from grpo.sft.data import IGNORED, Example
@@ -59,7 +58,6 @@ def trained_logprobs(policy: Policy, batch: Sequence[Example]) -> torch.Tensor:
         input_ids=torch.tensor([tokens], device=device),
         position_ids=torch.tensor([positions], device=device),
         use_cache=False,
-        packing=Packing.of_lengths([len(example.input_ids) for example in batch], device),
     ).last_hidden_state[0]
     chosen = targets != IGNORED
     logprobs, _ = selected_logprobs(

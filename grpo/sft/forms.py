@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from grpo.errors import UserError
+from grpo.images import MAX_PIXELS, Image, read_image
+from grpo.messages import COLUMNS, column_images, image_places, says_nothing, with_places
 from grpo.sft.config import Sft
 from grpo.tasks.cells import columns_of, filled, is_blank, parsed, reach
 from grpo.tasks.common import Row
@@ -53,35 +55,45 @@ class Chat:
     where: str = "the conversation"
     used: tuple[str, ...] = field(default=(), compare=False)
     """Columns that it was made of."""
+    images: tuple[Image, ...] = ()
+    """In the order of their places in the messages."""
 
 
 def message(role: str, content: str) -> Message:
     return {"role": role, "content": content}
 
 
-def chat_of(row: Row, settings: Sft, where: str) -> Chat:
-    """The row as a conversation. Raises UserError where it is none."""
+def chat_of(row: Row, settings: Sft, where: str, max_pixels: int = MAX_PIXELS) -> Chat:
+    """The row as a conversation. Raises UserError where it is none, and for images that cannot be used."""
+    messages, found = conversation(row, settings, where)
+    images = tuple(read_image(value, where, max_pixels=max_pixels) for value in found)
+    if images and not settings.chat:
+        raise UserError(f"{where}: plain text has no place for its images; set sft.chat = true, or leave them out")
     if settings.prompt is not None and settings.completion is not None:
-        used = tuple(columns_in(settings.prompt) + columns_in(settings.completion))
-        return Chat(conversation(row, settings, where), None, where, used)
+        used = (*columns_in(settings.prompt), *columns_in(settings.completion), *COLUMNS)
+        return Chat(messages, None, where, used, images)
     used = next((columns for first, columns in USED.items() if row.get(first) is not None), ())
-    return Chat(conversation(row, settings, where), tools_of(row, where), where, (*used, *BESIDE))
+    return Chat(messages, tools_of(row, where), where, (*used, *BESIDE, *COLUMNS), images)
 
 
-def conversation(row: Row, settings: Sft, where: str) -> Messages:
-    """The row as messages that end with an assistant's."""
+def conversation(row: Row, settings: Sft, where: str) -> tuple[Messages, list[Any]]:
+    """The row as messages that end with an assistant's, and the images that they have places for."""
     if settings.prompt is not None and settings.completion is not None:
         question, answer = fill(settings.prompt, row, where), fill(settings.completion, row, where)
-        messages = [message("user", question), message("assistant", answer)]
+        turns = [message("user", question), message("assistant", answer)]
     else:
-        messages = [checked(turn, where) for turn in recognised(row, where)]
+        turns = recognised(row, where)
+    turns, images = with_places(turns, column_images(row, where), where)
+    messages = [checked(turn, where) for turn in turns]
     if not messages or messages[-1]["role"] != "assistant" or not says(messages[-1]):
         raise UserError(f"{where}: it does not end with an answer of the assistant; give it one, or leave it out")
-    return messages
+    if any(turn["role"] == "assistant" and isinstance(turn["content"], list) for turn in messages):
+        raise UserError(f"{where}: an answer of the assistant has an image, and answers are text; leave the row out")
+    return messages, images
 
 
 def says(turn: Message) -> bool:
-    return bool(turn["content"].strip() or turn.get("tool_calls"))
+    return not says_nothing(turn["content"]) or bool(turn.get("tool_calls"))
 
 
 def recognised(row: Row, where: str) -> list[Any]:
@@ -163,9 +175,11 @@ def checked(turn: Any, where: str) -> Message:
     return {**found, "content": joined_parts(content, where)}
 
 
-def joined_parts(content: Any, where: str) -> str:
-    """A message's content as one text. Raises UserError for a part that is none."""
+def joined_parts(content: Any, where: str) -> str | list[Any]:
+    """A message's content as one text; where it has images, as it is. Raises UserError for a part that is none."""
     if isinstance(content, str):
+        return content
+    if isinstance(content, list) and image_places([{"content": content}]):
         return content
     if isinstance(content, list) and content:
         texts = [part.get("text") if isinstance(part, dict) else part for part in content]
@@ -305,5 +319,6 @@ def joined(chats: Sequence[Chat], turns: int, seed: int) -> list[Chat]:
                 )
         later = [turn for chat in others for turn in chat.messages if turn["role"] != "system"]
         where = " and ".join(chat.where for chat in (first, *others))
-        conversations.append(Chat([*first.messages, *later], first.tools, where, first.used))
+        images = tuple(image for chat in (first, *others) for image in chat.images)
+        conversations.append(Chat([*first.messages, *later], first.tools, where, first.used, images))
     return conversations

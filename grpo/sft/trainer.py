@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +18,15 @@ from transformers import TrainerCallback
 from grpo.errors import UserError
 from grpo.model.vocabulary import check_tokens
 from grpo.monitor.run_log import RunLog
+from grpo.policy.hf_forward import show_images
 from grpo.policy.keep_16bit import record_base
+from grpo.policy.marked_images import MarkedImages
+from grpo.policy.policy import Policy
 from grpo.run.checkpoint import CONFIG, create_run_folder, replace_folder, write_atomically
 from grpo.run.signals import Interrupts
 from grpo.session import open_session, read_model
 from grpo.sft.config import SftConfig, sft_config_toml
-from grpo.sft.data import Example, load_data
+from grpo.sft.data import Example, SftData, load_data
 from grpo.sft.evaluation import held_out_loss
 
 if TYPE_CHECKING:
@@ -42,7 +46,7 @@ def run_sft(config: SftConfig, *, resume: bool = False, verbose: bool = False) -
         settings = config.for_policy()
         with RunLog(run.path, settings, max_steps=config.train.max_steps or 0, verbose=verbose) as log:
             files = read_model(settings, log.status, log.notice)
-            data = load_data(config, files.tokenizer, files.stop_token_ids)
+            data = load_data(config, files.tokenizer, files.stop_token_ids, files.image_tokens)
             texts = [("a training row", each.input_ids) for each in data.examples]
             texts += [("a held-out row", each.input_ids) for each in data.held_out]
             check_tokens(texts, files.tokenizer, files.source.config)
@@ -51,6 +55,7 @@ def run_sft(config: SftConfig, *, resume: bool = False, verbose: bool = False) -
             resumed = run.path if resume else None
             with open_session(settings, files=files, status=log.status, start_engine=False, resumed=resumed) as session:
                 record_base(session.base, settings.lora, run.path)
+                mark_images(session.policy, data)
                 tokens = config.sft.per_device_train_batch_size * config.sft.max_length
 
                 def evaluate() -> dict[str, float]:
@@ -70,6 +75,16 @@ def run_sft(config: SftConfig, *, resume: bool = False, verbose: bool = False) -
                 summary = {"adapter": str(adapter), "model": config.model.name, "sequences": len(data.examples)}
                 log.finish(summary)
                 return summary
+
+
+def mark_images(policy: Policy, data: SftData) -> None:
+    """Give the tokens of images in `data` numbers of their own, under which the graph knows them wherever they go."""
+    if policy.tower is None or not data.images:
+        return
+    marked = MarkedImages(policy.tower, data.images)
+    for examples in (data.examples, data.held_out):
+        examples[:] = [replace(one, input_ids=marked.marked(one.input_ids, one.images)) for one in examples]
+    show_images(policy.decoder, marked)
 
 
 def newest(run: Path) -> Path | None:

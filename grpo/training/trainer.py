@@ -161,6 +161,7 @@ class Trainer:
             **trained,
             **survival,
             **self.expert_metrics(scored.groups),
+            **self.image_metrics(),
             "epoch": self.stream.epoch,
             "tokens": tokens,
             "tokens_per_second": tokens / rollout_seconds,
@@ -172,6 +173,11 @@ class Trainer:
             "peak_memory_gib": peak_memory_gib(self.session.base.device),
             **self.rank_metrics(rollouts),
         }
+
+    def image_metrics(self) -> dict[str, float]:
+        """How many images went through the tower since the last step, and how long that took."""
+        tower = self.session.policy.tower
+        return {} if tower is None else tower.take_counts()
 
     def adapter_survival(self, groups: list[Group], step: int) -> dict[str, float]:
         """Now and then, how much of the adapter's effect shows in 16 bit, on completions of different prompts."""

@@ -6,6 +6,7 @@ where the family has several.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,24 @@ NEWCOMERS: dict[str, dict[str, Any]] = {
         "logits_scaling": 2.0,
     },
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "gpt_oss": {
+        **WIDE,
+        "intermediate_size": 64,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "sliding_window": 16,
+        "layer_types": KINDS,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 4.0,
+            "original_max_position_embeddings": 16,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+        },
+        "tie_word_embeddings": False,
+    },
     "cohere": {"use_qk_norm": False, "logit_scale": 0.25},
     "gemma4_text": {**GEMMA4, **SHARED_KEYS, "attention_k_eq_v": True, "num_global_key_value_heads": 1},
     "qwen3_5_text": DELTA_NET,
@@ -162,6 +181,29 @@ def save_family(folder: Path, family: str, **changes: Any) -> Any:
     config = family_config(family, **changes)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
     spread(model).save_pretrained(folder)
+    return model
+
+
+def save_mxfp4(folder: Path, **changes: Any) -> Any:
+    """Write a tiny gpt-oss whose experts are in MXFP4 to `folder`, and return the model of their values."""
+    from safetensors.torch import load_file, save_file
+
+    from grpo.kernels import mxfp4
+
+    model = save_family(folder, "gpt_oss", **changes)
+    tensors, generator = load_file(folder / "model.safetensors"), torch.Generator().manual_seed(0)
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, columns, rows = tensors.pop(name).shape
+        codes = torch.randint(0, 256, (experts, rows, columns // 32, 16), generator=generator, dtype=torch.uint8)
+        exponents = torch.randint(121, 124, codes.shape[:3], generator=generator, dtype=torch.uint8)
+        tensors |= {f"{name}_blocks": codes, f"{name}_scales": exponents}
+        with torch.no_grad():
+            model.get_parameter(name).copy_(mxfp4.value(codes, exponents, torch.float32).mT)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    values = json.loads((folder / "config.json").read_text())
+    left = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+    values["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": left}
+    (folder / "config.json").write_text(json.dumps(values))
     return model
 
 

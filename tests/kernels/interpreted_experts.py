@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from grpo.kernels import experts as plain
-from grpo.kernels import nf4, nf4_experts, routing
+from grpo.kernels import mxfp4, nf4, nf4_experts, routing
 from grpo.kernels.nf4_experts import ExpertLowRank
 from grpo.kernels.nf4_tiles import Tile
 
@@ -108,6 +108,39 @@ def test_products_are_those_of_dequantised_experts_rounded_once(tile, experts, f
     assert torch.equal(plain_y, sorted_y)
     error = float((plain_y.double() - wanted).norm() / wanted.norm())
     assert error < (2.5e-3 if dtype == torch.bfloat16 else 4e-4)
+
+
+def made_mx(experts, features, columns):
+    generator = torch.Generator().manual_seed(features)
+    rows = experts * features
+    codes = torch.randint(0, 256, (rows, columns // 32, 16), generator=generator, dtype=torch.uint8)
+    exponents = torch.randint(120, 128, (rows, columns // 32), generator=generator, dtype=torch.uint8)
+    packed, scales = mxfp4.allocate(rows, columns, "cpu")
+    mxfp4.pack_rows(packed, scales, 0, codes, exponents)
+    return packed, scales
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(8, 64), (72, 192), (64, 256)])
+def test_mxfp4_is_dequantised_to_the_bits_of_the_torch_form(rows, columns):
+    packed, scales = made_mx(1, rows, columns)
+    ours = torch.empty(rows, columns, dtype=torch.bfloat16)
+    mxfp4.launch_dequantize(packed, scales, ours, interpreted=True)
+    assert torch.equal(ours.view(torch.int16), mxfp4.dequantize(packed, scales).view(torch.int16))
+
+
+@pytest.mark.parametrize(("tile", "experts", "features", "columns"), [(TILES[0], 4, 64, 192), (TILES[1], 4, 72, 128)])
+def test_a_layer_in_mxfp4_with_biases_is_that_of_its_values(tile, experts, features, columns):
+    torch.manual_seed(0)
+    bias = torch.randn(experts, 2 * columns).bfloat16(), torch.randn(experts, features * 8).bfloat16()
+    above = plain.ExpertMatrix(*made_mx(experts, 2 * columns, features * 8), experts, bias[0])
+    below = plain.ExpertMatrix(*made_mx(experts, features * 8, columns), experts, bias[1])
+    layer = plain.Experts(above, below, "clamped_silu")
+    x, logits = torch.randn(5, features * 8).bfloat16() * 0.05, logits_of(5, experts)
+    tiles = nf4_experts.DecodeTiles(tile, tile)
+    ours = nf4_experts.decode(x, logits, layer, 2, True, tiles=tiles)
+    weights, chosen = plain.route(logits, 2, True)
+    wanted = plain.sampled_mlp(x, layer, chosen, weights)
+    assert float((ours.float() - wanted.float()).norm() / wanted.float().norm()) < 4e-3
 
 
 def test_a_tile_that_loses_rows_is_not_taken(monkeypatch):

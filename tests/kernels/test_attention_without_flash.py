@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo.kernels import attention
+from grpo.kernels import attention, attention_sinks
 from grpo.kernels.attention import Packing, Span, packed_attention
 
 CPU = torch.device("cpu")
@@ -47,8 +47,8 @@ def seen_by(nodes, number):
     return [*(seen_by(nodes, parent) if parent is not None else ()), *range(start, start + length)]
 
 
-def reference(query, key, value, nodes, scale, window):
-    """softmax(q k^T) v in float64, token by token: [tokens, heads, dim]."""
+def reference(query, key, value, nodes, scale, window, sinks=None):
+    """softmax(q k^T) v in float64, token by token: [tokens, heads, dim]. sinks [heads]: a score without a value."""
     groups = query.shape[0] // key.shape[0]
     key, value = key.repeat_interleave(groups, 0), value.repeat_interleave(groups, 0)
     rows = []
@@ -56,30 +56,65 @@ def reference(query, key, value, nodes, scale, window):
         seen = seen_by(nodes, number)
         for end in range(len(seen) - length, len(seen)):
             keys = seen[: end + 1][-(window or len(seen)) :]
-            weights = (scale * key[:, keys] @ query[:, seen[end], :, None]).softmax(1)
+            scores = scale * key[:, keys] @ query[:, seen[end], :, None]
+            if sinks is not None:
+                scores = torch.cat([scores, sinks[:, None, None]], 1)
+            weights = scores.softmax(1)[:, : len(keys)]
             rows.append((weights * value[:, keys]).sum(1))
     return torch.stack(rows)
 
 
 @settings(max_examples=60, deadline=None)
-@given(trees(), st.sampled_from([1, 2, 4]), st.none() | st.integers(1, 14), st.integers(0, 1000), st.booleans())
-def test_outputs_and_gradients_are_those_of_the_definition(nodes, key_heads, window, seed, padded):
+@given(
+    nodes=trees(),
+    key_heads=st.sampled_from([1, 2, 4]),
+    window=st.none() | st.integers(1, 14),
+    seed=st.integers(0, 1000),
+    form=st.sampled_from(["gathered", "written out", "masked"]),
+    has_sinks=st.booleans(),
+)
+def test_outputs_and_gradients_are_those_of_the_definition(nodes, key_heads, window, seed, form, has_sinks):
     generator, tokens = torch.Generator().manual_seed(seed), sum(length for length, _ in nodes)
     leaf = torch.randn(4 + 2 * key_heads, tokens, 8, generator=generator, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(tokens, 4, 8, generator=generator, dtype=torch.float64)
-    parts, found = leaf.split([4, key_heads, key_heads]), []
+    sinks = 2 * torch.randn(4, generator=generator, dtype=torch.float64).requires_grad_() if has_sinks else None
+    parts, found, leaves = leaf.split([4, key_heads, key_heads]), [], [leaf, sinks] if has_sinks else [leaf]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "without_scores", lambda query: not padded)
+        patch.setattr(attention, "without_scores", lambda query: form == "gathered")
         patch.setattr(attention, "PADDED_SCORES", 200)  # several batches
+        patch.setattr(attention, "EXPLICIT_SCORES", 0 if form == "masked" else 1 << 22)
         packing = Packing(tree_of(nodes), CPU)
         for output in (
-            packed_attention(*parts, packing, scale=8**-0.5, window=window),
-            reference(*parts, nodes, 8**-0.5, window),
+            packed_attention(*parts, packing, scale=8**-0.5, window=window, sinks=sinks),
+            reference(*parts, nodes, 8**-0.5, window, sinks),
         ):
-            found.append((output, *torch.autograd.grad((output * weight).sum(), leaf)))
-    softmax_in_float32 = {"rtol": 1e-4, "atol": 1e-5} if padded else {}
+            found.append((output, *torch.autograd.grad((output * weight).sum(), leaves)))
+    softmax_in_float32 = {"rtol": 1e-4, "atol": 1e-5} if form == "written out" else {}
     for ours, exact in zip(*found, strict=True):
         torch.testing.assert_close(ours, exact, **softmax_in_float32)
+
+
+@given(st.integers(1, 20), st.integers(0, 1000))
+def test_flash_attention_of_a_result_scaled_down_has_the_gradients_with_sinks(tokens, seed):
+    generator = torch.Generator().manual_seed(seed)
+    parts = [torch.randn(1, 4, tokens, 8, generator=generator, dtype=torch.float64).requires_grad_() for _ in "qkv"]
+    sinks = 2 * torch.randn(4, generator=generator, dtype=torch.float64)
+    weight = torch.randn(tokens, 4, 8, generator=generator, dtype=torch.float64)
+    named = {"dropout_p": 0.0, "is_causal": True, "scale": 0.3}
+    plain, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*parts, **named)
+    output, larger = attention_sinks.with_sinks(plain[0].transpose(0, 1), logsumexp[0], sinks)
+    of_output, of_result = (each.transpose(0, 1)[None].contiguous() for each in (output, weight))
+    ours = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        of_result, *parts, of_output, larger[None].contiguous(), **named
+    )
+    leaf = sinks.clone().requires_grad_()
+    exact = reference(*(part[0] for part in parts), [(tokens, None)], 0.3, None, leaf)
+    *wanted, of_sinks = torch.autograd.grad((exact * weight).sum(), [*parts, leaf])
+    near = {"rtol": 1e-5, "atol": 1e-6}
+    torch.testing.assert_close(output, exact, **near)
+    torch.testing.assert_close(attention_sinks.sinks_gradient(weight, output, larger, sinks), of_sinks, **near)
+    for gradient, expected in zip(ours, wanted, strict=True):
+        torch.testing.assert_close(gradient, expected, **near)
 
 
 def test_nothing_of_the_size_of_scores_is_kept_without_a_window(monkeypatch):
@@ -123,6 +158,29 @@ def test_on_a_gpu_it_agrees_with_flash_attention(dim, window, monkeypatch):
         found.append((output, *torch.autograd.grad((output * weight).sum(), leaf)))
     for one, other in zip(*found, strict=True):
         assert (one.double() - other.double()).norm() < 5e-3 * one.double().norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("flash", [True, False])
+@pytest.mark.parametrize("window", [None, 128])
+def test_on_a_gpu_sinks_agree_with_the_definition(flash, window, monkeypatch):
+    device, dim, scale = torch.device("cuda"), 64, 0.125
+    nodes = [(96, None), (230, 0), (64, 0), (40, None), (170, 3), (60, 1), (1, None)]
+    tokens = sum(length for length, _ in nodes)
+    generator = torch.Generator().manual_seed(0)
+    leaf = torch.randn(8 + 2 * 2, tokens, dim, generator=generator).to(device, torch.bfloat16).requires_grad_()
+    sinks = torch.randn(8, generator=generator).to(device, torch.bfloat16).requires_grad_()
+    weight = torch.randn(tokens, 8, dim, generator=generator).to(device, torch.bfloat16)
+    monkeypatch.setattr(attention, "FLASH_CAPABILITY", (8, 0) if flash else (99, 0))
+    ours = packed_attention(
+        *leaf.split([8, 2, 2]), Packing(tree_of(nodes), device), scale=scale, window=window, sinks=sinks
+    )
+    exact, leaf_of_sinks = (each.detach().cpu().double().requires_grad_() for each in (leaf, sinks))
+    expected = reference(*exact.split([8, 2, 2]), nodes, scale, window, leaf_of_sinks)
+    grads = torch.autograd.grad((ours * weight).sum(), [leaf, sinks])
+    wanted = torch.autograd.grad((expected * weight.cpu().double()).sum(), [exact, leaf_of_sinks])
+    for one, other in ((ours, expected), *zip(grads, wanted, strict=True)):
+        assert (one.detach().cpu().double() - other.detach()).norm() < 1e-2 * other.detach().norm()
 
 
 @pytest.mark.gpu

@@ -20,30 +20,42 @@ from grpo.kernels.experts import ExpertMatrix, Experts, experts_mlp, group, rout
 from tests.helpers.paths import ROOT
 
 
-def made(experts: int, inner: int, hidden: int, dtype: torch.dtype, packed: bool = False) -> Experts:
-    """Random experts, dense or in NF4."""
+def made(
+    experts: int, inner: int, hidden: int, dtype: torch.dtype, packed: bool = False, biased: bool = False
+) -> Experts:
+    """Random experts, dense or in NF4; with biases, those of gpt-oss."""
     matrices = []
     for rows, columns in ((2 * inner, hidden), (hidden, inner)):
         weight, absmax = torch.randn(experts * rows, columns) * 0.2, None
+        bias = torch.randn(experts, rows).to(dtype) if biased else None
         if packed:
             stored, absmax = nf4.allocate(experts * rows, columns, dtype, "cpu")
             nf4.quantize_rows(stored, absmax, 0, weight)
-            matrices.append(ExpertMatrix(stored, absmax, experts))
+            matrices.append(ExpertMatrix(stored, absmax, experts, bias))
         else:
-            matrices.append(ExpertMatrix(weight.to(dtype), None, experts))
-    return Experts(*matrices, activation="silu")
+            matrices.append(ExpertMatrix(weight.to(dtype), None, experts, bias))
+    return Experts(*matrices, activation="clamped_silu" if biased else "silu")
 
 
 def by_token(x: Tensor, experts: Experts, chosen: Tensor, weights: Tensor) -> Tensor:
     """The sum over each token's experts, one at a time."""
     gate_up, down = experts.gate_up.dense().to(x.dtype), experts.down.dense().to(x.dtype)
+    above, below = (
+        torch.zeros(each.shape[:2], dtype=x.dtype) if each.bias is None else each.bias.to(x.dtype)
+        for each in (experts.gate_up, experts.down)
+    )
     rows = []
     for token in range(len(x)):
         total = torch.zeros_like(x[token])
         for place in range(chosen.shape[1]):
             expert = int(chosen[token, place])
-            gate, up = (gate_up[expert] @ x[token]).chunk(2)
-            total = total + weights[token, place] * (down[expert] @ (torch.nn.functional.silu(gate) * up))
+            gate, up = (gate_up[expert] @ x[token] + above[expert]).chunk(2)
+            if experts.activation == "clamped_silu":
+                gate, up = gate.clamp(max=7), up.clamp(-7, 7) + 1
+                inner = gate * torch.sigmoid(1.702 * gate) * up
+            else:
+                inner = torch.nn.functional.silu(gate) * up
+            total = total + weights[token, place] * (down[expert] @ inner + below[expert])
         rows.append(total)
     return torch.stack(rows)
 
@@ -59,24 +71,26 @@ def test_kernels_in_the_interpreter() -> None:
 
 sizes = {
     "tokens": st.integers(1, 20), "experts": st.integers(2, 9), "top_k": st.integers(1, 4),
-    "packed": st.booleans(), "seed": st.integers(0, 99),
+    "packed": st.booleans(), "biased": st.booleans(), "pieces": st.booleans(), "seed": st.integers(0, 99),
 }  # fmt: skip
 
 
 @settings(max_examples=20)
 @given(**sizes)
 def test_values_and_gradients_are_those_of_a_loop(
-    tokens: int, experts: int, top_k: int, packed: bool, seed: int
+    tokens: int, experts: int, top_k: int, packed: bool, biased: bool, pieces: bool, seed: int
 ) -> None:
     torch.manual_seed(seed)
     top_k = min(top_k, experts)
-    ours = made(experts, 64, 128, torch.float32, packed)
+    ours = made(experts, 64, 128, torch.float32, packed, biased)
     x = torch.randn(tokens, 128, requires_grad=True)
     logits = torch.randn(tokens, experts, requires_grad=True)
     weights, chosen = route(logits, top_k, renormalize=True)
     incoming = torch.randn(tokens, 128)
-    result = experts_mlp(x, ours, chosen, weights)
-    got = torch.autograd.grad((result * incoming).sum(), [x, logits], retain_graph=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "EXPERTS_BYTES", (1 << 17) if pieces else module.EXPERTS_BYTES)
+        result = experts_mlp(x, ours, chosen, weights)
+        got = torch.autograd.grad((result * incoming).sum(), [x, logits], retain_graph=True)
     wide_x, wide_logits = (each.detach().double().requires_grad_() for each in (x, logits))
     expected = by_token(wide_x, ours, chosen, route(wide_logits, top_k, True, chosen)[0])
     wanted = torch.autograd.grad((expected * incoming.double()).sum(), [wide_x, wide_logits])
@@ -84,7 +98,7 @@ def test_values_and_gradients_are_those_of_a_loop(
     for ours_grad, grad in zip(got, wanted, strict=True):
         torch.testing.assert_close(ours_grad.double(), grad, atol=1e-3, rtol=1e-3)
     with torch.no_grad():
-        assert torch.equal(experts_mlp(x, ours, chosen, weights), result)
+        torch.testing.assert_close(module.sampled_mlp(x, ours, chosen, weights), result, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("transposed", [False, True])

@@ -4,6 +4,7 @@ Every test runs three times: on the CPU, where the torch forms are taken, on the
 of its own, `test_kernels_in_the_interpreter`), and on a GPU where there is one.
 """
 
+import math
 import os
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from grpo.kernels import nf4
-from grpo.kernels.glu import glu, glu_backward, glu_forward
+from grpo.kernels.glu import ACTIVATIONS, glu, glu_backward, glu_forward
 from grpo.kernels.launch import interpreter_enabled
 from grpo.kernels.lora_attention import QkvProjection, lora_qkv
 from grpo.kernels.lora_factors import Adapter
@@ -73,6 +74,9 @@ def rope_reference(x, cos, sin):
 
 def glu_reference(gate_up, activation):
     gate, up = gate_up.chunk(2, -1)
+    if activation == "clamped_silu":
+        gate = gate.clamp(max=7.0)
+        return gate * torch.sigmoid(1.702 * gate) * (up.clamp(-7.0, 7.0) + 1)
     return (F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")) * up
 
 
@@ -133,7 +137,7 @@ def test_norm_of_strided_heads_in_place_with_a_second_gradient(dtype, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("shape", [(3, 96), (5, 2 * 2100)])
 def test_glu_and_its_gradient_equal_autograd(shape, activation, dtype, device):
     gate_up = (randn(*shape) * 3).to(dtype).to(device).requires_grad_()
@@ -156,8 +160,18 @@ def test_glu_saturates_without_overflow(activation, device):
     assert slope[0, :5].tolist() == [0, 0, 0.5, 1, 1]
 
 
+def test_beyond_their_limits_gate_and_up_get_no_gradient(device):
+    gate_up = torch.tensor([[8.0, 7.0, -1e4, 1.0, 1.0, 1e4, -7.5, -7.0]], device=device)
+    assert glu_forward(gate_up[:, 3:5].contiguous(), "clamped_silu").item() == pytest.approx(2 / (1 + math.exp(-1.702)))
+    slope = torch.empty_like(gate_up)
+    glu_backward(torch.ones(1, 4, device=device), gate_up, "clamped_silu", torch.empty(1, 4, device=device), slope)
+    assert (slope[0] == 0).tolist() == [True, False, True, False, False, True, True, False]
+    gate_up = torch.tensor([[1e4, -1e4, 1e4, -1e4]], device=device)
+    assert glu_forward(gate_up, "clamped_silu").tolist() == [[pytest.approx(56, rel=1e-4), 0]]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_glu_backward_may_overwrite_its_inputs(activation, dtype, device):
     wider = randn(6, 130, dtype=dtype, device=device)
     gate_up, grad = wider[:, :120], randn(6, 60, dtype=dtype, device=device)

@@ -183,7 +183,11 @@ def test_a_kind_that_is_not_read_is_named_before_any_weight(said: str, stored: d
     file = tmp_path / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": stored}))
     message = refusal(tmp_path)
-    assert said in message and str(file) in message and "use an int8, FP8, NF4 or an unquantised" in message
+    assert (
+        said in message
+        and str(file) in message
+        and "use an int8, FP8, NF4, MXFP4 (of experts) or an unquantised" in message
+    )
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from grpo.config.schema import Model, parse_config
 from grpo.errors import UserError
+from grpo.kernels import mxfp4
 from grpo.memory.plan import Shape, weight_bytes
 from grpo.model.architectures import check_supported
 from grpo.model.base_weights import BaseWeights
@@ -20,9 +21,9 @@ from grpo.model.layout import Layout, fused_linears
 from grpo.model.meta_graph import graph_tensors
 from grpo.model.source import open_source
 from grpo.model.stored_form import read_whole
-from tests.helpers.families import family_config, save_family
+from tests.helpers.families import family_config, save_family, save_mxfp4
 
-MIXTURES = ("qwen3_moe", "olmoe", "granitemoe", "mixtral")
+MIXTURES = ("qwen3_moe", "olmoe", "granitemoe", "mixtral", "gpt_oss")
 
 
 @pytest.mark.parametrize("family", MIXTURES)
@@ -42,7 +43,12 @@ def test_the_one_copy_holds_the_experts_of_the_graph(family: str, load_in_4bit: 
     assert base.experts
     for name, stack in base.experts.items():
         module = model.get_submodule(name)
-        for matrix, parameter in ((stack.experts.gate_up, module.gate_up_proj), (stack.experts.down, module.down_proj)):
+        for matrix, kind in ((stack.experts.gate_up, "gate_up_proj"), (stack.experts.down, "down_proj")):
+            parameter = kept(getattr(module, kind), family, interleaved=kind == "gate_up_proj")
+            if family == "gpt_oss":
+                bias = getattr(module, f"{kind}_bias")
+                bias = torch.cat([bias[:, ::2], bias[:, 1::2]], 1) if kind == "gate_up_proj" else bias
+                assert torch.equal(matrix.bias, bias)
             assert matrix.dense().shape == parameter.shape
             error = float((matrix.dense() - parameter).norm() / parameter.norm())
             assert 0.05 < error < 0.12 if load_in_4bit else error == 0
@@ -53,6 +59,62 @@ def test_the_one_copy_holds_the_experts_of_the_graph(family: str, load_in_4bit: 
     assert abs(planned - base.nbytes()) < 0.01 * base.nbytes()
     values = base.config.to_dict()
     assert weight_bytes(config, Shape.of(values), 4, on_gpu=False) == planned
+
+
+def kept(parameter: Tensor, family: str, interleaved: bool) -> Tensor:
+    """A stacked parameter of transformers' as [experts, out, in], gates above ups; gpt-oss alone has it otherwise."""
+    if family != "gpt_oss":
+        return parameter
+    out = parameter.mT
+    return torch.cat([out[:, ::2], out[:, 1::2]], 1) if interleaved else out
+
+
+@pytest.mark.parametrize(("dtype", "load_in_4bit"), [("float32", False), ("bfloat16", True), ("float32", True)])
+def test_mxfp4_is_read_exactly(dtype: str, load_in_4bit: bool, tmp_path: Path) -> None:
+    model = save_mxfp4(tmp_path)
+    settings = Model(name=str(tmp_path), load_in_4bit=load_in_4bit, dtype=dtype)
+    source = open_source(settings)
+    for name, tensor in model.state_dict().items():
+        assert source.shape(name) == tensor.shape
+        assert torch.equal(read_whole(source, name).float(), tensor), name
+    base = BaseWeights(source, settings, device=torch.device("cpu"), dtype=getattr(torch, dtype))
+    for name, stack in base.experts.items():
+        module = model.get_submodule(name)
+        for matrix, kind in ((stack.experts.gate_up, "gate_up_proj"), (stack.experts.down, "down_proj")):
+            graph = stack.graph.rows(kind, getattr(module, kind).mT)
+            assert torch.equal(matrix.dense().float(), graph)
+
+
+def test_on_a_gpu_mxfp4_is_kept_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = save_mxfp4(tmp_path)
+    settings = Model(name=str(tmp_path), load_in_4bit=True, dtype="bfloat16")
+    source = open_source(settings)
+    base = BaseWeights(source, settings, device=torch.device("cpu"), dtype=torch.bfloat16)
+    base.packed = True
+    for name, layout in base.layout.experts.items():
+        stack = base._load_experts(source, name, layout)
+        for matrix, kind in ((stack.experts.gate_up, "gate_up_proj"), (stack.experts.down, "down_proj")):
+            assert matrix.weight.dtype == torch.uint8 and matrix.absmax.dtype == mxfp4.SCALES
+            values = stack.graph.rows(kind, model.get_submodule(name).get_parameter(kind).mT)
+            assert torch.equal(matrix.dense().float(), values) and matrix.dtype == torch.bfloat16
+
+
+def test_mxfp4_that_bfloat16_cannot_hold_is_refused(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    save_mxfp4(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.1.mlp.experts.down_proj"
+    for broken, said in ((tensors[f"{name}_scales"] * 0 + 253, "bfloat16 cannot hold"), (None, "tensor .* is missing")):
+        changed = dict(tensors)
+        if broken is None:
+            del changed[f"{name}_scales"]
+        else:
+            changed[f"{name}_scales"] = broken
+        save_file(changed, tmp_path / "model.safetensors")
+        settings = Model(name=str(tmp_path), load_in_4bit=False, dtype="bfloat16")
+        with pytest.raises(UserError, match=said):
+            BaseWeights(open_source(settings), settings, device=torch.device("cpu"), dtype=torch.bfloat16)
 
 
 def test_some_layers_may_be_dense() -> None:

@@ -48,7 +48,10 @@ def logprobs(model: Any) -> Tensor:
     return torch.log_softmax(logits, -1)[range(len(TOKENS) - 5), TOKENS[5:]]
 
 
-@pytest.mark.parametrize(("family", "parameters"), [("qwen3_moe", BOTH), ("granitemoe", BOTH[1:]), ("olmoe", BOTH[:1])])
+@pytest.mark.parametrize(
+    ("family", "parameters"),
+    [("qwen3_moe", BOTH), ("granitemoe", BOTH[1:]), ("olmoe", BOTH[:1]), ("gpt_oss", BOTH), ("gpt_oss", BOTH[:1])],
+)
 def test_values_gradients_files_and_merged_weights_are_pefts(
     family: str, parameters: list[str], tmp_path: Path
 ) -> None:
@@ -109,7 +112,7 @@ def test_what_are_no_experts_is_told_by_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.vllm
-@pytest.mark.parametrize("parameters", [BOTH, BOTH[1:]])
-def test_vllm_samples_with_adapters_on_experts(parameters: list[str], tmp_path: Path) -> None:
-    _, policy = made(tmp_path, "qwen3_moe", parameters)
+@pytest.mark.parametrize(("family", "parameters"), [("qwen3_moe", BOTH), ("qwen3_moe", BOTH[1:]), ("gpt_oss", BOTH)])
+def test_vllm_samples_with_adapters_on_experts(family: str, parameters: list[str], tmp_path: Path) -> None:
+    _, policy = made(tmp_path, family, parameters)
     assert largest_difference(policy.base, policy) < 1e-4

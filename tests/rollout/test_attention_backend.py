@@ -54,6 +54,9 @@ def test_the_backend_of_every_architecture(architecture, plain, fp8):
         ("flash_attn", {"dtype": "float32"}, 90, 'FlashAttention computes in 16 bit, and model.dtype is "float32"'),
         ("flashinfer", {"dtype": "float32"}, 90, 'FlashInfer computes in 16 bit, and model.dtype is "float32"'),
         ("flash_attn", {"head_size": 512}, 90, "FlashAttention takes attention heads of up to 256.*have 512"),
+        ("flash_attn", {"sinks": True}, 80, r"FlashAttention takes attention sinks on compute capability 9\.0 alone"),
+        ("flash_attn", {"sinks": True}, 100, r"FlashAttention takes attention sinks on compute capability 9\.0 alone"),
+        ("flex_attention", {"sinks": True}, 90, "FlexAttention takes no attention sinks"),
         ("flashinfer", {"head_size": 80}, 90, "FlashInfer takes attention heads of 64, 128, 256.*have 80"),
     ],
 )
@@ -69,6 +72,7 @@ SERVED = st.builds(
     st.sampled_from(["auto", "fp8"]),
     st.sampled_from(["auto", "bfloat16", "float16", "float32"]),
     st.sampled_from([64, 80, 128, 256, 512]),
+    st.booleans(),
 )
 
 

@@ -64,16 +64,25 @@ def difference(policy: Any, done: list[Completion], replay: bool) -> Tensor:
     return scored.logprobs - torch.tensor([logprob for index in order for logprob in done[index].logprobs])
 
 
+LAYERS = {"num_hidden_layers": 4}
+WINDOWS = {"layer_types": ["sliding_attention", "full_attention"] * 2}
+
+
 @pytest.mark.vllm
-def test_in_float32_what_is_recorded_is_what_the_training_graph_chooses(tmp_path: Path) -> None:
-    save_family(tmp_path, "qwen3_moe", num_hidden_layers=4)
+@pytest.mark.parametrize(
+    ("family", "more", "chosen"), [("qwen3_moe", LAYERS, (3, 4)), ("gpt_oss", LAYERS | WINDOWS, (4, 2))]
+)
+def test_in_float32_what_is_recorded_is_what_the_training_graph_chooses(
+    family: str, more: dict[str, Any], chosen: tuple[int, int], tmp_path: Path
+) -> None:
+    save_family(tmp_path, family, **more)
     base, policy = load(tmp_path)
     done = rollout(base, policy)
     for completion in done:
         fed = [*prompt_of(completion.request_id), *completion.token_ids[:-1]]
-        assert completion.routes.shape == (len(fed), 3, 4) and completion.routes.dtype == torch.uint8
-        chosen = chosen_by(policy, [*fed, 0])
-        assert torch.equal(completion.routes.long().sort(-1).values, chosen.sort(-1).values)
+        assert completion.routes.shape == (len(fed), *chosen) and completion.routes.dtype == torch.uint8
+        of_graph = chosen_by(policy, [*fed, 0])
+        assert torch.equal(completion.routes.long().sort(-1).values, of_graph.sort(-1).values)
     replayed, free = difference(policy, done, replay=True), difference(policy, done, replay=False)
     assert replayed.abs().max() < 1e-4 and free.abs().max() < 1e-4
 

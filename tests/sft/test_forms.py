@@ -56,17 +56,17 @@ SAME = {
 
 @pytest.mark.parametrize("row", SAME.values(), ids=SAME)
 def test_the_same_in_other_forms(row):
-    assert conversation(row, SETTINGS, "row 1") == HI
+    assert conversation(row, SETTINGS, "row 1")[0] == HI
 
 
 def test_what_stands_beside_a_conversation_belongs_to_it():
     system = turn("system", "Be short")
-    assert conversation({"messages": [turn("developer", "Be short"), *HI]}, SETTINGS, "") == [system, *HI]
-    assert conversation({"system": "Be short", "conversations": SAME["sharegpt"]["conversations"]}, SETTINGS, "")[
+    assert conversation({"messages": [turn("developer", "Be short"), *HI]}, SETTINGS, "")[0] == [system, *HI]
+    assert conversation({"system": "Be short", "conversations": SAME["sharegpt"]["conversations"]}, SETTINGS, "")[0][
         0
     ] == (system)
     history = {"instruction": "Hi", "output": "Hello", "history": [["q", "a"]]}
-    assert conversation(history, SETTINGS, "") == [turn("user", "q"), turn("assistant", "a"), *HI]
+    assert conversation(history, SETTINGS, "")[0] == [turn("user", "q"), turn("assistant", "a"), *HI]
 
 
 def test_calls_of_all_kinds_are_tool_calls_with_an_object_and_tools_are_schemas():
@@ -77,7 +77,7 @@ def test_calls_of_all_kinds_are_tool_calls_with_an_object_and_tools_are_schemas(
         [turn("assistant", None, function_call={**CALL, "arguments": text}), turn("function", "42")],
     ]
     for middle in kinds:
-        (_, calls, seen, _) = conversation({"messages": [HI[0], *middle, HI[1]]}, SETTINGS, "")
+        ((_, calls, seen, _), _) = conversation({"messages": [HI[0], *middle, HI[1]]}, SETTINGS, "")
         assert calls == turn("assistant", "", tool_calls=AS_CALL) and seen == result
     shared = [
         {"from": "human", "value": "Hi"},
@@ -85,7 +85,7 @@ def test_calls_of_all_kinds_are_tool_calls_with_an_object_and_tools_are_schemas(
         {"from": "observation", "value": "42"},
         {"from": "gpt", "value": "Hello"},
     ]
-    assert conversation({"conversations": shared}, SETTINGS, "")[1:3] == [
+    assert conversation({"conversations": shared}, SETTINGS, "")[0][1:3] == [
         turn("assistant", "", tool_calls=AS_CALL), result,
     ]  # fmt: skip
     for column, schema in (
@@ -97,7 +97,8 @@ def test_calls_of_all_kinds_are_tool_calls_with_an_object_and_tools_are_schemas(
 
 
 BAD = [
-    ({"messages": [turn("user", [{"type": "image_url", "image_url": "x"}]), HI[1]]}, "no text but image_url"),
+    ({"messages": [turn("user", [{"type": "image_url", "image_url": "x"}]), HI[1]]}, "its image x cannot be read"),
+    ({"messages": [turn("user", [{"type": "input_audio"}]), HI[1]]}, "no text or image but input_audio"),
     ({"messages": [HI[0], turn("assistant", "x", weight=0.5)]}, "weight 0.5 of a message must be 0 or 1"),
     ({"messages": [HI[0], turn("assistant", None, tool_calls=[{"id": "1"}])]}, 'a tool call must have a "name"'),
     ({"messages": [HI[0], turn("assistant", None, tool_calls=[{**CALL, "arguments": "at"}])]}, "no JSON object"),

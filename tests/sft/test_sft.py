@@ -80,9 +80,9 @@ def test_every_usual_form_of_a_row_is_the_same_conversation(row, tmp_path, token
 
 def test_alpacas_input_and_columns_of_ones_own_are_merged_into_one_prompt():
     row = {"instruction": "Add", "input": "1 2", "output": "3", "unit": ""}
-    assert conversation(row, Sft(path="x"), "row 1")[0]["content"] == "Add\n\n1 2"
+    assert conversation(row, Sft(path="x"), "row 1")[0][0]["content"] == "Add\n\n1 2"
     own = Sft(path="x", prompt="{instruction}[[ in {unit}]]: {input}[[ ({output})]]", completion="{output}{unit}")
-    assert [m["content"] for m in conversation(row, own, "row 1")] == ["Add: 1 2 (3)", "3"]
+    assert [m["content"] for m in conversation(row, own, "row 1")[0]] == ["Add: 1 2 (3)", "3"]
 
 
 def test_every_answer_of_a_conversation_is_trained_on_up_to_its_end_token(tmp_path, tokenizer):

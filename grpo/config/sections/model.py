@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import model_validator
 
 from grpo.config.sections.section import PathText, PositiveInt, Section
+from grpo.images import MAX_PIXELS
 
 
 class Model(Section):
@@ -32,6 +33,8 @@ class Model(Section):
     """Keep the output head in host memory, for a model that does not fit otherwise: each decoding step reads it all."""
     images: bool = False
     """Read the model's vision tower too, so that prompts may have images. Off: its decoder of text alone."""
+    max_pixels: PositiveInt = MAX_PIXELS
+    """Pixels of an image at most: larger ones are scaled down. An image's tokens count in `max_prompt_length`."""
     offload_tower: bool = False
     """Keep the vision tower in host memory between steps; the GPU has it while images are encoded."""
     revision: str | None = None

@@ -4,7 +4,20 @@ How a router chooses, and where a checkpoint keeps the experts, is found and not
 `grpo/model/graph_experts.py` and `grpo/model/stored_form.py`.
 """
 
+from typing import Any
+
+from grpo.model.decoder_config import DecoderConfig
 from grpo.model.families.family import Family
+
+
+def unscaled_yarn(config: DecoderConfig) -> dict[str, Any]:
+    """Rotary parameters of the kind that vLLM's gpt-oss asks for, of as many positions as the model allows; its table
+    is replaced by one of the training graph's."""
+    parameters = config.rope_parameters
+    scaling = {"rope_type": "yarn", "factor": 1.0, "beta_fast": 32.0, "beta_slow": 1.0}
+    length = {"original_max_position_embeddings": config.max_position_embeddings}
+    return {"rope_parameters": {"rope_theta": parameters["rope_theta"], **scaling, **length}}
+
 
 FAMILIES = {
     "qwen3_moe": Family(
@@ -22,4 +35,14 @@ FAMILIES = {
     "olmoe": Family(models="OLMoE"),
     "granitemoe": Family(models="Granite 3 with experts: 1B-A400M, 3B-A800M"),
     "mixtral": Family(models="Mixtral"),
+    "gpt_oss": Family(
+        models="gpt-oss: 20B and 120B",
+        caveat="MXFP4 is kept as it is; attention with sinks",
+        needs_window=True,
+        window_in_every_other=True,
+        taken_for_granted={"rms_norm_eps": 1e-5, "attention_bias": True},
+        served=unscaled_yarn,
+        sinks=True,
+        expert_biases=True,
+    ),
 }

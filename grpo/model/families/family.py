@@ -38,6 +38,14 @@ class Family:
     """transformers makes the mask of a sliding window whether a layer has one or not."""
     window_in_all_or_none: bool = False
     """vLLM gives a sliding window to all layers or to none."""
+    window_in_every_other: bool = False
+    """vLLM gives the sliding window to the first layer and then to every other one."""
+    taken_for_granted: Mapping[str, Any] = field(default_factory=dict)
+    """Keys that vLLM does not read -> the value that it computes with."""
+    sinks: bool = False
+    """Attention has sinks, a score of each head without a value."""
+    expert_biases: bool = False
+    """Experts and their router add biases; for the memory plan, which sees no graph."""
     served: Callable[[Any], dict[str, Any]] | None = None
     """What vLLM's configuration says otherwise than transformers', of which it is made."""
     of_rotary: frozenset[str] = frozenset()

@@ -1,0 +1,246 @@
+"""Whole GRPO steps on prompts with images: a model of Qwen2.5-VL-3B's shape with random weights, on one GPU.
+
+The base is NF4, the tower 16-bit; prompts are questions of the task "shapes" about a drawing each. Reported are the
+phases of a step, how often an image went through the tower (once a group, however many completions it has), the
+mismatch of sampled and trained logprobs, and the peak of memory beside the plan's.
+
+    python -m benchmarks.images --out benchmarks/results/images.json
+    python -m benchmarks.images --tiny --device cpu --shape tiny-deepstack
+
+The first step compiles and does not count. Prints a line a step; the last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common.processes import write_result
+
+MARKS = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
+KEYS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+TEMPLATE = (
+    "{% for message in messages %}{% if message.content is string %}{{ message.content }} {% else %}"
+    "{% for part in message.content %}{% if part.type == 'image' %}<|vision_start|> <|image_pad|> <|vision_end|> "
+    "{% else %}{{ part.text }} {% endif %}{% endfor %}{% endif %}{% endfor %}"
+)
+ROPE = {"rope_type": "default", "rope_theta": 1000000.0}
+TEXT: dict[str, Any] = {
+    "vocab_size": 1000, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 1024, "eos_token_id": 2, "bos_token_id": 1, "head_dim": 64,
+}  # fmt: skip
+TOWER: dict[str, Any] = {
+    "depth": 3, "hidden_size": 64, "intermediate_size": 96, "num_heads": 2, "out_hidden_size": 128, "patch_size": 16,
+    "num_position_embeddings": 64,
+}  # fmt: skip
+SHAPES: dict[str, dict[str, Any]] = {
+    "qwen2.5-vl-3b": {
+        "model_type": "qwen2_5_vl",
+        "text_config": {
+            "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36,
+            "num_attention_heads": 16, "num_key_value_heads": 2, "max_position_embeddings": 8192,
+            "eos_token_id": 151645, "bos_token_id": 151643, "rope_parameters": {**ROPE, "mrope_section": [16, 24, 24]},
+        },
+        "vision_config": {
+            "depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 2048,
+            "patch_size": 14, "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31],
+        },
+        "tie_word_embeddings": True,
+    },
+    "tiny": {
+        "model_type": "qwen2_5_vl",
+        "text_config": {
+            **{key: value for key, value in TEXT.items() if key != "head_dim"},
+            "rope_parameters": {**ROPE, "mrope_section": [4, 6, 6]},
+        },
+        "vision_config": {
+            "depth": 2, "hidden_size": 64, "intermediate_size": 96, "num_heads": 2, "out_hidden_size": 128,
+            "patch_size": 14, "window_size": 56, "fullatt_block_indexes": [1],
+        },
+        "tie_word_embeddings": True,
+    },
+    "tiny-deepstack": {
+        "model_type": "qwen3_vl",
+        "text_config": {**TEXT, "rope_parameters": {**ROPE, "mrope_section": [12, 10, 10]}},
+        "vision_config": {**TOWER, "deepstack_visual_indexes": [0, 1]},
+        "tie_word_embeddings": True,
+    },
+    "tiny-hybrid": {
+        "model_type": "qwen3_5",
+        "text_config": {
+            **TEXT, "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+            "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 64,
+            "linear_value_head_dim": 64,
+            "rope_parameters": {**ROPE, "partial_rotary_factor": 0.25, "mrope_section": [3, 3, 2]},
+        },
+        "vision_config": TOWER,
+        "tie_word_embeddings": True,
+    },
+}  # fmt: skip
+"""Qwen2.5-VL-3B, but for the positions. Those whose names begin with `tiny` are of the same family, of Qwen3-VL's and
+of Qwen 3.5's: to try the script, and each family, in seconds."""
+
+
+def make_model(shape: str, folder: Path, device: str) -> None:
+    """A whole folder: random weights ~ N(0, 0.02), norms 1, a word for every token, an image processor."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    values = SHAPES[shape]
+    size = values["text_config"]["vocab_size"]
+    ids = {key: size - 10 + place for place, key in enumerate(KEYS)}
+    text = {**values["text_config"], "tie_word_embeddings": values["tie_word_embeddings"]}
+    whole = {key: value for key, value in values.items() if key != "model_type"}
+    config = AutoConfig.for_model(values["model_type"], **{**whole, "text_config": text, **ids, "dtype": "bfloat16"})
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(folder)
+    generator = torch.Generator(device).manual_seed(0)
+
+    def drawn(name: str, shape: torch.Size) -> torch.Tensor:
+        if name.endswith("weight") and len(shape) == 1:
+            return torch.ones(shape, dtype=torch.bfloat16)
+        weight = torch.randn(shape, generator=generator, dtype=torch.bfloat16, device=device)
+        return weight.mul_(0.02).cpu()
+
+    tensors = {name: drawn(name, each.shape) for name, each in model.state_dict().items() if name != "lm_head.weight"}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    write_tokenizer(folder, size, text["eos_token_id"], ids)
+    processor = {
+        "image_processor_type": "Qwen2VLImageProcessor", "merge_size": 2, "temporal_patch_size": 2,
+        "patch_size": values["vision_config"]["patch_size"], "size": {"shortest_edge": 3136, "longest_edge": 12845056},
+    }  # fmt: skip
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+
+
+def write_tokenizer(folder: Path, size: int, end: int, ids: dict[str, int]) -> None:
+    """A word for every id of the model, "w0", "w1", ..., split at spaces; those of images have their names."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    named = {"</s>": end, **dict(zip(MARKS, ids.values(), strict=True))}
+    words = {f"w{number}": number for number in range(size) if number not in named.values()} | named
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.decoder = decoders.Fuse()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="</s>", unk_token="w0")
+    fast.add_special_tokens({"additional_special_tokens": list(MARKS)})
+    fast.chat_template = TEMPLATE
+    fast.save_pretrained(folder)
+
+
+def spread(completion_ids: list[list[int]], **_: Any) -> list[float]:
+    """A reward with variance that costs nothing."""
+    return [sum(ids) % 1000 / 1000 for ids in completion_ids]
+
+
+def settings(options: argparse.Namespace, folder: Path, run: Path) -> dict[str, Any]:
+    return {
+        "model": {
+            "name": str(folder), "images": True, "device": options.device, "offload_tower": options.offload_tower,
+        },
+        "lora": {"r": 16, "lora_alpha": 32},
+        "task": {"name": "grpo.tasks.shapes:load", "options": {"side": options.side, "rows": 64, "held_out": 0}},
+        "rewards": [{"function": f"{Path(__file__).resolve()}:spread"}],
+        "rollout": {
+            "prompts_per_step": options.prompts, "num_generations": options.generations,
+            "max_prompt_length": options.prompt, "max_completion_length": options.completion,
+        },
+        "train": {"learning_rate": 1e-5, "max_steps": options.steps, "tokens_per_micro_batch": options.tokens},
+        "log": {"samples_every": 1000},
+        "checkpoint": {"output_dir": str(run), "save_steps": 1000},
+    }  # fmt: skip
+
+
+def planned(config: Any) -> dict[str, Any]:
+    """What the plan says of this GPU before anything is loaded."""
+    import torch
+
+    from grpo.memory.fit import best_fit, usable_bytes
+    from grpo.memory.gpus import as_found
+    from grpo.memory.plan import plan_memory
+    from grpo.memory.shapes import model_shape, model_tower
+
+    shape, tower = model_shape(config.model), model_tower(config.model)
+    gpu = torch.cuda.is_available() and config.model.device != "cpu"
+    plan = plan_memory(config, shape, 2, on_gpu=gpu, tower=tower)
+    found = {"tower": plan.tower, "images": plan.images, "weights": plan.weights}
+    if not gpu:
+        return found
+    free, total = torch.cuda.mem_get_info()
+    major, minor = torch.cuda.get_device_capability()
+    card = as_found(torch.cuda.get_device_name(), 10 * major + minor, total)
+    fit = best_fit(config, shape, 2, plan, usable_bytes(free, total), card)
+    assert fit is not None
+    return found | {"mode": fit.mode, "kv_cache": fit.kv_cache, "peak": plan.peak(fit.kv_cache, fit.mode)}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--shape", default="qwen2.5-vl-3b", choices=list(SHAPES))
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--prompts", type=int, default=16)
+    parser.add_argument("--generations", type=int, default=8)
+    parser.add_argument("--side", type=int, default=448, help="pixels of an image's side: 448 are 256 tokens")
+    parser.add_argument("--prompt", type=int, default=320)
+    parser.add_argument("--completion", type=int, default=512)
+    parser.add_argument("--tokens", type=int, default=32768, help="train.tokens_per_micro_batch")
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--offload-tower", action="store_true")
+    parser.add_argument("--scratch", type=Path, default=Path("/tmp"))
+    parser.add_argument("--tiny", action="store_true", help="a tiny model and little work: tries the script")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    if options.tiny:
+        options.shape = options.shape if options.shape.startswith("tiny") else "tiny"
+        options.side, options.prompt, options.completion, options.steps = 224, 128, 16, 2
+        options.prompts, options.generations, options.tokens = 4, 4, 1024
+    begun = time.monotonic()
+    folder, run = options.scratch / f"images-{options.shape}", options.scratch / "images-run"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(run, ignore_errors=True)
+    folder.mkdir(parents=True)
+    make_model(options.shape, folder, options.device)
+    made = time.monotonic() - begun
+    result = {"benchmark": "images", "model_seconds": round(made, 1), **measured(options, folder, run)}
+    write_result(options.out, result)
+    print(json.dumps(result))
+    return 0
+
+
+def measured(options: argparse.Namespace, folder: Path, run: Path) -> dict[str, Any]:
+    """The run's figures, beside the plan's."""
+    from grpo.config.schema import parse_config
+    from grpo.run.records import read_entries
+    from grpo.training.run import launch
+
+    config = parse_config(settings(options, folder, run))
+    plan = planned(config)
+    print("planned:", plan, flush=True)
+    launch(config)
+    entries = read_entries(run / "metrics.jsonl")
+    names = ("step_seconds", "rollout_seconds", "train_seconds", "tower_seconds", "images_encoded", "mismatch_kl")
+    names = (*names, "tokens", "peak_memory_gib")
+    steps = [{name: entry.get(name) for name in names} for entry in entries]
+    for step in steps:
+        print(step, flush=True)
+    median = {name: statistics.median(step[name] for step in steps[1:]) for name in names}
+    asked = {key: getattr(options, key) for key in ("shape", "prompts", "generations", "side", "completion", "tokens")}
+    found = {**asked, "offload_tower": options.offload_tower, "plan": plan, "steps": steps, "median": median}
+    if "peak" in plan:
+        peak, kv = max(step["peak_memory_gib"] for step in steps) * 2**30, plan["kv_cache"]
+        found["plan_over_measured"] = round(plan["peak"] / peak - 1, 4)
+        found["the_same_without_kv_cache"] = round((plan["peak"] - kv) / (peak - kv) - 1, 4)
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())
