@@ -125,7 +125,9 @@ def check_computed_alike(config: DecoderConfig, notice: Callable[[str], None]) -
         if full_attention_interval(config) is None:
             raise UserError("llama.cpp has no Qwen 3.5 with these layer_types; export merged-16bit instead")
         if config.linear_key_head_dim != config.linear_value_head_dim:
-            raise UserError("llama.cpp has no Qwen 3.5 with values of another size than keys; export merged-16bit instead")
+            raise UserError(
+                "llama.cpp has no Qwen 3.5 with values of another size than keys; export merged-16bit instead"
+            )
     if getattr(config, "conv_bias", False):
         raise UserError(f"llama.cpp has no {family} with biases of convolutions; export merged-16bit instead")
     kinds, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
