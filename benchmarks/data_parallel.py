@@ -48,7 +48,7 @@ def config_file(options: argparse.Namespace, folder: Path, prompts: int) -> Path
             "name": "table",
             "options": {"path": str(folder / "prompts.jsonl"), "chat": False, "eval_split": ""},
         },
-        "rewards": [{"function": f"{ROOT / 'benchmarks' / 'whole_step.py'}:spread"}],
+        "rewards": [{"function": f"{ROOT}/benchmarks/common/grpo_peers.py:spread"}],
         "rollout": {
             "prompts_per_step": prompts,
             "num_generations": GENERATIONS,

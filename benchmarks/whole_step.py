@@ -9,6 +9,7 @@ corrects by its default, from the training pass itself.
 
     python -m benchmarks.whole_step --out benchmarks/results/whole_step.json
     python -m benchmarks.whole_step --systems trl --trl-micro-batches 8,32
+    python -m benchmarks.whole_step --full-finetuning --shape 1.5b
 
 A system has a process of its own, one after another on the same GPU; its first step compiles and does not count. What
 is measured is written step by step. Prints a table; the last line is one JSON object.
@@ -28,20 +29,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common.grpo_peers import PHASES, spread, step_clock
 from benchmarks.common.processes import wait_or_end, write_result
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPTS, GENERATIONS, PROMPT, COMPLETION = 16, 8, 128, 512
 RANK = 16
-PHASES = ("step_seconds", "rollout_seconds", "train_seconds", "sync_seconds", "old_logprob_seconds")
 BARS = {"step_seconds": 6.0, "train_seconds": 2.5, "rollout_seconds": 3.5}
 MEASURED = {"trl bf16": 11.2, "unsloth nf4": 12.1}
 """Seconds of a whole step that other runs of this work took on an H100. Not measured here."""
-
-
-def spread(completion_ids: list[list[int]], **_: Any) -> list[float]:
-    """A reward with variance that costs nothing."""
-    return [sum(ids) % 1000 / 1000 for ids in completion_ids]
 
 
 # The work
@@ -81,9 +77,9 @@ def write_tokenizer(folder: Path, size: int) -> None:
 
 def ours_command(options: argparse.Namespace, folder: Path, run: Path) -> list[str]:
     values: dict[str, Any] = {
-        "model.name": str(folder), "model.load_in_4bit": True, "lora.r": RANK, "lora.lora_alpha": 2 * RANK,
+        "model.name": str(folder), **trained_by_ours(options),
         "task.name": "table", "task.options": {"path": str(folder / "prompts.jsonl"), "chat": False, "eval_split": ""},
-        "rewards": [{"function": f"{Path(__file__).resolve()}:spread"}],
+        "rewards": [{"function": f"{ROOT}/benchmarks/common/grpo_peers.py:spread"}],
         "rollout.prompts_per_step": PROMPTS, "rollout.num_generations": GENERATIONS,
         "rollout.max_prompt_length": options.prompt, "rollout.max_completion_length": options.completion,
         "train.learning_rate": 1e-5, "train.max_steps": options.steps,
@@ -96,6 +92,13 @@ def ours_command(options: argparse.Namespace, folder: Path, run: Path) -> list[s
     config = options.scratch / "whole_step.json"
     config.write_text(json.dumps(sections))
     return [sys.executable, "-m", "benchmarks.whole_step", "--train", str(config), "--run", str(run)]
+
+
+def trained_by_ours(options: argparse.Namespace) -> dict[str, Any]:
+    """An adapter over NF4, or all weights with float32 values, which is what TRL's default dtype keeps."""
+    if not options.full_finetuning:
+        return {"model.load_in_4bit": True, "lora.r": RANK, "lora.lora_alpha": 2 * RANK}
+    return {"model.full_finetuning": True, "train.weight_update": "float32", "rollout.release_kv_cache": True}
 
 
 def train_ours(config: Path, run: Path) -> None:
@@ -142,70 +145,18 @@ def train_trl(options: argparse.Namespace) -> None:
             output_dir=str(options.scratch / "whole-step-trl"), per_device_train_batch_size=micro_batch,
             gradient_accumulation_steps=PROMPTS * GENERATIONS // micro_batch,
             num_generations=GENERATIONS, max_completion_length=options.completion, temperature=1.0, beta=0.0,
-            model_init_kwargs={"dtype": "bfloat16"}, bf16=gpu, use_cpu=not gpu, learning_rate=1e-5,
+            model_init_kwargs={"dtype": "float32" if options.full_finetuning else "bfloat16"}, bf16=gpu,
+            use_cpu=not gpu, learning_rate=1e-5,
             lr_scheduler_type="constant", max_steps=options.steps, logging_steps=1, disable_tqdm=True,
             save_strategy="no", report_to="none", seed=0, **(vllm if gpu else {}),
         ),  # fmt: skip
         train_dataset=Dataset.from_list([{"prompt": row["question"]} for row in rows]),
-        peft_config=LoraConfig(
+        peft_config=None if options.full_finetuning else LoraConfig(
             r=RANK, lora_alpha=2 * RANK, target_modules=SEVEN_PROJECTIONS, task_type="CAUSAL_LM"
         ),
     )  # fmt: skip
-    trainer.add_callback(step_clock(trainer, options.steps // 2 + 1 if gpu else None))
+    trainer.add_callback(step_clock(trainer, lambda step: step <= options.steps // 2 + 1))
     trainer.train()
-
-
-def step_clock(trainer: Any, correction_until: int | None) -> Any:
-    """A callback that times every step's phases, prints them, and ends the correction after a step."""
-    import torch
-    from transformers import TrainerCallback
-
-    parts: dict[str, float] = {}
-    inside: list[str] = []
-
-    def now() -> float:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    def timed(owner: Any, name: str, part: str, within: str | None = None) -> None:
-        original = getattr(owner, name)
-
-        def call(*arguments: Any, **options: Any) -> Any:
-            if within is not None and within not in inside:
-                return original(*arguments, **options)
-            inside.append(part)
-            begun = now()
-            try:
-                return original(*arguments, **options)
-            finally:
-                parts[part] = parts.get(part, 0.0) + now() - begun
-                inside.remove(part)
-
-        setattr(owner, name, call)
-
-    timed(trainer, "_generate_and_score_completions", "prepare")
-    timed(trainer, "_get_per_token_logps_and_entropies", "old_logprob_seconds", within="prepare")
-    if trainer.use_vllm:
-        timed(trainer.vllm_generation, "generate", "rollout_seconds")
-        timed(trainer.vllm_generation, "sync_weights", "sync_seconds")
-
-    class Clock(TrainerCallback):
-        def on_step_begin(self, *arguments: Any, **options: Any) -> None:
-            parts.clear()
-            self.begun = now()
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **options: Any) -> None:
-            whole = now() - self.begun
-            found = {name: parts.get(name, 0.0) for name in PHASES} | {"step_seconds": whole}
-            found["train_seconds"] = whole - found["rollout_seconds"] - found["sync_seconds"]
-            corrected = bool(getattr(trainer, "vllm_importance_sampling_correction", False)) and trainer.use_vllm
-            peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
-            print("STEP " + json.dumps({**found, "corrected": corrected, "peak_memory_gib": peak}), flush=True)
-            if state.global_step == correction_until:
-                trainer.vllm_importance_sampling_correction = False
-
-    return Clock()
 
 
 # Both
@@ -276,6 +227,7 @@ def main() -> int:
         "--trl-micro-batches", default="8", type=lambda text: [int(n) for n in text.split(",")],
         help="per_device_train_batch_size, one run each; 8 is TRL's default",
     )  # fmt: skip
+    parser.add_argument("--full-finetuning", action="store_true", help="all weights with float32 values, no adapter")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--scratch", type=Path, default=Path("/tmp"))
     parser.add_argument("--budget", type=float, default=560, help="seconds for everything")
@@ -295,12 +247,13 @@ def main() -> int:
         return 0
     ends = time.monotonic() + options.budget
     folder = make_work(options)
-    keys = ("shape", "steps", "prompt", "completion", "tokens")
+    keys = ("shape", "steps", "prompt", "completion", "tokens", "full_finetuning")
     result: dict[str, Any] = {"benchmark": "whole_step", **{key: getattr(options, key) for key in keys}}
     result |= {"bars": BARS, "measured_elsewhere": MEASURED, "systems": {}}
     for system in options.systems:
         for micro_batch in options.trl_micro_batches if system == "trl" else [0]:
-            name = f"trl bf16, {micro_batch}" if micro_batch else "ours nf4"
+            kind = "all weights" if options.full_finetuning else "bf16" if micro_batch else "nf4"
+            name = f"trl {kind}, {micro_batch}" if micro_batch else f"ours {kind}"
             left = ends - time.monotonic()
             found = run_trl(options, folder, micro_batch, left) if micro_batch else run_ours(options, folder, left)
             result["systems"][name] = found

@@ -23,7 +23,7 @@ from grpo.memory.roofline import (
     decode_seconds,
     pass_seconds,
 )
-from grpo.memory.shapes import known_sizes
+from grpo.memory.shapes import known_sizes, model_tower
 from grpo.memory.summary import memory_plan
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -165,7 +165,7 @@ def cell(file: Path) -> str:
     sizes = known_sizes(config.model.name)
     assert sizes is not None, config.model.name
     shape = Shape.of(sizes)
-    plan = plan_memory(config, shape, 2, on_gpu=True, flash=gpu.flash)
+    plan = plan_memory(config, shape, 2, on_gpu=True, flash=gpu.flash, tower=model_tower(config.model))
     usable = usable_bytes(gpu.memory - CONTEXT, gpu.memory)
     fit = best_fit(config, shape, 2, plan, usable, gpu)
     assert fit is not None, f"{file.name} does not fit"

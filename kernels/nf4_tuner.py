@@ -25,6 +25,7 @@ from triton.runtime.errors import TritonError
 
 from grpo.kernels import nf4, nf4_gemm, nf4_tiles
 from grpo.kernels.cards import MB, Card
+from grpo.kernels.lora_factors import LowRank
 from grpo.kernels.nf4_compile import Job, compile_all
 from grpo.kernels.nf4_plans import Shape
 from grpo.kernels.nf4_tiles import Plan, Tile, in_turns
@@ -42,6 +43,8 @@ COMPILE_SHARE = 0.6
 """Of the time allowed, at most."""
 SLACK = 1.02
 """A tile up to this much slower is taken if another shape has it already: every tile is a kernel to compile."""
+RANKS = 32
+"""Of the adapter with which dequantising is timed."""
 DECIDING_ROWS = 256
 """Above, dequantising usually wins: those rows do not decide the split."""
 
@@ -227,17 +230,19 @@ def launch(x: Tensor, out: Tensor, tile: Tile, split: int, copy: Copy) -> None:
     nf4_gemm.launch_fused(x, *copy, None, out, tile, split)
 
 
-def launch_dense(x: Tensor, out: Tensor, copy: Copy) -> None:
-    nf4_gemm.dequantized_linear(x, *copy, None, out)
+def launch_dense(x: Tensor, out: Tensor, copy: Copy, low_rank: LowRank | None = None) -> None:
+    nf4_gemm.dequantized_linear(x, *copy, None, out, low_rank)
 
 
 def dense_times(copies: list[Copy], shape: Shape, row_counts: Iterable[int]) -> dict[int, float]:
-    """Dequantise + cuBLAS."""
+    """Dequantise + cuBLAS, with an adapter of RANKS as sampling has one: it is copied beside W and beside x, where the
+    fused product adds it in registers."""
     times = {}
     for rows in sorted(row_counts):
         x = torch.randn(rows, shape[1], dtype=copies[0][1].dtype, device=copies[0][0].device)
         out = torch.empty(rows, shape[0], dtype=x.dtype, device=x.device)
-        times[rows] = microseconds(copies, partial(launch_dense, x, out), milliseconds=4.0)
+        low_rank = LowRank(x.new_zeros(rows, RANKS), x.new_zeros(shape[0], RANKS))
+        times[rows] = microseconds(copies, partial(launch_dense, x, out, low_rank=low_rank), milliseconds=4.0)
     return times
 
 

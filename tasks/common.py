@@ -39,7 +39,7 @@ Verifier = Callable[[str, Row], bool]
 
 BUILT_IN = {
     name: f"grpo.tasks.{name}:load"
-    for name in ("arithmetic", "calculator", "countdown", "gsm8k", "nim", "reasoning_gym", "table")
+    for name in ("arithmetic", "calculator", "countdown", "gsm8k", "nim", "reasoning_gym", "shapes", "table")
 }
 FORMATS = (".jsonl", ".json", ".parquet", ".csv")
 

@@ -22,6 +22,7 @@ from grpo.config.schema import Config, read_config
 from grpo.data import load_data
 from grpo.memory.fit import check_memory
 from grpo.memory.plan import Shape, plan_memory, sequence_limits
+from grpo.memory.shapes import known_sizes, model_tower
 from grpo.memory.summary import model_shape
 from grpo.references import resolve
 from grpo.rewards.builtin import resolve_reward
@@ -67,13 +68,14 @@ MODELS = {
     "Qwen/Qwen3-4B": (4.02, qwen3(2560, 9728, 36, 32, True)),
     "Qwen/Qwen3-8B": (8.19, qwen3(4096, 12288, 36, 32, False)),
     "Qwen/Qwen3-14B": (14.77, qwen3(5120, 17408, 40, 40, False)),
+    "Qwen/Qwen2.5-VL-3B-Instruct": (3.09, known_sizes("Qwen/Qwen2.5-VL-3B-Instruct")),
     "microsoft/phi-4": (14.66, sizes("phi3", 5120, 17920, 40, 40, 10, 100352, tie_word_embeddings=False)),
     "meta-llama/Llama-3.1-8B-Instruct": (
         8.03,
         sizes("llama", 4096, 14336, 32, 32, 8, 128256, tie_word_embeddings=False),
     ),
 }
-"""Billions of parameters as published, and the entries of config.json that the plan reads."""
+"""Billions of parameters as published, of a decoder where a model sees, and what of config.json the plan reads."""
 
 
 @pytest.fixture(scope="module")
@@ -137,9 +139,9 @@ def test_it_fits_its_card_with_room_for_a_good_part_of_its_sequences(path: Path)
     total = int(match[1]) * 10**9
     free = total - 10**9
     shape = shape_of(config)
-    kv = check_memory(config, shape, 2, free, total)
+    kv = check_memory(config, shape, 2, free, total, tower=model_tower(config.model))
     assert kv is not None, "the KV cache is planned"
-    plan = plan_memory(config, shape, 2, on_gpu=True)
+    plan = plan_memory(config, shape, 2, on_gpu=True, tower=model_tower(config.model))
     _, sequences = sequence_limits(config)
     assert kv / plan.kv_one_sequence > 0.35 * sequences, f"room for {kv / plan.kv_one_sequence:.0f} of {sequences}"
 
@@ -148,7 +150,9 @@ def test_it_fits_its_card_with_room_for_a_good_part_of_its_sequences(path: Path)
 def test_it_fits_the_card_whose_plan_is_printed(path: Path) -> None:
     """An 8 GB card is a Turing one, which computes in float16 and has no flash attention."""
     gpu = CARDS["card_of"](path)
-    kv = check_memory(read_config(path), shape_of(read_config(path)), 2, gpu.memory - 500_000_000, gpu.memory, gpu)
+    config = read_config(path)
+    tower = model_tower(config.model)
+    kv = check_memory(config, shape_of(config), 2, gpu.memory - 500_000_000, gpu.memory, gpu, tower)
     assert kv is not None
 
 

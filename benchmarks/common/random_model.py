@@ -17,13 +17,16 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
+from grpo.kernels import mxfp4
 from grpo.model.architectures import causal_class
 from grpo.model.base_weights import BLOCK
-from grpo.model.expert_sizes import expert_sizes
+from grpo.model.expert_sizes import MATRICES, expert_sizes
 from grpo.model.families.table import family_of
 from grpo.model.inventory import as_stored
 from grpo.model.meta_graph import graph_tensors
+from grpo.model.quantization import stated
 from grpo.model.sizes import VOCABULARY_PADDING, linear_shapes
+from grpo.model.weight_source import MXFP4Tensor
 
 LLAMA3: dict[str, Any] = {
     "vocab_size": 128256,
@@ -47,6 +50,17 @@ TINY: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+QWEN25: dict[str, Any] = {
+    "model_type": "qwen2",
+    "vocab_size": 151936,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 8192,
+    "rope_theta": 1000000.0,
+    "tie_word_embeddings": True,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+    "dtype": "bfloat16",
+}
 QWEN35: dict[str, Any] = {
     "model_type": "qwen3_5_text",
     "vocab_size": 248320,
@@ -66,7 +80,41 @@ QWEN35: dict[str, Any] = {
     "eos_token_id": 248044,
     "dtype": "bfloat16",
 }
+GPT_OSS: dict[str, Any] = {
+    "model_type": "gpt_oss",
+    "vocab_size": 201088,
+    "hidden_size": 2880,
+    "intermediate_size": 2880,
+    "num_hidden_layers": 24,
+    "layer_types": ["sliding_attention", "full_attention"] * 12,
+    "sliding_window": 128,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "num_local_experts": 32,
+    "num_experts_per_tok": 4,
+    "max_position_embeddings": 131072,
+    "eos_token_id": 200002,
+    "dtype": "bfloat16",
+    "tie_word_embeddings": False,
+    "quantization_config": {"quant_method": "mxfp4"},
+}
 SHAPES: dict[str, dict[str, Any]] = {
+    "gpt_oss_20b": GPT_OSS,
+    "tiny_gpt_oss": {
+        **GPT_OSS,
+        "vocab_size": 1000,
+        "hidden_size": 192,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "sliding_window": 16,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_local_experts": 8,
+        "max_position_embeddings": 8192,
+        "eos_token_id": 2,
+    },
     "qwen3.5-4b": QWEN35,
     "tiny_hybrid": {
         **QWEN35,
@@ -85,6 +133,20 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
     "tiny": {**TINY, "tie_word_embeddings": True},
     "tiny_untied": {**TINY, "tie_word_embeddings": False},
+    "0.5b": {
+        **QWEN25,
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+    },
+    "1.5b": {
+        **QWEN25,
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+    },
     "3b": {
         **LLAMA3,
         "hidden_size": 3072,
@@ -158,9 +220,11 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 """Llama-3.2-3B, Llama-3.1-8B and Llama-3.1-70B, but for the positions; 14b and 32b have the sizes of Qwen3 without its
-norms of q and k; 30b_a3b is Qwen3-30B-A3B, qwen3.5-4b is Qwen3.5-4B. Those whose names begin with `tiny` are to try a
-benchmark on a CPU."""
+norms of q and k; 0.5b and 1.5b are Qwen2.5; 30b_a3b is Qwen3-30B-A3B, qwen3.5-4b is Qwen3.5-4B, gpt_oss_20b is
+gpt-oss-20b. Those whose names begin with `tiny` are to try a benchmark on a CPU."""
 
+MXFP4_EXPONENT = 120
+"""Of all blocks: the sixteen values have a spread of 2.9."""
 OFFSETS = 1 << 20
 """Tensors start at one of so many places in the block, so that no two are alike."""
 
@@ -196,7 +260,8 @@ def expected_bytes(config: Any) -> dict[str, int]:
 class RandomSource:
     """A bfloat16 checkpoint that exists only as its names: weights ~ N(0, 0.02), norms 1. Tensors are on the CPU.
 
-    Of recurrent layers convolutions are wider, and some heads forget within a few tokens, others within thousands.
+    Experts are in MXFP4 where the configuration says so, of the same spread. Of recurrent layers convolutions are
+    wider, and some heads forget within a few tokens, others within thousands.
     """
 
     def __init__(self, shape: str, device: torch.device):
@@ -211,11 +276,12 @@ class RandomSource:
         torch.manual_seed(0)
         drawn = torch.randn(min(largest, 1 << 27), dtype=torch.bfloat16, device=device).mul_(0.02).cpu()
         self._block = drawn.repeat(-(-(largest + OFFSETS) // drawn.numel()))
+        self._mxfp4 = stated(self.config.to_dict()).get("quant_method") == "mxfp4"
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._shapes[name]
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str) -> Tensor | MXFP4Tensor:
         size = self._shapes[name]
         if name.endswith("norm.weight"):
             adds_one = family_of(self.config.model_type).norm_adds_one and "linear_attn" not in name
@@ -223,8 +289,18 @@ class RandomSource:
         if name.endswith("A_log"):
             return torch.linspace(-7.0, 1.0, size[0], dtype=torch.bfloat16)
         start = zlib.crc32(name.encode()) % OFFSETS
+        if self._mxfp4 and name.endswith(MATRICES):
+            experts, columns, rows = size
+            blocks = columns // mxfp4.BLOCK
+            # The lower bytes of the numbers, whose bits are even.
+            low = self._block.view(torch.uint8)[2 * start : 2 * start + experts * rows * columns : 2]
+            exponents = torch.full((experts, rows, blocks), MXFP4_EXPONENT, dtype=torch.uint8)
+            return MXFP4Tensor(low.view(experts, rows, blocks, mxfp4.BLOCK // 2), exponents)
         values = self._block[start : start + torch.Size(size).numel()].view(size)
         return values * 15 if "conv1d" in name else values
+
+    def stored_name(self, name: str) -> str:
+        return name
 
     def tokenizer(self) -> Any:
         raise NotImplementedError("random weights have no tokenizer")

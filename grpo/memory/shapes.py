@@ -49,13 +49,15 @@ def model_shape(model: Model, *, network: bool = False) -> Any:
 
 
 def model_tower(model: Model) -> TowerSizes | None:
-    """The sizes of the vision tower of `model`, from its files on this machine, where its images are read; None where
-    they are not, or the sizes cannot be had."""
+    """The sizes of the vision tower of `model`, from its files on this machine or the table, where its images are
+    read; None where they are not, or the sizes cannot be had."""
     path = local_path(model.name) or cached_config(model.name, model.revision)
-    if not model.images or path is None or path.suffix == ".gguf":
+    if not model.images or (path is not None and path.suffix == ".gguf"):
         return None
-    file = path if path.suffix == ".json" else path / "config.json"
     try:
+        if path is None:
+            return TowerSizes.of((known_sizes(model.name) or {})["vision_config"])
+        file = path if path.suffix == ".json" else path / "config.json"
         return TowerSizes.of(json.loads(file.read_text(encoding="utf-8"))["vision_config"])
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None

@@ -21,6 +21,9 @@ from grpo.model.layout import ExpertsLayout
 from grpo.model.stored_form import Piece, stored_form
 from grpo.model.weight_source import MXFP4Tensor, Packed, Source, dense
 
+ROWS = 1 << 14
+"""Of matrices in MXFP4, whose values are made at once."""
+
 Allocate = Callable[[int, int, Tensor | Packed], tuple[Tensor, Tensor | None]]
 """(rows, columns, what is to be kept) -> empty storage: dense, or packed with its scales."""
 Fill = Callable[[Tensor | Packed, Tensor, Tensor | None, int, tuple[int, int]], None]
@@ -82,31 +85,31 @@ def fill_piece(
             raise UserError(f"{piece.name} of one expert, in an order of its own, is not read; use another model")
         fill(tensor, weight, scales, piece.expert * rows + piece.first_row, (piece.rows, columns))
         return
-    for expert in range(graph.experts):
-        place = expert * rows
-        if isinstance(tensor, MXFP4Tensor):
-            codes, exponents = (each[expert] for each in (tensor.codes, tensor.exponents))
-            codes = graph.rows(parameter, codes.flatten(1)).view_as(codes)
-            fill_mxfp4(codes, graph.rows(parameter, exponents), weight, scales, place, piece.name)
-        else:
-            matrix = dense(tensor)[expert]
-            fill(graph.rows(parameter, matrix.mT if graph.form.transposed else matrix).contiguous(), weight, scales,
-                 place, (rows, columns))  # fmt: skip
+    if isinstance(tensor, MXFP4Tensor):
+        codes, exponents = (each.to(weight.device) for each in (tensor.codes, tensor.exponents))
+        codes = graph.rows(parameter, codes.flatten(2)).unflatten(2, codes.shape[2:])
+        fill_mxfp4(codes.flatten(0, 1), graph.rows(parameter, exponents).flatten(0, 1), storage, piece.name)
+        return
+    for expert, matrix in enumerate(dense(tensor).reshape(graph.shapes()[parameter])):
+        kept = graph.rows(parameter, matrix.mT if graph.form.transposed else matrix).contiguous()
+        fill(kept, weight, scales, expert * rows, (rows, columns))
 
 
-def fill_mxfp4(codes: Tensor, exponents: Tensor, weight: Tensor, scales: Tensor | None, row: int, name: str) -> None:
-    """Write one expert's matrix in MXFP4 to rows `row`..., packed or as its values. Raises UserError for values that
-    the storage does not hold exactly."""
+def fill_mxfp4(codes: Tensor, exponents: Tensor, storage: tuple[Tensor, Tensor | None], name: str) -> None:
+    """Write all experts' matrices in MXFP4, packed or as their values. Raises UserError for values that the storage
+    does not hold exactly."""
+    weight, scales = storage
     if not mxfp4.is_exact(codes, exponents):
         raise UserError(f"{name} has values that bfloat16 cannot hold; use another checkpoint of the model")
     if scales is not None:
-        mxfp4.pack_rows(weight, scales, row, codes.to(weight.device), exponents.to(weight.device))
+        mxfp4.pack_rows(weight, scales, 0, codes, exponents)
         return
-    values = mxfp4.value(codes, exponents, torch.float32)
-    kept = weight[row : row + len(values)]
-    kept.copy_(values)
-    if not torch.equal(kept.float().cpu(), values):
-        raise UserError(f'{name} has values that float16 cannot hold; set model.dtype = "bfloat16"')
+    for rows in range(0, len(codes), ROWS):
+        values = mxfp4.value(codes[rows : rows + ROWS], exponents[rows : rows + ROWS], torch.float32)
+        kept = weight[rows : rows + ROWS]
+        kept.copy_(values)
+        if not torch.equal(kept.float(), values):
+            raise UserError(f'{name} has values that float16 cannot hold; set model.dtype = "bfloat16"')
 
 
 def load_bias(

@@ -115,6 +115,10 @@ class GGUFSource:
             return halves.transpose(1, 2).reshape(weight.shape).contiguous()
         return from_gguf(name, weight, text_config)
 
+    def stored_name(self, name: str) -> str:
+        """What the checkpoint calls it."""
+        return name
+
     def tokenizer(self) -> Any:
         from transformers import AutoTokenizer
 

@@ -66,3 +66,34 @@ def test_a_lookup_table_has_the_sixteen_values() -> None:
     tables = torch.tensor(byte_tables(torch.bfloat16, mxfp4.VALUES), dtype=torch.int32).view(torch.uint8)
     bits = tables[:16].int() << 8 | tables[16:].int()
     assert bits.to(torch.uint16).view(torch.bfloat16).tolist() == list(mxfp4.VALUES)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("rows", "columns"), [(64, 128), (5760, 2880)])
+def test_on_a_gpu_dequantising_gives_the_bits_of_the_torch_form(rows: int, columns: int) -> None:
+    packed, scales = mxfp4.allocate(rows, columns, "cuda")
+    codes, exponents = random_form(rows, columns)
+    mxfp4.pack_rows(packed, scales, 0, codes.cuda(), exponents.cuda())
+    ours = mxfp4.dequantize(packed, scales).cpu()
+    assert torch.equal(ours.view(torch.int16), mxfp4.value(codes, exponents, torch.bfloat16).view(torch.int16))
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_decoding_multiplies_it_as_it_is() -> None:
+    from grpo.kernels import experts, nf4_experts
+
+    def matrix(out: int, columns: int) -> experts.ExpertMatrix:
+        packed, scales = mxfp4.allocate(32 * out, columns, "cuda")
+        codes, exponents = random_form(32 * out, columns, seed=out)
+        mxfp4.pack_rows(packed, scales, 0, codes.cuda(), (exponents.clamp(118, 122)).cuda())
+        return experts.ExpertMatrix(packed, scales, 32, torch.randn(32, out).bfloat16().cuda())
+
+    layer = experts.Experts(matrix(5760, 2880), matrix(2880, 2880), "clamped_silu")
+    tile = nf4_experts.find_tile(layer, 4)
+    assert tile is not None, "no tile computes what torch does"
+    for tokens in (1, 8, 32, 128):
+        x, logits = torch.randn(tokens, 2880).bfloat16().cuda() * 0.1, torch.randn(tokens, 32).bfloat16().cuda()
+        weights, chosen = experts.route(logits, 4, True)
+        wanted = experts.sampled_mlp(x, layer, chosen, weights).float()
+        ours = nf4_experts.decode(x, logits, layer, 4, True).float()
+        assert float((ours - wanted).norm() / wanted.norm()) < 0.01
