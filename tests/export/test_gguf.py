@@ -7,6 +7,7 @@ of query and key rows would hide in the noise of 8 bits.
 from __future__ import annotations
 
 import stat
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -270,7 +271,7 @@ def program(folder: Path, action: str) -> Path:
 
 
 def test_llama_cpps_quantiser_makes_q4_k_m(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stand-in that copies; the real one is found in the same three ways."""
+    """A stand-in that copies; the real program is found in the same three ways."""
     made = made_with_tokenizer(tmp_path)
     quantizer = program(tmp_path, 'cp "$1" "$2"')
     file = exported(made, "q4_k_m", llama_quantize=quantizer)
@@ -279,17 +280,35 @@ def test_llama_cpps_quantiser_makes_q4_k_m(tmp_path: Path, monkeypatch: pytest.M
     ]  # fmt: skip
     assert apart(logits(made.peft), logits(read_by_transformers(file))) < 2e-3
     monkeypatch.setenv("LLAMA_QUANTIZE", str(quantizer))
-    assert find_quantizer(None) == quantizer
+    assert find_quantizer(None) == [str(quantizer)]
     monkeypatch.delenv("LLAMA_QUANTIZE")
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert find_quantizer(None) == quantizer
+    assert find_quantizer(None) == [str(quantizer)]
+
+
+def test_the_quantiser_of_a_package_makes_4_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real one. Only rows of whole blocks of 256 become Q4_K and Q6_K."""
+    pytest.importorskip("cyllama")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("LLAMA_QUANTIZE", raising=False)
+    made = made_with_tokenizer(tmp_path, hidden_size=256, intermediate_size=512)
+    file = exported(made, "q4_k_m")
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(file).tensors}
+    assert kinds["blk.0.attn_q.weight"] == kinds["blk.0.ffn_up.weight"] == "Q4_K"
+    assert kinds["output.weight"] == "Q6_K" and kinds["output_norm.weight"] == "F32"
+    wanted = made.peft.merge_and_unload().state_dict()
+    for name, weight in read_by_transformers(file).state_dict().items():
+        most = 0.1 if weight.ndim == 2 else 1e-6
+        assert apart(wanted[name].float(), weight.float()) < most, f"{name}: 4 bits of the right weights"
+    assert sorted(path.name for path in made.out.iterdir()) == ["Modelfile", file.name]
 
 
 def test_without_the_quantiser_it_is_said_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("LLAMA_QUANTIZE", raising=False)
+    monkeypatch.setitem(sys.modules, "cyllama", None)
     made = made_with_tokenizer(tmp_path)
-    with pytest.raises(UserError, match="q4_k_m needs llama.cpp's quantiser: install llama.cpp.*--llama-quantize"):
+    with pytest.raises(UserError, match="q4_k_m needs llama.cpp's quantiser: pip install .*--llama-quantize"):
         exported(made, "q4_k_m")
     with pytest.raises(UserError, match="/nowhere: no such program"):
         exported(made, "q4_k_m", llama_quantize="/nowhere")
