@@ -185,7 +185,7 @@ def test_an_adapter_policy_over_the_same_base_has_the_same_logprobs(tmp_path: Pa
     torch.testing.assert_close(one, other, atol=2e-5, rtol=0)  # one of them adds an adapter of zeros
 
 
-@pytest.mark.parametrize(("storage", "most"), [("16bit", 1e-6), ("8bit", 0.3), ("4bit", 2.0)])
+@pytest.mark.parametrize(("storage", "most"), [("16bit", 1e-6), ("8bit", 0.3), ("4bit", 5.0)])
 def test_the_frozen_reference_is_the_model_of_the_start(storage: str, most: float, tmp_path: Path) -> None:
     save_tiny(tmp_path, "qwen2")
     policy = full_policy(tmp_path)
