@@ -58,9 +58,7 @@ def test_a_run_on_images_encodes_each_once_and_goes_on_where_it_stopped(home: Pa
 def test_an_environment_takes_no_images() -> None:
     prompt = Prompt(3, "shapes", [{"role": "user", "content": "How many?"}], {}, [5], (noise(24, 16, 0),))
     model, task = {"name": "any", "images": True}, {"name": "arithmetic"}
-    playing = parse_config(
-        {"model": model, "task": task, "environment": {"kind": "tools", "tools": "grpo.tasks.calculator:tools"}}
-    )
+    playing = parse_config({"model": model, "task": task, "environment": {"factory": "somebody:Game"}})
     with pytest.raises(UserError, match="task 'shapes', row 4 has an image, and an environment's conversation takes"):
         refuse_images(playing, Data(train=[prompt]))
     refuse_images(playing, Data())
