@@ -28,6 +28,7 @@ from grpo.export.merge import MergedSource
 from grpo.export.modelfile import Chat, modelfile
 from grpo.model.architectures import causal_class
 from grpo.model.gguf_source import GGUFSource
+from grpo.model.gguf_states import CONVOLUTIONS, named_for_gguf, shape_in_gguf, to_gguf
 
 FILE_TYPES = {"f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
 Q8_BLOCK = 32
@@ -136,11 +137,11 @@ def planned(source: MergedSource, kind: str) -> Iterator[tuple[str, str, tuple[i
     by_name = {name: architecture for architecture, name in MODEL_ARCH_NAMES.items()}
     names = get_tensor_name_map(by_name[ARCHITECTURE[config.model_type]], config.num_hidden_layers)
     for name in sorted(source.names, key=in_model_order):
-        stored = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        stored = names.get_name(named_for_gguf(name), try_suffixes=(".weight", ".bias"))
         if stored is None:
             raise UserError(f"{source.path}: llama.cpp's {causal_class(config.model_type)} has no tensor {name}")
-        shape = source.shape(name)
-        yield name, stored, shape, form_of(shape, kind)
+        shape = shape_in_gguf(name, source.shape(name))
+        yield name, stored, shape, "f32" if name.endswith(CONVOLUTIONS) else form_of(shape, kind)
 
 
 def in_model_order(name: str) -> tuple[int, str]:
@@ -187,13 +188,11 @@ def as_stored(source: MergedSource, name: str) -> Tensor:
     weight = source.read(name).float()
     config = source.config.get_text_config()
     architecture = ARCHITECTURE[config.model_type]
-    module, _, kind = name.rpartition(".")
+    module = name.rpartition(".")[0]
     if architecture == "llama" and module.endswith(("q_proj", "k_proj")):
         heads = config.num_attention_heads if module.endswith("q_proj") else config.num_key_value_heads
         return neighbours(weight, heads)
-    if architecture.startswith("gemma") and module.endswith("norm"):
-        return weight + 1
-    return weight
+    return to_gguf(name, weight, config)
 
 
 def neighbours(weight: Tensor, heads: int) -> Tensor:

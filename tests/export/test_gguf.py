@@ -32,7 +32,7 @@ from tests.helpers.checkpoints import write_gguf as write_llama_gguf
 from tests.helpers.tiny import tiny_model
 from tests.helpers.vocabularies import CHAT, SIZE, TEXTS, byte_level, save_tokenizer, sentencepiece
 
-LLAMA3, QWEN2, TEKKEN, GPT4O = SPLITS
+LLAMA3, QWEN2, TEKKEN, GPT4O, QWEN35 = SPLITS
 GEMMA: dict[str, Any] = {"head_dim": 256, "query_pre_attn_scalar": 256}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"num_key_value_heads": 2},
@@ -42,6 +42,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma2": {**GEMMA, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
     "gemma3_text": {**GEMMA, "num_hidden_layers": 6},
     "phi3": {},
+    "lfm2": {},
 }
 """Shapes that transformers reads from GGUF files; what it leaves unread is at its default."""
 
@@ -54,7 +55,8 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def made_with_tokenizer(folder: Path, family: str = "llama", **changes: Any) -> Made:
     made = Made(folder, family, vocab_size=SIZE, **changes)
     spaces = family.startswith("gemma") or family == "phi3"
-    tokenizer = sentencepiece(space_prefix=family == "phi3") if spaces else byte_level(QWEN2)
+    splits = QWEN35 if family == "qwen3_5_text" else QWEN2
+    tokenizer = sentencepiece(space_prefix=family == "phi3") if spaces else byte_level(splits)
     save_tokenizer(tokenizer, made.base, bos=spaces)
     return made
 
@@ -119,6 +121,23 @@ def test_biases_of_query_and_key_are_turned_too(tmp_path: Path) -> None:
         assert source.read(name).equal(base[name])
 
 
+DELTA: dict[str, Any] = {"linear_value_head_dim": 32}
+"""A Qwen 3.5 whose values are as wide as its keys, as llama.cpp needs them: two heads for one of keys."""
+
+
+def test_gated_delta_net_is_written_and_read(tmp_path: Path) -> None:
+    """By our reader. Rounding to 16 bits alone moves the logits by 3.5e-3, so weights are compared too."""
+    made = made_with_tokenizer(tmp_path, "qwen3_5_text", **DELTA)
+    source = open_source(Model(name=str(exported(made, "f16"))))
+    assert source.config.layer_types == ["linear_attention", "full_attention", "linear_attention"]
+    assert apart(logits(made.peft), streamed_logits(source, TOKENS)) < 5e-3
+    for name, weight in made.peft.merge_and_unload().state_dict().items():
+        assert apart(weight, source.read(name)) < 3e-4, name
+    before = AutoTokenizer.from_pretrained(made.base)
+    for text in TEXTS:
+        assert source.tokenizer()(text)["input_ids"] == before(text)["input_ids"]
+
+
 # Metadata
 
 
@@ -180,6 +199,8 @@ def test_sizes_and_names_are_llama_cpps(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("family", "changes"),
     [("gemma2", {"query_pre_attn_scalar": 100}), ("gemma3_text", {"layer_types": ["full_attention"] * 2}),
+     ("qwen3_5_text", {}), ("qwen3_5_text", {**DELTA, "layer_types": ["full_attention", "linear_attention"] * 2,
+                                             "num_hidden_layers": 4}),
      ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}})],
 )  # fmt: skip
 def test_what_llama_cpp_computes_otherwise_is_refused(family: str, changes: dict[str, Any], tmp_path: Path) -> None:
@@ -218,6 +239,7 @@ KINDS: dict[str, tuple[Any, str]] = {
     "qwen2": (lambda: byte_level(QWEN2), "gpt2"),
     "tekken": (lambda: byte_level(TEKKEN), "gpt2"),
     "gpt-4o": (lambda: byte_level(GPT4O), "gpt2"),
+    "qwen35": (lambda: byte_level(QWEN35), "gpt2"),
     "gpt-2": (byte_level, "gpt2"),
     "smollm": (lambda: byte_level(digits=True), "gpt2"),
     "default": (lambda: sentencepiece(space_prefix=True), "llama"),
