@@ -71,7 +71,7 @@ def test_a_merged_model_has_the_values_of_the_codes_and_the_adapter(home: Path) 
 
 def test_the_run_generates_and_is_evaluated(home: Path) -> None:
     assert generate([str(home / "run"), "1 + 1", "--max-tokens", "4"]) == 0
-    assert evaluate([str(home / "run"), "--limit", "4"]) == 0
+    assert evaluate([str(home / "run"), "--set", "eval.limit=4"]) == 0
     (entry,) = [json.loads(line) for line in (home / "run" / "eval.jsonl").read_text().splitlines()]
     assert 0 <= entry["eval/strict_accuracy"] <= 1
 
