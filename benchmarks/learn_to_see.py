@@ -15,7 +15,6 @@ import argparse
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -103,14 +102,12 @@ def save_answers(file: Path, rows: int) -> Path:
     return file
 
 
-def run(module: str, file: Path, tables: dict[str, Any]) -> float:
-    """A run of `module` on `tables`; its seconds."""
+def run(module: str, file: Path, tables: dict[str, Any]) -> None:
+    """A run of `module` on `tables`."""
     from grpo.config.toml import write_toml
 
     file.write_text(write_toml(tables))
-    started = time.perf_counter()
     subprocess.run([sys.executable, "-m", module, str(file)], check=True)
-    return time.perf_counter() - started
 
 
 def experiment(folder: Path, options: argparse.Namespace, seed: int) -> dict[str, Any]:
@@ -126,7 +123,7 @@ def experiment(folder: Path, options: argparse.Namespace, seed: int) -> dict[str
         "train": {**steady, "learning_rate": 2e-3, "max_steps": options.supervised},
         "checkpoint": {"output_dir": str(folder / "sft"), "save_steps": options.supervised},
     }
-    seconds = {"sft": run("grpo.sft", folder / "sft.toml", supervised)}
+    run("grpo.sft", folder / "sft.toml", supervised)
     reinforced = {
         "model": model,
         "lora": {**LORA, "init": str(folder / "sft" / "adapter")},
@@ -143,8 +140,8 @@ def experiment(folder: Path, options: argparse.Namespace, seed: int) -> dict[str
         "log": {"samples_every": max(1, options.steps // 4)},
         "checkpoint": {"output_dir": str(folder / "grpo"), "save_steps": options.steps},
     }
-    seconds["grpo"] = run("grpo.train", folder / "grpo.toml", reinforced)
-    return {"seed": seed, "seconds": seconds, **result(folder)}
+    run("grpo.train", folder / "grpo.toml", reinforced)
+    return {"seed": seed, **result(folder)}
 
 
 def result(folder: Path) -> dict[str, Any]:

@@ -197,6 +197,8 @@ def read_row(row: Any, where: str, system: str | None, tokenizer: Any, max_pixel
     if given is not None:
         row = {**row, "prompt": tokenizer.decode(given).strip() or f"tokens {given}"}
     row, images = images_apart(row, where, max_pixels)
+    if images and given is not None:
+        raise UserError(f"{where}: its prompt is token numbers, which have no place for images; make it messages")
     prompt = checked_row(row, where)
     if system is not None:
         prompt = with_system_prompt(prompt, system, where)
@@ -206,18 +208,14 @@ def read_row(row: Any, where: str, system: str | None, tokenizer: Any, max_pixel
 def images_apart(row: Any, where: str, max_pixels: int) -> tuple[Any, tuple[Image, ...]]:
     """The row with places for its images in the prompt, and in its columns the images as read; and the images.
 
-    Raises UserError for what is no image, for places that do not match, and for images of a prompt without messages.
+    A prompt that is a text has the model's own marks in their places, as a rendered chat has. Raises UserError for what
+    is no image, for messages whose places do not match, and for images beside token numbers.
     """
     if not isinstance(row, dict) or not row.get("prompt"):
         return row, ()
-    beside, prompt = column_images(row, where), row["prompt"]
-    if isinstance(prompt, str):
-        if beside:
-            raise UserError(f"{where}: its prompt is a plain text, which has no place for images; make it messages")
-        return row, ()
-    if not isinstance(prompt, list):
-        return row, ()
-    prompt, found = with_places(prompt, beside, where)
+    found, prompt = column_images(row, where), row["prompt"]
+    if isinstance(prompt, list):
+        prompt, found = with_places(prompt, found, where)
     places = [where] if len(found) == 1 else [f"{where}, image {number}" for number in range(1, len(found) + 1)]
     images = tuple(read_image(value, one, max_pixels=max_pixels) for value, one in zip(found, places, strict=True))
     read: Row = {"images": images} if images else {}

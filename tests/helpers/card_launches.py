@@ -25,6 +25,7 @@ from triton.runtime.jit import JITFunction
 
 from grpo.kernels import (
     cards,
+    delta_rule,
     dense_gemm,
     eight_bit,
     eight_bit_gemm,
@@ -40,11 +41,13 @@ from grpo.kernels import (
     nf4_plans,
     nf4_tiles,
     nf4_turing,
+    recurrence,
     rms_norm,
     rope,
     routing,
     sample,
     shared_keys,
+    short_conv,
     split_k,
 )
 from grpo.kernels.cards import MB, SHARED_MEMORY, Card
@@ -54,8 +57,8 @@ from grpo.kernels.lora_factors import Adapter, LowRank
 from grpo.kernels.nf4_lookup import CODE, byte_tables
 
 MODULES = (
-    dense_gemm, eight_bit, eight_bit_gemm, glu, logprob, lora_factors, lora_shrink, lora_sum, nf4, nf4_gemm,
-    nf4_turing, rms_norm, rope, sample, shared_keys,
+    delta_rule, dense_gemm, eight_bit, eight_bit_gemm, glu, logprob, lora_factors, lora_shrink, lora_sum, nf4, nf4_gemm,
+    nf4_turing, rms_norm, rope, sample, shared_keys, short_conv,
 )  # fmt: skip
 EXPERT_MODULES = mxfp4, nf4_experts, routing
 """Those that mixtures of experts launch beside them."""
@@ -321,9 +324,36 @@ def keys_of_prefixes(shape: Shape, dtype: torch.dtype) -> None:
     shared_keys.launch_sum(out[0], out[1], places, torch.empty(2, *rows.shape, dtype=dtype))
 
 
+def recurrent_operators(shape: Shape, dtype: torch.dtype) -> None:
+    """Of Qwen 3.5-4B, whatever the model: a convolution, and the delta rule where tensor cores take bfloat16."""
+    numbers, width = torch.empty(2 * TOKENS, dtype=torch.int64), torch.empty(8192, 4, dtype=dtype)
+    places: Any = SimpleNamespace(
+        own=numbers[:TOKENS], sources=numbers, token_at=numbers, copies=numbers[:9], copied=numbers[:3],
+        counts=numbers[:3],
+    )  # fmt: skip
+    mixed = torch.empty(TOKENS, 8192, dtype=dtype)
+    short_conv.launch_forward(mixed, width, None, places, torch.empty_like(mixed), True)
+    for rows, out in ((numbers[:TOKENS], torch.empty_like(mixed)), (numbers[:12], torch.empty(12, 8192))):
+        short_conv.launch_backward(mixed, mixed, width, None, places, rows, out, True)
+    if dtype != torch.bfloat16:
+        return
+    query, key, value = mixed.split([2048, 2048, 4096], 1)
+    heads = [part.unflatten(1, (-1, 128)) for part in (query, key, value)]
+    inputs = delta_rule.Inputs(*heads, torch.empty(TOKENS, 32), torch.empty(TOKENS, 32))
+    of_chunks = torch.empty(20, dtype=torch.int32)
+    order = recurrence.Order(torch.empty(5, 4, dtype=torch.int32), None)
+    run = recurrence.Run(of_chunks, of_chunks, [order])
+    made, kept = delta_rule.prepare(inputs, run, 1e-6), delta_rule.empty_kept(inputs, run)
+    grad = torch.empty(TOKENS, 32, 128, dtype=dtype)
+    delta_rule.along(inputs, run, made, 1e-6, torch.empty_like(grad))
+    delta_rule.along(inputs, run, made, 1e-6, kept=kept)
+    later = delta_rule.back(inputs, run, made, 1e-6, grad)
+    delta_rule.input_grads(inputs, run, 1e-6, grad, kept, later, [torch.empty_like(part) for part in inputs])
+
+
 LAUNCHES: tuple[Callable[[Shape, torch.dtype], None], ...] = (
     packed_weights, packed_products, eight_bit_products, dense_products, shrinks, factors, norms, rotations,
-    gated_units, logprobs, samples, keys_of_prefixes,
+    gated_units, logprobs, samples, keys_of_prefixes, recurrent_operators,
 )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import json
 import pytest
 import torch
 
-from grpo.kernels import mxfp4
+from grpo.kernels import delta_rule, mxfp4
 from tests.helpers import card_launches
 from tests.helpers.card_launches import CARDS, LAUNCHES, MODELS, MODULES, Card, Collected, Shape, kernels_of, pretended
 from tests.helpers.paths import ROOT
@@ -43,7 +43,7 @@ def test_every_launch_fits_the_card(card, model):
         hold(BY_NAME[card], collected)
     expected = {name for module in MODULES for name in kernels_of(module)}
     served = "_gemm_kernel" if BY_NAME[card].architecture == 75 else "_turing_kernel"
-    with_dot = {"_shrink_kernel", "_dense_kernel", "_gemm_8bit_kernel"}
+    with_dot = {"_shrink_kernel", "_dense_kernel", "_gemm_8bit_kernel", *kernels_of(delta_rule)}
     absent = {served} | (with_dot if BY_NAME[card].architecture == 75 else set())
     assert collected.names == expected - absent, "every kernel there is"
 
