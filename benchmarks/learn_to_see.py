@@ -113,7 +113,8 @@ def run(module: str, file: Path, tables: dict[str, Any]) -> None:
 def experiment(folder: Path, options: argparse.Namespace, seed: int) -> dict[str, Any]:
     """Make the model, train it both ways, and return what came of it."""
     folder.mkdir(parents=True)
-    model = {"name": str(save_model(folder / "model")), "images": True, "load_in_4bit": False, "dtype": "float32"}
+    model = {"name": str(save_model(folder / "model")), "images": True, "load_in_4bit": False}
+    model["dtype"] = options.dtype
     data = save_answers(folder / "answers.parquet", options.rows)
     steady = {"lr_scheduler_type": "constant", "warmup_ratio": 0.0, "seed": seed}
     supervised = {
@@ -168,6 +169,7 @@ def main() -> None:
     parser.add_argument("--supervised", type=int, default=65, metavar="STEPS")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--rows", type=int, default=3000)
+    parser.add_argument("--dtype", default="float32")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     options = parser.parse_args()
     runs = [experiment(options.out / f"seed-{seed}", options, seed) for seed in options.seeds]
@@ -177,7 +179,7 @@ def main() -> None:
             mean, low, high = (entry[f"eval/strict_accuracy{end}"] for end in ("", "/low", "/high"))
             table.add_row(str(each["seed"]), str(entry["step"]), f"{mean:.3f}", f"{low:.3f} to {high:.3f}")
     Console().print(table)
-    settings = {"supervised": options.supervised, "steps": options.steps, "rows": options.rows}
+    settings = {name: getattr(options, name) for name in ("supervised", "steps", "rows", "dtype")}
     found = {"benchmark": "learn_to_see", "hardware": hardware(), "versions": versions()}
     print(json.dumps({**found, "task": TASK, **settings, "runs": runs}))
 

@@ -172,7 +172,8 @@ def make_prompts(
             where=[one.where for one in each],
             image_tokens=image_tokens,
         )
-        check_shortest(task, split, [len(one) for one in ids], config.rollout.max_prompt_length)
+        smaller = " or lower model.max_pixels" if any(one.images for one in each) else ""
+        check_shortest(task, split, [len(one) for one in ids], config.rollout.max_prompt_length, smaller)
         for one, token_ids in zip(each, ids, strict=True):
             if fits(one, token_ids, settings[task], config):
                 prompts.append(Prompt(index, task, one.prompt, columns_of(one, columns), token_ids, one.images))
@@ -240,12 +241,12 @@ def columns_of(read: ReadRow, columns: Sequence[str]) -> dict[str, Any]:
     return values | {"images": read.images} if "images" in values else values
 
 
-def check_shortest(task: str, split: str, lengths: Sequence[int], limit: int) -> None:
-    """Raise UserError where no prompt of a task is short enough."""
+def check_shortest(task: str, split: str, lengths: Sequence[int], limit: int, smaller: str) -> None:
+    """Raise UserError where no prompt of a task is short enough. `smaller`: what else makes them so."""
     if lengths and min(lengths) > limit:
         raise UserError(
             f"task {task!r}: all {len(lengths)} {split} prompts are longer than rollout.max_prompt_length = "
-            f"{limit}; the shortest has {min(lengths)} tokens, so raise it"
+            f"{limit}; the shortest has {min(lengths)} tokens, so raise it{smaller}"
         )
 
 
@@ -253,8 +254,9 @@ def fits(read: ReadRow, token_ids: Sequence[int], settings: sections.Task, confi
     """Whether a prompt is short enough. Raises UserError where it is not and no row may be dropped."""
     limit = config.rollout.max_prompt_length
     if len(token_ids) > limit and settings.overlong == "error":
+        smaller = " lower model.max_pixels," if read.images else ""
         raise UserError(
-            f"{read.where}: {len(token_ids)} tokens exceed rollout.max_prompt_length = {limit}; raise it, or "
+            f"{read.where}: {len(token_ids)} tokens exceed rollout.max_prompt_length = {limit}; raise it,{smaller} or "
             'set overlong = "drop"'
         )
     return len(token_ids) <= limit

@@ -175,7 +175,11 @@ def test_what_cannot_be_used_is_named_with_its_row(tmp_path: Path) -> None:
     assert "row 1: it has 1 images and 0 places" in refusal({"prompt": "what", "image": TALL})
     assert "its prompt is token numbers" in refusal({"prompt": [1, 2], "image": TALL})
     short = {"max_prompt_length": 5}
-    assert "the shortest has 7 tokens" in refusal(asked("what", image=WIDE), rollout=short)
+    said = refusal(asked("what", image=WIDE), rollout=short)
+    assert said.endswith("the shortest has 7 tokens, so raise it or lower model.max_pixels")
+    strict = {"name": "t", "overlong": "error"}
+    said = refusal(asked("what", image=WIDE), asked("what"), rollout=short, task=strict)
+    assert said.endswith('raise it, lower model.max_pixels, or set overlong = "drop"')
 
 
 def test_the_stream_knows_its_images_again() -> None:
