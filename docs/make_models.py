@@ -81,7 +81,7 @@ def hybrid() -> str:
     operators, *served = json.loads(HYBRID.read_text(encoding="utf-8"))["rows"]
 
     def times(name: str) -> str:
-        return " and ".join(f"{operators[f'{name} {passes}']['ms']:.2g}" for passes in ("forward", "both"))
+        return " and ".join(f"{operators[f'{name} {passes}']['ms']:.3g}" for passes in ("forward", "both"))
 
     return (
         f"On an H200, of Qwen3.5-4B's sizes and {operators['tokens']:,} tokens, the delta rule takes "
