@@ -41,7 +41,7 @@ def value(codes: Tensor, exponents: Tensor, dtype: torch.dtype) -> Tensor:
     byte, and exponents uint8 [..., K / 32]."""
     byte = torch.arange(256)
     pairs = torch.tensor(VALUES)[torch.stack([byte & 15, byte >> 4], 1)].to(codes.device)
-    scales = torch.ldexp(torch.ones((), device=codes.device), exponents.int() - 127)
+    scales = (exponents.int() << 23).view(torch.float32)  # an exponent is that of a float32 too
     return (pairs[codes.int()].flatten(-2) * scales[..., None]).flatten(-2).to(dtype)
 
 

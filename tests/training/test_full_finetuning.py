@@ -288,3 +288,14 @@ def test_an_update_that_fails_half_way_leaves_weights_and_optimiser_as_they_were
             learner.update(*batch(session), 2)
         assert all(torch.equal(p, old) for p, old in zip(session.policy.parameters(), before, strict=True))
         assert packed(learner.state_dict()) == state
+
+
+def test_several_processes_are_refused_before_anything_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    assert main([str(write_config(tmp_path / "run.toml", tables(tmp_path)))]) == 2
+    assert "2 processes would exchange the gradient of every weight" in capsys.readouterr().err
