@@ -23,7 +23,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from grpo.config.schema import Config
+from grpo.config.schema import Config, config_toml
 from grpo.images import Image
 from grpo.monitor.log import is_sampled
 from grpo.monitor.notebook import NotebookDisplay, Progress
@@ -31,7 +31,7 @@ from grpo.monitor.trackers import Trackers
 from grpo.printable import printable
 from grpo.report.alarms import Alarm, AlarmWatch, replayed
 from grpo.report.page import LiveReport
-from grpo.run.checkpoint import write_atomically
+from grpo.run.checkpoint import CONFIG, write_atomically
 from grpo.run.records import (
     ALARMS,
     EVALUATIONS,
@@ -85,9 +85,12 @@ class RunLog:
         max_steps: int,
         verbose: bool = False,
         console: Console | None = None,
+        configuration: str | None = None,
     ):
+        """`configuration`: what the run's file says once a resumed run goes on; None: `config`."""
         self.run_folder = run_folder
         self.max_steps = max_steps
+        self._configuration = config_toml(config) if configuration is None else configuration
         self._config = config
         self._trackers = Trackers(config, run_folder)
         self._report = LiveReport(run_folder, self.notice) if config.log.report else None
@@ -126,7 +129,9 @@ class RunLog:
             self._live = None
 
     def resume(self, step: int) -> None:
-        """Go on after `step`: what was recorded of later steps, or only in part, is dropped."""
+        """Go on after `step`, as the configuration now says: what was recorded of later steps, or only in part, is
+        dropped."""
+        write_atomically(self.run_folder / CONFIG, self._configuration.encode())
         self._last, self._series = {"step": step}, {}
         before = {name: self._cut(name, step) for name in (METRICS, EVALUATIONS, ALARMS)}
         for entry in (*before[METRICS], *before[EVALUATIONS]):

@@ -107,12 +107,16 @@ class RunFolder:
 
 
 def open_run(config: Config, *, resume: bool = False) -> RunFolder:
-    """Take the run folder that `config` names, and write the resolved configuration into it.
+    """Take the run folder that `config` names, and write the resolved configuration into a new one.
 
-    Raises UserError as `check_run` and `create_run_folder` do.
+    One that is resumed keeps its configuration until the run goes on (`RunLog.resume`): what is refused before, such as
+    other data, leaves a folder that can still be resumed as it was. Raises UserError as `check_run` and
+    `create_run_folder` do.
     """
     check_run(config, resume=resume)
     run = create_run_folder(config.checkpoint.output_dir, resume)
+    if resume:
+        return run
     try:
         write_atomically(run.path / CONFIG, config_toml(config).encode())
     except OSError as error:

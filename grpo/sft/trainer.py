@@ -42,9 +42,12 @@ FIGURES = ("loss", "mean_token_accuracy", "entropy", "grad_norm", "learning_rate
 def run_sft(config: SftConfig, *, resume: bool = False, verbose: bool = False) -> dict[str, Any]:
     """Train as `config` says and return the summary. Raises UserError for what cannot be used."""
     with Interrupts() as interrupts, create_run_folder(config.checkpoint.output_dir, resume) as run:
-        write_atomically(run.path / CONFIG, sft_config_toml(config).encode())
-        settings = config.for_policy()
-        with RunLog(run.path, settings, max_steps=config.train.max_steps or 0, verbose=verbose) as log:
+        settings, configuration = config.for_policy(), sft_config_toml(config)
+        if not resume:
+            write_atomically(run.path / CONFIG, configuration.encode())
+        with RunLog(
+            run.path, settings, max_steps=config.train.max_steps or 0, verbose=verbose, configuration=configuration
+        ) as log:
             files = read_model(settings, log.status, log.notice)
             data = load_data(config, files.tokenizer, files.stop_token_ids, files.image_tokens)
             texts = [("a training row", each.input_ids) for each in data.examples]

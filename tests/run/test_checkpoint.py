@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import random
@@ -16,9 +17,11 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from grpo.config.schema import Config, parse_config
 from grpo.errors import UserError
+from grpo.monitor.run_log import RunLog
 from grpo.run import checkpoint
 from grpo.run.checkpoint import (
     check_resumable,
@@ -189,6 +192,18 @@ def test_a_run_is_resumed_with_more_steps_another_rate_and_other_logging(tmp_pat
         lora={"lora_dropout": 0.1},
     )
     check_resumable(config_for(tmp_path), changed)
+
+
+def test_a_resumed_run_keeps_its_configuration_until_it_goes_on(tmp_path: Path) -> None:
+    with open_run(config_for(tmp_path)) as run:
+        (run.path / "metrics.jsonl").touch()
+    file = tmp_path / "config.toml"
+    before, changed = file.read_text(), config_for(tmp_path, train={"max_steps": 500})
+    with open_run(changed, resume=True):
+        assert file.read_text() == before, "what is refused from here on can be resumed as it was"
+        with RunLog(tmp_path, changed, max_steps=500, console=Console(file=io.StringIO())) as log:
+            log.resume(0)
+    assert file.read_text() == checkpoint.config_toml(changed) != before
 
 
 def test_latest_is_the_newest_checkpoint(tmp_path: Path) -> None:
