@@ -135,10 +135,12 @@ def ours_config(options: argparse.Namespace, name: str, folder: Path, run: Path)
 def train_ours(config: Path) -> None:
     """What `python -m grpo.train` does, from a configuration as JSON; says when the first step has ended."""
     from grpo.config.schema import parse_config
+    from grpo.run.importing import uncollected
     from grpo.run.library_logs import quiet_libraries
-    from grpo.training.run import launch
 
     quiet_libraries(False)
+    with uncollected():
+        from grpo.training.run import launch
     sections = json.loads(config.read_text())
     metrics = Path(sections["checkpoint"]["output_dir"]) / "metrics.jsonl"
 

@@ -40,14 +40,16 @@ def child_main(options: argparse.Namespace) -> int:
     if options.make:
         fixed_work(options)
         return 0
+    from grpo.run.importing import uncollected
+
     if options.imports:
         for module in MODULES:
-            __import__(module)
+            with uncollected():
+                __import__(module)
         ended = time.time()
     else:
         from grpo.config.schema import parse_config, read_config
         from grpo.run.library_logs import quiet_libraries
-        from grpo.training.run import launch
 
         quiet_libraries(False)
         if options.config:
@@ -58,6 +60,8 @@ def child_main(options: argparse.Namespace) -> int:
             values = sections.pop("") | sections
             values["checkpoint"]["output_dir"] = str(options.run)
             config = parse_config(values)
+        with uncollected():
+            from grpo.training.run import launch
         launch(config)
         ended = (options.run / "metrics.jsonl").stat().st_mtime
     SAMPLER.stop()

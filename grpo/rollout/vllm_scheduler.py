@@ -15,6 +15,7 @@ from torch import Tensor
 from vllm.v1.outputs import LogprobsTensors, SamplerOutput
 from vllm.v1.request import RequestStatus
 from vllm.v1.sample.sampler import Sampler
+from vllm.v1.worker.gpu_worker import Worker
 
 from grpo.kernels.sample import sample_tokens
 from grpo.rollout.route_recorder import RouteRecorder
@@ -165,7 +166,9 @@ class OnePassSampler(Sampler):
     step of 128 sequences. Whatever else is asked for (greedy, top-p, top-k, min-p) is left to it.
     """
 
-    _is_plain = False
+    def __init__(self, *arguments: Any, **options: Any):
+        super().__init__(*arguments, **options)
+        self.begin(SamplingSettings(1.0, 1), 0)
 
     def begin(self, sampling: SamplingSettings, seed: int) -> None:
         """Prepare for one call of `generate`; `seed` decides its random numbers."""
@@ -180,3 +183,12 @@ class OnePassSampler(Sampler):
         tokens, logprobs = sample_tokens(logits, sampling_metadata.temperature, seed)
         # The rank of a token is not asked for; its place must be filled.
         return SamplerOutput(tokens[:, None], LogprobsTensors(tokens[:, None], logprobs[:, None], tokens))
+
+
+class RolloutWorker(Worker):
+    """vLLM's worker on a GPU, with our sampler from the start: trying out its own compiles a kernel for top-k and
+    top-p, ten seconds of a first start, that most rollouts never launch."""
+
+    def init_device(self) -> None:
+        super().init_device()
+        self.model_runner.sampler = OnePassSampler(logprobs_mode="processed_logprobs")
