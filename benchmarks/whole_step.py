@@ -9,6 +9,7 @@ corrects by its default, from the training pass itself.
 
     python -m benchmarks.whole_step --out benchmarks/results/whole_step.json
     python -m benchmarks.whole_step --systems trl --trl-micro-batches 8,32
+    python -m benchmarks.whole_step --full-finetuning --shape 1.5b
 
 A system has a process of its own, one after another on the same GPU; its first step compiles and does not count. What
 is measured is written step by step. Prints a table; the last line is one JSON object.
@@ -76,7 +77,7 @@ def write_tokenizer(folder: Path, size: int) -> None:
 
 def ours_command(options: argparse.Namespace, folder: Path, run: Path) -> list[str]:
     values: dict[str, Any] = {
-        "model.name": str(folder), "model.load_in_4bit": True, "lora.r": RANK, "lora.lora_alpha": 2 * RANK,
+        "model.name": str(folder), **trained_by_ours(options),
         "task.name": "table", "task.options": {"path": str(folder / "prompts.jsonl"), "chat": False, "eval_split": ""},
         "rewards": [{"function": f"{ROOT}/benchmarks/common/grpo_peers.py:spread"}],
         "rollout.prompts_per_step": PROMPTS, "rollout.num_generations": GENERATIONS,
@@ -91,6 +92,13 @@ def ours_command(options: argparse.Namespace, folder: Path, run: Path) -> list[s
     config = options.scratch / "whole_step.json"
     config.write_text(json.dumps(sections))
     return [sys.executable, "-m", "benchmarks.whole_step", "--train", str(config), "--run", str(run)]
+
+
+def trained_by_ours(options: argparse.Namespace) -> dict[str, Any]:
+    """An adapter over NF4, or all weights with float32 values, which is what TRL's default dtype keeps."""
+    if not options.full_finetuning:
+        return {"model.load_in_4bit": True, "lora.r": RANK, "lora.lora_alpha": 2 * RANK}
+    return {"model.full_finetuning": True, "train.weight_update": "float32", "rollout.release_kv_cache": True}
 
 
 def train_ours(config: Path, run: Path) -> None:
@@ -137,12 +145,13 @@ def train_trl(options: argparse.Namespace) -> None:
             output_dir=str(options.scratch / "whole-step-trl"), per_device_train_batch_size=micro_batch,
             gradient_accumulation_steps=PROMPTS * GENERATIONS // micro_batch,
             num_generations=GENERATIONS, max_completion_length=options.completion, temperature=1.0, beta=0.0,
-            model_init_kwargs={"dtype": "bfloat16"}, bf16=gpu, use_cpu=not gpu, learning_rate=1e-5,
+            model_init_kwargs={"dtype": "float32" if options.full_finetuning else "bfloat16"}, bf16=gpu,
+            use_cpu=not gpu, learning_rate=1e-5,
             lr_scheduler_type="constant", max_steps=options.steps, logging_steps=1, disable_tqdm=True,
             save_strategy="no", report_to="none", seed=0, **(vllm if gpu else {}),
         ),  # fmt: skip
         train_dataset=Dataset.from_list([{"prompt": row["question"]} for row in rows]),
-        peft_config=LoraConfig(
+        peft_config=None if options.full_finetuning else LoraConfig(
             r=RANK, lora_alpha=2 * RANK, target_modules=SEVEN_PROJECTIONS, task_type="CAUSAL_LM"
         ),
     )  # fmt: skip
@@ -218,6 +227,7 @@ def main() -> int:
         "--trl-micro-batches", default="8", type=lambda text: [int(n) for n in text.split(",")],
         help="per_device_train_batch_size, one run each; 8 is TRL's default",
     )  # fmt: skip
+    parser.add_argument("--full-finetuning", action="store_true", help="all weights with float32 values, no adapter")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--scratch", type=Path, default=Path("/tmp"))
     parser.add_argument("--budget", type=float, default=560, help="seconds for everything")
@@ -237,12 +247,13 @@ def main() -> int:
         return 0
     ends = time.monotonic() + options.budget
     folder = make_work(options)
-    keys = ("shape", "steps", "prompt", "completion", "tokens")
+    keys = ("shape", "steps", "prompt", "completion", "tokens", "full_finetuning")
     result: dict[str, Any] = {"benchmark": "whole_step", **{key: getattr(options, key) for key in keys}}
     result |= {"bars": BARS, "measured_elsewhere": MEASURED, "systems": {}}
     for system in options.systems:
         for micro_batch in options.trl_micro_batches if system == "trl" else [0]:
-            name = f"trl bf16, {micro_batch}" if micro_batch else "ours nf4"
+            kind = "all weights" if options.full_finetuning else "bf16" if micro_batch else "nf4"
+            name = f"trl {kind}, {micro_batch}" if micro_batch else f"ours {kind}"
             left = ends - time.monotonic()
             found = run_trl(options, folder, micro_batch, left) if micro_batch else run_ours(options, folder, left)
             result["systems"][name] = found

@@ -55,7 +55,10 @@ def replay(dump: Path, overrides: Sequence[str] = ()) -> Replay:
     from grpo.session import open_session
     from grpo.training.learner import Learner
 
-    with open_session(config, adapter=dump / "adapter", start_engine=False) as session:
+    adapter = None if config.model.full_finetuning else dump / "adapter"
+    with open_session(config, adapter=adapter, start_engine=False) as session:
+        if adapter is None:
+            session.policy.load(dump / session.policy.artefact)
         learner = Learner(session.policy, config, max_steps=1, notice=print)
         trace = Trace()
         trace.inputs(batch, learner)

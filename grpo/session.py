@@ -36,6 +36,7 @@ from grpo.model.source import open_source, read_template
 from grpo.model.vocabulary import no_row
 from grpo.model.weight_source import Source
 from grpo.policy.adapter_files import open_adapter
+from grpo.policy.full_policy import FullPolicy
 from grpo.policy.keep_16bit import load_base
 from grpo.policy.policy import Policy
 from grpo.policy.starting_base import check_same_start, starting_source
@@ -43,7 +44,7 @@ from grpo.policy.vision_tower import VisionTower
 from grpo.rollout.attention_backend import Served, choose_backend
 from grpo.rollout.types import EngineSettings, SamplingSettings
 from grpo.rollout.vllm_environment import set_environment
-from grpo.run.device_memory import architecture_of, check_weights, fitted_kv_bytes, tower_sizes
+from grpo.run.device_memory import architecture_of, check_weights, fitted_kv_bytes, tower_sizes, with_form
 from grpo.run.importing import uncollected
 from grpo.run.machine import check_machine, resolve_device, version_of
 from grpo.special_tokens import completion_text
@@ -176,7 +177,6 @@ class Session:
         agree: Callable[[Any], Any],
     ):
         """As `open_session`; `like`: folders of runs and adapters whose base this is to be."""
-        self.config = config
         self.status = status
         self._model: LoadedModel | None = None
         self._engine: Engine | None = None
@@ -185,6 +185,7 @@ class Session:
         device = resolve_device(config.model.device)
         dtype = resolve_dtype(config.model.dtype, device)
         source, self.stop_token_ids = files.source, files.stop_token_ids
+        self.config = config = with_form(config, source.config, device, dtype)
         check_length(config, source.config, source.path)
         if device.type == "cuda":
             name = str(dtype).removeprefix("torch.")
@@ -201,15 +202,7 @@ class Session:
             source, config.model, files.tokenizer, device=device, dtype=dtype, like=like, agree=agree, status=status
         )
         check_same_start(base.initial, agree)
-        train = config.train
-        policy = Policy(
-            base,
-            config.lora,
-            seed=train.seed,
-            base_name=recorded_name(config.model.name),
-            kernels=train.kernels,
-            tower=self._tower(source, files, base),
-        )
+        policy = build_policy(base, config, files.tokenizer, self._tower(source, files, base))
         self._model = LoadedModel(base, policy, files.tokenizer, files.image_tokens)
         self.policy.set_longest(sequence_limits(config)[0])
         if adapter is not None:
@@ -320,6 +313,9 @@ class Session:
             raise UserError(
                 f"kernels = {config.train.kernels!r} is decided when the model is loaded; pass it to grpo.load"
             )
+        if config.model.full_finetuning and config.train.weight_update == "auto":
+            chosen = {"weight_update": self.config.train.weight_update}
+            config = config.model_copy(update={"train": config.train.model_copy(update=chosen)})
         self.config = config
         if self.policy.set_longest(sequence_limits(config)[0]):
             self._stop_engine()  # its caches have the frequencies for other lengths
@@ -372,6 +368,19 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def build_policy(base: BaseWeights, config: Config, tokenizer: Any, tower: VisionTower | None) -> Policy:
+    """What `config` trains over `base`: an adapter, or all of it. Raises UserError for all of a model with `tower`."""
+    train = config.train
+    if config.model.full_finetuning and tower is not None:
+        raise UserError(
+            "model.full_finetuning trains decoders of text, and this run shows the model images; train a LoRA adapter"
+        )
+    if config.model.full_finetuning:
+        return FullPolicy(base, tokenizer=tokenizer, kernels=train.kernels)
+    name = recorded_name(config.model.name)
+    return Policy(base, config.lora, seed=train.seed, base_name=name, kernels=train.kernels, tower=tower)
 
 
 def with_smaller_cache(start: Callable[[int | None], T], kv_bytes: int | None, least: int) -> T:

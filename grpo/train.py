@@ -61,6 +61,11 @@ class Job:
         try:
             config = self.config = configuration(self.parsed)
             check_share(config.rollout.prompts_per_step, self.launch.size)
+            if config.model.full_finetuning and self.launch.size > 1:
+                raise UserError(
+                    f"model.full_finetuning: {self.launch.size} processes would exchange the gradient of every weight, "
+                    "which they do not; start one, or train a LoRA adapter"
+                )
         except UserError:
             # Every rank of a machine finds the same, and one says it.
             if self.launch.local_rank:

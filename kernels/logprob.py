@@ -4,7 +4,8 @@ The language-model head is frozen, so its gradient is never needed, and the grad
 log-probability with respect to its hidden state is made while the logits exist, in the forward pass. The backward
 pass only scales it by whatever gradient arrives, which makes it exact for any loss on top.
 
-Not here: a head with a bias or with trainable weights, and anything about what the log-probabilities are for.
+Not here: a head with a bias, one that is trained itself (trained_head.py), and anything about what the
+log-probabilities are for.
 """
 
 from __future__ import annotations
@@ -75,6 +76,14 @@ def selected_logprobs(
     return logprobs, entropy
 
 
+def chunk_rows(hidden: Tensor, vocabulary: int, chunk_tokens: int) -> int:
+    """Rows of `hidden` whose logits exist at once."""
+    chunk = max(1, min(chunk_tokens, hidden.shape[0]))
+    if hidden.device.type == "cpu":
+        chunk = max(1, min(chunk, CPU_CHUNK_BYTES // (vocabulary * hidden.itemsize)))
+    return chunk
+
+
 OUT_OF_REACH = -30_000.0
 """A logit that no sampling draws, finite in every dtype so that entropies stay numbers."""
 
@@ -103,9 +112,7 @@ class _SelectedLogprobs(torch.autograd.Function):
         never: Sequence[int],
     ) -> tuple[Tensor, Tensor]:
         rows, vocabulary = hidden.shape[0], weight.shape[0]
-        chunk = max(1, min(chunk_tokens, rows))
-        if hidden.device.type == "cpu":
-            chunk = max(1, min(chunk, CPU_CHUNK_BYTES // (vocabulary * hidden.itemsize)))
+        chunk = chunk_rows(hidden, vocabulary, chunk_tokens)
         logprobs = hidden.new_empty(rows, dtype=_wide(hidden.dtype))
         entropy = torch.empty_like(logprobs)
         logits = hidden.new_empty(chunk, vocabulary)

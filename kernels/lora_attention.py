@@ -130,6 +130,6 @@ def backward_of_rows(
         projection.k_norm.backward(k, before[1], out=k)
     unit = normed_input(matmul, projection.norm, x)
     unit_grad, x_lora_a_grad = matmul.input_gradient(grad)
-    matmul.adapter_gradient(grad, unit, x_lora_a_grad)
+    matmul.trained_gradient(grad, unit, x_lora_a_grad)
     if x_grad is not None:
         norm_backward(projection.norm, unit_grad, x, x_grad)

@@ -17,7 +17,9 @@ is dequantised, or copied, into a larger matrix with s B and A beside it, and on
 What the zeros in s B cost grows with the rank: 0.3 % of a layer's arithmetic at rank 16, 2.4 % at 128. A 16-bit W that
 meets few rows is not copied; the sum is left in float32 there, and rounded with the adapter's term (lora_sum.py).
 
-Not here: gradients of W and b, dropout, residuals (which come after the rounding, as in vLLM), and how models name
+Where W and b themselves are trained, no adapter is there, and their gradients go where weight_gradient.py says.
+
+Not here: dropout, residuals (which come after the rounding, as in vLLM), and how models name
 their layers.
 """
 
@@ -38,6 +40,7 @@ from grpo.kernels.lora_factors import Adapter, LowRank, pack_lora
 from grpo.kernels.lora_sum import dense_linear, round_sum, sums_in_float32
 from grpo.kernels.rms_norm import Norm
 from grpo.kernels.sizes import ADAPTER_COLUMNS
+from grpo.kernels.weight_gradient import add_gradient, add_product_, float32_product
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,8 @@ class LinearGroup:
     """[N]"""
     compute_dtype: torch.dtype | None = None
     """Where the first rows are in 8 bit, whose tensors do not tell."""
+    trained: tuple[tuple[Tensor, Tensor | None], ...] = ()
+    """(weight [n, K], bias [n] or None) of consecutive rows, the same memory as above, where these get gradients."""
 
     @property
     def in_features(self) -> int:
@@ -104,6 +109,8 @@ class LoraMatmul:
         self.width = 0 if few else -(-columns // ADAPTER_COLUMNS) * ADAPTER_COLUMNS
         self.a_grad: Tensor | None = None
         self.b_grad: Tensor | None = None
+        self.weight_grad: Tensor | None = None
+        self.bias_grad: Tensor | None = None
         if self.width == 0:
             self.weight = group.dense()
             self.lora_a, self.lora_b = self.weight.new_empty(self.rank, k), self.weight.new_empty(n, self.rank)
@@ -174,16 +181,26 @@ class LoraMatmul:
         round_sum(total, None, LowRank(x_lora_a_grad, self.lora_a.t()), x_grad)
         return x_grad, x_lora_a_grad
 
-    def adapter_gradient(self, grad: Tensor, x: Tensor, x_lora_a_grad: Tensor) -> None:
-        """Add these rows' share of dL/dA and dL/dB. `x_lora_a_grad` is `input_gradient`'s second result."""
+    def trained_gradient(self, grad: Tensor, x: Tensor, x_lora_a_grad: Tensor) -> None:
+        """Add these rows' share of the gradients of what is trained: A and B, or W and b. `x_lora_a_grad` is
+        `input_gradient`'s second result."""
+        x, grad = x[:, : self.group.in_features], grad[:, : self.group.out_features]
+        if self.group.trained:
+            if self.weight_grad is None:
+                self.weight_grad = float32_product(grad.t(), x)
+            else:
+                add_product_(self.weight_grad, grad.t(), x)
+            if self.group.bias is not None:
+                total = grad.sum(0, dtype=accumulation_dtype(grad.dtype))
+                self.bias_grad = total if self.bias_grad is None else self.bias_grad + total
         if not self.adapters:
             return
-        x, grad = x[:, : self.group.in_features], grad[:, : self.group.out_features]
         self.a_grad = add_product(self.a_grad, x_lora_a_grad[:, : self.rank].t(), x)
         self.b_grad = add_product(self.b_grad, grad.t(), x @ self.lora_a[: self.rank].t())
 
     def gradients(self) -> list[Tensor | None]:
-        """dL/dA_1, dL/dB_1, ... in the order of the factors."""
+        """dL/dA_1, dL/dB_1, ... in the order of the factors. Those of W and b go where theirs are kept."""
+        self._add_weight_gradients()
         if self.a_grad is None or self.b_grad is None:
             return [None] * (2 * len(self.adapters))
         result: list[Tensor | None] = []
@@ -191,6 +208,17 @@ class LoraMatmul:
             b_grad = self.b_grad[adapter.first : adapter.first + adapter.rows, ranks]
             result += [self.a_grad[ranks], b_grad * adapter.scale]
         return result
+
+    def _add_weight_gradients(self) -> None:
+        first = 0
+        for weight, bias in self.group.trained if self.weight_grad is not None else ():
+            rows = slice(first, first + weight.shape[0])
+            first = rows.stop
+            assert self.weight_grad is not None
+            add_gradient(weight, self.weight_grad[rows])
+            if bias is not None and self.bias_grad is not None:
+                add_gradient(bias, self.bias_grad[rows])
+        self.weight_grad = self.bias_grad = None
 
 
 def add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
@@ -235,7 +263,7 @@ class _LoraLinear(torch.autograd.Function):
         matmul = LoraMatmul(ctx.group, ctx.adapters, factors, x.shape[0])
         filled = matmul.filled_outputs(grad)
         x_grad, x_lora_a_grad = matmul.input_gradient(filled)
-        matmul.adapter_gradient(filled, x, x_lora_a_grad)
+        matmul.trained_gradient(filled, x, x_lora_a_grad)
         return x_grad, None, None, *matmul.gradients()
 
 

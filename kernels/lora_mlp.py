@@ -156,9 +156,9 @@ def backward_of_rows(
     # Both buffers change their meaning here: dL/dh becomes h, gate and up become their gradients.
     wide = inner[:, : call.columns]
     glu_backward(product, wide, mlp.activation, product=product, out=wide)
-    down.adapter_gradient(incoming, product, x_lora_a_grad)
+    down.trained_gradient(incoming, product, x_lora_a_grad)
     del incoming, product, x_lora_a_grad
     unit_grad, x_lora_a_grad = gate_up.input_gradient(inner)
-    gate_up.adapter_gradient(inner, unit, x_lora_a_grad)
+    gate_up.trained_gradient(inner, unit, x_lora_a_grad)
     if x_grad is not None:
         norm_backward(mlp.norm, unit_grad, x, x_grad, grad if mlp.residual else None)

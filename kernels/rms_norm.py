@@ -1,4 +1,4 @@
-"""RMSNorm with a frozen weight, in the two roundings that models use, forward and backward in one pass each.
+"""RMSNorm in the two roundings that models use, forward and backward in one pass each.
 
     plain:        y = w * d(x / rms(x))           each factor and the product in the input's dtype d
     unit offset:  y = d(x / rms(x) * (1 + w))     all in float32, rounded once (Gemma)
@@ -6,7 +6,9 @@
 with rms(x) = sqrt(mean(x^2) + eps) in float32. The backward computes rms(x) again: reading a row once more is cheaper
 than keeping anything. Formulas from Zhang and Sennrich, 2019 (arXiv:1910.07467); the roundings are transformers'.
 
-Not here: a gradient of the weight, and LayerNorm.
+The weight is frozen, or its gradient is put where weight_gradient.py says, whenever the backward pass comes by.
+
+Not here: LayerNorm.
 """
 
 from __future__ import annotations
@@ -28,18 +30,22 @@ from grpo.kernels.launch import (
     unit_stride,
     warps,
 )
+from grpo.kernels.sizes import NORM_ROWS
+from grpo.kernels.weight_gradient import add_gradient
 
 MOST_COLUMNS = 1 << 16
 """A program holds a whole row."""
 
 
 class Norm(NamedTuple):
-    """A frozen norm over the last dimension, of `weight`'s length."""
+    """A norm over the last dimension, of `weight`'s length."""
 
     weight: Tensor
     """[columns], in the dtype of the inputs."""
     eps: float
     unit_offset: bool = False
+    trained: Tensor | None = None
+    """The same memory as `weight`, where it gets a gradient."""
 
     def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """y for x [rows, columns] or [tokens, heads, columns], without autograd. x: any strides but 1 in the last
@@ -59,6 +65,8 @@ class Norm(NamedTuple):
         the inputs."""
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
         _check(x, self.weight, grad, out, *(() if residual_grad is None else (residual_grad,)))
+        if self.trained is not None:
+            add_gradient(self.trained, self._weight_gradient(grad, x))
         if triton_supports(x):
             launch_backward(grad, x, self, residual_grad, out)
         else:
@@ -79,6 +87,17 @@ class Norm(NamedTuple):
         inner = grad.to(values.dtype) * (self.weight.to(values.dtype) + (1 if self.unit_offset else 0))
         result = scale * (inner - unit * (inner * unit).mean(-1, keepdim=True))
         return result if residual_grad is None else result + residual_grad
+
+    def _weight_gradient(self, grad: Tensor, x: Tensor) -> Tensor:
+        """dL/dw, summed over all rows in float32 (float64 for float64), from NORM_ROWS of them at a time."""
+        total = torch.zeros(x.shape[-1], dtype=accumulation_dtype(x.dtype), device=x.device)
+        for rows, grads in zip(x.split(NORM_ROWS), grad.split(NORM_ROWS), strict=True):
+            values = rows.to(total.dtype)
+            unit = values * torch.rsqrt(values.square().mean(-1, keepdim=True) + self.eps)
+            if not self.unit_offset:
+                unit = unit.to(x.dtype)
+            total += (unit * grads.to(total.dtype)).flatten(0, -2).sum(0)
+        return total
 
 
 def rms_norm(x: Tensor, norm: Norm) -> Tensor:

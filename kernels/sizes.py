@@ -16,6 +16,10 @@ RANK_MULTIPLE = 16
 HEAD_SLICE_BYTES = 32 << 20
 """host_matmul.py: of a matrix in host memory, what is on the GPU at a time; a copy of half a millisecond, in which its
 start is lost."""
+WEIGHT_SLICE_BYTES = 128 << 20
+"""weight_gradient.py: of a product in float32 that is made only to be added to a gradient."""
+NORM_ROWS = 1024
+"""rms_norm.py: rows that are in float32 at once for the gradient of a norm's weight."""
 CPU_BLOCK_BYTES = 8 << 20
 """logprob.py: each of two wide buffers on a CPU. Small enough for the caches, large enough that threads meet at few
 barriers, which are slow where other processes use the cores too."""

@@ -50,6 +50,17 @@ TINY: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+QWEN25: dict[str, Any] = {
+    "model_type": "qwen2",
+    "vocab_size": 151936,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 8192,
+    "rope_theta": 1000000.0,
+    "tie_word_embeddings": True,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+    "dtype": "bfloat16",
+}
 QWEN35: dict[str, Any] = {
     "model_type": "qwen3_5_text",
     "vocab_size": 248320,
@@ -122,6 +133,20 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
     "tiny": {**TINY, "tie_word_embeddings": True},
     "tiny_untied": {**TINY, "tie_word_embeddings": False},
+    "0.5b": {
+        **QWEN25,
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+    },
+    "1.5b": {
+        **QWEN25,
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+    },
     "3b": {
         **LLAMA3,
         "hidden_size": 3072,
@@ -195,8 +220,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 """Llama-3.2-3B, Llama-3.1-8B and Llama-3.1-70B, but for the positions; 14b and 32b have the sizes of Qwen3 without its
-norms of q and k; 30b_a3b is Qwen3-30B-A3B, qwen3.5-4b is Qwen3.5-4B, gpt_oss_20b is gpt-oss-20b. Those whose names
-begin with `tiny` are to try a benchmark on a CPU."""
+norms of q and k; 0.5b and 1.5b are Qwen2.5; 30b_a3b is Qwen3-30B-A3B, qwen3.5-4b is Qwen3.5-4B, gpt_oss_20b is
+gpt-oss-20b. Those whose names begin with `tiny` are to try a benchmark on a CPU."""
 
 MXFP4_EXPONENT = 120
 """Of all blocks: the sixteen values have a spread of 2.9."""
@@ -273,6 +298,9 @@ class RandomSource:
             return MXFP4Tensor(low.view(experts, rows, blocks, mxfp4.BLOCK // 2), exponents)
         values = self._block[start : start + torch.Size(size).numel()].view(size)
         return values * 15 if "conv1d" in name else values
+
+    def stored_name(self, name: str) -> str:
+        return name
 
     def tokenizer(self) -> Any:
         raise NotImplementedError("random weights have no tokenizer")

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from grpo.environments.pool import EnvironmentPool
     from grpo.session import Session
 
-LOAD_ARGUMENTS = ("load_in_4bit", "load_in_8bit", "max_seq_length", "lora", "base", "verbose")
+LOAD_ARGUMENTS = ("load_in_4bit", "load_in_8bit", "full_finetuning", "max_seq_length", "lora", "base", "verbose")
 GENERATION_ARGUMENTS = ("temperature", "max_tokens", "top_p", "n", "seed", "adapter", "stream")
 GENERATED_AT_ONCE = 64
 """Sequences that vLLM decodes at once unless training needs more: the KV cache has room for all at full length."""
@@ -59,6 +59,7 @@ def load(
     *,
     load_in_4bit: bool | None = None,
     load_in_8bit: bool | None = None,
+    full_finetuning: bool = False,
     max_seq_length: int | None = None,
     lora: Lora | Mapping[str, Any] | LoraConfig | None = None,
     base: str | Path | None = None,
@@ -72,6 +73,7 @@ def load(
             a run or of an adapter, whose base is then loaded with the adapter's values.
         load_in_4bit: hold the base as NF4; a run's own choice, else True.
         load_in_8bit: hold it in 8 bit instead, as int8 or as an 8-bit checkpoint has it.
+        full_finetuning: train all weights, held in 16 or 32 bit, instead of an adapter.
         max_seq_length: longest prompt plus completion in tokens. Default: that of training, 1,024.
         lora: the adapter's shape, as `grpo.config.schema.Lora`, a dict of `[lora]` keys or peft's LoraConfig; not for
             an adapter or a run.
@@ -83,7 +85,9 @@ def load(
     Raises UserError for a model, an adapter or a setting that cannot be used.
     """
     refuse_several("grpo.load")
-    refuse_unsupported(settings)
+    if full_finetuning:
+        settings["full_finetuning"] = True
+        load_in_4bit = False if load_in_4bit is None else load_in_4bit
     storage = chosen_storage(load_in_4bit, load_in_8bit)
     chosen = {**storage, "max_seq_length": max_seq_length}
     given = {name: value for name, value in {"model": model, **chosen}.items() if value is not None}
@@ -148,15 +152,6 @@ def chosen_storage(load_in_4bit: bool | None, load_in_8bit: bool | None) -> dict
     return {"load_in_4bit": load_in_4bit, "load_in_8bit": load_in_8bit}
 
 
-def refuse_unsupported(settings: Mapping[str, Any]) -> None:
-    """Raise UserError for what other libraries' loaders do and this one cannot."""
-    if settings.get("full_finetuning"):
-        raise UserError(
-            "full_finetuning is not supported: the base is shared with vLLM and frozen, only a LoRA adapter is "
-            "trained; leave it out and raise r in lora, or use TRL's trainers on a transformers model"
-        )
-
-
 def generation_arguments(settings: Mapping[str, Any]) -> dict[str, Any]:
     """`settings` as arguments of `LoadedPolicy.generate`. Raises UserError for what it has none for."""
     arguments = ours(settings, "policy.generate")
@@ -204,7 +199,8 @@ class LoadedPolicy:
 
     @property
     def model(self) -> PeftModel:
-        """The training graph as a peft model. Its base is shared with vLLM and frozen."""
+        """The training graph as a peft model, whose base is shared with vLLM and frozen; with `full_finetuning` as
+        transformers' model, whose weights are."""
         return self.session.policy.model
 
     @property
@@ -440,9 +436,9 @@ class LoadedPolicy:
     def __repr__(self) -> str:
         if self._session is None:
             return "<closed policy>"
-        base, lora = self._session.base, self.config.lora
-        storage = base.stored_as
-        return f"<{self.config.model.name} in {storage} on {base.device.type}, LoRA of rank {lora.r}>"
+        base, full = self._session.base, self.config.model.full_finetuning
+        trained = "all weights trained" if full else f"LoRA of rank {self.config.lora.r}"
+        return f"<{self.config.model.name} in {base.stored_as} on {base.device.type}, {trained}>"
 
 
 def unused_folder(task: str) -> Path:

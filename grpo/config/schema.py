@@ -83,6 +83,28 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def adapter_or_all_weights(self) -> Config:
+        update = self.train.weight_update
+        if not self.model.full_finetuning:
+            if update != "auto":
+                raise ValueError("train.weight_update is for model.full_finetuning; leave it out, or set that")
+            if self.loss.reference_storage != Loss().reference_storage:
+                raise ValueError("loss.reference_storage is for model.full_finetuning; leave it out, or set that")
+            return self
+        for key in type(self.lora).model_fields:
+            if getattr(self.lora, key) != getattr(Lora(), key):
+                raise ValueError(
+                    f"lora.{key} has no use with model.full_finetuning, which trains no adapter; leave one of the two "
+                    "out"
+                )
+        if self.model.dtype == "float32" and update not in ("auto", "float32"):
+            raise ValueError(
+                f'train.weight_update = "{update}" is for weights in bfloat16, and model.dtype = "float32" keeps every '
+                "step; leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def turns_are_an_environments(self) -> Config:
         if self.loss.advantage_level == "turn" and self.environment is None:
             raise ValueError('loss.advantage_level = "turn" needs turns; add [environment], or leave it out')

@@ -86,6 +86,8 @@ def export(
             if to == "gguf":
                 from grpo.export.gguf import find_quantizer, write_gguf
 
+                if merged.vision is not None:
+                    notice("a GGUF file holds the language model; images need an mmproj file of the base beside it")
                 quantizer = find_quantizer(llama_quantize) if gguf_type == "q4_k_m" else None
                 write_gguf(merged, folder, gguf_type, chat_of(reference, merged, system), quantizer, notice)
             else:
@@ -151,7 +153,7 @@ def title(reference: ModelReference) -> str:
 def base_model(reference: ModelReference) -> Model:
     """The [model] table of the base, without what only training needs."""
     table = reference.tables["model"]
-    keys = ("name", "revision", "trust_remote_code", "chat_template")
+    keys = ("name", "revision", "trust_remote_code", "chat_template", "images")
     values = {key: table[key] for key in keys if table.get(key) is not None and table[key] != "none"}
     return Model.model_validate(values)
 
@@ -241,6 +243,7 @@ def made_whole(folder: Path) -> Iterator[Path]:
 def write_adapter(reference: ModelReference, folder: Path, notice: Callable[[str], None]) -> None:
     """The adapter in peft's format, with its base named so that it is found from anywhere."""
     from grpo.export.plain_lora import write_plain_lora
+    from grpo.export.whole_model import write_for_whole_model
     from grpo.model.adapter_config import ADAPTER_WEIGHTS, read_adapter_config, takes_from_base
     from grpo.model.fingerprint import Fingerprint, check_base
     from grpo.policy.adapter_files import AdapterFile
@@ -263,10 +266,13 @@ def write_adapter(reference: ModelReference, folder: Path, notice: Callable[[str
         Fingerprint.of(base).write(folder)
         notice(f"{reference.adapter} started from a part of its base; written as plain LoRA of twice its rank")
         return
-    (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    for name in (ADAPTER_WEIGHTS, BASE_SAMPLE):
-        if (reference.adapter / name).is_file():
-            shutil.copyfile(reference.adapter / name, folder / name)
+    if model.images:
+        write_for_whole_model(adapter, open_accounted(model), config, folder)
+    else:
+        (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        shutil.copyfile(reference.adapter / ADAPTER_WEIGHTS, folder / ADAPTER_WEIGHTS)
+    if (reference.adapter / BASE_SAMPLE).is_file():
+        shutil.copyfile(reference.adapter / BASE_SAMPLE, folder / BASE_SAMPLE)
     notice(f"{len(adapter.names) // 2} layers of {reference.adapter}, for {config['base_model_name_or_path']}")
 
 

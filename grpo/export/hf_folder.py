@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,60 +23,9 @@ from grpo.model.architectures import causal_class
 from grpo.model.base_weights import matches_module
 from grpo.model.layout import HEAD, Layout, fused_linears
 from grpo.model.meta_graph import graph_tensors
+from grpo.model.model_folder import SHARD_BYTES, Shards, companions, replace_template, write_json
 from grpo.model.stored_form import stored_form
-
-SHARD_BYTES = 2 << 30
-COPIED = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken",
-    "chat_template*", "generation_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*",
-)  # fmt: skip
-"""What a model folder holds beside weights and configuration, as far as it stays true after merging."""
-
-
-@dataclass
-class Shards:
-    """safetensors files that are begun anew when one is full, and the index of several."""
-
-    folder: Path
-    limit: int = SHARD_BYTES
-    _held: dict[str, Tensor] = field(default_factory=dict)
-    _written: list[list[str]] = field(default_factory=list)
-    _bytes: int = 0
-    _total: int = 0
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Take `tensor`; it is held until its shard is full."""
-        if self._held and self._bytes + tensor.nbytes > self.limit:
-            self._write()
-        self._held[name] = tensor.contiguous()
-        self._bytes += tensor.nbytes
-
-    def _write(self) -> None:
-        from safetensors.torch import save_file
-
-        file = self.folder / f"shard-{len(self._written)}"
-        file.touch()
-        mode = file.stat().st_mode
-        save_file(self._held, file, metadata={"format": "pt"})
-        file.chmod(mode)  # safetensors lets nobody but the owner read
-        self._written.append(list(self._held))
-        self._total += self._bytes
-        self._held, self._bytes = {}, 0
-
-    def finish(self) -> None:
-        """Write what is left, name the files and, of several, the index."""
-        if self._held:
-            self._write()
-        count = len(self._written)
-        shard_of: dict[str, str] = {}
-        for number, names in enumerate(self._written):
-            many = f"model-{number + 1:05}-of-{count:05}.safetensors"
-            file = many if count > 1 else "model.safetensors"
-            (self.folder / f"shard-{number}").rename(self.folder / file)
-            shard_of |= dict.fromkeys(names, file)
-        if count > 1:
-            index = {"metadata": {"total_size": self._total}, "weight_map": dict(sorted(shard_of.items()))}
-            write_json(self.folder / "model.safetensors.index.json", index)
+from grpo.model.vision import TOWER
 
 
 def write_16bit(source: MergedSource, folder: Path, template: str | None, shard_bytes: int = SHARD_BYTES) -> None:
@@ -91,7 +38,8 @@ def write_16bit(source: MergedSource, folder: Path, template: str | None, shard_
     float32 = Layout.of(source.config.get_text_config()).float32
     for name in sorted(source.names):
         weight = source.read(name)
-        shards.add(name, weight if name in float32 else rounded(weight, dtype, name))
+        shards.add(source.stored_name(name), weight if name in float32 else rounded(weight, dtype, name))
+    add_tower(source, shards, dtype)
     shards.finish()
     write_companions(source, folder, model_config(source, dtype), template)
 
@@ -113,19 +61,28 @@ def write_4bit(
         weight = source.read(name)
         module = name.removesuffix(".weight")
         if module == name or module not in linears or module in dense:
-            shards.add(name, weight if name in float32 else rounded(weight, dtype, name))
+            shards.add(source.stored_name(name), weight if name in float32 else rounded(weight, dtype, name))
             continue
         entries = packed_entries(name, weight, dtype)
         for key, entry in entries.items():
-            shards.add(key, entry)
+            shards.add(source.stored_name(name) + key.removeprefix(name), entry)
         lost += float((unpacked(name, entries) - weight.float()).square().sum(dtype=torch.float64))
         whole += float(weight.float().square().sum(dtype=torch.float64))
+    add_tower(source, shards, dtype)
     shards.finish()
+    plain = [source.stored_name(f"{name}.weight").removesuffix(".weight") for name in (*routers, *dense)]
+    towers = [TOWER] if source.vision is not None else []
     config = model_config(source, dtype) | {
-        "quantization_config": quantization_config(dtype, ["lm_head", *routers, *dense])
+        "quantization_config": quantization_config(dtype, ["lm_head", *towers, *plain])
     }
     write_companions(source, folder, config, template)
     return (lost / whole) ** 0.5 if whole else 0.0
+
+
+def add_tower(source: MergedSource, shards: Shards, dtype: torch.dtype) -> None:
+    """The vision tower as the base has it, where the model takes images."""
+    for entry in sorted(source.tower.values()):
+        shards.add(source.stored_name(entry), rounded(source.read(entry), dtype, entry))
 
 
 def packed_modules(source: MergedSource) -> tuple[list[str], list[str]]:
@@ -171,13 +128,16 @@ def model_config(source: MergedSource, dtype: torch.dtype) -> dict[str, Any]:
     decoder's."""
     file = source.path / "config.json"
     values = json.loads(file.read_text()) if file.is_file() else {}
-    if values.get("model_type") != source.config.model_type:
+    if values.get("model_type") != source.config.model_type and source.vision is None:
         values = json.loads(source.config.to_json_string())
     for stale in ("quantization_config", "auto_map", "_name_or_path"):
         values.pop(stale, None)
     values["torch_dtype" if "torch_dtype" in values else "dtype"] = str(dtype).removeprefix("torch.")
     values["tie_word_embeddings"] = HEAD not in source.names
-    values["architectures"] = [causal_class(source.config.model_type)]
+    if source.vision is None:
+        values["architectures"] = [causal_class(source.config.model_type)]
+    elif isinstance(values.get("text_config"), dict):
+        values["text_config"]["tie_word_embeddings"] = values["tie_word_embeddings"]
     return values
 
 
@@ -185,7 +145,7 @@ def write_companions(source: MergedSource, folder: Path, config: dict[str, Any],
     """Everything but the weights."""
     write_json(folder / "config.json", config)
     if source.path.is_dir():
-        for file in companions(source.path):
+        for file in companions(source.path, images=source.vision is not None):
             shutil.copyfile(file, folder / file.name)
     else:
         from transformers import GenerationConfig
@@ -194,25 +154,3 @@ def write_companions(source: MergedSource, folder: Path, config: dict[str, Any],
         GenerationConfig.from_model_config(source.config).save_pretrained(folder)
     if template is not None:
         replace_template(folder, template)
-
-
-def companions(folder: Path) -> Iterator[Path]:
-    """The files of a model folder that go with any format of its weights."""
-    yield from sorted({file for pattern in COPIED for file in folder.glob(pattern) if file.is_file()})
-
-
-def replace_template(folder: Path, template: str) -> None:
-    """Make `template` the chat template of the tokenizer in `folder`, wherever one is read from."""
-    file = folder / "tokenizer_config.json"
-    if file.is_file():
-        settings = json.loads(file.read_text())
-        settings.pop("chat_template", None)
-        write_json(file, settings)
-    for old in folder.glob("chat_template*"):
-        old.unlink()
-    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
-
-
-def write_json(file: Path, values: dict[str, Any]) -> None:
-    """`values` as people read them."""
-    file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -78,6 +78,10 @@ class MergedSource:
             return torch.baddbmm(weight, b.float(), a.float(), alpha=scale)
         return torch.addmm(weight, b[piece.expert, rows].float(), a[piece.expert].float(), alpha=scale)
 
+    def stored_name(self, name: str) -> str:
+        """What the checkpoint calls it."""
+        return self.base.stored_name(name)
+
     def tokenizer(self) -> Any:
         """As the base's."""
         return self.base.tokenizer()

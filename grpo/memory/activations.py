@@ -12,7 +12,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from grpo.config.schema import Config, Lora
-from grpo.kernels.sizes import ADAPTER_COLUMNS, CPU_BLOCK_BYTES, EXPERTS_BYTES, HEAD_SLICE_BYTES, MLP_TILE, QKV_TILE
+from grpo.kernels.sizes import (
+    ADAPTER_COLUMNS,
+    CPU_BLOCK_BYTES,
+    EXPERTS_BYTES,
+    HEAD_SLICE_BYTES,
+    MLP_TILE,
+    QKV_TILE,
+    WEIGHT_SLICE_BYTES,
+)
 from grpo.memory.states import StateLayers, has_states, largest_layer, state_layers
 from grpo.model.adapter_layers import adapted_layers
 from grpo.model.attention_layers import attention_layers
@@ -91,15 +99,18 @@ class LayerSizes:
     states: tuple[StateLayers, ...] = ()
     """The layers that are not attention, by their kind."""
     experts: ExpertSizes | None = None
+    all_trained: bool = False
+    """The weights themselves get gradients; `adapted` names all linear layers then, as those that keep their input."""
 
     @classmethod
-    def of(cls, shape: Any, lora: Lora, of_all: Callable[[list[int]], int] = max) -> LayerSizes:
+    def of(cls, shape: Any, lora: Lora | None, of_all: Callable[[list[int]], int] = max) -> LayerSizes:
         """Of a plan's Shape or transformers' configuration; every layer as large as one with all adapters there are.
-        Where layers differ, `of_all` makes one size of theirs: that of the largest, or `mean_of`."""
+        `lora` None: all weights are trained. Where layers differ, `of_all` makes one size of theirs: that of the
+        largest, or `mean_of`."""
         attention = attention_layers(shape).values()
-        adapters = adapted_layers(shape, lora)
-        adapted = frozenset(name.rpartition(".")[2] for name in adapters)
-        rank = max(adapter.rank for adapter in adapters.values())
+        adapters = {} if lora is None else adapted_layers(shape, lora)
+        adapted = frozenset(name.rpartition(".")[2] for name in (linear_shapes(shape) if lora is None else adapters))
+        rank = max((adapter.rank for adapter in adapters.values()), default=0)
         first = {n: s for n, s in linear_shapes(shape).items() if ".layers.0." in n and n.rpartition(".")[2] in adapted}
         if mixed := has_states(shape):  # of the layer with the most
             first = largest_layer(shape, adapted)
@@ -122,6 +133,7 @@ class LayerSizes:
             adapter=sum(rank * sum(size) for size in first.values()),
             adapter_b=sum(rank * size[0] for size in first.values()),
             experts=expert_sizes(shape),
+            all_trained=lora is None,
         )
 
     def has(self, *endings: str) -> bool:
@@ -173,8 +185,9 @@ class TrainingMemory:
     ) -> TrainingMemory:
         """Of the largest micro-batch of `config`, or of one of `tokens` tokens."""
         tokens = tokens or max(config.train.tokens_per_micro_batch, config.max_seq_length)
+        lora = None if config.model.full_finetuning else config.lora
         return cls(
-            sizes=LayerSizes.of(shape, config.lora),
+            sizes=LayerSizes.of(shape, lora),
             itemsize=itemsize,
             tokens=tokens,
             predicted=tokens,
@@ -186,7 +199,7 @@ class TrainingMemory:
             packed_weights=config.model.quantized and on_gpu,
             head_on_host=on_gpu and config.model.offload_head,
             flash=flash,
-            mean_sizes=LayerSizes.of(shape, config.lora, mean_of),
+            mean_sizes=LayerSizes.of(shape, lora, mean_of),
         )
 
     @property
@@ -274,7 +287,7 @@ class TrainingMemory:
     def _absent_in_first_layer(self) -> int:
         """The embedding needs no gradient, so the first plain layer saves neither its norm's input nor the A behind
         it. (Without an adapter on q, k or v it saves less still, which is not counted.)"""
-        if self.kernels:
+        if self.kernels or self.sizes.all_trained:
             return 0
         s = self.sizes
         before = len(s.adapted & set(QKV)) * s.rank * s.hidden
@@ -329,11 +342,25 @@ class TrainingMemory:
         rows = self.predicted * s.hidden * self.itemsize
         norm = self.layer_input() if self.kernels else 4 * self.tokens * s.hidden
         before = self.kept(mode) + norm
+        if s.all_trained:  # logits are made again in the backward pass, and with them both gradients
+            again = self.logits() + self._slice(s.vocabulary * s.hidden)
+            return {
+                "logits": before + self.layer_input() + rows + self.logits(),
+                "head backward": before + 2 * rows + again,
+            }
         gradients = rows * (1 + self.entropy_gradient)
         return {
             "logits": before + self.layer_input() + rows + gradients + self.logits() + self._head_slices(),
             "head backward": before + gradients + rows,
         }
+
+    def _slice(self, numbers: int) -> int:
+        """Of a weight's gradient in float32 that is added where it is kept."""
+        return min(WEIGHT_SLICE_BYTES, 4 * numbers)
+
+    def _weight_gradients(self, *numbers: int) -> int:
+        """Sums in float32 for weights of so many numbers that are trained, over a layer's tiles, and a slice of one."""
+        return 4 * sum(numbers) + self._slice(max(numbers)) if self.sizes.all_trained else 0
 
     def _head_slices(self) -> int:
         """A slice of a head on the host, and its part and the sum of all parts of a chunk's gradient, in float32."""
@@ -365,7 +392,7 @@ class TrainingMemory:
     @property
     def _weights_copied(self) -> bool:
         """Whether a product's weights are laid out anew: dequantised, or copied beside their adapters' factors."""
-        return self.packed_weights or bool(self.sizes.adapted)
+        return self.packed_weights or bool(self.sizes.adapted and not self.sizes.all_trained)
 
     def _matrix(self, rows: int, columns: int, endings: Sequence[str]) -> int:
         """A weight of that size as the kernels lay it out, with the factors of its adapters beside it."""
@@ -383,8 +410,10 @@ class TrainingMemory:
         )
         mlp_tile = mlp_rows * mlp_numbers * self.itemsize
         mlp_tile += self._matrix(2 * s.inner, s.hidden, GATE_UP) + self._matrix(s.hidden, s.inner, DOWN)
+        mlp_tile += self._weight_gradients(2 * s.inner * s.hidden, s.inner * s.hidden)
         qkv = s.query + 2 * s.key
         qkv_tile = qkv_rows * (qkv + 2 * s.hidden) * self.itemsize + self._matrix(qkv, s.hidden, QKV)
+        qkv_tile += self._weight_gradients(qkv * s.hidden)
         # A layer that keeps everything has its part in `kept`; one that is replayed adds what its replay keeps, and
         # the gradient of its output stays in the caller's frame to the end.
         before = self.kept(mode) + (attention + 2 * one if replayed else 0)
@@ -406,7 +435,7 @@ class TrainingMemory:
         inner, wide = self.tokens * s.inner * self.itemsize, 4 * self.tokens * s.hidden
         layer_bytes = self.kept_by_layer()
         before = self.kept(mode) + (0 if mode == "none" else layer_bytes + one)
-        mlp, freed = 2 * inner + self._packed_weight(), 4 * inner
+        mlp, freed = 2 * inner + self._packed_weight() + self._weight_gradients(s.inner * s.hidden), 4 * inner
         if s.experts is not None:
             mlp, freed = self._experts_backward(s.experts), self.tokens * self._experts_per_token(s.experts)
         return {

@@ -13,6 +13,7 @@ from typing import Any
 from grpo.config.schema import Config
 from grpo.errors import UserError
 from grpo.memory.activations import FREE_SHARE
+from grpo.memory.full_finetuning import FORMS
 from grpo.memory.gpus import USUAL, Gpu
 from grpo.memory.plan import MARGIN, VLLM_BUFFERS, MemoryPlan, plan_memory, sequence_limits
 from grpo.memory.roofline import Work, rollout_seconds, training_seconds
@@ -24,6 +25,31 @@ MODULES = 300_000_000
 """Bytes of kernels that are loaded when they are first launched."""
 DESKTOP, DESKTOP_BELOW = 1_000_000_000, 24_000_000_000
 """Bytes that a desktop may take on a GPU with less memory than the second, whoever uses it now."""
+
+
+def forms_to_try(config: Config) -> list[Config]:
+    """`config` with each form of the weights' update that it leaves open, in the order of preference; or itself."""
+    if not config.model.full_finetuning or config.train.weight_update != "auto":
+        return [config]
+    forms = FORMS[:1] if config.model.dtype == "float32" else FORMS
+    return [
+        config.model_copy(update={"train": config.train.model_copy(update={"weight_update": form})}) for form in forms
+    ]
+
+
+def with_weight_update(
+    config: Config, shape: Any, itemsize: int, memory: tuple[int, int] | None, gpu: Gpu | None = None
+) -> Config:
+    """`config` with the first form of the weights' update that fits a GPU with (free, total) bytes of `memory`; the
+    last where none does. Without a GPU the first."""
+    tried = forms_to_try(config)
+    if memory is None:
+        return tried[0]
+    for candidate in tried:
+        plan = plan_memory(candidate, shape, itemsize, on_gpu=True, flash=gpu is None or gpu.flash)
+        if best_fit(candidate, shape, itemsize, plan, usable_bytes(*memory), gpu) is not None:
+            return candidate
+    return tried[-1]
 
 
 @dataclass(frozen=True)
@@ -120,6 +146,8 @@ def least_bytes(config: Config, plan: MemoryPlan) -> int:
 def lighter_weights(config: Config, shape: Any) -> str:
     """What would make the weights less, the cheapest first."""
     model = config.model
+    if model.full_finetuning:
+        return "use a smaller model, or train a LoRA adapter"
     if not model.load_in_4bit:
         return "set model.load_in_4bit = true" + (" instead of load_in_8bit" if model.load_in_8bit else "")
     embedding = not (shape.tie_word_embeddings or model.offload_embedding)
@@ -130,11 +158,26 @@ def lighter_weights(config: Config, shape: Any) -> str:
     return ", ".join([*steps, "or use a smaller model" if steps else "use a smaller model"])
 
 
+def lighter_update(config: Config) -> str:
+    """What would make less of what training all weights takes beside them, the first that is open."""
+    if config.loss.beta > 0 and config.loss.reference_storage == "16bit":
+        return 'set loss.reference_storage = "8bit", or loss.beta = 0'
+    if config.train.optim == "adamw":
+        return 'set train.optim = "paged_adamw_8bit"'
+    if config.train.weight_update in ("float32", "compensated") and config.model.dtype != "float32":
+        return 'set train.weight_update = "stochastic"'
+    if config.train.optim == "adamw_8bit":
+        return 'set train.optim = "paged_adamw_8bit"'
+    return "use a smaller model, or train a LoRA adapter"
+
+
 def refusal(config: Config, shape: Any, plan: MemoryPlan, needed: int, free: int, usable: int) -> str:
     """One sentence: what is needed, of what it consists, and what would make it less."""
     share, fixed = config.rollout.gpu_memory_utilization, config.rollout.kv_cache_memory_bytes
     kv = plan.kv_cache if fixed else plan.kv_one_sequence
-    parts = {"weights": plan.weights, "KV cache": kv, "vLLM's buffers": plan.vllm, "adapter": plan.adapter}
+    full = config.model.full_finetuning
+    trained = "gradients and moments" if full else "adapter"
+    parts = {"weights": plan.weights, "KV cache": kv, "vLLM's buffers": plan.vllm, trained: plan.adapter}
     if plan.images:
         parts |= {"vision tower": plan.tower, "images": plan.images}
     if plan.sampling > plan.training:
@@ -147,6 +190,7 @@ def refusal(config: Config, shape: Any, plan: MemoryPlan, needed: int, free: int
         "KV cache": "lower rollout.kv_cache_memory_bytes" if fixed else "lower rollout.max_completion_length",
         "vLLM's buffers": "use a smaller model",
         "adapter": "lower lora.r",
+        "gradients and moments": lighter_update(config),
         "vision tower": "set model.offload_tower = true",
         "images": "lower rollout.prompts_per_step or rollout.max_prompt_length",
         "sampling": "lower rollout.max_num_seqs or rollout.max_completion_length",

@@ -16,6 +16,7 @@ from typing import Any
 from grpo.config.schema import Config, Lora
 from grpo.kernels.sizes import RANK_MULTIPLE
 from grpo.memory.activations import TrainingMemory, moment_bytes
+from grpo.memory.full_finetuning import chosen_form, gradient_bytes, state_bytes
 from grpo.memory.kv_groups import KeyPool
 from grpo.memory.states import has_states, pages
 from grpo.memory.tower import TowerSizes, images_plan
@@ -271,7 +272,10 @@ def hosted(config: Config, shape: Any, *, on_gpu: bool) -> dict[str, str]:
 
 
 def adapter_bytes(config: Config, shape: Any, itemsize: int, *, on_gpu: bool) -> int:
-    """float32 values and gradients, AdamW's moments, the engine's stacked copy, and the KL reference's values."""
+    """What is trained: float32 values and gradients, AdamW's moments, the engine's stacked copy, and the KL reference's
+    values. Without an adapter, what there is beside the weights themselves: `weight_update_bytes`."""
+    if config.model.full_finetuning:
+        return weight_update_bytes(config, shape, itemsize, on_gpu=on_gpu)
     sizes, adapters = linear_shapes(shape), adapted_layers(shape, config.lora)
     trained = sum(adapter.rank * sum(sizes[part]) for part, adapter in adapters.items())
     engine = 0
@@ -284,6 +288,24 @@ def adapter_bytes(config: Config, shape: Any, itemsize: int, *, on_gpu: bool) ->
     has_reference = config.loss.beta > 0 and config.loss.reference == "start" and config.lora.init is not None
     kept = has_reference + takes_from_base(config.lora.init_lora_weights)  # the reference's values; the first ones
     return trained * (4 + 4 + 4 * kept + moment_bytes(config.train.optim, on_gpu=on_gpu)) + engine * itemsize
+
+
+def weight_update_bytes(config: Config, shape: Any, itemsize: int, *, on_gpu: bool) -> int:
+    """Gradients of all weights, what the optimiser keeps of them, and the frozen copy that a KL penalty needs."""
+    form, numbers = chosen_form(config), plain_bytes(config, shape, 1, on_gpu=on_gpu)
+    numbers += sum(map(math.prod, linear_shapes(shape).values()))
+    state = state_bytes(form, config.train.optim, itemsize, on_gpu=on_gpu)
+    reference = 0
+    if config.loss.beta > 0:
+        reference = weight_bytes(frozen_config(config), shape, itemsize, on_gpu=on_gpu)
+    return int(numbers * (state + gradient_bytes(form, itemsize))) + reference
+
+
+def frozen_config(config: Config) -> Config:
+    """`config` with the model as the reference of a KL penalty holds it beside one whose weights are trained."""
+    storage = config.loss.reference_storage
+    held = {"load_in_8bit": storage == "8bit", "load_in_4bit": storage == "4bit", "full_finetuning": False}
+    return config.model_copy(update={"model": config.model.model_copy(update=held)})
 
 
 def kv_bytes_per_token(shape: Any, itemsize: int, kv_cache_dtype: str) -> int:

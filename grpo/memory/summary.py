@@ -6,7 +6,17 @@ from __future__ import annotations
 from pathlib import Path
 
 from grpo.config.schema import Config
-from grpo.memory.fit import CONTEXT, DESKTOP, DESKTOP_BELOW, Fit, best_fit, least_bytes, refusal, usable_bytes
+from grpo.memory.fit import (
+    CONTEXT,
+    DESKTOP,
+    DESKTOP_BELOW,
+    Fit,
+    best_fit,
+    least_bytes,
+    refusal,
+    usable_bytes,
+    with_weight_update,
+)
 from grpo.memory.gpus import GPUS, Gpu, gpu_here
 from grpo.memory.plan import MemoryPlan, Shape, hosted, plan_memory, sequence_limits
 from grpo.memory.shapes import model_shape, model_tower
@@ -27,6 +37,8 @@ def memory_plan(config: Config, gpu: Gpu | None = None) -> list[str]:
     gpu = gpu or (gpu_here() if may else None)
     on_gpu = gpu is not None or config.model.device == "cuda" or (may and has_gpu())
     itemsize = compute_itemsize(config, on_gpu)
+    memory = None if gpu is None else (gpu.memory - CONTEXT, gpu.memory)
+    config = with_weight_update(config, shape, itemsize, memory, gpu)
     tower = model_tower(config.model)
     if config.model.images and tower is None:
         return [f"Memory: the sizes of the vision tower of {config.model.name} are not known, so nothing is planned."]
@@ -53,7 +65,7 @@ def parts(
         f"Memory on {where or ('the GPU' if on_gpu else 'the CPU')}, planned, in GB of 10^9 bytes:",
         f"  {gb(plan.weights)}  weights, {storage}, one copy for sampling and training",
         f"  {kv_line(config, plan, fit, on_gpu)}",
-        f"  {gb(plan.adapter)}  adapter of {ranks(config, shape)}: values, gradients, moments, vLLM's copy",
+        f"  {gb(plan.adapter)}  {trained_line(config, shape)}",
         f"  {gb(plan.sampling)}  at most, while sampling",
         f"  {gb(training)}  at most, while training on {tokens:,} tokens ({training_line(plan, fit)})",
     ]
@@ -112,12 +124,22 @@ def smallest(config: Config, shape: Shape) -> list[str]:
     """The least memory of the known GPUs that would do, in a line; none where none would."""
     for gpu in sorted(GPUS, key=lambda gpu: gpu.memory):
         itemsize = compute_itemsize(config, True)
-        plan = plan_memory(config, shape, itemsize, on_gpu=True, flash=gpu.flash, tower=model_tower(config.model))
+        tried = with_weight_update(config, shape, itemsize, (gpu.memory - CONTEXT, gpu.memory), gpu)
+        plan = plan_memory(tried, shape, itemsize, on_gpu=True, flash=gpu.flash, tower=model_tower(config.model))
         usable = usable_bytes(gpu.memory - CONTEXT, gpu.memory)
-        if best_fit(config, shape, itemsize, plan, usable, gpu) is not None:
+        if best_fit(tried, shape, itemsize, plan, usable, gpu) is not None:
             name = gpu.name.removeprefix("RTX ")
             return [f'A GPU of {gpu.memory / 1e9:.0f} GB would do; --card "{name}" plans for the {gpu.name}.']
     return []
+
+
+def trained_line(config: Config, shape: Shape) -> str:
+    """What there is beside the weights, because something is trained."""
+    if not config.model.full_finetuning:
+        return f"adapter of {ranks(config, shape)}: values, gradients, moments, vLLM's copy"
+    low = ", lower halves of the weights" if config.train.weight_update != "stochastic" else ""
+    frozen = f", the reference in {config.loss.reference_storage}" if config.loss.beta > 0 else ""
+    return f'gradients, moments{low}{frozen}; train.weight_update = "{config.train.weight_update}"'
 
 
 def ranks(config: Config, shape: Shape) -> str:

@@ -62,6 +62,9 @@ NOT_TO_BE_MERGED = {"alora_invocation_tokens", "arrow_config"}
 """What depends on the input, so that no weights without an adapter compute it."""
 UNSET: tuple[Any, ...] = (None, False, "", [], {})
 
+NOT_THE_TOWER = r"(.*\.)?visual\..*"
+"""`exclude_modules` of an exported adapter of a model that takes images: towers have modules of the same names."""
+
 LEAVE_THE_BASE = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 """Values of `init_lora_weights` with which the trained base is the one on the disk."""
 PISSA_NITER = re.compile(r"pissa_niter_([1-9]\d?)")
@@ -148,6 +151,8 @@ def as_lora(values: Mapping[str, Any], file: Path) -> Lora:
     for key, kind in (("layers_to_transform", int), ("layers_pattern", str)):
         if isinstance(table.get(key), kind):
             table[key] = [table[key]]
+    if table.get("exclude_modules") == NOT_THE_TOWER:  # the decoder alone has none
+        del table["exclude_modules"]
     try:
         return Lora.model_validate(table)
     except ValidationError as error:

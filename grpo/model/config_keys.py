@@ -22,8 +22,8 @@ from grpo.model.architectures import causal_class, vllm_class
 from grpo.model.checks import one_line
 from grpo.model.decoder_config import DecoderConfig
 from grpo.model.families.table import family_of
+from grpo.model.meta_graph import IMAGE_POSITIONS
 from grpo.model.rope import (
-    IMAGE_POSITIONS,
     by_layer_type,
     frequencies,
     head_size,

@@ -116,6 +116,10 @@ class GGUFSource:
             return weight - 1
         return weight
 
+    def stored_name(self, name: str) -> str:
+        """What the checkpoint calls it."""
+        return name
+
     def tokenizer(self) -> Any:
         from transformers import AutoTokenizer
 

@@ -108,6 +108,10 @@ class ResidualSource:
         """As the source's."""
         return self.source.shape(name)
 
+    def stored_name(self, name: str) -> str:
+        """What the checkpoint calls it."""
+        return self.source.stored_name(name)
+
     def tokenizer(self) -> Any:
         """As the source's."""
         return self.source.tokenizer()

@@ -20,6 +20,8 @@ from grpo.model.decoder_config import DecoderConfig
 from grpo.model.graph_experts import GraphExperts, experts_in
 
 HEAD = "lm_head.weight"
+IMAGE_POSITIONS = ("mrope_section", "mrope_interleaved")
+"""Entries of `rope_parameters` about positions in images."""
 FEWEST_ROWS = 2
 """A product with one output, such as the gate of a shared expert, is no linear layer to us: no adapter, no NF4."""
 FRAME = ("model.embed_tokens", "model.layers.0", "model.norm", "lm_head")
@@ -90,7 +92,10 @@ def check_frame(config: DecoderConfig) -> None:
 def graph_tensors(config: DecoderConfig) -> GraphTensors:
     """The tensors of the graph of `config`, transformers' of a text model."""
     kind: Any = type(config)
-    return _graph_tensors(kind, json.dumps(config.to_dict(), sort_keys=True, default=str))
+    values = config.to_dict()
+    if values.get("rope_parameters"):  # of which a text model's class does not know those about images
+        values["rope_parameters"] = {k: v for k, v in values["rope_parameters"].items() if k not in IMAGE_POSITIONS}
+    return _graph_tensors(kind, json.dumps(values, sort_keys=True, default=str))
 
 
 @lru_cache(maxsize=8)

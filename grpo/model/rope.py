@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from grpo.model.decoder_config import DecoderConfig
 from grpo.model.families.table import family_of
+from grpo.model.meta_graph import IMAGE_POSITIONS
 
 EVERYWHERE = ""
 """Stands for the layer type where all layers have the same frequencies."""
@@ -33,9 +34,6 @@ OF_TYPE = {
     "llama3": {"factor", "low_freq_factor", "high_freq_factor"},
 }
 """The entries of `rope_parameters` that transformers reads for a `rope_type`."""
-
-IMAGE_POSITIONS = ("mrope_section", "mrope_interleaved")
-"""The entries about positions in images."""
 
 Frequencies = dict[str, tuple[Tensor, float]]
 """Layer type, or EVERYWHERE -> (float32 [rotated dimensions / 2], what cosines and sines are multiplied by)."""

@@ -262,6 +262,9 @@ class SafetensorsSource:
             raise ValueError(f"the NF4 codes or scales of {name} do not fit its shape")
         return NF4Tensor(codes, absmax.float().reshape(-1), (rows, columns))
 
+    def stored_name(self, name: str) -> str:
+        return self._stored_name.get(name, name)
+
     def tokenizer(self) -> Any:
         from transformers import AutoTokenizer
 

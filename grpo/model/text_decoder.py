@@ -11,14 +11,13 @@ from typing import Any
 
 from grpo.model.decoder_config import DecoderConfig
 from grpo.model.families.table import family_of
+from grpo.model.meta_graph import IMAGE_POSITIONS
 from grpo.model.quantization import weight_of
 
 WRAPPERS = ("language_model", "text_model")
 """Modules that models of several inputs keep their decoder of text in."""
 SHARED_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 """What the whole model's configuration may say for its decoder."""
-OF_IMAGES = ("mrope_section", "mrope_interleaved")
-"""Entries of `rope_parameters` about positions in images."""
 
 
 def text_config(config: DecoderConfig, *, images: bool = False) -> DecoderConfig:
@@ -44,11 +43,15 @@ def as_family(config: DecoderConfig, model_type: str, *, images: bool = False) -
     from transformers import AutoConfig
 
     values = {key: value for key, value in config.to_dict().items() if key not in ("model_type", "architectures")}
-    rotary = {key: value for key, value in values["rope_parameters"].items() if images or key not in OF_IMAGES}
+    rotary = {key: value for key, value in values["rope_parameters"].items() if key not in IMAGE_POSITIONS}
     if rotary.get("rope_type") == "mrope":
         rotary["rope_type"] = "default"
     changed = family_of(config.model_type).text_values
-    return AutoConfig.for_model(model_type, **{**values, **changed, "rope_parameters": rotary})
+    made = AutoConfig.for_model(model_type, **{**values, **changed, "rope_parameters": rotary})
+    if images:  # afterwards: the family's own class knows of none
+        made.ignore_keys_at_rope_validation = set(IMAGE_POSITIONS)
+        made.rope_parameters |= {key: config.rope_parameters[key] for key in IMAGE_POSITIONS}
+    return made
 
 
 def decoder_names(stored: Iterable[str], wanted: set[str]) -> dict[str, str]:
@@ -58,10 +61,15 @@ def decoder_names(stored: Iterable[str], wanted: set[str]) -> dict[str, str]:
     """
     names = {}
     for name in stored:
-        plain = ".".join(part for part in name.split(".") if part not in WRAPPERS)
+        plain = plain_name(name)
         if logical(plain) in wanted:
             names[plain] = name
     return names
+
+
+def plain_name(name: str) -> str:
+    """What the decoder alone calls its module or tensor `name` of a model of several inputs."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def logical(name: str) -> str:

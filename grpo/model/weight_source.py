@@ -104,6 +104,10 @@ class Source(Protocol):
         """The shape that `read` gives, without reading the values."""
         ...
 
+    def stored_name(self, name: str) -> str:
+        """What the checkpoint calls the tensor `name`."""
+        ...
+
     def tokenizer(self) -> Any:
         """transformers' tokenizer."""
         ...

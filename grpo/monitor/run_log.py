@@ -231,7 +231,7 @@ class RunLog:
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write `summary.json` (`summary`, first and last rewards, versions, hardware, seconds) and show the result.
 
-        `summary["adapter"]`, a path, is where the screen says the adapter is.
+        `summary["adapter"]`, or "trained_model" of one trained whole, is a path, and the screen says where that is.
         """
         first, last = self._ends()
         record = {
@@ -362,6 +362,8 @@ class RunLog:
             parts.append(Text(f"Alarms: {', '.join(names)}; docs/alarms.md says what to look at", style="bold red"))
         if record.get("adapter") is not None:
             parts.append(Text(f"The adapter is in {printable(str(record['adapter']))}"))
+        if record.get("trained_model") is not None:
+            parts.append(Text(f"The trained model is in {printable(str(record['trained_model']))}"))
         parts.append(Text(f"Metrics, samples and summary.json are in {printable(str(self.run_folder))}"))
         if self._report is not None:
             parts.append(Text(f"Curves and samples to look at: {printable(str(self.run_folder / REPORT))}"))

@@ -30,6 +30,7 @@ from grpo.model.expert_sizes import MATRICES
 from grpo.model.meta_graph import graph_tensors
 from grpo.model.safetensors_source import DENSE_TYPES
 from grpo.model.sizes import linear_shapes
+from grpo.model.text_decoder import plain_name
 from grpo.model.weight_files import stored_names
 
 PEFT_PREFIX = "base_model.model."
@@ -49,9 +50,17 @@ class AdapterFile:
             )
         try:
             self._handle = safe_open(self.file, framework="pt")
-            self.names = set(stored_names(self.file))
+            self._stored = {plain_name(name): name for name in stored_names(self.file)}
         except (SafetensorError, OSError, ValueError) as error:
             raise UserError(f"{self.file}: damaged safetensors ({one_line(error)}); copy the adapter again") from None
+
+    @property
+    def names(self) -> set[str]:
+        """peft's names of all tensors, those of a model of several inputs as the decoder alone has them."""
+        return set(self._stored)
+
+    def _tensor(self, name: str) -> Tensor:
+        return self._handle.get_tensor(self._stored[name])
 
     def check(self, config: DecoderConfig) -> dict[str, LayerAdapter]:
         """The adapter of each linear layer of the base, whose A and B are there and of the right size; and no others.
@@ -96,7 +105,7 @@ class AdapterFile:
         """A [experts, rank, in], B [experts, out, rank] and the scale of the adapter on the experts' parameter."""
         adapters = adapted_experts(config, self.saved.lora)
         module, _, _ = name.rpartition(".")
-        a, b = (self._handle.get_tensor(key) for key in expert_factor_names(name, adapters))
+        a, b = (self._tensor(key) for key in expert_factor_names(name, adapters))
         experts, rank = graph_tensors(config).experts[module].experts, adapters[name].rank
         return a.view(experts, rank, -1), b.view(len(b), rank, experts).permute(2, 0, 1), adapters[name].scale
 
@@ -109,7 +118,7 @@ class AdapterFile:
     def _check_tensor(self, key: str, shape: tuple[int, ...]) -> None:
         if key not in self.names:
             raise UserError(f"{self.file}: tensor {key} is missing; {OTHER_BASE}")
-        stored = self._handle.get_slice(key)
+        stored = self._handle.get_slice(self._stored[key])
         if stored.get_dtype() not in DENSE_TYPES:
             raise UserError(f"{self.file}: {key} is kept as {stored.get_dtype()}; save the adapter in float32")
         if (shape_here := tuple(stored.get_shape())) != shape:
@@ -117,12 +126,12 @@ class AdapterFile:
 
     def factors(self, layer: str) -> tuple[Tensor, Tensor]:
         """A [rank, in] and B [out, rank] of the linear layer `layer`, as they are stored."""
-        a, b = (self._handle.get_tensor(key) for key in factor_names(layer))
+        a, b = (self._tensor(key) for key in factor_names(layer))
         return a, b
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything, by peft's names, on the CPU."""
-        return {name: self._handle.get_tensor(name) for name in sorted(self.names)}
+        return {name: self._tensor(name) for name in sorted(self.names)}
 
 
 def open_adapter(folder: Path, lora: Lora, config: DecoderConfig) -> AdapterFile:

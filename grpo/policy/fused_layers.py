@@ -33,6 +33,7 @@ from grpo.model.base_weights import BaseWeights, FusedLinear
 from grpo.model.decoder_config import DecoderConfig
 from grpo.model.families.table import family_of
 from grpo.policy.lora_linear import ADAPTER, LoraLinear
+from grpo.policy.trained_weights import TrainedLinear
 
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 """transformers' names of the activations that kernels/glu.py has."""
@@ -75,7 +76,8 @@ def activation_of(config: DecoderConfig) -> str:
 def norm_of(module: nn.Module, config: DecoderConfig) -> Norm:
     """A transformers RMSNorm as the kernels take it."""
     eps = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
-    return Norm(module.weight.detach(), float(eps), family_of(config.model_type).norm_adds_one)
+    trained = module.weight if module.weight.requires_grad else None
+    return Norm(module.weight.detach(), float(eps), family_of(config.model_type).norm_adds_one, trained)
 
 
 class FusedNorm(nn.Module):
@@ -95,7 +97,8 @@ class AdaptedLinears:
 
     def __init__(self, linear: FusedLinear, modules: Sequence[nn.Module]):
         segments = tuple((segment.weight, segment.absmax) for segment in linear.segments)
-        self.frozen = LinearGroup(segments, linear.bias, linear.segments[0].dtype)
+        trained = tuple((module.weight, module.bias) for module in modules if isinstance(module, TrainedLinear))
+        self.frozen = LinearGroup(segments, linear.bias, linear.segments[0].dtype, trained)
         self.modules = tuple(modules)
         self.row_ranges = tuple(linear.parts.values())
 

@@ -21,7 +21,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from grpo.errors import UserError
 from grpo.kernels.attention import Packing
-from grpo.kernels.logprob import selected_logprobs
+from grpo.kernels.trained_head import token_logprobs
 from grpo.model.head import Head
 from grpo.policy.activation_checkpointing import patch_checkpointing_switch
 from grpo.policy.image_rows import deepstack
@@ -196,7 +196,7 @@ def causal_lm_forward(
     targets = labels_of_predictors(labels) if shift_labels is None else shift_labels
     chosen = targets != IGNORED
     with torch.autocast(hidden.device.type, enabled=False):
-        logprobs, _ = selected_logprobs(
+        logprobs, _ = token_logprobs(
             hidden[chosen],
             self.get_output_embeddings().weight,
             targets[chosen],

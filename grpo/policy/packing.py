@@ -106,12 +106,13 @@ def tree_row(
 
 
 def sequences_through(tree: PrefixTree) -> dict[int, int]:
-    """id of each node -> a sequence that it is on the path of."""
+    """id of each node -> a sequence on whose path it is, with all its tokens: others may end within it."""
     passing: dict[int, int] = {}
-    for number, (end, _) in enumerate(tree.ends):
+    for number, (end, length) in enumerate(tree.ends):
         node: Node | None = end
         while node is not None:
-            passing[id(node)] = number
+            if id(node) not in passing or length > tree.ends[passing[id(node)]][1]:
+                passing[id(node)] = number
             node = node.parent
     return passing
 

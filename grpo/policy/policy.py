@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from grpo.config.schema import Lora
 from grpo.errors import UserError
-from grpo.kernels.logprob import selected_logprobs
+from grpo.kernels.trained_head import token_logprobs
 from grpo.model.adapter_config import takes_from_base
 from grpo.model.adapter_layers import adapted_experts, adapted_layers
 from grpo.model.base_weights import BaseWeights
@@ -55,6 +55,9 @@ class TokenLogprobs:
 
 class Policy:
     """The model in training: base (borrowed) plus adapter (owned)."""
+
+    artefact: ClassVar[str] = "adapter"
+    """What `save` writes, as folders are named after it."""
 
     def __init__(
         self,
@@ -218,7 +221,7 @@ class Policy:
             self.decoder.model, prompts, completions, self.base.device, sampled,
             tree=tree, routes=routes, images=self.image_rows(prompts, images),
         )  # fmt: skip
-        logprobs, entropy = selected_logprobs(
+        logprobs, entropy = token_logprobs(
             hidden,
             self.head_weight(),
             targets,
@@ -241,6 +244,14 @@ class Policy:
     def head_weight(self) -> Tensor:
         """The output head [vocabulary, hidden]; on the CPU, pinned, where `model.offload_head` keeps it from a GPU."""
         return self.base.head()
+
+    def save(self, folder: Path) -> None:
+        """Write what is trained."""
+        self.save_adapter(folder)
+
+    def load(self, folder: Path) -> None:
+        """Take the values that `save` wrote to `folder`."""
+        self.load_adapter(folder)
 
     def save_adapter(self, folder: Path) -> None:
         """Write the adapter in peft's format, and by which it knows its base again."""

@@ -93,8 +93,9 @@ class RolloutAdapter:
             a, b = pairs.a_initial, pairs.b_initial
         else:
             a, b = pairs.a_trained, pairs.b_trained
-        torch._foreach_copy_(pairs.a_buffers, a)
-        torch._foreach_copy_(pairs.b_buffers, torch._foreach_mul(b, pairs.scales))
+        if pairs.a_buffers:
+            torch._foreach_copy_(pairs.a_buffers, a)
+            torch._foreach_copy_(pairs.b_buffers, torch._foreach_mul(b, pairs.scales))
         acts = self._enabled or not self.base.initial
         for adapter, buffers in self._of_experts:
             expert_a, expert_b = adapter.scaled()

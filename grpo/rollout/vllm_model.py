@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import vllm
 from torch import Tensor, nn
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
@@ -34,6 +36,7 @@ from grpo.model.config_keys import served_values
 from grpo.model.decoder_config import DecoderConfig
 from grpo.model.layout import pattern_of
 from grpo.model.rope import EVERYWHERE, Rotary
+from grpo.policy.full_policy import FullPolicy
 from grpo.rollout.experts import SharedExpertsMethod, serve_experts
 from grpo.rollout.lora_buffers import RolloutAdapter
 from grpo.rollout.route_recorder import RouteRecorder
@@ -110,6 +113,20 @@ def segment_linear(x: Tensor, segment: Segment, bias: Tensor | None, out: Tensor
     stored_linear(x, segment.weight, segment.absmax, bias, low_rank, out)
 
 
+class SharedEmbeddingMethod(QuantizeMethodBase):
+    """Embedding and output head as they are in the storage: vLLM's own method multiplies, on a CPU, with a copy of the
+    head that it lays out anew when it starts, and which an optimiser's step does not reach."""
+
+    def create_weights(self, layer: nn.Module, *args: Any, **extra_weight_attrs: Any) -> None:
+        """The layer has its weight when this takes its place."""
+
+    def embedding(self, layer: nn.Module, input_: Tensor) -> Tensor:
+        return F.embedding(input_, layer.weight)
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.linear(x, layer.weight, bias)
+
+
 @register_quantization_config(SHARED)
 class SharedConfig(QuantizationConfig):
     """Tells vLLM to leave every linear layer to `SharedLinearMethod`."""
@@ -161,6 +178,10 @@ class SharedLoader(BaseModelLoader):
         if missing := sorted(set(base.linears) - attached):
             raise unlike(base, f"without {missing[0]}")
         attach_tensors(model, base)
+        if isinstance(adapter.policy, FullPolicy):
+            for module in model.modules():
+                if isinstance(module, VocabParallelEmbedding):
+                    module.quant_method = SharedEmbeddingMethod()
         if handle.images is not None:
             model.see(handle.images, handle.step_tokens, base.device, base.dtype)
         share_positions(model, base.config, model_config.max_model_len)

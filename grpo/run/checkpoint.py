@@ -41,8 +41,8 @@ CONFIG = "config.toml"
 LOCK = ".lock"
 REFERENCE = "reference_adapter"
 BEFORE_FIRST_STEP = {
-    LOCK, CONFIG, BASE_SAMPLE, INITIAL_ADAPTER, REFERENCE, EVALUATIONS, "best_adapter", COMPLETIONS, "tensorboard",
-    "wandb", REPORT,
+    LOCK, CONFIG, BASE_SAMPLE, INITIAL_ADAPTER, REFERENCE, EVALUATIONS, "best_adapter", "best_model", COMPLETIONS,
+    "tensorboard", "wandb", REPORT,
 }  # fmt: skip
 STEP = re.compile(r"step-(\d+)")
 
@@ -52,6 +52,7 @@ FIXED = (
     "model.revision",
     "model.load_in_4bit",
     "model.load_in_8bit",
+    "model.full_finetuning",
     "model.dtype",
     "model.keep_16bit",
     "lora.r",
@@ -69,6 +70,7 @@ FIXED = (
     "rollout.max_prompt_length",
     "train.seed",
     "train.optim",
+    "train.weight_update",
     "environment.schedule",
     "environment.latency_steps",
 )

@@ -8,7 +8,7 @@ import torch
 
 from grpo.config.schema import Config
 from grpo.errors import UserError
-from grpo.memory.fit import check_memory, lighter_weights
+from grpo.memory.fit import check_memory, lighter_weights, with_weight_update
 from grpo.memory.gpus import as_found
 from grpo.memory.plan import weight_bytes
 from grpo.memory.tower import TowerSizes
@@ -58,3 +58,15 @@ def check_weights(
             f"the GPU has {free / 1e9:.1f} GB free, and the weights of {config.model.name} need {needed / 1e9:.1f} GB; "
             f"{lighter_weights(config, shape)}"
         )
+
+
+def with_form(config: Config, model: Any, device: torch.device, dtype: torch.dtype) -> Config:
+    """`config` with the form of the weights' update that it leaves open, where all weights are trained. `model`:
+    transformers' configuration."""
+    if not config.model.full_finetuning:
+        return config
+    memory = torch.cuda.mem_get_info(device) if device.type == "cuda" else None
+    gpu = None
+    if memory is not None:
+        gpu = as_found(torch.cuda.get_device_name(device), architecture_of(device), memory[1])
+    return with_weight_update(config, model.get_text_config(), dtype.itemsize, memory, gpu)

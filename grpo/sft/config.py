@@ -135,6 +135,10 @@ class SftConfig(Section):
         for name, keys in KEYS.items():
             for key in sorted(getattr(self, name).model_fields_set - set(keys)):
                 raise ValueError(f"{name}.{key} belongs to GRPO and has no meaning here; leave it out")
+        if self.model.full_finetuning:
+            raise ValueError(
+                "model.full_finetuning is for GRPO; a supervised run trains an adapter, leave it out (docs/sft.md)"
+            )
         if self.model.max_seq_length is not None:
             raise ValueError("model.max_seq_length is sft.max_length here; set that instead")
         return self

@@ -42,7 +42,8 @@ def write_dump(run: Path, step: int, config: Config, policy: Any, skipped: Skipp
     folder = dump_folder(run, step)
 
     def write(partial: Path) -> None:
-        policy.save_adapter(partial / "adapter")
+        (partial / policy.artefact).mkdir()
+        policy.save(partial / policy.artefact)
         (partial / "config.toml").write_text(config_toml(config))
         save_tensors(partial / BATCH, encoded(skipped.batch))
         figures = {name: value if value is None else repr(value) for name, value in skipped.figures.items()}

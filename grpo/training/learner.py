@@ -16,6 +16,7 @@ from torch import Tensor
 
 from grpo.config.schema import Config
 from grpo.distributed.ranks import Ranks, split_evenly
+from grpo.memory.full_finetuning import chosen_form
 from grpo.policy.policy import Policy, TokenLogprobs
 from grpo.policy.rng import RandomState, current_states
 from grpo.rollout.sampler import Group
@@ -33,6 +34,7 @@ from grpo.training.loss_metrics import Metrics, as_message, from_message, joined
 from grpo.training.micro_batch import MicroBatchBudget, largest_batch
 from grpo.training.optim import LossScaler, OptimizerBackup, build_optimizer, learning_rate, moments_like
 from grpo.training.update_check import Batch, UpdateCheck
+from grpo.training.weight_optimizer import WeightOptimizer, build_weight_optimizer
 
 
 class Learner:
@@ -57,7 +59,7 @@ class Learner:
         self.loss = resolve_loss(config.loss)
         self.parameters = policy.parameters()
         self.budget = MicroBatchBudget(policy, config, notice)
-        self.optimizer = build_optimizer(self.parameters, config.train, policy.base.device, notice)
+        self.optimizer = optimizer_of(policy, config, notice)
         self.scaler = LossScaler(policy.base.dtype)
 
     def update(self, groups: Sequence[Group], advantages: Advantages, step: int) -> dict[str, float | None]:
@@ -244,6 +246,8 @@ class Learner:
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         if not gradients:
             return 0.0
+        if isinstance(self.optimizer, WeightOptimizer):
+            return self.optimizer.clip(self.config.train.max_grad_norm)
         self.scaler.unscale(gradients)
         return float(torch.nn.utils.clip_grad_norm_(self.parameters, self.config.train.max_grad_norm))
 
@@ -278,6 +282,13 @@ class Learner:
         self.update_check.load_state_dict(state["guard"])
         self.scaler.load_state_dict(state["scaler"])
         self.budget.load_state_dict(state["headroom"])
+
+
+def optimizer_of(policy: Policy, config: Config, notice: Callable[[str], None]) -> torch.optim.Optimizer:
+    """The optimiser of an adapter, or of the weights themselves."""
+    if config.model.full_finetuning:
+        return build_weight_optimizer(policy.parameters(), chosen_form(config), config.train, notice)
+    return build_optimizer(policy.parameters(), config.train, policy.base.device, notice)
 
 
 def split(prompts: list[TrainingGroup], parts: int) -> list[list[TrainingGroup]]:

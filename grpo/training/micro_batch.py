@@ -18,6 +18,7 @@ from grpo.config.schema import Config
 from grpo.errors import UserError
 from grpo.kernels.attention import FLASH_CAPABILITY
 from grpo.memory.activations import TrainingMemory, moment_bytes
+from grpo.memory.full_finetuning import chosen_form, gradient_bytes, state_bytes
 from grpo.policy.policy import Policy
 from grpo.policy.rng import RandomState
 from grpo.training.batch import TrainingSequence, pack
@@ -122,7 +123,13 @@ def checkpointing_mode(training: TrainingMemory, policy: Policy, config: Config)
         free_cached(base.device)
         free = torch.cuda.mem_get_info(base.device)[0]
     # Gradients and moments do not exist yet.
-    free -= sum(p.numel() for p in policy.parameters()) * (4 + moment_bytes(config.train.optim, on_gpu=on_gpu))
+    numbers, itemsize = sum(p.numel() for p in policy.parameters()), base.dtype.itemsize
+    if config.model.full_finetuning:
+        form = chosen_form(config)
+        state = state_bytes(form, config.train.optim, itemsize, on_gpu=on_gpu)
+        free -= int(numbers * (gradient_bytes(form, itemsize) + state))
+    else:
+        free -= numbers * (4 + moment_bytes(config.train.optim, on_gpu=on_gpu))
     return training.first_that_fits(free, host)
 
 

@@ -25,11 +25,13 @@ from torch import Tensor
 from grpo.errors import UserError
 from grpo.images import Image
 from grpo.model.families.table import listed
+from grpo.policy.full_policy import FullPolicy
 from grpo.policy.lora_linear import ADAPTER, LoraLinear
 from grpo.policy.policy import Policy
 from grpo.rollout.types import Request, SamplingSettings
 from grpo.session import Session
 from grpo.training.module_check import Difference, as_in_training, first_difference
+from grpo.training.weight_move import moved_weights
 
 LONGEST_PROMPT = 1024
 """Tokens of the prompt, where the run's sequences are that long: windows and rotary factors show with distance."""
@@ -63,8 +65,9 @@ class GatePrompt(NamedTuple):
     """Without them: what modules are compared on, one by one."""
 
 
-Noise = Callable[[LoraLinear], float]
-"""What is added to the B of an adapter's module, as a standard deviation."""
+Noise = Callable[[LoraLinear | None], float]
+"""What is added to the B of an adapter's module, as a standard deviation; without an adapter to weights, as a share of
+their size."""
 
 
 class Sampled(NamedTuple):
@@ -122,13 +125,14 @@ def check_logprobs(session: Session, prompt: GatePrompt) -> None:
     mean_logprob_diff = mean_abs_diff(before.logprobs, scored(policy, prompt, before))
     refuse_difference(session, prompt, mean_logprob_diff, limit, "")
     least = max(STANDS_OUT * mean_logprob_diff, limit / STANDS_OUT)
+    what, others = moved_names(policy)
     nudge = nudge_that_stands_out(policy, prompt, before, least)
     if nudge is None:
         check_modules(session, prompt)  # the two may differ by more than an adapter can
         if before.certain:
             return
         raise UserError(
-            f"self-test: moving the adapter on {policy.adapted()} changes no logprob by "
+            f"self-test: moving the {what} on {policy.adapted()} changes no logprob by "
             f"{least:.3g}, so it cannot be trained; name other lora.target_modules"
         )
     with served_move(session, everywhere(nudge)):
@@ -139,8 +143,8 @@ def check_logprobs(session: Session, prompt: GatePrompt) -> None:
     followed = float((after.logprobs - there) @ effect / (effect @ effect))
     if not followed > LEAST_FOLLOWED:
         raise UserError(
-            f"self-test: of the effect that moving the adapter has on the training graph, generation shows "
-            f"{followed:.0%}: vLLM samples from another adapter{named_difference(session, prompt)}; {remedy(session)}"
+            f"self-test: of the effect that moving the {what} has on the training graph, generation shows "
+            f"{followed:.0%}: vLLM samples from {others}{named_difference(session, prompt)}; {remedy(session)}"
         )
     # A larger move makes larger activations, and rounding errors with them.
     refuse_difference(
@@ -150,6 +154,11 @@ def check_logprobs(session: Session, prompt: GatePrompt) -> None:
         max(limit, float(effect.abs().mean()) / STANDS_OUT),
         "moved ",
     )
+
+
+def moved_names(policy: Policy) -> tuple[str, str]:
+    """What is moved, and what generation would have that does not follow, in words."""
+    return ("weights", "other weights") if isinstance(policy, FullPolicy) else ("adapter", "another adapter")
 
 
 def check_modules(session: Session, prompt: GatePrompt) -> None:
@@ -164,6 +173,8 @@ def check_modules(session: Session, prompt: GatePrompt) -> None:
 
 def different_module(session: Session, prompt: GatePrompt) -> Difference | None:
     """The first module that is not alike on `prompt`, with an adapter that acts on all of them."""
+    if isinstance(session.policy, FullPolicy):
+        return first_difference(session, prompt.text)
     with served_move(session, even_move):
         return first_difference(session, prompt.text)
 
@@ -173,8 +184,9 @@ def everywhere(noise: float) -> Noise:
     return lambda layer: noise
 
 
-def even_move(layer: LoraLinear) -> float:
+def even_move(layer: LoraLinear | None) -> float:
     """The noise in B with which an adapter adds about as much as its input is large, whatever its rank and scale."""
+    assert layer is not None
     scale, rank = abs(layer.scaling[ADAPTER]), layer.r[ADAPTER]
     return EVEN_MOVE / (scale * rank**0.5) if scale else 0.0
 
@@ -198,7 +210,12 @@ def nudge_that_stands_out(policy: Policy, prompt: GatePrompt, sampled: Sampled, 
 
 @contextmanager
 def moved(policy: Policy, noise: Noise) -> Iterator[None]:
-    """Inside, every B has noise of that standard deviation added: the same at each call, in proportion."""
+    """Inside, every B has noise of that standard deviation added, or without an adapter the weights have, as
+    `moved_weights` does: the same at each call, in proportion."""
+    if isinstance(policy, FullPolicy):
+        with moved_weights(policy, noise(None)):
+            yield
+        return
     layers = policy.all_adapters()
     tensors = [layer.lora_B[ADAPTER].weight for layer in layers]
     original = [tensor.detach().clone() for tensor in tensors]
@@ -229,9 +246,9 @@ def refuse_difference(session: Session, prompt: GatePrompt, mean_logprob_diff: f
     """Raise UserError for a difference between the two graphs that rounding does not explain."""
     if not mean_logprob_diff <= limit:
         raise UserError(
-            f"self-test: with the {which}adapter vLLM's logprobs differ from the training graph's by "
-            f"{mean_logprob_diff:.3g} on average, over {limit:.3g}, so completions would not come from the trained "
-            f"policy{named_difference(session, prompt)}; {remedy(session)}"
+            f"self-test: with the {which}{moved_names(session.policy)[0]} vLLM's logprobs differ from the training "
+            f"graph's by {mean_logprob_diff:.3g} on average, over {limit:.3g}, so completions would not come from the "
+            f"trained policy{named_difference(session, prompt)}; {remedy(session)}"
         )
 
 

@@ -43,6 +43,7 @@ from grpo.training.reference_policy import set_reference
 from grpo.training.rollout_memory import sample_within_memory
 from grpo.training.step_metrics import ScoredGroups, expert_metrics, logged, reward_table, sampling_metrics
 from grpo.training.update_check import SkippedUpdate
+from grpo.training.weight_optimizer import WeightOptimizer
 
 STATE = "trainer.safetensors"
 KEPT_QUESTIONS = 32
@@ -149,7 +150,7 @@ class Trainer:
         self.step_complete = False
         sync_seconds = self.session.engine.sync_adapter()
         now = time.perf_counter()
-        survival = self.adapter_survival(scored.groups, step)
+        survival = self.survival(scored.groups, step)
         if self.log.wants_samples(step):
             weights = dict(zip(self.reward_names, self.weights.tolist(), strict=True))
             self.log.samples(step, logged(scored.groups[: self.config.log.samples], weights, self.ranks))
@@ -179,11 +180,15 @@ class Trainer:
         tower = self.session.policy.tower
         return {} if tower is None else tower.take_counts()
 
-    def adapter_survival(self, groups: list[Group], step: int) -> dict[str, float]:
-        """Now and then, how much of the adapter's effect shows in 16 bit, on completions of different prompts."""
+    def survival(self, groups: list[Group], step: int) -> dict[str, float]:
+        """Now and then, how much of what is trained shows in 16 bit: of the weights' change, or of the adapter's effect
+        on completions of different prompts."""
         every = self.config.log.adapter_survival_every
         if not self.ranks.first or every is None or (step > 1 and step % every):
             return {}
+        if isinstance(optimizer := self.learner.optimizer, WeightOptimizer):
+            changed = optimizer.survival()
+            return {} if changed is None else {"weight_survival": changed}
         turns = zip_longest(*([one.segments(group.prompt.token_ids) for one in group.local] for group in groups))
         firsts = [one[0] for turn in turns for one in turn if one]  # one of each group, then another
         share = adapter_survival(
@@ -271,7 +276,8 @@ class Trainer:
         accuracy = result.metrics["eval/strict_accuracy"]
         if self.ranks.first and settings.keep_best and accuracy > max(self.accuracies.values(), default=-1.0):
             # Before it is recorded: a run that dies in between does it again.
-            replace_folder(self.folder / "best_adapter", self.session.policy.save_adapter)
+            policy = self.session.policy
+            replace_folder(self.folder / f"best_{policy.artefact}", policy.save)
         self.log.evaluation(self.step, result.metrics, result.groups(KEPT_QUESTIONS))
         self.accuracies[self.step] = accuracy
 
@@ -282,12 +288,14 @@ class Trainer:
             return
         if not self.learner.is_finite():
             raise UserError(
-                f"step {self.step}: the adapter has values that are not finite, and is not saved; continue from the "
-                "checkpoint before with --resume and a lower train.learning_rate"
+                f"step {self.step}: the {self.session.policy.artefact} has values that are not finite, and is not "
+                "saved; continue from the checkpoint before with --resume and a lower train.learning_rate"
             )
 
         def write(folder: Path) -> None:
-            self.session.policy.save_adapter(folder / "adapter")
+            policy = self.session.policy
+            (folder / policy.artefact).mkdir(exist_ok=True)
+            policy.save(folder / policy.artefact)
             state = {"step": self.step, "learner": self.learner.state_dict(), "stream": self.stream.state_dict()}
             save_tensors(folder / STATE, state)
 
@@ -318,7 +326,7 @@ class Trainer:
         folder = latest(self.folder, self.log.notice)
         if folder is not None:
             state = load_tensors(folder / STATE)
-            self.session.policy.load_adapter(folder / "adapter")
+            self.session.policy.load(folder / self.session.policy.artefact)
             return str(folder / STATE), state
         if step_numbers(self.folder):
             raise UserError(f"{self.folder}: every checkpoint is damaged; start a new run with another --output")
@@ -341,10 +349,12 @@ class Trainer:
 
     def finish(self) -> dict[str, Any]:
         """Save the adapter where people look for it, and sum up."""
-        adapter = self.folder / "adapter"
+        policy = self.session.policy
+        saved = self.folder / policy.artefact
         if self.ranks.first:
-            replace_folder(adapter, self.session.policy.save_adapter)
-        summary = {"adapter": str(adapter), "model": self.config.model.name}
+            replace_folder(saved, policy.save)
+        trained = "adapter" if policy.artefact == "adapter" else "trained_model"
+        summary = {trained: str(saved), "model": self.config.model.name}
         self.log.finish(summary)
         return summary
 

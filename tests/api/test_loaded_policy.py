@@ -142,13 +142,6 @@ def test_a_completion_keeps_its_special_tokens_unless_they_are_to_be_skipped(hom
 # What is declined
 
 
-@pytest.mark.parametrize("setting", ["full_finetuning"])
-def test_what_other_loaders_offer_is_declined_with_a_reason_and_a_way_out(setting: str) -> None:
-    with pytest.raises(UserError, match=f"^{setting} is not supported: .*; .*use|leave") as error:
-        grpo.load("nowhere", **{setting: True})
-    sentence(error)
-
-
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [

@@ -17,7 +17,7 @@ MEASURED = re.compile(r"seconds|per_second|memory_gib|time")
 def differences(one: Path, other: Path) -> list[str]:
     """What is not the same in the two folders, in words."""
     found = []
-    for name in ("adapter", "best_adapter", *(f"checkpoints/{last_checkpoint(one)}",)):
+    for name in ("adapter", "best_adapter", "model", "best_model", *(f"checkpoints/{last_checkpoint(one)}",)):
         for file in sorted((one / name).rglob("*.safetensors")):
             inside = file.relative_to(one)
             if not (other / inside).is_file():
@@ -47,7 +47,11 @@ def same_tensors(one: Path, other: Path) -> bool:
 
 
 def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one.dtype == other.dtype and one.shape == other.shape and one.numpy().tobytes() == other.numpy().tobytes()
+    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(as_bytes(one), as_bytes(other))
+
+
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
 def lasting(file: Path) -> list[dict[str, Any]]:

@@ -163,7 +163,7 @@ def tables(folder, model, **sft):
         ("train", "num_iterations", 2, "belongs to GRPO"),
         ("log", "samples", 2, "belongs to GRPO"),
         ("model", "max_seq_length", 64, "sft.max_length"),
-        ("model", "full_finetuning", True, "not supported"),
+        ("model", "full_finetuning", True, "is for GRPO"),
         ("eval", "num_generations", 2, "belongs to GRPO"),
         ("sft", "hub", "a/b", "one of path"),
         ("sft", "prompt", "{x}", "set both"),

@@ -44,7 +44,7 @@ class Model(Section):
     trust_remote_code: bool = False
     """Run Python code that the model's repository ships. Off unless you trust it."""
     full_finetuning: bool = False
-    """Not supported; present so that a copied configuration gets an explanation."""
+    """Train all weights, in 16 or 32 bit and in place, instead of an adapter: `docs/full-finetuning.md`."""
 
     @property
     def quantized(self) -> bool:
@@ -53,9 +53,10 @@ class Model(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def eight_bit_is_instead_of_four(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("load_in_8bit") is True and "load_in_4bit" not in values:
-            return values | {"load_in_4bit": False}
+    def four_bit_unless_something_else(cls, values: Any) -> Any:
+        instead = ("load_in_8bit", "full_finetuning")
+        if isinstance(values, dict) and any(values.get(key) is True for key in instead):
+            return {"load_in_4bit": False} | values
         return values
 
     @model_validator(mode="after")
@@ -69,6 +70,21 @@ class Model(Section):
                 'keep_16bit = "auto" chooses for NF4, and int8 costs the output a hundredth of that; name layers, or '
                 "leave it out"
             )
-        if self.full_finetuning:
-            raise ValueError("full_finetuning is not supported, the base is shared and frozen; train a LoRA adapter")
+        return self
+
+    @model_validator(mode="after")
+    def weights_that_can_be_trained(self) -> Model:
+        if not self.full_finetuning:
+            return self
+        for key in ("load_in_4bit", "load_in_8bit", "offload_embedding", "offload_head", "images"):
+            if getattr(self, key):
+                raise ValueError(
+                    f"full_finetuning trains the decoder's weights, in 16 or 32 bit on the device; set {key} = false, "
+                    "or train a LoRA adapter"
+                )
+        if self.dtype == "float16":
+            raise ValueError(
+                'full_finetuning: weights in float16 lose small updates and overflow; set dtype = "bfloat16" or '
+                '"float32"'
+            )
         return self

@@ -49,7 +49,8 @@ class Log(Section):
     """Prompts whose completions are kept then."""
     adapter_survival_every: PositiveInt | None = 25
     """Measure `adapter_survival`, the share of the adapter's effect that the 16-bit policy shows, after the first step
-    and every so many: a forward pass in float32 over a few completions. "none" switches it off."""
+    and every so many: a forward pass in float32 over a few completions. "none" switches it off. With
+    `full_finetuning` it is `weight_survival`, the share of the weights' change that those in bfloat16 show."""
     report: bool = True
     """Write `report.html` in the run folder, anew while the run goes on; it takes at most a hundredth of the time."""
 

@@ -31,7 +31,12 @@ class Train(Section):
     adam_epsilon: PositiveFloat = 1e-8
     """Added to the denominator."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """Decoupled weight decay on the adapter."""
+    """Decoupled weight decay on the adapter; with `full_finetuning` on all weights but norms and biases."""
+    weight_update: Literal["auto", "float32", "compensated", "stochastic"] = "auto"
+    """With `full_finetuning`: what keeps steps that are smaller than a bfloat16 weight can show. The lower half of
+    float32 weights beside the half that is served, with gradients in float32, or in bfloat16 ("compensated"); or
+    nothing but rounding at random ("stochastic"). 6, 4 and 2 bytes a weight beside the moments; "auto": the first that
+    fits."""
     max_grad_norm: PositiveFloat = 1.0
     """Gradients are scaled down to this norm."""
     on_nonfinite: Literal["skip", "stop"] = "skip"

@@ -1,0 +1,179 @@
+"""Runs that train all weights: what vLLM samples from is what was just trained, it is one copy, and it goes on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from grpo.config.schema import parse_config
+from grpo.errors import UserError
+from grpo.rollout.types import Request, SamplingSettings
+from grpo.session import Session, open_session
+from grpo.train import main
+from grpo.training.advantages import Advantages
+from grpo.training.learner import Learner
+from grpo.training.self_check import check_start
+from tests.helpers.learner_batches import advantages_of, random_groups
+from tests.helpers.same_run import differences
+from tests.helpers.small_chat import TOKENS, save_byte_tokenizer
+from tests.helpers.tiny import save_tiny
+from tests.helpers.tiny_run import read_metrics, run_tables, save_rewards, write_config
+
+pytestmark = pytest.mark.vllm
+
+REWARDS = [[1.0, 0.0, 0.5], [0.0, 2.0, 1.0]]
+PROMPT = [5, 9, 33, 7, 21, 64, 90, 11, 2, 3] * 4  # longer than a KV block, so that a stale prefix would be used again
+
+
+def tables(folder: Path, **sections: Any) -> dict[str, Any]:
+    """A run on the tiny model in `folder`/model."""
+    model = {"full_finetuning": True, "dtype": "float32"} | sections.pop("model", {})
+    values = run_tables(folder, model=model, **sections)
+    for key in ("load_in_4bit", "load_in_8bit"):
+        values["model"].pop(key, None)
+    values.pop("lora", None)
+    return values
+
+
+def save_model(folder: Path, family: str = "qwen2") -> None:
+    save_tiny(folder / "model", family, vocab_size=len(TOKENS), max_position_embeddings=2048)
+    save_byte_tokenizer(folder / "model")
+    save_rewards(folder)
+
+
+def session_of(folder: Path, **sections: Any) -> Session:
+    return open_session(parse_config(tables(folder, **sections)))
+
+
+def differing_logprobs(session: Session, temperature: float = 1.0) -> float:
+    """The largest difference between vLLM's logprobs of what it samples after PROMPT and the training graph's."""
+    requests = [Request(number, PROMPT, seed=number) for number in range(4)]
+    done = sorted(
+        session.engine.generate(requests, SamplingSettings(temperature, max_tokens=24)), key=lambda one: one.request_id
+    )
+    sampled = torch.tensor([logprob for one in done for logprob in one.logprobs])
+    with torch.no_grad():
+        scored = session.policy.score([PROMPT] * 4, [one.token_ids for one in done], temperature=temperature)
+    return float((sampled - scored.logprobs).abs().max())
+
+
+def batch(session: Session) -> tuple[list[Any], Advantages]:
+    groups = random_groups([6, 15], len(REWARDS[0]), (4, 16), len(TOKENS), -3)
+    return groups, advantages_of(REWARDS, session.config)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama", "gemma3_text"])
+def test_vllm_and_trainer_agree_after_every_step_over_one_copy(family: str, tmp_path: Path) -> None:
+    save_model(tmp_path, family)
+    train = {"learning_rate": 1e-3, "max_mismatch_kl": "none", "max_steps": 3}
+    with session_of(tmp_path, train=train, rollout={"num_generations": 3}) as session:
+        learner = Learner(session.policy, session.config, max_steps=3, notice=print)
+        served = {name: p.data_ptr() for name, p in session.engine.vllm_model().named_parameters()}
+        trained = {name: p.data_ptr() for name, p in session.policy.named_parameters().items()}
+        storages = {tensor.untyped_storage().data_ptr() for tensor in session.base.storages()}
+        assert differing_logprobs(session) < 1e-4
+        start = [parameter.detach().clone() for parameter in session.policy.parameters()]
+        for step in range(1, 4):
+            learner.update(*batch(session), step)
+            session.engine.sync_adapter()
+            assert differing_logprobs(session) < 1e-4
+        assert all(not torch.equal(p, old) for p, old in zip(session.policy.parameters(), start, strict=True))
+        assert served == {name: p.data_ptr() for name, p in session.engine.vllm_model().named_parameters()}
+        assert trained == {name: p.data_ptr() for name, p in session.policy.named_parameters().items()}
+        assert {p.untyped_storage().data_ptr() for p in session.policy.parameters()} <= storages
+        assert {p.untyped_storage().data_ptr() for p in session.engine.vllm_model().parameters()} <= storages
+
+
+def test_a_cached_prefix_of_other_weights_would_be_seen(tmp_path: Path) -> None:
+    save_model(tmp_path)
+    train = {"learning_rate": 1e-2, "max_mismatch_kl": "none"}
+    with session_of(tmp_path, train=train, rollout={"num_generations": 3}) as session:
+        learner = Learner(session.policy, session.config, max_steps=1, notice=print)
+        assert differing_logprobs(session) < 1e-4
+        learner.update(*batch(session), 1)
+        assert differing_logprobs(session) > 1e-2, "without the reset, keys and values of before are used"
+        session.engine.reset_prefix_cache()
+        assert differing_logprobs(session) < 1e-4
+
+
+def test_the_gate_moves_weights_and_leaves_them_as_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_model(tmp_path)
+    with session_of(tmp_path) as session:
+        before = [parameter.detach().clone() for parameter in session.policy.parameters()]
+        check_start(session)
+        assert all(torch.equal(p, old) for p, old in zip(session.policy.parameters(), before, strict=True))
+        head = session.engine.vllm_model().model.embed_tokens
+        head.weight = torch.nn.Parameter(head.weight.clone(), requires_grad=False)  # a copy, as vLLM's own would be
+        with pytest.raises(UserError, match="generation shows .* other weights|logprobs differ"):
+            check_start(session)
+
+
+def test_how_a_batch_is_cut_changes_no_gradient(tmp_path: Path) -> None:
+    save_model(tmp_path)
+    found = []
+    for tokens in (4096, 40):
+        train = {"learning_rate": 1e-3, "max_mismatch_kl": "none", "tokens_per_micro_batch": tokens}
+        with session_of(tmp_path, train=train, rollout={"num_generations": 3}) as session:
+            learner = Learner(session.policy, session.config, max_steps=1, notice=print)
+            learner.update(*batch(session), 1)
+            found.append([parameter.detach().clone() for parameter in session.policy.parameters()])
+    for one, other in zip(*found, strict=True):
+        assert float((one - other).norm() / one.norm()) < 1e-4
+
+
+@pytest.fixture(scope="module", params=["float32", "stochastic"])
+def home(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of three steps that was resumed after two, beside one in a piece."""
+    folder = tmp_path_factory.mktemp("full")
+    save_model(folder)
+    dtype = {"float32": "float32", "stochastic": "bfloat16"}[request.param]
+    values = tables(
+        folder,
+        model={"dtype": dtype},
+        train={"max_steps": 3, "learning_rate": 1e-3, "weight_update": request.param},
+        checkpoint={"save_steps": 2},
+    )
+    file = str(write_config(folder / "run.toml", values))
+    assert main([file, "--set", "train.max_steps=2"]) == 0
+    shutil.copytree(folder / "run", folder / "begun")
+    assert main([file, "--resume", str(folder / "run")]) == 0
+    assert main([file, "--set", f"checkpoint.output_dir={folder / 'straight'}"]) == 0
+    return folder
+
+
+@pytest.mark.slow
+def test_a_resumed_run_has_the_same_bits(home: Path) -> None:
+    assert set(differences(home / "run", home / "straight")) <= {"step-2.jsonl differs"}
+    for name in ("model/model.safetensors", "checkpoints/step-3/trainer.safetensors"):
+        with safe_open(home / "run" / name, "pt") as one, safe_open(home / "straight" / name, "pt") as other:
+            assert sorted(one.keys()) == sorted(other.keys())
+            assert all(torch.equal(one.get_tensor(key), other.get_tensor(key)) for key in one.keys())  # noqa: SIM118
+
+
+@pytest.mark.slow
+def test_the_run_is_recorded_and_leaves_an_ordinary_model(home: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    steps = read_metrics(home / "run")
+    assert [step["step"] for step in steps] == [1, 2, 3]
+    assert "weight_survival" in steps[0] and "adapter_survival" not in steps[0]
+    summary = json.loads((home / "run" / "summary.json").read_text())
+    assert summary["trained_model"] == str(home / "run" / "model")
+    model = AutoModelForCausalLM.from_pretrained(home / "run" / "model")
+    start = AutoModelForCausalLM.from_pretrained(home / "model", dtype=model.dtype)
+    names = dict(start.named_parameters())
+    assert all(not torch.equal(p, names[name]) for name, p in model.named_parameters())
+    assert (home / "run" / "model" / "tokenizer.json").is_file()
+
+
+@pytest.mark.slow
+def test_it_is_not_resumed_as_something_else(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = str(home / "run.toml")
+    assert main([file, "--resume", str(home / "begun"), "--set", "train.weight_update=compensated"]) == 2
+    assert "weight_update" in capsys.readouterr().err
