@@ -150,7 +150,7 @@ def command(options: argparse.Namespace, wanted: str | None, seed: int, scores: 
     ]
 
 
-def train_all(options: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
+def train_all(options: argparse.Namespace, work: Path) -> Iterator[dict[str, Any]]:
     """All runs at once, or one after another; those that the budget ends count as far as they came."""
     scores = work / "scores.py"
     scores.write_text(REWARDS)
@@ -166,16 +166,13 @@ def train_all(options: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
         running.append((name, seed, folder, process))
         if options.in_turn:
             process.wait()
-    found = []
     for name, seed, folder, process in running:
         ended = wait_or_end(process, max(ends - time.monotonic(), 1)) or "finished"
-        found.append({"planted": name, "seed": seed, "ended": ended, **kept(folder)})
-        print(
-            f"{name or 'healthy'} {seed}: {ended}, {len(found[-1]['steps'])} steps, {found[-1]['alarms']}", flush=True
-        )
-        if not found[-1]["steps"]:
+        found = {"planted": name, "seed": seed, "ended": ended, **kept(folder)}
+        print(f"{name or 'healthy'} {seed}: {ended}, {len(found['steps'])} steps, {found['alarms']}", flush=True)
+        if not found["steps"]:
             print(Path(f"{folder}.log").read_text()[-800:], flush=True)
-    return found
+        yield found
 
 
 def kept(folder: Path) -> dict[str, Any]:
@@ -242,10 +239,12 @@ def main() -> int:
     record = json.loads(OUT.read_text()) if OUT.exists() else {}
     record |= {"benchmark": "alarms", "recorded": judge_recorded()}
     if options.what == "runs":
+        record |= {"runs": [], "settings": {"steps": options.steps, "seed": options.seed, "set": options.set}}
         with tempfile.TemporaryDirectory() as work:
-            runs = train_all(options, Path(work))
-        settings = {"steps": options.steps, "seed": options.seed, "set": options.set}
-        record |= {"runs": runs, "judged": judged(runs), "settings": settings}
+            for run in train_all(options, Path(work)):
+                record["runs"].append(run)
+                record["judged"] = judged(record["runs"])
+                write_result(options.out, record)
     for entry in record["recorded"]:
         print(f"{entry['kind']}: {entry['with_alarm']} of {entry['runs']} runs with an alarm; {entry['alarms']}")
     write_result(options.out, record)

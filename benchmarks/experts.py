@@ -38,9 +38,10 @@ COUNTS = (1, 8, 32, 64, 128, 256)
 BARS = {32: (130, 160), 128: (150, 190)}
 """Sequences -> microseconds on an H200 of the products alone, and of the whole layer with adapters."""
 TILES = (
-    Tile(128, 16, 4, 3, 2), Tile(128, 16, 4, 4, 2), Tile(128, 16, 4, 3, 1), Tile(64, 16, 4, 4, 2),
-    Tile(64, 16, 4, 4, 1), Tile(256, 16, 8, 3, 2), Tile(128, 32, 4, 3, 2), Tile(128, 32, 4, 3, 1),
-    Tile(64, 32, 4, 4, 2),
+    Tile(128, 16, 4, 3, 2), Tile(128, 16, 4, 3, 1), Tile(128, 16, 4, 4, 1), Tile(128, 16, 4, 2, 1),
+    Tile(128, 16, 8, 3, 1), Tile(128, 16, 8, 3, 2), Tile(256, 16, 8, 3, 2), Tile(256, 16, 8, 4, 2),
+    Tile(256, 16, 8, 3, 1), Tile(64, 16, 4, 4, 1), Tile(128, 32, 4, 3, 2), Tile(128, 32, 4, 4, 2),
+    Tile(128, 32, 8, 3, 2), Tile(256, 32, 8, 3, 2),
 )  # fmt: skip
 RANK = 16
 BANDWIDTH = 3.0e12
@@ -175,7 +176,7 @@ def timed(
 def parts(
     x: Tensor, inner: Tensor, logits: Tensor, experts: Experts, lora: ExpertAdapters, top_k: int, tiles: DecodeTiles
 ) -> dict[str, Any]:
-    """Microseconds of every launch of a layer alone; of the products with their adapters' terms."""
+    """Microseconds of every launch of a layer alone."""
     routes = routing.choose(logits, top_k, True, tiles.gate_up.m)
     gate_up = torch.cat([inner, inner], 1)
     rows = torch.empty(len(inner), x.shape[1], dtype=x.dtype, device=x.device)
@@ -188,11 +189,11 @@ def parts(
         ("gate_up", x, experts.gate_up, lora.gate_up, tiles.gate_up, top_k),
         ("down", inner, experts.down, lora.down, tiles.down, 1),
     ):
-        shrink = partial(nf4_experts.experts_shrink, source, adapter.a, lora.on, routes, tile.m, top_k=of_token)
-        found[f"shrink_{name}"] = microseconds(shrink)
-        low_rank = nf4_experts.ExpertLowRank(shrink(), adapter.b)
-        product = partial(nf4_experts.experts_linear, source, matrix.weight, matrix.absmax, routes, tile)
-        found[f"{name}_with_adapter"] = microseconds(partial(product, top_k=of_token, low_rank=low_rank))
+        sums = partial(nf4_experts.experts_sums, source, matrix.weight, matrix.absmax, adapter.a, lora.on, routes, tile)
+        found[f"{name}_and_shrink"] = microseconds(partial(sums, top_k=of_token))
+        glu = experts.activation if name == "gate_up" else ""
+        ends = (*sums(top_k=of_token), adapter.b, None, routes, tile.m, glu)
+        found[f"finish_{name}"] = microseconds(partial(nf4_experts.finish, *ends))
     return {name: round(time, 1) for name, time in found.items()}
 
 
@@ -201,10 +202,10 @@ def both_products(
 ) -> tuple[float, float]:
     """Microseconds of gate and up, and of down, by one tile."""
     routes = routing.choose(logits, top_k, True, tile.m)
-    (up_weight, up_scales, _), (down_weight, down_scales, _) = experts.gate_up, experts.down
-    assert up_scales is not None and down_scales is not None
-    up = microseconds(lambda: nf4_experts.experts_linear(x, up_weight, up_scales, routes, tile, top_k=top_k))
-    down = microseconds(lambda: nf4_experts.experts_linear(inner, down_weight, down_scales, routes, tile))
+    above, below = experts.gate_up, experts.down
+    assert above.absmax is not None and below.absmax is not None
+    up = microseconds(lambda: nf4_experts.experts_linear(x, above.weight, above.absmax, routes, tile, top_k=top_k))
+    down = microseconds(lambda: nf4_experts.experts_linear(inner, below.weight, below.absmax, routes, tile))
     return round(up, 1), round(down, 1)
 
 
@@ -256,9 +257,9 @@ def compile_tile(tile: Tile, device: str) -> None:
 def kernels(options: argparse.Namespace) -> dict[str, Any]:
     """Correctness everywhere, times on a GPU."""
     sizes, device = (TINY, "cpu") if options.tiny else (SHAPE, "cuda")
-    counts = (1, 3) if options.tiny else COUNTS
+    counts = (1, 3) if options.tiny else tuple(map(int, options.counts.split(",")))
     experts, lora = layer(sizes, device), adapters(sizes, device)
-    taken = None if options.tiny else nf4_experts.find_tile(experts, sizes["top_k"], RANK)
+    taken = None if options.tiny else nf4_experts.find_tiles(experts, sizes["top_k"], RANK)
     correct = {str(tokens): checked(tokens, sizes, experts, lora, device) for tokens in counts}
     for tokens, errors in correct.items():
         print(f"{tokens:>4} sequences: {errors}", flush=True)
@@ -282,6 +283,7 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--tiny", action="store_true", help="small sizes, on the CPU under TRITON_INTERPRET=1")
+    parser.add_argument("--counts", default=",".join(map(str, COUNTS)), help="numbers of sequences")
     parser.add_argument("--compile", type=int, metavar="N", help="compile the N-th tile alone")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args(arguments)

@@ -13,7 +13,6 @@ that times mean nothing); what is left when the budget ends is stopped, and coun
 from __future__ import annotations
 
 import argparse
-import os
 import subprocess
 import sys
 import tempfile
@@ -132,9 +131,7 @@ def runs(model: str, options: argparse.Namespace) -> dict[str, Any]:
         for number, way in enumerate(TRAINED):
             folder, config = Path(scratch) / f"run-{number}", Path(scratch) / f"{number}.toml"
             config.write_text(write_toml(run_tables(model, way, options, folder)))
-            process = subprocess.Popen(
-                [sys.executable, "-m", "grpo.train", str(config)], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}
-            )
+            process = subprocess.Popen([sys.executable, "-m", "grpo.train", str(config)], cwd=ROOT)
             started.append((way, folder, process))
             if not together:
                 until = deadline - (len(TRAINED) - 1 - number) * options.budget / len(TRAINED)

@@ -30,6 +30,7 @@ from grpo.kernels.recurrence import CHUNK, Run
 
 MOST_DIM = 128
 """Of keys and of values: a program holds a state, or a part of one, in registers."""
+LEAST_CAPABILITY = (8, 0)
 
 
 class Tile(NamedTuple):
@@ -95,6 +96,16 @@ class Kept(NamedTuple):
     states: Tensor
 
 
+def serves(inputs: Inputs) -> bool:
+    """Whether the kernels compute this: on a GPU with tensor cores for bfloat16, in 16 bit."""
+    return (
+        inputs.value.is_cuda
+        and inputs.value.dtype in (torch.bfloat16, torch.float16)
+        and max(inputs.dims) <= MOST_DIM
+        and torch.cuda.get_device_capability(inputs.value.device) >= LEAST_CAPABILITY
+    )
+
+
 def bytes_of_head(run: Run, dim: int, value_dim: int) -> int:
     """Bytes of what a backward keeps for one head of values."""
     state = dim * value_dim
@@ -119,10 +130,22 @@ def prepare(inputs: Inputs, run: Run, eps: float) -> Prepared:
     return made
 
 
-def along(inputs: Inputs, run: Run, made: Prepared, eps: float, out: Tensor | None, kept: Kept | None) -> None:
-    """Run the states along the spans: y into `out` [tokens, heads, value dim], and what is kept."""
+def along(
+    inputs: Inputs,
+    run: Run,
+    made: Prepared,
+    eps: float,
+    out: Tensor | None = None,
+    kept: Kept | None = None,
+    begin: Tensor | None = None,
+) -> Tensor:
+    """Run the states along the spans: y into `out` [tokens, heads, value dim], and what is kept.
+
+    begin: float32 [spans, heads, key dim, value dim], the states that the first order's spans continue, where these
+    name some. Returns the states after the last order's spans, laid out like it.
+    """
     heads, (dim, value_dim) = inputs.heads, inputs.dims
-    states = inputs.value.new_empty(1, dtype=torch.float32)
+    states = inputs.value.new_empty(1, dtype=torch.float32) if begin is None else begin
     columns = min(ALONG.columns, block(value_dim))
     for order in run.orders:
         before, states = states, states.new_empty(len(order.spans), heads, dim, value_dim)
@@ -133,6 +156,7 @@ def along(inputs: Inputs, run: Run, made: Prepared, eps: float, out: Tensor | No
                 inputs.shared, CHUNK, block(dim), columns, inputs.products, out is not None, kept is not None,
                 is_interpreted(states), num_warps=ALONG.warps, num_stages=ALONG.stages,
             )  # fmt: skip
+    return states
 
 
 def back(inputs: Inputs, run: Run, made: Prepared, eps: float, grad: Tensor) -> Kept:

@@ -45,7 +45,8 @@ def gated_delta_rule(
     """
     assert query.shape == key.shape and value.shape[1] % key.shape[1] == 0, (query.shape, key.shape, value.shape)
     assert len(value) == recurrence.tokens, (value.shape, recurrence.tokens)
-    return _GatedDelta.apply(recurrence, query, key, value, decay, beta)
+    inputs = delta_rule.Inputs(query, key, value, decay, beta)
+    return FORMS["kernels" if delta_rule.serves(inputs) else "torch"].apply(recurrence, *inputs)
 
 
 class _GatedDelta(torch.autograd.Function):
@@ -93,7 +94,7 @@ class _GatedDeltaKernels(torch.autograd.Function):
         out = torch.empty(inputs[2].shape, dtype=inputs[2].dtype, device=inputs[2].device)
         run = recurrence.run
         for _, of_values, some in head_groups(recurrence, inputs):
-            delta_rule.along(some, run, delta_rule.prepare(some, run, EPS), EPS, out[:, of_values], None)
+            delta_rule.along(some, run, delta_rule.prepare(some, run, EPS), EPS, out[:, of_values])
         return out
 
     @staticmethod
@@ -103,7 +104,7 @@ class _GatedDeltaKernels(torch.autograd.Function):
         grads = [torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) for tensor in inputs]
         for of_keys, of_values, some in head_groups(ctx.recurrence, inputs):
             made, kept = delta_rule.prepare(some, run, EPS), delta_rule.empty_kept(some, run)
-            delta_rule.along(some, run, made, EPS, None, kept)
+            delta_rule.along(some, run, made, EPS, kept=kept)
             later = delta_rule.back(some, run, made, EPS, grad[:, of_values])
             del made
             heads = (of_keys, of_keys, of_values, of_values, of_values)

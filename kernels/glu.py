@@ -186,6 +186,16 @@ def _value(gate, curve, ACTIVATION: tl.constexpr):
     return gate * curve
 
 
+@triton.jit
+def gated(gate, up, ACTIVATION: tl.constexpr, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
+    """act(gate) * up in DTYPE of float32 values, rounded as `glu_forward` does."""
+    if ACTIVATION == "clamped_silu":
+        gate = tl.minimum(gate, _CLAMP)
+        up = tl.minimum(tl.maximum(up, -_CLAMP), _CLAMP) + 1.0
+    value = round_to(_value(gate, _curve(gate, ACTIVATION), ACTIVATION), DTYPE, INTERPRETED).to(tl.float32)
+    return round_to(value * up, DTYPE, INTERPRETED)
+
+
 @triton.jit(do_not_specialize=["rows"])
 def _forward_kernel(
     gate_up_ptr, out_ptr, rows, columns, stride_gate_up_m, stride_out_m, ACTIVATION: tl.constexpr,
@@ -198,11 +208,8 @@ def _forward_kernel(
     source = gate_up_ptr + row * stride_gate_up_m + column
     gate = tl.load(source, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(source + columns, mask=inside, other=0.0).to(tl.float32)
-    if ACTIVATION == "clamped_silu":
-        gate = tl.minimum(gate, _CLAMP)
-        up = tl.minimum(tl.maximum(up, -_CLAMP), _CLAMP) + 1.0
-    value = round_to(_value(gate, _curve(gate, ACTIVATION), ACTIVATION), DTYPE, INTERPRETED).to(tl.float32)
-    tl.store(out_ptr + row * stride_out_m + column, round_to(value * up, DTYPE, INTERPRETED), mask=inside)
+    value = gated(gate, up, ACTIVATION, DTYPE, INTERPRETED)
+    tl.store(out_ptr + row * stride_out_m + column, value, mask=inside)
 
 
 @triton.jit(do_not_specialize=["rows"])

@@ -4,9 +4,11 @@ The stored matrices of the experts lie one below the other. A program multiplies
 some rows of that expert's W, which it looks up and scales in registers; experts without rows are not read. Tiles come
 from routing.py, on the device, so nothing depends on the host and the launch can stand in a CUDA graph.
 
-An adapter's second half, (x A^T) (s B)^T with factors of each expert, is added to the sums before they are rounded, as
-a bias of each expert is; its first half is the same product with a small dense matrix. The columns of W are not split,
-so a row's bits do not depend on other rows.
+With an adapter the sums stay in float32, and a kernel of their size adds (x A^T) (s B)^T, with factors of each expert,
+and rounds once; where it has gates and ups it applies the activation too. Within the product itself, whose operand in
+registers the compiler then takes through shared memory, that took half as long again. x A^T, which the product does not
+need, is computed by further programs of its launch. The columns of W are not split, so a row's bits do not depend on
+other rows.
 
 Not here: gradients and many rows (experts.py dequantises, and torch multiplies), routing.
 """
@@ -22,7 +24,7 @@ from torch import Tensor
 
 from grpo.kernels import cards, mxfp4, nf4, routing
 from grpo.kernels.experts import ExpertAdapter, ExpertAdapters, ExpertMatrix, Experts, multiply
-from grpo.kernels.glu import glu_forward
+from grpo.kernels.glu import ACTIVATIONS, gated, glu_forward
 from grpo.kernels.launch import is_interpreted, on_device, round_to
 from grpo.kernels.mxfp4 import mx_scaled
 from grpo.kernels.nf4_lookup import CODE, byte_tables, fenced, load_rows, lookup_half, scaled, tile_columns
@@ -41,40 +43,54 @@ class DecodeTiles(NamedTuple):
     down: Tile
 
 
-CANDIDATES = (Tile(128, 32, 4, 3, 2), Tile(64, 32, 4, 4, 2), Tile(128, 16, 4, 3, 1), Tile(64, 16, 4, 4, 1))
-"""Tiles to take, the first that computes what a plain product does. Triton 3.6 compiles some wrongly: on an H200
-Tile(128, 16, 4, 3, 2) lost rows from 8 sequences on, but not with an adapter."""
+FEW = (Tile(128, 16, 4, 3, 1), Tile(256, 16, 8, 3, 2), Tile(64, 16, 4, 4, 1), Tile(64, 16, 4, 4, 2))
+MANY = (Tile(128, 32, 4, 3, 2), Tile(64, 32, 4, 4, 2))
+"""Tiles for up to FEW_ROWS rows an expert on average, and for more: the first is taken that computes what a plain
+product does. Triton 3.6 compiles some wrongly: on an H200 Tile(128, 16, 4, 3, 2) lost rows from 8 sequences on."""
+FEW_ROWS = 10
+FINISHED_COLUMNS = 64
+"""Of a program that adds an adapter's term."""
 CHECKED_TOKENS, CHECKED_EXPERTS = (1, 8, 32, 128), 32
 AGREES = 0.01
 """Largest relative difference of a product from torch's, where both round once."""
 
-_tiles: dict[torch.device, Tile | None] = {}
+
+class Tiles(NamedTuple):
+    """What to take for few rows an expert and for many, on one GPU."""
+
+    few: Tile
+    many: Tile
+
+    def of(self, pairs: int, experts: int) -> Tile:
+        """For so many pairs of a token and an expert."""
+        return self.few if pairs <= FEW_ROWS * experts else self.many
 
 
-class ExpertLowRank(NamedTuple):
-    """An adapter's term for sorted rows: x_lora_a [rows, R], and b [experts, out, R], which is s B of each."""
-
-    x_lora_a: Tensor
-    b: Tensor
+_tiles: dict[torch.device, Tiles | None] = {}
 
 
 def serves(x: Tensor, experts: Experts, top_k: int) -> bool:
-    """Whether `decode` takes x [tokens, hidden]: packed experts, few rows, a GPU on which `find_tile` found one."""
+    """Whether `decode` takes x [tokens, hidden]: packed experts, few rows, a GPU on which `find_tiles` found some."""
     packed = experts.gate_up.absmax is not None and x.element_size() == 2
     return packed and routing.serves(len(x), top_k) and _tiles.get(x.device) is not None
 
 
-def find_tile(experts: Experts, top_k: int, ranks: int = 0) -> Tile | None:
-    """The first of CANDIDATES that computes what torch does on this GPU, with some of `experts` and, where `ranks` is
-    not 0, with adapters too; `serves` and `decode` go by it. None: the kernels are not used."""
+def find_tiles(experts: Experts, top_k: int, ranks: int = 0) -> Tiles | None:
+    """The first of FEW and of MANY that compute what torch does on this GPU, with some of `experts` and, where `ranks`
+    is not 0, with adapters too; `serves` and `decode` go by it. None: the kernels are not used."""
     device = experts.gate_up.weight.device
     _tiles[device] = None
     if experts.gate_up.absmax is None or not cards.card(device).dot_is_fast:
         return None
     few = [first_experts(matrix, max(top_k, CHECKED_EXPERTS)) for matrix in (experts.gate_up, experts.down)]
-    _tiles[device] = next(
-        (tile for tile in CANDIDATES if all(agrees(matrix, top_k, tile, ranks) for matrix in few)), None
-    )
+
+    def first(candidates: tuple[Tile, ...]) -> Tile | None:
+        # With a bias the compiler waits for each of several products between one wait and the next.
+        ordered = sorted(candidates, key=lambda tile: tile.dots == 1 and experts.gate_up.bias is not None)
+        return next((tile for tile in ordered if all(agrees(each, top_k, tile, ranks) for each in few)), None)
+
+    found = [tile for tile in (first(FEW), first(MANY)) if tile is not None]
+    _tiles[device] = Tiles(found[0], found[-1]) if found else None
     return _tiles[device]
 
 
@@ -103,17 +119,17 @@ def agrees(matrix: ExpertMatrix, top_k: int, tile: Tile, ranks: int) -> bool:
         routes = routing.choose(logits, top_k, True, tile.m)
         expert = routes.chosen.reshape(-1)[routes.order.long()].long()
         rows = x[routes.order.long() // top_k]
+        wanted = multiply(rows, matrix.dense(), routes.ends, transposed=False).float()
+        if matrix.bias is not None:
+            wanted += matrix.bias.float()[expert]
         for rank in {0, ranks}:
-            low_rank = ExpertLowRank(random(len(rows), rank), random(experts, out, rank)) if rank else None
-            wanted = multiply(rows, matrix.dense(), routes.ends, transposed=False).float()
-            if matrix.bias is not None:
-                wanted += matrix.bias.float()[expert]
-            if low_rank is not None:
-                wanted += torch.einsum("mr,mor->mo", low_rank.x_lora_a.float(), low_rank.b.float()[expert])
-            ours = experts_linear(
-                x, matrix.weight, matrix.absmax, routes, tile, top_k=top_k, bias=matrix.bias, low_rank=low_rank
-            )
-            if not float((ours.float() - wanted).norm()) <= AGREES * float(wanted.norm()):
+            adapter, whole = None, wanted
+            if rank:
+                adapter = ExpertAdapter(random(experts, rank, columns) / columns**0.5, random(experts, out, rank))
+                shrunk = multiply(rows, adapter.a, routes.ends, transposed=False).float()
+                whole = wanted + torch.einsum("mr,mor->mo", shrunk, adapter.b.float()[expert])
+            ours = product(x, matrix, adapter, torch.ones((), dtype=dtype, device=device), routes, tile, top_k=top_k)
+            if not float((ours.float() - whole).norm()) <= AGREES * float(whole.norm()):
                 return False
     return True
 
@@ -123,71 +139,100 @@ def decode(
     adapters: ExpertAdapters | None = None, tiles: DecodeTiles | None = None, record: Record | None = None,
 ) -> Tensor:  # fmt: skip
     """x [tokens, hidden] through the experts that its router's logits choose, which `record` keeps; rounded once. Five
-    launches, seven with adapters, none of which the host waits for."""
-    tile = _tiles.get(x.device) or CANDIDATES[0]
-    tiles = tiles or DecodeTiles(tile, tile)
+    launches, six with adapters, none of which the host waits for."""
+    if tiles is None:
+        tile = (_tiles.get(x.device) or Tiles(FEW[0], MANY[0])).of(len(x) * top_k, experts.gate_up.experts)
+        tiles = DecodeTiles(tile, tile)
     routes = routing.choose(logits, top_k, renormalize, tiles.gate_up.m, record)
+    above, below, on = adapters or (None, None, None)
+    inner = product(x, experts.gate_up, above, on, routes, tiles.gate_up, top_k=top_k, glu=experts.activation)
+    return combine(product(inner, experts.down, below, on, routes, tiles.down), routes)
 
-    def product(rows: Tensor, matrix: ExpertMatrix, adapter: ExpertAdapter | None, tile: Tile, top_k: int) -> Tensor:
-        low_rank = None
-        if adapter is not None and adapters is not None and adapters.on is not None:
-            shrunk = experts_shrink(rows, adapter.a, adapters.on, routes, tile.m, top_k=top_k)
-            low_rank = ExpertLowRank(shrunk, adapter.b)
-        assert matrix.absmax is not None
-        return experts_linear(
-            rows, matrix.weight, matrix.absmax, routes, tile, top_k=top_k, bias=matrix.bias, low_rank=low_rank
-        )
 
-    above, below = (None, None) if adapters is None else (adapters.gate_up, adapters.down)
-    inner = glu_forward(product(x, experts.gate_up, above, tiles.gate_up, top_k), experts.activation)
-    return combine(product(inner, experts.down, below, tiles.down, 1), routes)
+def product(
+    x: Tensor, matrix: ExpertMatrix, adapter: ExpertAdapter | None, on: Tensor | None, routes: Routes, tile: Tile, *,
+    top_k: int = 1, glu: str = "",
+) -> Tensor:  # fmt: skip
+    """[rows, out] in x's dtype: x, as for `experts_linear`, times W^T plus bias plus on * x A^T (s B)^T, rounded once;
+    with `glu` [rows, out / 2], gates and ups after that activation. Without `on` there is no adapter."""
+    assert matrix.absmax is not None
+    if adapter is None or on is None:
+        rows = experts_linear(x, matrix.weight, matrix.absmax, routes, tile, top_k=top_k, bias=matrix.bias)
+        return glu_forward(rows, glu) if glu else rows
+    sums, x_lora_a = experts_sums(x, matrix.weight, matrix.absmax, adapter.a, on, routes, tile, top_k=top_k)
+    return finish(sums, x_lora_a, adapter.b, matrix.bias, routes, tile.m, glu)
 
 
 def experts_linear(
-    x: Tensor, packed: Tensor, absmax: Tensor, routes: Routes, tile: Tile, *, top_k: int = 1,
-    bias: Tensor | None = None, low_rank: ExpertLowRank | None = None,
-) -> Tensor:  # fmt: skip
+    x: Tensor, packed: Tensor, absmax: Tensor, routes: Routes, tile: Tile, *, top_k: int = 1, bias: Tensor | None = None
+) -> Tensor:
     """[rows, out] in x's dtype: x of each place times the transpose of its expert's W, plus bias [experts, out].
 
     packed, absmax: the experts' matrices [experts * out, K] as `nf4.allocate` or `mxfp4.allocate` made them. `top_k`
     above 1: x [tokens, K] is unsorted, and the token of a place is `order // top_k`; else x [rows, K] is sorted. tile.m
     is the number of rows that the routes were cut into. Records no gradient.
     """
-    experts, rows = len(routes.ends), len(routes.order)
-    features, columns = packed.shape[0] // experts, packed.shape[1] * 2
-    words, scales = nf4.stored_rows(packed, absmax, 0, packed.shape[0], columns)
-    out = torch.empty(rows, features, dtype=x.dtype, device=x.device)
-    assert features % 8 == 0 and x.stride(1) == 1 and x.shape[1] == columns and x.element_size() == 2
-    mx = mxfp4.is_stored(absmax)
-    assert x.dtype == (torch.bfloat16 if mx else absmax.dtype) and (bias is None or bias.is_contiguous())
-    x_lora_a, b, ranks = (x, x, 0) if low_rank is None else (*low_rank, low_rank.b.shape[2])
-    if low_rank is not None:
-        assert x_lora_a.shape == (rows, ranks) and b.shape == (experts, features, ranks) and ranks % 16 == 0
-        assert x_lora_a.is_contiguous() and b.is_contiguous() and x_lora_a.dtype == b.dtype == x.dtype
-    grid = (triton.cdiv(features, tile.n), len(routes.expert))
-    with on_device(x):
-        _experts_kernel[grid](
-            x, words.view(torch.int32), scales.view(torch.int32), x if bias is None else bias, out, x_lora_a, b,
-            routes.order, routes.ends, routes.expert, routes.start, experts, features, columns, words.shape[1],
-            x.stride(0), *byte_tables(x.dtype, mxfp4.VALUES if mx else CODE), tile.n, tile.m, tile.warps, tile.stages,
-            tile.dots, columns % nf4.TILE != 0, top_k, bias is not None, ranks,
-            min(64, triton.next_power_of_2(max(ranks, 16))), mx, is_interpreted(x),
-            x.is_cuda and cards.card(x.device).unit == "mma", num_warps=tile.warps,
-        )  # fmt: skip
+    out = torch.empty(len(routes.order), packed.shape[0] // len(routes.ends), dtype=x.dtype, device=x.device)
+    _launch(x, packed, absmax, bias, out, None, routes, tile, top_k)
     return out
 
 
-def experts_shrink(x: Tensor, a: Tensor, scale: Tensor, routes: Routes, tile_rows: int, *, top_k: int = 1) -> Tensor:
-    """scale * x A^T of each place: [rows, R] in x's dtype. a [experts, R, K], R a power of two from 16 on; scale: one
-    number, read on the device. x and top_k as for `experts_linear`."""
-    experts, ranks, columns = a.shape
-    out = torch.empty(len(routes.order), ranks, dtype=x.dtype, device=x.device)
-    assert a.is_contiguous() and x.stride(1) == 1 and x.shape[1] == columns and a.dtype == x.dtype
+def experts_sums(
+    x: Tensor, packed: Tensor, absmax: Tensor, a: Tensor, scale: Tensor, routes: Routes, tile: Tile, *, top_k: int = 1
+) -> tuple[Tensor, Tensor]:
+    """`experts_linear` without bias in float32, not rounded, and scale * x A^T of each place, [rows, R] in x's dtype.
+
+    a [experts, R, K], R a power of two from 16 on; scale: one number, read on the device.
+    """
+    rows, (experts, ranks, columns) = len(routes.order), a.shape
+    out = torch.empty(rows, packed.shape[0] // experts, dtype=torch.float32, device=x.device)
+    x_lora_a = torch.empty(rows, ranks, dtype=x.dtype, device=x.device)
+    assert a.is_contiguous() and a.dtype == x.dtype and x.shape[1] == columns
     assert ranks >= 16 and ranks & (ranks - 1) == 0
+    _launch(x, packed, absmax, None, out, (a, scale, x_lora_a), routes, tile, top_k)
+    return out, x_lora_a
+
+
+def _launch(
+    x: Tensor, packed: Tensor, absmax: Tensor, bias: Tensor | None, out: Tensor,
+    shrink: tuple[Tensor, Tensor, Tensor] | None, routes: Routes, tile: Tile, top_k: int,
+) -> None:  # fmt: skip
+    """The product into `out`; `shrink`: A, its scale, and where x A^T goes."""
+    experts, mx = len(routes.ends), mxfp4.is_stored(absmax)
+    features, columns = out.shape[1], packed.shape[1] * 2
+    words, scales = nf4.stored_rows(packed, absmax, 0, packed.shape[0], columns)
+    assert features % 8 == 0 and x.stride(1) == 1 and x.shape[1] == columns and x.element_size() == 2
+    assert x.dtype == (torch.bfloat16 if mx else absmax.dtype) and (bias is None or bias.is_contiguous())
+    across, tiles = triton.cdiv(features, tile.n), len(routes.expert)
+    a, scale, x_lora_a = (x, x, x) if shrink is None else shrink
+    shrinking = 0 if shrink is None else triton.cdiv(tiles, across)
     with on_device(x):
-        _shrink_experts_kernel[(len(routes.expert),)](
-            x, a, scale, out, routes.order, routes.ends, routes.expert, routes.start, experts, columns, x.stride(0),
-            ranks, tile_rows, SHRINK_COLUMNS, columns % SHRINK_COLUMNS != 0, top_k, is_interpreted(x), num_warps=4,
+        _experts_kernel[(across, shrinking + tiles)](
+            x, words.view(torch.int32), scales.view(torch.int32), x if bias is None else bias, out,
+            routes.order, routes.ends, routes.expert, routes.start, a, scale, x_lora_a, shrinking, tiles, experts,
+            features, columns, words.shape[1], x.stride(0), *byte_tables(x.dtype, mxfp4.VALUES if mx else CODE),
+            tile.n, tile.m, tile.warps, tile.stages, tile.dots, columns % nf4.TILE != 0, top_k, bias is not None, mx,
+            0 if shrink is None else a.shape[1], SHRINK_COLUMNS, columns % SHRINK_COLUMNS != 0, is_interpreted(x),
+            x.is_cuda and cards.card(x.device).unit == "mma", num_warps=tile.warps,
+        )  # fmt: skip
+
+
+def finish(
+    sums: Tensor, x_lora_a: Tensor, b: Tensor, bias: Tensor | None, routes: Routes, tile_rows: int, glu: str = ""
+) -> Tensor:
+    """sums [rows, out] in float32 plus x_lora_a [rows, R] times b^T [experts, out, R] plus bias [experts, out], rounded
+    to the dtype of the factors; with `glu` gates and ups through that activation, [rows, out / 2]."""
+    (rows, features), (experts, _, ranks) = sums.shape, b.shape
+    columns = features // 2 if glu else features
+    out = torch.empty(rows, columns, dtype=b.dtype, device=b.device)
+    assert sums.is_contiguous() and x_lora_a.is_contiguous() and b.is_contiguous() and x_lora_a.dtype == b.dtype
+    assert x_lora_a.shape == (rows, ranks) and b.shape == (experts, features, ranks) and (not glu or glu in ACTIVATIONS)
+    assert ranks >= 16 and ranks & (ranks - 1) == 0
+    with on_device(b):
+        _finish_kernel[(triton.cdiv(columns, FINISHED_COLUMNS), len(routes.expert))](
+            sums, x_lora_a, b, b if bias is None else bias, out, routes.ends, routes.expert, routes.start, experts,
+            features, columns, ranks, tile_rows, FINISHED_COLUMNS, bias is not None, glu, is_interpreted(b),
+            num_warps=4,
         )  # fmt: skip
     return out
 
@@ -206,20 +251,52 @@ def combine(rows: Tensor, routes: Routes) -> Tensor:
     return out
 
 
-@triton.jit(do_not_specialize=["tiles"])
+@triton.jit(do_not_specialize=["shrinking", "row_tiles", "tiles"])
 def _experts_kernel(
-    x_ptr, words_ptr, scales_ptr, bias_ptr, out_ptr, x_lora_a_ptr, b_ptr, order_ptr, ends_ptr, expert_ptr, start_ptr,
-    experts, features, columns, tiles, stride_x_m, t0, t1, t2, t3, t4, t5, t6, t7,
+    x_ptr, words_ptr, scales_ptr, bias_ptr, out_ptr, order_ptr, ends_ptr, expert_ptr, start_ptr, a_ptr, scale_ptr,
+    x_lora_a_ptr, shrinking, row_tiles, experts, features, columns, tiles, stride_x_m, t0, t1, t2, t3, t4, t5, t6, t7,
     BN: tl.constexpr, BM: tl.constexpr, WARPS: tl.constexpr, STAGES: tl.constexpr, DOTS: tl.constexpr,
-    HALF_TAIL: tl.constexpr, TOP_K: tl.constexpr, HAS_BIAS: tl.constexpr, RANKS: tl.constexpr, BR: tl.constexpr,
-    MX: tl.constexpr, INTERPRETED: tl.constexpr, FENCED: tl.constexpr,
+    HALF_TAIL: tl.constexpr, TOP_K: tl.constexpr, HAS_BIAS: tl.constexpr, MX: tl.constexpr, RANKS: tl.constexpr,
+    BK: tl.constexpr, TAIL: tl.constexpr, INTERPRETED: tl.constexpr, FENCED: tl.constexpr,
+):  # fmt: skip
+    """The first `shrinking` rows of programs compute x A^T, a tile of rows each; the others a tile of the product."""
+    number = tl.program_id(1) - shrinking
+    if RANKS > 0:
+        if number < 0:
+            number = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+            if number < row_tiles:
+                _shrink_tile(
+                    number, x_ptr, a_ptr, scale_ptr, x_lora_a_ptr, order_ptr, ends_ptr, expert_ptr, start_ptr, experts,
+                    columns, stride_x_m, RANKS, BM, BK, TAIL, TOP_K, INTERPRETED,
+                )  # fmt: skip
+        else:
+            _product_tile(
+                number, x_ptr, words_ptr, scales_ptr, bias_ptr, out_ptr, order_ptr, ends_ptr, expert_ptr, start_ptr,
+                experts, features, columns, tiles, stride_x_m, t0, t1, t2, t3, t4, t5, t6, t7, BN, BM, WARPS, STAGES,
+                DOTS, HALF_TAIL, TOP_K, HAS_BIAS, MX, INTERPRETED, FENCED,
+            )  # fmt: skip
+    else:
+        _product_tile(
+            number, x_ptr, words_ptr, scales_ptr, bias_ptr, out_ptr, order_ptr, ends_ptr, expert_ptr, start_ptr,
+            experts, features, columns, tiles, stride_x_m, t0, t1, t2, t3, t4, t5, t6, t7, BN, BM, WARPS, STAGES,
+            DOTS, HALF_TAIL, TOP_K, HAS_BIAS, MX, INTERPRETED, FENCED,
+        )  # fmt: skip
+
+
+@triton.jit
+def _product_tile(
+    number, x_ptr, words_ptr, scales_ptr, bias_ptr, out_ptr, order_ptr, ends_ptr, expert_ptr, start_ptr, experts,
+    features, columns, tiles, stride_x_m, t0, t1, t2, t3, t4, t5, t6, t7,
+    BN: tl.constexpr, BM: tl.constexpr, WARPS: tl.constexpr, STAGES: tl.constexpr, DOTS: tl.constexpr,
+    HALF_TAIL: tl.constexpr, TOP_K: tl.constexpr, HAS_BIAS: tl.constexpr, MX: tl.constexpr, INTERPRETED: tl.constexpr,
+    FENCED: tl.constexpr,
 ):  # fmt: skip
     """out^T [BN, BM] = W of one expert [BN, K] x^T. Words: [N / 8, tiles, 8, 16]; scales: pairs, [N / 8, tiles, 8]."""
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     WIDTH: tl.constexpr = 128 // DOTS
-    expert = tl.load(expert_ptr + tl.program_id(1))
+    expert = tl.load(expert_ptr + number)
     if expert < experts:
-        m = tl.load(start_ptr + tl.program_id(1)) + tl.arange(0, BM)
+        m = tl.load(start_ptr + number) + tl.arange(0, BM)
         known = m < tl.load(ends_ptr + expert)
         row = m
         if TOP_K > 1:
@@ -254,19 +331,13 @@ def _experts_kernel(
                 both = fenced(tl.reshape(tl.permute(tl.join(low, high), [0, 2, 1]), [BN, 128]), FENCED)
                 total = dot(both, tl.load(x_ptrs + tile * 128, mask=last, other=0.0), total, INTERPRETED)
         inside = n < features
-        if RANKS > 0:
-            r = tl.arange(0, BR)
-            left_ptrs = b_ptr + (expert.to(tl.int64) * features + n)[:, None] * RANKS
-            right_ptrs = x_lora_a_ptr + m[None, :] * RANKS
-            for begin in tl.static_range(0, RANKS, BR):
-                ranks = begin + r < RANKS
-                left = tl.load(left_ptrs + begin + r[None, :], mask=inside[:, None] & ranks[None, :], other=0.0)
-                right = tl.load(right_ptrs + begin + r[:, None], mask=x_mask & ranks[:, None], other=0.0)
-                total = dot(left, right, total, INTERPRETED)
         if HAS_BIAS:
             total += tl.load(bias_ptr + expert * features + n, mask=inside, other=0.0).to(tl.float32)[:, None]
         out_ptrs = out_ptr + m[None, :].to(tl.int64) * features + n[:, None]
-        tl.store(out_ptrs, round_to(total, DTYPE, INTERPRETED), mask=x_mask & inside[:, None])
+        if out_ptr.dtype.element_ty == tl.float32:
+            tl.store(out_ptrs, total, mask=x_mask & inside[:, None])
+        else:
+            tl.store(out_ptrs, round_to(total, DTYPE, INTERPRETED), mask=x_mask & inside[:, None])
 
 
 @triton.jit
@@ -282,15 +353,15 @@ def _block_scaled(
 
 
 @triton.jit
-def _shrink_experts_kernel(
-    x_ptr, a_ptr, scale_ptr, out_ptr, order_ptr, ends_ptr, expert_ptr, start_ptr, experts, columns, stride_x_m,
+def _shrink_tile(
+    number, x_ptr, a_ptr, scale_ptr, out_ptr, order_ptr, ends_ptr, expert_ptr, start_ptr, experts, columns, stride_x_m,
     RANKS: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, TAIL: tl.constexpr, TOP_K: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """out [BM, RANKS] = scale * x [BM, K] A of one expert [RANKS, K]^T."""
-    expert = tl.load(expert_ptr + tl.program_id(0))
+    expert = tl.load(expert_ptr + number)
     if expert < experts:
-        m = tl.load(start_ptr + tl.program_id(0)) + tl.arange(0, BM)
+        m = tl.load(start_ptr + number) + tl.arange(0, BM)
         known = (m < tl.load(ends_ptr + expert))[:, None]
         row = m
         if TOP_K > 1:
@@ -308,6 +379,50 @@ def _shrink_experts_kernel(
         total *= tl.load(scale_ptr).to(tl.float32)
         out_ptrs = out_ptr + m[:, None] * RANKS + r[None, :]
         tl.store(out_ptrs, round_to(total, out_ptr.dtype.element_ty, INTERPRETED), mask=known)
+
+
+@triton.jit
+def _finish_kernel(
+    sums_ptr, x_lora_a_ptr, b_ptr, bias_ptr, out_ptr, ends_ptr, expert_ptr, start_ptr, experts, features, columns,
+    RANKS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """BN columns of a tile's rows."""
+    DTYPE: tl.constexpr = out_ptr.dtype.element_ty
+    expert = tl.load(expert_ptr + tl.program_id(1))
+    if expert < experts:
+        m = tl.load(start_ptr + tl.program_id(1)) + tl.arange(0, BM)
+        known = (m < tl.load(ends_ptr + expert))[:, None]
+        r, n = tl.arange(0, RANKS), tl.program_id(0) * BN + tl.arange(0, BN)
+        x_lora_a = tl.load(x_lora_a_ptr + m[:, None] * RANKS + r[None, :], mask=known, other=0.0)
+        row = m.to(tl.int64)[:, None]
+        mask = known & (n < columns)[None, :]
+        value = _finished(
+            sums_ptr + row * features, x_lora_a, b_ptr, bias_ptr, expert, n, n < columns, features, mask, RANKS,
+            HAS_BIAS, DTYPE, INTERPRETED,
+        )  # fmt: skip
+        if ACTIVATION != "":
+            up = _finished(
+                sums_ptr + row * features, x_lora_a, b_ptr, bias_ptr, expert, columns + n, n < columns, features, mask,
+                RANKS, HAS_BIAS, DTYPE, INTERPRETED,
+            )  # fmt: skip
+            value = gated(value.to(tl.float32), up.to(tl.float32), ACTIVATION, DTYPE, INTERPRETED)
+        tl.store(out_ptr + row * columns + n[None, :], value, mask=mask)
+
+
+@triton.jit
+def _finished(
+    sums_ptrs, x_lora_a, b_ptr, bias_ptr, expert, n, inside, features, mask, RANKS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """Columns n of the sums with all that is added to them, rounded."""
+    r = tl.arange(0, RANKS)
+    b_ptrs = b_ptr + (expert.to(tl.int64) * features + n)[None, :] * RANKS + r[:, None]
+    total = tl.load(sums_ptrs + n[None, :], mask=mask, other=0.0)
+    total = dot(x_lora_a, tl.load(b_ptrs, mask=inside[None, :], other=0.0), total, INTERPRETED)
+    if HAS_BIAS:
+        total += tl.load(bias_ptr + expert * features + n, mask=inside, other=0.0).to(tl.float32)[None, :]
+    return round_to(total, DTYPE, INTERPRETED)
 
 
 @triton.jit

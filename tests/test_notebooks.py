@@ -15,6 +15,7 @@ import pytest
 from nbclient import NotebookClient
 
 from tests.helpers.paths import ROOT
+from tests.helpers.seeing import save_seeing_chat
 from tests.helpers.tiny_run import save_tiny_chat_model
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -60,11 +61,14 @@ def test_notebooks_run_from_top_to_bottom(path: Path, tmp_path: Path, monkeypatc
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
-    save_tiny_chat_model(tmp_path / "model")
     book = read(path)
+    sees = any("images=True" in cell.source for cell in code(book))
+    (save_seeing_chat if sees else save_tiny_chat_model)(tmp_path / "model")
     (parameters,) = [cell for cell in code(book) if "parameters" in cell.metadata.get("tags", [])]
     small = {"model": str(tmp_path / "model"), "steps": 2, "prompts_per_step": 2, "questions": 4}
     assert all(re.search(rf"^{name} = ", parameters.source, re.MULTILINE) for name in small)
+    if "supervised = " in parameters.source:
+        small["supervised"] = 2
     parameters.source += "".join(f"\n{name} = {value!r}" for name, value in small.items())
     NotebookClient(book, timeout=240, resources={"metadata": {"path": str(tmp_path)}}).execute()
     assert not [output for cell in code(book) for output in cell.outputs if output.get("name") == "stderr"]

@@ -203,7 +203,7 @@ def test_the_wheel_has_its_licence(wheel: Path) -> None:
 
 def test_the_wheel_names_its_extras(wheel: Path) -> None:
     metadata = Parser().parsestr(beside_the_code(wheel, "METADATA"))
-    extras = {"cuda", "sft", "math", "gym", "trackers", "notebook", "dev"}
+    extras = {"cuda", "sft", "math", "gguf", "gym", "trackers", "notebook", "dev"}
     assert set(metadata.get_all("Provides-Extra") or ()) == extras
     assert any(line.startswith("vllm==0.26.0;") for line in metadata.get_all("Requires-Dist") or ())
 

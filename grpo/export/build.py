@@ -65,7 +65,7 @@ def export(
             is 4-bit and this is its 16-bit original.
         checkpoint: "step-N" or "best": another adapter of the run than its final one.
         gguf_type: one of `GGUF_TYPES`.
-        llama_quantize: llama.cpp's quantiser, which q4_k_m needs; else LLAMA_QUANTIZE, else the one on the PATH.
+        llama_quantize: llama.cpp's quantiser, which q4_k_m needs; else LLAMA_QUANTIZE, the one on the PATH, cyllama's.
         system: the system prompt in a Modelfile. Default: that of the run's questions.
         check: compare the logits of what was written with those of base + adapter.
         notice: called with what is done and found, a sentence at a time.

@@ -2,7 +2,8 @@
 
 Tensors are stored as llama.cpp wants them: under its names, Llama's query and key rows with the two halves of a rotary
 pair side by side, Gemma's norms plus one. They are written one at a time. f16, bf16 and q8_0 are made by the gguf
-package; 4 bit is made by llama.cpp's own quantiser, which is looked for and not brought along.
+package; 4 bit is made by llama.cpp's own quantiser, as a program or in the package cyllama, which is looked for and
+not brought along.
 """
 
 from __future__ import annotations
@@ -10,10 +11,13 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import torch
 from torch import Tensor
@@ -24,27 +28,48 @@ from grpo.export.merge import MergedSource
 from grpo.export.modelfile import Chat, modelfile
 from grpo.model.architectures import causal_class
 from grpo.model.gguf_source import GGUFSource
+from grpo.model.gguf_states import CONVOLUTIONS, named_for_gguf, shape_in_gguf, to_gguf
 
 FILE_TYPES = {"f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
 Q8_BLOCK = 32
+PACKAGE = "cyllama"
+"""A package with llama.cpp's quantiser in it."""
+BY_PACKAGE = f"""
+import sys
+from cyllama.llama.llama_cpp import LlamaModelQuantizeParams, model_quantize
+params = LlamaModelQuantizeParams()
+params.ftype = {gguf.LlamaFileType.MOSTLY_Q4_K_M.value}
+model_quantize(sys.argv[1], sys.argv[2], params)
+"""
+"""The program `llama-quantize SOURCE TARGET Q4_K_M`, by that package."""
 HOW_TO_GET_IT = (
-    "q4_k_m needs llama.cpp's quantiser: install llama.cpp (brew install llama.cpp; conda install -c conda-forge "
-    "llama.cpp; or build its target llama-quantize) and name the program with --llama-quantize, or LLAMA_QUANTIZE, or "
-    "have it on the PATH; f16, bf16 and q8_0 need nothing"
+    'q4_k_m needs llama.cpp\'s quantiser: pip install "cyllama>=0.2.18,<0.3"; or install llama.cpp (brew install '
+    "llama.cpp; conda install -c conda-forge llama.cpp; or build its target llama-quantize) and name the program with "
+    "--llama-quantize, or LLAMA_QUANTIZE, or have it on the PATH; f16, bf16 and q8_0 need nothing"
 )
 
 
-def find_quantizer(named: str | Path | None) -> Path:
-    """llama.cpp's quantiser: `named`, else LLAMA_QUANTIZE, else llama-quantize on the PATH. Raises UserError."""
+def find_quantizer(named: str | Path | None) -> list[str]:
+    """The command line of llama.cpp's quantiser: `named`, else LLAMA_QUANTIZE, else llama-quantize on the PATH, else
+    the package's. Raises UserError."""
     named = named or os.environ.get("LLAMA_QUANTIZE")
     program = shutil.which(Path(named).expanduser() if named else "llama-quantize")
-    if program is None:
-        raise UserError(f"{named}: no such program; {HOW_TO_GET_IT}" if named else HOW_TO_GET_IT)
-    return Path(program)
+    if program is not None:
+        return [str(program)]
+    if named:
+        raise UserError(f"{named}: no such program; {HOW_TO_GET_IT}")
+    if find_spec(PACKAGE) is None:
+        raise UserError(HOW_TO_GET_IT)
+    return [sys.executable, "-P", "-c", BY_PACKAGE]
 
 
 def write_gguf(
-    source: MergedSource, folder: Path, kind: str, chat: Chat, quantizer: Path | None, notice: Callable[[str], None]
+    source: MergedSource,
+    folder: Path,
+    kind: str,
+    chat: Chat,
+    quantizer: Sequence[str] | None,
+    notice: Callable[[str], None],
 ) -> Path:
     """Write `source` to `folder` as a GGUF file of type `kind` (f16, bf16, q8_0, q4_k_m) with a Modelfile; the file.
 
@@ -65,8 +90,6 @@ def write_gguf(
 
 def write_file(source: MergedSource, file: Path, kind: str, chat: Chat, notice: Callable[[str], None]) -> None:
     """Metadata, then every tensor."""
-    import gguf
-
     config = source.config.get_text_config()
     writer = gguf.GGUFWriter(file, ARCHITECTURE[config.model_type])
     writer.add_type(gguf.GGUFType.MODEL)
@@ -114,11 +137,11 @@ def planned(source: MergedSource, kind: str) -> Iterator[tuple[str, str, tuple[i
     by_name = {name: architecture for architecture, name in MODEL_ARCH_NAMES.items()}
     names = get_tensor_name_map(by_name[ARCHITECTURE[config.model_type]], config.num_hidden_layers)
     for name in sorted(source.names, key=in_model_order):
-        stored = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        stored = names.get_name(named_for_gguf(name), try_suffixes=(".weight", ".bias"))
         if stored is None:
             raise UserError(f"{source.path}: llama.cpp's {causal_class(config.model_type)} has no tensor {name}")
-        shape = source.shape(name)
-        yield name, stored, shape, form_of(shape, kind)
+        shape = shape_in_gguf(name, source.shape(name))
+        yield name, stored, shape, "f32" if name.endswith(CONVOLUTIONS) else form_of(shape, kind)
 
 
 def in_model_order(name: str) -> tuple[int, str]:
@@ -137,8 +160,6 @@ def form_of(shape: tuple[int, ...], kind: str) -> str:
 
 def add_info(writer: Any, name: str, shape: tuple[int, ...], gguf_type: str) -> None:
     """Announce a tensor whose data come later."""
-    import gguf
-
     kind = gguf.GGMLQuantizationType[gguf_type.upper()]
     if gguf_type in ("f16", "f32"):
         dtype = np.dtype(np.float16 if gguf_type == "f16" else np.float32)
@@ -150,8 +171,6 @@ def add_info(writer: Any, name: str, shape: tuple[int, ...], gguf_type: str) -> 
 
 def encoded(weight: Tensor, gguf_type: str, name: str) -> np.ndarray:
     """`weight` float32 as the bytes or numbers of `gguf_type`. Raises UserError for a value beyond float16."""
-    import gguf
-
     numbers = weight.contiguous().numpy()
     if gguf_type == "f32":
         return numbers
@@ -169,13 +188,11 @@ def as_stored(source: MergedSource, name: str) -> Tensor:
     weight = source.read(name).float()
     config = source.config.get_text_config()
     architecture = ARCHITECTURE[config.model_type]
-    module, _, kind = name.rpartition(".")
+    module = name.rpartition(".")[0]
     if architecture == "llama" and module.endswith(("q_proj", "k_proj")):
         heads = config.num_attention_heads if module.endswith("q_proj") else config.num_key_value_heads
         return neighbours(weight, heads)
-    if architecture.startswith("gemma") and module.endswith("norm"):
-        return weight + 1
-    return weight
+    return to_gguf(name, weight, config)
 
 
 def neighbours(weight: Tensor, heads: int) -> Tensor:
@@ -184,11 +201,11 @@ def neighbours(weight: Tensor, heads: int) -> Tensor:
     return halves.transpose(1, 2).reshape(weight.shape)
 
 
-def run_quantizer(program: Path, source: Path, target: Path) -> None:
+def run_quantizer(program: Sequence[str], source: Path, target: Path) -> None:
     """Have llama.cpp make Q4_K_M of `source`. Raises UserError with its last words where it fails."""
-    done = subprocess.run(
-        [str(program), str(source), str(target), "Q4_K_M"], capture_output=True, text=True, errors="replace"
-    )
+    command = [*program, str(source), str(target), "Q4_K_M"]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     if done.returncode != 0 or not target.is_file():
         said = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
-        raise UserError(f"{program} failed ({said[-1].strip() if said else f'exit code {done.returncode}'})")
+        name = program[0] if len(program) == 1 else PACKAGE
+        raise UserError(f"{name} failed ({said[-1].strip() if said else f'exit code {done.returncode}'})")

@@ -17,6 +17,7 @@ from grpo.export.gguf_vocab import read_vocabulary
 from grpo.model.decoder_config import DecoderConfig
 from grpo.model.gguf_config import attention_scale, frequency_divisors, value
 from grpo.model.gguf_source import GGUFSource
+from grpo.model.meta_graph import graph_tensors
 from grpo.model.weight_source import Source
 
 ARCHITECTURE = {
@@ -28,6 +29,8 @@ ARCHITECTURE = {
     "gemma2": "gemma2",
     "gemma3_text": "gemma3",
     "phi3": "phi3",
+    "qwen3_5_text": "qwen35",
+    "lfm2": "lfm2",
 }
 """transformers' `model_type` to llama.cpp's name of the computation."""
 WINDOWED = {"gemma2": 2, "gemma3_text": 6}
@@ -50,13 +53,18 @@ def add_from_config(writer: Any, config: DecoderConfig, notice: Callable[[str], 
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_key_length(head)
     writer.add_value_length(head)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
+    if config.model_type == "lfm2":
+        add_short_convolutions(writer, config)
+    else:
+        writer.add_head_count_kv(config.num_key_value_heads)
+        writer.add_feed_forward_length(config.intermediate_size)
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    if config.model_type == "qwen3_5_text":
+        add_delta_net(writer, config)
     if config.model_type in WINDOWED:
         writer.add_sliding_window(config.sliding_window)
     elif config.model_type == "phi3":
@@ -65,6 +73,37 @@ def add_from_config(writer: Any, config: DecoderConfig, notice: Callable[[str], 
         if getattr(config, cap, None) is not None:
             getattr(writer, f"add_{cap}")(getattr(config, cap))
     return add_rotary(writer, config, head)
+
+
+def add_short_convolutions(writer: Any, config: DecoderConfig) -> None:
+    """What LFM2 says of its layers: those without heads of keys are convolutions."""
+    kinds = config.layer_types
+    writer.add_feed_forward_length(graph_tensors(config).linears["model.layers.0.feed_forward.w1"].rows)
+    writer.add_head_count_kv([0 if kind == "conv" else config.num_key_value_heads for kind in kinds])
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    writer.add_shortconv_l_cache(config.conv_L_cache)
+
+
+def add_delta_net(writer: Any, config: DecoderConfig) -> None:
+    """What Qwen 3.5 says of its layers: all but one in so many are gated DeltaNet.
+
+    The sections are those of positions in an image; of text all parts have the same.
+    """
+    writer.add_ssm_conv_kernel(config.linear_conv_kernel_dim)
+    writer.add_ssm_state_size(config.linear_key_head_dim)
+    writer.add_ssm_group_count(config.linear_num_key_heads)
+    writer.add_ssm_time_step_rank(config.linear_num_value_heads)
+    writer.add_ssm_inner_size(config.linear_num_value_heads * config.linear_value_head_dim)
+    writer.add_full_attention_interval(full_attention_interval(config))
+    writer.add_rope_dimension_sections([*config.rope_parameters.get("mrope_section", (11, 11, 10)), 0])
+
+
+def full_attention_interval(config: DecoderConfig) -> int | None:
+    """In how many layers one is full attention, the last of them; None where it is not so."""
+    kinds = list(config.layer_types)
+    every = kinds.index("full_attention") + 1 if "full_attention" in kinds else len(kinds) + 1
+    usual = ["linear_attention" if number % every else "full_attention" for number in range(1, len(kinds) + 1)]
+    return every if kinds == usual else None
 
 
 def head_size(config: DecoderConfig) -> int:
@@ -82,6 +121,15 @@ def check_computed_alike(config: DecoderConfig, notice: Callable[[str], None]) -
         attention_scale(config) if family in WINDOWED else 0,
     ):
         raise UserError(f"llama.cpp has no {family} with this query_pre_attn_scalar; export merged-16bit instead")
+    if family == "qwen3_5_text":
+        if full_attention_interval(config) is None:
+            raise UserError("llama.cpp has no Qwen 3.5 with these layer_types; export merged-16bit instead")
+        if config.linear_key_head_dim != config.linear_value_head_dim:
+            raise UserError(
+                "llama.cpp has no Qwen 3.5 with values of another size than keys; export merged-16bit instead"
+            )
+    if getattr(config, "conv_bias", False):
+        raise UserError(f"llama.cpp has no {family} with biases of convolutions; export merged-16bit instead")
     kinds, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
     if family in WINDOWED:
         period = WINDOWED[family]

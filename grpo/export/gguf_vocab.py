@@ -30,11 +30,16 @@ _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]
 _CASED = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+%s|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*%s"
 _SLASHED = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _SHORT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_MARKED = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
 SPLITS = {
     _WORDS + r"|\p{N}{1,3}" + _ENDINGS: "llama-bpe",
     _WORDS + r"|\p{N}" + _ENDINGS: "qwen2",
     _CASED % ("", "") + r"|\p{N}" + _SLASHED: "tekken",
     _CASED % (_SHORT, _SHORT) + r"|\p{N}{1,3}" + _SLASHED: "gpt-4o",
+    _MARKED: "qwen35",
 }
 """Regular expressions by which tokenizers split text before merging, and llama.cpp's name for each."""
 

@@ -40,6 +40,18 @@ class DecoderConfig(Protocol):
     use_bidirectional_attention: str | bool | None
     """Which tokens see those behind them; Gemma alone."""
 
+    layer_types: list[str]
+    """The kind of each layer, where layers differ."""
+    linear_num_key_heads: int
+    linear_num_value_heads: int
+    linear_key_head_dim: int
+    linear_value_head_dim: int
+    linear_conv_kernel_dim: int
+    """Of gated DeltaNet: Qwen 3.5 alone."""
+    norm_eps: float
+    conv_L_cache: int
+    """Of LFM2 alone."""
+
     quantization_config: dict[str, Any]
     """How a checkpoint's weights are quantised, where they are."""
 

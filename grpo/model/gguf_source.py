@@ -20,6 +20,7 @@ from grpo.model.decoder_config import DecoderConfig
 from grpo.model.families.table import family_of
 from grpo.model.gguf_config import ROTARY_TENSORS, complete_config
 from grpo.model.gguf_header import read_header
+from grpo.model.gguf_states import from_gguf, named_for_gguf, shape_from_gguf
 from grpo.model.layout import HEAD
 from grpo.model.meta_graph import graph_tensors
 from grpo.model.vision import Vision
@@ -71,7 +72,7 @@ class GGUFSource:
         tensors = {tensor.name: tensor for tensor in self.reader.tensors}
         named = {}
         for candidate in candidate_names(text_config):
-            stored = names.get_name(candidate, try_suffixes=(".weight", ".bias"))
+            stored = names.get_name(named_for_gguf(candidate), try_suffixes=(".weight", ".bias"))
             if stored in tensors:
                 named[candidate] = tensors.pop(stored)
         # What has no name in transformers keeps its own, but for rotary factors: these are in the configuration.
@@ -94,7 +95,7 @@ class GGUFSource:
                 f"{self.path}: {name} is kept as {stored.tensor_type.name}, which the gguf package does not read; "
                 "convert the model to another type"
             ) from None
-        return tuple(int(size) for size in reversed(stored.shape))
+        return shape_from_gguf(name, tuple(int(size) for size in reversed(stored.shape)))
 
     def read(self, name: str) -> Tensor:
         from gguf.quants import dequantize
@@ -104,7 +105,7 @@ class GGUFSource:
         return self._undo_conversion(name, weight)
 
     def _undo_conversion(self, name: str, weight: Tensor) -> Tensor:
-        """llama.cpp interleaves the rotary halves of Llama's q and k, and stores Gemma's norm weights plus one."""
+        """llama.cpp interleaves the rotary halves of Llama's q and k; the rest is in gguf_states.py."""
         text_config = self.config.get_text_config()
         if self._architecture == "llama" and name.endswith(
             ("q_proj.weight", "k_proj.weight", "q_proj.bias", "k_proj.bias")
@@ -112,9 +113,7 @@ class GGUFSource:
             heads = text_config.num_attention_heads if ".q_proj." in name else text_config.num_key_value_heads
             halves = weight.reshape(heads, weight.shape[0] // heads // 2, 2, *weight.shape[1:])
             return halves.transpose(1, 2).reshape(weight.shape).contiguous()
-        if family_of(text_config.model_type).norm_adds_one and name.endswith("norm.weight"):
-            return weight - 1
-        return weight
+        return from_gguf(name, weight, text_config)
 
     def stored_name(self, name: str) -> str:
         """What the checkpoint calls it."""

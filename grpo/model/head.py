@@ -49,8 +49,9 @@ class Head:
         softcap = None if self.cap is None else self.cap / self.scale
         return {"temperature": temperature / self.scale, "softcap": softcap, "never": self.never}
 
-    def logits(self, products: Tensor) -> Tensor:
-        """The logits of `products`, hidden W^T in float32."""
+    def logits(self, products: Tensor, first: int = 0) -> Tensor:
+        """The logits of `products`, hidden W^T in float32, with the rows of W from `first` on."""
         scaled = products * self.scale if self.scale != 1.0 else products
         logits = scaled if self.cap is None else self.cap * torch.tanh(scaled / self.cap)
-        return put_out_of_reach(logits.clone(), self.never) if self.never else logits
+        inside = [token - first for token in self.never if first <= token < first + logits.shape[-1]]
+        return put_out_of_reach(logits.clone(), inside) if inside else logits

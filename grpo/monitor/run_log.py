@@ -47,7 +47,7 @@ from grpo.run.records import (
     plain,
     read_entries,
 )
-from grpo.run.samples import SampleGroup, preview_name
+from grpo.run.samples import Sample, SampleGroup, preview_name
 from grpo.run.versions import hardware, versions
 
 ENDS = 5  # steps that "first" and "last" are means over
@@ -336,7 +336,7 @@ class RunLog:
         if group.answer is not None:
             parts.append(_entry("answer", str(group.answer)))
         for which, sample in chosen.items():
-            parts.append(_entry(f"{which} of {len(ranked)}", sample.text))
+            parts.append(_entry(f"{which} of {len(ranked)}", *_said(sample)))
             if sample.extracted is not None:
                 parts.append(_entry("extracted", sample.extracted))
             scores = [f"{_label(name)} {_shown(score, '{:g}')}" for name, score in sample.rewards.items()]
@@ -399,13 +399,26 @@ def _shown(value: float | None, form: str) -> str:
     return "-" if value is None else form.format(value)
 
 
-def _entry(label: str, text: str) -> RenderableType:
-    cut = text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]} ... ({len(text)} characters)"
+def _entry(label: str, *texts: str) -> RenderableType:
+    """`texts` below one another, each cut to its share of what is shown."""
+    share = max(SHOWN_CHARACTERS // max(len(texts), 1), SHOWN_CHARACTERS // 8)
+    cut = [text if len(text) <= share else f"{text[:share]} ... ({len(text)} characters)" for text in texts]
     grid = Table.grid(padding=(0, 2))
     grid.add_column(width=12, style="dim")
     grid.add_column()
-    grid.add_row(Text(label), Text(printable(cut.strip("\n"))))
+    grid.add_row(Text(label), Text("\n".join(printable(text.strip("\n")) for text in cut)))
     return grid
+
+
+def _said(sample: Sample) -> list[str]:
+    """The completion; of an episode what each said in turn, calls included."""
+    if sample.turns is None:
+        return [sample.text]
+    said = []
+    for turn in sample.turns:
+        calls = [json.dumps(call, ensure_ascii=False) for call in turn.get("calls", ())]
+        said.append(f"{turn['role']}: {' '.join([turn['text'], *calls]).strip()}")
+    return said
 
 
 def _mean(values: Sequence[float]) -> float:

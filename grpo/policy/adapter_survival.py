@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -24,9 +25,13 @@ from grpo.model.head import Head
 from grpo.model.layout import EMBEDDING, HEAD
 from grpo.model.rope import Rotary
 from grpo.policy.graph import ATTENTION, rebuild_buffers, set_module, set_tensor
+from grpo.policy.image_rows import ImageRows
 from grpo.policy.lora_linear import ADAPTER, BaseLinear, LoraLinear
 from grpo.policy.packing import predicting_states
 from grpo.policy.policy import Policy
+
+if TYPE_CHECKING:
+    from grpo.images import Image
 
 SEQUENCES, TOKENS, LONGEST = 16, 1024, 256
 """How many completions are measured at most, how many tokens in all, and of one completion. The noise of rounding falls
@@ -37,20 +42,24 @@ HEAD_ROWS = 8192
 
 @torch.no_grad()
 def adapter_survival(
-    policy: Policy, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
+    policy: Policy,
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    images: Sequence[Sequence[Image]] | None = None,
 ) -> float | None:
     """The share of the adapter's effect that shows in 16 bit, on the first of `completions` (SEQUENCES, TOKENS).
 
-    None where there is nothing to measure: a float32 policy, an adapter of zeros, no completion, or no memory for it.
+    images: of each prompt. None where there is nothing to measure: a float32 policy, an adapter of zeros, no
+    completion, or no memory for it.
     """
-    heads, tails = measured_sequences(prompts, completions)
+    heads, tails, seen = measured_sequences(prompts, completions, images or [()] * len(prompts))
     if policy.base.dtype == torch.float32 or not tails or policy.adapter_is_zero():
         return None
     try:
-        truth = float32_effect(policy, heads, tails)
+        truth = float32_effect(policy, heads, tails, seen)
         with policy.model.disable_adapter():
-            without = policy.score(heads, tails, temperature=1.0).logprobs
-        effect = policy.score(heads, tails, temperature=1.0).logprobs.float() - without.float()
+            without = policy.score(heads, tails, temperature=1.0, images=seen).logprobs
+        effect = policy.score(heads, tails, temperature=1.0, images=seen).logprobs.float() - without.float()
     except torch.OutOfMemoryError:
         return None
     size = float(truth @ truth)
@@ -58,28 +67,33 @@ def adapter_survival(
 
 
 def measured_sequences(
-    prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
-) -> tuple[list[list[int]], list[list[int]]]:
-    """The first prompts and completions, as far as SEQUENCES and TOKENS go; those with an empty completion left out."""
+    prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], images: Sequence[Sequence[Image]]
+) -> tuple[list[list[int]], list[list[int]], list[Sequence[Image]]]:
+    """The first prompts and completions, as far as SEQUENCES and TOKENS go, with the prompts' images; those with an
+    empty completion left out."""
     heads: list[list[int]] = []
     tails: list[list[int]] = []
+    seen: list[Sequence[Image]] = []
     tokens = 0
-    for prompt, completion in zip(prompts, completions, strict=True):
+    for prompt, completion, shown in zip(prompts, completions, images, strict=True):
         if completion and tokens < TOKENS and len(tails) < SEQUENCES:
             heads.append(list(prompt))
             tails.append(list(completion[:LONGEST]))
+            seen.append(shown)
             tokens += len(tails[-1])
-    return heads, tails
+    return heads, tails, seen
 
 
-def float32_effect(policy: Policy, prompts: list[list[int]], completions: list[list[int]]) -> Tensor:
+def float32_effect(
+    policy: Policy, prompts: list[list[int]], completions: list[list[int]], images: Sequence[Sequence[Image]]
+) -> Tensor:
     """What the adapter adds to each token's logprob in float32: [tokens]."""
-    graph = float32_graph(policy)
-    with_adapter = float32_logprobs(policy, graph, prompts, completions)
+    graph, rows = float32_graph(policy), policy.image_rows(prompts, images)
+    with_adapter = float32_logprobs(policy, graph, prompts, completions, rows)
     for module in graph.modules():
         if isinstance(module, Float32Linear):
             module.trained = False
-    return with_adapter - float32_logprobs(policy, graph, prompts, completions)
+    return with_adapter - float32_logprobs(policy, graph, prompts, completions, rows)
 
 
 class Float32Linear(nn.Module):
@@ -133,10 +147,14 @@ def float32_graph(policy: Policy) -> nn.Module:
 
 
 def float32_logprobs(
-    policy: Policy, graph: nn.Module, prompts: list[list[int]], completions: list[list[int]]
+    policy: Policy,
+    graph: nn.Module,
+    prompts: list[list[int]],
+    completions: list[list[int]],
+    images: ImageRows | None = None,
 ) -> Tensor:
     """Logprob of every completion token [tokens], in the order of `Policy.score`."""
-    hidden, targets = predicting_states(graph, prompts, completions, policy.base.device)
+    hidden, targets = predicting_states(graph, prompts, completions, policy.base.device, images=images)
     return head_logprobs(hidden, policy.head_weight(), targets, policy.base.head_form)
 
 
@@ -145,7 +163,7 @@ def head_logprobs(hidden: Tensor, head: Tensor, targets: Tensor, form: Head) -> 
     normaliser = torch.full(targets.shape, float("-inf"), device=hidden.device)
     chosen = torch.zeros(targets.shape, device=hidden.device)
     for start in range(0, head.shape[0], HEAD_ROWS):
-        logits = form.logits(F.linear(hidden, head[start : start + HEAD_ROWS].to(hidden.device).float()))
+        logits = form.logits(F.linear(hidden, head[start : start + HEAD_ROWS].to(hidden.device).float()), start)
         normaliser = torch.logaddexp(normaliser, logits.logsumexp(-1))
         inside = (targets >= start) & (targets < start + logits.shape[1])
         index = (targets - start).clamp(0, logits.shape[1] - 1)

@@ -11,6 +11,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -43,10 +44,17 @@ def delta_net(self: Any, hidden_states: Tensor, packing: Packing | None = None, 
     value = value.unflatten(-1, (self.num_v_heads, self.head_v_dim))
     a, b = self.in_proj_a(hidden_states)[0], self.in_proj_b(hidden_states)[0]
     decay = -self.A_log.float().exp() * F.softplus(a.float() + self.dt_bias.float())
-    result = gated_delta_rule(query, key, value, decay, b.sigmoid(), recurrence)
-    gate = self.in_proj_z(hidden_states)[0].reshape(-1, self.head_v_dim)
-    normed = self.norm(result.reshape(-1, self.head_v_dim), gate)
+    result = gated_delta_rule(query, key, value, decay, b.float().sigmoid(), recurrence)
+    gate = self.in_proj_z(hidden_states)[0].unflatten(-1, (-1, self.head_v_dim))
+    normed = gated_norm(result, gate, self.norm.weight, self.norm.variance_epsilon)
     return self.out_proj(normed.reshape(*hidden_states.shape[:-1], -1))
+
+
+def gated_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / rms(x) * weight * silu(gate) [tokens, heads, dim], rounded once as by vLLM; transformers rounds thrice."""
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (wide * weight.float() * F.silu(gate.float())).to(x.dtype)
 
 
 def gated_conv(self: Any, hidden_states: Tensor, packing: Packing | None = None, **ignored: Any) -> Tensor:

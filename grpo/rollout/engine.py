@@ -112,7 +112,7 @@ class Engine:
         adapters = self.adapter.experts.get(first.name)
         factors = [] if adapters is None else [adapters.gate_up, adapters.down]
         ranks = max((each.a.shape[1] for each in factors if each is not None), default=0)
-        if nf4_experts.find_tile(first.experts, first.routing.top_k, ranks) is None:
+        if nf4_experts.find_tiles(first.experts, first.routing.top_k, ranks) is None:
             announce("experts are dequantised at every step: their kernel does not compute a plain product on this GPU")
 
     def restart(self, kv_cache_memory_bytes: int) -> None:

@@ -29,6 +29,8 @@ from vllm.model_executor.models.qwen2_moe import Qwen2MoeMLP
 from vllm.model_executor.models.qwen3_next import Qwen3NextAttention, Qwen3NextSparseMoeBlock
 from vllm.platforms import current_platform
 
+from grpo.kernels import rms_norm
+from grpo.rollout.vllm_delta_rule import PromptRule
 from grpo.rollout.vllm_delta_tiles import settle_tiles
 from grpo.rollout.vllm_recurrence_cpu import delta_net
 
@@ -68,14 +70,30 @@ class KeptWeight(UnquantizedLinearMethod):
         """Nothing."""
 
 
+class Norm(GemmaRMSNorm):
+    """RMSNorm by its weight plus one, as training has it: what is added to the residual is rounded before it is normed.
+
+    vLLM norms the sum as it is before it is rounded, by ten operations of torch where nothing is compiled.
+    """
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """x and residual [..., hidden]; the normed, and where there is a residual the new one."""
+        x = x if residual is None else x + residual
+        rows = x.reshape(-1, x.shape[-1])
+        normed = rms_norm.Norm(self.weight, self.variance_epsilon, unit_offset=True).forward(rows).view(x.shape)
+        return normed if residual is None else (normed, x)
+
+
 class GatedDeltaNet(QwenGatedDeltaNetAttention):
-    """vLLM's layer; on a CPU in any precision."""
+    """vLLM's layer, with our rule over prompts; on a CPU in any precision."""
 
     def __init__(self, *arguments: Any, **options: Any):
         super().__init__(*arguments, **options)
         self.conv1d.quant_method = KeptWeight()
         if not current_platform.is_cpu():
             settle_tiles()
+            vllms_own: nn.Module = self.chunk_gated_delta_rule
+            self.chunk_gated_delta_rule: nn.Module = PromptRule(vllms_own)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         if current_platform.is_cpu():
@@ -96,6 +114,10 @@ class DecoderLayer(nn.Module):
                 config, vllm_config.model_config, vllm_config.cache_config, vllm_config.quant_config,
                 prefix=f"{prefix}.self_attn",
             )  # fmt: skip
+            # vLLM's kernel for norm and rotation rounds once where training rounds four times.
+            self.self_attn.use_fused_qk_norm_rope_gate = False
+            for name in ("q_norm", "k_norm"):
+                setattr(self.self_attn, name, Norm(config.head_dim, eps=config.rms_norm_eps))
         if getattr(config, "num_experts", 0):
             self.mlp: nn.Module = Qwen3NextSparseMoeBlock(vllm_config, prefix=f"{prefix}.mlp")
         else:
@@ -103,8 +125,8 @@ class DecoderLayer(nn.Module):
                 config.hidden_size, config.intermediate_size, config.hidden_act, vllm_config.quant_config,
                 prefix=f"{prefix}.mlp",
             )  # fmt: skip
-        self.input_layernorm = GemmaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = GemmaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = Norm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = Norm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(self, x: Tensor, residual: Tensor | None, positions: Tensor) -> tuple[Tensor, Tensor]:
         """x and residual [tokens, hidden]; what is to be added to the residual, and that."""
@@ -130,7 +152,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(
             DecoderLayer(vllm_config, number, f"{prefix}.layers.{number}") for number in range(config.num_hidden_layers)
         )
-        self.norm = GemmaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = Norm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(self, input_ids: Tensor | None, positions: Tensor, inputs_embeds: Tensor | None = None) -> Tensor:
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds

@@ -65,7 +65,7 @@ def inputs(layer: Any, taps: Tensor, b: Tensor, a: Tensor) -> tuple[Tensor, ...]
     query, key = (part.unflatten(-1, (layer.num_k_heads, layer.head_k_dim)) for part in (query, key))
     value = value.unflatten(-1, (layer.num_v_heads, layer.head_v_dim))
     decay = -layer.A_log.exp() * F.softplus(a.float() + layer.dt_bias.float())
-    return query, key, value, decay, b.sigmoid().float()
+    return query, key, value, decay, b.float().sigmoid()
 
 
 def one_step(

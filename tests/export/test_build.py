@@ -32,6 +32,7 @@ from grpo.policy.adapter_files import AdapterFile
 from grpo.run.model_reference import resolve_model
 from tests.helpers.adapters import TOKENS, logits, train_nothing
 from tests.helpers.checkpoints import edit_tensors, quantize_folder
+from tests.helpers.families import NEWCOMERS, save_family
 from tests.helpers.tiny import save_tiny
 
 NAME = "model.layers.1.self_attn.q_proj.weight"
@@ -44,7 +45,8 @@ class Made:
         self, folder: Path, family: str = "llama", targets: Any = "all-linear", lora: Any = None, **changes: Any
     ):
         self.base, self.adapter, self.out = folder / "base", folder / "adapter", folder / "out"
-        model = save_tiny(self.base, family, **changes)
+        save = save_family if family in NEWCOMERS else save_tiny
+        model = save(self.base, family, **changes)
         self.peft = train_nothing(model, self.adapter, self.base, targets, **(lora or {}))
 
     def export(self, to: str, **keys: Any) -> tuple[Path, list[str]]:

@@ -7,6 +7,7 @@ of query and key rows would hide in the noise of 8 bits.
 from __future__ import annotations
 
 import stat
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from tests.helpers.checkpoints import write_gguf as write_llama_gguf
 from tests.helpers.tiny import tiny_model
 from tests.helpers.vocabularies import CHAT, SIZE, TEXTS, byte_level, save_tokenizer, sentencepiece
 
-LLAMA3, QWEN2, TEKKEN, GPT4O = SPLITS
+LLAMA3, QWEN2, TEKKEN, GPT4O, QWEN35 = SPLITS
 GEMMA: dict[str, Any] = {"head_dim": 256, "query_pre_attn_scalar": 256}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"num_key_value_heads": 2},
@@ -41,6 +42,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma2": {**GEMMA, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
     "gemma3_text": {**GEMMA, "num_hidden_layers": 6},
     "phi3": {},
+    "lfm2": {},
 }
 """Shapes that transformers reads from GGUF files; what it leaves unread is at its default."""
 
@@ -53,7 +55,8 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def made_with_tokenizer(folder: Path, family: str = "llama", **changes: Any) -> Made:
     made = Made(folder, family, vocab_size=SIZE, **changes)
     spaces = family.startswith("gemma") or family == "phi3"
-    tokenizer = sentencepiece(space_prefix=family == "phi3") if spaces else byte_level(QWEN2)
+    splits = QWEN35 if family == "qwen3_5_text" else QWEN2
+    tokenizer = sentencepiece(space_prefix=family == "phi3") if spaces else byte_level(splits)
     save_tokenizer(tokenizer, made.base, bos=spaces)
     return made
 
@@ -118,6 +121,23 @@ def test_biases_of_query_and_key_are_turned_too(tmp_path: Path) -> None:
         assert source.read(name).equal(base[name])
 
 
+DELTA: dict[str, Any] = {"linear_value_head_dim": 32}
+"""A Qwen 3.5 whose values are as wide as its keys, as llama.cpp needs them: two heads for one of keys."""
+
+
+def test_gated_delta_net_is_written_and_read(tmp_path: Path) -> None:
+    """By our reader. Rounding to 16 bits alone moves the logits by 3.5e-3, so weights are compared too."""
+    made = made_with_tokenizer(tmp_path, "qwen3_5_text", **DELTA)
+    source = open_source(Model(name=str(exported(made, "f16"))))
+    assert source.config.layer_types == ["linear_attention", "full_attention", "linear_attention"]
+    assert apart(logits(made.peft), streamed_logits(source, TOKENS)) < 5e-3
+    for name, weight in made.peft.merge_and_unload().state_dict().items():
+        assert apart(weight, source.read(name)) < 3e-4, name
+    before = AutoTokenizer.from_pretrained(made.base)
+    for text in TEXTS:
+        assert source.tokenizer()(text)["input_ids"] == before(text)["input_ids"]
+
+
 # Metadata
 
 
@@ -179,6 +199,8 @@ def test_sizes_and_names_are_llama_cpps(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("family", "changes"),
     [("gemma2", {"query_pre_attn_scalar": 100}), ("gemma3_text", {"layer_types": ["full_attention"] * 2}),
+     ("qwen3_5_text", {}), ("qwen3_5_text", {**DELTA, "layer_types": ["full_attention", "linear_attention"] * 2,
+                                             "num_hidden_layers": 4}),
      ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}})],
 )  # fmt: skip
 def test_what_llama_cpp_computes_otherwise_is_refused(family: str, changes: dict[str, Any], tmp_path: Path) -> None:
@@ -217,6 +239,7 @@ KINDS: dict[str, tuple[Any, str]] = {
     "qwen2": (lambda: byte_level(QWEN2), "gpt2"),
     "tekken": (lambda: byte_level(TEKKEN), "gpt2"),
     "gpt-4o": (lambda: byte_level(GPT4O), "gpt2"),
+    "qwen35": (lambda: byte_level(QWEN35), "gpt2"),
     "gpt-2": (byte_level, "gpt2"),
     "smollm": (lambda: byte_level(digits=True), "gpt2"),
     "default": (lambda: sentencepiece(space_prefix=True), "llama"),
@@ -270,7 +293,7 @@ def program(folder: Path, action: str) -> Path:
 
 
 def test_llama_cpps_quantiser_makes_q4_k_m(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stand-in that copies; the real one is found in the same three ways."""
+    """A stand-in that copies; the real program is found in the same three ways."""
     made = made_with_tokenizer(tmp_path)
     quantizer = program(tmp_path, 'cp "$1" "$2"')
     file = exported(made, "q4_k_m", llama_quantize=quantizer)
@@ -279,17 +302,35 @@ def test_llama_cpps_quantiser_makes_q4_k_m(tmp_path: Path, monkeypatch: pytest.M
     ]  # fmt: skip
     assert apart(logits(made.peft), logits(read_by_transformers(file))) < 2e-3
     monkeypatch.setenv("LLAMA_QUANTIZE", str(quantizer))
-    assert find_quantizer(None) == quantizer
+    assert find_quantizer(None) == [str(quantizer)]
     monkeypatch.delenv("LLAMA_QUANTIZE")
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert find_quantizer(None) == quantizer
+    assert find_quantizer(None) == [str(quantizer)]
+
+
+def test_the_quantiser_of_a_package_makes_4_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real one. Only rows of whole blocks of 256 become Q4_K and Q6_K."""
+    pytest.importorskip("cyllama")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("LLAMA_QUANTIZE", raising=False)
+    made = made_with_tokenizer(tmp_path, hidden_size=256, intermediate_size=512)
+    file = exported(made, "q4_k_m")
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(file).tensors}
+    assert kinds["blk.0.attn_q.weight"] == kinds["blk.0.ffn_up.weight"] == "Q4_K"
+    assert kinds["output.weight"] == "Q6_K" and kinds["output_norm.weight"] == "F32"
+    wanted = made.peft.merge_and_unload().state_dict()
+    for name, weight in read_by_transformers(file).state_dict().items():
+        most = 0.1 if weight.ndim == 2 else 1e-6
+        assert apart(wanted[name].float(), weight.float()) < most, f"{name}: 4 bits of the right weights"
+    assert sorted(path.name for path in made.out.iterdir()) == ["Modelfile", file.name]
 
 
 def test_without_the_quantiser_it_is_said_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("LLAMA_QUANTIZE", raising=False)
+    monkeypatch.setitem(sys.modules, "cyllama", None)
     made = made_with_tokenizer(tmp_path)
-    with pytest.raises(UserError, match="q4_k_m needs llama.cpp's quantiser: install llama.cpp.*--llama-quantize"):
+    with pytest.raises(UserError, match="q4_k_m needs llama.cpp's quantiser: pip install .*--llama-quantize"):
         exported(made, "q4_k_m")
     with pytest.raises(UserError, match="/nowhere: no such program"):
         exported(made, "q4_k_m", llama_quantize="/nowhere")

@@ -1,6 +1,6 @@
 """llama.cpp itself runs exported GGUF files, and predicts what transformers does with base and adapter.
 
-xllamacpp is llama.cpp with a Python interface; it brings no quantiser, so q4_k_m is not among these.
+xllamacpp is llama.cpp with a Python interface, cyllama has its quantiser.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 import torch
 
-from tests.export.test_gguf import FAMILIES, exported, made_with_tokenizer
+from tests.export.test_gguf import DELTA, exported, made_with_tokenizer, read_by_transformers
+from tests.export.test_gguf import FAMILIES as READ_BY_TRANSFORMERS
 from tests.helpers.adapters import TOKENS
 
 xllamacpp = pytest.importorskip("xllamacpp")
 pytestmark = [pytest.mark.wide, pytest.mark.slow]
 
+FAMILIES: dict[str, dict[str, Any]] = {**READ_BY_TRANSFORMERS, "qwen3_5_text": DELTA}
 STEPS, LISTED = 10, 5
 """Tokens that are predicted one after another, and likeliest ones that are compared at each."""
 
@@ -47,12 +49,23 @@ def likeliest(llama: Any, tokens: list[int]) -> dict[int, float]:
 )
 def test_llama_cpp_predicts_what_transformers_does(family: str, kind: str, most: float, tmp_path: Path) -> None:
     made = made_with_tokenizer(tmp_path, family, **FAMILIES[family])
-    llama, tokens, gaps = server(exported(made, kind)), TOKENS[0].tolist(), []
-    merged = made.peft.merge_and_unload().eval()
+    llama = server(exported(made, kind))
+    assert largest_gap(llama, made.peft.merge_and_unload().eval()) < most
+
+
+def test_llama_cpp_runs_its_4_bits_as_transformers_reads_them(tmp_path: Path) -> None:
+    pytest.importorskip("cyllama")
+    file = exported(made_with_tokenizer(tmp_path, hidden_size=256, intermediate_size=512), "q4_k_m")
+    assert largest_gap(server(file), read_by_transformers(file)) < 1.5, "llama.cpp rounds activations to 8 bits"
+
+
+def largest_gap(llama: Any, model: Any) -> float:
+    """Between logprobs of the likeliest tokens by llama.cpp and `model`, along the latter's greedy continuation."""
+    tokens, gaps = TOKENS[0].tolist(), []
     for _ in range(STEPS):
         with torch.no_grad():
-            logprobs = torch.log_softmax(merged(input_ids=torch.tensor([tokens])).logits[0, -1].float(), -1)
+            logprobs = torch.log_softmax(model(input_ids=torch.tensor([tokens])).logits[0, -1].float(), -1)
         gaps += [abs(value - float(logprobs[token])) for token, value in likeliest(llama, tokens).items()]
         tokens.append(int(logprobs.argmax()))
     assert len(gaps) >= 2 * LISTED, "some predictions are whole characters"
-    assert max(gaps) < most
+    return max(gaps)

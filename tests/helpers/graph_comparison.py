@@ -66,4 +66,4 @@ def gate_session(folder: Path, dtype: str, *, load_in_4bit: bool = False, device
     base = BaseWeights(open_source(model), model, device=torch.device(device), dtype=getattr(torch, dtype))
     policy = Policy(base, Lora(r=4, lora_alpha=8), seed=1)
     engine = Engine(base, policy, EngineSettings(max_seq_length=96, max_num_seqs=4))
-    return SimpleNamespace(policy=policy, base=base, engine=engine)
+    return SimpleNamespace(policy=policy, base=base, engine=engine, image_tokens=None)

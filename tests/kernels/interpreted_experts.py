@@ -7,7 +7,7 @@ import torch
 
 from grpo.kernels import experts as plain
 from grpo.kernels import mxfp4, nf4, nf4_experts, routing
-from grpo.kernels.nf4_experts import ExpertLowRank
+from grpo.kernels.glu import glu_forward
 from grpo.kernels.nf4_tiles import Tile
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "pytest tests/kernels/test_experts.py runs this file"
@@ -94,8 +94,10 @@ def test_products_are_those_of_dequantised_experts_rounded_once(tile, experts, f
     bias, a = torch.randn(experts, features).to(dtype), (torch.randn(experts, 16, columns) * 0.1).to(dtype)
     b = torch.randn(experts, features, 16).to(dtype)
     routes = routing.choose(logits_of(tokens, experts, dtype), top_k, True, tile.m)
-    shrunk = nf4_experts.experts_shrink(x, a, torch.ones((), dtype=dtype), routes, tile.m, top_k=top_k)
-    y = nf4_experts.experts_linear(x, *weight, routes, tile, top_k=top_k, bias=bias, low_rank=ExpertLowRank(shrunk, b))
+    one = torch.ones((), dtype=dtype)
+    _, shrunk = nf4_experts.experts_sums(x, *weight, a, one, routes, tile, top_k=top_k)
+    matrix = plain.ExpertMatrix(*weight, experts, bias)
+    y = nf4_experts.product(x, matrix, plain.ExpertAdapter(a, b), one, routes, tile, top_k=top_k)
     rows = x[routes.order.long() // top_k]
     expert = routes.chosen.reshape(-1)[routes.order.long()].long()
     wanted = torch.einsum("mk,mnk->mn", rows.double(), dense[expert])
@@ -146,27 +148,45 @@ def test_a_layer_in_mxfp4_with_biases_is_that_of_its_values(tile, experts, featu
 def test_a_tile_that_loses_rows_is_not_taken(monkeypatch):
     monkeypatch.setattr(nf4_experts.cards, "card", lambda device: type("Card", (), {"dot_is_fast": True}))
     monkeypatch.setattr(nf4_experts, "CHECKED_TOKENS", (3,))
-    monkeypatch.setattr(nf4_experts, "CANDIDATES", (TILES[0], TILES[2]))
+    monkeypatch.setattr(nf4_experts, "FEW", (TILES[0], TILES[1]))
+    monkeypatch.setattr(nf4_experts, "MANY", (TILES[2],))
     matrices = [
         plain.ExpertMatrix(*made(4, features, columns, torch.bfloat16), 4) for features, columns in ((64, 64), (64, 64))
     ]
     experts = plain.Experts(*matrices, "silu")
-    assert nf4_experts.find_tile(experts, 2) == TILES[0]
-    right = nf4_experts.experts_linear
+    assert nf4_experts.find_tiles(experts, 2) == (TILES[0], TILES[2])
+    right = nf4_experts.product
 
-    def loses(x, packed, absmax, routes, tile, **named):
-        y = right(x, packed, absmax, routes, tile, **named)
-        if tile in wrong:
+    def loses(*arguments, **named):
+        y = right(*arguments, **named)
+        if arguments[5] in wrong:
             y[-1] = 0
         return y
 
-    monkeypatch.setattr(nf4_experts, "experts_linear", loses)
+    monkeypatch.setattr(nf4_experts, "product", loses)
     wrong = {TILES[0]}
-    assert nf4_experts.find_tile(experts, 2, 16) == TILES[2]
-    wrong = {TILES[0], TILES[2]}
-    assert nf4_experts.find_tile(experts, 2) is None
+    assert nf4_experts.find_tiles(experts, 2, 16) == (TILES[1], TILES[2])
+    wrong = {TILES[2]}
+    assert nf4_experts.find_tiles(experts, 2) == (TILES[0], TILES[0])
+    wrong = {TILES[0], TILES[1]}
+    assert nf4_experts.find_tiles(experts, 2) == (TILES[2], TILES[2])
+    wrong = set(TILES)
+    assert nf4_experts.find_tiles(experts, 2) is None
     x = torch.randn(2, 64).bfloat16()
     assert not nf4_experts.serves(x, experts, 2)
+
+
+@pytest.mark.parametrize("glu", ["", "silu", "gelu_tanh", "clamped_silu"])
+def test_an_adapters_term_a_bias_and_an_activation_are_those_of_the_torch_form(glu):
+    torch.manual_seed(0)
+    routes = routing.choose(logits_of(9, 6), 2, True, 16)
+    expert = routes.chosen.reshape(-1)[routes.order.long()].long()
+    sums, shrunk = 4 * torch.randn(18, 144), torch.randn(18, 16).bfloat16()
+    b, bias = torch.randn(6, 144, 16).bfloat16(), torch.randn(6, 144).bfloat16()
+    ours = nf4_experts.finish(sums, shrunk, b, bias, routes, 16, glu)
+    wanted = sums + torch.einsum("mr,mnr->mn", shrunk.float(), b.float()[expert]) + bias.float()[expert]
+    wanted = glu_forward(wanted.bfloat16(), glu) if glu else wanted.bfloat16()
+    assert float((ours.float() - wanted.float()).norm() / wanted.float().norm()) < 1e-3
 
 
 def test_rows_are_added_with_their_weights():

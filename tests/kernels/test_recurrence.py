@@ -55,17 +55,19 @@ def alone(spans: list[Span], span: Span) -> Tensor:
     return torch.cat([torch.arange(start, start + length) for start, length in span.ranges])
 
 
-def written_out(query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor) -> Tensor:
-    """The rule for one sequence, as its docstring has it."""
+def written_out(
+    query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor, state: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The rule for one sequence, as its docstring has it, and the state after it."""
     shared = value.shape[1] // key.shape[1]
     query, key = (unit(part).repeat_interleave(shared, 1) for part in (query, key))
-    state = value.new_zeros(value.shape[1], key.shape[2], value.shape[2])
+    state = value.new_zeros(value.shape[1], key.shape[2], value.shape[2]) if state is None else state
     outputs = []
     for q, k, v, g, b in zip(query, key, value, decay, beta, strict=True):
         state = state * g.exp()[:, None, None]
         state = state + k[:, :, None] * ((v - (state * k[:, :, None]).sum(1)) * b[:, None])[:, None]
         outputs.append((state * q[:, :, None]).sum(1) * key.shape[2] ** -0.5)
-    return torch.stack(outputs)
+    return torch.stack(outputs), state
 
 
 def drawn(tokens: int, seed: int = 0) -> list[Tensor]:
@@ -81,7 +83,7 @@ def check_delta(spans: list[Span], monkeypatch: Any = None) -> None:
     ours = [part.requires_grad_() for part in drawn(recurrence.tokens)]
     theirs = [part.detach().clone().requires_grad_() for part in ours]
     result = gated_delta_rule(*ours, recurrence)
-    expected = [written_out(*(part[alone(spans, span)] for part in theirs))[-span.length :] for span in spans]
+    expected = [written_out(*(part[alone(spans, span)] for part in theirs))[0][-span.length :] for span in spans]
     torch.testing.assert_close(result, torch.cat(expected))
     weight = torch.randn(result.shape, dtype=torch.float64)
     grads, wanted = torch.autograd.grad(result, ours, weight), torch.autograd.grad(torch.cat(expected), theirs, weight)

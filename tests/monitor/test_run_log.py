@@ -27,6 +27,7 @@ from grpo.monitor.run_log import RunLog, json_line, printable
 from grpo.run.library_logs import quiet_libraries
 from grpo.run.samples import Sample, SampleGroup
 from tests.helpers.paths import ROOT
+from tests.helpers.report_run import episode
 
 CONFIG = parse_config({"model": {"name": "m"}, "task": {"name": "t"}, "log": {"samples_every": 4}})
 ESCAPES = "\x1b[2J\x1b]0;title\x07\x9b31m\u202e\u2066\r\x00\x7f"
@@ -239,6 +240,20 @@ def test_a_sample_shows_question_answer_best_and_worst_completion_and_their_rewa
     assert len(kept) == 2 and kept[0]["prompt"] == chat and kept[0]["task"] == "sums"
     assert [sample["text"] for sample in kept[0]["samples"]] == ["middling", "the best\nanswer", "the worst"]
     assert kept[0]["samples"][1]["rewards"] == {"correctness": 2.0, "format": 0.5}
+
+
+def test_of_an_episode_the_whole_conversation_is_shown(log: RunLog, screen: Screen) -> None:
+    turns = episode(1, turns=3, text="seen \x1b[2J " + "x" * 2000)
+    log.samples(3, [SampleGroup("Go.", None, [Sample("the last words", 1.0, {"tools": 1.0}, turns=turns)])])
+    shown = " ".join(screen.text.split())
+    for said in (
+        "assistant: Turn 0 of step 1.",
+        '"name": "look"',
+        "tool: seen \\x1b[2J",
+        "assistant: Turn 2 of step 1.",
+    ):
+        assert said in shown, said
+    assert "x" * 500 not in shown.replace(" ", "") and "\x1b[2J" not in screen.text, "a turn is cut to its share"
 
 
 def test_long_completions_are_cut_on_the_screen_and_whole_in_the_file(
