@@ -19,16 +19,7 @@ from torch import Tensor
 from grpo.kernels import cards
 from grpo.kernels.launch import on_device, round_to
 from grpo.kernels.sizes import RANK_MULTIPLE
-from grpo.kernels.split_k import (
-    COUNTERS,
-    WORKSPACE_BYTES,
-    after_previous,
-    dot,
-    early_launch,
-    store_part,
-    sum_parts,
-    workspace,
-)
+from grpo.kernels.split_k import COUNTERS, WORKSPACE_BYTES, dot, store_part, sum_parts, workspace
 
 MOST_ROWS = 512
 """Rows of x up to which our kernel is used: a decoding batch, not a prompt."""
@@ -69,12 +60,10 @@ def launch_shrink(x: Tensor, a: Tensor, scale: Tensor, *, interpreted: bool = Fa
     assert grid[0] * grid[1] <= COUNTERS and grid[0] * grid[1] * split * ROWS * block * 4 <= WORKSPACE_BYTES
     out = torch.empty(rows, ranks, dtype=x.dtype, device=x.device)
     scratch, counters = workspace(x.device)
-    early = early_launch(x)
     with on_device(x):
         _shrink_kernel[grid](
             x, a, scale, out, scratch.view(torch.float32), counters, rows, columns, x.stride(0),
-            ranks, block, split, ROWS, COLUMNS, columns % COLUMNS != 0, interpreted, bool(early), num_warps=4,
-            **early,
+            ranks, block, split, ROWS, COLUMNS, columns % COLUMNS != 0, interpreted, num_warps=4,
         )  # fmt: skip
     return out
 
@@ -89,10 +78,9 @@ def cut(ranks: int, columns: int) -> tuple[int, int]:
 def _shrink_kernel(
     x_ptr, a_ptr, scale_ptr, out_ptr, partial_ptr, counters_ptr, rows, columns, stride_x_m,
     RANKS: tl.constexpr, BR: tl.constexpr, SPLIT: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
-    TAIL: tl.constexpr, INTERPRETED: tl.constexpr, EARLY: tl.constexpr,
+    TAIL: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """out [BM, BR] = x [BM, part of K] a [BR, part of K]^T."""
-    after_previous(EARLY)
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     r = tl.program_id(1) * BR + tl.arange(0, BR)
     k = tl.arange(0, BK)

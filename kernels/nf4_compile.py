@@ -31,7 +31,6 @@ from grpo.kernels.compile_only import compile_to_ptx, compiling_for
 from grpo.kernels.nf4_lookup import byte_tables
 from grpo.kernels.nf4_plans import kernel_version
 from grpo.kernels.nf4_tiles import Tile
-from grpo.kernels.split_k import early_launch_on
 
 MOST_PROCESSES = 15
 BACKGROUND_SECONDS = 120.0
@@ -72,11 +71,10 @@ def read(line: list[Any]) -> Job:
     return Shrink(*fields) if kind == Shrink.__name__ else Product(Tile(**fields[0]), *fields[1:])
 
 
-def warm(job: Job, dtype: torch.dtype, architecture: int) -> None:
+def warm(job: Job, dtype: torch.dtype, unit: cards.MatrixUnit) -> None:
     """Compile the job's kernel."""
-    early, unit = early_launch_on(architecture), cards.matrix_unit(architecture)
     if isinstance(job, Shrink):
-        warm_shrink(job, dtype, early)
+        warm_shrink(job, dtype)
         return
     tile, split, ranks, ragged, half_tail, bias = job
     if unit == "m16n8k8":
@@ -89,17 +87,16 @@ def warm(job: Job, dtype: torch.dtype, architecture: int) -> None:
     nf4_gemm._gemm_kernel.warmup(
         dtype, torch.int32, torch.int32, dtype, dtype, torch.float32, torch.int32, dtype, dtype,
         256, 4096, 4096, 32, 4096, 4096, *byte_tables(dtype), tile.n, tile.m, split, tile.warps, tile.stages,
-        tile.dots, ragged, half_tail, bias, ranks, nf4_gemm.ranks_at_once(ranks), False, unit == "mma",
-        bool(early), grid=(1,), num_warps=tile.warps, **early,
+        tile.dots, ragged, half_tail, bias, ranks, nf4_gemm.ranks_at_once(ranks), False, unit == "mma", grid=(1,),
+        num_warps=tile.warps,
     )  # fmt: skip
 
 
-def warm_shrink(job: Shrink, dtype: torch.dtype, early: dict[str, bool]) -> None:
+def warm_shrink(job: Shrink, dtype: torch.dtype) -> None:
     block, split = lora_shrink.cut(job.ranks, job.columns)
     lora_shrink._shrink_kernel.warmup(
         dtype, dtype, dtype, dtype, torch.float32, torch.int32, 256, 4096, 4096, job.ranks, block, split,
-        lora_shrink.ROWS, lora_shrink.COLUMNS, job.columns % lora_shrink.COLUMNS != 0, False, bool(early), grid=(1,),
-        num_warps=4, **early,
+        lora_shrink.ROWS, lora_shrink.COLUMNS, job.columns % lora_shrink.COLUMNS != 0, False, grid=(1,), num_warps=4,
     )  # fmt: skip
 
 
@@ -108,11 +105,12 @@ def main(arguments: Sequence[str]) -> int:
     architecture, dtype = int(arguments[0]), getattr(torch, arguments[1])
     if "ptx" in arguments[2:]:
         compile_to_ptx()
+    unit = cards.matrix_unit(architecture)
     with compiling_for(architecture):
         for line in sys.stdin:
             job = read(json.loads(line))
             try:
-                warm(job, dtype, architecture)
+                warm(job, dtype, unit)
                 done = True
             except (RuntimeError, TritonError):
                 done = False

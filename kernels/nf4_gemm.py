@@ -31,16 +31,7 @@ from grpo.kernels.lora_factors import LowRank, with_bias
 from grpo.kernels.nf4_lookup import byte_tables, fenced, load_rows, lookup_half, scaled, tile_columns
 from grpo.kernels.nf4_plans import find_plan, load_table
 from grpo.kernels.nf4_tiles import LARGEST_PIECE, Tile, fits, piece_bytes
-from grpo.kernels.split_k import (
-    add_low_rank,
-    after_previous,
-    dot,
-    early_launch,
-    store_part,
-    store_rounded,
-    sum_parts,
-    workspace,
-)
+from grpo.kernels.split_k import add_low_rank, dot, store_part, store_rounded, sum_parts, workspace
 
 
 def nf4_linear(
@@ -159,7 +150,6 @@ def launch_gemm(
     if low_rank is not None:
         assert x_lora_a.shape == (rows, ranks) and b.shape == (features, ranks) and ranks % 16 == 0
         assert x_lora_a.is_contiguous() and b.is_contiguous() and x_lora_a.dtype == b.dtype == x.dtype
-    early = early_launch(x)
     with on_device(x):
         _gemm_kernel[grid](
             x, words.view(torch.int32), scales.view(torch.int32), x if bias is None else bias, out,
@@ -167,7 +157,7 @@ def launch_gemm(
             rows, features, columns, words.shape[1], x.stride(0), out.stride(0),
             *byte_tables(x.dtype), tile.n, tile.m, split, tile.warps, tile.stages, tile.dots, rows % tile.m != 0,
             columns % nf4.TILE != 0, bias is not None, ranks, ranks_at_once(ranks), interpreted,
-            x.is_cuda and cards.card(x.device).unit == "mma", bool(early), num_warps=tile.warps, **early,
+            x.is_cuda and cards.card(x.device).unit == "mma", num_warps=tile.warps,
         )  # fmt: skip
 
 
@@ -182,10 +172,9 @@ def _gemm_kernel(
     rows, features, columns, tiles, stride_x_m, stride_out_m, t0, t1, t2, t3, t4, t5, t6, t7,
     BN: tl.constexpr, BM: tl.constexpr, SPLIT: tl.constexpr, WARPS: tl.constexpr, STAGES: tl.constexpr,
     DOTS: tl.constexpr, RAGGED: tl.constexpr, HALF_TAIL: tl.constexpr, HAS_BIAS: tl.constexpr, RANKS: tl.constexpr,
-    BR: tl.constexpr, INTERPRETED: tl.constexpr, FENCED: tl.constexpr, EARLY: tl.constexpr,
+    BR: tl.constexpr, INTERPRETED: tl.constexpr, FENCED: tl.constexpr,
 ):  # fmt: skip
     """out^T [BN, BM] = W [BN, part of K] x^T. Words: [N / 8, tiles, 8, 16]; scales: pairs, [N / 8, tiles, 8]."""
-    after_previous(EARLY)
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     WIDTH: tl.constexpr = 128 // DOTS
     n0 = tl.program_id(1) * BN

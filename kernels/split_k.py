@@ -8,7 +8,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from grpo.kernels import cards
 from grpo.kernels.launch import round_to
 
 WORKSPACE_BYTES = 64 << 20
@@ -28,24 +27,6 @@ def workspace(device: torch.device) -> tuple[Tensor, Tensor]:
             scratch = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
             _workspaces[device] = scratch, torch.zeros(COUNTERS, dtype=torch.int32, device=device)
     return _workspaces[device]
-
-
-def early_launch(x: Tensor) -> dict[str, bool]:
-    """How a kernel that begins with `after_previous` is launched on `x`'s device: from sm_90 on while the kernel before
-    it still runs (programmatic dependent launch), so that a graph of small kernels does not wait for each to begin."""
-    return early_launch_on(cards.card(x.device).architecture) if x.is_cuda else {}
-
-
-def early_launch_on(architecture: int) -> dict[str, bool]:
-    return {"launch_pdl": True} if architecture >= 90 else {}
-
-
-@triton.jit
-def after_previous(EARLY: tl.constexpr):
-    """Wait for what the kernel before has written, and let the next one be launched. Before anything is read."""
-    if EARLY:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit
