@@ -33,8 +33,8 @@ from grpo.kernels.nf4_plans import kernel_version
 from grpo.kernels.nf4_tiles import Tile
 
 MOST_PROCESSES = 15
-BACKGROUND_SECONDS = 120.0
-"""After which processes in the background end, whatever they have not done."""
+BACKGROUND_PROCESSES, BACKGROUND_SECONDS = 8, 120.0
+"""Of the machine's cores, beside a program that starts; after so long they end, whatever they have not done."""
 
 
 class Product(NamedTuple):
@@ -119,14 +119,15 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def compile_all(
-    jobs: Sequence[Job], architecture: int, dtype: torch.dtype, deadline: float, *, ptx: bool = False
-) -> set[Job]:
+    jobs: Sequence[Job], architecture: int, dtype: torch.dtype, deadline: float, *, ptx: bool = False,
+    processes_at_most: int = MOST_PROCESSES,
+) -> set[Job]:  # fmt: skip
     """Compile `jobs` in their order on the machine's cores; what was ready by `deadline` (time.monotonic)."""
     waiting: SimpleQueue[Job] = SimpleQueue()
     for job in jobs:
         waiting.put(job)
     ready: set[Job] = set()
-    count = max(1, min(MOST_PROCESSES, len(os.sched_getaffinity(0)) - 1, len(jobs)))
+    count = max(1, min(processes_at_most, len(os.sched_getaffinity(0)) - 1, len(jobs)))
     command = [sys.executable, "-m", "grpo.kernels.nf4_compile", str(architecture), str(dtype).removeprefix("torch.")]
     package = find_spec("grpo")
     assert package is not None and package.origin is not None, "this file is part of it"
@@ -179,7 +180,8 @@ def compile_in_background(jobs: Iterable[Job], architecture: int, dtype: torch.d
         return None
 
     def work() -> None:
-        ready = compile_all(wanted, architecture, dtype, time.monotonic() + BACKGROUND_SECONDS)
+        ends = time.monotonic() + BACKGROUND_SECONDS
+        ready = compile_all(wanted, architecture, dtype, ends, processes_at_most=BACKGROUND_PROCESSES)
         remember(known | ready, architecture, dtype)
 
     thread = threading.Thread(target=work, daemon=True, name="compile")

@@ -6,13 +6,13 @@ fewer sequences are captured; processes that have nothing else to do compile the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
 from grpo.kernels import cards, nf4, nf4_compile, nf4_gemm, nf4_plans
 from grpo.kernels.nf4_compile import Job, Product, Shrink
-from grpo.model.base_weights import BaseWeights
+from grpo.model.base_weights import BaseWeights, FusedLinear
 from grpo.policy.policy import Policy
 from grpo.rollout.lora_buffers import served_ranks
 from grpo.run import tiles
@@ -37,22 +37,24 @@ def compile_ahead(base: BaseWeights, policy: Policy, max_num_seqs: int) -> None:
     tiles.load_measured(card)
     if not nf4_gemm.fused_serves(base.dtype, base.device) or tiles.unmeasured(card, nf4_shapes(base)):
         return
-    jobs = decoding_jobs(base, served_ranks(base, policy), capture_sizes(max_num_seqs)[::-1])
+    rows = capture_sizes(max_num_seqs)[::-1]
+    jobs = decoding_jobs(base.linears, served_ranks(base, policy), rows, base.device)
     nf4_compile.compile_in_background(jobs, card.architecture, base.dtype)
 
 
-def decoding_jobs(base: BaseWeights, ranks: dict[str, int], row_counts: Sequence[int]) -> Iterator[Job]:
-    """The kernels of 4-bit products, and of their adapters of so many `ranks`, with these numbers of rows, in their
-    order."""
+def decoding_jobs(
+    linears: Mapping[str, FusedLinear], ranks: Mapping[str, int], row_counts: Sequence[int], device: torch.device
+) -> Iterator[Job]:
+    """The kernels of 4-bit products on `device`, and of their adapters of so many `ranks`, with these numbers of rows,
+    in their order."""
+    shrinks = cards.card(device).dot_is_fast
     for rows in row_counts:
-        for name, linear in base.linears.items():
+        for name, linear in linears.items():
+            if name in ranks and shrinks:
+                yield Shrink(ranks[name], linear.in_features)
             for segment in linear.segments:
-                if segment.weight.dtype != torch.uint8:
-                    continue
-                plan = nf4_plans.find_plan(base.device, segment.rows, segment.columns)
-                tile = plan.tile(rows) if plan else None
-                if name in ranks and cards.card(base.device).dot_is_fast:
-                    yield Shrink(ranks[name], segment.columns)
+                plan = nf4_plans.find_plan(device, segment.rows, segment.columns)
+                tile = plan.tile(rows) if plan and segment.weight.dtype == torch.uint8 else None
                 if plan and tile:
                     half, ragged = segment.columns % nf4.TILE != 0, rows % tile.m != 0
                     bias = linear.bias is not None
