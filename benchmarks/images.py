@@ -75,7 +75,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "model_type": "qwen3_5",
         "text_config": {
             **TEXT, "layer_types": ["linear_attention", "full_attention", "linear_attention"],
-            "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 64,
+            "linear_num_key_heads": 4, "linear_num_value_heads": 8, "linear_key_head_dim": 64,
             "linear_value_head_dim": 64,
             "rope_parameters": {**ROPE, "partial_rotary_factor": 0.25, "mrope_section": [3, 3, 2]},
         },

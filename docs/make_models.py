@@ -31,7 +31,8 @@ version is not named, the layout is traced at start.
 | --- | --- | --- | --- | --- | --- |
 {rows}
 
-Of a checkpoint that takes images too the decoder of text is read, and what is left out is named in a notice:
+Of a checkpoint that takes images too the decoder of text is read, and what is left out is named in a notice (images are
+read of some with `model.images`: [vision.md](vision.md)):
 
 | checkpoint | largest difference, 16 bit | NF4 |
 | --- | --- | --- |

@@ -33,7 +33,14 @@ from grpo.model.vocabulary import check_tokens
 from grpo.report.page import write_report
 from grpo.run.checkpoint import CONFIG, write_atomically
 from grpo.run.library_logs import quiet_libraries
-from grpo.run.model_reference import ADAPTER, BASE, folder_of_adapter
+from grpo.run.model_reference import (
+    ADAPTER,
+    BASE,
+    folder_of_adapter,
+    folder_of_model,
+    is_trained_whole,
+    of_whole_run,
+)
 from grpo.run.records import EVALUATIONS, METRICS, REPORT, json_line
 from grpo.training.evaluation import EvalResult, evaluate
 
@@ -84,6 +91,8 @@ def configuration(parsed: argparse.Namespace, run: Path | None) -> Config:
     if run is not None:
         values, text = read_toml(run / CONFIG)
         source = str(run / CONFIG)
+        if is_trained_whole(run):
+            values = of_whole_run(run, folder_of_model(run), None).tables
         if values.pop("sft", None) is not None and not parsed.task:
             raise UserError(f"{parsed.model}: a supervised run has no task of its own; say what to ask with --task")
     elif parsed.task is not None:
@@ -103,8 +112,14 @@ def configuration(parsed: argparse.Namespace, run: Path | None) -> Config:
 
 def adapter_folder(parsed: argparse.Namespace, run: Path | None) -> Path | None:
     """The adapter to load: `--adapter`, or the run's. Raises UserError where there is none."""
+    whole = run is not None and is_trained_whole(run)
+    if whole and parsed.base:
+        raise UserError(
+            f"{parsed.model}: this run trained all weights, so there is no model without an adapter; evaluate the one "
+            "that it began with by its own name, with --task"
+        )
     if parsed.adapter is None:
-        return None if run is None else folder_of_adapter(run)
+        return None if run is None or whole else folder_of_adapter(run)
     return parsed.adapter
 
 
@@ -135,7 +150,7 @@ def evaluate_model(config: Config, adapter: Path | None, *, with_base: bool) -> 
 def entry(config: Config, run: Path | None, adapter: Path | None, label: str, result: EvalResult) -> dict[str, Any]:
     """One line of eval.jsonl: the figures of `result`, and what they are of."""
     return {
-        "step": last_step(run) if run and label != BASE else 0,
+        "step": last_step(run) if run and (label != BASE or is_trained_whole(run)) else 0,
         "model": config.model.name,
         "adapter": None if label == BASE else str(adapter),
         "tasks": [task.name for task in config.task],

@@ -54,6 +54,12 @@ def image_places(messages: Sequence[Mapping[str, Any]]) -> int:
     return sum(part.get("type") == "image" for content in contents for part in content)
 
 
+def has_images(messages: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a message has a part that is an image, in whatever form."""
+    contents = [message["content"] for message in messages if isinstance(message.get("content"), list)]
+    return any(isinstance(part, Mapping) and part.get("type") in IMAGE_PARTS for each in contents for part in each)
+
+
 def in_parts(messages: Sequence[Message]) -> list[Message]:
     """The messages with every content as a list, which some chat templates of models that see images ask for."""
     return [

@@ -254,6 +254,10 @@ class LoadedPolicy:
         batch, single = as_batch(prompts, images, self.config.model.max_pixels)
         if stream and (len(batch) > 1 or n > 1):
             raise UserError("stream=True takes one prompt and n=1; leave stream out, or call once for each prompt")
+        if not adapter and self.config.model.full_finetuning:
+            raise UserError(
+                "adapter=False: all weights of this model are trained, so there is no base beside it; load that by name"
+            )
         check_sampling(temperature, max_tokens, top_p, n, seed)
         session = self.session
         template = session.config.rollout.chat_template_kwargs
@@ -413,9 +417,12 @@ class LoadedPolicy:
         say = options.pop("notice", print)
         with tempfile.TemporaryDirectory(prefix="grpo-merged-") as scratch:
             run = Path(scratch) / path.name
-            adapter = self.save_lora(run / "adapter")
+            trained = self.session.policy
+            adapter = run / trained.artefact
+            adapter.mkdir(parents=True)
+            trained.save(adapter)
             (run / CONFIG).write_text(config_toml(self.config), encoding="utf-8")
-            options["notice"] = lambda text: say(text.replace(str(adapter), "the adapter"))
+            options["notice"] = lambda text: say(text.replace(str(adapter), f"the {trained.artefact}"))
             return export(run, to=to, out=path, base=base, **options)
 
     def close(self) -> None:

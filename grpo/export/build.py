@@ -24,7 +24,15 @@ from grpo.config.schema import Model
 from grpo.errors import UserError
 from grpo.model.locate import BASE_SAMPLE, local_path, recorded_name
 from grpo.run.checkpoint import CONFIG, step_numbers
-from grpo.run.model_reference import ADAPTER_CONFIG, ModelReference, resolve_model
+from grpo.run.model_reference import (
+    ADAPTER_CONFIG,
+    MODEL,
+    ModelReference,
+    folder_of_model,
+    is_trained_whole,
+    of_whole_run,
+    resolve_model,
+)
 from grpo.run.records import TRAINING, completions_files, read_entries
 
 if TYPE_CHECKING:
@@ -79,6 +87,8 @@ def export(
     target = Path(out).expanduser() if out is not None else default_folder(reference, export_format, checkpoint)
     started = time.monotonic()
     with made_whole(target) as folder:
+        if to == "adapter" and reference.adapter is None:
+            raise UserError(f"{source}: this run trained all weights, and has no adapter; take merged-16bit or gguf")
         if to == "adapter":
             write_adapter(reference, folder, notice)
         else:
@@ -110,6 +120,9 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
 
 def find_adapter(source: Path, checkpoint: str | None, base: str | Path | None) -> ModelReference:
     """The adapter that is meant, and the tables that name its base. Raises UserError where there is none."""
+    if (source / CONFIG).is_file() and is_trained_whole(source):
+        model = folder_of_model(source) if checkpoint is None else model_of_checkpoint(source, checkpoint)
+        return of_whole_run(source, model, base)
     if checkpoint is not None:
         source = adapter_of_checkpoint(source, checkpoint)
     if not (source / CONFIG).is_file() and not (source / ADAPTER_CONFIG).is_file():
@@ -129,6 +142,17 @@ def adapter_of_checkpoint(run: Path, checkpoint: str) -> Path:
     return folder
 
 
+def model_of_checkpoint(run: Path, checkpoint: str) -> Path:
+    """The model of the checkpoint "step-N", or of "best", of a run that trained all weights. Raises UserError naming
+    those there are."""
+    folder = run / f"best_{MODEL}" if checkpoint == "best" else run / "checkpoints" / checkpoint / MODEL
+    if Path(checkpoint).name != checkpoint or not (folder / "config.json").is_file():
+        there = [f"step-{step}" for step in step_numbers(run)]
+        there += ["best"] if (run / f"best_{MODEL}").is_dir() else []
+        raise UserError(f"{run}: there is no checkpoint {checkpoint!r}; there are {', '.join(there) or 'none'}")
+    return folder
+
+
 def run_of(reference: ModelReference) -> Path | None:
     """The run that the adapter belongs to."""
     return Path(reference.source).parent if Path(reference.source).name == CONFIG else None
@@ -137,17 +161,18 @@ def run_of(reference: ModelReference) -> Path | None:
 def default_folder(reference: ModelReference, export_format: str, checkpoint: str | None) -> Path:
     """Where the export goes unless it is said."""
     run, suffix = run_of(reference), f"-{checkpoint}" if checkpoint else ""
-    assert reference.adapter is not None
     if run is not None:
         return run / "exports" / f"{export_format}{suffix}"
+    assert reference.adapter is not None
     adapter = reference.adapter.resolve()
     return adapter.with_name(f"{adapter.name}-{export_format}")
 
 
 def title(reference: ModelReference) -> str:
     """What to call the model, and its file: the run's name, else the adapter's."""
-    assert reference.adapter is not None
-    return re.sub(r"[^\w.-]+", "-", (run_of(reference) or reference.adapter).resolve().name)
+    named = run_of(reference) or reference.adapter
+    assert named is not None
+    return re.sub(r"[^\w.-]+", "-", named.resolve().name)
 
 
 def base_model(reference: ModelReference) -> Model:
@@ -169,7 +194,12 @@ def open_merged(reference: ModelReference, notice: Callable[[str], None]) -> Mer
     from grpo.policy.adapter_files import AdapterFile
 
     model = base_model(reference)
-    assert reference.adapter is not None
+    if reference.adapter is None:
+        base = open_source(model)
+        for sentence in account(base):
+            notice(sentence)
+        notice(f"the {base.stored_as} weights of {model.name}, all of which were trained")
+        return MergedSource(base, None)
     adapter = AdapterFile(read_adapter_config(reference.adapter))
     base = open_source(model)
     check_supported(base.config, str(base.path))
@@ -349,19 +379,20 @@ def compare(merged: MergedSource, folder: Path, export_format: str, notice: Call
     from grpo.export.compare import Distance, adapter_share, sample_tokens, streamed_logits
 
     written = open_written(merged, folder)
+    trained = "the trained model" if merged.adapter is None else "base + adapter"
     config = merged.config.get_text_config()
     tokens = sample_tokens(tokenizer_of(merged), config.vocab_size)
     expected, base = streamed_logits(merged, tokens), streamed_logits(merged.base, tokens)
     written_logits = streamed_logits(written, tokens, config)
     distance = Distance.between(expected, written_logits)
-    notice(f"read back and compared with base + adapter on {len(tokens)} texts: {distance}")
-    if export_format in ("merged-4bit", "gguf-q4_k_m"):
+    notice(f"read back and compared with {trained} on {len(tokens)} texts: {distance}")
+    if export_format in ("merged-4bit", "gguf-q4_k_m") and merged.adapter is not None:
         moved = Distance.between(expected, base)
         notice(f"for comparison, base without adapter: {moved}")
         if distance.kl > moved.kl:
             notice("quantising moved the model further than training did; prefer more bits, or the adapter on its base")
-    elif not distance.kl < FAITHFUL_KL:
-        raise UserError(f"{folder.name}: the export does not compute what base + adapter do; nothing was exported")
+    elif export_format not in ("merged-4bit", "gguf-q4_k_m") and not distance.kl < FAITHFUL_KL:
+        raise UserError(f"{folder.name}: the export does not compute what {trained} does; nothing was exported")
     share = adapter_share(base, expected, written_logits)
     if not math.isnan(share):
         notice(f"of what the adapter does to these texts in float32, {share:.0%} is in what was written")

@@ -222,7 +222,8 @@ class BaseWeights:
         in_16bit = self._is_kept(parts[0])
         if self.quantized and in_16bit:
             self.kept_16bit += parts
-        self._check_blocks(source, parts[0], columns, not in_16bit)
+        for part in parts:
+            self._check_blocks(source, part, (linear.parts[part][1], columns), not in_16bit)
         if not in_16bit and self.packed:
             packed, absmax = nf4.allocate(rows, columns, self.dtype, self.device)
             segment = Segment(first, rows, packed, absmax)
@@ -233,7 +234,13 @@ class BaseWeights:
             self._fill(source, part, segment, offset - first, (count, columns), quantize=not in_16bit)
         return segment
 
-    def _check_blocks(self, source: Source, module: str, columns: int, quantize: bool) -> None:
+    def _check_blocks(self, source: Source, module: str, size: tuple[int, int], quantize: bool) -> None:
+        rows, columns = size
+        if quantize and self.packed and rows % nf4.GROUP:
+            raise UserError(
+                f"{source.path}: {module} has {rows} outputs, not a multiple of {nf4.GROUP}, which NF4 needs on a "
+                f"GPU; name {module.rpartition('.')[2]!r} in model.keep_16bit"
+            )
         if quantize and columns % BLOCK:
             raise UserError(
                 f"{source.path}: {module} has {columns} inputs, not a multiple of {BLOCK}, so NF4 blocks "
@@ -279,7 +286,7 @@ class BaseWeights:
             self.kept_16bit.append(name)
 
         def allocate(rows: int, columns: int, kept: Tensor | Packed) -> tuple[Tensor, Tensor | None]:
-            self._check_blocks(source, name, columns, quantize)
+            self._check_blocks(source, name, (rows, columns), quantize)
             if isinstance(kept, MXFP4Tensor):
                 if quantize and self.packed and self.dtype == torch.bfloat16:
                     return mxfp4.allocate(rows, columns, self.device)

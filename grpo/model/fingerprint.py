@@ -17,6 +17,7 @@ from grpo.errors import UserError
 from grpo.model.decoder_config import DecoderConfig
 from grpo.model.locate import BASE_SAMPLE
 from grpo.model.stored_form import stored_form
+from grpo.model.vision import TOWER
 from grpo.model.weight_source import Source, dense
 
 SAMPLED = 64
@@ -30,7 +31,8 @@ SAME_WEIGHTS = 1e-6
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """Values of a weight in the first, middle and last layer of the base, and what they were stored as."""
+    """Values of a weight in the first, middle and last layer of the base, and in its vision tower where that is read;
+    and what they were stored as."""
 
     stored_as: str
     values: dict[str, list[float]]
@@ -43,7 +45,11 @@ class Fingerprint:
         config = source.config.get_text_config()
         layers = config.num_hidden_layers
         names = {weight_of_layer(source, config, number) for number in (0, layers // 2, layers - 1)} - {""}
-        return cls(source.stored_as, {name: sampled(source, name) for name in sorted(names)})
+        values = {name: sampled(source, name) for name in sorted(names)}
+        if source.tower:  # another tower gives the language model another world to talk about
+            last = max(name for name in source.tower if name.startswith("merger.") and name.endswith(".weight"))
+            values[f"{TOWER}.{last}"] = sampled(source, source.tower[last])
+        return cls(source.stored_as, values)
 
     def write(self, folder: Path) -> None:
         """Keep it beside the adapter in `folder`."""

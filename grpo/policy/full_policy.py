@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from grpo.config.schema import Lora
 from grpo.errors import UserError
 from grpo.model.base_weights import BaseWeights
+from grpo.policy.frozen_reference import FrozenReference
 from grpo.policy.fused_layers import install_fused_layers, wants_kernels
 from grpo.policy.graph import build_graph
 from grpo.policy.hf_forward import patch_hf_forward
@@ -43,8 +44,10 @@ class FullPolicy(Policy):
             install_fused_layers(graph, base)
         patch_hf_forward(graph)
         self.model.eval()
-        self.frozen: Policy | None = None
-        """What the KL penalty is measured against."""
+        self.kernels = kernels
+        self.frozen: FrozenReference | None = None
+        """What a KL penalty is measured against."""
+        self._longest: int | None = None
         self._stands_in = False
 
     @property
@@ -69,16 +72,21 @@ class FullPolicy(Policy):
         """There is none."""
         return True
 
-    def remember_reference(self) -> None:
-        raise UserError(NO_ADAPTER)
+    def freeze_reference(self, storage: str) -> None:
+        """Let the weights of this moment be the KL reference, copied as `loss.reference_storage` says."""
+        self.forget_reference()
+        self.frozen = FrozenReference(self.base, self.named_parameters(), storage, self.kernels)
+        if self._longest is not None:
+            self.frozen.set_longest(self._longest)
 
     def forget_reference(self) -> None:
-        """Nothing is remembered but `frozen`, which stays."""
+        """Free the reference, if there is one."""
+        self.frozen = None
 
     @contextmanager
     def reference(self) -> Iterator[None]:
         """Inside, without gradient, the frozen copy scores."""
-        assert self.frozen is not None, "loss.beta > 0 loads a reference"
+        assert self.frozen is not None, "set_reference makes one where loss.beta is above 0"
         self._stands_in = True
         try:
             with torch.no_grad():
@@ -87,9 +95,10 @@ class FullPolicy(Policy):
             self._stands_in = False
 
     def set_longest(self, tokens: int) -> bool:
+        self._longest = tokens
         if self.frozen is not None:
             self.frozen.set_longest(tokens)
-        return super().set_longest(tokens)
+        return bool(self.model.model.rotary_emb.set_longest(tokens))
 
     def save(self, folder: Path) -> None:
         """Write the model as it is now, in the dtype that it is held in."""

@@ -100,8 +100,8 @@ class VisionTower:
         pixels, grid = self.image_tokens.pixels(image)
         given = pixels.to(self.device, self.dtype), torch.tensor([grid], device=self.device)
         output = self._model.get_image_features(*given)
-        levels = [torch.cat(list(level)) for level in getattr(output, "deepstack_features", None) or []]
-        embeddings = torch.cat([torch.cat(list(output.pooler_output)), *levels], dim=-1)
+        levels = getattr(output, "deepstack_features", None) or []
+        embeddings = torch.cat([whole(each) for each in (output.pooler_output, *levels)], dim=-1)
         return ImageFeatures(embeddings, grid, image.digest)
 
     def _drop(self) -> None:
@@ -129,6 +129,11 @@ class VisionTower:
             yield
         finally:
             self._move(self._host)
+
+
+def whole(features: Tensor | Sequence[Tensor]) -> Tensor:
+    """A tower's output [tokens, width], which some versions of transformers have in pieces, one an image."""
+    return features if isinstance(features, Tensor) else torch.cat(list(features))
 
 
 def build(source: Source, dtype: torch.dtype, device: torch.device) -> Any:

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ from grpo.rollout.types import Completion, EngineSettings, Request, SamplingSett
 from grpo.rollout.vllm_backend import attributes, prepare_class
 from grpo.rollout.vllm_environment import set_environment
 from grpo.rollout.vllm_images import ARGUMENTS as IMAGE_ARGUMENTS
-from grpo.rollout.vllm_images import ImageStore
+from grpo.rollout.vllm_images import ImageStore, known_positions
 from grpo.rollout.vllm_model import ADAPTER_KEY, SHARED, AdapterHandle, write_model_folder
 from grpo.rollout.vllm_scheduler import LogprobCollector, RolloutWorker, rollout_scheduler
 from grpo.run.tiles import prepare_tiles
@@ -96,7 +96,8 @@ class Engine:
         if self.base.experts and self.policy is not None:
             self.recorder = RouteRecorder(self.base, self.kv_bytes(), self.settings.kv_cache_dtype)
         self.collector.recorder = self.recorder
-        self.llm = vllm.LLM(**self._arguments())
+        with nullcontext() if self.images is None else known_positions():
+            self.llm = vllm.LLM(**self._arguments())
         if self.base.device.type == "cuda":
             self.sampler = self._runner.sampler
         if self.policy is not None:

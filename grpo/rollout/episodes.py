@@ -18,6 +18,7 @@ from grpo.data import Prompt
 from grpo.environments.continuation import Continuer, Unprovable
 from grpo.environments.pool import Asked, Ended, EnvironmentPool, Lost, Said, Scored
 from grpo.environments.tool_calls import assistant_message
+from grpo.messages import has_images
 from grpo.rollout.sampler import sample_seed
 from grpo.rollout.types import Completion, Request, SamplingSettings
 
@@ -307,6 +308,8 @@ class EpisodePlayer:
         """The conversation that the next turn belongs to, and what the environment said in it before."""
         if asked.prompt_ids is not None:
             return self.context_of_tokens(episode, asked.prompt_ids)
+        if has_images(asked.messages):
+            raise Unusable("shows an image, and a conversation's messages are text; describe it in words")
         for thread in sorted(episode.threads, key=lambda one: len(one.messages), reverse=True):
             known = thread.messages
             new = asked.messages[len(known) :]

@@ -7,7 +7,9 @@ Positions are those of `grpo.model.vision.positions`. Tokens that stand for imag
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -82,6 +84,18 @@ class ImageStore:
         """Forget the images: no request that names one is left."""
         self._features.clear()
         self._numbers.clear()
+
+
+@contextmanager
+def known_positions() -> Iterator[None]:
+    """Inside, transformers says nothing of a text model's configuration that has entries about positions in images."""
+    of_rotary = logging.getLogger("transformers.modeling_rope_utils")
+    before = of_rotary.level
+    of_rotary.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        of_rotary.setLevel(before)
 
 
 class NoProcessing(BaseProcessingInfo):

@@ -16,6 +16,8 @@ from grpo.model.adapter_config import ADAPTER_CONFIG, read_adapter_config
 from grpo.model.locate import local_path
 from grpo.run.checkpoint import CONFIG, latest
 
+MODEL = "model"
+"""Where a run that trains all weights, and its checkpoints, have the trained model."""
 ADAPTER, BASE = "with adapter", "model alone"
 """What answers are said to be by, where both can be asked."""
 
@@ -41,6 +43,8 @@ def resolve_model(name: str | Path, base: str | Path | None = None) -> ModelRefe
     recorded or has moved, and for a `base` that has no use.
     """
     folder = Path(name).expanduser()
+    if (folder / CONFIG).is_file() and is_trained_whole(folder):
+        return of_whole_run(folder, folder_of_model(folder), base)
     if (folder / CONFIG).is_file():
         return of_run(folder, folder_of_adapter(folder), base)
     if (folder / ADAPTER_CONFIG).is_file():
@@ -61,6 +65,43 @@ def of_run(run: Path, adapter: Path, base: str | Path | None) -> ModelReference:
     if base is not None:
         model.pop("revision", None)  # of the name that was recorded
     return ModelReference(values, str(run / CONFIG), adapter, values.get("lora", {}))
+
+
+def is_trained_whole(run: Path) -> bool:
+    """Whether the run trained all weights, so that it has a model of its own and no adapter."""
+    return read_toml(run / CONFIG)[0].get("model", {}).get("full_finetuning") is True
+
+
+def of_whole_run(run: Path, model: Path, base: str | Path | None) -> ModelReference:
+    """A run's configuration with the model in the folder `model` that it trained whole: an ordinary one from here on.
+
+    Raises UserError for a `base`, of which such a model has none.
+    """
+    if base is not None:
+        raise UserError(f"{run}: this run trained all weights, so its model has no other base; leave {base} out")
+    values, _ = read_toml(run / CONFIG)
+    values["model"] = ordinary(values["model"], model)
+    values.pop("lora", None)
+    values.get("train", {}).pop("weight_update", None)
+    values.get("loss", {}).pop("reference_storage", None)
+    return ModelReference(values, str(run / CONFIG))
+
+
+def ordinary(table: dict[str, Any], model: Path) -> dict[str, Any]:
+    """The [model] table of a run that trained all weights, for the `model` that it left."""
+    left = {key: value for key, value in table.items() if key not in ("revision", "full_finetuning")}
+    return {**left, "name": str(model), "load_in_4bit": False, "load_in_8bit": False}
+
+
+def folder_of_model(run: Path) -> Path:
+    """The final model of a run that trained all weights, or that of its newest whole checkpoint. Raises UserError where
+    there is none."""
+    if (run / MODEL / "config.json").is_file():
+        return run / MODEL
+    checkpoint = latest(run)
+    if checkpoint is None:
+        raise UserError(f"{run}: the run has no model and no checkpoint yet; name the one that it began with instead")
+    return checkpoint / MODEL
 
 
 def of_adapter(folder: Path, base: str | Path | None) -> ModelReference:

@@ -10,6 +10,7 @@ from typing import Any
 import cloudpickle  # type: ignore[import-untyped]
 
 from grpo.config.schema import OWN_QUESTIONS, Config
+from grpo.data import Data
 from grpo.distributed.ranks import Ranks
 from grpo.environments.continuation import Continuer
 from grpo.environments.pool import EnvironmentPool
@@ -28,6 +29,18 @@ from grpo.tasks.common import Row, Task, load_task
 def show(line: str) -> None:
     """Print what a reward function or an environment printed: it may be what the model wrote."""
     print(printable(line), flush=True)
+
+
+def refuse_images(config: Config, data: Data) -> None:
+    """Raise UserError for prompts with images in an environment, whose conversations are of text."""
+    if config.environment is None:
+        return
+    seen = next((prompt for prompt in (*data.train, *data.eval) if prompt.images), None)
+    if seen is not None:
+        raise UserError(
+            f"task {seen.task!r}, row {seen.index + 1} has an image, and an environment's conversation takes none; "
+            "remove [environment], or train on rows without images"
+        )
 
 
 def check_conversation(config: Config, tokenizer: Any, end_tokens: tuple[int, ...]) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from grpo.config.schema import Loss
 from grpo.distributed.ranks import Ranks
+from grpo.policy.full_policy import FullPolicy
 from grpo.policy.policy import Policy
 from grpo.run.checkpoint import REFERENCE, replace_folder
 
@@ -22,6 +23,10 @@ def set_reference(policy: Policy, settings: Loss, run: Path, *, resume: bool, ra
     """
     ranks = ranks or Ranks()
     policy.forget_reference()
+    if isinstance(policy, FullPolicy):  # which has the weights of the start now, in a run that is resumed too
+        if settings.beta > 0:
+            policy.freeze_reference(settings.reference_storage)
+        return
     if settings.beta == 0 or settings.reference == "base":
         return
     folder = run / REFERENCE

@@ -114,15 +114,28 @@ class WeightOptimizer(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> None:
         """One step of every weight that has a gradient."""
         self.steps += 1
-        number = 0
-        for group in self.param_groups:
-            for weight in group["params"]:
-                if weight.grad is not None:
-                    self._step_weight(
-                        weight, group, torch.Generator(weight.device).manual_seed(self._noise_seed(number))
-                    )
-                number += 1
+        stepped = [
+            (number, group, weight)
+            for number, (group, weight) in enumerate((g, w) for g in self.param_groups for w in g["params"])
+            if weight.grad is not None
+        ]
+        following = [weight for _, _, weight in stepped[1:]] + [None]
+        if stepped:
+            self._fetch(stepped[0][2])
+        for (number, group, weight), after in zip(stepped, following, strict=True):
+            if after is not None:
+                self._fetch(after)
+            self._step_weight(weight, group, torch.Generator(weight.device).manual_seed(self._noise_seed(number)))
         self.gradient_scale = 1.0
+
+    def _fetch(self, weight: nn.Parameter) -> None:
+        """Start moving `weight`'s moments to the GPU, where they are paged: page by page, on demand, takes longer."""
+        moments = [self.state[weight][name] for name in ("mean", "square")]
+        if all(getattr(moment, "is_paged", False) for moment in moments):
+            from bitsandbytes.functional import prefetch_tensor
+
+            for moment in moments:
+                prefetch_tensor(moment)
 
     def _noise_seed(self, number: int) -> int:
         """Of what rounds weight `number` in this step: a function of the run's seed, so that resumed runs agree."""

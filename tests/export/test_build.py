@@ -32,8 +32,8 @@ from grpo.policy.adapter_files import AdapterFile
 from grpo.run.model_reference import resolve_model
 from tests.helpers.adapters import TOKENS, logits, train_nothing
 from tests.helpers.checkpoints import edit_tensors, quantize_folder
-from tests.helpers.families import NEWCOMERS, save_family
-from tests.helpers.tiny import save_tiny
+from tests.helpers.families import save_family
+from tests.helpers.tiny import FAMILIES, save_tiny
 
 NAME = "model.layers.1.self_attn.q_proj.weight"
 
@@ -45,7 +45,7 @@ class Made:
         self, folder: Path, family: str = "llama", targets: Any = "all-linear", lora: Any = None, **changes: Any
     ):
         self.base, self.adapter, self.out = folder / "base", folder / "adapter", folder / "out"
-        save = save_family if family in NEWCOMERS else save_tiny
+        save = save_tiny if family in FAMILIES else save_family
         model = save(self.base, family, **changes)
         self.peft = train_nothing(model, self.adapter, self.base, targets, **(lora or {}))
 

@@ -33,9 +33,9 @@ DELTA_NET: dict[str, Any] = {
     "num_hidden_layers": 3,
     "layer_types": ["linear_attention", "full_attention", "linear_attention"],
     "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
+    "linear_num_value_heads": 8,
     "linear_key_head_dim": 32,
-    "linear_value_head_dim": 64,
+    "linear_value_head_dim": 32,
     "linear_conv_kernel_dim": 4,
     "tie_word_embeddings": False,
 }

@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from grpo.config.schema import Config, Lora, parse_config
+from grpo.config.schema import Config, Lora, Loss, parse_config
 from grpo.errors import UserError
 from grpo.model.base_weights import BaseWeights
 from grpo.model.source import open_source
 from grpo.policy.full_policy import FullPolicy
 from grpo.policy.fused_layers import install_fused_layers
 from grpo.policy.policy import Policy
+from grpo.training.reference_policy import set_reference
 from tests.helpers.tiny import FAMILIES, VOCABULARY, save_tiny
 
 LENGTHS = ((7, 9), (5, 4), (12, 1))
@@ -182,3 +183,24 @@ def test_an_adapter_policy_over_the_same_base_has_the_same_logprobs(tmp_path: Pa
     adapted = Policy(full.base, Lora())
     one, other = (policy.score(*sequences(), temperature=1.0).logprobs for policy in (full, adapted))
     torch.testing.assert_close(one, other, atol=2e-5, rtol=0)  # one of them adds an adapter of zeros
+
+
+@pytest.mark.parametrize(("storage", "most"), [("16bit", 1e-6), ("8bit", 0.3), ("4bit", 5.0)])
+def test_the_frozen_reference_is_the_model_of_the_start(storage: str, most: float, tmp_path: Path) -> None:
+    save_tiny(tmp_path, "qwen2")
+    policy = full_policy(tmp_path)
+    with torch.no_grad():
+        start = policy.score(*sequences(), temperature=1.0).logprobs
+        set_reference(policy, Loss(beta=0.1, reference_storage=storage), tmp_path, resume=False)  # type: ignore[arg-type]
+        for parameter in policy.parameters():
+            parameter.mul_(1.5)
+        moved = policy.score(*sequences(), temperature=1.0).logprobs
+        with policy.reference():
+            reference = policy.score(*sequences(), temperature=1.0).logprobs
+        again = policy.score(*sequences(), temperature=1.0).logprobs
+    assert torch.equal(moved, again) and float((moved - start).abs().max()) > 1.0
+    assert float((reference - start).abs().mean()) < most
+    if storage != "16bit":
+        assert not torch.equal(reference, start), "it is rounded"
+    set_reference(policy, Loss(), tmp_path, resume=False)
+    assert policy.frozen is None

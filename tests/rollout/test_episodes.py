@@ -244,6 +244,17 @@ def test_rewards_for_other_turns_than_there_were_are_named(played: Played, tmp_p
     assert episode.result == Lost("returned 3 turn_rewards for 1 turns; return one for each")
 
 
+def test_an_image_in_a_conversation_is_named(played: Played, tmp_path: Path) -> None:
+    (tmp_path / "shows.py").write_text(
+        "async def play(row, sample):\n"
+        "    shown = [{'type': 'image', 'image': 'a.png'}, {'type': 'text', 'text': 'What?'}]\n"
+        "    await sample([{'role': 'user', 'content': shown}])\n"
+    )
+    played.use(None, program=f"{tmp_path / 'shows.py'}:play")
+    (episode,) = played.play(count=1)
+    assert episode.result == Lost("shows an image, and a conversation's messages are text; describe it in words")
+
+
 def test_an_episode_ends_where_there_is_no_room(played: Played) -> None:
     played.use("greedy", max_turns=3)
     assert [(each.turns, each.over) for each in played.play()] == [(3, "all 3 turns are taken")] * 4

@@ -177,3 +177,61 @@ def test_it_is_not_resumed_as_something_else(home: Path, capsys: pytest.CaptureF
     file = str(home / "run.toml")
     assert main([file, "--resume", str(home / "begun"), "--set", "train.weight_update=compensated"]) == 2
     assert "weight_update" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_run_is_asked_and_exported_as_an_ordinary_model(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from grpo.evaluate import main as evaluate
+    from grpo.export.build import export
+    from grpo.generate import main as generate
+
+    settings = ["--set", "model.device=cpu", "--set", "rollout.kv_cache_memory_bytes=16000000"]
+    assert generate([str(home / "run"), "What is 1 + 1?", "--max-tokens", "4", *settings]) == 0
+    assert evaluate([str(home / "run"), "--set", "eval.limit=2", "--set", "eval.max_completion_length=4"]) == 0
+    assert evaluate([str(home / "run"), "--base"]) == 2
+    assert "trained all weights" in capsys.readouterr().err
+    said: list[str] = []
+    folder = export(home / "run", to="merged-16bit", notice=said.append)
+    assert any("all of which were trained" in text for text in said)
+    with (
+        safe_open(home / "run" / "model" / "model.safetensors", "pt") as trained,
+        safe_open(folder / "model.safetensors", "pt") as written,
+    ):
+        names = sorted(trained.keys())
+        assert names == sorted(written.keys())
+        assert all(torch.equal(trained.get_tensor(n).bfloat16(), written.get_tensor(n).bfloat16()) for n in names)
+    checkpoint = export(home / "run", to="gguf", checkpoint="step-3", notice=said.append)
+    assert list(checkpoint.glob("*.gguf"))
+    with pytest.raises(UserError, match="has no adapter"):
+        export(home / "run", to="adapter")
+
+
+def test_loaded_in_python_it_is_trained_asked_and_saved(tmp_path: Path) -> None:
+    import grpo
+
+    save_model(tmp_path)
+    rollout = {"kv_cache_memory_bytes": 16_000_000, "prompts_per_step": 2, "num_generations": 2}
+    lengths = {"max_prompt_length": 256, "max_completion_length": 8}
+    with grpo.load(
+        tmp_path / "model", full_finetuning=True, dtype="float32", device="cpu", rollout=rollout | lengths
+    ) as policy:
+        assert "all weights trained" in repr(policy)
+        before = policy.generate("1 + 1 =", max_tokens=8)
+        policy.train(
+            "arithmetic",
+            [f"{tmp_path / 'scores.py'}:score"],
+            max_steps=2,
+            learning_rate=1e-2,
+            beta=0.01,
+            checkpoint={"output_dir": str(tmp_path / "run")},
+        )
+        assert read_metrics(tmp_path / "run")[-1]["kl"] is not None
+        assert policy.generate("1 + 1 =", max_tokens=8) != before
+        folder = policy.save_merged(tmp_path / "saved", notice=lambda text: None)
+        for call, match in (
+            (lambda: policy.generate("1", adapter=False), "no base beside it"),
+            (lambda: policy.save_lora(tmp_path / "lora"), "has no adapter"),
+        ):
+            with pytest.raises(UserError, match=match):
+                call()
+    assert (folder / "model.safetensors").is_file()
