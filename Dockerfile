@@ -11,6 +11,7 @@
 
 FROM python:3.12-slim-bookworm AS cuda
 # gcc compiles what launches Triton's kernels; the image's Python brings its headers.
+# hadolint ignore=DL3008
 RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 WORKDIR /grpo
 COPY pyproject.toml README.md LICENSE requirements/cuda.txt ./
@@ -28,6 +29,7 @@ CMD ["-m", "grpo.doctor"]
 
 FROM python:3.11-slim-bookworm AS cpu
 # make sets everything up as on any machine; libnuma1 is for vLLM, gcc for reasoning-gym's one dependency in C.
+# hadolint ignore=DL3008
 RUN apt-get update && apt-get install -y --no-install-recommends make gcc libc6-dev libnuma1 && rm -rf /var/lib/apt/lists/*
 WORKDIR /grpo
 COPY . .

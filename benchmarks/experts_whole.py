@@ -186,8 +186,9 @@ def main(arguments: list[str] | None = None) -> int:
     whole = Whole(options)
     note("load", lambda: whole.load)
     note("memory", whole.memory)
-    note("step", whole.step)
     note("decoding", whole.decoding)
+    if time.monotonic() < options.ends:
+        note("step", whole.step)
     whole.engine.close()
     print(json.dumps(result))
     return 0

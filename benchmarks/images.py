@@ -4,8 +4,12 @@ The base is NF4, the tower 16-bit; prompts are questions of the task "shapes" ab
 phases of a step, how often an image went through the tower (once a group, however many completions it has), the
 mismatch of sampled and trained logprobs, and the peak of memory beside the plan's.
 
-    python -m benchmarks.images --out benchmarks/results/images.json
+    python -m benchmarks.images --systems trl,ours --out benchmarks/results/images.json
     python -m benchmarks.images --tiny --device cpu --shape tiny-deepstack
+
+TRL's GRPOTrainer, beside it on the same folder and the same work: unquantised, as it trains models that take images,
+the tower run with every completion of a micro-batch. Its completions come from transformers' generate, so that of the
+two it is training and memory that compare. It needs torchvision, and is left out without.
 
 The first step compiles and does not count. Prints a line a step; the last line is one JSON object.
 """
@@ -13,15 +17,17 @@ The first step compiles and does not count. Prints a line a step; the last line 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import shutil
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common.processes import write_result
+from benchmarks.common.processes import wait_or_end, write_result
 
 MARKS = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
 KEYS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
@@ -30,6 +36,8 @@ TEMPLATE = (
     "{% for part in message.content %}{% if part.type == 'image' %}<|vision_start|> <|image_pad|> <|vision_end|> "
     "{% else %}{{ part.text }} {% endif %}{% endfor %}{% endif %}{% endfor %}"
 )
+QUESTIONS: dict[str, Any] = {"kinds": ["count"], "rows": 64, "held_out": 0}
+"""Options of the task: questions of one length."""
 ROPE = {"rope_type": "default", "rope_theta": 1000000.0}
 TEXT: dict[str, Any] = {
     "vocab_size": 1000, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -148,7 +156,7 @@ def settings(options: argparse.Namespace, folder: Path, run: Path) -> dict[str, 
             "name": str(folder), "images": True, "device": options.device, "offload_tower": options.offload_tower,
         },
         "lora": {"r": 16, "lora_alpha": 32},
-        "task": {"name": "grpo.tasks.shapes:load", "options": {"side": options.side, "rows": 64, "held_out": 0}},
+        "task": {"name": "grpo.tasks.shapes:load", "options": {**QUESTIONS, "side": options.side}},
         "rewards": [{"function": f"{Path(__file__).resolve()}:spread"}],
         "rollout": {
             "prompts_per_step": options.prompts, "num_generations": options.generations,
@@ -183,6 +191,76 @@ def planned(config: Any) -> dict[str, Any]:
     return found | {"mode": fit.mode, "kv_cache": fit.kv_cache, "peak": plan.peak(fit.kv_cache, fit.mode)}
 
 
+def train_trl(options: argparse.Namespace, folder: Path) -> None:
+    """Steps with TRL in this process; one line of JSON a step."""
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoTokenizer, Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
+    from trl import GRPOConfig, GRPOTrainer
+
+    from benchmarks.common.grpo_peers import step_clock
+    from grpo.tasks.shapes import load
+
+    gpu, size = torch.cuda.is_available(), json.loads((folder / "preprocessor_config.json").read_text())["size"]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    images = Qwen2VLImageProcessor(size=size)
+    processor = Qwen2_5_VLProcessor(
+        images, tokenizer, Qwen2VLVideoProcessor(size=size), chat_template=tokenizer.chat_template
+    )
+    # transformers does not take a completion with a placeholder in it; and all are to be equally long.
+    never = tokenizer.convert_tokens_to_ids([*MARKS, "</s>"])
+    rows = load(**QUESTIONS, side=options.side).train
+    micro_batch = options.generations
+    trainer = GRPOTrainer(
+        str(folder),
+        reward_funcs=spread,
+        args=GRPOConfig(
+            output_dir=str(options.scratch / "images-trl"), per_device_train_batch_size=micro_batch,
+            gradient_accumulation_steps=options.prompts * options.generations // micro_batch,
+            num_generations=options.generations, max_completion_length=options.completion, temperature=1.0, beta=0.0,
+            model_init_kwargs={"dtype": "bfloat16"}, bf16=gpu, use_cpu=not gpu, learning_rate=1e-5,
+            lr_scheduler_type="constant", max_steps=options.trl_steps, logging_steps=1, disable_tqdm=True,
+            save_strategy="no", report_to="none", seed=0, generation_kwargs={"suppress_tokens": never},
+        ),
+        train_dataset=Dataset.from_list(
+            [
+                {"prompt": [{"role": "user", "content": row["prompt"][0]["content"][-1]["text"]}],
+                 "image": row["image"].pil()}
+                for row in rows
+            ]
+        ),
+        processing_class=processor,
+        peft_config=LoraConfig(
+            r=16, lora_alpha=32, task_type="CAUSAL_LM",
+            target_modules=r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)",
+        ),
+    )  # fmt: skip
+    trainer.add_callback(step_clock(trainer, lambda step: False))
+    trainer.train()
+
+
+def run_trl(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """What TRL's steps took, in a process of its own; why there are none, where there are none."""
+    if importlib.util.find_spec("torchvision") is None:
+        return {"failed": "torchvision is not installed"}
+    log = options.scratch / "images-trl.log"
+    command = [sys.executable, "-m", "benchmarks.images", *sys.argv[1:], "--train-trl", str(folder)]
+    with open(log, "w") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+        said = wait_or_end(process, options.trl_seconds)
+    text = log.read_text(errors="replace")
+    steps = [json.loads(line[5:]) for line in text.splitlines() if line.startswith("STEP ")]
+    found: dict[str, Any] = {"steps": steps, **({"failed": said, "log": text[-1500:]} if said else {})}
+    if len(steps) > 1:
+        found["median"] = {
+            name: round(statistics.median(step[name] for step in steps[1:]), 3)
+            for name in ("step_seconds", "rollout_seconds", "train_seconds", "peak_memory_gib")
+            if steps[1][name] is not None
+        }
+    return found
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--shape", default="qwen2.5-vl-3b", choices=list(SHAPES))
@@ -197,20 +275,36 @@ def main() -> int:
     parser.add_argument("--offload-tower", action="store_true")
     parser.add_argument("--scratch", type=Path, default=Path("/tmp"))
     parser.add_argument("--tiny", action="store_true", help="a tiny model and little work: tries the script")
+    parser.add_argument("--systems", default="ours", type=lambda text: text.split(","), help="ours, trl, or both")
+    parser.add_argument("--trl-steps", type=int, default=3)
+    parser.add_argument("--trl-seconds", type=float, default=200)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--train-trl", type=Path, help="train TRL's in this process")
     options = parser.parse_args()
     if options.tiny:
         options.shape = options.shape if options.shape.startswith("tiny") else "tiny"
         options.side, options.prompt, options.completion, options.steps = 224, 128, 16, 2
         options.prompts, options.generations, options.tokens = 4, 4, 1024
+    if options.train_trl:
+        train_trl(options, options.train_trl)
+        return 0
     begun = time.monotonic()
     folder, run = options.scratch / f"images-{options.shape}", options.scratch / "images-run"
-    shutil.rmtree(folder, ignore_errors=True)
     shutil.rmtree(run, ignore_errors=True)
-    folder.mkdir(parents=True)
-    make_model(options.shape, folder, options.device)
+    if not (folder / "complete").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        make_model(options.shape, folder, options.device)
+        (folder / "complete").touch()
     made = time.monotonic() - begun
-    result = {"benchmark": "images", "model_seconds": round(made, 1), **measured(options, folder, run)}
+    print(f"model made in {made:.1f} s", flush=True)
+    result: dict[str, Any] = {"benchmark": "images", "model_seconds": round(made, 1)}
+    if "trl" in options.systems:
+        result["trl bf16"] = run_trl(options, folder)
+        print("TRL:", {key: value for key, value in result["trl bf16"].items() if key != "steps"}, flush=True)
+        write_result(options.out, result)
+    if "ours" in options.systems:
+        result |= measured(options, folder, run)
     write_result(options.out, result)
     print(json.dumps(result))
     return 0

@@ -15,7 +15,6 @@ import argparse
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -103,20 +102,19 @@ def save_answers(file: Path, rows: int) -> Path:
     return file
 
 
-def run(module: str, file: Path, tables: dict[str, Any]) -> float:
-    """A run of `module` on `tables`; its seconds."""
+def run(module: str, file: Path, tables: dict[str, Any]) -> None:
+    """A run of `module` on `tables`."""
     from grpo.config.toml import write_toml
 
     file.write_text(write_toml(tables))
-    started = time.perf_counter()
     subprocess.run([sys.executable, "-m", module, str(file)], check=True)
-    return time.perf_counter() - started
 
 
 def experiment(folder: Path, options: argparse.Namespace, seed: int) -> dict[str, Any]:
     """Make the model, train it both ways, and return what came of it."""
     folder.mkdir(parents=True)
-    model = {"name": str(save_model(folder / "model")), "images": True, "load_in_4bit": False, "dtype": "float32"}
+    model = {"name": str(save_model(folder / "model")), "images": True, "load_in_4bit": False}
+    model["dtype"] = options.dtype
     data = save_answers(folder / "answers.parquet", options.rows)
     steady = {"lr_scheduler_type": "constant", "warmup_ratio": 0.0, "seed": seed}
     supervised = {
@@ -126,7 +124,7 @@ def experiment(folder: Path, options: argparse.Namespace, seed: int) -> dict[str
         "train": {**steady, "learning_rate": 2e-3, "max_steps": options.supervised},
         "checkpoint": {"output_dir": str(folder / "sft"), "save_steps": options.supervised},
     }
-    seconds = {"sft": run("grpo.sft", folder / "sft.toml", supervised)}
+    run("grpo.sft", folder / "sft.toml", supervised)
     reinforced = {
         "model": model,
         "lora": {**LORA, "init": str(folder / "sft" / "adapter")},
@@ -143,8 +141,8 @@ def experiment(folder: Path, options: argparse.Namespace, seed: int) -> dict[str
         "log": {"samples_every": max(1, options.steps // 4)},
         "checkpoint": {"output_dir": str(folder / "grpo"), "save_steps": options.steps},
     }
-    seconds["grpo"] = run("grpo.train", folder / "grpo.toml", reinforced)
-    return {"seed": seed, "seconds": seconds, **result(folder)}
+    run("grpo.train", folder / "grpo.toml", reinforced)
+    return {"seed": seed, **result(folder)}
 
 
 def result(folder: Path) -> dict[str, Any]:
@@ -171,6 +169,7 @@ def main() -> None:
     parser.add_argument("--supervised", type=int, default=65, metavar="STEPS")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--rows", type=int, default=3000)
+    parser.add_argument("--dtype", default="float32")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     options = parser.parse_args()
     runs = [experiment(options.out / f"seed-{seed}", options, seed) for seed in options.seeds]
@@ -180,7 +179,7 @@ def main() -> None:
             mean, low, high = (entry[f"eval/strict_accuracy{end}"] for end in ("", "/low", "/high"))
             table.add_row(str(each["seed"]), str(entry["step"]), f"{mean:.3f}", f"{low:.3f} to {high:.3f}")
     Console().print(table)
-    settings = {"supervised": options.supervised, "steps": options.steps, "rows": options.rows}
+    settings = {name: getattr(options, name) for name in ("supervised", "steps", "rows", "dtype")}
     found = {"benchmark": "learn_to_see", "hardware": hardware(), "versions": versions()}
     print(json.dumps({**found, "task": TASK, **settings, "runs": runs}))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from grpo.export.gguf_metadata import ARCHITECTURE
 from grpo.model.families.table import family_of, listed
 from grpo.model.layout import ALIKE
 from grpo.model.layout_records import SEEN
@@ -27,8 +28,16 @@ and sequences that share prompts. The figures are the largest difference of a lo
 (vLLM {cpu}, on a CPU). Another family is used with a notice if it passes. vLLM 0.26 to 0.33 can be installed; where a
 version is not named, the layout is traced at start.
 
-| family | models | layout known for vLLM | largest difference, 16 bit | NF4 | what to know |
-| --- | --- | --- | --- | --- | --- |
+Tested, besides: *gate*, the start-up comparison; *run*, `grpo.train` over an NF4 base, resumed and exported as the same
+model; *GGUF*, read back by our reader and run by llama.cpp after an export.
+
+vLLM 0.26 and 0.32 both have a class for every family: their own, but for OLMo 2 and SmolLM3, which run by the
+Transformers backend (with 0.32 Arcee, GLM of 2024, OLMo 3 and Seed-OSS too), and Qwen 3.5 and LFM2, put together here
+from vLLM's layers. Older ones are refused before anything is read. The build of vLLM 0.32 for CUDA loads beside torch
+2.11 on an H200; what pip resolves for a GPU is 0.26.
+
+| family | models | layout known for vLLM | largest difference, 16 bit | NF4 | tested | what to know |
+| --- | --- | --- | --- | --- | --- | --- |
 {rows}
 
 Of a checkpoint that takes images too the decoder of text is read, and what is left out is named in a notice (images are
@@ -70,7 +79,14 @@ def row(name: str, figures: dict[str, float]) -> str:
     family = family_of(name)
     versions = ["0.26"] if name in ALIKE else []
     versions += [version for version, seen in sorted(SEEN.items()) if name in seen]
-    return f"| `{name}` | {family.models} | {', '.join(versions)} | {cells(figures)} | {family.caveat} |"
+    columns = f"`{name}`", family.models, ", ".join(versions), cells(figures), tested(name), family.caveat
+    return f"| {' | '.join(columns)} |"
+
+
+def tested(name: str) -> str:
+    """What the tests do with a family beside comparing logprobs."""
+    trained = json.loads(RESULT.read_text(encoding="utf-8"))["trained"]
+    return ", ".join(["gate", *(["run"] if name in trained else []), *(["GGUF"] if name in ARCHITECTURE else [])])
 
 
 def checkpoint(name: str) -> str:

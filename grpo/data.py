@@ -172,7 +172,8 @@ def make_prompts(
             where=[one.where for one in each],
             image_tokens=image_tokens,
         )
-        check_shortest(task, split, [len(one) for one in ids], config.rollout.max_prompt_length)
+        smaller = " or lower model.max_pixels" if any(one.images for one in each) else ""
+        check_shortest(task, split, [len(one) for one in ids], config.rollout.max_prompt_length, smaller)
         for one, token_ids in zip(each, ids, strict=True):
             if fits(one, token_ids, settings[task], config):
                 prompts.append(Prompt(index, task, one.prompt, columns_of(one, columns), token_ids, one.images))
@@ -197,6 +198,8 @@ def read_row(row: Any, where: str, system: str | None, tokenizer: Any, max_pixel
     if given is not None:
         row = {**row, "prompt": tokenizer.decode(given).strip() or f"tokens {given}"}
     row, images = images_apart(row, where, max_pixels)
+    if images and given is not None:
+        raise UserError(f"{where}: its prompt is token numbers, which have no place for images; make it messages")
     prompt = checked_row(row, where)
     if system is not None:
         prompt = with_system_prompt(prompt, system, where)
@@ -206,18 +209,14 @@ def read_row(row: Any, where: str, system: str | None, tokenizer: Any, max_pixel
 def images_apart(row: Any, where: str, max_pixels: int) -> tuple[Any, tuple[Image, ...]]:
     """The row with places for its images in the prompt, and in its columns the images as read; and the images.
 
-    Raises UserError for what is no image, for places that do not match, and for images of a prompt without messages.
+    A prompt that is a text has the model's own marks in their places, as a rendered chat has. Raises UserError for what
+    is no image, for messages whose places do not match, and for images beside token numbers.
     """
     if not isinstance(row, dict) or not row.get("prompt"):
         return row, ()
-    beside, prompt = column_images(row, where), row["prompt"]
-    if isinstance(prompt, str):
-        if beside:
-            raise UserError(f"{where}: its prompt is a plain text, which has no place for images; make it messages")
-        return row, ()
-    if not isinstance(prompt, list):
-        return row, ()
-    prompt, found = with_places(prompt, beside, where)
+    found, prompt = column_images(row, where), row["prompt"]
+    if isinstance(prompt, list):
+        prompt, found = with_places(prompt, found, where)
     places = [where] if len(found) == 1 else [f"{where}, image {number}" for number in range(1, len(found) + 1)]
     images = tuple(read_image(value, one, max_pixels=max_pixels) for value, one in zip(found, places, strict=True))
     read: Row = {"images": images} if images else {}
@@ -242,12 +241,12 @@ def columns_of(read: ReadRow, columns: Sequence[str]) -> dict[str, Any]:
     return values | {"images": read.images} if "images" in values else values
 
 
-def check_shortest(task: str, split: str, lengths: Sequence[int], limit: int) -> None:
-    """Raise UserError where no prompt of a task is short enough."""
+def check_shortest(task: str, split: str, lengths: Sequence[int], limit: int, smaller: str) -> None:
+    """Raise UserError where no prompt of a task is short enough. `smaller`: what else makes them so."""
     if lengths and min(lengths) > limit:
         raise UserError(
             f"task {task!r}: all {len(lengths)} {split} prompts are longer than rollout.max_prompt_length = "
-            f"{limit}; the shortest has {min(lengths)} tokens, so raise it"
+            f"{limit}; the shortest has {min(lengths)} tokens, so raise it{smaller}"
         )
 
 
@@ -255,8 +254,9 @@ def fits(read: ReadRow, token_ids: Sequence[int], settings: sections.Task, confi
     """Whether a prompt is short enough. Raises UserError where it is not and no row may be dropped."""
     limit = config.rollout.max_prompt_length
     if len(token_ids) > limit and settings.overlong == "error":
+        smaller = " lower model.max_pixels," if read.images else ""
         raise UserError(
-            f"{read.where}: {len(token_ids)} tokens exceed rollout.max_prompt_length = {limit}; raise it, or "
+            f"{read.where}: {len(token_ids)} tokens exceed rollout.max_prompt_length = {limit}; raise it,{smaller} or "
             'set overlong = "drop"'
         )
     return len(token_ids) <= limit

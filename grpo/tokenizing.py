@@ -39,6 +39,7 @@ def tokenize(
 ) -> list[list[int]]:
     """Token ids of each prompt: text with the tokenizer's special tokens, messages through the chat template.
 
+    A text with images is a rendered chat, which has the special tokens already.
     `given`: those that are known already. A text that begins with those tokens already does not get them twice.
     Messages that end with an assistant's are continued; others get the template's opening of an answer. `images`: each
     prompt's, in the order of their places; `where`: what errors call each prompt. Raises UserError naming `whose`
@@ -66,7 +67,8 @@ def tokenize(
             continue
         if kind == "text":
             encoded = encode_texts(batch, tokenizer, whose)
-            see(image_tokens, batch, seen, places, tokenizer)
+            shown = see(image_tokens, batch, seen, places, tokenizer)
+            encoded = [ids if has else plain for plain, ids, has in zip(encoded, shown, seen, strict=True)]
         else:
             ending = {"continue_final_message" if kind == "continue" else "add_generation_prompt": True}
             warn_of_rendered_chats(batch, tokenizer, whose)

@@ -97,10 +97,10 @@ class Kept(NamedTuple):
 
 
 def serves(inputs: Inputs) -> bool:
-    """Whether the kernels compute this: on a GPU with tensor cores for bfloat16, in 16 bit."""
+    """Whether the kernels compute this: in bfloat16, on a GPU with tensor cores for it."""
     return (
         inputs.value.is_cuda
-        and inputs.value.dtype in (torch.bfloat16, torch.float16)
+        and inputs.value.dtype == torch.bfloat16
         and max(inputs.dims) <= MOST_DIM
         and torch.cuda.get_device_capability(inputs.value.device) >= LEAST_CAPABILITY
     )

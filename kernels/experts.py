@@ -153,7 +153,7 @@ def adapted_mlp(
     top_k, (ends, on) = weights.shape[1], (groups.ends, adapters.on)
     gate_up = adapted(x[groups.order // top_k], experts.gate_up, ends, adapters.gate_up, on, by_pieces)
     rows = adapted(glu(gate_up, experts.activation), experts.down, ends, adapters.down, on, by_pieces)
-    return combine(rows, weights, groups.order)
+    return _Combine.apply(rows, weights, groups.order)
 
 
 def adapted(
@@ -240,6 +240,24 @@ def combine(rows: Tensor, weights: Tensor, order: Tensor) -> Tensor:
     tokens, top_k = weights.shape
     by_token = torch.empty_like(rows).index_copy_(0, order, rows).view(tokens, top_k, -1)
     return torch.bmm(weights[:, None].to(rows.dtype), by_token)[:, 0]
+
+
+class _Combine(torch.autograd.Function):
+    """`combine`, which keeps the rows once."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weights: Tensor, order: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, weights, order)
+        return combine(rows, weights, order)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weights, order = ctx.saved_tensors
+        of_rows = grad[order // weights.shape[1]]
+        flat = row_products(of_rows, rows)
+        weights_grad = torch.empty_like(flat).index_copy_(0, order, flat).view_as(weights).to(weights.dtype)
+        return of_rows.mul_(weights.reshape(-1)[order, None].to(of_rows.dtype)), weights_grad, None
 
 
 class _ExpertsMlp(torch.autograd.Function):

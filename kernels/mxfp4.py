@@ -39,10 +39,10 @@ def is_stored(absmax: Tensor | None) -> bool:
 def value(codes: Tensor, exponents: Tensor, dtype: torch.dtype) -> Tensor:
     """[..., K] in `dtype` of a checkpoint's form: codes uint8 [..., K / 32, 16], the even column in the low half of a
     byte, and exponents uint8 [..., K / 32]."""
-    table = torch.tensor(VALUES, device=codes.device)
-    both = torch.stack([table[(codes & 15).int()], table[(codes >> 4).int()]], -1).flatten(-2)
-    scaled = torch.ldexp(both, exponents.int()[..., None] - 127)
-    return scaled.flatten(-2).to(dtype)
+    byte = torch.arange(256)
+    pairs = torch.tensor(VALUES)[torch.stack([byte & 15, byte >> 4], 1)].to(codes.device)
+    scales = (exponents.int() << 23).view(torch.float32)  # an exponent is that of a float32 too
+    return (pairs[codes.int()].flatten(-2) * scales[..., None]).flatten(-2).to(dtype)
 
 
 def is_exact(codes: Tensor, exponents: Tensor) -> bool:

@@ -174,3 +174,7 @@ class Preceding:
         """int64: the tokens that are there more than once, in order."""
         self.counts = counts.to(device)
         """int64: how often each of `copied` is among `copies`."""
+        token_at = torch.full((len(source) + count,), -1)
+        token_at[self.own.cpu()] = torch.arange(tokens)
+        self.token_at = token_at.to(device)
+        """int64 [longer row + count]: the packed token whose own place it is; -1 for none."""

@@ -179,7 +179,7 @@ def test_real_gsm8k_layout_trains_on_the_configuration_file(tmp_path: Path) -> N
         ({"prompt": [{"role": "user", "content": [{"type": "image"}]}]}, "1 place for one"),
         ({"prompt": [{"role": "user", "content": [{"type": "video"}]}]}, "no text or image but video"),
         ({"prompt": [{"role": "user", "content": 3}]}, "content"),
-        ({"prompt": "one", "image": "a.png"}, "plain text, which has no place for images"),
+        ({"prompt": "one", "image": "nowhere.png"}, "its image nowhere.png cannot be read"),
         ("one", "prompt"),
     ],
 )

@@ -79,6 +79,17 @@ def test_a_prompt_has_the_tokens_of_its_images_in_their_places() -> None:
     ]
 
 
+def test_a_chat_that_was_rendered_already_keeps_its_images() -> None:
+    rendered = tokenizer().apply_chat_template(
+        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what"}]}],
+        tokenize=False, add_generation_prompt=True,
+    )  # fmt: skip
+    data = loaded({"prompt": rendered, "image": TALL}, {"prompt": "this and that"})
+    assert words(data.train[0]) == f"<user> {PLACE} {PLACE} what </user> <assistant>"
+    assert [prompt.images for prompt in data.train] == [(read_image(TALL, ""),), ()]
+    assert data.train[0].prompt == rendered and words(data.train[1]) == "this and that"
+
+
 def test_data_without_images_have_no_such_column() -> None:
     assert loaded(asked(answer="1")).train[0].columns == {"answer": "1"}
 
@@ -123,6 +134,28 @@ def test_a_table_finds_images_in_any_column_and_beside_its_file(tmp_path: Path) 
     assert prompt.columns["file_name"] == "wide.png"
 
 
+def test_a_folder_of_images_as_datasets_takes_it(tmp_path: Path) -> None:
+    (tmp_path / "shown").mkdir()
+    TALL.save(tmp_path / "shown" / "tall.png")
+    row = {"file_name": "shown/tall.png", "question": "what is this", "answer": "that"}
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(row) + "\n")
+    options = {"path": str(tmp_path), "train_split": "metadata", "eval_split": "", "images": "file_name"}
+    config = parse_config({"model": {"name": "m"}, "task": {"name": "table", "options": options}})
+    prompt = load_data(config, tokenizer(), image_tokens=PatchTokens()).train[0]
+    assert words(prompt) == f"<user> {PLACE} {PLACE} what is this </user> <assistant>"
+
+
+def test_parts_of_messages_may_name_files_beside_their_own(tmp_path: Path) -> None:
+    WIDE.save(tmp_path / "wide.png")
+    content = [{"type": "image", "image": "wide.png"}, {"type": "text", "text": "what"}]
+    row = {"prompt": [{"role": "user", "content": content}], "answer": "that"}
+    (tmp_path / "train.jsonl").write_text(json.dumps(row) + "\n")
+    options = {"path": str(tmp_path), "prompt": "{prompt}"}
+    config = parse_config({"model": {"name": "m"}, "task": {"name": "table", "options": options}})
+    prompt = load_data(config, tokenizer(), image_tokens=PatchTokens()).train[0]
+    assert words(prompt) == f"<user> {PLACE} {PLACE} {PLACE} what </user> <assistant>"
+
+
 def test_what_cannot_be_used_is_named_with_its_row(tmp_path: Path) -> None:
     said = refusal(asked("what"), asked(image=TALL), sees=False)
     assert said == (
@@ -139,10 +172,14 @@ def test_what_cannot_be_used_is_named_with_its_row(tmp_path: Path) -> None:
     assert "conversations of an [environment] are of text alone" in refusal(
         asked(image=TALL), environment={"program": "a.py:play", "max_turns": 2}
     )
-    assert "row 1: its prompt is a plain text" in refusal({"prompt": "what", "image": TALL})
-    assert "plain text" in refusal({"prompt": [1, 2], "image": TALL})
+    assert "row 1: it has 1 images and 0 places" in refusal({"prompt": "what", "image": TALL})
+    assert "its prompt is token numbers" in refusal({"prompt": [1, 2], "image": TALL})
     short = {"max_prompt_length": 5}
-    assert "the shortest has 7 tokens" in refusal(asked("what", image=WIDE), rollout=short)
+    said = refusal(asked("what", image=WIDE), rollout=short)
+    assert said.endswith("the shortest has 7 tokens, so raise it or lower model.max_pixels")
+    strict = {"name": "t", "overlong": "error"}
+    said = refusal(asked("what", image=WIDE), asked("what"), rollout=short, task=strict)
+    assert said.endswith('raise it, lower model.max_pixels, or set overlong = "drop"')
 
 
 def test_the_stream_knows_its_images_again() -> None:

@@ -137,6 +137,8 @@ def step_clock(trainer: Any, corrected: Callable[[int], bool]) -> Any:
         timed(trainer.vllm_generation, "generate", "rollout_seconds")
         timed(trainer.vllm_generation, "sync_weights", "sync_seconds")
         trainer.vllm_importance_sampling_correction = corrected(1)
+    else:
+        timed(trainer, "_generate", "rollout_seconds")
 
     class Clock(TrainerCallback):
         def on_step_begin(self, *arguments: Any, **options: Any) -> None:

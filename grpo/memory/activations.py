@@ -22,9 +22,9 @@ from grpo.kernels.sizes import (
     WEIGHT_SLICE_BYTES,
 )
 from grpo.memory.states import StateLayers, has_states, largest_layer, state_layers
-from grpo.model.adapter_layers import adapted_layers
+from grpo.model.adapter_layers import adapted_experts, adapted_layers
 from grpo.model.attention_layers import attention_layers
-from grpo.model.expert_sizes import ExpertSizes, expert_sizes
+from grpo.model.expert_sizes import MATRICES, ExpertSizes, expert_sizes
 from grpo.model.families.table import family_of
 from grpo.model.sizes import linear_shapes, mlp_widths
 
@@ -99,6 +99,8 @@ class LayerSizes:
     states: tuple[StateLayers, ...] = ()
     """The layers that are not attention, by their kind."""
     experts: ExpertSizes | None = None
+    expert_ranks: tuple[int, int] = (0, 0)
+    """Of the adapters on every expert's gate_up and on its down; 0: none."""
     all_trained: bool = False
     """The weights themselves get gradients; `adapted` names all linear layers then, as those that keep their input."""
 
@@ -133,6 +135,7 @@ class LayerSizes:
             adapter=sum(rank * sum(size) for size in first.values()),
             adapter_b=sum(rank * size[0] for size in first.values()),
             experts=expert_sizes(shape),
+            expert_ranks=expert_ranks(shape, lora),
             all_trained=lora is None,
         )
 
@@ -142,6 +145,16 @@ class LayerSizes:
     def beside(self, endings: Sequence[str]) -> int:
         """Columns beside a product of linear layers for what their adapters add (kernels/lora_linear.py)."""
         return -(-self.rank * len(self.adapted & set(endings)) // ADAPTER_COLUMNS) * ADAPTER_COLUMNS
+
+
+def expert_ranks(shape: Any, lora: Lora | None) -> tuple[int, int]:
+    """The largest ranks of adapters on the two matrices of experts."""
+    adapters = {} if lora is None else adapted_experts(shape, lora)
+    above, below = (
+        max((adapter.rank for name, adapter in adapters.items() if name.endswith(matrix)), default=0)
+        for matrix in MATRICES
+    )
+    return above, below
 
 
 def mean_of(sizes: list[int]) -> int:
@@ -267,22 +280,39 @@ class TrainingMemory:
         return size + (s.hidden * s.has(*GATE_UP) + 3 * s.inner + s.inner * s.has(*DOWN)) * self.itemsize
 
     def _experts_per_token(self, experts: ExpertSizes) -> int:
-        """Gate and up of every row, its place, and its expert and weight twice; the softmax over all experts."""
+        """Gate and up of every row, its place, and its expert and weight twice; the softmax over all experts. With
+        adapters the results too, and what each multiplies and makes of it."""
         row = 2 * experts.inner * self.itemsize + 2 * 8 + 4 + 2 * self.itemsize
+        above, below = self.sizes.expert_ranks
+        if above or below:
+            inputs = (experts.hidden + above) * bool(above) + (experts.inner + below) * bool(below)
+            row += (experts.hidden + inputs) * self.itemsize + 8
         return experts.chosen * row + 4 * experts.experts
+
+    def _expert_factors(self) -> tuple[int, int]:
+        """Numbers in one layer's A, and in its B, of adapters on experts."""
+        if (experts := self.sizes.experts) is None:
+            return 0, 0
+        above, below = self.sizes.expert_ranks
+        a = above * experts.hidden + below * experts.inner
+        return experts.experts * a, experts.experts * (above * 2 * experts.inner + below * experts.hidden)
 
     def _experts_backward(self, experts: ExpertSizes) -> int:
         """Rows of the gradient, of the product and its gradients, and what of the weights is dequantised."""
         row = experts.hidden + 5 * experts.inner, 2 * experts.hidden + 2 * experts.inner
         pieces = [min(EXPERTS_BYTES, rows * columns * self.itemsize) for rows, columns in experts.matrices]
         rows = self.tokens * experts.chosen * max(row) * self.itemsize
-        return rows + (max(pieces) if self.packed_weights else 0)
+        gradients = (self.itemsize + 4) * sum(self._expert_factors())
+        return rows + gradients + (max(pieces) if self.packed_weights else 0)
 
     def _factors(self) -> int:
         """A and B as they are multiplied, which plain layers keep: in 16 bit, or s B in float32."""
         if self.kernels:
             return 0
-        return self.sizes.adapter * self.itemsize if self.itemsize == 2 else self.sizes.adapter_b * self.itemsize
+        a, b = self._expert_factors()
+        if self.itemsize == 2:
+            return (self.sizes.adapter + a + b) * self.itemsize
+        return (self.sizes.adapter_b + b) * self.itemsize
 
     def _absent_in_first_layer(self) -> int:
         """The embedding needs no gradient, so the first plain layer saves neither its norm's input nor the A behind

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from grpo.config.schema import Config
+from grpo.errors import UserError
+from grpo.memory.states import has_states
+from grpo.model.expert_sizes import expert_sizes
 
 Form = Literal["float32", "compensated", "stochastic"]
 FORMS: tuple[Form, ...] = ("float32", "compensated", "stochastic")
@@ -34,3 +37,24 @@ def chosen_form(config: Config) -> Form:
     """`train.weight_update`, "auto" being the first of FORMS until a plan has chosen another."""
     asked = config.train.weight_update
     return FORMS[0] if asked == "auto" else asked
+
+
+def check_trainable(shape: Any, dtype: str) -> None:
+    """Raise UserError for a model of `shape` (a Shape or transformers' configuration), computed in `dtype`, whose
+    weights cannot be trained in place."""
+    if dtype == "float16":
+        raise UserError(
+            "model.full_finetuning: this device has no bfloat16, and weights in float16 lose small updates and "
+            'overflow; set model.dtype = "float32", or train a LoRA adapter'
+        )
+    kinds = {
+        "experts": expert_sizes(shape) is not None,
+        "recurrent states": has_states(shape),
+        "an embedding for every layer": bool(getattr(shape, "hidden_size_per_layer_input", None)),
+    }
+    for kind, has in kinds.items():
+        if has:
+            raise UserError(
+                f"model.full_finetuning: the family {shape.model_type!r} has {kind}, whose weights get no gradient "
+                "here; train a LoRA adapter instead"
+            )

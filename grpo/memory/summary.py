@@ -17,6 +17,7 @@ from grpo.memory.fit import (
     usable_bytes,
     with_weight_update,
 )
+from grpo.memory.full_finetuning import check_trainable
 from grpo.memory.gpus import GPUS, Gpu, gpu_here
 from grpo.memory.plan import MemoryPlan, Shape, hosted, plan_memory, sequence_limits
 from grpo.memory.shapes import model_shape, model_tower
@@ -37,6 +38,9 @@ def memory_plan(config: Config, gpu: Gpu | None = None) -> list[str]:
     gpu = gpu or (gpu_here() if may else None)
     on_gpu = gpu is not None or config.model.device == "cuda" or (may and has_gpu())
     itemsize = compute_itemsize(config, on_gpu)
+    if config.model.full_finetuning:
+        half = "bfloat16" if gpu is None or gpu.architecture >= 80 else "float16"
+        check_trainable(shape, "float32" if itemsize == 4 else half)
     memory = None if gpu is None else (gpu.memory - CONTEXT, gpu.memory)
     config = with_weight_update(config, shape, itemsize, memory, gpu)
     tower = model_tower(config.model)

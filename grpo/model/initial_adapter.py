@@ -85,8 +85,8 @@ class ResidualSource:
             layers = {name: layer for name, layer in layers.items() if quantised(name, in_16bit)}
             if not layers:
                 raise UserError(
-                    'lora.init_lora_weights = "loftq" corrects the error of quantising, and no layer with an adapter '
-                    'is quantised here; set model.load_in_4bit = true, or use "pissa" or true'
+                    'lora.init_lora_weights = "loftq" corrects the error of NF4, and no layer with an adapter is held '
+                    'in 4 bits here; set model.load_in_4bit = true, or use "pissa" or true'
                 )
             if source.stored_as == "NF4":
                 raise UserError(

@@ -65,7 +65,11 @@ class MXFP4Tensor:
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The matrices [experts, in, out] in `dtype`; exact in bfloat16 and float32."""
-        return mxfp4.value(self.codes, self.exponents, dtype).mT
+        experts, columns, rows = self.shape
+        matrices = torch.empty(experts, rows, columns, dtype=dtype, device=self.codes.device)
+        for matrix, codes, exponents in zip(matrices, self.codes, self.exponents, strict=True):
+            matrix.copy_(mxfp4.value(codes, exponents, dtype))
+        return matrices.mT
 
 
 Packed = NF4Tensor | EightBitTensor | MXFP4Tensor

@@ -31,6 +31,8 @@ class MarkedImages:
         self.sizes = dict(zip((image.digest for image in self.images), sizes, strict=True))
         self.firsts = torch.tensor([0, *sizes]).cumsum(0)
         """int64 [images + 1]: how many numbers those before an image have."""
+        self._grids: dict[int, tuple[int, int, int]] = {}
+        """Of the images that were encoded before: an image's embeddings may be forgotten, and its place is needed."""
         self._number = {image.digest: number for number, image in enumerate(self.images)}
 
     def marked(self, token_ids: Sequence[int], images: Sequence[Image]) -> list[int]:
@@ -59,7 +61,7 @@ class MarkedImages:
         """int64 [3, length] of one sequence."""
         found = torch.isin(ids, begins).nonzero()[:, 0].tolist()
         numbers = self._numbers(ids[found])
-        grids = [(place, each.grid) for place, each in zip(found, self._features(numbers), strict=True)]
+        grids = [(place, self._grid(number)) for place, number in zip(found, numbers.tolist(), strict=True)]
         return torch.tensor(positions(len(ids), grids, self.vision.merge))
 
     def embedded(self, tokens: Tensor, embed: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -74,7 +76,7 @@ class MarkedImages:
         marks = tokens.index_select(0, at).cpu()
         numbers = self._numbers(marks)
         used = numbers.unique().tolist()
-        table = torch.cat([each.embeddings for each in self._features(used)])
+        table = torch.cat([each.embeddings for each in self._encoded(used)])
         offsets = torch.tensor([0, *(self.sizes[self.images[number].digest] for number in used)]).cumsum(0)
         rows = -1 - marks - self.firsts[numbers] + offsets[torch.searchsorted(torch.tensor(used), numbers)]
         seen = table.index_select(0, rows.to(table.device)).to(inputs.dtype)
@@ -84,5 +86,13 @@ class MarkedImages:
         """Which image each of `marks` belongs to."""
         return torch.searchsorted(self.firsts, -1 - marks, right=True) - 1
 
-    def _features(self, numbers: Iterable[int] | Tensor) -> list[ImageFeatures]:
-        return self.tower.embed([self.images[int(number)] for number in numbers])
+    def _encoded(self, numbers: Sequence[int]) -> list[ImageFeatures]:
+        """What the tower makes of the images of these numbers."""
+        found = self.tower.embed([self.images[number] for number in numbers])
+        self._grids |= {number: each.grid for number, each in zip(numbers, found, strict=True)}
+        return found
+
+    def _grid(self, number: int) -> tuple[int, int, int]:
+        if number not in self._grids:
+            self._encoded([number])
+        return self._grids[number]

@@ -14,10 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from grpo.errors import UserError
 from grpo.kernels.lora_sum import dense_linear
 from grpo.kernels.weight_gradient import add_gradient, float32_product
-from grpo.memory.states import has_states
+from grpo.memory.full_finetuning import check_trainable
 from grpo.model.base_weights import BaseWeights
 from grpo.policy.graph import set_module
 from grpo.policy.lora_linear import BaseLinear
@@ -99,7 +98,7 @@ def own_parameter(tensor: Tensor) -> nn.Parameter:
 def train_weights(graph: nn.Module, base: BaseWeights) -> None:
     """Let every parameter of `graph`, a causal LM over `base`, get a gradient. Raises UserError for a base or a family
     whose weights cannot be trained in place."""
-    check_trainable(base)
+    check_trainable(base.config, str(base.dtype).removeprefix("torch."))
     embedding = graph.model.embed_tokens
     weight = own_parameter(embedding.weight)
     set_module(graph, "model.embed_tokens", TrainedEmbedding(weight, getattr(embedding, "embed_scale", None)))
@@ -113,19 +112,3 @@ def train_weights(graph: nn.Module, base: BaseWeights) -> None:
                 continue
             tied = module is head and base.config.tie_word_embeddings
             module._parameters[leaf] = weight if tied else own_parameter(parameter)
-
-
-def check_trainable(base: BaseWeights) -> None:
-    """Raise UserError for a base whose weights cannot be trained in place."""
-    kind = base.config.model_type
-    if base.dtype == torch.float16:
-        raise UserError(
-            "model.full_finetuning: weights in float16 lose small updates and overflow; set model.dtype = "
-            '"bfloat16", or "float32" on a device without it'
-        )
-    if base.experts or has_states(base.config) or getattr(base.config, "hidden_size_per_layer_input", None):
-        what = "experts" if base.experts else "recurrent states" if has_states(base.config) else "embeddings of layers"
-        raise UserError(
-            f"model.full_finetuning: the family {kind!r} has {what}, whose weights get no gradient here; train a LoRA "
-            "adapter instead"
-        )

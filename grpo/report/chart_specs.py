@@ -190,6 +190,12 @@ AGREEMENT = (
         mark=survival_limit,
     ),
     Spec(
+        "Change of the weights that is served",
+        "share",
+        "With all weights trained: of the optimiser's change since the start, how much those in bfloat16 show.",
+        {"weight_survival": "served"},
+    ),
+    Spec(
         "Corrected tokens",
         "% of tokens",
         "Tokens whose importance weight was cut or masked by the correction.",

@@ -45,11 +45,9 @@ from grpo.rollout.vllm_environment import set_environment
 from grpo.rollout.vllm_images import ARGUMENTS as IMAGE_ARGUMENTS
 from grpo.rollout.vllm_images import ImageStore, known_positions
 from grpo.rollout.vllm_model import ADAPTER_KEY, SHARED, AdapterHandle, write_model_folder
-from grpo.rollout.vllm_scheduler import LogprobCollector, RolloutWorker, rollout_scheduler
+from grpo.rollout.vllm_scheduler import LogprobCollector, OnePassSampler, rollout_scheduler
+from grpo.run.machine import version_problem
 from grpo.run.tiles import prepare_tiles
-
-VLLM_TESTED = ((0, 26), (0, 33))
-"""First and last minor version that these files were written for."""
 
 STATES = {
     "enable_prefix_caching": False,
@@ -65,7 +63,8 @@ class Engine:
     def __init__(self, base: BaseWeights, policy: Policy | None, settings: EngineSettings, tokenizer: Any = None):
         """Start vLLM. `policy` supplies the adapter; None serves the base alone. Stop strings need `tokenizer`."""
         set_environment()
-        check_version()
+        if problem := version_problem(vllm.__version__):
+            raise UserError(problem)
         self.llm: Any = None
         """vLLM while it runs, else None."""
         self.base, self.policy, self.settings = base, policy, settings
@@ -99,7 +98,7 @@ class Engine:
         with nullcontext() if self.images is None else known_positions():
             self.llm = vllm.LLM(**self._arguments())
         if self.base.device.type == "cuda":
-            self.sampler = self._runner.sampler
+            self._runner.sampler = self.sampler = OnePassSampler(logprobs_mode="processed_logprobs")
         if self.policy is not None:
             self.sync_adapter()
 
@@ -158,7 +157,6 @@ class Engine:
             # generators on a CPU do not allow.
             arguments["enable_chunked_prefill"] = False
         else:
-            arguments["worker_cls"] = f"{RolloutWorker.__module__}.{RolloutWorker.__qualname__}"
             arguments["gpu_memory_utilization"] = 0.05
             major, minor = torch.cuda.get_device_capability(self.base.device)
             dtype = str(self.base.dtype).removeprefix("torch.")
@@ -429,14 +427,3 @@ def kv_cache_allocations() -> list[Any]:
 def announce(text: str) -> None:
     """Say what takes a while."""
     print(f"grpo: {text}", file=sys.stderr, flush=True)
-
-
-def check_version() -> None:
-    """Raise UserError for a vLLM older than this file knows."""
-    first, last = VLLM_TESTED
-    version = tuple(int(part) for part in vllm.__version__.split("+")[0].split(".")[:2])
-    if not first <= version <= last:
-        raise UserError(
-            f"vLLM {vllm.__version__} is installed; this version of grpo knows {first[0]}.{first[1]} to "
-            f"{last[0]}.{last[1]}: install one of them"
-        )

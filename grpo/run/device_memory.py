@@ -9,6 +9,7 @@ import torch
 from grpo.config.schema import Config
 from grpo.errors import UserError
 from grpo.memory.fit import check_memory, lighter_weights, with_weight_update
+from grpo.memory.full_finetuning import check_trainable
 from grpo.memory.gpus import as_found
 from grpo.memory.plan import weight_bytes
 from grpo.memory.tower import TowerSizes
@@ -65,6 +66,7 @@ def with_form(config: Config, model: Any, device: torch.device, dtype: torch.dty
     transformers' configuration."""
     if not config.model.full_finetuning:
         return config
+    check_trainable(model.get_text_config(), str(dtype).removeprefix("torch."))
     memory = torch.cuda.mem_get_info(device) if device.type == "cuda" else None
     gpu = None
     if memory is not None:

@@ -10,8 +10,9 @@ from grpo.memory.fit import CONTEXT, usable_bytes
 from grpo.memory.gpus import GPUS, Gpu, gpu_here
 from grpo.memory.plan import Shape, weight_bytes
 from grpo.memory.roofline import Work, pass_seconds
-from grpo.memory.shapes import model_shape
+from grpo.memory.shapes import model_shape, model_tower
 from grpo.memory.summary import compute_itemsize, gb, has_gpu, others_line
+from grpo.memory.tower import images_plan
 from grpo.model.adapter_config import takes_from_base
 from grpo.sft.config import SftConfig
 
@@ -25,12 +26,15 @@ def memory_lines(config: SftConfig, gpu: Gpu | None = None) -> list[str]:
     may = config.model.device != "cpu"
     gpu = gpu or (gpu_here() if may else None)
     on_gpu = gpu is not None or config.model.device == "cuda" or (may and has_gpu())
+    if config.model.images and model_tower(config.model) is None:
+        return [f"Memory: the sizes of the vision tower of {config.model.name} are not known, so nothing is planned."]
     sizes = needed(config, shape, gpu, on_gpu=on_gpu)
-    weights, adapter, training = sizes
+    weights, adapter, training, images = sizes
     where = f"the {gpu.name} of {gpu.memory / 1e9:.1f} GB" if gpu else "the GPU" if on_gpu else "the CPU"
     lines = [
         f"Memory on {where}, planned, in GB of 10^9 bytes:",
         f"  {gb(weights)}  weights",
+        *([f"  {gb(images)}  vision tower and images' embeddings"] if config.model.images else []),
         f"  {gb(adapter)}  adapter of rank {config.lora.r}: values, gradients, moments",
         f"  {gb(training)}  at most, while training on {tokens_of(config):,} tokens "
         f'(gradient_checkpointing = "{mode_of(config, on_gpu)}")',
@@ -60,8 +64,8 @@ def as_grpo(config: SftConfig) -> Config:
     return Config.model_validate({**tables, "task": {"name": "arithmetic"}})
 
 
-def needed(config: SftConfig, shape: Shape, gpu: Gpu | None, *, on_gpu: bool) -> tuple[int, int, int]:
-    """Bytes of the weights, of the adapter, and of training on top."""
+def needed(config: SftConfig, shape: Shape, gpu: Gpu | None, *, on_gpu: bool) -> tuple[int, int, int, int]:
+    """Bytes of the weights, of the adapter, of training on top, and of images beside that."""
     like, itemsize = as_grpo(config), compute_itemsize(as_grpo(config), on_gpu)
     tokens, flash = tokens_of(config), gpu is None or gpu.flash
     training = TrainingMemory.of(like, shape, itemsize, on_gpu=on_gpu, tokens=tokens, flash=flash)
@@ -71,7 +75,17 @@ def needed(config: SftConfig, shape: Shape, gpu: Gpu | None, *, on_gpu: bool) ->
     first = 4 * takes_from_base(config.lora.init_lora_weights)
     adapter = sizes.adapter * sizes.layers * (4 + 4 + first + moment_bytes(config.train.optim, on_gpu=on_gpu))
     peak = training.peak(mode if mode in training.modes else "none")
-    return weight_bytes(like, shape, itemsize, on_gpu=on_gpu), adapter, peak
+    return weight_bytes(like, shape, itemsize, on_gpu=on_gpu), adapter, peak, image_bytes(config, itemsize, on_gpu)
+
+
+def image_bytes(config: SftConfig, itemsize: int, on_gpu: bool) -> int:
+    """Of the tower, of embeddings that it keeps, and of those in a batch; of the tower alone while it encodes."""
+    sizes = model_tower(config.model)
+    if sizes is None:
+        return 0
+    seen = images_plan(config.for_policy(), sizes, itemsize, on_gpu=on_gpu)
+    kept = sizes.kept_bytes(config.for_policy(), itemsize)
+    return seen.tower + kept + max(seen.encoding, sizes.training_bytes(tokens_of(config), itemsize))
 
 
 def verdict(config: SftConfig, shape: Shape, gpu: Gpu, size: int) -> list[str]:

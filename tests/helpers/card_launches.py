@@ -25,6 +25,7 @@ from triton.runtime.jit import JITFunction
 
 from grpo.kernels import (
     cards,
+    delta_rule,
     dense_gemm,
     eight_bit,
     eight_bit_gemm,
@@ -33,26 +34,36 @@ from grpo.kernels import (
     lora_factors,
     lora_shrink,
     lora_sum,
+    mxfp4,
     nf4,
+    nf4_experts,
     nf4_gemm,
     nf4_plans,
     nf4_tiles,
     nf4_turing,
+    recurrence,
     rms_norm,
     rope,
+    routing,
     sample,
     shared_keys,
+    short_conv,
     split_k,
 )
 from grpo.kernels.cards import MB, SHARED_MEMORY, Card
 from grpo.kernels.compile_only import compiling_for
+from grpo.kernels.experts import ExpertAdapter, ExpertAdapters, ExpertMatrix, Experts
 from grpo.kernels.lora_factors import Adapter, LowRank
-from grpo.kernels.nf4_lookup import byte_tables
+from grpo.kernels.nf4_lookup import CODE, byte_tables
 
 MODULES = (
     dense_gemm, eight_bit, eight_bit_gemm, glu, logprob, lora_factors, lora_shrink, lora_sum, nf4, nf4_gemm,
     nf4_turing, rms_norm, rope, sample, shared_keys,
 )  # fmt: skip
+EXPERT_MODULES = mxfp4, nf4_experts, routing
+"""Those that mixtures of experts launch beside them."""
+RECURRENT_MODULES = delta_rule, short_conv
+"""Those of layers with a state."""
 CARDS = (
     Card("Tesla T4", 75, SHARED_MEMORY[75], 40, 4 * MB),
     Card("NVIDIA A100-SXM4-80GB", 80, SHARED_MEMORY[80], 108, 40 * MB),
@@ -152,6 +163,8 @@ def pretended(card: Card) -> Iterator[Collected]:
     collected = Collected()
     for dtype in (torch.bfloat16, torch.float16):
         byte_tables(dtype)
+        byte_tables(dtype, CODE)
+        byte_tables(dtype, mxfp4.VALUES)
     caches = nf4_plans.find_plan, dense_gemm._shared_memory
     properties = SimpleNamespace(major=card.architecture // 10, shared_memory_per_block_optin=card.shared_memory)
     patches = (
@@ -164,6 +177,7 @@ def pretended(card: Card) -> Iterator[Collected]:
         patch.object(cards, "card", lambda device: card),
         patch.object(split_k, "_workspaces", {}),
         patch.object(nf4_plans, "_added", {}),
+        patch.object(routing, "_counters", {}),
     )
     with contextlib.ExitStack() as stack:
         for cache in caches:
@@ -180,7 +194,9 @@ def pretended(card: Card) -> Iterator[Collected]:
 
 def forget(architecture: int) -> None:
     """Let go of what was compiled, so that it is compiled, or found on disk, and reported again."""
-    for kernel in (kernel for module in MODULES for kernel in kernels_of(module).values()):
+    for kernel in (
+        kernel for module in (*MODULES, *EXPERT_MODULES, *RECURRENT_MODULES) for kernel in kernels_of(module).values()
+    ):
         kernel.device_caches.pop(architecture, None)
 
 
@@ -312,10 +328,89 @@ def keys_of_prefixes(shape: Shape, dtype: torch.dtype) -> None:
     shared_keys.launch_sum(out[0], out[1], places, torch.empty(2, *rows.shape, dtype=dtype))
 
 
+def recurrent_operators(dtype: torch.dtype) -> None:
+    """Of Qwen 3.5-4B: a convolution, and the delta rule, which is in bfloat16 alone."""
+    numbers, width = torch.empty(2 * TOKENS, dtype=torch.int64), torch.empty(8192, 4, dtype=dtype)
+    places: Any = SimpleNamespace(
+        own=numbers[:TOKENS], sources=numbers, token_at=numbers, copies=numbers[:9], copied=numbers[:3],
+        counts=numbers[:3],
+    )  # fmt: skip
+    mixed = torch.empty(TOKENS, 8192, dtype=dtype)
+    short_conv.launch_forward(mixed, width, None, places, torch.empty_like(mixed), True)
+    for rows, out in ((numbers[:TOKENS], torch.empty_like(mixed)), (numbers[:12], torch.empty(12, 8192))):
+        short_conv.launch_backward(mixed, mixed, width, None, places, rows, out, True)
+    if dtype != torch.bfloat16:
+        return
+    query, key, value = mixed.split([2048, 2048, 4096], 1)
+    heads = [part.unflatten(1, (-1, 128)) for part in (query, key, value)]
+    inputs = delta_rule.Inputs(*heads, torch.empty(TOKENS, 32), torch.empty(TOKENS, 32))
+    of_chunks = torch.empty(20, dtype=torch.int32)
+    order = recurrence.Order(torch.empty(5, 4, dtype=torch.int32), None)
+    run = recurrence.Run(of_chunks, of_chunks, [order])
+    made, kept = delta_rule.prepare(inputs, run, 1e-6), delta_rule.empty_kept(inputs, run)
+    grad = torch.empty(TOKENS, 32, 128, dtype=dtype)
+    delta_rule.along(inputs, run, made, 1e-6, torch.empty_like(grad))
+    delta_rule.along(inputs, run, made, 1e-6, kept=kept)
+    later = delta_rule.back(inputs, run, made, 1e-6, grad)
+    delta_rule.input_grads(inputs, run, 1e-6, grad, kept, later, [torch.empty_like(part) for part in inputs])
+
+
 LAUNCHES: tuple[Callable[[Shape, torch.dtype], None], ...] = (
     packed_weights, packed_products, eight_bit_products, dense_products, shrinks, factors, norms, rotations,
     gated_units, logprobs, samples, keys_of_prefixes,
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ExpertShape:
+    """The experts of a layer."""
+
+    hidden: int
+    inner: int
+    experts: int
+    top_k: int
+    activation: str = "silu"
+    mxfp4: bool = False
+    """With biases, as gpt-oss."""
+
+
+EXPERT_MODELS = {
+    "Qwen3-30B-A3B": ExpertShape(2048, 768, 128, 8),
+    "gpt-oss-20b": ExpertShape(2880, 2880, 32, 4, "clamped_silu", mxfp4=True),
+}
+
+
+def expert_matrix(out: int, columns: int, shape: ExpertShape, dtype: torch.dtype) -> ExpertMatrix:
+    if shape.mxfp4:
+        weight, scales = mxfp4.allocate(shape.experts * out, columns, "cpu")
+        return ExpertMatrix(weight, scales, shape.experts, torch.empty(shape.experts, out, dtype=dtype))
+    return ExpertMatrix(*nf4.allocate(shape.experts * out, columns, dtype, "cpu"), shape.experts)
+
+
+def expert_adapter(out: int, columns: int, shape: ExpertShape, dtype: torch.dtype) -> ExpertAdapter:
+    a, b = (shape.experts, 16, columns), (shape.experts, out, 16)
+    return ExpertAdapter(torch.empty(a, dtype=dtype), torch.empty(b, dtype=dtype))
+
+
+def expert_layers(shape: ExpertShape, dtype: torch.dtype) -> None:
+    """Decoding by the tiles that are taken first, with adapters on both matrices and without; dequantising."""
+    above = expert_matrix(2 * shape.inner, shape.hidden, shape, dtype)
+    below = expert_matrix(shape.hidden, shape.inner, shape, dtype)
+    layer = Experts(above, below, shape.activation)
+    sizes = (2 * shape.inner, shape.hidden), (shape.hidden, shape.inner)
+    adapters = ExpertAdapters(*(expert_adapter(*size, shape, dtype) for size in sizes), torch.empty((), dtype=dtype))
+    table = routing.Record(torch.empty(64, 2, shape.top_k, dtype=torch.uint8), torch.empty(512, dtype=torch.int64), 1)
+    x, logits = torch.empty(40, shape.hidden, dtype=dtype), torch.empty(40, shape.experts, dtype=dtype)
+    for tile, each, record in (
+        (nf4_experts.FEW[0], None, None),
+        (nf4_experts.FEW[0], adapters, table),
+        (nf4_experts.FEW[1], adapters, table),
+        (nf4_experts.MANY[0], adapters, table),
+    ):
+        tiles = nf4_experts.DecodeTiles(tile, tile)
+        nf4_experts.decode(x, logits, layer, shape.top_k, True, each, tiles, record)
+    if shape.mxfp4:
+        below.dense()
 
 
 def tuned_products(shape: Shape, dtype: torch.dtype, card: Card) -> None:

@@ -34,6 +34,10 @@ TOWER: dict[str, Any] = {"depth": 3, "hidden_size": 32, "intermediate_size": 48,
 GRID = {"patch_size": PATCH, "spatial_merge_size": 2, "temporal_patch_size": 2}
 POSITIONS = {"rope_type": "default", "rope_theta": 1e4}
 SEEING: dict[str, dict[str, Any]] = {
+    "qwen2_vl": {
+        "text_config": {**COMMON, "rope_parameters": {**POSITIONS, "mrope_section": [4, 6, 6]}},
+        "vision_config": {**GRID, "depth": 2, "embed_dim": 32, "num_heads": 2, "mlp_ratio": 2, "hidden_size": 128},
+    },
     "qwen2_5_vl": {
         "text_config": {**COMMON, "rope_parameters": {**POSITIONS, "mrope_section": [4, 6, 6]}},
         "vision_config": {

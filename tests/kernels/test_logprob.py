@@ -63,6 +63,28 @@ def test_equals_full_logits_in_float32(softcap, entropy_gradient):
     assert entropy.requires_grad == entropy_gradient
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+def test_tokens_out_of_reach_have_no_probability_and_pull_at_nothing(dtype):
+    never = [0, 5, VOCABULARY - 1]
+    hidden, weight, targets = example(dtype)
+    targets[torch.isin(targets, torch.tensor(never))] = 1
+    found = selected_logprobs(
+        hidden, weight, targets, temperature=2.0, chunk_tokens=3, entropy_gradient=True, never=never
+    )
+    kept = [token for token in range(VOCABULARY) if token not in never]
+    renumbered = torch.tensor([kept.index(target) for target in targets.tolist()])
+    wide = torch.float32 if dtype == torch.float16 else dtype
+    expected = full_logits(hidden.to(wide), weight[kept].to(wide), renumbered, temperature=2.0)
+    close = {"atol": 2e-2 if dtype == torch.float16 else 1e-5, "rtol": 0}
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours.to(theirs.dtype), theirs, **close)
+    for ours, theirs in zip(found, expected, strict=True):
+        gradient, wanted = (torch.autograd.grad(one.sum(), hidden, retain_graph=True)[0] for one in (ours, theirs))
+        torch.testing.assert_close(gradient, wanted, **close)
+    with pytest.raises(ValueError, match="cannot be left out under a softcap"):
+        selected_logprobs(hidden, weight, targets, softcap=2.0, never=never)
+
+
 def test_passes_gradcheck_in_float64():
     hidden, weight, targets = example(torch.float64, tokens=4)
 

@@ -136,9 +136,10 @@ def test_in_16_bit_the_state_is_float32_and_the_result_is_rounded_once() -> None
     torch.testing.assert_close(gated_delta_rule(*parts, recurrence), exact.bfloat16(), rtol=2**-7, atol=1e-6)
 
 
-def test_kernels_in_the_interpreter() -> None:
+@pytest.mark.parametrize("kernels", ["delta", "short_conv"])
+def test_kernels_in_the_interpreter(kernels: str) -> None:
     """Triton reads TRITON_INTERPRET when it is imported, so this needs a process of its own."""
-    file = Path(__file__).with_name("interpreted_delta.py")
+    file = Path(__file__).with_name(f"interpreted_{kernels}.py")
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
@@ -146,10 +147,9 @@ def test_kernels_in_the_interpreter() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dims", [(128, 128), (64, 64), (64, 128), (32, 40)])
-def test_kernels_on_a_gpu_are_the_rule(dtype: torch.dtype, dims: tuple[int, int]) -> None:
-    device = torch.device("cuda")
+def test_kernels_on_a_gpu_are_the_rule(dims: tuple[int, int]) -> None:
+    device, dtype = torch.device("cuda"), torch.bfloat16
     found = []
     recurrence = Recurrence(TREE, CPU)
     torch.manual_seed(0)
@@ -163,4 +163,19 @@ def test_kernels_on_a_gpu_are_the_rule(dtype: torch.dtype, dims: tuple[int, int]
         found.append((result, *torch.autograd.grad(result, given, weight.to(result))))
     bounds = [3e-3] * 4 + [1e-4, 3e-3]
     for one, exact, bound in zip(*found, bounds, strict=True):
+        assert (one.detach().cpu().double() - exact.detach()).norm() < bound * exact.detach().norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_convolution_on_a_gpu_is_that_of_a_cpu(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(sum(span.length for span in TREE), 200).to(dtype), torch.randn(200, 4).to(dtype)
+    found = []
+    for device, kind in ((torch.device("cuda"), dtype), (CPU, torch.float64)):
+        given = x.to(device, kind).requires_grad_()
+        y = short_conv(given, weight.to(device, kind), None, Recurrence(TREE, device), silu=True)
+        found.append((y, *torch.autograd.grad(y.square().sum(), given)))
+    for one, exact in zip(*found, strict=True):
+        bound = 1e-5 if dtype == torch.float32 else 1e-2
         assert (one.detach().cpu().double() - exact.detach()).norm() < bound * exact.detach().norm()

@@ -26,6 +26,7 @@ from grpo.model.base_weights import BaseWeights
 from grpo.model.source import open_source
 from grpo.policy import fused_layers, graph
 from grpo.policy.policy import Policy
+from tests.helpers.families import save_family
 from tests.helpers.tiny import save_tiny
 
 TOKENS, PREDICTED = 400, 21
@@ -185,6 +186,35 @@ def test_what_layers_keep_is_counted_to_the_byte(
     assert not kernels or found["mlp"] == memory.kept("mlp") + rotation
     assert found["layer"] == memory.kept("layer")
     assert found["offload"] == 0, "offloaded inputs are not autograd's"
+
+
+BOTH = ["experts.gate_up_proj", "experts.down_proj"]
+IN_EVERY_LAYER: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {"mlp_only_layers": []},
+    "gpt_oss": {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+}
+
+
+@pytest.mark.parametrize("family", IN_EVERY_LAYER)
+@pytest.mark.parametrize("parameters", [[], BOTH, BOTH[:1], BOTH[1:]])
+def test_what_layers_of_experts_keep_is_counted_with_adapters_on_them(
+    family: str, parameters: list[str], tmp_path: Path, as_on_a_gpu: None
+) -> None:
+    save_family(tmp_path, family, **SHAPE, **IN_EVERY_LAYER[family])
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    config = settings(tmp_path, False, targets)
+    ranks = {"experts.down_proj": 2} if parameters else {}
+    lora = config.lora.model_copy(update={"target_parameters": parameters, "rank_pattern": ranks})
+    config = config.model_copy(update={"lora": lora})
+    base = BaseWeights(open_source(config.model), config.model, device=torch.device("cpu"), dtype=torch.bfloat16)
+    policy = Policy(base, config.lora, seed=0)
+    policy.model.train()
+    memory = TrainingMemory.of(config, base.config, 2, on_gpu=True, tokens=TOKENS)
+    memory = replace(memory, predicted=PREDICTED, keys=TOKENS, kernels=False, packed_weights=False)
+    policy.recompute_layers("none")
+    found = saved_bytes(policy) - saved_outside_of_layers(policy, memory)
+    rotation = 2 * TOKENS * memory.sizes.head_dim * memory.itemsize
+    assert found == pytest.approx(memory.kept("none") + rotation, rel=0.005)
 
 
 class Allocations(TorchDispatchMode):

@@ -23,6 +23,8 @@ from tests.helpers.paths import ROOT
 
 LLAMA_8B = Shape("llama", 4096, 14336, 32, 32, 8, 128, 128256, False)
 LLAMA_3B = Shape("llama", 3072, 8192, 28, 24, 8, 128, 128256, True)
+QWEN_HALF_B = Shape("qwen2", 896, 4864, 24, 14, 2, 64, 151936, True)
+QWEN_1_5B = Shape("qwen2", 1536, 8960, 28, 12, 2, 128, 151936, True)
 RESULTS = ROOT / "benchmarks" / "results"
 
 
@@ -298,3 +300,64 @@ def test_a_supervised_run_has_a_plan_too(tmp_path: Path):
     wide = SftConfig.model_validate({**tables, "sft": {"path": "x", "max_length": 200_000}})
     assert memory_lines(wide, gpu_named("3060"))[-1].startswith("Does not fit the RTX 3060: ")
     assert "are not known here" in memory_lines(SftConfig.model_validate({**tables, "model": {"name": "m"}}))[0]
+
+
+# All weights
+
+
+def full(optim: str = "paged_adamw_8bit", **sections: Any) -> Config:
+    return config(model={"full_finetuning": True}, train={"optim": optim, **sections.pop("train", {})}, **sections)
+
+
+@pytest.mark.parametrize(
+    ("shape", "gigabytes"), [(QWEN_HALF_B, 8), (QWEN_1_5B, 24), (LLAMA_3B, 48), (LLAMA_8B, 80)], ids=str
+)
+def test_models_whose_weights_are_all_trained_fit_the_cards_that_they_should(shape, gigabytes):
+    free, total = gigabytes * 10**9 - fit.CONTEXT, gigabytes * 10**9
+    settings = fit.with_weight_update(full(), shape, 2, (free, total))
+    plan = plan_memory(settings, shape, 2, on_gpu=True)
+    found = fit.best_fit(settings, shape, 2, plan, fit.usable_bytes(free, total), None)
+    assert found is not None and settings.train.weight_update == "float32"
+    assert plan.peak(found.kv_cache, found.mode) <= fit.usable_bytes(free, total)
+
+
+def test_the_form_of_the_update_is_the_first_that_fits_and_one_that_is_set_is_kept():
+    taken = {
+        gigabytes: fit.with_weight_update(full("adamw_8bit"), LLAMA_8B, 2, (gigabytes * 10**9,) * 2).train.weight_update
+        for gigabytes in (96, 80, 64)
+    }
+    assert taken == {96: "float32", 80: "compensated", 64: "stochastic"}
+    settings = full(train={"weight_update": "stochastic"})
+    assert fit.with_weight_update(settings, LLAMA_8B, 2, (200 * 10**9,) * 2) == settings
+    assert fit.with_weight_update(full(), LLAMA_8B, 2, None).train.weight_update == "float32"
+
+
+def test_bytes_of_training_all_weights_are_those_of_its_parts():
+    numbers = plan_memory(full(), LLAMA_3B, 2, on_gpu=True).weights // 2
+    for optim, moments in (("adamw", 8), ("adamw_8bit", 2 + 8 / 256), ("paged_adamw_8bit", 8 / 256)):
+        for form, beside in (("float32", 2 + 4), ("compensated", 2 + 2), ("stochastic", 2)):
+            planned = plan_memory(full(optim, train={"weight_update": form}), LLAMA_3B, 2, on_gpu=True).adapter
+            assert planned == pytest.approx(numbers * (beside + moments), rel=1e-6)
+    frozen = {s: plan_memory(full(loss={"beta": 0.1, "reference_storage": s}), LLAMA_3B, 2, on_gpu=True).adapter
+              for s in ("16bit", "8bit", "4bit")}  # fmt: skip
+    without = plan_memory(full(), LLAMA_3B, 2, on_gpu=True).adapter
+    assert frozen["16bit"] - without == 2 * numbers
+    assert frozen["4bit"] < frozen["8bit"] < frozen["16bit"]
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "optim", "remedy"),
+    [(10, "adamw", 'set train.optim = "paged_adamw_8bit"'), (24, "paged_adamw_8bit", "use a smaller model, or train")],
+)
+def test_what_does_not_fit_is_refused_with_what_takes_less(gigabytes, optim, remedy):
+    settings = fit.with_weight_update(full(optim), LLAMA_8B, 2, (gigabytes * 10**9,) * 2)
+    with pytest.raises(UserError, match=remedy) as error:
+        fit.check_memory(settings, LLAMA_8B, 2, gigabytes * 10**9, gigabytes * 10**9)
+    assert "gradients and moments" in str(error.value)
+
+
+def test_a_dry_run_says_what_training_all_weights_takes_and_refuses_what_it_cannot():
+    lines = summary.memory_plan(full(), gpu_named("H100 80GB HBM3"))
+    assert any('train.weight_update = "float32"' in line for line in lines) and not any("adapter" in s for s in lines)
+    with pytest.raises(UserError, match="has no bfloat16"):
+        summary.memory_plan(full(), gpu_named("T4"))

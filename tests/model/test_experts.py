@@ -15,6 +15,7 @@ from grpo.kernels import mxfp4
 from grpo.memory.plan import Shape, weight_bytes
 from grpo.model.architectures import check_supported
 from grpo.model.base_weights import BaseWeights
+from grpo.model.config_keys import complaints
 from grpo.model.expert_sizes import expert_sizes
 from grpo.model.graph_experts import Routing, routing_of
 from grpo.model.layout import Layout, fused_linears
@@ -155,6 +156,34 @@ def test_a_softmax_is_recognised_and_whether_it_is_renormalised(renormalize: boo
 def test_another_router_is_refused_by_its_name(scores: Any) -> None:
     with pytest.raises(UserError, match="transformers' TopK chooses experts in another way than by the largest"):
         routing_of(TopK(scores, renormalize=False), 8, 16)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "said"),
+    [
+        ("qwen3_moe", {"hidden_act": "relu"}, "Qwen3MoeExperts makes of gates something else than is computed"),
+        ("gpt_oss", {"swiglu_limit": 5.0}, "GptOssExperts makes of gates something else than is computed"),
+    ],
+)
+def test_gates_that_are_not_computed_are_refused_by_the_experts_name(
+    family: str, changes: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(UserError, match=f"here: architecture '{family}' is not supported: .*{said}"):
+        check_supported(family_config(family, **changes), "here")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("rms_norm_eps", 1e-6, "vLLM's GptOssForCausalLM computes with 1e-05"),
+        ("attention_bias", False, "vLLM's GptOssForCausalLM computes with true"),
+        ("layer_types", ["full_attention", "sliding_attention"], "gives the window to layers 0, 2, 4"),
+    ],
+)
+def test_what_vllm_takes_for_granted_of_gpt_oss_is_refused_by_key(key: str, value: Any, said: str) -> None:
+    found = {complaint.key: complaint.reason for complaint in complaints(family_config("gpt_oss", **{key: value}))}
+    assert key in found and said in found[key], found
+    assert not list(complaints(family_config("gpt_oss")))
 
 
 def test_a_family_with_latent_attention_is_refused_before_its_experts() -> None:

@@ -40,11 +40,14 @@ def shape(kind: str, **more: Any) -> dict[str, Any]:
     return {"r": 4, "lora_alpha": 8, "init_lora_weights": kind, **more}
 
 
-def opened(folder: Path, lora: dict[str, Any], in_4bit: bool, like: list[Path] | None = None) -> Policy:
+def opened(
+    folder: Path, lora: dict[str, Any], in_4bit: bool, like: list[Path] | None = None, *, in_8bit: bool = False
+) -> Policy:
     """The policy on the tiny model in `folder`, as a session has it."""
+    storage = {"load_in_4bit": in_4bit, "load_in_8bit": in_8bit}
     config = parse_config(
         {
-            "model": {"name": str(folder), "load_in_4bit": in_4bit, "dtype": "float32", "device": "cpu"},
+            "model": {"name": str(folder), **storage, "dtype": "float32", "device": "cpu"},
             "lora": lora,
             "task": {"name": "none"},
         }
@@ -128,18 +131,22 @@ def error_at_start(policy: Policy, folder: Path) -> float:
     return (error / size) ** 0.5
 
 
-@pytest.mark.parametrize("in_4bit", [False, True])
+@pytest.mark.parametrize("bits", [4, 8, 16])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_adapter_off_is_the_adapter_as_it_started_in_both_graphs(kind: str, in_4bit: bool, folder: Path) -> None:
+def test_the_adapter_off_is_the_adapter_as_it_started_in_both_graphs(kind: str, bits: int, folder: Path) -> None:
+    in_4bit = bits == 4
     if kind == "loftq" and not in_4bit:
-        with pytest.raises(UserError, match="no layer with an adapter is quantised here"):
-            opened(folder, shape(kind), in_4bit=False)
+        with pytest.raises(UserError, match="no layer with an adapter is held in 4 bits here"):
+            opened(folder, shape(kind), in_4bit=False, in_8bit=bits == 8)
         return
-    policy = opened(folder, shape(kind), in_4bit=in_4bit)
+    policy = opened(folder, shape(kind), in_4bit=in_4bit, in_8bit=bits == 8)
     start, whole = score(policy), score(opened(folder, {"r": 4}, in_4bit=False))
     assert policy.adapter_is_zero()
     if in_4bit:
         assert error_at_start(policy, folder) < error_at_start(opened(folder, {"r": 4}, in_4bit=True), folder)
+    elif bits == 8:
+        plain = error_at_start(opened(folder, {"r": 4}, in_4bit=False, in_8bit=True), folder)
+        assert 1e-4 < error_at_start(policy, folder) < plain < 0.02, "less is left to be rounded"
     else:
         torch.testing.assert_close(start, whole, rtol=0, atol=1e-4)
     move(policy)

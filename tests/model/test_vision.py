@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from grpo.config.schema import Config, Model, parse_config
 from grpo.errors import UserError
+from grpo.model.config_keys import check_keys, normalize_config
 from grpo.model.fingerprint import Fingerprint
 from grpo.model.image_tokens import ImageTokens
 from grpo.model.inventory import account
@@ -33,6 +35,25 @@ def test_the_tower_is_read_where_it_is_asked_for_and_told_otherwise(family: str,
     assert any("a part for images or sound" in notice for notice in account(blind))
     assert seeing.names == blind.names, "the language model's"
     assert seeing.vision.never == (PLACEHOLDER, VIDEO)
+
+
+def test_an_older_configuration_that_is_flat_means_the_same(tmp_path: Path) -> None:
+    """As Qwen2.5-VL's on the hub: the decoder's entries beside `vision_config`, rotary ones as `rope_scaling`."""
+    save_seeing(tmp_path, "qwen2_5_vl")
+    nested = opened(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    text = values.pop("text_config")
+    rotary = text.pop("rope_parameters")
+    flat = {key: value for key, value in text.items() if key not in ("model_type", "architectures", "layer_types")}
+    flat |= {"rope_theta": rotary["rope_theta"]}
+    flat |= {"rope_scaling": {"type": "mrope", "mrope_section": rotary["mrope_section"]}}
+    (tmp_path / "config.json").write_text(json.dumps(flat | values))
+    again = opened(tmp_path)
+    assert again.tower == nested.tower and again.vision.never == nested.vision.never
+    assert {**again.config.rope_parameters, "type": ""} == {**nested.config.rope_parameters, "type": ""}
+    check_keys(again.config, str(tmp_path))
+    assert normalize_config(again.config) == []
+    assert again.config.hidden_size == nested.config.hidden_size
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from grpo.policy.full_policy import FullPolicy
 from grpo.policy.fused_layers import install_fused_layers
 from grpo.policy.policy import Policy
 from grpo.training.reference_policy import set_reference
+from tests.helpers.families import NEWCOMERS, save_family
 from tests.helpers.tiny import FAMILIES, VOCABULARY, save_tiny
 
 LENGTHS = ((7, 9), (5, 4), (12, 1))
@@ -204,3 +205,28 @@ def test_the_frozen_reference_is_the_model_of_the_start(storage: str, most: floa
         assert not torch.equal(reference, start), "it is rounded"
     set_reference(policy, Loss(), tmp_path, resume=False)
     assert policy.frozen is None
+
+
+REFUSED = {
+    "qwen3_moe",
+    "olmoe",
+    "granitemoe",
+    "mixtral",
+    "gpt_oss",
+    "gemma4_text",
+    "qwen3_5_text",
+    "qwen3_5_moe_text",
+    "lfm2",
+}
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize("family", sorted(set(NEWCOMERS) - {"phi3"}))  # whose rotation depends on the run's longest
+def test_every_further_family_is_trained_as_transformers_does_or_refused(family: str, tmp_path: Path) -> None:
+    changes = {"residual_dropout": 0.0, "attention_dropout": 0.0} if family == "seed_oss" else {}
+    model = save_family(tmp_path, family, **changes)
+    if family in REFUSED:
+        with pytest.raises(UserError, match="whose weights get no gradient here"):
+            full_policy(tmp_path)
+        return
+    assert worst(gradients(full_policy(tmp_path)), reference_gradients(model.float().train())) < 2e-5

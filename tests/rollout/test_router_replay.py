@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from grpo.errors import UserError
 from grpo.policy.experts import Router
 from grpo.rollout.types import Completion
 from tests.helpers.families import save_family
@@ -98,6 +100,20 @@ def test_replay_takes_away_the_larger_part_of_the_mismatch(tmp_path: Path) -> No
         kl.append(float((gap.exp() - 1 - gap).mean()))
     print(kl)
     assert kl[0] < 0.5 * kl[1], "k3 with and without replay"
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize(("parallel", "local"), [(True, 16), (False, 8)])
+def test_experts_that_vllm_spreads_over_processes_are_refused(parallel: bool, local: int, tmp_path: Path) -> None:
+    from grpo.rollout.experts import serve_experts
+
+    save_family(tmp_path, "qwen3_moe")
+    base, _ = load(tmp_path)
+    stack = next(iter(base.experts.values()))
+    settings = SimpleNamespace(moe_parallel_config=SimpleNamespace(use_ep=parallel))
+    served = SimpleNamespace(moe_config=settings, local_num_experts=local, global_num_experts=16)
+    with pytest.raises(UserError, match="several processes .expert parallelism., which is not supported"):
+        serve_experts(served, None, stack, (torch.empty(0), None), recorder=None, number=0, adapters=None)
 
 
 def test_a_shared_prompt_and_a_tree_take_the_routes_of_a_sequence_that_has_them() -> None:

@@ -240,3 +240,13 @@ save_steps = 5
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
     assert main(["--resume", str(tmp_path / "run"), "--set", "train.max_steps=11"]) == 0
     assert [entry["step"] for entry in read_metrics(tmp_path / "run")] == list(range(1, 12))
+
+
+def test_a_dry_run_plans_the_tower_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "sft.toml"
+    config.write_text('[model]\nname = "Qwen/Qwen2.5-VL-3B-Instruct"\nimages = true\n[sft]\npath = "rows.jsonl"\n')
+    assert main([str(config), "--dry-run", "--card", "T4"]) == 0
+    seeing = capsys.readouterr().out
+    assert "vision tower and images' embeddings" in seeing and "Fits the T4 with" in seeing
+    assert main([str(config), "--dry-run", "--card", "T4", "--set", "model.images=false"]) == 0
+    assert "tower" not in capsys.readouterr().out.split("# Memory")[1]

@@ -1,4 +1,4 @@
-"""Runs on an 8-bit base, from a 16-bit checkpoint and from an FP8 one: trained, resumed to the same bits, exported."""
+"""Runs on an 8-bit base, from a 16-bit checkpoint and from an FP8 one: GRPO, resumed to the same bits, SFT, answers."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from grpo.evaluate import main as evaluate
 from grpo.export.build import export
 from grpo.generate import main as generate
+from grpo.sft.__main__ import main as sft
 from grpo.train import main
 from tests.helpers.checkpoints import quantize_folder_8bit
 from tests.helpers.same_run import differences
@@ -67,5 +69,29 @@ def test_a_merged_model_has_the_values_of_the_codes_and_the_adapter(home: Path) 
     assert all(bool(parameter.isfinite().all()) for parameter in model.parameters())
 
 
-def test_the_run_generates(home: Path) -> None:
+def test_the_run_generates_and_is_evaluated(home: Path) -> None:
     assert generate([str(home / "run"), "1 + 1", "--max-tokens", "4"]) == 0
+    assert evaluate([str(home / "run"), "--set", "eval.limit=4"]) == 0
+    (entry,) = [json.loads(line) for line in (home / "run" / "eval.jsonl").read_text().splitlines()]
+    assert 0 <= entry["eval/strict_accuracy"] <= 1
+
+
+def test_a_supervised_run_on_it_learns_and_starts_grpo(home: Path) -> None:
+    rows = [{"prompt": f"{n} + 1?", "completion": f"{n + 1}"} for n in range(8)]
+    (home / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tables = run_tables(home, model={"load_in_8bit": True})
+    del tables["model"]["load_in_4bit"]
+    supervised = {
+        **{section: tables[section] for section in ("model", "lora")},
+        "sft": {"path": str(home / "rows.jsonl"), "max_length": 64, "per_device_train_batch_size": 2, "chat": False},
+        "train": {"learning_rate": 1e-2, "max_steps": 6},
+        "checkpoint": {"output_dir": str(home / "sft")},
+    }
+    assert sft([str(write_config(home / "sft.toml", supervised))]) == 0
+    losses = [step["loss"] for step in read_metrics(home / "sft")]
+    assert losses[-1] < losses[0] - 0.1
+    tables |= {"lora": {**tables["lora"], "init": str(home / "sft" / "adapter")}, "loss": {"beta": 0.1}}
+    tables |= {"train": {"max_steps": 1}, "checkpoint": {"output_dir": str(home / "warm")}}
+    assert main([str(write_config(home / "warm.toml", tables))]) == 0
+    (step,) = read_metrics(home / "warm")
+    assert step["kl"] < 1e-6 and step["mismatch_kl"] < 1e-6, "both graphs begin at the supervised adapter"

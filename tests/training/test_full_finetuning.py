@@ -14,6 +14,7 @@ from safetensors import safe_open
 from grpo.config.schema import parse_config
 from grpo.errors import UserError
 from grpo.rollout.types import Request, SamplingSettings
+from grpo.run.tensor_state import packed
 from grpo.session import Session, open_session
 from grpo.train import main
 from grpo.training.advantages import Advantages
@@ -235,3 +236,66 @@ def test_loaded_in_python_it_is_trained_asked_and_saved(tmp_path: Path) -> None:
             with pytest.raises(UserError, match=match):
                 call()
     assert (folder / "model.safetensors").is_file()
+
+
+LETTERS = """
+def score(completions, **kwargs):
+    return [sum(c.isalpha() for c in completion[-1]["content"]) / 10 for completion in completions]
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("dtype", "form"), [("float32", "auto"), ("bfloat16", "compensated"), ("bfloat16", "stochastic")]
+)
+def test_a_model_learns_what_is_rewarded(dtype: str, form: str, tmp_path: Path) -> None:
+    """To write letters, which it does by chance at first."""
+    save_model(tmp_path)
+    (tmp_path / "scores.py").write_text(LETTERS)
+    values = tables(
+        tmp_path,
+        model={"dtype": dtype},
+        rewards=[{"function": f"{tmp_path / 'scores.py'}:score"}],
+        rollout={"prompts_per_step": 4, "num_generations": 8},
+        train={"max_steps": 25, "learning_rate": 3e-3, "weight_update": form, "max_mismatch_kl": "none"},
+        checkpoint={"save_steps": 100},
+    )
+    assert main([str(write_config(tmp_path / "run.toml", values))]) == 0
+    rewards = [step["reward"] for step in read_metrics(tmp_path / "run")]
+    assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.2, rewards
+
+
+def test_an_update_that_fails_half_way_leaves_weights_and_optimiser_as_they_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_model(tmp_path)
+    train = {"learning_rate": 1e-3, "max_mismatch_kl": "none", "num_iterations": 2, "weight_update": "stochastic"}
+    with session_of(tmp_path, model={"dtype": "bfloat16"}, train=train, rollout={"num_generations": 3}) as session:
+        learner = Learner(session.policy, session.config, max_steps=3, notice=print)
+        learner.update(*batch(session), 1)
+        before = [parameter.detach().clone() for parameter in session.policy.parameters()]
+        state = packed(learner.state_dict())
+        backpropagate, calls = learner.backpropagate, []
+
+        def fail_the_second_time(*arguments: Any) -> Any:
+            calls.append(1)
+            if len(calls) == 2:
+                raise RuntimeError("no such luck")
+            return backpropagate(*arguments)
+
+        monkeypatch.setattr(learner, "backpropagate", fail_the_second_time)
+        with pytest.raises(RuntimeError, match="no such luck"):
+            learner.update(*batch(session), 2)
+        assert all(torch.equal(p, old) for p, old in zip(session.policy.parameters(), before, strict=True))
+        assert packed(learner.state_dict()) == state
+
+
+def test_several_processes_are_refused_before_anything_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    assert main([str(write_config(tmp_path / "run.toml", tables(tmp_path)))]) == 2
+    assert "2 processes would exchange the gradient of every weight" in capsys.readouterr().err
