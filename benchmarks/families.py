@@ -19,6 +19,9 @@ from tests.helpers.families import NEWCOMERS, WITH_IMAGES, save_family, save_wit
 from tests.helpers.graph_comparison import largest_difference, load
 from tests.helpers.tiny import FAMILIES, save_tiny
 
+TRAINED = ["llama", *NEWCOMERS, *WITH_IMAGES]
+"""Those of which tests/training makes a run."""
+
 
 def measured(family: str) -> dict[str, float]:
     """Largest |logprob difference| over a 16-bit and a 4-bit base, both computed in float32."""
@@ -49,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
     every = [*FAMILIES, *(name for name in NEWCOMERS if name not in FAMILIES), *WITH_IMAGES]
     print(f"{'family':24}{'16 bit':>12}{'NF4':>12}")
     families = {name: measured(name) for name in (parsed.only.split(",") if parsed.only else every)}
-    result = {"benchmark": "families", "families": families}
+    result = {"benchmark": "families", "families": families, "trained": TRAINED}
     write_result(parsed.out, result)
     print(json.dumps(result))
     return 0

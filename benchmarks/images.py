@@ -290,11 +290,14 @@ def main() -> int:
         return 0
     begun = time.monotonic()
     folder, run = options.scratch / f"images-{options.shape}", options.scratch / "images-run"
-    shutil.rmtree(folder, ignore_errors=True)
     shutil.rmtree(run, ignore_errors=True)
-    folder.mkdir(parents=True)
-    make_model(options.shape, folder, options.device)
+    if not (folder / "complete").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        make_model(options.shape, folder, options.device)
+        (folder / "complete").touch()
     made = time.monotonic() - begun
+    print(f"model made in {made:.1f} s", flush=True)
     result: dict[str, Any] = {"benchmark": "images", "model_seconds": round(made, 1)}
     if "trl" in options.systems:
         result["trl bf16"] = run_trl(options, folder)

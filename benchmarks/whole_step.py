@@ -9,7 +9,7 @@ corrects by its default, from the training pass itself.
 
     python -m benchmarks.whole_step --out benchmarks/results/whole_step.json
     python -m benchmarks.whole_step --systems trl --trl-micro-batches 8,32
-    python -m benchmarks.whole_step --full-finetuning --shape 1.5b
+    python -m benchmarks.whole_step --full-finetuning --shape 3b
 
 A system has a process of its own, one after another on the same GPU; its first step compiles and does not count. What
 is measured is written step by step. Prints a table; the last line is one JSON object.

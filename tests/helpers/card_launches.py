@@ -57,11 +57,13 @@ from grpo.kernels.lora_factors import Adapter, LowRank
 from grpo.kernels.nf4_lookup import CODE, byte_tables
 
 MODULES = (
-    delta_rule, dense_gemm, eight_bit, eight_bit_gemm, glu, logprob, lora_factors, lora_shrink, lora_sum, nf4, nf4_gemm,
-    nf4_turing, rms_norm, rope, sample, shared_keys, short_conv,
+    dense_gemm, eight_bit, eight_bit_gemm, glu, logprob, lora_factors, lora_shrink, lora_sum, nf4, nf4_gemm,
+    nf4_turing, rms_norm, rope, sample, shared_keys,
 )  # fmt: skip
 EXPERT_MODULES = mxfp4, nf4_experts, routing
 """Those that mixtures of experts launch beside them."""
+RECURRENT_MODULES = delta_rule, short_conv
+"""Those of layers with a state."""
 CARDS = (
     Card("Tesla T4", 75, SHARED_MEMORY[75], 40, 4 * MB),
     Card("NVIDIA A100-SXM4-80GB", 80, SHARED_MEMORY[80], 108, 40 * MB),
@@ -192,7 +194,9 @@ def pretended(card: Card) -> Iterator[Collected]:
 
 def forget(architecture: int) -> None:
     """Let go of what was compiled, so that it is compiled, or found on disk, and reported again."""
-    for kernel in (kernel for module in (*MODULES, *EXPERT_MODULES) for kernel in kernels_of(module).values()):
+    for kernel in (
+        kernel for module in (*MODULES, *EXPERT_MODULES, *RECURRENT_MODULES) for kernel in kernels_of(module).values()
+    ):
         kernel.device_caches.pop(architecture, None)
 
 
@@ -324,8 +328,8 @@ def keys_of_prefixes(shape: Shape, dtype: torch.dtype) -> None:
     shared_keys.launch_sum(out[0], out[1], places, torch.empty(2, *rows.shape, dtype=dtype))
 
 
-def recurrent_operators(shape: Shape, dtype: torch.dtype) -> None:
-    """Of Qwen 3.5-4B, whatever the model: a convolution, and the delta rule where tensor cores take bfloat16."""
+def recurrent_operators(dtype: torch.dtype) -> None:
+    """Of Qwen 3.5-4B: a convolution, and the delta rule, which is in bfloat16 alone."""
     numbers, width = torch.empty(2 * TOKENS, dtype=torch.int64), torch.empty(8192, 4, dtype=dtype)
     places: Any = SimpleNamespace(
         own=numbers[:TOKENS], sources=numbers, token_at=numbers, copies=numbers[:9], copied=numbers[:3],
@@ -353,7 +357,7 @@ def recurrent_operators(shape: Shape, dtype: torch.dtype) -> None:
 
 LAUNCHES: tuple[Callable[[Shape, torch.dtype], None], ...] = (
     packed_weights, packed_products, eight_bit_products, dense_products, shrinks, factors, norms, rotations,
-    gated_units, logprobs, samples, keys_of_prefixes, recurrent_operators,
+    gated_units, logprobs, samples, keys_of_prefixes,
 )  # fmt: skip
 
 

@@ -43,7 +43,7 @@ def test_every_launch_fits_the_card(card, model):
         hold(BY_NAME[card], collected)
     expected = {name for module in MODULES for name in kernels_of(module)}
     served = "_gemm_kernel" if BY_NAME[card].architecture == 75 else "_turing_kernel"
-    with_dot = {"_shrink_kernel", "_dense_kernel", "_gemm_8bit_kernel", *kernels_of(delta_rule)}
+    with_dot = {"_shrink_kernel", "_dense_kernel", "_gemm_8bit_kernel"}
     absent = {served} | (with_dot if BY_NAME[card].architecture == 75 else set())
     assert collected.names == expected - absent, "every kernel there is"
 
@@ -65,6 +65,23 @@ def test_every_launch_of_experts_fits_the_card(card, model):
     expected = {name for module in card_launches.EXPERT_MODULES for name in kernels_of(module)}
     expected -= set() if shape.mxfp4 else set(kernels_of(mxfp4))
     assert expected <= collected.names, "every kernel there is"
+
+
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("card", [pytest.param(name, marks=mark) for name, mark in WITH_EXPERTS.items()])
+def test_every_launch_of_recurrent_layers_fits_the_card(card):
+    with pretended(BY_NAME[card]) as collected:
+        card_launches.recurrent_operators(torch.bfloat16)
+        hold(BY_NAME[card], collected)
+    assert collected.names == {name for module in card_launches.RECURRENT_MODULES for name in kernels_of(module)}
+
+
+def test_a_convolution_fits_a_turing_card():
+    card = BY_NAME["sm_75"]
+    with pretended(card) as collected:
+        card_launches.recurrent_operators(torch.float16)
+        hold(card, collected)
+    assert not collected.names & set(kernels_of(delta_rule))
 
 
 @pytest.mark.long

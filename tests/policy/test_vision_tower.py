@@ -11,7 +11,7 @@ from grpo.config.schema import Model
 from grpo.memory.tower import TowerSizes
 from grpo.model.image_tokens import ImageTokens
 from grpo.model.source import open_source
-from grpo.policy.vision_tower import VisionTower
+from grpo.policy.vision_tower import VisionTower, whole
 from tests.helpers.seeing import SEEING, noise, save_seeing
 
 
@@ -35,6 +35,11 @@ def test_an_image_gives_the_same_whatever_it_is_encoded_beside(family: str, tmp_
     sizes = TowerSizes.of(open_source(Model(name=str(tmp_path), images=True)).vision.config.vision_config.to_dict())  # type: ignore[union-attr]
     assert together[0].embeddings.shape[1] == sizes.widths * sizes.out
     assert tower_of(tmp_path).nbytes() == pytest.approx(sizes.weight_bytes(4), rel=0.01)
+
+
+def test_features_are_whole_whether_transformers_gives_them_in_pieces_or_not() -> None:
+    features = torch.randn(6, 4)
+    assert whole(features).equal(features) and whole(features.split([2, 4])).equal(features)
 
 
 def test_equal_pixels_are_encoded_once_and_what_is_old_is_forgotten(tmp_path: Path) -> None:

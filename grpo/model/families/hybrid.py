@@ -18,7 +18,7 @@ def widths(config: DecoderConfig) -> dict[str, Any]:
 FAMILIES = {
     "qwen3_5_text": Family(
         models="Qwen 3.5, 3.6 and 3.8, dense, from checkpoints that take images too",
-        caveat="three of four layers are gated DeltaNet, computed in float32 in training",
+        caveat="three of four layers are gated DeltaNet, whose sums are in float32 in training",
         vllm_class="Qwen3_5ForCausalLM",
         activation=("hidden_act", ("silu",)),
         of_rotary=frozenset({"mrope_section", "mrope_interleaved"}),
