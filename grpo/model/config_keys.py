@@ -20,9 +20,8 @@ from typing import Any, NamedTuple
 from grpo.errors import UserError
 from grpo.model.architectures import causal_class, vllm_class
 from grpo.model.checks import one_line
-from grpo.model.decoder_config import DecoderConfig
+from grpo.model.decoder_config import IMAGE_POSITIONS, DecoderConfig
 from grpo.model.families.table import family_of
-from grpo.model.meta_graph import IMAGE_POSITIONS
 from grpo.model.rope import (
     by_layer_type,
     frequencies,

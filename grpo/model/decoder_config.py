@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+IMAGE_POSITIONS = ("mrope_section", "mrope_interleaved")
+"""Entries of `rope_parameters` about positions in images."""
+
 
 class DecoderConfig(Protocol):
     """What every decoder's configuration has, and some of what a family adds. The rest is asked for by `getattr`.

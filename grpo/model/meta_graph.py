@@ -16,12 +16,10 @@ import torch
 from torch import nn
 
 from grpo.errors import UserError
-from grpo.model.decoder_config import DecoderConfig
+from grpo.model.decoder_config import IMAGE_POSITIONS, DecoderConfig
 from grpo.model.graph_experts import GraphExperts, experts_in
 
 HEAD = "lm_head.weight"
-IMAGE_POSITIONS = ("mrope_section", "mrope_interleaved")
-"""Entries of `rope_parameters` about positions in images."""
 FEWEST_ROWS = 2
 """A product with one output, such as the gate of a shared expert, is no linear layer to us: no adapter, no NF4."""
 FRAME = ("model.embed_tokens", "model.layers.0", "model.norm", "lm_head")

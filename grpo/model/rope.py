@@ -17,9 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grpo.model.decoder_config import DecoderConfig
+from grpo.model.decoder_config import IMAGE_POSITIONS, DecoderConfig
 from grpo.model.families.table import family_of
-from grpo.model.meta_graph import IMAGE_POSITIONS
 
 EVERYWHERE = ""
 """Stands for the layer type where all layers have the same frequencies."""

@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from grpo.model.decoder_config import DecoderConfig
+from grpo.model.decoder_config import IMAGE_POSITIONS, DecoderConfig
 from grpo.model.families.table import family_of
-from grpo.model.meta_graph import IMAGE_POSITIONS
 from grpo.model.quantization import weight_of
 
 WRAPPERS = ("language_model", "text_model")
