@@ -12,8 +12,8 @@ The others' correction costs a forward pass, so they have steps with it and with
 
 A system has a process of its own, one after another; its first step compiles and counts only for how long a start
 takes, from the command to that step's end. Memory is the most that torch had allocated in a later step, the KV cache
-left out. `ours-lean` recomputes MLPs, in micro-batches that stay below 12 GiB. What is measured is written system by
-system. Prints a table; the last line is one JSON object.
+left out. `ours-lean` recomputes MLPs, in micro-batches that stay below 12 GiB; `ours-fp8` has its KV cache in FP8. What
+is measured is written system by system. Prints a table; the last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from benchmarks.common.processes import wait_or_end, write_result
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT, RANK = 128, 16
-OURS = ("ours", "ours-lean")
-TOKENS = {"ours": 32768, "ours-lean": 8192}
+OURS = ("ours", "ours-lean", "ours-fp8")
+TOKENS = {"ours": 32768, "ours-lean": 8192, "ours-fp8": 32768}
 """train.tokens_per_micro_batch."""
 BLOCK = 16
 """Tokens of a block of the KV cache."""
@@ -119,13 +119,14 @@ def ours_config(options: argparse.Namespace, name: str, folder: Path, run: Path)
         train["gradient_checkpointing"] = "mlp"
     reward = {"function": f"{ROOT}/benchmarks/common/grpo_peers.py:spread"}
     table = {"path": str(folder / "prompts.jsonl"), "chat": False, "eval_split": ""}
+    cache = {"kv_cache_dtype": "fp8"} if name == "ours-fp8" else {}
     return {
         "model": {"name": str(folder), "load_in_4bit": True}, "lora": {"r": RANK, "lora_alpha": 2 * RANK},
         "task": {"name": "table", "options": table}, "rewards": [reward],
         "rollout": {
             "prompts_per_step": size.prompts, "num_generations": size.generations,
             "max_prompt_length": options.prompt, "max_completion_length": size.completion,
-            "kv_cache_memory_bytes": blocks * BLOCK * token,
+            "kv_cache_memory_bytes": blocks * BLOCK * token // (2 if cache else 1), **cache,
         },
         "train": train, "log": {"samples_every": 1000, "adapter_survival_every": None},
         "checkpoint": {"output_dir": str(run), "save_steps": 1000},
@@ -135,10 +136,12 @@ def ours_config(options: argparse.Namespace, name: str, folder: Path, run: Path)
 def train_ours(config: Path) -> None:
     """What `python -m grpo.train` does, from a configuration as JSON; says when the first step has ended."""
     from grpo.config.schema import parse_config
+    from grpo.run.importing import uncollected
     from grpo.run.library_logs import quiet_libraries
-    from grpo.training.run import launch
 
     quiet_libraries(False)
+    with uncollected():
+        from grpo.training.run import launch
     sections = json.loads(config.read_text())
     metrics = Path(sections["checkpoint"]["output_dir"]) / "metrics.jsonl"
 
@@ -164,6 +167,7 @@ def run_ours(options: argparse.Namespace, name: str, folder: Path, left: float) 
     steps = [{one: entry.get(one) for one in names} for entry in read_entries(run / "metrics.jsonl")]
     first = [float(line.removeprefix("FIRST ")) for line in found.pop("lines") if line.startswith("FIRST ")]
     found |= {"tokens_per_micro_batch": TOKENS[name], "steps": steps, "kv_cache_gib": round(kv, 2)}
+    found |= {"mismatch_kl": statistics.median(step["mismatch_kl"] for step in steps)} if steps else {}
     return found | started(found, first) | {"median": medians(steps[1:])} | memory(steps[1:], kv)
 
 
@@ -236,7 +240,8 @@ def show(name: str, found: dict[str, Any]) -> None:
             text = "  ".join(f"{phase.removesuffix('_seconds')} {value:.2f}" for phase, value in found[label].items())
             print(f"{name:16} {'' if label == 'median' else '(with its correction) '}{text}", flush=True)
     print(f"{name:16} first step ended after {found.get('first_step_ended_s')} s; "
-          f"{found.get('without_kv_gib')} GiB besides the KV cache", flush=True)  # fmt: skip
+          f"{found.get('without_kv_gib')} GiB besides the KV cache; mismatch {found.get('mismatch_kl')}",
+          flush=True)  # fmt: skip
     if "failed" in found:
         print(f"{name:16} {found['failed']}:\n{found['log']}", flush=True)
 

@@ -40,14 +40,16 @@ def child_main(options: argparse.Namespace) -> int:
     if options.make:
         fixed_work(options)
         return 0
+    from grpo.run.importing import uncollected
+
     if options.imports:
         for module in MODULES:
-            __import__(module)
+            with uncollected():
+                __import__(module)
         ended = time.time()
     else:
         from grpo.config.schema import parse_config, read_config
         from grpo.run.library_logs import quiet_libraries
-        from grpo.training.run import launch
 
         quiet_libraries(False)
         if options.config:
@@ -58,10 +60,15 @@ def child_main(options: argparse.Namespace) -> int:
             values = sections.pop("") | sections
             values["checkpoint"]["output_dir"] = str(options.run)
             config = parse_config(values)
+        with uncollected():
+            from grpo.training.run import launch
         launch(config)
         ended = (options.run / "metrics.jsonl").stat().st_mtime
     SAMPLER.stop()
     found = {"first_step_ended_s": round(ended - options.began, 1), "spent": SAMPLER.tree(options.least)}
+    if not options.imports:
+        step = json.loads((options.run / "metrics.jsonl").read_text().splitlines()[0])
+        found["step"] = {name: step[name] for name in ("step_seconds", "rollout_seconds", "mismatch_kl")}
     options.out.write_text(json.dumps(found))
     return 0
 
@@ -114,7 +121,7 @@ def show(name: str, found: dict[str, Any]) -> None:
     if "failed" in found:
         print(f"{name}: {found['failed']}\n{found['log']}", flush=True)
         return
-    print(f"{name}: the first step ended after {found['first_step_ended_s']} s", flush=True)
+    print(f"{name}: the first step ended after {found['first_step_ended_s']} s; {found.get('step', {})}", flush=True)
     for line in found["spent"]:
         alone = f" ({line['own_s']:.2f} alone)" if 0.1 < line["own_s"] < line["s"] else ""
         print(f"{line['s']:8.2f} s  {'  ' * line['depth']}{line['what']}{alone}", flush=True)

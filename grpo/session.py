@@ -45,6 +45,7 @@ from grpo.rollout.attention_backend import Served, choose_backend
 from grpo.rollout.types import EngineSettings, SamplingSettings
 from grpo.rollout.vllm_environment import set_environment
 from grpo.run.device_memory import architecture_of, check_weights, fitted_kv_bytes, tower_sizes, with_form
+from grpo.run.importing import uncollected
 from grpo.run.machine import check_machine, resolve_device, version_of
 from grpo.special_tokens import completion_text
 
@@ -272,7 +273,12 @@ class Session:
         check_machine(self.config.model.device)
         self.status("starting vLLM")
         set_environment()
-        from grpo.rollout.engine import Engine
+        if self.base.device.type == "cuda" and not self.config.rollout.enforce_eager:
+            from grpo.rollout.decoding_kernels import compile_ahead
+
+            compile_ahead(self.base, self.policy, engine_settings(self.config, kv_bytes).max_num_seqs)
+        with uncollected():
+            from grpo.rollout.engine import Engine
 
         def start(kv_bytes: int | None) -> Engine:
             return Engine(self.base, self.policy, engine_settings(self.config, kv_bytes), self.tokenizer)

@@ -33,6 +33,7 @@ from grpo.model.checks import BEYOND_FLOAT16, beyond_float16, largest_head, no_b
 from grpo.model.families.table import family_of
 from grpo.rollout.attention_backend import Served, choose_backend
 from grpo.run.checkpoint import check_run, moved_base, saved_config, step_numbers
+from grpo.run.importing import uncollected
 from grpo.run.machine import check_machine
 from grpo.run.signals import leaving_at_once
 
@@ -157,7 +158,8 @@ def train(config: Config, rank: Launch, *, resume: bool, verbose: bool) -> None:
     if rank.first and rank.restarts == 0:
         check_run(config, resume=resume)
     check_machine(config.model.device)
-    from grpo.training.run import launch
+    with uncollected():
+        from grpo.training.run import launch
 
     with leaving_at_once():
         launch(config, resume=resume, verbose=verbose, rank=rank)

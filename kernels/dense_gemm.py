@@ -19,9 +19,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from grpo.kernels.launch import is_interpreted, on_device, round_to
+from grpo.kernels.launch import is_interpreted, on_device
 from grpo.kernels.lora_factors import LowRank
-from grpo.kernels.split_k import COUNTERS, WORKSPACE_BYTES, dot, store_part, sum_parts, workspace
+from grpo.kernels.split_k import (
+    COUNTERS,
+    WORKSPACE_BYTES,
+    add_low_rank,
+    dot,
+    store_part,
+    store_rounded,
+    sum_parts,
+    workspace,
+)
 
 MOST_ROWS = 64
 """Beyond, cuBLAS and one more kernel take less time (measured on an H200: 128 rows)."""
@@ -124,31 +133,16 @@ def _dense_kernel(
         total = dot(left, right, total, INTERPRETED)
     if RANKS > 0:
         if tl.program_id(1) == SPLIT - 1:
-            r = tl.arange(0, BR)
-            for start in tl.static_range(0, RANKS, BR):
-                rank = start + r
-                b_ptrs = b_ptr + n.to(tl.int64)[:, None] * stride_b_n + rank[None, :] * stride_b_r
-                b_tile = tl.load(b_ptrs, mask=(n < features)[:, None] & (rank < RANKS)[None, :], other=0.0)
-                x_lora_a_ptrs = x_lora_a_ptr + (m * stride_x_lora_a_m)[None, :] + rank[:, None]
-                x_lora_a_tile = tl.load(x_lora_a_ptrs, mask=inside & (rank < RANKS)[:, None], other=0.0)
-                total = dot(b_tile, x_lora_a_tile, total, INTERPRETED)
+            total = add_low_rank(
+                total, x_lora_a_ptr, b_ptr, m, n, rows, features, stride_x_lora_a_m, stride_b_n, stride_b_r,
+                RANKS, BR, INTERPRETED,
+            )  # fmt: skip
     if SPLIT == 1:
-        _store(total, out_ptr, bias_ptr, m, n, rows, features, stride_out_m, HAS_BIAS, INTERPRETED)
+        store_rounded(total, out_ptr, bias_ptr, m, n, rows, features, stride_out_m, HAS_BIAS, INTERPRETED)
     else:
         tile = tl.program_id(0)
         part_ptrs = partial_ptr + tile * SPLIT * BN * BM + tl.arange(0, BN)[:, None] * BM + m[None, :]
         if store_part(total, part_ptrs + tl.program_id(1) * BN * BM, counters_ptr + tile, SPLIT):
             total = sum_parts(part_ptrs, BN * BM, SPLIT)
-            _store(total, out_ptr, bias_ptr, m, n, rows, features, stride_out_m, HAS_BIAS, INTERPRETED)
+            store_rounded(total, out_ptr, bias_ptr, m, n, rows, features, stride_out_m, HAS_BIAS, INTERPRETED)
             tl.store(counters_ptr + tile, 0)
-
-
-@triton.jit
-def _store(
-    total, out_ptr, bias_ptr, m, n, rows, features, stride_out_m, HAS_BIAS: tl.constexpr, INTERPRETED: tl.constexpr
-):
-    if HAS_BIAS:
-        total += tl.load(bias_ptr + n, mask=n < features, other=0.0).to(tl.float32)[:, None]
-    out_ptrs = out_ptr + m[None, :] * stride_out_m + n[:, None]
-    mask = (m < rows)[None, :] & (n < features)[:, None]
-    tl.store(out_ptrs, round_to(total, out_ptr.dtype.element_ty, INTERPRETED), mask=mask)

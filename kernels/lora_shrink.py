@@ -55,8 +55,7 @@ def launch_shrink(x: Tensor, a: Tensor, scale: Tensor, *, interpreted: bool = Fa
     ranks = a.shape[0]
     assert a.shape[1] == columns and a.dtype == x.dtype == scale.dtype and x.element_size() == 2
     assert a.is_contiguous() and x.stride(1) == 1 and scale.numel() == 1 and ranks % RANK_MULTIPLE == 0
-    block = next(size for size in (64, 32, 16) if ranks % size == 0)
-    split = min(LARGEST_SPLIT, triton.cdiv(columns, COLUMNS * STEPS))
+    block, split = cut(ranks, columns)
     grid = (triton.cdiv(rows, ROWS), ranks // block, split)
     assert grid[0] * grid[1] <= COUNTERS and grid[0] * grid[1] * split * ROWS * block * 4 <= WORKSPACE_BYTES
     out = torch.empty(rows, ranks, dtype=x.dtype, device=x.device)
@@ -67,6 +66,12 @@ def launch_shrink(x: Tensor, a: Tensor, scale: Tensor, *, interpreted: bool = Fa
             ranks, block, split, ROWS, COLUMNS, columns % COLUMNS != 0, interpreted, num_warps=4,
         )  # fmt: skip
     return out
+
+
+def cut(ranks: int, columns: int) -> tuple[int, int]:
+    """How many ranks a program has, and how many programs share the columns."""
+    block = next(size for size in (64, 32, 16) if ranks % size == 0)
+    return block, min(LARGEST_SPLIT, triton.cdiv(columns, COLUMNS * STEPS))
 
 
 @triton.jit(do_not_specialize=["rows"])

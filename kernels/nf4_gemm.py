@@ -26,12 +26,12 @@ import triton.language as tl
 from torch import Tensor
 
 from grpo.kernels import cards, nf4
-from grpo.kernels.launch import disable_reduced_precision, on_device, round_to
+from grpo.kernels.launch import disable_reduced_precision, on_device
 from grpo.kernels.lora_factors import LowRank, with_bias
 from grpo.kernels.nf4_lookup import byte_tables, fenced, load_rows, lookup_half, scaled, tile_columns
 from grpo.kernels.nf4_plans import find_plan, load_table
 from grpo.kernels.nf4_tiles import LARGEST_PIECE, Tile, fits, piece_bytes
-from grpo.kernels.split_k import dot, store_part, sum_parts, workspace
+from grpo.kernels.split_k import add_low_rank, dot, store_part, store_rounded, sum_parts, workspace
 
 
 def nf4_linear(
@@ -156,9 +156,14 @@ def launch_gemm(
             scratch.view(torch.float32), counters, x_lora_a, b,
             rows, features, columns, words.shape[1], x.stride(0), out.stride(0),
             *byte_tables(x.dtype), tile.n, tile.m, split, tile.warps, tile.stages, tile.dots, rows % tile.m != 0,
-            columns % nf4.TILE != 0, bias is not None, ranks, min(64, triton.next_power_of_2(max(ranks, 16))),
-            interpreted, x.is_cuda and cards.card(x.device).unit == "mma", num_warps=tile.warps,
+            columns % nf4.TILE != 0, bias is not None, ranks, ranks_at_once(ranks), interpreted,
+            x.is_cuda and cards.card(x.device).unit == "mma", num_warps=tile.warps,
         )  # fmt: skip
+
+
+def ranks_at_once(ranks: int) -> int:
+    """Of an adapter, in one matrix product."""
+    return min(64, triton.next_power_of_2(max(ranks, 16)))
 
 
 @triton.jit(do_not_specialize=["rows", "tiles"])
@@ -220,16 +225,18 @@ def _gemm_kernel(
     if RANKS > 0:
         # Here the sums are still where a matrix product wants them, which those read back from memory would not be.
         if tl.program_id(2) == SPLIT - 1:
-            total = _add_low_rank(total, x_lora_a_ptr, b_ptr, m, n, rows, features, RANKS, BR, INTERPRETED)
+            total = add_low_rank(
+                total, x_lora_a_ptr, b_ptr, m, n, rows, features, RANKS, RANKS, 1, RANKS, BR, INTERPRETED
+            )  # fmt: skip
     if SPLIT == 1:
-        _store(total, out_ptr, bias_ptr, m, n, rows, features, stride_out_m, HAS_BIAS, INTERPRETED)
+        store_rounded(total, out_ptr, bias_ptr, m, n, rows, features, stride_out_m, HAS_BIAS, INTERPRETED)
     else:
         tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
         part_ptrs = tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]
         part_ptrs += partial_ptr + tile * SPLIT * BN * BM
         if store_part(total, part_ptrs + tl.program_id(2) * BN * BM, counters_ptr + tile, SPLIT):
             total = sum_parts(part_ptrs, BN * BM, SPLIT)
-            _store(total, out_ptr, bias_ptr, m, n, rows, features, stride_out_m, HAS_BIAS, INTERPRETED)
+            store_rounded(total, out_ptr, bias_ptr, m, n, rows, features, stride_out_m, HAS_BIAS, INTERPRETED)
             tl.store(counters_ptr + tile, 0)
 
 
@@ -240,29 +247,3 @@ def _load_x(x_ptrs, mask, column, columns, RAGGED: tl.constexpr, HALF_TAIL: tl.c
     if RAGGED:  # whatever is left in the other rows' place only reaches rows of y that are not stored
         return tl.load(x_ptrs, mask=mask)
     return tl.load(x_ptrs)
-
-
-@triton.jit
-def _add_low_rank(
-    total, x_lora_a_ptr, b_ptr, m, n, rows, features, RANKS: tl.constexpr, BR: tl.constexpr, INTERPRETED: tl.constexpr
-):  # fmt: skip
-    """total [BN, BM] plus b [BN, RANKS] times the transpose of x_lora_a [BM, RANKS], BR ranks at a time."""
-    r = tl.arange(0, BR)
-    for start in tl.static_range(0, RANKS, BR):
-        inside = start + r < RANKS
-        left_mask, right_mask = (n < features)[:, None] & inside[None, :], (m < rows)[None, :] & inside[:, None]
-        left = tl.load(b_ptr + n[:, None] * RANKS + start + r[None, :], mask=left_mask, other=0.0)
-        right = tl.load(x_lora_a_ptr + m[None, :] * RANKS + start + r[:, None], mask=right_mask, other=0.0)
-        total = dot(left, right, total, INTERPRETED)
-    return total
-
-
-@triton.jit
-def _store(
-    total, out_ptr, bias_ptr, m, n, rows, features, stride_out_m, HAS_BIAS: tl.constexpr, INTERPRETED: tl.constexpr
-):
-    if HAS_BIAS:
-        total += tl.load(bias_ptr + n, mask=n < features, other=0.0).to(tl.float32)[:, None]
-    out_ptrs = out_ptr + m[None, :] * stride_out_m + n[:, None]
-    mask = (m < rows)[None, :] & (n < features)[:, None]
-    tl.store(out_ptrs, round_to(total, out_ptr.dtype.element_ty, INTERPRETED), mask=mask)

@@ -26,7 +26,7 @@ from triton.runtime.errors import TritonError
 from grpo.kernels import nf4, nf4_gemm, nf4_tiles
 from grpo.kernels.cards import MB, Card
 from grpo.kernels.lora_factors import LowRank
-from grpo.kernels.nf4_compile import Job, compile_all
+from grpo.kernels.nf4_compile import Job, Product, compile_all
 from grpo.kernels.nf4_plans import Shape
 from grpo.kernels.nf4_tiles import Plan, Tile, in_turns
 
@@ -142,7 +142,7 @@ def tune(
     started = time.monotonic()
     deadline = started + seconds
     wanted = {shape: search(card, shape, thorough=thorough) for shape in shapes}
-    jobs = in_turns([(tile, split) for _, split, tile in choices] for choices in wanted.values())
+    jobs = in_turns([Product(tile, split) for _, split, tile in choices] for choices in wanted.values())
     if not jobs:
         return {}
     ready = compile_all(jobs, card.architecture, dtype, started + COMPILE_SHARE * seconds, ptx=ptx)
@@ -187,7 +187,7 @@ def time_shape(
     operands = {rows: random_operands(copies, shape, rows) for rows, _, _ in choices}
     by_rows: dict[int, list[tuple[int, int, Tile]]] = defaultdict(list)
     for key in choices:
-        if (key[2], key[1]) in ready:
+        if Product(key[2], key[1]) in ready:
             by_rows[key[0]].append(key)
     for key in in_turns(by_rows[rows] for rows in sorted(by_rows)):
         if time.monotonic() > deadline:

@@ -56,7 +56,13 @@ def test_committed_notebooks_are_whole_and_have_the_outputs_of_one_run(path: Pat
 
 @pytest.mark.vllm
 @pytest.mark.slow
-@notebook
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, id=path.stem, marks=[pytest.mark.wide] if "-m grpo.sft" in path.read_text() else [])
+        for path in NOTEBOOKS
+    ],
+)
 def test_notebooks_run_from_top_to_bottom(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

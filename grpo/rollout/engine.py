@@ -36,6 +36,7 @@ from grpo.model.checks import largest_head
 from grpo.model.families.table import family_of
 from grpo.policy.policy import Policy
 from grpo.rollout.attention_backend import Served, choose_backend
+from grpo.rollout.decoding_kernels import capture_sizes, nf4_shapes
 from grpo.rollout.lora_buffers import RolloutAdapter
 from grpo.rollout.route_recorder import RouteRecorder
 from grpo.rollout.types import Completion, EngineSettings, Request, SamplingSettings
@@ -423,18 +424,6 @@ def kv_cache_allocations() -> list[Any]:
     return [allocation for allocation in allocations if allocation.tag == "kv_cache"]
 
 
-def nf4_shapes(base: BaseWeights) -> list[tuple[int, int]]:
-    """(rows, columns) of the products that the base's 4-bit weights take part in."""
-    segments = [segment for linear in base.linears.values() for segment in linear.segments]
-    return [(one.rows, one.columns) for one in segments if one.weight.dtype == torch.uint8]
-
-
 def announce(text: str) -> None:
     """Say what takes a while."""
     print(f"grpo: {text}", file=sys.stderr, flush=True)
-
-
-def capture_sizes(max_num_seqs: int) -> list[int]:
-    """Batch sizes to capture as CUDA graphs: powers of two to 16, then steps of 16, and the largest itself."""
-    sizes = [size for size in (1, 2, 4, 8, *range(16, max_num_seqs + 1, 16)) if size <= max_num_seqs]
-    return sorted({*sizes, max_num_seqs})

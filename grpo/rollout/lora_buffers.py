@@ -124,16 +124,24 @@ class RolloutAdapter:
 
 def allocate(base: BaseWeights, policy: Policy) -> dict[str, AdapterBuffers]:
     """Zero buffers for every fused linear that has an adapter. Their addresses never change: CUDA graphs hold them."""
-    layers = policy.adapter_layers()
     buffers = {}
-    for name, linear in base.linears.items():
-        ranks = sum(layers[part].r[ADAPTER] for part in linear.parts if part in layers)
-        if ranks:
-            ranks = -(-ranks // RANK_MULTIPLE) * RANK_MULTIPLE  # the last ones stay zero
-            a = torch.zeros(ranks, linear.in_features, dtype=base.dtype, device=base.device)
-            b = torch.zeros(linear.out_features, ranks, dtype=base.dtype, device=base.device)
-            buffers[name] = AdapterBuffers(a, b)
+    for name, ranks in served_ranks(base, policy).items():
+        linear = base.linears[name]
+        a = torch.zeros(ranks, linear.in_features, dtype=base.dtype, device=base.device)
+        b = torch.zeros(linear.out_features, ranks, dtype=base.dtype, device=base.device)
+        buffers[name] = AdapterBuffers(a, b)
     return buffers
+
+
+def served_ranks(base: BaseWeights, policy: Policy) -> dict[str, int]:
+    """Fused linear's name -> ranks of its adapter, all parts' together, for those that have one. The last ones, up to a
+    multiple of RANK_MULTIPLE, stay zero."""
+    layers = policy.adapter_layers()
+    ranks = {
+        name: sum(layers[part].r[ADAPTER] for part in linear.parts if part in layers)
+        for name, linear in base.linears.items()
+    }
+    return {name: -(-count // RANK_MULTIPLE) * RANK_MULTIPLE for name, count in ranks.items() if count}
 
 
 def expert_buffers(adapter: ExpertsAdapter, dtype: torch.dtype) -> ExpertAdapter:

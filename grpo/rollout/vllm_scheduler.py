@@ -34,11 +34,15 @@ class BlockBoundaryManager:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._manager, name)
 
-    def allocate_slots(self, request: Any, num_new_tokens: int, **options: Any) -> Any:
-        inside = num_new_tokens == 1 and 0 < request.num_computed_tokens % self._block_size < self._block_size - 1
-        if inside and options.keys() <= {"num_lookahead_tokens"} and not any(options.values()):
+    def allocate_slots(
+        self, request: Any, num_new_tokens: int, *, num_lookahead_tokens: int = 0, **options: Any
+    ) -> Any:  # fmt: skip
+        plain = num_new_tokens == 1 and not num_lookahead_tokens and not options
+        if plain and 0 < request.num_computed_tokens % self._block_size < self._block_size - 1:
             return self._manager.empty_kv_cache_blocks
-        return self._manager.allocate_slots(request, num_new_tokens, **options)
+        return self._manager.allocate_slots(
+            request, num_new_tokens, num_lookahead_tokens=num_lookahead_tokens, **options
+        )
 
     def cache_blocks(self, request: Any, num_computed_tokens: int) -> None:
         if num_computed_tokens % self._block_size == 0:
@@ -118,26 +122,32 @@ def rollout_scheduler(kind: type, collector: LogprobCollector) -> type:
             sampled, row_of = output.sampled_token_ids, output.req_id_to_index
             rest: dict[str, int] = {}
             longest, block_size = self.max_model_len - 1, self.block_size
+            requests, running = self.requests, RequestStatus.RUNNING
             for name, count in scheduled.items():
-                request = self.requests.get(name)
+                request = requests.get(name)
                 tokens: list[int] = sampled[row_of[name]] if sampled else []
-                if (
-                    count == 1
-                    and len(tokens) == 1
-                    and request is not None
-                    and request.status is RequestStatus.RUNNING
-                    and request.num_preemptions == 0
-                    and 0 < request.num_output_tokens < request.max_tokens - 1
-                    and request.num_tokens < longest
-                    and request.num_tokens % block_size != 0
-                    and tokens[0] not in request.sampling_params.all_stop_token_ids
-                ):
-                    request.append_output_token_ids(tokens[0])
-                    request.num_in_flight_tokens -= 1
-                    if request.num_output_placeholders:  # with asynchronous scheduling
-                        request.num_output_placeholders -= 1
-                else:
+                if count != 1 or len(tokens) != 1 or request is None or request.status is not running:
                     rest[name] = count
+                    continue
+                known, answered = request._all_token_ids, request._output_token_ids
+                length, token = len(known), tokens[0]
+                if (
+                    request.num_preemptions
+                    or not 0 < len(answered) < request.max_tokens - 1
+                    or length >= longest
+                    or length % block_size == 0
+                    or token in request.sampling_params.all_stop_token_ids
+                ):
+                    rest[name] = count
+                    continue
+                if (length + 1) % block_size:
+                    answered.append(token)  # as `append_output_token_ids` does where no block of tokens is complete,
+                    known.append(token)  # so that there is none to be hashed
+                else:
+                    request.append_output_token_ids(token)
+                request.num_in_flight_tokens -= 1
+                if request.num_output_placeholders:  # with asynchronous scheduling
+                    request.num_output_placeholders -= 1
             return rest
 
     return RolloutScheduler

@@ -195,7 +195,7 @@ def save_mxfp4(folder: Path, **changes: Any) -> Any:
     for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
         experts, columns, rows = tensors.pop(name).shape
         codes = torch.randint(0, 256, (experts, rows, columns // 32, 16), generator=generator, dtype=torch.uint8)
-        exponents = torch.randint(121, 124, codes.shape[:3], generator=generator, dtype=torch.uint8)
+        exponents = torch.randint(118, 121, codes.shape[:3], generator=generator, dtype=torch.uint8)
         tensors |= {f"{name}_blocks": codes, f"{name}_scales": exponents}
         with torch.no_grad():
             model.get_parameter(name).copy_(mxfp4.value(codes, exponents, torch.float32).mT)

@@ -9,9 +9,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grpo.kernels import nf4_compile, nf4_gemm, nf4_plans, nf4_tiles, nf4_tuner
+from grpo.kernels import lora_shrink, nf4, nf4_compile, nf4_gemm, nf4_plans, nf4_tiles, nf4_tuner
 from grpo.kernels.cards import KB, MB, SHARED_MEMORY, Card
+from grpo.kernels.nf4_compile import Product, Shrink
 from grpo.kernels.nf4_tiles import Plan, Tile
+from tests.helpers import card_launches
 from tests.helpers.paths import ROOT
 
 CARDS = (
@@ -179,17 +181,42 @@ def test_wrong_kernels_are_left_out_and_nothing_is_timed_past_the_deadline(monke
     monkeypatch.setattr(nf4_tuner, "microseconds", lambda copies, call, milliseconds: 5.0)
     copies = nf4_tuner.random_copies(CARDS[0], (64, 128), torch.bfloat16, "cpu")[:1]
     choices = [(16, 1, right), (16, 1, wrong), (16, 2, right)]
-    found = nf4_tuner.time_shape(copies, (64, 128), choices, {(right, 1), (wrong, 1)}, time.monotonic() + 60)
+    ready = {Product(right, 1), Product(wrong, 1)}
+    found = nf4_tuner.time_shape(copies, (64, 128), choices, ready, time.monotonic() + 60)
     assert found == ({(16, 1, right): 5.0}, [(16, 1, wrong)])
-    assert nf4_tuner.time_shape(copies, (64, 128), choices, {(right, 1)}, time.monotonic() - 1) == ({}, [])
+    assert nf4_tuner.time_shape(copies, (64, 128), choices, ready, time.monotonic() - 1) == ({}, [])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ptx", [False, True])
 def test_processes_compile_what_a_launch_then_finds(ptx, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    jobs = [(Tile(64, 16, 4, 4, 2), 2), (Tile(64, 32, 4, 3, 2), 1)]
+    jobs = [Product(Tile(64, 16, 4, 4, 2), 2), Product(Tile(64, 32, 4, 3, 2), 1)]
     ready = nf4_compile.compile_all(jobs, 86, torch.float16, time.monotonic() + 120, ptx=ptx)
     assert ready == set(jobs)
     binaries = [file.read_bytes() for file in tmp_path.rglob("*.cubin")]
     assert len(binaries) == 2 and all(one.startswith(b"\x7fELF") != ptx for one in binaries)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("card", [CARDS[2], CARDS[4]], ids=lambda card: card.name)
+def test_what_is_compiled_in_the_background_is_what_a_decoding_step_launches(card, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    shape, rows, ranks = (960, 576), (1, 16, 24), 48
+    plan = nf4_plans.plan_for(card, shape)
+    jobs = [Shrink(ranks, shape[1])]
+    jobs += [Product(plan.tile(each), plan.split, ranks, each % plan.tile(each).m != 0, True) for each in rows]
+    thread = nf4_compile.compile_in_background(jobs, card.architecture, torch.bfloat16)
+    thread.join()
+    assert nf4_compile.compile_in_background(jobs, card.architecture, torch.bfloat16) is None, "it is remembered"
+    compiled = set(tmp_path.rglob("*.cubin"))
+    assert len(compiled) == len(set(jobs))
+    with card_launches.pretended(card) as collected:
+        packed, absmax = nf4.allocate(*shape, torch.bfloat16, "cpu")
+        for each in rows:
+            x, a = torch.empty(each, shape[1], dtype=torch.bfloat16), torch.empty(ranks, shape[1], dtype=torch.bfloat16)
+            lora_shrink.lora_shrink(x, a, torch.empty((), dtype=torch.bfloat16))
+            low_rank = card_launches.adapter(each, shape[0], ranks, torch.bfloat16)
+            nf4_gemm.nf4_linear(x, packed, absmax, None, low_rank=low_rank)
+    assert {"_gemm_kernel", "_shrink_kernel"} <= collected.names
+    assert set(tmp_path.rglob("*.cubin")) == compiled, "no other kernel was compiled"

@@ -11,7 +11,7 @@ import torch
 from grpo.config.schema import Model
 from grpo.model.inventory import account
 from grpo.model.source import open_source
-from tests.helpers.families import NEWCOMERS, WITH_IMAGES, save_family, save_with_images
+from tests.helpers.families import NEWCOMERS, WITH_IMAGES, save_family, save_mxfp4, save_with_images
 from tests.helpers.graph_comparison import PROMPTS, largest_difference, load
 
 
@@ -41,6 +41,12 @@ QUICK = ("ministral3", "smollm3", "phi3")
 )
 def test_vllm_the_training_graph_and_transformers_agree(family: str, tmp_path: Path) -> None:
     check(save_family(tmp_path, family), tmp_path)
+
+
+@pytest.mark.vllm
+@pytest.mark.wide
+def test_experts_in_mxfp4_compute_what_their_values_do(tmp_path: Path) -> None:
+    check(save_mxfp4(tmp_path), tmp_path)
 
 
 @pytest.mark.vllm

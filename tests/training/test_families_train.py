@@ -12,17 +12,21 @@ from grpo.config.schema import parse_config
 from grpo.export.build import export
 from grpo.session import read_model
 from grpo.train import main
-from tests.helpers.families import NEWCOMERS, WITH_IMAGES, save_family, save_with_images
+from tests.helpers.families import NEWCOMERS, WITH_IMAGES, save_family, save_mxfp4, save_with_images
 from tests.helpers.small_chat import TOKENS, save_byte_tokenizer
 from tests.helpers.tiny_run import read_metrics, run_tables, save_rewards, write_config
 
 QUICK = ("gemma3",)
+MXFP4 = "gpt_oss in MXFP4"
 
 
 def trained(folder: Path, family: str) -> Path:
     """A run of two steps, then resumed for one more."""
     sizes = {"vocab_size": len(TOKENS), "max_position_embeddings": 2048}
-    (save_with_images if family in WITH_IMAGES else save_family)(folder / "model", family, **sizes)
+    if family == MXFP4:
+        save_mxfp4(folder / "model", **sizes)
+    else:
+        (save_with_images if family in WITH_IMAGES else save_family)(folder / "model", family, **sizes)
     save_byte_tokenizer(folder / "model")
     save_rewards(folder)
     tables = run_tables(
@@ -51,7 +55,7 @@ def targets(folder: Path) -> list[str]:
 @pytest.mark.vllm
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "family", [pytest.param(n, marks=() if n in QUICK else pytest.mark.wide) for n in [*NEWCOMERS, *WITH_IMAGES]]
+    "family", [pytest.param(n, marks=() if n in QUICK else pytest.mark.wide) for n in [*NEWCOMERS, MXFP4, *WITH_IMAGES]]
 )
 def test_a_family_is_trained_resumed_and_exported(family: str, tmp_path: Path) -> None:
     run = trained(tmp_path, family)
