@@ -21,6 +21,7 @@ from grpo.kernels.attention import Span
 from grpo.kernels.recurrence import Preceding, Recurrence
 from grpo.model.checks import BEYOND_FLOAT16
 from grpo.model.source import open_source
+from grpo.policy import recurrent
 from grpo.session import find_layout
 from grpo.training.self_check import check_start, gate_prompt
 from tests.helpers.families import NEWCOMERS, save_family
@@ -227,8 +228,13 @@ def vllm_without_the_adapter_of_a_gate(session: Any) -> Any:
 
 
 def a_gate_left_out(session: Any) -> Any:
-    norm = decoder(session).layers[2].linear_attn.norm
-    return changed(norm, "activation", "relu")
+    one, ours = decoder(session).layers[2].linear_attn.norm.weight, recurrent.gated_norm
+    neutral = 1.2785  # whose SiLU is 1
+
+    def without(x: Any, gate: Any, weight: Any, eps: float) -> Any:
+        return ours(x, torch.full_like(gate, neutral) if weight is one else gate, weight, eps)
+
+    return changed(recurrent, "gated_norm", without)
 
 
 @pytest.mark.parametrize(
