@@ -79,8 +79,8 @@ class MergedSource:
         return torch.addmm(weight, b[piece.expert, rows].float(), a[piece.expert].float(), alpha=scale)
 
     def stored_name(self, name: str) -> str:
-        """What the checkpoint calls it."""
-        return self.base.stored_name(name)
+        """What the written model calls it: with images the whole model is written, else the decoder alone."""
+        return name if self.vision is None else self.base.stored_name(name)
 
     def tokenizer(self) -> Any:
         """As the base's."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,12 +10,13 @@ from contextlib import contextmanager
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """Around imports: nothing is searched for cycles, nor will what is there at the end ever be again: modules stay."""
+    """Around imports: nothing is searched for cycles, nor what is there at the end until Python ends: modules stay."""
     collects = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
         gc.freeze()
+        atexit.register(gc.unfreeze)  # extension modules report what the last search does not find as leaks
         if collects:
             gc.enable()

@@ -239,7 +239,7 @@ def weights_in_8_bit(home: Path) -> None:
     edit_weights(home, model__layers__0__self_attn__q_proj__weight=torch.zeros(128, 128, dtype=torch.int8))
 
 
-@case("model/config.json", "'gptq'", "NF4 or an unquantised checkpoint")
+@case("model/config.json", "'gptq'", "or an unquantised checkpoint")
 def a_model_quantised_otherwise(home: Path) -> None:
     edit_json(home / "model" / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
 

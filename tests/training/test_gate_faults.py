@@ -140,7 +140,7 @@ def the_graph_without_the_adapter_of_a_module(session: Any) -> Any:
 def test_a_fault_in_one_graph_is_a_sentence_that_names_the_module(
     windowed: Any, fault: Callable[[Any], Any], module: str
 ) -> None:
-    assert len(gate_prompt(windowed)) > windowed.base.config.sliding_window
+    assert len(gate_prompt(windowed).ids) > windowed.base.config.sliding_window
     with fault(windowed), pytest.raises(UserError, match=f"self-test: .*({module})") as error:
         check_start(windowed)
     assert "\n" not in str(error.value)
