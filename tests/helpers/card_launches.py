@@ -7,6 +7,7 @@ strides and specialisations as they would; Triton compiles for the card's archit
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import re
 import subprocess
@@ -55,6 +56,7 @@ from grpo.kernels.compile_only import compiling_for
 from grpo.kernels.experts import ExpertAdapter, ExpertAdapters, ExpertMatrix, Experts
 from grpo.kernels.lora_factors import Adapter, LowRank
 from grpo.kernels.nf4_lookup import CODE, byte_tables
+from tests.helpers.paths import ROOT
 
 MODULES = (
     dense_gemm, eight_bit, eight_bit_gemm, glu, logprob, lora_factors, lora_shrink, lora_sum, nf4, nf4_gemm,
@@ -74,6 +76,9 @@ CARDS = (
     Card("NVIDIA GeForce RTX 5090", 120, SHARED_MEMORY[120], 170, 96 * MB),
 )
 """One of every architecture that is served."""
+BY_NAME = {f"sm_{card.architecture}": card for card in CARDS}
+SPILLS = json.loads((ROOT / "tests" / "data" / "kernel_spills.json").read_text())
+"""Kernel -> bytes of local memory a thread may have; 0 for those that are not named."""
 DECODING = (1, 16, 17, 40, 128, 200, 512)
 """Numbers of sequences that decode together: whole tiles and ragged ones."""
 EIGHT_BIT_ROWS = (1, 17, 128, 200)
@@ -155,6 +160,15 @@ def kernels_of(module: Any) -> dict[str, JITFunction]:
         for name, value in vars(module).items()
         if isinstance(value, JITFunction) and name.endswith("_kernel") and value.fn.__module__ == module.__name__
     }
+
+
+def hold(card: Card, collected: Collected) -> None:
+    """The card's limits."""
+    assert collected.kernels
+    over = [(name, shared) for name, shared, _ in collected.kernels if shared > card.shared_memory]
+    assert not over, f"{card.name} gives a block {card.shared_memory} bytes"
+    spilled = {name: stack for name, stack in collected.most_spilled().items() if stack > SPILLS.get(name, 0)}
+    assert not spilled
 
 
 @contextlib.contextmanager

@@ -7,28 +7,10 @@ every tile that the tuner may try, hundreds a card, `long`.
 
 from __future__ import annotations
 
-import json
-
 import pytest
-import torch
 
-from grpo.kernels import delta_rule, mxfp4
 from tests.helpers import card_launches
-from tests.helpers.card_launches import CARDS, LAUNCHES, MODELS, MODULES, Card, Collected, Shape, kernels_of, pretended
-from tests.helpers.paths import ROOT
-
-SPILLS = json.loads((ROOT / "tests" / "data" / "kernel_spills.json").read_text())
-"""Kernel -> bytes of local memory a thread may have; 0 for those that are not named."""
-BY_NAME = {f"sm_{card.architecture}": card for card in CARDS}
-
-
-def hold(card: Card, collected: Collected) -> None:
-    """The card's limits."""
-    assert collected.kernels
-    over = [(name, shared) for name, shared, _ in collected.kernels if shared > card.shared_memory]
-    assert not over, f"{card.name} gives a block {card.shared_memory} bytes"
-    spilled = {name: stack for name, stack in collected.most_spilled().items() if stack > SPILLS.get(name, 0)}
-    assert not spilled
+from tests.helpers.card_launches import BY_NAME, LAUNCHES, MODELS, MODULES, Shape, hold, kernels_of, pretended
 
 
 @pytest.mark.wide
@@ -46,42 +28,6 @@ def test_every_launch_fits_the_card(card, model):
     with_dot = {"_shrink_kernel", "_dense_kernel", "_gemm_8bit_kernel"}
     absent = {served} | (with_dot if BY_NAME[card].architecture == 75 else set())
     assert collected.names == expected - absent, "every kernel there is"
-
-
-WITH_EXPERTS = {"sm_80": pytest.mark.wide, "sm_90": pytest.mark.wide, "sm_120": pytest.mark.wide} | dict.fromkeys(
-    ("sm_86", "sm_89", "sm_100"), pytest.mark.long
-)
-"""Not sm_75, which multiplies no packed experts; the others of a generation are compiled alike."""
-
-
-@pytest.mark.timeout(3600)
-@pytest.mark.parametrize("model", card_launches.EXPERT_MODELS)
-@pytest.mark.parametrize("card", [pytest.param(name, marks=mark) for name, mark in WITH_EXPERTS.items()])
-def test_every_launch_of_experts_fits_the_card(card, model):
-    shape = card_launches.EXPERT_MODELS[model]
-    with pretended(BY_NAME[card]) as collected:
-        card_launches.expert_layers(shape, torch.bfloat16)
-        hold(BY_NAME[card], collected)
-    expected = {name for module in card_launches.EXPERT_MODULES for name in kernels_of(module)}
-    expected -= set() if shape.mxfp4 else set(kernels_of(mxfp4))
-    assert expected <= collected.names, "every kernel there is"
-
-
-@pytest.mark.timeout(3600)
-@pytest.mark.parametrize("card", [pytest.param(name, marks=mark) for name, mark in WITH_EXPERTS.items()])
-def test_every_launch_of_recurrent_layers_fits_the_card(card):
-    with pretended(BY_NAME[card]) as collected:
-        card_launches.recurrent_operators(torch.bfloat16)
-        hold(BY_NAME[card], collected)
-    assert collected.names == {name for module in card_launches.RECURRENT_MODULES for name in kernels_of(module)}
-
-
-def test_a_convolution_fits_a_turing_card():
-    card = BY_NAME["sm_75"]
-    with pretended(card) as collected:
-        card_launches.recurrent_operators(torch.float16)
-        hold(card, collected)
-    assert not collected.names & set(kernels_of(delta_rule))
 
 
 @pytest.mark.long
