@@ -129,11 +129,7 @@ def line(row: Row) -> str:
 
 
 def conclude(measured: list[Row]) -> Row:
-    errors = [abs(row["error"]) for row in measured if "error" in row]
-    return {
-        "benchmark": "full_finetuning", "bar": BAR, "worst_error": max(errors, default=None),
-        "within_bar": sum(error <= BAR for error in errors), "measured": len(errors),
-    }  # fmt: skip
+    return {"benchmark": "full_finetuning", **rows.against_plan(measured, BAR)}
 
 
 def main() -> int:

@@ -56,6 +56,15 @@ def settings(options: argparse.Namespace, *left_out: str) -> Row:
     return {name: value for name, value in vars(options).items() if name not in ("one", "out", "budget", *left_out)}
 
 
+def against_plan(measured: Sequence[Row], bar: float) -> Row:
+    """How far rows with an "error" are from their plans: the worst, and how many are within `bar`, a share."""
+    errors = [abs(row["error"]) for row in measured if "error" in row]
+    return {
+        "bar": bar, "worst_error": max(errors, default=None), "within_bar": sum(error <= bar for error in errors),
+        "measured": len(errors),
+    }  # fmt: skip
+
+
 def run(
     options: argparse.Namespace,
     jobs: Sequence[Job],
@@ -131,7 +140,7 @@ def measure_job(job: Job, seconds: float, table: Table) -> int:
             table.write()
 
     # Of an option given twice the last counts.
-    command = [sys.executable, *sys.argv, "--one", json.dumps(job)]
+    command = [sys.executable, *sys.orig_argv[1:], "--one", json.dumps(job)]
     failed = listen(command, seconds, hear) if seconds > 0 else TIME_UP
     ended = [(job[len(begun) - 1], begun[-1])] if begun else [(identity, table.add(identity)) for identity in job]
     for identity, row in ended:
