@@ -226,12 +226,12 @@ def images_apart(row: Any, where: str, max_pixels: int) -> tuple[Any, tuple[Imag
 
 
 def refuse_in_environment(rows: Iterable[ReadRow]) -> None:
-    """Raise UserError for the first row with images."""
+    """Raise UserError for the first text with images: its places are marks that no conversation has."""
     for one in rows:
-        if one.images:
+        if one.images and isinstance(one.prompt, str):
             raise UserError(
-                f"{one.where}: it has images, and conversations of an [environment] are of text alone; remove "
-                "[environment], or the images"
+                f"{one.where}: it has images in a prompt that is a text, and an [environment] begins with messages; "
+                "make the prompt messages"
             )
 
 
