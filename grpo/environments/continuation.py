@@ -100,15 +100,17 @@ class Continuer:
 
         Raises UserError where the template does not show just these.
         """
+        self.check_sees(images)
         return self.seen(self.tokens(self.render(messages, tools, opens=True)), images)
+
+    def check_sees(self, images: Sequence[Image]) -> None:
+        """Raise UserError for images that a model of text is shown."""
+        if images and self.image_tokens is None:
+            raise UserError("the model is read as one of text alone; set model.images = true if it sees images")
 
     def seen(self, ids: list[int], images: Sequence[Image]) -> list[int]:
         """`ids` with `images` in them, each as many tokens as it takes. Raises UserError."""
-        if self.image_tokens is not None:
-            return self.image_tokens.expand(ids, images)
-        if images:
-            raise UserError("the model is read as one of text alone; set model.images = true if it sees images")
-        return ids
+        return ids if self.image_tokens is None else self.image_tokens.expand(ids, images)
 
     def continuation(
         self,
@@ -123,6 +125,7 @@ class Continuer:
         `images`: those of `new`. Raises Unprovable where the tokens are not clear, or would leave out what a message
         says or shows, and UserError where images cannot be told from what it says.
         """
+        self.check_sees(images)
         for role in dict.fromkeys(message["role"] for message in new if image_places([message])):
             if why := self.doubt_of(f"{role} with an image"):
                 raise Unprovable(f"a {role}'s message with an image cannot follow: {why}")
