@@ -44,8 +44,7 @@ def tools(references: Any, options: dict[str, Any], setup: Mapping[str, Any]) ->
     sent = found(references, "tool") if isinstance(references, dict) else None
     for index, reference in enumerate(references if sent is None else sent):
         function = found(reference, "tool") if sent is None else sent[index]
-        if not callable(function):
-            raise UserError(f"tool {reference!r} is a {type(function).__name__}; name a function")
+        check_tool(function, reference)
         if function.__name__ in functions:
             raise UserError(f"two tools are called {function.__name__!r}; rename one of them")
         functions[function.__name__] = function
@@ -58,6 +57,22 @@ def tools(references: Any, options: dict[str, Any], setup: Mapping[str, Any]) ->
         return {"reward": None, "metrics": counts}
 
     return Program(run, {"rewards": False, "tools": schemas})
+
+
+def check_tool(function: Any, reference: Any) -> None:
+    """Raise UserError for what is no function that a call by names can reach and that returns an answer."""
+    name = getattr(function, "__name__", None)
+    if not callable(function) or name is None or inspect.isclass(function):
+        kind = "class" if inspect.isclass(function) else type(function).__name__
+        raise UserError(f"tool {reference!r} is a {kind}; name a function, with type hints and a docstring")
+    if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+        raise UserError(f"tool {name!r} yields its answer in pieces; return it whole")
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.VAR_POSITIONAL):
+            raise UserError(
+                f"tool {name!r}: its argument {parameter.name!r} cannot be given by name, as a model's calls give it; "
+                "make it an ordinary one"
+            )
 
 
 @dataclass(frozen=True)
@@ -83,6 +98,8 @@ class Kind:
                 f"environment {reference!r} has no method reset(**row); give it one, as TRL's environments have"
             )
         names = [name for name, _ in inspect.getmembers(type(example), inspect.isfunction) if is_tool(name)]
+        for name in names:
+            check_tool(getattr(example, name), name)
         schemas = [tool_schema(getattr(example, name)) for name in names]
         return cls(make, names, schemas, hasattr(example, "get_reward"))
 
