@@ -149,13 +149,17 @@ def ours_config(options: argparse.Namespace, name: str, size: Size, folder: Path
 def train_ours(config: Path) -> None:
     """What `python -m grpo.train` does, from a configuration as JSON; says when the first step has ended."""
     from grpo.config.schema import parse_config
+    from grpo.rollout.import_ahead import import_ahead
+    from grpo.run.compile_ahead import begin
     from grpo.run.importing import uncollected
     from grpo.run.library_logs import quiet_libraries
 
     quiet_libraries(False)
+    sections = json.loads(config.read_text())
+    if begin(parse_config(sections)):
+        import_ahead()
     with uncollected():
         from grpo.training.run import launch
-    sections = json.loads(config.read_text())
     metrics = Path(sections["checkpoint"]["output_dir"]) / "metrics.jsonl"
 
     def watch() -> None:

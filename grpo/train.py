@@ -32,7 +32,9 @@ from grpo.memory.summary import memory_plan
 from grpo.model.checks import BEYOND_FLOAT16, beyond_float16, largest_head, no_bfloat16
 from grpo.model.families.table import family_of
 from grpo.rollout.attention_backend import Served, choose_backend
+from grpo.rollout.import_ahead import import_ahead
 from grpo.run.checkpoint import check_run, moved_base, saved_config, step_numbers
+from grpo.run.compile_ahead import begin
 from grpo.run.importing import uncollected
 from grpo.run.machine import check_machine
 from grpo.run.signals import leaving_at_once
@@ -157,6 +159,8 @@ def train(config: Config, rank: Launch, *, resume: bool, verbose: bool) -> None:
     quiet_libraries(verbose)
     if rank.first and rank.restarts == 0:
         check_run(config, resume=resume)
+    if rank.local_rank == 0 and begin(config):
+        import_ahead()
     check_machine(config.model.device)
     with uncollected():
         from grpo.training.run import launch

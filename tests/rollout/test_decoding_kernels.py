@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from grpo.kernels import cards, nf4, nf4_plans
 from grpo.kernels.nf4_compile import Product, Shrink
 from grpo.model.base_weights import FusedLinear, Segment
-from grpo.rollout.decoding_kernels import capture_sizes, decoding_jobs
+from grpo.rollout.decoding_kernels import decoding_jobs
+from grpo.run.compile_ahead import capture_sizes
 from tests.helpers.card_launches import CARDS
 
 DEVICE = torch.device("cuda", 0)
