@@ -84,11 +84,9 @@ def child_main(options: argparse.Namespace) -> int:
             values = sections.pop("") | sections
             values["checkpoint"]["output_dir"] = str(options.run)
             config = parse_config(values)
-        from grpo.rollout.import_ahead import import_ahead
-        from grpo.run.compile_ahead import begin
+        from grpo.train import start_ahead
 
-        if begin(config):
-            import_ahead()
+        start_ahead(config)
         with uncollected():
             from grpo.training.run import launch
         kernels = CompiledKernels()

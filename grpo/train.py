@@ -37,6 +37,7 @@ from grpo.run.checkpoint import check_run, moved_base, saved_config, step_number
 from grpo.run.compile_ahead import begin
 from grpo.run.importing import uncollected
 from grpo.run.machine import check_machine
+from grpo.run.read_ahead import read_ahead
 from grpo.run.signals import leaving_at_once
 
 
@@ -159,14 +160,22 @@ def train(config: Config, rank: Launch, *, resume: bool, verbose: bool) -> None:
     quiet_libraries(verbose)
     if rank.first and rank.restarts == 0:
         check_run(config, resume=resume)
-    if rank.local_rank == 0 and begin(config):
-        import_ahead()
+    if rank.local_rank == 0 and config.model.device != "cpu":
+        start_ahead(config)
     check_machine(config.model.device)
     with uncollected():
         from grpo.training.run import launch
 
     with leaving_at_once():
         launch(config, resume=resume, verbose=verbose, rank=rank)
+
+
+def start_ahead(config: Config) -> None:
+    """Have others begin with what needs no torch: reading the weights' files and, at a first start, compiling the run's
+    kernels and reading vLLM."""
+    read_ahead(config.model)
+    if begin(config):
+        import_ahead()
 
 
 def card(parsed: argparse.Namespace, config: Config) -> Gpu | None:
