@@ -16,9 +16,8 @@ other's process goes on with, as its start takes minutes. Memory is the most tha
 the KV cache left out. `ours-lean` recomputes MLPs, in micro-batches that stay below 12 GiB; `ours-fp8` has its KV cache
 in FP8. What is measured is written system by system. Prints a table; the last line is one JSON object.
 
-A start may also lie beside other work: `--begin` starts the other, which waits after its first step, and returns;
-`--finish`, with the same options, measures ours while it waits and then lets it go on. The time of such a start means
-nothing.
+A start may also lie beside other work: `--begin` measures ours, starts the other, which waits after its first step, and
+returns; `--finish`, with the same options, lets it go on. The time of such a start means nothing.
 """
 
 from __future__ import annotations
@@ -48,6 +47,8 @@ PROMPT, RANK = 128, 16
 OURS = ("ours", "ours-lean", "ours-fp8")
 TOKENS = {"ours": 32768, "ours-lean": 8192, "ours-fp8": 32768}
 """train.tokens_per_micro_batch."""
+BEGUN = "head-to-head-begun.json"
+"""What `--begin` leaves in the scratch folder."""
 BLOCK = 16
 """Tokens of a block of the KV cache."""
 
@@ -207,7 +208,7 @@ def start_peer(options: argparse.Namespace, micro_batch: int, go_on: Path | None
     work = {
         "folder": str(work_folder(options)), "scratch": str(options.scratch), "micro_batch": micro_batch, "rank": RANK,
         "steps": peer_steps(options), "prompt": options.prompt, "prompts": size.prompts,
-        "generations": size.generations, "go_on": go_on and str(go_on),
+        "generations": size.generations, "go_on": go_on and str(go_on), "memory_share": options.peer_memory,
     }  # fmt: skip
     file = options.scratch / "head-to-head-work.json"
     file.write_text(json.dumps(work))
@@ -245,18 +246,21 @@ def peer_found(options: argparse.Namespace, micro_batch: int, found: dict[str, A
 
 
 def begin(options: argparse.Namespace) -> int:
-    """Start the peer and leave it to itself."""
+    """Measure ours, start the peer and leave it to itself."""
     make_work(options)
+    result = empty_result(options)
+    measure_ours(options, result, time.monotonic() + options.budget)
     go_on = options.scratch / "head-to-head-go-on"
     go_on.unlink(missing_ok=True)
     process, began = start_peer(options, options.micro_batches[0], go_on)
-    (options.scratch / "head-to-head-begun.json").write_text(json.dumps({"pid": process.pid, "began": began}))
+    state = {"pid": process.pid, "began": began, "result": result | {"peer_started_beside_other_work": True}}
+    (options.scratch / BEGUN).write_text(json.dumps(state))
     return 0
 
 
 def finish_peer(options: argparse.Namespace, left: float) -> dict[str, dict[str, Any]]:
     """Let the peer that `begin` started go on, and wait for its end."""
-    begun = json.loads((options.scratch / "head-to-head-begun.json").read_text())
+    begun = json.loads((options.scratch / BEGUN).read_text())
     (options.scratch / "head-to-head-go-on").touch()
     batch, ends, said = options.micro_batches[0], time.monotonic() + left, None
     while psutil.pid_exists(begun["pid"]) and psutil.Process(begun["pid"]).status() != psutil.STATUS_ZOMBIE:
@@ -371,6 +375,10 @@ def main() -> int:
         help="per_device_train_batch_size, one run each; by default 8, TRL's, and all of a step for Unsloth, which "
         "chooses its own within it",
     )  # fmt: skip
+    parser.add_argument(
+        "--peer-memory", type=float, metavar="SHARE",
+        help="of the GPU's memory for the peer's vLLM, instead of its default, where other work is beside it",
+    )  # fmt: skip
     parser.add_argument("--tokenizer", type=Path, help="a folder with a byte-level BPE tokenizer; Unsloth wants one")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--scratch", type=Path, default=Path("/tmp"))
@@ -378,8 +386,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--join", type=Path, nargs="+", help="put results of runs into one file")
     parser.add_argument("--train", type=Path, help="train ours in this process")
-    parser.add_argument("--begin", action="store_true", help="start the peer, which waits after its first step; end")
-    parser.add_argument("--finish", action="store_true", help="measure ours, then let the peer of --begin go on")
+    parser.add_argument("--begin", action="store_true", help="measure ours, start the peer, end")
+    parser.add_argument("--finish", action="store_true", help="let the peer of --begin go on")
     options = parser.parse_args()
     if options.train:
         train_ours(options.train)
@@ -400,32 +408,44 @@ def main() -> int:
     return begin(options) if options.begin else measure(options)
 
 
+def empty_result(options: argparse.Namespace) -> dict[str, Any]:
+    result: dict[str, Any] = {"benchmark": "head_to_head", "shape": options.shape, "prompt": options.prompt}
+    result |= {"peer_memory_share": options.peer_memory, "sizes": {}}
+    for size, numbers in options.sizes.items():
+        result["sizes"][size] = {**numbers._asdict(), "bars": BARS.get(size, {}), "systems": {}}
+    return result
+
+
+def note(options: argparse.Namespace, result: dict[str, Any], size: str, name: str, found: dict[str, Any]) -> None:
+    """Enter what was found of a system, show it, and write all there is."""
+    entry = result["sizes"][size]
+    entry["systems"][name] = found
+    entry["ratios"] = ratios(entry["systems"])
+    show(f"{size}: {name}", found)
+    write_result(options.out, result)
+
+
+def measure_ours(options: argparse.Namespace, result: dict[str, Any], ends: float) -> None:
+    for name in options.ours:
+        for size, numbers in options.sizes.items():
+            note(options, result, size, name, run_ours(options, name, numbers, ends - time.monotonic()))
+
+
 def measure(options: argparse.Namespace) -> int:
     """Every system, one after another."""
     ends = time.monotonic() + options.budget
-    if not options.finish:
+    if options.finish:
+        result = json.loads((options.scratch / BEGUN).read_text())["result"]
+    else:
         make_work(options)
-    result: dict[str, Any] = {"benchmark": "head_to_head", "shape": options.shape, "prompt": options.prompt}
-    result |= {"peer_started_beside_other_work": options.finish, "sizes": {}}
-    for size, numbers in options.sizes.items():
-        result["sizes"][size] = {**numbers._asdict(), "bars": BARS.get(size, {}), "systems": {}}
-
-    def note(size: str, name: str, found: dict[str, Any]) -> None:
-        entry = result["sizes"][size]
-        entry["systems"][name] = found
-        entry["ratios"] = ratios(entry["systems"])
-        show(f"{size}: {name}", found)
-        write_result(options.out, result)
-
-    for name in options.ours:
-        for size, numbers in options.sizes.items():
-            note(size, name, run_ours(options, name, numbers, ends - time.monotonic()))
+        result = empty_result(options)
+        measure_ours(options, result, ends)
     for batch in options.micro_batches:
         left = ends - time.monotonic()
         found = finish_peer(options, left) if options.finish else run_peer(options, batch, left)
         for size, of_size in found.items():
-            note(size, peer_name(options, batch), of_size)
-    summary = {size: entry["ratios"] for size, entry in result["sizes"].items()}
+            note(options, result, size, peer_name(options, batch), of_size)
+    summary = {size: entry.get("ratios", {}) for size, entry in result["sizes"].items()}
     print(json.dumps({"benchmark": "head_to_head", "ratios": summary}))
     return 0
 

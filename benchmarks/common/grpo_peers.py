@@ -82,6 +82,8 @@ def trl_trainer(work: dict[str, Any]) -> Any:
 
     gpu = torch.cuda.is_available()
     vllm = {"vllm_mode": "colocate", "vllm_max_model_length": work["prompt"] + longest(work) + ROOM}
+    if work["memory_share"]:
+        vllm |= {"vllm_gpu_memory_utilization": work["memory_share"]}
     return GRPOTrainer(
         work["folder"],
         reward_funcs=spread,
@@ -101,10 +103,11 @@ def unsloth_trainer(work: dict[str, Any]) -> Any:
     os.environ.setdefault("UNSLOTH_VLLM_NO_FLASHINFER", "1")
     from unsloth import FastLanguageModel  # before trl, transformers and peft
 
+    share = {"gpu_memory_utilization": work["memory_share"]} if work["memory_share"] else {}
     model, tokenizer = FastLanguageModel.from_pretrained(
         work["folder"], max_seq_length=work["prompt"] + longest(work) + ROOM, load_in_4bit=True,
         fast_inference=True, max_lora_rank=work["rank"], max_num_seqs=work["prompts"] * work["generations"],
-        local_files_only=True, use_exact_model_name=True,
+        local_files_only=True, use_exact_model_name=True, **share,
     )  # fmt: skip
     model = FastLanguageModel.get_peft_model(
         model, r=work["rank"], lora_alpha=2 * work["rank"], target_modules=PROJECTIONS,
