@@ -172,10 +172,13 @@ def train(config: Config, rank: Launch, *, resume: bool, verbose: bool) -> None:
 
 def start_ahead(config: Config) -> None:
     """Have others begin with what needs no torch: reading the weights' files and, at a first start, compiling the run's
-    kernels and reading vLLM."""
-    read_ahead(config.model)
-    if begin(config):
-        import_ahead()
+    kernels and reading vLLM. A model that cannot be used is refused later, where it is opened."""
+    try:
+        read_ahead(config.model)
+        if begin(config):
+            import_ahead()
+    except (UserError, OSError):
+        return
 
 
 def card(parsed: argparse.Namespace, config: Config) -> Gpu | None:

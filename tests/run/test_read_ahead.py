@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from grpo.config.schema import Model
+from grpo.config.schema import Model, parse_config
 from grpo.run import read_ahead
+from grpo.train import start_ahead
 
 
 def test_the_files_with_weights_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -27,9 +28,13 @@ def test_a_file_that_has_gone_is_passed_over(tmp_path: Path) -> None:
     read_ahead.ask_for([tmp_path / "gone.safetensors", tmp_path / "model.gguf"])
 
 
-@pytest.mark.parametrize("name", ["nobody/has-this", "./not-here"])
-def test_a_model_that_is_elsewhere_is_left(name: str) -> None:
-    assert read_ahead.read_ahead(Model(name=name)) is None
+def test_a_model_that_is_elsewhere_is_left() -> None:
+    assert read_ahead.read_ahead(Model(name="nobody/has-this")) is None
+
+
+def test_a_model_that_is_nowhere_is_refused_by_the_run_alone(tmp_path: Path) -> None:
+    values = {"model": {"name": "./not-here"}, "task": {"name": "arithmetic"}}
+    start_ahead(parse_config(values | {"checkpoint": {"output_dir": str(tmp_path)}}))
 
 
 def test_files_without_room_are_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
