@@ -11,7 +11,10 @@ GPU is busy in it, launches, and the kernels by name. No optimiser step.
 from __future__ import annotations
 
 import argparse
+import cProfile
+import io
 import json
+import pstats
 import statistics
 import sys
 from pathlib import Path
@@ -86,6 +89,19 @@ def measured(base: Any, form: str, groups: int, options: argparse.Namespace) -> 
     return found | kernel_table(step, gpu)
 
 
+def host(base: Any, form: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Milliseconds of a micro-batch of so few tokens that the GPU waits for launches, and where the host spends them."""
+    few = argparse.Namespace(**{**vars(options), "prompt": 16, "completion": 9})
+    step, tokens = micro_batch(our_policy(base, f"triton/{form}", options.rank), 1, few)
+    step()
+    median = statistics.median(milliseconds(step, options.repeats, warmup=1))
+    profiler = cProfile.Profile()
+    profiler.runcall(step)
+    text = io.StringIO()
+    pstats.Stats(profiler, stream=text).sort_stats("tottime").print_stats(45)
+    return {"tokens": tokens, "ms": round(median, 2), "host": text.getvalue().splitlines()}
+
+
 def show(name: str, found: dict[str, Any]) -> None:
     if "error" in found:
         print(f"{name}: {found['error']}", flush=True)
@@ -117,6 +133,9 @@ def main() -> int:
         options.shape, options.device, options.prompt, options.completion, options.groups = "tiny", "cpu", 16, 8, [1]
     base = load_base(options)
     result: dict[str, Any] = {"benchmark": "train_profile", "shape": options.shape, "forms": {}}
+    found = tried(lambda: host(base, "none", options))
+    result["host"] = found
+    print("host", found.get("ms"), *found.get("host", [found.get("error")]), sep="\n", flush=True)
     for groups in options.groups:
         for form in options.forms:
             name = f"{form}, {groups} groups"
