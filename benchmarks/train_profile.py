@@ -96,7 +96,8 @@ def host(base: Any, form: str, options: argparse.Namespace) -> dict[str, Any]:
     step()
     median = statistics.median(milliseconds(step, options.repeats, warmup=1))
     profiler = cProfile.Profile()
-    profiler.runcall(step)
+    with torch.autograd.set_multithreading_enabled(False):  # a profiler sees its own thread alone
+        profiler.runcall(step)
     text = io.StringIO()
     pstats.Stats(profiler, stream=text).sort_stats("tottime").print_stats(45)
     return {"tokens": tokens, "ms": round(median, 2), "host": text.getvalue().splitlines()}
