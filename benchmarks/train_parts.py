@@ -160,11 +160,23 @@ def dequantise(table: Table, device: str) -> None:
         table.time(f"dequantise {name}", lambda: nf4.dequantize(packed, absmax, out), moved=2.5 * n * k)  # noqa: B023
 
 
+def head(table: Table, device: str) -> None:
+    """The two products of a chunk of logits, by its rows."""
+    config = shape_config(table.options.shape)
+    weight = random(config.vocab_size, config.hidden_size, device=device)
+    for rows in table.options.chunks:
+        hidden, logits = random(rows, config.hidden_size, device=device), random(rows, config.vocab_size, device=device)
+        flops = 2.0 * rows * weight.numel()
+        table.time(f"head, {rows} rows: logits", lambda: torch.mm(hidden, weight.t(), out=logits), flops=flops)  # noqa: B023
+        table.time(f"head, {rows} rows: gradient", lambda: logits @ weight, flops=flops)  # noqa: B023
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--shape", choices=list(SHAPES), default="3b")
-    parser.add_argument("--rows", default="3622,4096,8192,25354", type=lambda text: [int(n) for n in text.split(",")])
-    parser.add_argument("--thin-rows", default="4096,25354", type=lambda text: [int(n) for n in text.split(",")])
+    parser.add_argument("--rows", default="3622,4096,4216,25296", type=lambda text: [int(n) for n in text.split(",")])
+    parser.add_argument("--thin-rows", default="4216,25296", type=lambda text: [int(n) for n in text.split(",")])
+    parser.add_argument("--chunks", default="1408,2048,2816,4096", type=lambda text: [int(n) for n in text.split(",")])
     parser.add_argument("--groups", type=int, default=6)
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--completion", type=int, default=511)
@@ -175,9 +187,9 @@ def main() -> int:
     device = "cuda"
     if options.tiny:
         device, options.shape, options.rows, options.thin_rows = "cpu", "tiny", [24], [24]
-        options.groups, options.prompt, options.completion, options.repeats = 1, 8, 4, 1
+        options.chunks, options.groups, options.prompt, options.completion, options.repeats = [16], 1, 8, 4, 1
     table = Table(options)
-    for part in (products, thin, attention, dequantise):
+    for part in (attention, head, thin, dequantise, products):
         found = tried(lambda part=part: part(table, device) or {})
         if found:
             print(part.__name__, found, flush=True)
