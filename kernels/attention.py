@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from grpo.kernels.attention_sinks import FlashWithSinks, masked_with_sinks, sink_weights
+from grpo.kernels.launch import to_device
 from grpo.kernels.shared_keys import GatherIndex, gather_keys
 
 try:
@@ -128,7 +129,7 @@ class Packing:
         return self._bounds([span.keys for span in self.spans])
 
     def _bounds(self, counts: list[int]) -> Tensor:
-        return torch.tensor([0, *counts]).cumsum(0).to(self.device, torch.int32)
+        return to_device(torch.tensor([0, *counts]).cumsum(0).int(), self.device)
 
     @cached_property
     def longest(self) -> tuple[int, int]:

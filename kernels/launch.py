@@ -52,6 +52,14 @@ def on_device(tensor: Tensor) -> torch.cuda.device:
     return torch.cuda.device(tensor.device.index if tensor.is_cuda else -1)
 
 
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """`values` on `device`. From a host's memory they go through pinned memory: a copy from ordinary memory takes its
+    turn behind what the GPU has been given, and the host waits for it."""
+    if device.type != "cuda" or values.is_cuda:
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)
+
+
 @lru_cache
 def disable_reduced_precision() -> None:
     """Let cuBLAS add up a product of 16-bit matrices in float32 alone, for the rest of the process.

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from grpo.kernels.launch import accumulation_dtype, is_interpreted, on_device, round_to, triton_supports
+from grpo.kernels.launch import accumulation_dtype, is_interpreted, on_device, round_to, to_device, triton_supports
 
 
 class GatherIndex:
@@ -25,11 +25,12 @@ class GatherIndex:
 
     def __init__(self, sources: Tensor, tokens: int, device: torch.device):
         """sources: int64 [keys] on the CPU, the token that each key is copied from, below `tokens`. On `device`:"""
-        self.sources = sources.to(device)
-        self.order = torch.argsort(sources, stable=True).to(device, torch.int32)
+        self.sources = to_device(sources, device)
+        self.order = to_device(torch.argsort(sources, stable=True).int(), device)
         """int32 [keys]: where token 0 is copied to, then of token 1, and so on."""
         counts = torch.bincount(sources, minlength=tokens)
-        self.bounds = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(device, torch.int32)
+        bounds = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
+        self.bounds = to_device(bounds, device)
         """int32 [tokens + 1]: where each token's part of `order` begins."""
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from grpo.kernels.launch import to_device
 from grpo.policy.prefix_tree import PrefixTree
 from grpo.rollout.sampler import Group
 from grpo.rollout.types import Segment
@@ -173,19 +174,19 @@ def apart(segment: Segment) -> list[int]:
 def sampled_inputs(batch: Sequence[TrainingSequence], device: torch.device) -> dict[str, Any]:
     """What `LossInputs` takes from the rollout, of S sequences with T trained tokens, one sequence after another.
 
-    Copied to `device` before the forward pass, so that no copy waits for its end.
+    Copied to `device` so that the host waits for none of what the device has to do before.
     """
     lengths = torch.tensor([sequence.trained for sequence in batch])
-    index = torch.arange(len(batch)).repeat_interleave(lengths).to(device)
+    index = to_device(torch.arange(len(batch)).repeat_interleave(lengths), device)
     old = [sequence.old_logprobs for sequence in batch if sequence.old_logprobs is not None]
     by_token = [sequence.token_advantages for sequence in batch if sequence.token_advantages is not None]
     of_tokens = [advantage for advantages in by_token for advantage in advantages]
     return {
         "sequence": index,
         "mask": torch.ones_like(index, dtype=torch.bool),
-        "rollout_logprobs": torch.tensor([p for s in batch for p in s.rollout_logprobs], device=device),
+        "rollout_logprobs": to_device(torch.tensor([p for s in batch for p in s.rollout_logprobs]), device),
         "old_logprobs": torch.cat(old).to(device) if len(old) == len(batch) else None,
-        "advantages": torch.tensor([sequence.advantage for sequence in batch], device=device),
-        "token_advantages": torch.tensor(of_tokens, device=device) if len(by_token) == len(batch) else None,
-        "truncated": torch.tensor([sequence.truncated for sequence in batch], device=device),
+        "advantages": to_device(torch.tensor([sequence.advantage for sequence in batch]), device),
+        "token_advantages": to_device(torch.tensor(of_tokens), device) if len(by_token) == len(batch) else None,
+        "truncated": to_device(torch.tensor([sequence.truncated for sequence in batch]), device),
     }
