@@ -6,6 +6,8 @@ kernels on CPU tensors for tests; it rounds otherwise than the compiler does, wh
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Iterable
 from functools import lru_cache
 
 import torch
@@ -58,6 +60,18 @@ def to_device(values: Tensor, device: torch.device) -> Tensor:
     if device.type != "cuda" or values.is_cuda:
         return values.to(device)
     return values.pin_memory().to(device, non_blocking=True)
+
+
+def int64_tensor(numbers: Iterable[int]) -> Tensor:
+    """`numbers` on the CPU; several times as fast as `torch.tensor`, which asks of every one what it is."""
+    values = array("q", numbers)
+    return torch.frombuffer(values, dtype=torch.int64) if values else torch.empty(0, dtype=torch.int64)
+
+
+def float32_tensor(numbers: Iterable[float]) -> Tensor:
+    """The same of other numbers."""
+    values = array("f", numbers)
+    return torch.frombuffer(values, dtype=torch.float32) if values else torch.empty(0)
 
 
 @lru_cache

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from grpo.kernels.attention import Packing, Span
-from grpo.kernels.launch import to_device
+from grpo.kernels.launch import int64_tensor, to_device
 from grpo.policy.image_rows import ImageRows, deepstack
 from grpo.policy.prefix_tree import Node, PrefixTree
 
@@ -150,7 +150,7 @@ def predicting_states(
     targets = targets if sampled is None else list(compress(targets, sampled))
     # Before the decoder, and so that the host waits for no copy: it gets ahead of the GPU and stays there.
     tokens, positions, predicting, chosen = (
-        to_device(torch.tensor(numbers, dtype=torch.int64), device)
+        to_device(int64_tensor(numbers), device)
         for numbers in (row.tokens, row.positions, row.predicting, targets)
     )
     if images is None:

@@ -21,7 +21,7 @@ from grpo.memory.activations import TrainingMemory, moment_bytes
 from grpo.memory.full_finetuning import chosen_form, gradient_bytes, state_bytes
 from grpo.policy.policy import Policy
 from grpo.policy.rng import RandomState
-from grpo.training.batch import TrainingSequence, pack
+from grpo.training.batch import TrainingSequence, filled
 
 T = TypeVar("T")
 
@@ -149,7 +149,7 @@ def largest_batch(config: Config, tokens: int) -> list[TrainingSequence]:
         for number in range(groups)
         for _ in range(config.rollout.num_generations)
     ]
-    batch = pack(sequences, tokens)[0]
+    batch = filled(sequences, tokens)[0][0]
     used = sum(len(sequence) for sequence in batch)
     used -= sum(len(a.prompt_ids) for a, b in zip(batch, batch[1:], strict=False) if a.prompt_ids == b.prompt_ids)
     room = tokens - used
