@@ -43,28 +43,37 @@ class _GatherKeys(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, key: Tensor, value: Tensor, index: GatherIndex) -> tuple[Tensor, Tensor]:
         ctx.index = index
-        out = key.new_empty(2, index.sources.numel(), *key.shape[1:])
-        if triton_supports(key):
-            launch_copy(contiguous_rows(key), contiguous_rows(value), index, out)
-        else:
-            torch.index_select(key, 0, index.sources, out=out[0])
-            torch.index_select(value, 0, index.sources, out=out[1])
-        return out[0], out[1]
+        return copy_keys(key, value, index)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, key_grad: Tensor, value_grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        index: GatherIndex = ctx.index
-        key_grad, value_grad = contiguous_rows(key_grad), contiguous_rows(value_grad)
-        tokens = index.bounds.numel() - 1
-        out = key_grad.new_empty(2, tokens, *key_grad.shape[1:])
-        if triton_supports(key_grad):
-            launch_sum(key_grad, value_grad, index, out)
-        else:
-            for grad, total in zip((key_grad, value_grad), out, strict=True):
-                sums = torch.zeros(total.shape, dtype=accumulation_dtype(grad.dtype), device=grad.device)
-                total.copy_(sums.index_add_(0, index.sources, grad.to(sums.dtype)))
-        return out[0], out[1], None
+        return *sum_keys(key_grad, value_grad, ctx.index), None
+
+
+def copy_keys(key: Tensor, value: Tensor, index: GatherIndex) -> tuple[Tensor, Tensor]:
+    """`gather_keys` without autograd."""
+    out = key.new_empty(2, index.sources.numel(), *key.shape[1:])
+    if triton_supports(key):
+        launch_copy(contiguous_rows(key), contiguous_rows(value), index, out)
+    else:
+        torch.index_select(key, 0, index.sources, out=out[0])
+        torch.index_select(value, 0, index.sources, out=out[1])
+    return out[0], out[1]
+
+
+def sum_keys(key_grad: Tensor, value_grad: Tensor, index: GatherIndex) -> tuple[Tensor, Tensor]:
+    """Gradients [keys, heads, dim] of what `copy_keys` gave -> those of key and value [tokens, heads, dim]."""
+    key_grad, value_grad = contiguous_rows(key_grad), contiguous_rows(value_grad)
+    tokens = index.bounds.numel() - 1
+    out = key_grad.new_empty(2, tokens, *key_grad.shape[1:])
+    if triton_supports(key_grad):
+        launch_sum(key_grad, value_grad, index, out)
+    else:
+        for grad, total in zip((key_grad, value_grad), out, strict=True):
+            sums = torch.zeros(total.shape, dtype=accumulation_dtype(grad.dtype), device=grad.device)
+            total.copy_(sums.index_add_(0, index.sources, grad.to(sums.dtype)))
+    return out[0], out[1]
 
 
 def launch_copy(key: Tensor, value: Tensor, index: GatherIndex, out: Tensor) -> None:
