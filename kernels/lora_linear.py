@@ -166,16 +166,23 @@ class LoraMatmul:
             x[:, k + self.rank] = 1
         torch.mm(x, self.matrix[:n].t(), out=out)
 
+    def adapter_gradient(self, grad: Tensor) -> Tensor:
+        """dL/d(x A^T) [rows, at least rank] alone, from dL/dy, a buffer of `outputs`: where x needs no gradient."""
+        n = self.group.out_features
+        if self.width:
+            return torch.mm(grad[:, :n], self.lora_b, out=grad[:, n:])
+        return grad @ self.lora_b
+
     def input_gradient(self, grad: Tensor) -> tuple[Tensor, Tensor]:
         """(dL/dx [rows, K], dL/d(x A^T) [rows, at least rank]) from dL/dy, a buffer of `outputs`."""
         n, k = self.group.out_features, self.group.in_features
         assert grad.shape[1] == n + self.width, (grad.shape, n, self.width)
         if self.width:
-            x_lora_a_grad = torch.mm(grad[:, :n], self.lora_b, out=grad[:, n:])
+            x_lora_a_grad = self.adapter_gradient(grad)
             return grad @ self.matrix[:, :k], x_lora_a_grad
         if not self.adapters:
             return grad @ self.weight, grad.new_empty(grad.shape[0], 0)
-        x_lora_a_grad = grad @ self.lora_b
+        x_lora_a_grad = self.adapter_gradient(grad)
         x_grad = grad.new_empty(grad.shape[0], k)
         total = torch.mm(grad, self.weight, out_dtype=torch.float32)
         round_sum(total, None, LowRank(x_lora_a_grad, self.lora_a.t()), x_grad)
