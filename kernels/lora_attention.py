@@ -20,7 +20,7 @@ from grpo.kernels.lora_factors import Adapter
 from grpo.kernels.lora_linear import LinearGroup, LoraMatmul, norm_backward, normed_input, row_tiles
 from grpo.kernels.rms_norm import Norm
 from grpo.kernels.rope import rotate
-from grpo.kernels.sizes import QKV_TILE
+from grpo.kernels.sizes import QKV_TILE, largest_tile
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class QkvProjection:
     """Of every head of q, before the rotation."""
     k_norm: Norm | None = None
     tile: int = QKV_TILE
-    """Rows whose normalised input exists at once."""
+    """Rows whose normalised input exists at once, about (`row_tiles`)."""
 
     @property
     def head_dim(self) -> int:
@@ -78,7 +78,7 @@ class _LoraQkv(torch.autograd.Function):
         adapters: tuple[Adapter, ...],
         *factors: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        matmul = LoraMatmul(projection.group, adapters, factors, min(x.shape[0], projection.tile))
+        matmul = LoraMatmul(projection.group, adapters, factors, min(x.shape[0], largest_tile(projection.tile)))
         stacked = x.new_empty(x.shape[0], projection.group.out_features)
         for rows in row_tiles(x.shape[0], projection.tile):
             matmul.forward(normed_input(matmul, projection.norm, x[rows]), stacked[rows])
@@ -102,7 +102,7 @@ class _LoraQkv(torch.autograd.Function):
         x, cos, sin, *rest = ctx.saved_tensors
         before, factors = rest[: ctx.normed], rest[ctx.normed :]
         projection: QkvProjection = ctx.projection
-        matmul = LoraMatmul(projection.group, ctx.adapters, factors, min(x.shape[0], projection.tile))
+        matmul = LoraMatmul(projection.group, ctx.adapters, factors, min(x.shape[0], largest_tile(projection.tile)))
         q_grad, k_grad = unit_stride(q_grad), unit_stride(k_grad)
         x_grad = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         for rows in row_tiles(x.shape[0], projection.tile):

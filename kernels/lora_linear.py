@@ -39,7 +39,7 @@ from grpo.kernels.launch import accumulation_dtype, disable_reduced_precision
 from grpo.kernels.lora_factors import Adapter, LowRank, pack_lora
 from grpo.kernels.lora_sum import dense_linear, round_sum, sums_in_float32
 from grpo.kernels.rms_norm import Norm
-from grpo.kernels.sizes import ADAPTER_COLUMNS
+from grpo.kernels.sizes import ADAPTER_COLUMNS, largest_tile
 from grpo.kernels.weight_gradient import add_gradient, add_product_, float32_product
 
 
@@ -239,9 +239,15 @@ def add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
 
 
 def row_tiles(rows: int, size: int) -> list[slice]:
-    """0..rows in nearly equal slices of at most `size`."""
-    count = max(1, -(-rows // size))
-    bounds = [rows * index // count for index in range(count + 1)]
+    """0..rows in slices of `size` and one of the rest, or of at most `largest_tile` where the rest is small.
+
+    Slices are whole because products of a round number of rows leave fewest multiprocessors idle at their end.
+    """
+    count, rest = divmod(rows, size)
+    if count and rest <= largest_tile(size) - size:
+        bounds = [rows * index // count for index in range(count + 1)]
+    else:
+        bounds = [*range(0, rows, size), rows] if rows else [0, 0]
     return [slice(start, end) for start, end in pairwise(bounds)]
 
 

@@ -150,8 +150,7 @@ def predicting_states(
     targets = targets if sampled is None else list(compress(targets, sampled))
     # Before the decoder, and so that the host waits for no copy: it gets ahead of the GPU and stays there.
     tokens, positions, predicting, chosen = (
-        to_device(int64_tensor(numbers), device)
-        for numbers in (row.tokens, row.positions, row.predicting, targets)
+        to_device(int64_tensor(numbers), device) for numbers in (row.tokens, row.positions, row.predicting, targets)
     )
     if images is None:
         result = decoder(input_ids=tokens[None], position_ids=positions[None], **shared)
