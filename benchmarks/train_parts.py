@@ -2,7 +2,7 @@
 
 Of one decoder layer of a shape, over random bf16 matrices:
 
-    product    the wide products by rows: as the graph launches them (columns for adapters beside each matrix), and plain
+    product    the wide products by rows: as the graph launches them (adapters beside each matrix), and plain
     thin       the products with adapters' factors alone
     attention  forward and backward of packed spans that share prompts
     dequant    of each NF4 matrix

@@ -1,6 +1,6 @@
 """Where the time of one training micro-batch goes: kernels by total time, and the host's share.
 
-Groups of 8 completions after a prompt that they share, random NF4 weights, LoRA of rank 16 on all seven linears, forward
+Groups of 8 completions after a prompt that they share, random NF4 weights, LoRA of rank 16 on all linears: forward
 and backward of a weighted sum of logprobs. For every form of recomputation: wall time of a micro-batch, time that the
 GPU is busy in it, launches, and the kernels by name. No optimiser step.
 
@@ -90,7 +90,7 @@ def measured(base: Any, form: str, groups: int, options: argparse.Namespace) -> 
 
 
 def host(base: Any, form: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Milliseconds of a micro-batch of so few tokens that the GPU waits for launches, and where the host spends them."""
+    """Milliseconds of a micro-batch so small that the GPU waits for launches, and where the host spends them."""
     few = argparse.Namespace(**{**vars(options), "prompt": 16, "completion": 9})
     step, tokens = micro_batch(our_policy(base, f"triton/{form}", options.rank), 1, few)
     step()
