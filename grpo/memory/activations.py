@@ -488,3 +488,8 @@ class TrainingMemory:
         hosted = [mode for mode in self.modes if self.on_host(mode) <= HOST_SHARE * host]
         fitting = [mode for mode in hosted if self.peak(mode) <= share * free]
         return fitting[0] if fitting else min(hosted, key=self.peak)
+
+    def mlps_that_fit(self, free: int) -> int:
+        """Under "mlp", how many layers can keep gate and up after all within `free` bytes of the device."""
+        room = int((FREE_SHARE if self.on_gpu else CPU_SHARE) * free) - self.peak("mlp")
+        return max(0, min(self.sizes.layers, room // self._gate_and_up()))

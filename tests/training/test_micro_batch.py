@@ -228,6 +228,17 @@ def test_a_form_that_does_not_fit_gives_way_before_the_first_step(
     assert notices == ['the largest micro-batch did not fit; train.gradient_checkpointing = "layer" is used']
 
 
+def test_mlps_that_are_kept_beyond_the_form_give_way_first(base: BaseWeights, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(micro_batches, "checkpointing_mode", lambda *given: ("mlp", 1))
+    monkeypatch.setattr(Policy, "recompute_layers", lambda policy, mode, kept_mlps=0: seen.append((mode, kept_mlps)))
+    seen: list[tuple[str, int]] = []
+    learner = learner_of(base)
+    learner.budget.modes = ("none", "mlp")
+    fail(learner, monkeypatch, 1)
+    learner.probe_memory()
+    assert seen == [("mlp", 1), ("mlp", 0)] and learner.budget.tokens == BUDGET
+
+
 def test_a_form_that_is_set_stays_and_the_micro_batch_gives_way(
     base: BaseWeights, monkeypatch: pytest.MonkeyPatch
 ) -> None:
