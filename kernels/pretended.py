@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import Any
 from unittest.mock import PropertyMock, patch
 
 import torch
@@ -28,7 +29,7 @@ def pretended(card: Card, loaded: Loaded | None = None) -> Iterator[None]:
         byte_tables(dtype)  # of numbers that a tensor without memory has not
     caches = nf4_plans.find_plan, dense_gemm._shared_memory
     properties = SimpleNamespace(major=card.architecture // 10, shared_memory_per_block_optin=card.shared_memory)
-    patches = (
+    patches: tuple[Any, ...] = (
         patch.object(
             FakeTensor, "data_ptr", lambda tensor: tensor.storage_offset() * tensor.element_size(), create=True
         ),

@@ -11,6 +11,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,17 +46,17 @@ class Launches:
             yield self.quantize
         if self.decodes:
             for rows in self.work["rows"]:
-                yield lambda rows=rows: self.decode(rows)
-        yield lambda: self.decode(PROMPT_ROWS)
+                yield partial(self.decode, rows)
+        yield partial(self.decode, PROMPT_ROWS)
         yield self.sample
-        yield lambda: self.head(False)
-        yield lambda: self.head(True)
+        yield partial(self.head, False)
+        yield partial(self.head, True)
         yield self.attention
         yield self.mlp
         yield self.last_norm
 
     def empty(self, *size: int, grad: bool = False) -> Tensor:
-        return torch.empty(*size, dtype=self.dtype, requires_grad=grad)
+        return torch.empty(size, dtype=self.dtype, requires_grad=grad)
 
     def stored(self, name: str) -> tuple[Tensor, Tensor | None]:
         """A linear layer's weight as the base holds it."""
@@ -76,7 +77,7 @@ class Launches:
 
     def decode(self, rows: int) -> None:
         """vLLM's linear layers, and what stands before an adapter's second half."""
-        on = self.empty(())
+        on = self.empty()
         for name, linear in self.linears.items():
             weight, absmax = self.stored(name)
             x, features, ranks = self.empty(rows, linear["columns"]), sum(linear["rows"]), linear["ranks"]
