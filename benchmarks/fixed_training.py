@@ -2,8 +2,8 @@
 
 The learner's own update, from made-up groups to the optimiser's step: random NF4 weights of a shape, LoRA of rank 16 on
 all seven linears, correction of the mismatch as by default. For each budget of a micro-batch and form of recomputation
-("mlp+9": nine layers keep gate and up): seconds of an update, and the peak of torch's allocator over it, weights
-included. No vLLM, so no KV cache.
+("mlp+9": nine layers keep gate and up): seconds, and the peak of torch's allocator, weights included. No vLLM, so no KV
+cache.
 
     python -m benchmarks.fixed_training --shape 3b --cases 32768/none,4224/none,8448/mlp+8 --out /tmp/fixed_training.json
     python -m benchmarks.fixed_training --tiny
