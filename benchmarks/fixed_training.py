@@ -5,7 +5,7 @@ all seven linears, correction of the mismatch as by default. For each budget of 
 ("mlp+9": nine layers keep gate and up): seconds, and the peak of torch's allocator, weights included. No vLLM, so no KV
 cache.
 
-    python -m benchmarks.fixed_training --shape 3b --cases 32768/none,4224/none,8448/mlp+8 --out /tmp/fixed_training.json
+    python -m benchmarks.fixed_training --shape 3b --cases 32768/none,8448/mlp+8 --out /tmp/fixed.json
     python -m benchmarks.fixed_training --tiny
 """
 
