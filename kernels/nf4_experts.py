@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from grpo.kernels import cards, mxfp4, nf4, routing
+from grpo.kernels.expert_rows import launch_sum
 from grpo.kernels.experts import ExpertAdapter, ExpertAdapters, ExpertMatrix, Experts, multiply
 from grpo.kernels.glu import ACTIVATIONS, gated, glu_forward
 from grpo.kernels.launch import is_interpreted, on_device, round_to
@@ -239,15 +240,8 @@ def finish(
 
 def combine(rows: Tensor, routes: Routes) -> Tensor:
     """Every token's rows times their weights, added up in float32 and rounded once: [tokens, columns]."""
-    tokens, top_k = routes.weights.shape
-    columns = rows.shape[1]
-    out = torch.empty(tokens, columns, dtype=rows.dtype, device=rows.device)
-    block = min(1024, triton.next_power_of_2(columns))
-    assert rows.is_contiguous() and routes.weights.is_contiguous()
-    with on_device(rows):
-        _combine_kernel[(tokens, triton.cdiv(columns, block))](
-            rows, routes.weights, routes.place, out, columns, top_k, block, is_interpreted(rows), num_warps=4
-        )
+    out = torch.empty(len(routes.weights), rows.shape[1], dtype=rows.dtype, device=rows.device)
+    launch_sum(rows, routes.weights, routes.place, out)
     return out
 
 
@@ -423,20 +417,3 @@ def _finished(
     if HAS_BIAS:
         total += tl.load(bias_ptr + expert * features + n, mask=inside, other=0.0).to(tl.float32)[None, :]
     return round_to(total, DTYPE, INTERPRETED)
-
-
-@triton.jit
-def _combine_kernel(
-    rows_ptr, weights_ptr, place_ptr, out_ptr, columns, TOP_K: tl.constexpr, BLOCK: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-):  # fmt: skip
-    """BLOCK columns of one token."""
-    token = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask = column < columns
-    total = tl.zeros([BLOCK], tl.float32)
-    for k in tl.static_range(TOP_K):
-        place = tl.load(place_ptr + token * TOP_K + k).to(tl.int64)
-        weight = tl.load(weights_ptr + token * TOP_K + k).to(tl.float32)
-        total += weight * tl.load(rows_ptr + place * columns + column, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out_ptr + token * columns + column, round_to(total, out_ptr.dtype.element_ty, INTERPRETED), mask=mask)

@@ -128,8 +128,9 @@ def test_rows_are_sorted_by_expert_and_then_by_token(tokens: int, experts: int, 
     torch.manual_seed(seed)
     top_k = min(3, experts)
     chosen = torch.stack([torch.randperm(experts)[:top_k] for _ in range(tokens)])
-    order, ends = group(chosen, experts)
+    order, ends, place = group(chosen, experts)
     flat = chosen.reshape(-1)
+    assert torch.equal(order[place], torch.arange(len(flat)))
     assert sorted(order.tolist()) == list(range(len(flat)))
     keys = [(int(flat[place]), int(place)) for place in order]
     assert keys == sorted(keys)
