@@ -108,6 +108,9 @@ def test_products_are_those_of_dequantised_experts_rounded_once(tile, experts, f
     plain_y = nf4_experts.experts_linear(x, *weight, routes, tile, top_k=top_k)
     sorted_y = nf4_experts.experts_linear(rows.contiguous(), *weight, routes, tile)
     assert torch.equal(plain_y, sorted_y)
+    for glu in ACTIVATIONS if features % 16 == 0 else ():
+        gated = nf4_experts.experts_linear(x, *weight, routes, tile, top_k=top_k, glu=glu)
+        close([gated], [glu_forward(plain_y, glu).double()], 1e-3)
     error = float((plain_y.double() - wanted).norm() / wanted.norm())
     assert error < (2.5e-3 if dtype == torch.bfloat16 else 4e-4)
 
