@@ -28,7 +28,17 @@ from grpo.kernels.experts import ExpertAdapter, ExpertAdapters, ExpertMatrix, Ex
 from grpo.kernels.glu import ACTIVATIONS, gated, glu_forward
 from grpo.kernels.launch import is_interpreted, on_device, round_to
 from grpo.kernels.mxfp4 import mx_scaled
-from grpo.kernels.nf4_lookup import CODE, byte_tables, fenced, load_rows, lookup_half, scaled, tile_columns
+from grpo.kernels.nf4_lookup import (
+    CODE,
+    byte_tables,
+    fenced,
+    lane_table,
+    load_rows,
+    lookup_half,
+    scaled,
+    shuffled_half,
+    tile_columns,
+)  # fmt: skip
 from grpo.kernels.nf4_tiles import Tile
 from grpo.kernels.routing import Record, Routes
 from grpo.kernels.split_k import dot
@@ -49,6 +59,10 @@ MANY = (Tile(128, 32, 4, 3, 2), Tile(64, 32, 4, 4, 2))
 """Tiles for up to FEW_ROWS rows an expert on average, and for more: the first is taken that computes what a plain
 product does. Triton 3.6 compiles some wrongly: on an H200 Tile(128, 16, 4, 3, 2) lost rows from 8 sequences on."""
 FEW_ROWS = 10
+SHUFFLED_HALVES = 1
+"""Of the two blocks of a word, how many are looked up by asking other lanes: 1 divides the work between two units."""
+MOST_REGISTERS: int | None = 128
+"""Of a thread, with which 16 warps share a multiprocessor."""
 FINISHED_COLUMNS = 64
 """Of a program that adds an adapter's term."""
 CHECKED_TOKENS, CHECKED_EXPERTS = (1, 8, 32, 128), 32
@@ -218,6 +232,7 @@ def _launch(
     assert x.dtype == (torch.bfloat16 if mx else absmax.dtype) and (bias is None or bias.is_contiguous())
     across, tiles = triton.cdiv(features, tile.n), len(routes.expert)
     a, scale, x_lora_a = (x, x, x) if shrink is None else shrink
+    unit = cards.card(x.device).unit if x.is_cuda else ""
     shrinking = 0 if shrink is None else triton.cdiv(tiles, across)
     with on_device(x):
         _experts_kernel[(across, shrinking + tiles)](
@@ -225,8 +240,8 @@ def _launch(
             routes.order, routes.ends, routes.expert, routes.start, a, scale, x_lora_a, shrinking, tiles, experts,
             features, columns, words.shape[1], x.stride(0), *byte_tables(x.dtype, mxfp4.VALUES if mx else CODE),
             tile.n, tile.m, tile.warps, tile.stages, tile.dots, columns % nf4.TILE != 0, top_k, bias is not None, mx,
-            0 if shrink is None else a.shape[1], SHRINK_COLUMNS, columns % SHRINK_COLUMNS != 0, glu, is_interpreted(x),
-            x.is_cuda and cards.card(x.device).unit == "mma", num_warps=tile.warps,
+            0 if shrink is None else a.shape[1], SHRINK_COLUMNS, columns % SHRINK_COLUMNS != 0, glu,
+            SHUFFLED_HALVES if unit == "wgmma" else 0, is_interpreted(x), unit == "mma", num_warps=tile.warps, maxnreg=MOST_REGISTERS if unit == "wgmma" else None,
         )  # fmt: skip
 
 
@@ -263,7 +278,8 @@ def _experts_kernel(
     x_lora_a_ptr, shrinking, row_tiles, experts, features, columns, tiles, stride_x_m, t0, t1, t2, t3, t4, t5, t6, t7,
     BN: tl.constexpr, BM: tl.constexpr, WARPS: tl.constexpr, STAGES: tl.constexpr, DOTS: tl.constexpr,
     HALF_TAIL: tl.constexpr, TOP_K: tl.constexpr, HAS_BIAS: tl.constexpr, MX: tl.constexpr, RANKS: tl.constexpr,
-    BK: tl.constexpr, TAIL: tl.constexpr, GLU: tl.constexpr, INTERPRETED: tl.constexpr, FENCED: tl.constexpr,
+    BK: tl.constexpr, TAIL: tl.constexpr, GLU: tl.constexpr, SHUFFLED: tl.constexpr, INTERPRETED: tl.constexpr,
+    FENCED: tl.constexpr,
 ):  # fmt: skip
     """The first `shrinking` rows of programs compute x A^T, a tile of rows each; the others a tile of the product."""
     number = tl.program_id(1) - shrinking
@@ -279,7 +295,7 @@ def _experts_kernel(
         _product_tile(
             number, x_ptr, words_ptr, scales_ptr, bias_ptr, out_ptr, order_ptr, ends_ptr, expert_ptr, start_ptr,
             experts, features, columns, tiles, stride_x_m, t0, t1, t2, t3, t4, t5, t6, t7, BN, BM, WARPS, STAGES,
-            DOTS, HALF_TAIL, TOP_K, HAS_BIAS, MX, GLU, INTERPRETED, FENCED,
+            DOTS, HALF_TAIL, TOP_K, HAS_BIAS, MX, GLU, SHUFFLED, INTERPRETED, FENCED,
         )  # fmt: skip
 
 
@@ -289,7 +305,7 @@ def _product_tile(
     features, columns, tiles, stride_x_m, t0, t1, t2, t3, t4, t5, t6, t7,
     BN: tl.constexpr, BM: tl.constexpr, WARPS: tl.constexpr, STAGES: tl.constexpr, DOTS: tl.constexpr,
     HALF_TAIL: tl.constexpr, TOP_K: tl.constexpr, HAS_BIAS: tl.constexpr, MX: tl.constexpr, GLU: tl.constexpr,
-    INTERPRETED: tl.constexpr, FENCED: tl.constexpr,
+    SHUFFLED: tl.constexpr, INTERPRETED: tl.constexpr, FENCED: tl.constexpr,
 ):  # fmt: skip
     """out^T [BN, BM] = W of one expert [BN, K] x^T. Words: [N / 8, tiles, 8, 16]; scales: pairs, [N / 8, tiles, 8].
     With GLU the tile's rows are BN / 2 of gates and those of their ups, and out^T is [BN / 2, BM]."""
@@ -313,13 +329,21 @@ def _product_tile(
         x_ptrs = x_ptr + (row.to(tl.int64) * stride_x_m)[None, :] + k[:, None]
         x_mask = known[None, :]
         total = tl.zeros([BN, BM], tl.float32)
+        if SHUFFLED > 0:
+            table = lane_table(t0, t1, t2, t3, t4, t5, t6, t7)
         for tile in tl.range(0, tiles, num_stages=STAGES):
             word = tl.load(word_ptrs + tile * 128)
             pair = tl.load(scale_ptrs + tile * 8)
-            low = tile_columns(lookup_half(word, 0, t0, t1, t2, t3, t4, t5, t6, t7, DTYPE, INTERPRETED), BN, WARPS)
+            if SHUFFLED > 1:
+                low = tile_columns(shuffled_half(word, 0, table, DTYPE), BN, WARPS)
+            else:
+                low = tile_columns(lookup_half(word, 0, t0, t1, t2, t3, t4, t5, t6, t7, DTYPE, INTERPRETED), BN, WARPS)
             low = _block_scaled(low, pair, 0, MX, DTYPE, INTERPRETED)
             low = fenced(low, FENCED)
-            high = tile_columns(lookup_half(word, 1, t0, t1, t2, t3, t4, t5, t6, t7, DTYPE, INTERPRETED), BN, WARPS)
+            if SHUFFLED > 0:
+                high = tile_columns(shuffled_half(word, 1, table, DTYPE), BN, WARPS)
+            else:
+                high = tile_columns(lookup_half(word, 1, t0, t1, t2, t3, t4, t5, t6, t7, DTYPE, INTERPRETED), BN, WARPS)
             high = _block_scaled(high, pair, 1, MX, DTYPE, INTERPRETED)
             high = fenced(high, FENCED)
             last = x_mask
