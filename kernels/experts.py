@@ -274,6 +274,7 @@ class _ExpertsMlp(torch.autograd.Function):
         inner = grouped(grad[order // top_k], experts.down, ends, transposed=True)  # but for the rows' weights
         row_weights = weights.reshape(-1)[order]
         gate_up_grad, of_rows = gated_backward(inner, gate_up, row_weights, experts.activation)
+        del inner
         weights_grad = of_rows[place].view_as(weights)
         if experts.down.bias is not None:  # a row's result has it too
             of_experts = grad.to(of_rows.dtype) @ experts.down.bias.t().to(of_rows.dtype)
