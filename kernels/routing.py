@@ -121,16 +121,15 @@ def _choose_kernel(
     inside = known[:, None] & (expert < EXPERTS)[None, :]
     logit = tl.load(logits_ptr + token[:, None] * stride + expert[None, :], mask=inside, other=float("-inf"))
     logit = tl.where(known[:, None], logit.to(tl.float32), tl.where(expert < EXPERTS, 0.0, float("-inf"))[None, :])
-    share = tl.exp(logit - tl.max(logit, 1)[:, None])
-    total = tl.sum(share, 1)
+    first = tl.max(logit, 1)
+    total = tl.sum(tl.exp(logit - first[:, None]), 1)
     slot = tl.arange(0, BK)
     weights = tl.zeros([BT, BK], tl.float32)
     chosen = tl.zeros([BT, BK], tl.int32)
     for k in tl.static_range(TOP_K):
-        best = tl.argmax(logit, 1)
+        most, best = tl.max(logit, 1, return_indices=True)
         is_best = expert[None, :] == best[:, None]
-        weight = tl.sum(tl.where(is_best, share, 0.0), 1)
-        weights = tl.where(slot[None, :] == k, weight[:, None], weights)
+        weights = tl.where(slot[None, :] == k, tl.exp(most - first)[:, None], weights)
         chosen = tl.where(slot[None, :] == k, best[:, None], chosen)
         logit = tl.where(is_best, float("-inf"), logit)
     weights = weights / (tl.sum(weights, 1) if RENORMALIZE else total)[:, None]
