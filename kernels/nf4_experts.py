@@ -241,7 +241,7 @@ def _launch(
             features, columns, words.shape[1], x.stride(0), *byte_tables(x.dtype, mxfp4.VALUES if mx else CODE),
             tile.n, tile.m, tile.warps, tile.stages, tile.dots, columns % nf4.TILE != 0, top_k, bias is not None, mx,
             0 if shrink is None else a.shape[1], SHRINK_COLUMNS, columns % SHRINK_COLUMNS != 0, glu,
-            SHUFFLED_HALVES if unit == "wgmma" else 0, is_interpreted(x), unit == "mma", num_warps=tile.warps, maxnreg=MOST_REGISTERS if unit == "wgmma" else None,
+            SHUFFLED_HALVES if unit == "wgmma" else 0, is_interpreted(x), unit == "mma", num_warps=tile.warps, maxnreg=MOST_REGISTERS if unit == "wgmma" and tile.m <= 16 else None,
         )  # fmt: skip
 
 
