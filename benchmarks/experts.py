@@ -135,8 +135,15 @@ def name_of(tile: Tile) -> str:
 
 def agreement(experts: Experts, top_k: int) -> dict[str, bool]:
     """Which tiles compute what torch does, with adapters and without."""
-    few = [nf4_experts.first_experts(each, nf4_experts.CHECKED_EXPERTS) for each in (experts.gate_up, experts.down)]
-    return {name_of(tile): all(nf4_experts.agrees(each, top_k, tile, RANK) for each in few) for tile in TILES}
+    above, below = (
+        nf4_experts.first_experts(each, nf4_experts.CHECKED_EXPERTS) for each in (experts.gate_up, experts.down)
+    )
+
+    def right(tile: Tile) -> bool:
+        activated = nf4_experts.agrees(above, top_k, tile, RANK, experts.activation)
+        return activated and nf4_experts.agrees(below, top_k, tile, RANK)
+
+    return {name_of(tile): right(tile) for tile in TILES}
 
 
 def timed(
@@ -178,11 +185,14 @@ def parts(
 ) -> dict[str, Any]:
     """Microseconds of every launch of a layer alone."""
     routes = routing.choose(logits, top_k, True, tiles.gate_up.m)
-    gate_up = torch.cat([inner, inner], 1)
-    rows = torch.empty(len(inner), x.shape[1], dtype=x.dtype, device=x.device)
+    above, rows = experts.gate_up, torch.empty(len(inner), x.shape[1], dtype=x.dtype, device=x.device)
     found = {
         "choose": microseconds(lambda: routing.choose(logits, top_k, True, tiles.gate_up.m)),
-        "glu": microseconds(lambda: glu_forward(gate_up, experts.activation)),
+        "gate_up_activated": microseconds(
+            lambda: nf4_experts.product(
+                x, above, None, None, routes, tiles.gate_up, top_k=top_k, glu=experts.activation
+            )
+        ),
         "combine": microseconds(lambda: nf4_experts.combine(rows, routes)),
     }
     for name, source, matrix, adapter, tile, of_token in (
