@@ -82,6 +82,8 @@ class Tiles(NamedTuple):
 
 
 _tiles: dict[torch.device, Tiles | None] = {}
+_shuffled: dict[torch.device, int] = {}
+"""Of a GPU, what took the place of SHUFFLED_HALVES."""
 
 
 def serves(x: Tensor, experts: Experts, top_k: int) -> bool:
@@ -92,7 +94,8 @@ def serves(x: Tensor, experts: Experts, top_k: int) -> bool:
 
 def find_tiles(experts: Experts, top_k: int, ranks: int = 0) -> Tiles | None:
     """The first of FEW and of MANY that compute what torch does on this GPU, with some of `experts` and, where `ranks`
-    is not 0, with adapters too; `serves` and `decode` go by it. None: the kernels are not used."""
+    is not 0, with adapters too; `serves` and `decode` go by it. Lookups by shuffles are given up where none is right
+    with them. None: the kernels are not used."""
     device = experts.gate_up.weight.device
     _tiles[device] = None
     if experts.gate_up.absmax is None or not cards.card(device).dot_is_fast:
@@ -109,8 +112,12 @@ def find_tiles(experts: Experts, top_k: int, ranks: int = 0) -> Tiles | None:
 
         return next((tile for tile in ordered if right(tile)), None)
 
-    found = [tile for tile in (first(FEW), first(MANY)) if tile is not None]
-    _tiles[device] = Tiles(found[0], found[-1]) if found else None
+    for halves in (SHUFFLED_HALVES, 0):
+        _shuffled[device] = halves
+        found = [tile for tile in (first(FEW), first(MANY)) if tile is not None]
+        if found:
+            _tiles[device] = Tiles(found[0], found[-1])
+            break
     return _tiles[device]
 
 
@@ -233,6 +240,8 @@ def _launch(
     across, tiles = triton.cdiv(features, tile.n), len(routes.expert)
     a, scale, x_lora_a = (x, x, x) if shrink is None else shrink
     unit = cards.card(x.device).unit if x.is_cuda else ""
+    shuffled = _shuffled.get(x.device, SHUFFLED_HALVES) if unit == "wgmma" else 0
+    registers = MOST_REGISTERS if unit == "wgmma" and tile.m <= 16 else None
     shrinking = 0 if shrink is None else triton.cdiv(tiles, across)
     with on_device(x):
         _experts_kernel[(across, shrinking + tiles)](
@@ -240,8 +249,8 @@ def _launch(
             routes.order, routes.ends, routes.expert, routes.start, a, scale, x_lora_a, shrinking, tiles, experts,
             features, columns, words.shape[1], x.stride(0), *byte_tables(x.dtype, mxfp4.VALUES if mx else CODE),
             tile.n, tile.m, tile.warps, tile.stages, tile.dots, columns % nf4.TILE != 0, top_k, bias is not None, mx,
-            0 if shrink is None else a.shape[1], SHRINK_COLUMNS, columns % SHRINK_COLUMNS != 0, glu,
-            SHUFFLED_HALVES if unit == "wgmma" else 0, is_interpreted(x), unit == "mma", num_warps=tile.warps, maxnreg=MOST_REGISTERS if unit == "wgmma" and tile.m <= 16 else None,
+            0 if shrink is None else a.shape[1], SHRINK_COLUMNS, columns % SHRINK_COLUMNS != 0, glu, shuffled,
+            is_interpreted(x), unit == "mma", num_warps=tile.warps, maxnreg=registers,
         )  # fmt: skip
 
 
