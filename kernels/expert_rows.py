@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from grpo.kernels import cards
 from grpo.kernels.glu import ACTIVATIONS, gated_gradients, glu_backward
 from grpo.kernels.launch import accumulation_dtype, is_interpreted, on_device, round_to, triton_supports
 
@@ -46,10 +47,11 @@ def launch_sum(rows: Tensor, weights: Tensor | None, place: Tensor, out: Tensor)
     if not tokens:
         return
     top_k, block = len(place) // tokens, min(COLUMNS, triton.next_power_of_2(columns))
+    overlapped = rows.is_cuda and cards.card(rows.device).overlaps
     with on_device(rows):
         _sum_kernel[(tokens, triton.cdiv(columns, block))](
             rows, rows if weights is None else weights, place, out, columns, top_k, block, weights is not None,
-            is_interpreted(rows), num_warps=4,
+            is_interpreted(rows), overlapped, num_warps=4, launch_pdl=overlapped,
         )  # fmt: skip
 
 
@@ -102,9 +104,12 @@ def gated_backward(grad: Tensor, gate_up: Tensor, row_weights: Tensor, activatio
 @triton.jit
 def _sum_kernel(
     rows_ptr, weights_ptr, place_ptr, out_ptr, columns, TOP_K: tl.constexpr, BLOCK: tl.constexpr,
-    WEIGHTED: tl.constexpr, INTERPRETED: tl.constexpr,
+    WEIGHTED: tl.constexpr, INTERPRETED: tl.constexpr, OVERLAPPED: tl.constexpr,
 ):  # fmt: skip
     """BLOCK columns of one token."""
+    if OVERLAPPED:
+        tl.extra.cuda.gdc_wait()  # this may be launched while what is in front of it runs
+        tl.extra.cuda.gdc_launch_dependents()
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < columns

@@ -241,6 +241,7 @@ def _launch(
     a, scale, x_lora_a = (x, x, x) if shrink is None else shrink
     unit = cards.card(x.device).unit if x.is_cuda else ""
     shuffled = _shuffled.get(x.device, SHUFFLED_HALVES) if unit == "wgmma" else 0
+    overlapped = x.is_cuda and cards.card(x.device).overlaps
     registers = MOST_REGISTERS if unit == "wgmma" and tile.m <= 16 else None
     shrinking = 0 if shrink is None else triton.cdiv(tiles, across)
     with on_device(x):
@@ -250,7 +251,8 @@ def _launch(
             features, columns, words.shape[1], x.stride(0), *byte_tables(x.dtype, mxfp4.VALUES if mx else CODE),
             tile.n, tile.m, tile.warps, tile.stages, tile.dots, columns % nf4.TILE != 0, top_k, bias is not None, mx,
             0 if shrink is None else a.shape[1], SHRINK_COLUMNS, columns % SHRINK_COLUMNS != 0, glu, shuffled,
-            is_interpreted(x), unit == "mma", num_warps=tile.warps, maxnreg=registers,
+            is_interpreted(x), unit == "mma", overlapped, num_warps=tile.warps, maxnreg=registers,
+            launch_pdl=overlapped,
         )  # fmt: skip
 
 
@@ -265,11 +267,12 @@ def finish(
     assert sums.is_contiguous() and x_lora_a.is_contiguous() and b.is_contiguous() and x_lora_a.dtype == b.dtype
     assert x_lora_a.shape == (rows, ranks) and b.shape == (experts, features, ranks) and (not glu or glu in ACTIVATIONS)
     assert ranks >= 16 and ranks & (ranks - 1) == 0
+    overlapped = b.is_cuda and cards.card(b.device).overlaps
     with on_device(b):
         _finish_kernel[(triton.cdiv(columns, FINISHED_COLUMNS), len(routes.expert))](
             sums, x_lora_a, b, b if bias is None else bias, out, routes.ends, routes.expert, routes.start, experts,
             features, columns, ranks, tile_rows, FINISHED_COLUMNS, bias is not None, glu, is_interpreted(b),
-            num_warps=4,
+            overlapped, num_warps=4, launch_pdl=overlapped,
         )  # fmt: skip
     return out
 
@@ -288,9 +291,12 @@ def _experts_kernel(
     BN: tl.constexpr, BM: tl.constexpr, WARPS: tl.constexpr, STAGES: tl.constexpr, DOTS: tl.constexpr,
     HALF_TAIL: tl.constexpr, TOP_K: tl.constexpr, HAS_BIAS: tl.constexpr, MX: tl.constexpr, RANKS: tl.constexpr,
     BK: tl.constexpr, TAIL: tl.constexpr, GLU: tl.constexpr, SHUFFLED: tl.constexpr, INTERPRETED: tl.constexpr,
-    FENCED: tl.constexpr,
+    FENCED: tl.constexpr, OVERLAPPED: tl.constexpr,
 ):  # fmt: skip
     """The first `shrinking` rows of programs compute x A^T, a tile of rows each; the others a tile of the product."""
+    if OVERLAPPED:
+        tl.extra.cuda.gdc_wait()  # this may be launched while what is in front of it runs
+        tl.extra.cuda.gdc_launch_dependents()
     number = tl.program_id(1) - shrinking
     if RANKS > 0:
         if number < 0:
@@ -437,9 +443,12 @@ def _shrink_tile(
 def _finish_kernel(
     sums_ptr, x_lora_a_ptr, b_ptr, bias_ptr, out_ptr, ends_ptr, expert_ptr, start_ptr, experts, features, columns,
     RANKS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    INTERPRETED: tl.constexpr, OVERLAPPED: tl.constexpr,
 ):  # fmt: skip
     """BN columns of a tile's rows."""
+    if OVERLAPPED:
+        tl.extra.cuda.gdc_wait()  # this may be launched while what is in front of it runs
+        tl.extra.cuda.gdc_launch_dependents()
     DTYPE: tl.constexpr = out_ptr.dtype.element_ty
     expert = tl.load(expert_ptr + tl.program_id(1))
     if expert < experts:

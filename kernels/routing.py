@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from grpo.kernels import cards
 from grpo.kernels.launch import is_interpreted, on_device, round_to
 
 MOST_PAIRS = 1 << 12
@@ -97,12 +98,14 @@ def choose(logits: Tensor, top_k: int, renormalize: bool, tile_rows: int, record
     weights = torch.empty(tokens, top_k, dtype=logits.dtype, device=logits.device)
     table, slots, layer = (chosen, chosen, 0) if record is None else record
     assert record is None or (table.is_contiguous() and slots.is_contiguous() and len(slots) >= tokens)
+    overlapped = logits.is_cuda and cards.card(logits.device).overlaps
     with on_device(logits):
         _choose_kernel[(triton.cdiv(tokens, TOKENS),)](
             logits, weights, chosen, order, place, ends, expert, start, counters(logits.device, experts), table, slots,
             tokens, tiles, layer, logits.stride(0), table.stride(0), record is not None, experts,
             triton.next_power_of_2(experts), top_k, triton.next_power_of_2(top_k), renormalize, TOKENS, tile_rows,
-            max(128, triton.next_power_of_2(pairs)), is_interpreted(logits), num_warps=4,
+            max(128, triton.next_power_of_2(pairs)), is_interpreted(logits), overlapped, num_warps=4,
+            launch_pdl=overlapped,
         )  # fmt: skip
     return Routes(weights, chosen.view(tokens, top_k), order, place, ends, expert, start)
 
@@ -112,9 +115,12 @@ def _choose_kernel(
     logits_ptr, weights_ptr, chosen_ptr, order_ptr, place_ptr, ends_ptr, expert_ptr, start_ptr, counts_ptr, table_ptr,
     slots_ptr, tokens, tiles, layer, stride, table_stride, RECORD: tl.constexpr, EXPERTS: tl.constexpr,
     BE: tl.constexpr, TOP_K: tl.constexpr, BK: tl.constexpr, RENORMALIZE: tl.constexpr, BT: tl.constexpr,
-    TILE_ROWS: tl.constexpr, PAIRS: tl.constexpr, INTERPRETED: tl.constexpr,
+    TILE_ROWS: tl.constexpr, PAIRS: tl.constexpr, INTERPRETED: tl.constexpr, OVERLAPPED: tl.constexpr,
 ):  # fmt: skip
     """BT tokens are routed; the last program sorts the pairs of all tokens."""
+    if OVERLAPPED:
+        tl.extra.cuda.gdc_wait()  # this may be launched while what is in front of it runs
+        tl.extra.cuda.gdc_launch_dependents()
     token = tl.program_id(0) * BT + tl.arange(0, BT)
     known = token < tokens
     expert = tl.arange(0, BE)
