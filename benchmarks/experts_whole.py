@@ -99,7 +99,7 @@ class Whole:
         for count in self.options.counts:
             if time.monotonic() > self.options.ends:
                 break
-            rows.append(shared.throughput(self.engine, count, self.options.context, self.options.decoded, repeats=1))
+            rows.append(shared.throughput(self.engine, count, self.options.context, self.options.decoded, repeats=3))
             print(rows[-1], flush=True)
         return rows
 

@@ -242,7 +242,7 @@ def _launch(
     unit = cards.card(x.device).unit if x.is_cuda else ""
     shuffled = _shuffled.get(x.device, SHUFFLED_HALVES) if unit == "wgmma" else 0
     overlapped = x.is_cuda and cards.card(x.device).overlaps
-    registers = MOST_REGISTERS if unit == "wgmma" and tile.m <= 16 else None
+    registers = most_registers(tile) if unit == "wgmma" else None
     shrinking = 0 if shrink is None else triton.cdiv(tiles, across)
     with on_device(x):
         _experts_kernel[(across, shrinking + tiles)](
@@ -282,6 +282,11 @@ def combine(rows: Tensor, routes: Routes) -> Tensor:
     out = torch.empty(len(routes.weights), rows.shape[1], dtype=rows.dtype, device=rows.device)
     launch_sum(rows, routes.weights, routes.place, out)
     return out
+
+
+def most_registers(tile: Tile) -> int | None:
+    """Of a thread, on Hopper; None: as many as the compiler takes."""
+    return MOST_REGISTERS if tile.m <= 16 else None
 
 
 @triton.jit(do_not_specialize=["shrinking", "row_tiles", "tiles"])
