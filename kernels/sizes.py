@@ -30,3 +30,8 @@ CONVOLUTION_BYTES = 512 << 20
 EXPERTS_BYTES = 1 << 30
 """experts.py: of dequantised experts at a time, in training. Above it the host has to know how many rows each has; a
 matrix of 128 experts of 1,536 x 2,048 in 16 bit takes 768 MiB."""
+
+
+def largest_tile(size: int) -> int:
+    """Rows of the largest tile where tiles have `size`: a small rest is shared out."""
+    return size + size // 8
