@@ -20,7 +20,16 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from grpo.kernels.launch import accumulation_dtype, is_interpreted, on_device, round_to, triton_supports, unit_stride
+from grpo.kernels.launch import (
+    accumulation_dtype,
+    cdiv,
+    is_interpreted,
+    next_power_of_2,
+    on_device,
+    round_to,
+    triton_supports,
+    unit_stride,
+)
 
 ACTIVATIONS = ("silu", "gelu_tanh", "clamped_silu")
 CLAMP, STEEPNESS = 7.0, 1.702
@@ -129,9 +138,9 @@ def _check(activation: str, gate_up: Tensor, *halves: Tensor) -> None:
 
 def _launch_sizes(rows: int, inner: int) -> tuple[tuple[int, int], int, int]:
     """(grid, rows of a program, columns of its tile)."""
-    columns = min(ELEMENTS, triton.next_power_of_2(inner))
+    columns = min(ELEMENTS, next_power_of_2(inner))
     height = ELEMENTS // columns
-    return (triton.cdiv(rows, height), triton.cdiv(inner, columns)), height, columns
+    return (cdiv(rows, height), cdiv(inner, columns)), height, columns
 
 
 def launch_forward(gate_up: Tensor, activation: str, out: Tensor) -> None:

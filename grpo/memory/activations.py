@@ -17,6 +17,7 @@ from grpo.kernels.sizes import (
     CPU_BLOCK_BYTES,
     EXPERTS_BYTES,
     HEAD_SLICE_BYTES,
+    KEPT_TILES,
     MLP_TILE,
     QKV_TILE,
     WEIGHT_SLICE_BYTES,
@@ -436,7 +437,8 @@ class TrainingMemory:
         s, one = self.sizes, self.layer_input()
         replayed = mode in ("layer", "offload")
         attention = self.kept_by_layer() - self._gate_and_up() - 2 * one
-        mlp_rows, qkv_rows = (min(self.tokens, largest_tile(tile)) for tile in (MLP_TILE, QKV_TILE))
+        mlp_tile_rows = MLP_TILE * (KEPT_TILES if mode == "none" else 1)
+        mlp_rows, qkv_rows = (min(self.tokens, largest_tile(tile)) for tile in (mlp_tile_rows, QKV_TILE))
         # Beside the gradient of the product: the normed input and, where adapters multiply with W, a wider gradient.
         mlp_numbers = (
             s.inner + (1 + self._weights_copied) * s.hidden + (0 if mode == "none" else 2 * s.inner + s.beside(GATE_UP))
