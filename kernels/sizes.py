@@ -30,8 +30,9 @@ DELTA_RULE_BYTES = 1 << 30
 """gated_delta.py: intermediate tensors at once, about; as many heads are computed together as fit, and at least one."""
 CONVOLUTION_BYTES = 512 << 20
 """short_conv.py: intermediate tensors at once, about; so many channels are computed together."""
-EXPERTS_BYTES = 256 << 20
-"""experts.py: of dequantised experts at a time, in training."""
+EXPERTS_BYTES = 1 << 30
+"""experts.py: of dequantised experts at a time, in training. Above it the host has to know how many rows each has; a
+matrix of 128 experts of 1,536 x 2,048 in 16 bit takes 768 MiB."""
 
 
 def largest_tile(size: int) -> int:
