@@ -1,10 +1,10 @@
 """Episodes: the policy talks to an environment in turns, and every sampled token is kept as it was sampled.
 
 `EpisodePlayer` lets requests join vLLM's batch as environments answer. By its deterministic schedule an answer is taken
-up exactly `latency_steps` engine steps after it was asked for, and the engine waits for a slower one: what is in a
-batch, and so every token and logprob, does not depend on how long tools take. Where the first step of a turn costs
-others much, answers are gathered for it first (`worth_a_join`). Groups of scored episodes are made of
-them in `episode_sampler.py`; environments themselves are `grpo/environments/`.
+up `latency_steps` engine steps after it was asked for, and the engine waits for a slower one: what is in a batch, and
+so every token and logprob, does not depend on how long tools take. Where the first step of a turn costs the others
+much, answers are gathered for it (`worth_a_join`). Groups of scored episodes are made of them in `episode_sampler.py`;
+environments themselves are `grpo/environments/`.
 """
 
 from __future__ import annotations

@@ -55,8 +55,8 @@ class Environment(Section):
     """An episode whose program raises, hangs, dies or returns nonsense: leave it out of training, or stop the run. A
     step in which all do so ends the run in either case."""
     schedule: Literal["deterministic", "eager"] = "deterministic"
-    """When an environment's answer is taken up: exactly `latency_steps` after it was asked for, so that the tokens do
-    not depend on how long tools take; or at once."""
+    """When an environment's answer is taken up: `latency_steps` after it was asked for, so that the tokens do not
+    depend on how long tools take; or at once."""
     latency_steps: PositiveInt = 16
     """Decoding steps from the end of a turn until its answer is taken up. A slower answer is waited for."""
     join_steps: Annotated[int, Field(ge=0)] | None = None
