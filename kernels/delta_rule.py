@@ -97,12 +97,17 @@ class Kept(NamedTuple):
 
 
 def serves(inputs: Inputs) -> bool:
-    """Whether the kernels compute this: in bfloat16, on a GPU with tensor cores for it."""
+    """Whether the kernels compute this."""
+    return serves_on(inputs.value.device, inputs.value.dtype, inputs.dims)
+
+
+def serves_on(device: torch.device, dtype: torch.dtype, dims: tuple[int, int]) -> bool:
+    """Whether the kernels compute heads of these sizes: in bfloat16, on a GPU with tensor cores for it."""
     return (
-        inputs.value.is_cuda
-        and inputs.value.dtype == torch.bfloat16
-        and max(inputs.dims) <= MOST_DIM
-        and torch.cuda.get_device_capability(inputs.value.device) >= LEAST_CAPABILITY
+        device.type == "cuda"
+        and dtype == torch.bfloat16
+        and max(dims) <= MOST_DIM
+        and torch.cuda.get_device_capability(device) >= LEAST_CAPABILITY
     )
 
 

@@ -27,6 +27,7 @@ from triton.runtime.jit import JITFunction
 from grpo.kernels import (
     cards,
     delta_rule,
+    delta_step,
     dense_gemm,
     eight_bit,
     eight_bit_gemm,
@@ -64,7 +65,7 @@ MODULES = (
 )  # fmt: skip
 EXPERT_MODULES = mxfp4, nf4_experts, routing
 """Those that mixtures of experts launch beside them."""
-RECURRENT_MODULES = delta_rule, short_conv
+RECURRENT_MODULES = delta_rule, delta_step, short_conv
 """Those of layers with a state."""
 CARDS = (
     Card("Tesla T4", 75, SHARED_MEMORY[75], 40, 4 * MB),
@@ -367,6 +368,29 @@ def recurrent_operators(dtype: torch.dtype) -> None:
     delta_rule.along(inputs, run, made, 1e-6, kept=kept)
     later = delta_rule.back(inputs, run, made, 1e-6, grad)
     delta_rule.input_grads(inputs, run, 1e-6, grad, kept, later, [torch.empty_like(part) for part in inputs])
+    sampled_recurrences(mixed, width)
+
+
+def sampled_recurrences(mixed: Tensor, width: Tensor) -> None:
+    """The same while sampling; what vLLM's pages of it are, and the batch's."""
+    dtype, numbers = mixed.dtype, torch.empty(64, dtype=torch.int32)
+    conv, states = torch.empty(9, 3, 8192, dtype=dtype), torch.empty(9, 32, 128, 128)
+    gates, gate = torch.empty(TOKENS, 64, dtype=dtype), torch.empty(TOKENS, 4096, dtype=dtype)
+    of_heads = torch.empty(32, dtype=dtype)
+    weights = delta_step.Weights(width, of_heads, of_heads, torch.empty(128, dtype=dtype), 1e-6, 1e-6, 16)
+    delta_step.step(
+        mixed,
+        *gates.chunk(2, 1),
+        gate,
+        weights,
+        conv,
+        states,
+        torch.empty(TOKENS, dtype=torch.int32),
+        torch.empty_like(gate),
+    )
+    begun = torch.empty(5, dtype=torch.bool)
+    sequences = delta_step.Sequences(numbers[:6], numbers[:40].view(20, 2), numbers[:5], begun)
+    delta_step.convolve(mixed, width, conv, sequences, 64)
 
 
 LAUNCHES: tuple[Callable[[Shape, torch.dtype], None], ...] = (
