@@ -17,6 +17,7 @@ from vllm.model_executor.layers.mamba.mamba_utils import is_conv_state_dim_first
 
 from grpo.kernels import delta_rule, delta_step
 from grpo.kernels.gated_delta import EPS
+from grpo.kernels.gated_norm import gated_norm_forward
 from grpo.kernels.recurrence import CHUNK, Order, Run
 
 
@@ -90,8 +91,8 @@ def prompts(layer: Any, sequences: Any, qkv: Tensor, gate: Tensor, ba: Tensor, o
     result = torch.empty_like(value, memory_format=torch.contiguous_format)
     after = delta_rule.along(inputs, run, delta_rule.prepare(inputs, run, EPS), EPS, result, begin=begin)
     states[slots] = after.transpose(-1, -2)
-    normed = layer.norm(result.flatten(0, 1), gate.reshape(-1, layer.head_v_dim))
-    out.copy_(normed.view(out.shape))
+    gate, out = (part.unflatten(-1, value.shape[1:]) for part in (gate, out))
+    gated_norm_forward(result, gate, layer.norm.weight, layer.norm.eps, out)
 
 
 _latest: tuple[Tensor | None, Run | None] = (None, None)

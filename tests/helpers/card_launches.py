@@ -31,6 +31,7 @@ from grpo.kernels import (
     dense_gemm,
     eight_bit,
     eight_bit_gemm,
+    gated_norm,
     glu,
     logprob,
     lora_factors,
@@ -65,7 +66,7 @@ MODULES = (
 )  # fmt: skip
 EXPERT_MODULES = mxfp4, nf4_experts, routing
 """Those that mixtures of experts launch beside them."""
-RECURRENT_MODULES = delta_rule, delta_step, short_conv
+RECURRENT_MODULES = delta_rule, delta_step, gated_norm, short_conv
 """Those of layers with a state."""
 CARDS = (
     Card("Tesla T4", 75, SHARED_MEMORY[75], 40, 4 * MB),
@@ -354,6 +355,9 @@ def recurrent_operators(dtype: torch.dtype) -> None:
     short_conv.launch_forward(mixed, width, None, places, torch.empty_like(mixed), True)
     for rows, out in ((numbers[:TOKENS], torch.empty_like(mixed)), (numbers[:12], torch.empty(12, 8192))):
         short_conv.launch_backward(mixed, mixed, width, None, places, rows, out, True)
+    heads_out, of_head = torch.empty(TOKENS, 32, 128, dtype=dtype), torch.empty(128, dtype=dtype)
+    gated_norm.launch_forward(heads_out, heads_out, of_head, 1e-6, heads_out)
+    gated_norm.launch_backward(heads_out, heads_out, heads_out, of_head, 1e-6, heads_out, heads_out)
     if dtype != torch.bfloat16:
         return
     query, key, value = mixed.split([2048, 2048, 4096], 1)

@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from grpo.kernels.gated_norm import gated_norm
 from grpo.kernels.recurrence import CHUNK
-from grpo.policy.recurrent import gated_norm
 from grpo.rollout import vllm_delta_rule, vllm_recurrence_cpu
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "pytest tests/kernels/test_recurrence.py runs this file"
