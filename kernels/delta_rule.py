@@ -27,6 +27,7 @@ from torch import Tensor
 
 from grpo.kernels.launch import is_interpreted, on_device, round_to
 from grpo.kernels.recurrence import CHUNK, Run
+from grpo.kernels.sizes import delta_rule_bytes
 
 MOST_DIM = 128
 """Of keys and of values: a program holds a state, or a part of one, in registers."""
@@ -113,9 +114,7 @@ def serves_on(device: torch.device, dtype: torch.dtype, dims: tuple[int, int]) -
 
 def bytes_of_head(run: Run, dim: int, value_dim: int) -> int:
     """Bytes of what a backward keeps for one head of values."""
-    state = dim * value_dim
-    chunk = 2 * CHUNK * CHUNK + 2 * (CHUNK * value_dim + state)
-    return 4 * (len(run.starts) * chunk + 3 * state * max(len(order.spans) for order in run.orders))
+    return delta_rule_bytes(len(run.starts), max(len(order.spans) for order in run.orders), dim, value_dim)
 
 
 def block(size: int) -> int:

@@ -39,6 +39,8 @@ QKV, GATE_UP, DOWN = (
 """Linear layers that are one product each."""
 NORMED_HEADS = ("qwen3", "gemma3_text", "qwen3_5_text", "qwen3_5_moe_text", "qwen3_moe", "lfm2")
 """Families that normalise q and k before the rotation."""
+OWN_NORMS = ("qwen3_5_text", "qwen3_5_moe_text")
+"""Families whose plain layers have our norms, which keep their input as it is (grpo/policy/gated_attention.py)."""
 LIBRARIES = 36 << 20
 """Workspaces that cuBLAS takes from torch's allocator on a GPU (32 MiB on Hopper, 8 MiB before)."""
 INDEXED_IN_32_BITS = 2**31 - 1
@@ -95,7 +97,7 @@ class LayerSizes:
     adapter_b: int
     """Numbers in one layer's B."""
     gated: bool = False
-    """What attention gives is multiplied by a gate (Qwen 3.5)."""
+    """What attention gives is multiplied by a gate, and norms of plain layers keep their input as it is (Qwen 3.5)."""
     states: tuple[StateLayers, ...] = ()
     """The layers that are not attention, by their kind."""
     experts: ExpertSizes | None = None
@@ -117,7 +119,7 @@ class LayerSizes:
         if mixed := has_states(shape):  # of the layer with the most
             first = largest_layer(shape, adapted)
         return cls(
-            gated=shape.model_type in ("qwen3_5_text", "qwen3_5_moe_text"),
+            gated=shape.model_type in OWN_NORMS,
             states=state_layers(shape, adapted) if mixed else (),
             hidden=shape.hidden_size,
             inner=of_all(mlp_widths(shape)),
@@ -233,8 +235,10 @@ class TrainingMemory:
 
     def kept_by_states(self) -> list[int]:
         """The same of a layer of every kind that has states."""
-        common = self.tokens * self._common_per_token() + self._factors()
-        return [common + self.tokens * kind.kept(self.itemsize, self.sizes.rank) for kind in self.sizes.states]
+        s = self.sizes
+        of_mlp = s.rank * len(s.adapted & {*GATE_UP, *DOWN}) * self.itemsize
+        common = self.tokens * (self._common_per_token() + of_mlp) + self._factors()
+        return [common + self.tokens * kind.kept(self.itemsize, s.rank) for kind in s.states]
 
     def _all_layers(self) -> int:
         """Bytes that all layers save."""
@@ -265,19 +269,27 @@ class TrainingMemory:
     def _plain_per_token(self) -> int:
         """transformers' modules with LoRA: each norm keeps its input in float32, and every linear layer its own."""
         s = self.sizes
-        size = 4 * (s.query + s.key) + 4 * (s.query + s.key) // s.head_dim if s.normed_heads else 0
-        numbers = s.hidden * s.has(*QKV) + (2 * s.query if s.gated else 0)
-        return self._common_per_token() + size + (numbers + s.rank * len(s.adapted)) * self.itemsize
+        size = 4 * (s.query + s.key) + 4 * (s.query + s.key) // s.head_dim if s.normed_heads and not s.gated else 0
+        # With a gate: queries and gates as they come from their product, keys, the gates' sigmoid, and the result.
+        numbers = s.hidden * s.has(*QKV) + (4 * s.query + s.key if s.gated else 0)
+        adapters = len(s.adapted) - max((kind.adapted for kind in s.states), default=0)
+        return self._common_per_token() + size + (numbers + s.rank * adapters) * self.itemsize
 
     def _common_per_token(self) -> int:
         """The norms and the MLP of a plain layer, whatever its kind."""
         s = self.sizes
-        size = s.norms * (4 * s.hidden + 4)
+        size = s.norms * self._norm_input()
         if s.input_of_layer:
             size += 4 * s.hidden + 4 + 4 * s.input_of_layer * self.itemsize
         if s.experts is not None:
             return size + self._experts_per_token(s.experts)
         return size + (s.hidden * s.has(*GATE_UP) + 3 * s.inner + s.inner * s.has(*DOWN)) * self.itemsize
+
+    def _norm_input(self) -> int:
+        """Bytes that a norm over the hidden state keeps of a token: its input, by transformers' in float32."""
+        if self.kernels or self.sizes.gated:
+            return self.sizes.hidden * self.itemsize
+        return 4 * self.sizes.hidden + 4
 
     def _experts_per_token(self, experts: ExpertSizes) -> int:
         """Gate and up of every row, its place, and its expert and weight twice; the softmax over all experts. With
@@ -321,7 +333,7 @@ class TrainingMemory:
             return 0
         s = self.sizes
         before = len(s.adapted & set(QKV)) * s.rank * s.hidden
-        return self.tokens * (4 * s.hidden + 4) + (before * self.itemsize if self.itemsize == 2 else 0)
+        return self.tokens * self._norm_input() + (before * self.itemsize if self.itemsize == 2 else 0)
 
     def _gate_and_up(self) -> int:
         beside = self.sizes.beside(GATE_UP) if self.kernels else 0
@@ -370,8 +382,7 @@ class TrainingMemory:
         """The last norm's input, its output, the rows of it that predict, and their gradients, made with the logits."""
         s = self.sizes
         rows = self.predicted * s.hidden * self.itemsize
-        norm = self.layer_input() if self.kernels else 4 * self.tokens * s.hidden
-        before = self.kept(mode) + norm
+        before = self.kept(mode) + self._normed()
         if s.all_trained:  # logits are made again in the backward pass, and with them both gradients
             again = self.logits() + self._slice(s.vocabulary * s.hidden)
             return {
@@ -383,6 +394,10 @@ class TrainingMemory:
             "logits": before + self.layer_input() + rows + gradients + self.logits() + self._head_slices(),
             "head backward": before + gradients + rows,
         }
+
+    def _normed(self) -> int:
+        """A norm's input as it is kept, or its gradient."""
+        return self.layer_input() if self.kernels or self.sizes.gated else 4 * self.tokens * self.sizes.hidden
 
     def _slice(self, numbers: int) -> int:
         """Of a weight's gradient in float32 that is added where it is kept."""
@@ -462,18 +477,21 @@ class TrainingMemory:
 
     def _plain_backward(self, mode: str) -> dict[str, int]:
         s, one = self.sizes, self.layer_input()
-        inner, wide = self.tokens * s.inner * self.itemsize, 4 * self.tokens * s.hidden
+        inner, wide = self.tokens * s.inner * self.itemsize, self._normed()
         layer_bytes = self.kept_by_layer()
         before = self.kept(mode) + (0 if mode == "none" else layer_bytes + one)
         mlp, freed = 2 * inner + self._packed_weight() + self._weight_gradients(s.inner * s.hidden), 4 * inner
         if s.experts is not None:
             mlp, freed = self._experts_backward(s.experts), self.tokens * self._experts_per_token(s.experts)
         return {
-            "last norm backward": self.kept(mode) + 6 * wide,
+            "last norm backward": self.kept(mode) + (3 if s.gated else 6) * wide,
             "mlp backward": before + one + mlp,
             "attention backward": before - freed - wide + self._attention_backward(),
             **{
-                f"states backward {number}": before - freed - wide + kind.backward(self.tokens, self.itemsize)
+                f"states backward {number}": before
+                - freed
+                - wide
+                + kind.backward(self.tokens, self.itemsize, kernels=self.on_gpu and self.flash and self.itemsize == 2)
                 for number, kind in enumerate(s.states)
             },
         }

@@ -1,7 +1,8 @@
-"""Attention of Qwen 3.5 in the place of transformers' forward: what is attended to is multiplied by a gate.
+"""Attention and norms of Qwen 3.5 in the place of transformers' forwards.
 
-transformers rounds the rotation of queries and keys three times; here it is rounded once, as vLLM does. The modules
-stay transformers', with its names for weights and adapters; only what they do when called is ours.
+What is attended to is multiplied by a gate. transformers rounds the rotation of queries and keys three times; here it
+is rounded once, as vLLM does. Norms keep their input as it is, where transformers' keep it in float32. The modules stay
+transformers', with its names for weights and adapters; only what they do when called is ours.
 """
 
 from __future__ import annotations
@@ -13,18 +14,28 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from grpo.kernels.rms_norm import Norm, rms_norm
 from grpo.kernels.rope import rope
-
-MODELS = ("qwen3_5_text", "qwen3_5_moe_text")
-"""Whose attention this is."""
+from grpo.memory.activations import OWN_NORMS
 
 
 def install_gated_attention(graph: nn.Module, model_type: str) -> None:
-    """Let the layers of `graph`, a causal LM of the family, that are attention compute it so."""
-    if model_type in MODELS:
-        for layer in graph.model.layers:
-            if hasattr(layer, "self_attn"):
-                layer.self_attn.forward = types.MethodType(gated_attention, layer.self_attn)
+    """Let the attention and the norms of `graph`, a causal LM of the family, compute so."""
+    if model_type not in OWN_NORMS:
+        return
+    for layer in graph.model.layers:
+        norms = [layer.input_layernorm, layer.post_attention_layernorm]
+        if hasattr(layer, "self_attn"):
+            layer.self_attn.forward = types.MethodType(gated_attention, layer.self_attn)
+            norms += [layer.self_attn.q_norm, layer.self_attn.k_norm]
+        for norm in norms:
+            norm.forward = types.MethodType(frozen_norm, norm)
+    graph.model.norm.forward = types.MethodType(frozen_norm, graph.model.norm)
+
+
+def frozen_norm(self: Any, x: Tensor) -> Tensor:
+    """x [..., hidden] normed, by its weight plus one."""
+    return rms_norm(x, Norm(self.weight.detach(), self.eps, unit_offset=True))
 
 
 def gated_attention(
