@@ -140,10 +140,10 @@ def predicting_states(
     """(`decoder`'s output where each completion token is predicted [tokens, hidden], those tokens [tokens]).
 
     Only tokens that are `sampled` count, where it is given: what an environment wrote is context and no more. With
-    `tree`, sequences share more than whole prompts. `routes` as in `Policy.score`; `images`: those of the prompts.
+    `tree`, sequences share more than whole prompts. `routes` as in `Policy.score`; `images`: those of the sequences.
     """
-    given = prompts if images is None else images.prompts
-    row = (tree_row if tree else packed_row)(given, completions, sampled)
+    given = (prompts, completions) if images is None else (images.prompts, images.completions)
+    row = (tree_row if tree else packed_row)(*given, sampled)
     shared = {"use_cache": False, "packing": Packing(row.spans, device), "routes": routes_of(row, routes, device)}
     tokens = torch.tensor(row.tokens, device=device)
     if images is None:

@@ -39,7 +39,7 @@ class TrainingSequence:
     routes: Any = None
     """The experts that sampling chose, as in `Segment`."""
     images: Sequence[Image] = ()
-    """Of the prompt, in the order of their placeholders."""
+    """Of the first part, as in `Segment`."""
 
     @property
     def segments(self) -> list[Segment]:
@@ -98,7 +98,7 @@ def training_sequences(group: Group, advantages: Tensor) -> list[TrainingSequenc
     for sample, advantage in zip(group.local, advantages, strict=True):
         if not sample.length:
             continue
-        first, *others = sample.segments(group.prompt.token_ids)
+        first, *others = sample.segments(group.prompt)
         by_token = None if advantage.ndim == 0 else advantage[sample.turn_of_tokens].tolist()
         sequences.append(
             TrainingSequence(
@@ -111,7 +111,7 @@ def training_sequences(group: Group, advantages: Tensor) -> list[TrainingSequenc
                 rewritten=others,
                 token_advantages=by_token,
                 routes=first.routes,
-                images=group.prompt.images,
+                images=first.images,
             )
         )
     return sequences
@@ -166,7 +166,7 @@ def new_tokens_of_trees() -> Callable[[TrainingSequence], int]:
 
 
 def apart(segment: Segment) -> list[int]:
-    """A number that is no token, for each image of a prompt; the same for the same image."""
+    """A number that is no token, for each image; the same for the same image."""
     return [-1 - int(image.digest[:12], 16) for image in segment.images]
 
 
