@@ -172,8 +172,21 @@ def _step_kernel(
         x_ptr, weight_ptr, conv_ptr, key_heads * dim + channel, present, stride_w_c, stride_w_t, stride_c_t, stride_c_c,
         WIDTH, DTYPE, INTERPRETED,
     )  # fmt: skip
+    for number in range(SHARED):
+        # Where the result will be, the values wait for their turn.
+        head = key_head * SHARED + number
+        v = _tapped(
+            x_ptr, weight_ptr, conv_ptr, 2 * key_heads * dim + head * value_dim + whole, whole < value_dim, stride_w_c,
+            stride_w_t, stride_c_t, stride_c_c, WIDTH, DTYPE, INTERPRETED,
+        )  # fmt: skip
+        tl.store(out_ptr + row * stride_o + head * value_dim + whole, v.to(DTYPE), mask=whole < value_dim)
     q *= scale / tl.sqrt(tl.sum(q * q) + eps)
     k *= 1.0 / tl.sqrt(tl.sum(k * k) + eps)
+    tl.debug_barrier()
+    value = tl.arange(0, V)
+    states_ptr += slot * stride_s + key_head * SHARED * value_dim * dim
+    place = value[:, None] * dim + column[None, :]
+    coming = tl.load(states_ptr + place, mask=(value < value_dim)[:, None] & present[None, :], other=0.0)
     for number in range(SHARED):
         head = key_head * SHARED + number
         t = tl.load(a_ptr + row * stride_a + head).to(tl.float32) + tl.load(offset_ptr + head).to(tl.float32)
@@ -183,20 +196,25 @@ def _step_kernel(
         out_head = out_ptr + row * stride_o + head * value_dim
         squares = 0.0
         for first in range(0, value_dim, V):
-            value = first + tl.arange(0, V)
-            inside = value < value_dim
-            place = slot * stride_s + (head * value_dim + value)[:, None] * dim + column[None, :]
-            mask = inside[:, None] & present[None, :]
-            state = tl.load(states_ptr + place, mask=mask, other=0.0) * kept
-            v = _tapped(
-                x_ptr, weight_ptr, conv_ptr, 2 * key_heads * dim + head * value_dim + value, inside, stride_w_c,
-                stride_w_t, stride_c_t, stride_c_c, WIDTH, DTYPE, INTERPRETED,
-            )  # fmt: skip
+            inside = first + value < value_dim
+            own = states_ptr + (number * value_dim + first) * dim + place
+            state = coming * kept
+            # The next part of the states, of this head or of the next one, is on its way meanwhile.
+            last = first + V >= value_dim
+            next_first = tl.where(last, 0, first + V)
+            next_head = tl.where(last, number + 1, number)
+            next_end = tl.where(next_head < SHARED, value_dim, 0)
+            source = states_ptr + (next_head * value_dim + next_first) * dim + place
+            mask = (next_first + value < next_end)[:, None] & present[None, :]
+            coming = tl.load(source, mask=mask, other=0.0)
+            v = tl.load(out_head + first + value, mask=inside, other=0.0).to(tl.float32)
             news = (v - tl.sum(state * k[None, :], 1)) * beta
             state += news[:, None] * k[None, :]
-            tl.store(states_ptr + place, state, mask=mask)
+            tl.store(own, state, mask=inside[:, None] & present[None, :])
             y = round_to(tl.sum(state * q[None, :], 1), DTYPE, INTERPRETED)
-            tl.store(out_head + value, y, mask=inside)
+            # Several threads may have read what one of them writes over.
+            tl.debug_barrier()
+            tl.store(out_head + first + value, y, mask=inside)
             squares += tl.sum(y.to(tl.float32) * y.to(tl.float32))
         # What other threads have stored is read.
         tl.debug_barrier()
