@@ -43,3 +43,8 @@ def delta_rule_bytes(chunks: int, spans: int, dim: int, value_dim: int) -> int:
     state = dim * value_dim
     chunk = 2 * DELTA_CHUNK * DELTA_CHUNK + 2 * (DELTA_CHUNK * value_dim + state)
     return 4 * (chunks * chunk + 3 * state * spans)
+
+
+def largest_tile(size: int) -> int:
+    """Rows of the largest tile where tiles have `size`: a small rest is shared out."""
+    return size + size // 8

@@ -159,9 +159,10 @@ class Policy:
         """Rotate positions as for sequences of at most `tokens`, whichever share a row. Whether that is a change."""
         return self.decoder.model.rotary_emb.set_longest(tokens)
 
-    def recompute_layers(self, mode: str) -> None:
-        """What training keeps of each layer for the backward pass: one of `activations.CHECKPOINTING_MODES`."""
-        recompute_layers(self.decoder.model.layers, mode)
+    def recompute_layers(self, mode: str, kept_mlps: int = 0) -> None:
+        """What training keeps of each layer for the backward pass: one of `activations.CHECKPOINTING_MODES`.
+        `kept_mlps` layers keep all of theirs under "mlp"."""
+        recompute_layers(self.decoder.model.layers, mode, kept_mlps)
 
     def adapter_is_zero(self) -> bool:
         """Whether the adapter changes nothing, as a fresh one: it is zero, or what it started from."""
