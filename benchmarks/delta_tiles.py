@@ -3,9 +3,10 @@
     python -m benchmarks.delta_tiles --out delta_tiles.json
     python -m benchmarks.delta_tiles --kernels GRADS --columns 16,32,64 --warps 8 --stages 1
 
-A row of 8,192 tokens of a layer of Qwen3.5-4B. Processes compile all kernels side by side; then one process launches
-them, and a tile whose results differ from those of the tile in use by more than its rounding is named and not timed.
-The best go to kernels/delta_rule.py. Prints a table; the last line is one JSON object.
+A row of 8,192 tokens of a layer of Qwen3.5-4B; steps of 32 and 128 sequences while sampling. Processes compile all
+kernels side by side; then one process launches them, and a tile whose results differ from those of the tile in use by
+more than its rounding is named and not timed. The best go to kernels/delta_rule.py and kernels/delta_step.py. Prints a
+table; the last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,16 +26,22 @@ from torch import Tensor
 from benchmarks.common.processes import gpu_names
 from benchmarks.common.timing import milliseconds
 from benchmarks.hybrid import drawn, tree
-from grpo.kernels import delta_rule
+from grpo.kernels import delta_rule, delta_step
 from grpo.kernels.delta_rule import Tile
 from grpo.kernels.gated_delta import EPS
 from grpo.kernels.launch import disable_reduced_precision
 from grpo.run.versions import hardware, versions
 
-KERNELS = ("PREPARE", "ALONG", "BACK", "GRADS")
+KERNELS = ("PREPARE", "ALONG", "BACK", "GRADS", "STEP 32", "STEP 128")
+SLOTS = 160
+"""Pages of states, of which a step has some."""
 WORKERS = 12
 TOLERANCE = 2e-4
 """Relative: sums in another order, of products of 16 of 24 bits."""
+
+
+OF_STEPS = 4e-3
+"""Results of a step are rounded to bfloat16, of sums in another order."""
 
 
 def calls(options: argparse.Namespace) -> dict[str, Callable[[], list[Tensor]]]:
@@ -56,7 +64,9 @@ def calls(options: argparse.Namespace) -> dict[str, Callable[[], list[Tensor]]]:
         delta_rule.input_grads(inputs, run, EPS, grad, kept, later, out)
         return out
 
+    of_steps = {f"STEP {rows}": step_call(options, rows) for rows in ((2, 3) if options.tiny else (32, 128))}
     return {
+        **of_steps,
         "PREPARE": lambda: list(delta_rule.prepare(inputs, run, EPS)),
         "ALONG": along,
         "BACK": lambda: list(delta_rule.back(inputs, run, made, EPS, grad)),
@@ -64,8 +74,58 @@ def calls(options: argparse.Namespace) -> dict[str, Callable[[], list[Tensor]]]:
     }
 
 
+def step_call(options: argparse.Namespace, rows: int) -> Callable[[], list[Tensor]]:
+    """A token of so many sequences; what comes of it drifts with the calls but for the first of each tile."""
+    key_heads, heads, dim = (1, 2, 32) if options.tiny else (16, 32, 128)
+    channels, device = (2 * key_heads + heads) * dim, options.device
+
+    def normal(*size: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.randn(*size, device=device).to(dtype)
+
+    generator = torch.Generator().manual_seed(0)
+    slots = (torch.randperm(SLOTS - 1, generator=generator)[:rows] + 1).int().to(device)
+    x, ba, gate, conv = (
+        normal(rows, channels),
+        normal(rows, 2 * heads),
+        normal(rows, heads * dim),
+        normal(SLOTS, 3, channels),
+    )
+    states, begin = (torch.empty(SLOTS, heads, dim, dim, device=device) for _ in range(2))
+    begin.normal_()
+    first_conv = conv.clone()
+    parts = normal(channels, 4), normal(heads), normal(heads), normal(dim)
+    weights = delta_step.Weights(*parts, 1e-6, 1e-6, key_heads)
+    out, (b, a) = torch.empty_like(gate), ba.chunk(2, 1)
+
+    def call() -> list[Tensor]:
+        delta_step.step(x, b, a, gate, weights, conv, states, slots, out)
+        return [out, states[slots.long()]] if anew else []
+
+    anew = False
+
+    def compared() -> list[Tensor]:
+        nonlocal anew
+        states.copy_(begin)
+        conv.copy_(first_conv)
+        anew = True
+        found = [part.clone() for part in call()]
+        anew = False
+        return found
+
+    call.compared = compared  # type: ignore[attr-defined]
+    return call
+
+
+def module_of(kernel: str) -> tuple[Any, str]:
+    """Where a kernel's tile is kept."""
+    return (delta_step, "STEP") if kernel.startswith("STEP") else (delta_rule, kernel)
+
+
 def tiles(options: argparse.Namespace, kernel: str) -> list[Tile]:
     """Those to try: the one in use is the first."""
+    if kernel.startswith("STEP"):
+        choices = itertools.product([32, 64, 128], [2, 4, 8], [1])
+        return [delta_step.STEP, *itertools.starmap(Tile, choices)]
     columns = [0] if kernel == "PREPARE" else options.columns
     return [
         getattr(delta_rule, kernel),
@@ -86,7 +146,7 @@ def compile_all(options: argparse.Namespace) -> None:
 def launch_each(options: argparse.Namespace, share: list[list]) -> None:
     launches = calls(options)
     for kernel, *tile in share:
-        setattr(delta_rule, kernel, Tile(*tile))
+        setattr(*module_of(kernel), Tile(*tile))
         try:
             launches[kernel]()
         except Exception as error:  # a tile that does not fit is found out again, and named
@@ -100,20 +160,21 @@ def apart(found: list[Tensor], expected: list[Tensor]) -> float:
 
 
 def tried(options: argparse.Namespace, kernel: str, call: Callable[[], list[Tensor]]) -> list[dict]:
-    used = getattr(delta_rule, kernel)
-    expected, found = call(), []
+    used, found = getattr(*module_of(kernel)), []
+    compared = getattr(call, "compared", call)
+    expected = compared()
     for tile in tiles(options, kernel):
-        setattr(delta_rule, kernel, tile)
+        setattr(*module_of(kernel), tile)
         row: dict = {"kernel": kernel, "tile": list(tile)}
         try:
-            row["apart"] = apart(call(), expected)
-            if row["apart"] < TOLERANCE:
+            row["apart"] = apart(compared(), expected)
+            if row["apart"] < (OF_STEPS if kernel.startswith("STEP") else TOLERANCE):
                 row["ms"] = round(sorted(milliseconds(call, 7))[3], 4)
         except Exception as error:
             row["failed"] = repr(error)[:200]
         found.append(row)
         print(row, flush=True)
-    setattr(delta_rule, kernel, used)
+    setattr(*module_of(kernel), used)
     return found
 
 

@@ -1,14 +1,14 @@
 """Times the NF4 product against bitsandbytes and bf16 cuBLAS, or (--tune) measures the table it chooses tiles from.
 
 The linear layers of one decoder layer of Llama-3.1-8B, Llama-3.2-3B and Qwen2.5-1.5B, and those of both kinds of layers
-of Qwen3.5-4B, random weights. Weights are cold: every call in a CUDA graph reads another copy, together larger than the L2 cache. bitsandbytes multiplies q, k, v
-and gate, up one after the other, as vLLM's integration of it does, here without that integration's copies between.
-Before timing, every product is compared with float32 on the same dequantised weights, and its rows with those of
-smaller batches, bit for bit.
+of Qwen3.5-4B, random weights. Weights are cold: every call in a CUDA graph reads another copy, together larger than the
+L2 cache. bitsandbytes multiplies q, k, v and gate, up one after the other, as vLLM's integration of it does, here
+without that integration's copies between. Before timing, every product is compared with float32 on the same dequantised
+weights, and its rows with those of smaller batches, bit for bit.
 
     python -m benchmarks.nf4_gemm                                   # a table, then one line of JSON
     python -m benchmarks.nf4_gemm --tune kernels/nf4_table.json     # search tiles first, and measure with them
-    python -m benchmarks.nf4_gemm --models Qwen3.5-4B --tune kernels/nf4_table.json --short   # of a first start's search
+    python -m benchmarks.nf4_gemm --models Qwen3.5-4B --tune kernels/nf4_table.json --short   # a first start's search
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from benchmarks.common.nf4_weights import Weight, copies_for, packed_weight, random_weight
 from benchmarks.common.processes import write_result
-from grpo.kernels import cards, nf4, nf4_gemm, nf4_plans, nf4_tuner
+from grpo.kernels import cards, nf4, nf4_gemm, nf4_plans, nf4_tiles, nf4_tuner
 from grpo.run.versions import versions
 
 MODELS: dict[str, dict[str, tuple[tuple[int, ...], int]]] = {
@@ -175,10 +175,13 @@ def main() -> int:
     )
     parser.add_argument("--budget", type=float, default=600.0, help="seconds for --tune")
     parser.add_argument("--short", action="store_true", help="--tune searches as a first start does")
+    parser.add_argument("--splits", type=lambda text: tuple(map(int, text.split(","))), help="of K, that --tune tries")
     parser.add_argument("--out", type=Path, help="write the result there too, as JSON")
     options = parser.parse_args()
     models = options.models.split(",")
     started = time.monotonic()
+    if options.splits:
+        nf4_tiles.SPLITS = options.splits
     if options.tune:
         shapes = [(sum(parts), columns) for model in models for parts, columns in MODELS[model].values()]
         tune(list(dict.fromkeys(shapes)), options.tune, options.budget, thorough=not options.short)

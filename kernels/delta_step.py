@@ -22,11 +22,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from grpo.kernels.delta_rule import Tile
 from grpo.kernels.launch import is_interpreted, on_device, round_to
 
-WARPS = 4
-COLUMNS = 32
-"""Of a state's value dimension, how many a program of `step` has at a time."""
+STEP = Tile(32, 4, 1)
+"""Of `step`: how much of a state's value dimension a program has at a time."""
 ROWS, CHANNELS = 16, 128
 """Of a program's tile of `convolve`."""
 
@@ -93,8 +93,8 @@ def step(
             x.stride(0), b.stride(0), a.stride(0), gate.stride(0), out.stride(0), *weights.conv.stride(),
             *conv.stride(), states.stride(0), weights.key_heads, dim, value_dim, dim**-0.5, weights.length_eps,
             weights.norm_eps, heads // weights.key_heads, width, triton.next_power_of_2(dim),
-            triton.next_power_of_2(value_dim), min(COLUMNS, triton.next_power_of_2(value_dim)), is_interpreted(x),
-            num_warps=WARPS,
+            triton.next_power_of_2(value_dim), min(STEP.columns, triton.next_power_of_2(value_dim)), is_interpreted(x),
+            num_warps=STEP.warps, num_stages=STEP.stages,
         )  # fmt: skip
 
 
