@@ -89,8 +89,8 @@ def hybrid() -> str:
         f"{times('delta kernels')}\n"
         f"ms a layer, forward and with its gradients, of which torch's form takes {times('delta torch')}; convolutions "
         f"{times('conv')}\nof {times('conv torch')}. The KL of sampled and trained logprobs with random NF4 weights is "
-        f"{with_adapter:.2g} there, with the\nadapter off {without:.2g}; of the training graph and itself, with sums in "
-        f"another order, {modules['own spread']:.2g}\n(benchmarks/results/hybrid.json)."
+        f"{with_adapter:.2g} there, with the\nadapter off {without:.2g}; of the training graph and itself, with sums "
+        f"in another order, {modules['own spread']:.2g}\n(benchmarks/results/hybrid.json)."
     )
 
 

@@ -24,9 +24,9 @@ from grpo.kernels.sizes import (
     largest_tile,
 )
 from grpo.memory.states import StateLayers, has_states, largest_layer, state_layers
-from grpo.model.adapter_layers import adapted_experts, adapted_layers
+from grpo.model.adapter_layers import adapted_layers, expert_ranks
 from grpo.model.attention_layers import attention_layers
-from grpo.model.expert_sizes import MATRICES, ExpertSizes, expert_sizes
+from grpo.model.expert_sizes import ExpertSizes, expert_sizes
 from grpo.model.families.table import family_of
 from grpo.model.sizes import linear_shapes, mlp_widths
 
@@ -149,16 +149,6 @@ class LayerSizes:
     def beside(self, endings: Sequence[str]) -> int:
         """Columns beside a product of linear layers for what their adapters add (kernels/lora_linear.py)."""
         return -(-self.rank * len(self.adapted & set(endings)) // ADAPTER_COLUMNS) * ADAPTER_COLUMNS
-
-
-def expert_ranks(shape: Any, lora: Lora | None) -> tuple[int, int]:
-    """The largest ranks of adapters on the two matrices of experts."""
-    adapters = {} if lora is None else adapted_experts(shape, lora)
-    above, below = (
-        max((adapter.rank for name, adapter in adapters.items() if name.endswith(matrix)), default=0)
-        for matrix in MATRICES
-    )
-    return above, below
 
 
 def mean_of(sizes: list[int]) -> int:
@@ -289,9 +279,8 @@ class TrainingMemory:
 
     def _norm_input(self) -> int:
         """Bytes that a norm over the hidden state keeps of a token: its input, by transformers' in float32."""
-        if self.kernels or self.sizes.gated:
-            return self.sizes.hidden * self.itemsize
-        return 4 * self.sizes.hidden + 4
+        own = self.kernels or self.sizes.gated
+        return self.sizes.hidden * self.itemsize if own else 4 * self.sizes.hidden + 4
 
     def _experts_per_token(self, experts: ExpertSizes) -> int:
         """Gate and up of every row, its place both ways, its expert and weight; the softmax over all experts. With
@@ -386,7 +375,7 @@ class TrainingMemory:
         """The last norm's input, its output, the rows of it that predict, and their gradients, made with the logits."""
         s = self.sizes
         rows = self.predicted * s.hidden * self.itemsize
-        before = self.kept(mode) + self._normed()
+        before = self.kept(mode) + self.tokens * self._norm_input()
         if s.all_trained:  # logits are made again in the backward pass, and with them both gradients
             again = self.logits() + self._slice(s.vocabulary * s.hidden)
             return {
@@ -398,10 +387,6 @@ class TrainingMemory:
             "logits": before + self.layer_input() + rows + gradients + self.logits() + self._head_slices(),
             "head backward": before + gradients + rows,
         }
-
-    def _normed(self) -> int:
-        """A norm's input as it is kept, or its gradient."""
-        return self.layer_input() if self.kernels or self.sizes.gated else 4 * self.tokens * self.sizes.hidden
 
     def _slice(self, numbers: int) -> int:
         """Of a weight's gradient in float32 that is added where it is kept."""
@@ -482,10 +467,11 @@ class TrainingMemory:
 
     def _plain_backward(self, mode: str) -> dict[str, int]:
         s, one = self.sizes, self.layer_input()
-        inner, wide = self.tokens * s.inner * self.itemsize, self._normed()
+        inner, wide = self.tokens * s.inner * self.itemsize, self.tokens * self._norm_input()
         layer_bytes = self.kept_by_layer()
         before = self.kept(mode) + (0 if mode == "none" else layer_bytes + one)
         mlp, freed = 2 * inner + self._packed_weight() + self._weight_gradients(s.inner * s.hidden), 4 * inner
+        given, kernels = (self.tokens, self.itemsize), self.on_gpu and self.flash and self.itemsize == 2
         if s.experts is not None:
             mlp, freed = self._experts_backward(s.experts), self.tokens * self._experts_per_token(s.experts)
         return {
@@ -493,10 +479,7 @@ class TrainingMemory:
             "mlp backward": before + one + mlp,
             "attention backward": before - freed - wide + self._attention_backward(),
             **{
-                f"states backward {number}": before
-                - freed
-                - wide
-                + kind.backward(self.tokens, self.itemsize, kernels=self.on_gpu and self.flash and self.itemsize == 2)
+                f"states backward {number}": before - freed - wide + kind.backward(*given, kernels=kernels)
                 for number, kind in enumerate(s.states)
             },
         }
