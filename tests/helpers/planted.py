@@ -93,8 +93,7 @@ def rotary_factors(graph: nn.Module) -> dict[str, Fault]:
     rotary = graph.rotary_emb
     names = [name for name, _ in rotary.named_buffers() if name.endswith("inv_freq")]
     return {
-        f"{name} by a factor": partial(changed, rotary, name, rotary.get_buffer(name) / ROTARY_FACTOR)
-        for name in names
+        f"{name} by a factor": partial(changed, rotary, name, rotary.get_buffer(name) / ROTARY_FACTOR) for name in names
     }
 
 
