@@ -44,7 +44,7 @@ def streamed_logits(source: Source, tokens: Tensor, config: DecoderConfig | None
     for name, buffer in list(model.named_buffers()):
         if name in source.names:  # a number of each layer, in Gemma 4
             owner, _, key = name.rpartition(".")
-            model.get_submodule(owner)._buffers[key] = source.read(name).float().reshape(buffer.shape)
+            model.get_submodule(owner)._buffers[key] = read_whole(source, name).float().reshape(buffer.shape)
     for name, module in model.named_modules():
         if module._parameters:
             # Layers with a state read the weight of their convolution, which is not called.

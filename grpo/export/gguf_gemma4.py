@@ -51,8 +51,8 @@ def add_gemma4(writer: Any, config: DecoderConfig) -> dict[str, Tensor]:
         getattr(writer, f"add_key_length{suffix}")(head)
         getattr(writer, f"add_value_length{suffix}")(head)
         getattr(writer, f"add_rope_dimension_count{suffix}")(head)
-    if config.final_logit_softcapping is not None:
-        writer.add_final_logit_softcapping(config.final_logit_softcapping)
+    if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
+        writer.add_final_logit_softcapping(cap)
     writer.add_rope_freq_base(config.rope_parameters[FULL]["rope_theta"])
     writer.add_rope_freq_base_swa(config.rope_parameters[SLIDING]["rope_theta"])
     return {"rope_freqs.weight": full_divisors(config, full.head_size)}
