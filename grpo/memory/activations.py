@@ -17,8 +17,8 @@ from grpo.kernels.sizes import (
     CPU_BLOCK_BYTES,
     EXPERTS_BYTES,
     HEAD_SLICE_BYTES,
-    KEPT_TILES,
     MLP_TILE,
+    MLP_TILES,
     QKV_TILE,
     WEIGHT_SLICE_BYTES,
     largest_tile,
@@ -435,7 +435,7 @@ class TrainingMemory:
         s, one = self.sizes, self.layer_input()
         replayed = mode in ("layer", "offload")
         attention = self.kept_by_layer() - self._gate_and_up() - 2 * one
-        mlp_tile_rows = MLP_TILE * (KEPT_TILES if mode == "none" else 1)
+        mlp_tile_rows = MLP_TILE * MLP_TILES.get(mode, 1)
         mlp_rows, qkv_rows = (min(self.tokens, largest_tile(tile)) for tile in (mlp_tile_rows, QKV_TILE))
         # Beside the gradient of the product: the normed input and, where adapters multiply with W, a wider gradient.
         mlp_numbers = (

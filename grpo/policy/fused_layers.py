@@ -29,6 +29,7 @@ from grpo.kernels.lora_linear import LinearGroup, lora_linear
 from grpo.kernels.lora_mlp import GatedMlp, lora_mlp
 from grpo.kernels.rms_norm import Norm, rms_norm
 from grpo.kernels.rope import rope
+from grpo.kernels.sizes import MLP_TILES
 from grpo.model.base_weights import BaseWeights, FusedLinear
 from grpo.model.decoder_config import DecoderConfig
 from grpo.model.families.table import family_of
@@ -223,10 +224,12 @@ class FusedLayer(GradientCheckpointingLayer):
             result = result + x if gated.residual else result
         else:
             (above, above_factors), (below, below_factors) = self.gate_up.adapters(), self.down.adapters()
+            replayed = self.gradient_checkpointing and self.training
             result = lora_mlp(
                 x, gated, (above, below), [*above_factors, *below_factors],
-                keep=self.keep_mlp and not (self.gradient_checkpointing and self.training),
+                keep=self.keep_mlp and not replayed,
                 output=make_output or not gated.residual,
+                tiles=1 if replayed else MLP_TILES["none" if self.keep_mlp else "mlp"],
             )  # fmt: skip
         return result if gated.residual else x + normed(result, self.after_mlp)
 
