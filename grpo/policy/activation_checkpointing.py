@@ -2,7 +2,8 @@
 
 "none" keeps what autograd saves, "mlp" all but what the kernels' MLP computes again by itself, "layer" only the input
 of each layer, and "offload" moves those inputs to host memory (pinned, on a stream of its own, overlapping the
-computation) and fetches each while the layer after it is still in its backward. All give the same bits. Which mode a
+computation) and fetches each while the layer after it is still in its backward. All give the same bits as long as a
+micro-batch is one tile of the MLP (kernels/sizes.py), beyond it the same to the rounding of float32 sums. Which mode a
 run takes is decided in `activations.py`; the layers know of this through transformers' checkpointing hook, and trainers
 that switch checkpointing on and off as transformers has it get the same.
 """
