@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge
 
+from grpo.kernels.sizes import MLP_TILES
 from grpo.memory.activations import CHECKPOINTING_MODES
 from grpo.policy.fused_layers import FusedLayer
 from grpo.policy.rng import RandomState
@@ -43,7 +44,7 @@ def recompute_layers(layers: Sequence[nn.Module], mode: str, kept_mlps: int = 0)
     store = HostStore() if mode == "offload" else None
     for index, layer in enumerate(layers):
         if hasattr(layer, "keep_mlp"):
-            layer.keep_mlp = mode != "mlp" or index < kept_mlps
+            layer.keep_mlp, layer.mlp_tiles = mode != "mlp" or index < kept_mlps, MLP_TILES.get(mode, 1)
         assert mode != "mlp" or hasattr(layer, "keep_mlp"), "transformers' own layers have no such mode"
         layer.gradient_checkpointing = mode in ("layer", "offload")
         layer._gradient_checkpointing_func = partial(recomputed, layer, store, index == 0)

@@ -29,7 +29,6 @@ from grpo.kernels.lora_linear import LinearGroup, lora_linear
 from grpo.kernels.lora_mlp import GatedMlp, lora_mlp
 from grpo.kernels.rms_norm import Norm, rms_norm
 from grpo.kernels.rope import rope
-from grpo.kernels.sizes import MLP_TILES
 from grpo.model.base_weights import BaseWeights, FusedLinear
 from grpo.model.decoder_config import DecoderConfig
 from grpo.model.families.table import family_of
@@ -145,6 +144,8 @@ class FusedLayer(GradientCheckpointingLayer):
         attention = self.self_attn
         self.keep_mlp = True
         """Whether the MLP's gate and up are kept where the layer is not recomputed as a whole."""
+        self.mlp_tiles = 1
+        """Tiles of the MLP's rows that are taken as one."""
         self.scale = attention.scaling
         self.window = getattr(attention, "sliding_window", getattr(config, "sliding_window", None))
         self.softcap = attention.attn_logit_softcapping if config.model_type == "gemma2" else None
@@ -229,7 +230,7 @@ class FusedLayer(GradientCheckpointingLayer):
                 x, gated, (above, below), [*above_factors, *below_factors],
                 keep=self.keep_mlp and not replayed,
                 output=make_output or not gated.residual,
-                tiles=1 if replayed else MLP_TILES["none" if self.keep_mlp else "mlp"],
+                tiles=1 if replayed else self.mlp_tiles,
             )  # fmt: skip
         return result if gated.residual else x + normed(result, self.after_mlp)
 
