@@ -235,6 +235,18 @@ def _backward_kernel(
     gate = tl.load(source, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(source + columns, mask=inside, other=0.0).to(tl.float32)
     incoming = tl.load(grad_ptr + row * stride_grad_m + column, mask=inside, other=0.0).to(tl.float32)
+    product, of_gate, of_up = gated_gradients(incoming, gate, up, ACTIVATION, DTYPE, INTERPRETED)
+    tl.store(product_ptr + row * stride_product_m + column, product, mask=inside)
+    target = out_ptr + row * stride_out_m + column
+    tl.store(target, of_gate, mask=inside)
+    tl.store(target + columns, of_up, mask=inside)
+
+
+@triton.jit
+def gated_gradients(
+    incoming, gate, up, ACTIVATION: tl.constexpr, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr
+):  # fmt: skip
+    """(act(gate) * up, dL/d(gate), dL/d(up)) in DTYPE of float32 values, of which `incoming` is dL/d(the product)."""
     of_gate, of_up = incoming, incoming
     if ACTIVATION == "clamped_silu":
         of_gate = tl.where(gate <= _CLAMP, incoming, 0.0)
@@ -251,7 +263,6 @@ def _backward_kernel(
         steepness = (gate * gate * (3.0 * _CUBE) + 1.0) * _SLOPE
         slope = 0.5 * (1.0 + curve) + 0.5 * gate * (1.0 - curve * curve) * steepness
     rounded = round_to(value, DTYPE, INTERPRETED).to(tl.float32)
-    tl.store(product_ptr + row * stride_product_m + column, round_to(rounded * up, DTYPE, INTERPRETED), mask=inside)
-    target = out_ptr + row * stride_out_m + column
-    tl.store(target, round_to(of_gate * up * slope, DTYPE, INTERPRETED), mask=inside)
-    tl.store(target + columns, round_to(of_up * value, DTYPE, INTERPRETED), mask=inside)
+    product = round_to(rounded * up, DTYPE, INTERPRETED)
+    of_gate = round_to(of_gate * up * slope, DTYPE, INTERPRETED)
+    return product, of_gate, round_to(of_up * value, DTYPE, INTERPRETED)
