@@ -202,8 +202,8 @@ def _decode_kernel(
     for begin in tl.range(start, stop, BN, num_stages=STAGES):
         token = begin + n
         inside = token < stop
-        page = tl.load(pages_ptr + token // PAGE, mask=inside, other=0).to(tl.int64)
-        place = page * stride_page + token % PAGE * stride_token
+        place = _page(pages_ptr + tl.minimum(token, stop - 1) // PAGE, INTERPRETED).to(tl.int64) * stride_page
+        place += token % PAGE * stride_token
         k = tl.load(k_ptr + place[None, :] + column[:, None], mask=inside[None, :], other=0.0)
         scores = dot(q, k, tl.zeros([BM, BN], tl.float32), INTERPRETED) * scale
         scores = tl.where(inside[None, :], scores, float("-inf"))
@@ -229,6 +229,17 @@ def _decode_kernel(
             sums, total = _join_chunks(partial_ptr, stats_ptr, slot, row < GROUP, count, GROUP, BM, D)
             tl.store(out_ptrs, round_to(sums / total[:, None], DTYPE, INTERPRETED), mask=real)
             tl.store(counters_ptr + tl.program_id(0), 0)
+
+
+@triton.jit
+def _page(page_ptrs, INTERPRETED: tl.constexpr):
+    """The int32 at `page_ptrs`, by an instruction that Triton does not take for a load: it would pipeline keys and
+    values behind it, and then keeps one tile of each instead of several."""
+    if INTERPRETED:
+        return tl.load(page_ptrs)
+    return tl.inline_asm_elementwise(
+        "ld.global.nc.b32 $0, [$1];", "=r,l", [page_ptrs.to(tl.int64)], dtype=tl.int32, is_pure=True, pack=1
+    )
 
 
 @triton.jit
