@@ -17,6 +17,7 @@ import statistics
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,10 @@ def microseconds(caches: list[Cache], call: Callable[[Cache], Any]) -> float:
     return round(nf4_tuner.microseconds(caches * 2, call, 4.0), 2)
 
 
+def attend(query: Tensor, scale: float, out: Tensor, new: NewToken | None, cut: Cut, cache: Cache) -> None:
+    launch_decode(query, cache, scale, out, new, cut)
+
+
 def examine(shape: tuple[int, int, int], case: tuple[int, int, int], cuts: tuple[Cut, ...]) -> dict[str, Any]:
     sequences, prompt, completion = case
     longest = prompt + max(completion, 512)
@@ -150,26 +155,30 @@ def examine(shape: tuple[int, int, int], case: tuple[int, int, int], cuts: tuple
     scale, out = shape[2] ** -0.5, torch.empty(query.shape, dtype=query.dtype, device="cuda")
     unique = sequences // GROUP * prompt + sequences * completion
     bytes_each = 4 * shape[1] * shape[2]
-    name = torch.cuda.get_device_name()
-    speed = next((value for key, value in BANDWIDTH.items() if key in name), 3.0e12)
+    card = torch.cuda.get_device_name()
+    speed = next((value for key, value in BANDWIDTH.items() if key in card), 3.0e12)
     entry: dict[str, Any] = {
         "sequences": sequences, "prompt": prompt, "completion": completion,
         "floor": round(unique * bytes_each / speed * 1e6, 2),
         "floor_if_nothing_is_shared": round(sequences * (prompt + completion) * bytes_each / speed * 1e6, 2),
     }  # fmt: skip
-    wanted = torch.empty_like(out)
+    wanted, wanted_new = torch.empty_like(out), torch.empty_like(out)
     _torch(query[:2], caches[0], scale, wanted[:2], None)
+    _torch(query[:2], caches[1], scale, wanted_new[:2], NewToken(new.keys[:2], new.values[:2], new.cos_sin))
     for cut in cuts:
         key = f"{cut.tokens}x{cut.warps}x{cut.stages}"
         try:
-            out.fill_(7.0)
-            launch_decode(query, caches[0], scale, out, None, cut)
-            error = float((out[:2].float() - wanted[:2].float()).norm() / wanted[:2].float().norm())
-            if error > 0.01:
-                entry[f"wrong {key}"] = error
-                continue
-            entry[f"ours {key}"] = microseconds(caches, lambda cache: launch_decode(query, cache, scale, out, None, cut))
-            entry[f"fused {key}"] = microseconds(caches, lambda cache: launch_decode(query, cache, scale, out, new, cut))
+            for name, cache, given, right in (
+                ("ours", caches[0], None, wanted),
+                ("fused", caches[1], new, wanted_new),
+            ):
+                call = partial(attend, query, scale, out, given, cut)
+                call(cache)
+                error = float((out[:2].float() - right[:2].float()).norm() / right[:2].float().norm())
+                if error > 0.01:
+                    entry[f"wrong {name} {key}"] = error
+                else:
+                    entry[f"{name} {key}"] = microseconds(caches, call)
         except Exception as problem:
             entry[f"failed {key}"] = f"{type(problem).__name__}: {problem}"[:200]
     for key, call in vllms(query, caches, new, scale).items():
@@ -184,7 +193,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--shape", default="3b", choices=SHAPES)
     parser.add_argument("--cuts", help="TOKENSxWARPSxSTAGES,...; all if left out")
-    parser.add_argument("--architecture", type=int, default=90, help="of the GPU: kernels are compiled before it is used")
+    parser.add_argument(
+        "--architecture", type=int, default=90, help="of the GPU: kernels are compiled before it is used"
+    )
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     cuts = CUTS

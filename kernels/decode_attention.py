@@ -94,6 +94,13 @@ def serves(heads: int, kv_heads: int, head_size: int, dtype: torch.dtype, cache_
     return sizes and dtype == cache_dtype and dtype in (torch.bfloat16, torch.float16)
 
 
+def fits(sequences: int, heads: int, kv_heads: int, head_size: int, longest: int) -> bool:
+    """Whether the workspace holds every chunk's part of so many sequences of up to `longest` tokens."""
+    _, chunks = chunks_of(longest)
+    partial = 4 * sequences * heads * chunks * (head_size + 2)
+    return chunks == 1 or (sequences * kv_heads <= COUNTERS and partial <= WORKSPACE_BYTES)
+
+
 def chunks_of(longest: int) -> tuple[int, int]:
     """(tokens of a chunk, chunks of a sequence) where sequences have up to `longest` tokens."""
     size = max(CHUNK, triton.next_power_of_2(triton.cdiv(longest, MOST_CHUNKS)))
@@ -119,8 +126,7 @@ def launch_decode(
     chunk, chunks = chunks_of(cache.pages.shape[1] * page)
     scratch, counters = workspace(query.device)
     parts = sequences * heads * chunks
-    fit = sequences * kv_heads <= COUNTERS and 4 * parts * (size + 2) <= WORKSPACE_BYTES
-    assert chunks == 1 or fit, "the workspace holds every partial sum"
+    assert fits(sequences, heads, kv_heads, size, cache.pages.shape[1] * page)
     if sequences == 0:
         return
     partial = scratch.view(torch.float32)

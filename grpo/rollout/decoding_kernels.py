@@ -47,10 +47,10 @@ def decoding_jobs(
 ) -> Iterator[Job]:
     """The kernels of 4-bit products on `device`, and of their adapters of so many `ranks`, with these numbers of rows,
     in their order."""
-    shrinks = cards.card(device).dot_is_fast
+    card = cards.card(device)
     for rows in row_counts:
         for name, linear in linears.items():
-            if name in ranks and shrinks:
+            if name in ranks and card.dot_is_fast:
                 yield Shrink(ranks[name], linear.in_features)
             for segment in linear.segments:
                 plan = nf4_plans.find_plan(device, segment.rows, segment.columns)
@@ -58,4 +58,5 @@ def decoding_jobs(
                 if plan and tile:
                     half, ragged = segment.columns % nf4.TILE != 0, rows % tile.m != 0
                     bias = linear.bias is not None
-                    yield Product(tile, plan.split, ranks.get(name, 0), ragged, half, bias)
+                    pending = name in ranks and card.overlaps and segment is linear.segments[0]
+                    yield Product(tile, plan.split, ranks.get(name, 0), ragged, half, bias, pending)

@@ -125,7 +125,8 @@ class Engine:
     def _arguments(self) -> dict[str, Any]:
         settings, on_cpu = self.settings, self.base.device.type == "cpu"
         step_tokens = max(8192, settings.max_seq_length)
-        handle = AdapterHandle(self.adapter, self.recorder, self.images, step_tokens)
+        ours = settings.attention_backend == "auto" and not on_cpu
+        handle = AdapterHandle(self.adapter, self.recorder, self.images, step_tokens, ours)
         arguments: dict[str, Any] = {
             "model": self._folder.name,
             "skip_tokenizer_init": not settings.stop_strings,

@@ -29,6 +29,7 @@ from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from grpo.errors import UserError
 from grpo.kernels.lora_factors import LowRank
 from grpo.kernels.lora_shrink import lora_shrink
+from grpo.kernels.lora_shrink import serves as shrink_serves
 from grpo.kernels.stored_weight import linear as stored_linear
 from grpo.model.architectures import vllm_class
 from grpo.model.base_weights import BaseWeights, FusedLinear, Segment
@@ -37,6 +38,7 @@ from grpo.model.decoder_config import DecoderConfig
 from grpo.model.layout import pattern_of
 from grpo.model.rope import EVERYWHERE, Rotary
 from grpo.policy.full_policy import FullPolicy
+from grpo.rollout.decoding_attention import serve_decoding
 from grpo.rollout.experts import SharedExpertsMethod, serve_experts
 from grpo.rollout.lora_buffers import RolloutAdapter
 from grpo.rollout.route_recorder import RouteRecorder
@@ -63,6 +65,8 @@ class AdapterHandle:
     """Of a model that takes images."""
     step_tokens: int = 0
     """Tokens of one step of vLLM, at most."""
+    decoding_kernel: bool = False
+    """Whether decoding steps' attention may be ours (decoding_attention.py)."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AdapterHandle:
         return self
@@ -89,9 +93,10 @@ class SharedLinearMethod(LinearMethodBase):
         adapter = layer.adapter
         x_lora_a = None if adapter is None else lora_shrink(flat, adapter.a, layer.adapter_on)
         y = torch.empty(flat.shape[0], layer.served_features, dtype=x.dtype, device=x.device)
-        for segment in layer.shared.segments:
+        for number, segment in enumerate(layer.shared.segments):
             rows = slice(segment.first_row, segment.first_row + segment.rows)
-            low_rank = None if adapter is None else LowRank(x_lora_a, adapter.b[rows])
+            pending = number == 0 and shrink_serves(flat)
+            low_rank = None if adapter is None else LowRank(x_lora_a, adapter.b[rows], pending)
             segment_linear(flat, segment, None if bias is None else bias[rows], y[:, rows], low_rank)
         fill_rest(layer.shared, y)
         return y.reshape(*x.shape[:-1], -1)
@@ -185,6 +190,8 @@ class SharedLoader(BaseModelLoader):
         if handle.images is not None:
             model.see(handle.images, handle.step_tokens, base.device, base.dtype)
         share_positions(model, base.config, model_config.max_model_len)
+        if handle.decoding_kernel:
+            serve_decoding(model, base.dtype)
 
 
 def attach_experts(model: nn.Module, handle: AdapterHandle) -> set[str]:
