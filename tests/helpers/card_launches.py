@@ -26,6 +26,7 @@ from triton.runtime.jit import JITFunction
 
 from grpo.kernels import (
     cards,
+    decode_attention,
     delta_rule,
     dense_gemm,
     eight_bit,
@@ -59,8 +60,8 @@ from grpo.kernels.nf4_lookup import CODE, byte_tables
 from tests.helpers.paths import ROOT
 
 MODULES = (
-    dense_gemm, eight_bit, eight_bit_gemm, glu, logprob, lora_factors, lora_shrink, lora_sum, nf4, nf4_gemm,
-    nf4_turing, rms_norm, rope, sample, shared_keys,
+    decode_attention, dense_gemm, eight_bit, eight_bit_gemm, glu, logprob, lora_factors, lora_shrink, lora_sum, nf4,
+    nf4_gemm, nf4_turing, rms_norm, rope, sample, shared_keys,
 )  # fmt: skip
 EXPERT_MODULES = mxfp4, nf4_experts, routing
 """Those that mixtures of experts launch beside them."""
@@ -333,6 +334,24 @@ def samples(shape: Shape, dtype: torch.dtype) -> None:
         sample.sample_tokens(torch.empty(16, shape.vocabulary, dtype=kind), torch.empty(16), 3)
 
 
+def decoding_attention(shape: Shape, dtype: torch.dtype) -> None:
+    """Of sequences of one chunk and of several, with and without the new token."""
+    if not decode_attention.serves(shape.heads, shape.key_value_heads, shape.head, dtype, dtype):
+        return
+    parts = shape.heads, shape.key_value_heads, shape.key_value_heads
+    projected = torch.empty(40, sum(parts), shape.head, dtype=dtype)
+    query, keys, values = projected.split(parts, 1)
+    held = torch.empty(64, 16, shape.key_value_heads, 2 * shape.head, dtype=dtype).split(shape.head, -1)
+    new = decode_attention.NewToken(keys, values, torch.empty(1024, shape.head, dtype=dtype))
+    for pages in (30, 512):
+        places = torch.empty(40, pages, dtype=torch.int32), torch.empty(40, dtype=torch.int32)
+        for given in (None, new):
+            decode_attention.launch_decode(
+                query, decode_attention.Cache(*held, *places), 1.0, torch.empty(query.shape, dtype=dtype), given,
+                decode_attention.Cut(),
+            )  # fmt: skip
+
+
 def keys_of_prefixes(shape: Shape, dtype: torch.dtype) -> None:
     rows = torch.empty(TOKENS, shape.key_value_heads, shape.head, dtype=dtype)
     numbers = torch.empty(2 * TOKENS, dtype=torch.int64)
@@ -371,7 +390,7 @@ def recurrent_operators(dtype: torch.dtype) -> None:
 
 LAUNCHES: tuple[Callable[[Shape, torch.dtype], None], ...] = (
     packed_weights, packed_products, eight_bit_products, dense_products, shrinks, factors, norms, rotations,
-    gated_units, logprobs, samples, keys_of_prefixes,
+    gated_units, logprobs, samples, keys_of_prefixes, decoding_attention,
 )  # fmt: skip
 
 
