@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from grpo.kernels import nf4_tuner
+from grpo.kernels.cards import overlaps
 from grpo.kernels.compile_only import compiling_for
 from grpo.kernels.decode_attention import Cache, Cut, NewToken, _torch, launch_decode
 from grpo.kernels.split_k import workspace
@@ -86,7 +87,8 @@ def compile_one(
     query, caches, new = make_case(shape, GROUP, prompt, completion, prompt + max(completion, 512), "cpu")
     with compiling_for(architecture, loaded=lambda name, binary, shared: sizes.append((name, shared))):
         for given in (None, new):
-            launch_decode(query, caches[0], 1.0, torch.empty(query.shape, dtype=query.dtype), given, cut)
+            out, overlapped = torch.empty(query.shape, dtype=query.dtype), overlaps(architecture)
+            launch_decode(query, caches[0], 1.0, out, given, cut, overlapped=overlapped)
     return sizes
 
 

@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from grpo.kernels import cards
 from grpo.kernels.launch import is_interpreted, on_device, round_to
 from grpo.kernels.split_k import COUNTERS, WORKSPACE_BYTES, dot, workspace
 
@@ -108,9 +109,11 @@ def chunks_of(longest: int) -> tuple[int, int]:
 
 
 def launch_decode(
-    query: Tensor, cache: Cache, scale: float, out: Tensor, new: NewToken | None, cut: Cut, *, interpreted: bool = False
-) -> None:
-    """The Triton form of `decode_attention`."""
+    query: Tensor, cache: Cache, scale: float, out: Tensor, new: NewToken | None, cut: Cut, *,
+    interpreted: bool = False, overlapped: bool | None = None,
+) -> None:  # fmt: skip
+    """The Triton form of `decode_attention`. overlapped: whether it may be launched before what is in front of it has
+    ended; None: as the card allows."""
     sequences, heads, size = query.shape
     page, kv_heads = cache.keys.shape[1:3]
     group = heads // kv_heads
@@ -130,13 +133,16 @@ def launch_decode(
     if sequences == 0:
         return
     partial = scratch.view(torch.float32)
+    if overlapped is None:
+        overlapped = query.is_cuda and cards.card(query.device).overlaps
     with on_device(query):
         _decode_kernel[(sequences * kv_heads, chunks)](
             query, fresh.keys, fresh.values, fresh.cos_sin, cache.keys, cache.values, cache.pages, cache.lengths, out,
             partial, partial[parts * size :] if chunks > 1 else partial, counters, scale * math.log2(math.e), kv_heads,
             query.stride(0), fresh.keys.stride(0), fresh.values.stride(0), *cache.keys.stride()[:3],
             cache.pages.stride(0), out.stride(0), group, max(16, triton.next_power_of_2(group)), size, page,
-            cut.tokens, chunk, chunks, cut.stages, new is not None, interpreted, num_warps=cut.warps,
+            cut.tokens, chunk, chunks, cut.stages, new is not None, overlapped, interpreted, num_warps=cut.warps,
+            launch_pdl=overlapped,
         )  # fmt: skip
 
 
@@ -168,10 +174,14 @@ def _decode_kernel(
     partial_ptr, stats_ptr, counters_ptr, scale, kv_heads, stride_q_t, stride_new_k_t, stride_new_v_t,
     stride_page, stride_token, stride_head, stride_pages, stride_out_t,
     GROUP: tl.constexpr, BM: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, BN: tl.constexpr,
-    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, STAGES: tl.constexpr, NEW: tl.constexpr, INTERPRETED: tl.constexpr,
+    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, STAGES: tl.constexpr, NEW: tl.constexpr, OVERLAPPED: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """GROUP query heads of one sequence, one chunk of its tokens; BM rows, of which the first GROUP count."""
     DTYPE: tl.constexpr = out_ptr.dtype.element_ty
+    if OVERLAPPED:
+        tl.extra.cuda.gdc_wait()  # for the query: this may be launched while that is computed
+        tl.extra.cuda.gdc_launch_dependents()
     sequence, head = tl.program_id(0) // kv_heads, tl.program_id(0) % kv_heads
     length = tl.load(lengths_ptr + sequence)
     start = tl.program_id(1) * CHUNK

@@ -61,11 +61,12 @@ def launch_shrink(x: Tensor, a: Tensor, scale: Tensor, *, interpreted: bool = Fa
     assert grid[0] * grid[1] <= COUNTERS and grid[0] * grid[1] * split * ROWS * block * 4 <= SHRINK_BYTES
     out = torch.empty(rows, ranks, dtype=x.dtype, device=x.device)
     scratch, counters = workspace(x.device, SHRINK_BYTES)
+    overlapped = x.is_cuda and cards.card(x.device).overlaps
     with on_device(x):
         _shrink_kernel[grid](
             x, a, scale, out, scratch.view(torch.float32), counters, rows, columns, x.stride(0),
             ranks, block, split, ROWS, COLUMNS, columns % COLUMNS != 0, interpreted,
-            x.is_cuda and cards.card(x.device).overlaps, num_warps=4,
+            overlapped, num_warps=4, launch_pdl=overlapped,
         )  # fmt: skip
     return out
 
@@ -84,6 +85,7 @@ def _shrink_kernel(
 ):  # fmt: skip
     """out [BM, BR] = x [BM, part of K] a [BR, part of K]^T."""
     if OVERLAPPED:
+        tl.extra.cuda.gdc_wait()  # for x: this may be launched while that is computed
         tl.extra.cuda.gdc_launch_dependents()  # a product that waits for this at its end may begin
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     r = tl.program_id(1) * BR + tl.arange(0, BR)

@@ -100,7 +100,7 @@ def warm_shrink(job: Shrink, dtype: torch.dtype, architecture: int) -> None:
     lora_shrink._shrink_kernel.warmup(
         dtype, dtype, dtype, dtype, torch.float32, torch.int32, 256, 4096, 4096, job.ranks, block, split,
         lora_shrink.ROWS, lora_shrink.COLUMNS, job.columns % lora_shrink.COLUMNS != 0, False,
-        cards.overlaps(architecture), grid=(1,), num_warps=4,
+        cards.overlaps(architecture), grid=(1,), num_warps=4, launch_pdl=cards.overlaps(architecture),
     )  # fmt: skip
 
 

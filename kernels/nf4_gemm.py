@@ -177,6 +177,8 @@ def _gemm_kernel(
     BR: tl.constexpr, INTERPRETED: tl.constexpr, FENCED: tl.constexpr, PENDING: tl.constexpr,
 ):  # fmt: skip
     """out^T [BN, BM] = W [BN, part of K] x^T. Words: [N / 8, tiles, 8, 16]; scales: pairs, [N / 8, tiles, 8]."""
+    if PENDING:
+        tl.extra.cuda.gdc_launch_dependents()  # what waits for this at its beginning may be launched
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     WIDTH: tl.constexpr = 128 // DOTS
     n0 = tl.program_id(1) * BN
