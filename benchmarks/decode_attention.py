@@ -34,7 +34,10 @@ from grpo.run.versions import hardware, versions
 
 SHAPES = {"3b": (24, 8, 128), "8b": (32, 8, 128), "tiny": (6, 2, 64)}
 """Heads, key-value heads, head size."""
-CASES = ((32, 128, 128), (64, 128, 128), (128, 128, 128), (256, 128, 128), (128, 128, 448), (32, 1024, 1024))
+CASES = (
+    (16, 128, 128), (32, 128, 128), (64, 128, 128), (128, 128, 128), (256, 128, 128), (128, 1024, 128),
+    (128, 128, 448), (32, 1024, 1024),
+)  # fmt: skip
 """(sequences, tokens of a shared prompt, tokens of a completion so far)."""
 CUTS = tuple(
     Cut(*each) for each in (
@@ -69,6 +72,11 @@ def make_case(
     return query, caches, NewToken(keys, values, cos_sin)
 
 
+def longest_of(case: tuple[int, int, int]) -> int:
+    """Of the sequences that such an engine takes."""
+    return 640 if case[1] + case[2] <= 640 else 2048
+
+
 def compile_ahead(shape: tuple[int, int, int], cuts: tuple[Cut, ...], architecture: int) -> None:
     """Compile what will be timed on all cores. Before CUDA starts: processes are forked."""
     with ProcessPoolExecutor(min(15, os.cpu_count() or 1), get_context("fork")) as pool:
@@ -84,7 +92,7 @@ def compile_one(
     torch.set_num_threads(1)
     sizes: list[tuple[str, int]] = []
     _, prompt, completion = case
-    query, caches, new = make_case(shape, GROUP, prompt, completion, prompt + max(completion, 512), "cpu")
+    query, caches, new = make_case(shape, GROUP, prompt, completion, longest_of(case), "cpu")
     with compiling_for(architecture, loaded=lambda name, binary, shared: sizes.append((name, shared))):
         for given in (None, new):
             out, overlapped = torch.empty(query.shape, dtype=query.dtype), overlaps(architecture)
@@ -152,7 +160,7 @@ def attend(query: Tensor, scale: float, out: Tensor, new: NewToken | None, cut: 
 
 def examine(shape: tuple[int, int, int], case: tuple[int, int, int], cuts: tuple[Cut, ...]) -> dict[str, Any]:
     sequences, prompt, completion = case
-    longest = prompt + max(completion, 512)
+    longest = longest_of(case)
     query, caches, new = make_case(shape, sequences, prompt, completion, longest, "cuda")
     scale, out = shape[2] ** -0.5, torch.empty(query.shape, dtype=query.dtype, device="cuda")
     unique = sequences // GROUP * prompt + sequences * completion
