@@ -39,6 +39,7 @@ from grpo.model.layout import pattern_of
 from grpo.model.rope import EVERYWHERE, Rotary
 from grpo.policy.full_policy import FullPolicy
 from grpo.rollout.decoding_attention import serve_decoding
+from grpo.rollout.decoding_layers import serve_between
 from grpo.rollout.experts import SharedExpertsMethod, serve_experts
 from grpo.rollout.lora_buffers import RolloutAdapter
 from grpo.rollout.route_recorder import RouteRecorder
@@ -192,6 +193,8 @@ class SharedLoader(BaseModelLoader):
         share_positions(model, base.config, model_config.max_model_len)
         if handle.decoding_kernel:
             serve_decoding(model, base.dtype)
+        if base.device.type == "cuda":
+            serve_between(model)
 
 
 def attach_experts(model: nn.Module, handle: AdapterHandle) -> set[str]:

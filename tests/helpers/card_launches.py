@@ -44,6 +44,7 @@ from grpo.kernels import (
     nf4_tiles,
     nf4_turing,
     recurrence,
+    residual_norm,
     rms_norm,
     rope,
     routing,
@@ -61,7 +62,7 @@ from tests.helpers.paths import ROOT
 
 MODULES = (
     decode_attention, dense_gemm, eight_bit, eight_bit_gemm, glu, logprob, lora_factors, lora_shrink, lora_sum, nf4,
-    nf4_gemm, nf4_turing, rms_norm, rope, sample, shared_keys,
+    nf4_gemm, nf4_turing, residual_norm, rms_norm, rope, sample, shared_keys,
 )  # fmt: skip
 EXPERT_MODULES = mxfp4, nf4_experts, routing
 """Those that mixtures of experts launch beside them."""
@@ -306,6 +307,9 @@ def norms(shape: Shape, dtype: torch.dtype) -> None:
     for x in (wide, *(heads_of(shape, dtype) if shape.head_norms else ())):
         norm = rms_norm.Norm(torch.empty(x.shape[-1], dtype=dtype), 1e-6, shape.unit_offset)
         norm.forward(x)
+        if x.ndim == 2:
+            rows = x[:40]
+            residual_norm.launch(rows, torch.empty_like(rows), norm.weight, 1e-6)
         for plus in (None, torch.empty_like(x)):
             norm.backward(torch.empty_like(x), x, plus)
 
@@ -320,6 +324,7 @@ def rotations(shape: Shape, dtype: torch.dtype) -> None:
 def gated_units(shape: Shape, dtype: torch.dtype) -> None:
     gate_up = torch.empty(TOKENS, 2 * shape.intermediate, dtype=dtype)
     product = glu.glu_forward(gate_up, shape.activation)
+    glu.launch_forward(gate_up, shape.activation, product, overlapped=cards.card(gate_up.device).overlaps)
     glu.glu_backward(torch.empty_like(product), gate_up, shape.activation, product, torch.empty_like(gate_up))
 
 
