@@ -83,19 +83,18 @@ def metadata_of(layer_name: str) -> Any:
 
 def serve_decoding(model: nn.Module, dtype: torch.dtype) -> int:
     """Give the kernel to the layers of `model`, vLLM's, that it serves; how many these are."""
-    served: dict[int, DecodingImpl] = {}
+    served: dict[nn.Module, Any] = {}
     for module in list(model.modules()):
-        impl = getattr(module, "impl", None)
+        impl: Any = getattr(module, "impl", None)
         if type(impl) is FlashAttentionImpl and plain(impl, dtype):
             impl.__class__ = DecodingImpl
             impl.attention = module
-            served[id(module)] = impl
+            served[module] = impl
     for module in list(model.modules()):
-        inner = getattr(module, "attn", None)
-        if id(inner) in served and type(module).__name__ in ROTATE_LAST and rotates_plainly(module.rotary_emb, inner):
-            impl = served[id(inner)]
-            impl.cos_sin = module.rotary_emb.cos_sin_cache
-            module.rotary_emb = LateRotary(module.rotary_emb, inner.layer_name, impl)
+        inner: Any = getattr(module, "attn", None)
+        if inner in served and type(module).__name__ in ROTATE_LAST and rotates_plainly(module.rotary_emb, inner):
+            served[inner].cos_sin = module.rotary_emb.cos_sin_cache
+            module.rotary_emb = LateRotary(module.rotary_emb, inner.layer_name, served[inner])
     return len(served)
 
 
