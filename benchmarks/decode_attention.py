@@ -173,14 +173,15 @@ def examine(shape: tuple[int, int, int], case: tuple[int, int, int], cuts: tuple
         "floor_if_nothing_is_shared": round(sequences * (prompt + completion) * bytes_each / speed * 1e6, 2),
     }  # fmt: skip
     wanted, wanted_new = torch.empty_like(out), torch.empty_like(out)
+    for cache in caches:
+        _torch(query[:2], cache, scale, wanted_new[:2], NewToken(new.keys[:2], new.values[:2], new.cos_sin))
     _torch(query[:2], caches[0], scale, wanted[:2], None)
-    _torch(query[:2], caches[1], scale, wanted_new[:2], NewToken(new.keys[:2], new.values[:2], new.cos_sin))
     for cut in cuts:
         key = f"{cut.tokens}x{cut.warps}x{cut.stages}"
         try:
             for name, cache, given, right in (
                 ("ours", caches[0], None, wanted),
-                ("fused", caches[1], new, wanted_new),
+                ("fused", caches[-1], new, wanted_new),
             ):
                 call = partial(attend, query, scale, out, given, cut)
                 call(cache)

@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from grpo.kernels import cards
+from grpo.kernels.cards import Card
 from grpo.kernels.launch import is_interpreted, on_device, round_to
 from grpo.kernels.split_k import COUNTERS, WORKSPACE_BYTES, dot, workspace
 
@@ -63,17 +64,21 @@ class NewToken(NamedTuple):
 
 @dataclass(frozen=True)
 class Cut:
-    """How a program goes through its tokens. Changes the order of sums, and with it the last bits."""
+    """How a program goes through its tokens."""
 
     tokens: int = 32
-    """At once, a multiple of 16."""
+    """At once, a multiple of 16: changes the order of sums, and with it the last bits."""
     warps: int = 2
     stages: int = 3
+    """Tiles of keys and values that are loaded ahead, and one. Changes no bit."""
 
 
-def decode_attention(
-    query: Tensor, cache: Cache, scale: float, out: Tensor, new: NewToken | None = None, cut: Cut = Cut()
-) -> None:
+def cut_for(programs: int, card: Card) -> Cut:
+    """What was fastest on an H200 with so many programs: few load further ahead, many leave each other room."""
+    return Cut(stages=4 if programs <= 8 * card.multiprocessors else 3)
+
+
+def decode_attention(query: Tensor, cache: Cache, scale: float, out: Tensor, new: NewToken | None = None) -> None:
     """out [sequences, heads, head size] = softmax(scale q K^T) V over each sequence's cached tokens.
 
     query: like `out`, the last two dimensions contiguous; any stride between sequences. Without `new` the cache holds
@@ -86,6 +91,7 @@ def decode_attention(
     if is_interpreted(query):
         _torch(query, cache, scale, out, new)
     else:
+        cut = cut_for(len(query) * cache.keys.shape[2], cards.card(query.device))
         launch_decode(query, cache, scale, out, new, cut)
 
 
@@ -140,8 +146,8 @@ def launch_decode(
             query, fresh.keys, fresh.values, fresh.cos_sin, cache.keys, cache.values, cache.pages, cache.lengths, out,
             partial, partial[parts * size :] if chunks > 1 else partial, counters, scale * math.log2(math.e), kv_heads,
             query.stride(0), fresh.keys.stride(0), fresh.values.stride(0), *cache.keys.stride()[:3],
-            cache.pages.stride(0), out.stride(0), group, max(16, triton.next_power_of_2(group)), size, page,
-            cut.tokens, chunk, chunks, cut.stages, new is not None, overlapped, interpreted, num_warps=cut.warps,
+            cache.pages.stride(0), out.stride(0), chunks, group, max(16, triton.next_power_of_2(group)), size, page,
+            cut.tokens, chunk, cut.stages, new is not None, overlapped, interpreted, num_warps=cut.warps,
             launch_pdl=overlapped,
         )  # fmt: skip
 
@@ -168,13 +174,13 @@ def _turned(heads: Tensor, cos_sin: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(heads.dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_pages", "chunks"])
 def _decode_kernel(
     q_ptr, new_k_ptr, new_v_ptr, cos_sin_ptr, k_ptr, v_ptr, pages_ptr, lengths_ptr, out_ptr,
     partial_ptr, stats_ptr, counters_ptr, scale, kv_heads, stride_q_t, stride_new_k_t, stride_new_v_t,
-    stride_page, stride_token, stride_head, stride_pages, stride_out_t,
+    stride_page, stride_token, stride_head, stride_pages, stride_out_t, chunks,
     GROUP: tl.constexpr, BM: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, BN: tl.constexpr,
-    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, STAGES: tl.constexpr, NEW: tl.constexpr, OVERLAPPED: tl.constexpr,
+    CHUNK: tl.constexpr, STAGES: tl.constexpr, NEW: tl.constexpr, OVERLAPPED: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """GROUP query heads of one sequence, one chunk of its tokens; BM rows, of which the first GROUP count."""
@@ -232,10 +238,10 @@ def _decode_kernel(
         largest = larger
     out_ptrs = out_ptr + sequence.to(tl.int64) * stride_out_t + ((head * GROUP + row) * D)[:, None] + column[None, :]
     count = tl.cdiv(length, CHUNK)
-    if CHUNKS == 1 or count == 1:
+    if count == 1:
         tl.store(out_ptrs, round_to(sums / total[:, None], DTYPE, INTERPRETED), mask=real)
     else:
-        slot = tl.program_id(0) * CHUNKS * GROUP + row
+        slot = tl.program_id(0) * chunks * GROUP + row
         own = slot + tl.program_id(1) * GROUP
         tl.store(partial_ptr + (own * D)[:, None] + column[None, :], sums, mask=real)
         tl.store(stats_ptr + own * 2, largest, mask=row < GROUP)
