@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 
 from grpo.kernels import cards, nf4, nf4_compile, nf4_gemm, nf4_plans
+from grpo.kernels.lora_shrink import MOST_ROWS
 from grpo.kernels.nf4_compile import Job, Product, Shrink
 from grpo.model.base_weights import BaseWeights, FusedLinear
 from grpo.policy.policy import Policy
@@ -58,5 +59,5 @@ def decoding_jobs(
                 if plan and tile:
                     half, ragged = segment.columns % nf4.TILE != 0, rows % tile.m != 0
                     bias = linear.bias is not None
-                    pending = name in ranks and card.overlaps and segment is linear.segments[0]
+                    pending = name in ranks and card.overlaps and rows <= MOST_ROWS and segment is linear.segments[0]
                     yield Product(tile, plan.split, ranks.get(name, 0), ragged, half, bias, pending)
