@@ -125,6 +125,9 @@ def make_model(shape: str, folder: Path, device: str) -> None:
     processor = {
         "image_processor_type": "Qwen2VLImageProcessor", "merge_size": 2, "temporal_patch_size": 2,
         "patch_size": values["vision_config"]["patch_size"], "size": {"shortest_edge": 3136, "longest_edge": 12845056},
+        # vLLM's own processor takes what is not in the file as nothing to be done.
+        "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
+        "image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711],
     }  # fmt: skip
     (folder / "preprocessor_config.json").write_text(json.dumps(processor))
 

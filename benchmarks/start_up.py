@@ -2,7 +2,7 @@
 
 A run of one step in a process of its own, first with empty caches (Triton's, vLLM's, the project's) and the system
 asked to forget every installed file, then again with what the first left in all of them. What the process does is seen
-by looking at its stack (stack_samples.py).
+by looking at its stack (stack_samples.py); which kernels it compiles itself, Triton says.
 
     python -m benchmarks.start_up --out benchmarks/results/start_up.json            # the fixed work of whole_step.py
     python -m benchmarks.start_up --config configs/quickstart.toml --device cpu
@@ -35,6 +35,29 @@ MODULES = ("grpo.training.run", "vllm", "grpo.rollout.engine")
 """What a run imports, in this order."""
 
 
+class CompiledKernels:
+    """What Triton compiles in this process: (kernel, seconds, whether from the cache on disk, its end by the clock)."""
+
+    def __init__(self) -> None:
+        import triton
+
+        self.found: list[tuple[str, float, bool, float]] = []
+        triton.knobs.compilation.listener = self._compiled
+
+    def _compiled(self, *, src: Any, times: Any, cache_hit: bool, **others: Any) -> None:
+        self.found.append((src.name, times.total / 1e6, cache_hit, time.time()))
+
+    def summary(self, began: float) -> dict[str, Any]:
+        """Totals, and every kernel that was compiled, in order."""
+        new = [(name, round(took, 2), round(end - began, 1)) for name, took, cached, end in self.found if not cached]
+        return {
+            "compiled": len(new),
+            "compiled_s": round(sum(took for _, took, _ in new), 1),
+            "from_cache": len(self.found) - len(new),
+            "kernels": [f"{end:6.1f} {took:5.2f} {name}" for name, took, end in new],
+        }
+
+
 def child_main(options: argparse.Namespace) -> int:
     """Train in this process and write what it did to `options.out`, or make the work."""
     if options.make:
@@ -42,6 +65,7 @@ def child_main(options: argparse.Namespace) -> int:
         return 0
     from grpo.run.importing import uncollected
 
+    kernels = None
     if options.imports:
         for module in MODULES:
             with uncollected():
@@ -60,13 +84,18 @@ def child_main(options: argparse.Namespace) -> int:
             values = sections.pop("") | sections
             values["checkpoint"]["output_dir"] = str(options.run)
             config = parse_config(values)
+        from grpo.train import start_ahead
+
+        start_ahead(config)
         with uncollected():
             from grpo.training.run import launch
+        kernels = CompiledKernels()
         launch(config)
         ended = (options.run / "metrics.jsonl").stat().st_mtime
     SAMPLER.stop()
     found = {"first_step_ended_s": round(ended - options.began, 1), "spent": SAMPLER.tree(options.least)}
-    if not options.imports:
+    if kernels is not None:
+        found["triton"] = kernels.summary(options.began)
         step = json.loads((options.run / "metrics.jsonl").read_text().splitlines()[0])
         found["step"] = {name: step[name] for name in ("step_seconds", "rollout_seconds", "mismatch_kl")}
     options.out.write_text(json.dumps(found))
@@ -97,7 +126,7 @@ def fixed_work(options: argparse.Namespace) -> None:
     """Write the checkpoint and whole_step.py's configuration, of one step, to `options.scratch`."""
     from benchmarks import whole_step
 
-    options.steps, options.tokens = 1, 32768
+    options.steps, options.tokens, options.full_finetuning = 1, 32768, False
     options.prompt, options.completion = (16, 8) if options.shape == "tiny" else (128, 512)
     whole_step.ours_command(options, whole_step.make_work(options), options.scratch)
 
@@ -122,9 +151,14 @@ def show(name: str, found: dict[str, Any]) -> None:
         print(f"{name}: {found['failed']}\n{found['log']}", flush=True)
         return
     print(f"{name}: the first step ended after {found['first_step_ended_s']} s; {found.get('step', {})}", flush=True)
+    print("seconds, and those of them in which a processor worked for the thread")
     for line in found["spent"]:
         alone = f" ({line['own_s']:.2f} alone)" if 0.1 < line["own_s"] < line["s"] else ""
-        print(f"{line['s']:8.2f} s  {'  ' * line['depth']}{line['what']}{alone}", flush=True)
+        print(f"{line['s']:8.2f} {line['busy_s']:8.2f}  {'  ' * line['depth']}{line['what']}{alone}", flush=True)
+    if kernels := found.get("triton"):
+        print(f"Triton compiled {kernels['compiled']} kernels in {kernels['compiled_s']} s and took "
+              f"{kernels['from_cache']} from its cache; when, how long, which:", *kernels["kernels"], sep="\n  ",
+              flush=True)  # fmt: skip
 
 
 def main() -> int:

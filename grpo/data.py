@@ -7,6 +7,7 @@ solved, for `pass_rate`, see `grpo/training/evaluation.py`; choosing by that rat
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ from typing import Any
 
 from grpo.config import schema as sections
 from grpo.errors import UserError
-from grpo.images import Image, read_image
+from grpo.images import Image, ReadImage, read_image
 from grpo.messages import column_images, with_places
 from grpo.rewards.extract import is_no_answer
 from grpo.rewards.runtime.contract import RewardSpec
@@ -152,8 +153,8 @@ def make_prompts(
     image_tokens: ImageTokens | None = None,
 ) -> tuple[list[Prompt], int]:
     """Every task's rows as prompts no longer than `max_prompt_length`, and how many were longer."""
-    most = config.model.max_pixels
-    read = {task: read_rows(task, given, split, settings[task], tokenizer, most) for task, given in rows.items()}
+    image = functools.partial(read_image, max_pixels=config.model.max_pixels, urls=config.model.image_urls)
+    read = {task: read_rows(task, given, split, settings[task], tokenizer, image) for task, given in rows.items()}
     if config.environment is not None:
         refuse_in_environment(one for each in read.values() for one in each)
     columns = list(dict.fromkeys(name for each in read.values() for one in each for name in one.row))
@@ -184,20 +185,20 @@ def make_prompts(
 
 
 def read_rows(
-    task: str, rows: Sequence[Row], split: str, settings: sections.Task, tokenizer: Any, max_pixels: int
+    task: str, rows: Sequence[Row], split: str, settings: sections.Task, tokenizer: Any, image: ReadImage
 ) -> list[ReadRow]:
     """The rows of a task with their images read. Raises UserError naming the first that cannot be used."""
     return [
-        read_row(row, f"task {task!r}, {split} row {number}", settings.system_prompt, tokenizer, max_pixels)
+        read_row(row, f"task {task!r}, {split} row {number}", settings.system_prompt, tokenizer, image)
         for number, row in enumerate(rows, 1)
     ]
 
 
-def read_row(row: Any, where: str, system: str | None, tokenizer: Any, max_pixels: int) -> ReadRow:
+def read_row(row: Any, where: str, system: str | None, tokenizer: Any, image: ReadImage) -> ReadRow:
     given = given_tokens(row, where)
     if given is not None:
         row = {**row, "prompt": tokenizer.decode(given).strip() or f"tokens {given}"}
-    row, images = images_apart(row, where, max_pixels)
+    row, images = images_apart(row, where, image)
     if images and given is not None:
         raise UserError(f"{where}: its prompt is token numbers, which have no place for images; make it messages")
     prompt = checked_row(row, where)
@@ -206,7 +207,7 @@ def read_row(row: Any, where: str, system: str | None, tokenizer: Any, max_pixel
     return ReadRow(where, row, prompt, images, given)
 
 
-def images_apart(row: Any, where: str, max_pixels: int) -> tuple[Any, tuple[Image, ...]]:
+def images_apart(row: Any, where: str, image: ReadImage) -> tuple[Any, tuple[Image, ...]]:
     """The row with places for its images in the prompt, and in its columns the images as read; and the images.
 
     A prompt that is a text has the model's own marks in their places, as a rendered chat has. Raises UserError for what
@@ -218,7 +219,7 @@ def images_apart(row: Any, where: str, max_pixels: int) -> tuple[Any, tuple[Imag
     if isinstance(prompt, list):
         prompt, found = with_places(prompt, found, where)
     places = [where] if len(found) == 1 else [f"{where}, image {number}" for number in range(1, len(found) + 1)]
-    images = tuple(read_image(value, one, max_pixels=max_pixels) for value, one in zip(found, places, strict=True))
+    images = tuple(image(value, one) for value, one in zip(found, places, strict=True))
     read: Row = {"images": images} if images else {}
     if row.get("image") is not None:
         read["image"] = images[0]
@@ -226,12 +227,12 @@ def images_apart(row: Any, where: str, max_pixels: int) -> tuple[Any, tuple[Imag
 
 
 def refuse_in_environment(rows: Iterable[ReadRow]) -> None:
-    """Raise UserError for the first row with images."""
+    """Raise UserError for the first text with images: its places are marks that no conversation has."""
     for one in rows:
-        if one.images:
+        if one.images and isinstance(one.prompt, str):
             raise UserError(
-                f"{one.where}: it has images, and conversations of an [environment] are of text alone; remove "
-                "[environment], or the images"
+                f"{one.where}: it has images in a prompt that is a text, and an [environment] begins with messages; "
+                "make the prompt messages"
             )
 
 

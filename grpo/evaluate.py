@@ -129,7 +129,7 @@ def evaluate_model(config: Config, adapter: Path | None, *, with_base: bool) -> 
     from grpo.training.environment import check_conversation, held_out_player, load_tasks, start_environment
 
     files = read_model(config)
-    check_conversation(config, files.tokenizer, files.stop_token_ids)
+    check_conversation(config, files.tokenizer, files.stop_token_ids, files.image_tokens)
     with contextlib.ExitStack() as ending:
         environment = ending.enter_context(start_environment(config))
         data = load_data(

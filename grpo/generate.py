@@ -29,6 +29,7 @@ from grpo.command import command
 from grpo.config.toml import apply_override
 from grpo.errors import UserError
 from grpo.images import read_image
+from grpo.messages import shown_text
 from grpo.printable import printable
 from grpo.run.model_reference import ADAPTER, BASE
 
@@ -250,7 +251,7 @@ def with_images(prompt: str, files: Sequence[str]) -> str | list[dict[str, Any]]
 def spoken(message: Mapping[str, Any]) -> str:
     """A message of an episode: what the model said as it is, the environment's words after their role."""
     calls = [json.dumps(call.get("function", call), ensure_ascii=False) for call in message.get("tool_calls") or ()]
-    text = "\n".join([str(message.get("content") or ""), *calls]).strip()
+    text = "\n".join([shown_text(message.get("content")), *calls]).strip()
     return text if message["role"] == "assistant" else f"[{message['role']}] {text}"
 
 

@@ -15,7 +15,7 @@ import io
 import math
 import stat
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,17 +90,23 @@ class Image:
         return self if share >= 1 else Image.of(resized(self.pil(), share))
 
 
+ReadImage = Callable[[Any, str], Image]
+"""Reads what a row has for an image; the text is what errors call it."""
+
+
 class Unusable(Exception):
     """Why an image cannot be used, with the remedy."""
 
 
-def read_image(value: Any, where: str, *, max_pixels: int = MAX_PIXELS, folder: Path | None = None) -> Image:
+def read_image(
+    value: Any, where: str, *, max_pixels: int = MAX_PIXELS, folder: Path | None = None, urls: bool = False
+) -> Image:
     """`value`, as data sets have images, as an Image of at most `max_pixels` pixels.
 
     `value` is a PIL image, the bytes of a file, a dict of "bytes" or "path" as `datasets` gives it, a path, a data URI
-    with base64, or an Image. Relative paths start in `folder`, by default the current one. Raises UserError, which
-    begins with `where`, for whatever else it is, for URLs, and for a file that is no image, damaged, animated or too
-    large: the sizes are known before an image is unpacked.
+    with base64, or an Image; with `urls`, also a URL, whose file is downloaded. Relative paths start in `folder`, by
+    default the current one. Raises UserError, which begins with `where`, for whatever else it is, and for a file that
+    is no image, damaged, animated or too large: the sizes are known before an image is unpacked.
     """
     try:
         if isinstance(value, Image):
@@ -108,7 +114,7 @@ def read_image(value: Any, where: str, *, max_pixels: int = MAX_PIXELS, folder: 
             return value if fits else Image.of(limited(value.pil(), max_pixels))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PIL's are about sizes, which are checked here, and odd entries of EXIF
-            picture = opened(value, folder or Path())
+            picture = opened(fetched(value) if urls else value, folder or Path())
             check_size(picture)
             return Image.of(limited(unpacked(picture), max_pixels))
     except Unusable as error:
@@ -123,6 +129,23 @@ def named(value: Any) -> str:
 
 def reason(error: Exception) -> str:
     return str(error).split("\n")[0][:200] or type(error).__name__
+
+
+def fetched(value: Any) -> Any:
+    """The bytes at the URL that `value` is; what is none, as it is. Raises Unusable."""
+    url = value.get("path") if isinstance(value, Mapping) and value.get("bytes") is None else value
+    if not isinstance(url, str) or not is_url(url):
+        return value
+    from grpo.image_urls import Unfetchable, fetch
+
+    try:
+        return fetch(url, MOST_BYTES)
+    except Unfetchable as error:
+        raise Unusable(str(error)) from None
+
+
+def is_url(path: str) -> bool:
+    return "://" in path[:40] and not path.startswith("data:")
 
 
 # Opening: of the file, only its header is read
@@ -158,8 +181,11 @@ def opened(value: Any, folder: Path) -> PIL.Image.Image:
 
 def of_file(path: str | Path, folder: Path) -> bytes:
     """The bytes of the file at `path`. Raises Unusable for a URL and for what is no file of a usual size."""
-    if "://" in str(path)[:40]:
-        raise Unusable("is a URL, and nothing is downloaded while data are read; download it, and give its path")
+    if is_url(str(path)):
+        raise Unusable(
+            "is a URL, and nothing is downloaded while data are read; download it, and give its path, or set "
+            "model.image_urls = true"
+        )
     file = folder / Path(path).expanduser()
     try:
         facts = file.stat()

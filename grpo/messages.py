@@ -30,6 +30,13 @@ def content_text(content: Any) -> str:
     return "".join(content_texts(content))
 
 
+def shown_text(content: Any) -> str:
+    """What a message says, with a word in the place of each image, for people to read."""
+    if not isinstance(content, list):
+        return content_text(content)
+    return "".join("[image]" if has_images([{"content": [part]}]) else content_text([part]) for part in content)
+
+
 def content_texts(content: Any) -> list[str]:
     """The texts of a message's content: several where images stand between them."""
     if isinstance(content, list):

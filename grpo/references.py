@@ -42,10 +42,10 @@ def resolve(reference: str, kind: str, builtin: Mapping[str, str]) -> Any:
         where, dot, name = reference.rpartition(".")
         if not dot:
             near = difflib.get_close_matches(reference, builtin, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"built in are {', '.join(builtin)};"
+            hint = f" did you mean {near[0]!r}?" if near else f" built in are {', '.join(builtin)};" if builtin else ""
             raise UserError(
-                f"there is no built-in {kind} {reference!r}; {hint} your own is package.module:function or "
-                "path/file.py:function"
+                f"there is no {'built-in ' if builtin else ''}{kind} {reference!r};{hint} your own is "
+                "package.module:function or path/file.py:function"
             )
     return _attribute(_load_module(where, kind, reference), name, kind, reference)
 

@@ -31,6 +31,8 @@ from grpo.environments.endpoint import Asked, Endpoint, Refused
 from grpo.environments.program import Turn
 from grpo.environments.tool_calls import assistant_message
 from grpo.errors import UserError
+from grpo.images import Image, read_image
+from grpo.messages import with_places
 from grpo.references import described
 
 if TYPE_CHECKING:
@@ -112,6 +114,7 @@ class Waiting:
     turn: Turn | None = None
     problem: Exception | None = None
     prompt_ids: list[int] = field(default_factory=list)
+    images: list[Image] = field(default_factory=list)
 
     def settings(self) -> tuple[float, float]:
         """What has to be the same for requests that are computed together."""
@@ -125,8 +128,14 @@ class Service:
     def __init__(self, policy: LoadedPolicy):
         self.policy, self.session = policy, policy.session
         self.continuer = Continuer(
-            policy.tokenizer, self.session.stop_token_ids, self.session.config.rollout.chat_template_kwargs
+            policy.tokenizer,
+            self.session.stop_token_ids,
+            self.session.config.rollout.chat_template_kwargs,
+            image_tokens=self.session.image_tokens,
         )
+        self.max_pixels = self.session.config.model.max_pixels
+        vision = self.session.base.vision
+        self.media = frozenset(() if vision is None else vision.never)
         self.longest = self.session.engine.settings.max_seq_length
         self.arriving: queue.Queue[Waiting] = queue.Queue()
         self.kept: list[Waiting] = []
@@ -161,27 +170,37 @@ class Service:
                 waiting = self.arriving.get(timeout=0.5) if block else self.arriving.get_nowait()
                 block = False
                 try:
-                    waiting.prompt_ids = self.prompt_ids(waiting.asked)
+                    waiting.prompt_ids, waiting.images = self.prompt(waiting.asked)
                     self.kept.append(waiting)
                 except Refused as refusal:
                     self.end(waiting, problem=refusal)
         except queue.Empty:
             return
 
-    def prompt_ids(self, asked: Asked) -> list[int]:
-        """The tokens of a request. Raises Refused where the model cannot be asked that."""
+    def prompt(self, asked: Asked) -> tuple[list[int], list[Image]]:
+        """The tokens of a request and its images. Raises Refused where the model cannot be asked that."""
         if asked.tools and (why := self.continuer.doubt_of_tools()):
             raise Refused(f"the model's chat template does not go with tools: {why}")
+        images: list[Image] = []
         try:
-            ids = asked.prompt_ids or self.continuer.opening(asked.messages or [], asked.tools)
+            if asked.prompt_ids is None:
+                messages, found = with_places(asked.messages or [], (), "the request")
+                images = [read_image(value, "the request", max_pixels=self.max_pixels) for value in found]
+                ids = self.continuer.opening(messages, asked.tools, images)
+            else:
+                ids = asked.prompt_ids
+        except UserError as error:
+            raise Refused(str(error)) from None
         except Exception as error:  # a template is a program, and not ours
             raise Refused(f"the model's chat template refuses the conversation: {described(error)}") from None
         if max(ids) >= self.session.base.config.vocab_size:
             raise Refused(f"token {max(ids)} is not the model's")
+        if not images and not self.media.isdisjoint(ids):
+            raise Refused("the request has a token that stands for an image, and no image; send messages that show it")
         if len(ids) >= self.longest:
             message = f"{len(ids)} tokens leave no room for an answer: a conversation may have {self.longest}"
             raise Refused(message, 400, "context_length_exceeded")
-        return ids
+        return ids, images
 
     def batch(self, settings: tuple[float, float]) -> None:
         """Sample what waits with equal `settings`, and what arrives meanwhile with the same."""
@@ -210,7 +229,7 @@ class Service:
 
         asked, room = waiting.asked, self.longest - len(waiting.prompt_ids)
         seed = random.getrandbits(62) if asked.seed is None else abs(asked.seed)
-        return Request(number, waiting.prompt_ids, seed, min(room, asked.max_tokens or room))
+        return Request(number, waiting.prompt_ids, seed, min(room, asked.max_tokens or room), waiting.images)
 
     def turn(self, waiting: Waiting, completion: Completion) -> Turn:
         """A finished completion as a turn, with the calls in it where tools were offered."""

@@ -32,9 +32,12 @@ from grpo.memory.summary import memory_plan
 from grpo.model.checks import BEYOND_FLOAT16, beyond_float16, largest_head, no_bfloat16
 from grpo.model.families.table import family_of
 from grpo.rollout.attention_backend import Served, choose_backend
+from grpo.rollout.import_ahead import import_ahead
 from grpo.run.checkpoint import check_run, moved_base, saved_config, step_numbers
+from grpo.run.compile_ahead import begin
 from grpo.run.importing import uncollected
 from grpo.run.machine import check_machine
+from grpo.run.read_ahead import read_ahead
 from grpo.run.signals import leaving_at_once
 
 
@@ -157,12 +160,25 @@ def train(config: Config, rank: Launch, *, resume: bool, verbose: bool) -> None:
     quiet_libraries(verbose)
     if rank.first and rank.restarts == 0:
         check_run(config, resume=resume)
+    if rank.local_rank == 0 and config.model.device != "cpu":
+        start_ahead(config)
     check_machine(config.model.device)
     with uncollected():
         from grpo.training.run import launch
 
     with leaving_at_once():
         launch(config, resume=resume, verbose=verbose, rank=rank)
+
+
+def start_ahead(config: Config) -> None:
+    """Have others begin with what needs no torch: reading the weights' files and, at a first start, compiling the run's
+    kernels and reading vLLM. A model that cannot be used is refused later, where it is opened."""
+    try:
+        read_ahead(config.model)
+        if begin(config):
+            import_ahead()
+    except (UserError, OSError):
+        return
 
 
 def card(parsed: argparse.Namespace, config: Config) -> Gpu | None:

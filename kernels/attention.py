@@ -9,7 +9,6 @@ gathered into padded batches with a mask. No dropout, no cache.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,15 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from grpo.kernels.attention_sinks import FlashWithSinks, masked_with_sinks, sink_weights
+from grpo.kernels.attention_sinks import masked_with_sinks, sink_weights
+from grpo.kernels.flash import FlashAttention
+from grpo.kernels.launch import to_device
 from grpo.kernels.shared_keys import GatherIndex, gather_keys
 
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # torch older than 2.10
-    varlen_attn = None
-
-VARLEN_ARGUMENTS = frozenset(inspect.signature(varlen_attn).parameters) if varlen_attn else frozenset()
 LARGEST_FLASH_HEAD = 256
 FLASH_CAPABILITY = (8, 0)
 """Compute capability from which torch's flash attention runs: older GPUs have not its instructions."""
@@ -128,7 +123,7 @@ class Packing:
         return self._bounds([span.keys for span in self.spans])
 
     def _bounds(self, counts: list[int]) -> Tensor:
-        return torch.tensor([0, *counts]).cumsum(0).to(self.device, torch.int32)
+        return to_device(torch.tensor([0, *counts]).cumsum(0).int(), self.device)
 
     @cached_property
     def longest(self) -> tuple[int, int]:
@@ -241,12 +236,11 @@ def packed_attention(
 
 
 def flash_supports(query: Tensor) -> bool:
-    """Whether torch's variable-length flash attention takes this query and lets the scale and window be set."""
+    """Whether torch's variable-length flash attention takes this query."""
     return (
         query.is_cuda
         and query.dtype in (torch.bfloat16, torch.float16)
         and query.shape[-1] <= LARGEST_FLASH_HEAD
-        and {"scale", "window_size"} <= VARLEN_ARGUMENTS
         and torch.cuda.get_device_capability(query.device) >= FLASH_CAPABILITY
     )
 
@@ -265,17 +259,10 @@ def _flash(
     window: int | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    arguments: dict = {"scale": scale, "window_size": (-1 if window is None else window - 1, 0)}
-    if "enable_gqa" in VARLEN_ARGUMENTS:  # torch 2.11 takes fewer heads of keys without this argument
-        arguments["enable_gqa"] = key.shape[0] != query.shape[0]
     query, key, value = (part.transpose(0, 1) for part in (query, key, value))
-    if packing.shares_prefixes:
-        key, value = gather_keys(key, value, packing.gather_index)
-    # With fewer queries than keys, flash attention aligns the causal mask to the last key, as a continuation needs.
-    if sinks is not None:
-        bounds = packing.query_bounds, packing.key_bounds
-        return FlashWithSinks.apply(query, key, value, sinks, *bounds, packing.longest, scale, window)
-    return varlen_attn(query, key, value, packing.query_bounds, packing.key_bounds, *packing.longest, **arguments)
+    index = packing.gather_index if packing.shares_prefixes else None
+    bounds = packing.query_bounds, packing.key_bounds
+    return FlashAttention.apply(query, key, value, sinks, index, *bounds, packing.longest, scale, window)
 
 
 def _causal(

@@ -5,17 +5,14 @@ down, and the backward of flash attention, given the scaled result and the enlar
 sinks, since it uses no more of the forward than these two. Where scores are written out, or a fused call takes a mask,
 a sink is one more key. Xiao et al., 2023 (arXiv:2309.17453) name sinks; the form is that of gpt-oss (arXiv:2508.10925).
 
-Not here: which of these is called for, and packed rows; that is attention.py.
+Not here: the flash call (flash.py); which of these is called for, and packed rows (attention.py).
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 SINK_COLUMNS = 8
 """Columns that a key gets beside its own, so that a fused call still takes the head."""
@@ -37,38 +34,6 @@ def sinks_gradient(grad: Tensor, output: Tensor, logsumexp: Tensor, sinks: Tenso
     share = torch.exp(sinks.to(logsumexp.dtype)[:, None] - logsumexp)
     of_rows = (grad.to(logsumexp.dtype) * output.to(logsumexp.dtype)).sum(-1).t()
     return -(share * of_rows).sum(1).to(sinks.dtype)
-
-
-class FlashWithSinks(torch.autograd.Function):
-    """torch's variable-length flash attention on CUDA with sinks; arguments as for `varlen_attn`."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor, query_bounds: Tensor, key_bounds: Tensor,
-        longest: tuple[int, int], scale: float, window: int | None,
-    ) -> Tensor:  # fmt: skip
-        ctx.form = (*longest, 0.0, window is None), {
-            "scale": scale, "window_size_left": -1 if window is None else window - 1, "window_size_right": 0,
-        }  # fmt: skip
-        (most_queries, most_keys, dropout, causal), named = ctx.form
-        output, logsumexp, random, unused, _ = torch.ops.aten._flash_attention_forward(
-            query, key, value, query_bounds, key_bounds, most_queries, most_keys, dropout, causal, False, **named
-        )
-        output, logsumexp = with_sinks(output, logsumexp, sinks)
-        ctx.save_for_backward(query, key, value, sinks, query_bounds, key_bounds, output, logsumexp, random, unused)
-        return output
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, sinks, query_bounds, key_bounds, output, logsumexp, random, unused = ctx.saved_tensors
-        (most_queries, most_keys, dropout, causal), named = ctx.form
-        gradients = torch.ops.aten._flash_attention_backward(
-            grad.contiguous(), query, key, value, output, logsumexp, query_bounds, key_bounds, most_queries, most_keys,
-            dropout, causal, random, unused, **named,
-        )  # fmt: skip
-        of_sinks = sinks_gradient(grad, output, logsumexp, sinks) if ctx.needs_input_grad[3] else None
-        return (*gradients, of_sinks, None, None, None, None, None)
 
 
 def sink_weights(scores: Tensor, sinks: Tensor) -> Tensor:

@@ -6,6 +6,8 @@ kernels on CPU tensors for tests; it rounds otherwise than the compiler does, wh
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Iterable
 from functools import lru_cache
 
 import torch
@@ -50,6 +52,26 @@ def unit_stride(tensor: Tensor) -> Tensor:
 def on_device(tensor: Tensor) -> torch.cuda.device:
     """Triton launches on the current device; a CPU tensor (interpreter) leaves it alone."""
     return torch.cuda.device(tensor.device.index if tensor.is_cuda else -1)
+
+
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """`values` on `device`. From a host's memory they go through pinned memory: a copy from ordinary memory takes its
+    turn behind what the GPU has been given, and the host waits for it."""
+    if device.type != "cuda" or values.is_cuda:
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)
+
+
+def int64_tensor(numbers: Iterable[int]) -> Tensor:
+    """`numbers` on the CPU; several times as fast as `torch.tensor`, which asks of every one what it is."""
+    values = array("q", numbers)
+    return torch.frombuffer(values, dtype=torch.int64) if values else torch.empty(0, dtype=torch.int64)
+
+
+def float32_tensor(numbers: Iterable[float]) -> Tensor:
+    """The same of other numbers."""
+    values = array("f", numbers)
+    return torch.frombuffer(values, dtype=torch.float32) if values else torch.empty(0)
 
 
 @lru_cache

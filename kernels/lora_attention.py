@@ -20,7 +20,7 @@ from grpo.kernels.lora_factors import Adapter
 from grpo.kernels.lora_linear import LinearGroup, LoraMatmul, norm_backward, normed_input, row_tiles
 from grpo.kernels.rms_norm import Norm
 from grpo.kernels.rope import rotate
-from grpo.kernels.sizes import QKV_TILE
+from grpo.kernels.sizes import QKV_TILE, largest_tile
 
 
 @dataclass(frozen=True)
@@ -37,16 +37,19 @@ class QkvProjection:
     """Of every head of q, before the rotation."""
     k_norm: Norm | None = None
     tile: int = QKV_TILE
-    """Rows whose normalised input exists at once."""
+    """Rows whose normalised input exists at once, about (`row_tiles`)."""
 
     @property
     def head_dim(self) -> int:
         return self.group.out_features // (self.heads + 2 * self.key_value_heads)
 
+    def by_head(self, stacked: Tensor) -> Tensor:
+        """[rows, heads of q, then k, then v, dim] of [rows, N]."""
+        return stacked.view(stacked.shape[0], -1, self.head_dim)
+
     def split(self, stacked: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Views q, k, v [rows, heads, dim] of [rows, N]."""
-        by_head = stacked.view(stacked.shape[0], -1, self.head_dim)
-        return by_head.split([self.heads, self.key_value_heads, self.key_value_heads], 1)
+        return self.by_head(stacked).split([self.heads, self.key_value_heads, self.key_value_heads], 1)
 
 
 def lora_qkv(
@@ -75,17 +78,20 @@ class _LoraQkv(torch.autograd.Function):
         adapters: tuple[Adapter, ...],
         *factors: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        matmul = LoraMatmul(projection.group, adapters, factors, min(x.shape[0], projection.tile))
+        matmul = LoraMatmul(projection.group, adapters, factors, min(x.shape[0], largest_tile(projection.tile)))
         stacked = x.new_empty(x.shape[0], projection.group.out_features)
         for rows in row_tiles(x.shape[0], projection.tile):
             matmul.forward(normed_input(matmul, projection.norm, x[rows]), stacked[rows])
         q, k, v = projection.split(stacked)
         before = (q, k) if projection.q_norm is not None else ()
-        if projection.q_norm is not None and projection.k_norm is not None:
+        if projection.q_norm is None or projection.k_norm is None:
+            rotated = projection.by_head(stacked)[:, : projection.heads + projection.key_value_heads]
+            rotate(rotated, cos, sin, out=rotated)
+        else:
             q = projection.q_norm.forward(q, torch.empty(q.shape, dtype=q.dtype, device=q.device))
             k = projection.k_norm.forward(k, torch.empty(k.shape, dtype=k.dtype, device=k.device))
-        rotate(q, cos, sin, out=q)
-        rotate(k, cos, sin, out=k)
+            rotate(q, cos, sin, out=q)
+            rotate(k, cos, sin, out=k)
         ctx.projection, ctx.adapters, ctx.normed = projection, adapters, len(before)
         ctx.save_for_backward(x, cos, sin, *before, *factors)
         return q, k, v
@@ -96,7 +102,7 @@ class _LoraQkv(torch.autograd.Function):
         x, cos, sin, *rest = ctx.saved_tensors
         before, factors = rest[: ctx.normed], rest[ctx.normed :]
         projection: QkvProjection = ctx.projection
-        matmul = LoraMatmul(projection.group, ctx.adapters, factors, min(x.shape[0], projection.tile))
+        matmul = LoraMatmul(projection.group, ctx.adapters, factors, min(x.shape[0], largest_tile(projection.tile)))
         q_grad, k_grad = unit_stride(q_grad), unit_stride(k_grad)
         x_grad = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         for rows in row_tiles(x.shape[0], projection.tile):
@@ -129,7 +135,9 @@ def backward_of_rows(
         projection.q_norm.backward(q, before[0], out=q)
         projection.k_norm.backward(k, before[1], out=k)
     unit = normed_input(matmul, projection.norm, x)
+    if x_grad is None:  # the first layer: an embedding that is frozen
+        matmul.trained_gradient(grad, unit, matmul.adapter_gradient(grad))
+        return
     unit_grad, x_lora_a_grad = matmul.input_gradient(grad)
     matmul.trained_gradient(grad, unit, x_lora_a_grad)
-    if x_grad is not None:
-        norm_backward(projection.norm, unit_grad, x, x_grad)
+    norm_backward(projection.norm, unit_grad, x, x_grad)

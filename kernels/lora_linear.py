@@ -39,7 +39,7 @@ from grpo.kernels.launch import accumulation_dtype, disable_reduced_precision
 from grpo.kernels.lora_factors import Adapter, LowRank, pack_lora
 from grpo.kernels.lora_sum import dense_linear, round_sum, sums_in_float32
 from grpo.kernels.rms_norm import Norm
-from grpo.kernels.sizes import ADAPTER_COLUMNS
+from grpo.kernels.sizes import ADAPTER_COLUMNS, largest_tile
 from grpo.kernels.weight_gradient import add_gradient, add_product_, float32_product
 
 
@@ -166,16 +166,23 @@ class LoraMatmul:
             x[:, k + self.rank] = 1
         torch.mm(x, self.matrix[:n].t(), out=out)
 
+    def adapter_gradient(self, grad: Tensor) -> Tensor:
+        """dL/d(x A^T) [rows, at least rank] alone, from dL/dy, a buffer of `outputs`: where x needs no gradient."""
+        n = self.group.out_features
+        if self.width:
+            return torch.mm(grad[:, :n], self.lora_b, out=grad[:, n:])
+        return grad @ self.lora_b
+
     def input_gradient(self, grad: Tensor) -> tuple[Tensor, Tensor]:
         """(dL/dx [rows, K], dL/d(x A^T) [rows, at least rank]) from dL/dy, a buffer of `outputs`."""
         n, k = self.group.out_features, self.group.in_features
         assert grad.shape[1] == n + self.width, (grad.shape, n, self.width)
         if self.width:
-            x_lora_a_grad = torch.mm(grad[:, :n], self.lora_b, out=grad[:, n:])
+            x_lora_a_grad = self.adapter_gradient(grad)
             return grad @ self.matrix[:, :k], x_lora_a_grad
         if not self.adapters:
             return grad @ self.weight, grad.new_empty(grad.shape[0], 0)
-        x_lora_a_grad = grad @ self.lora_b
+        x_lora_a_grad = self.adapter_gradient(grad)
         x_grad = grad.new_empty(grad.shape[0], k)
         total = torch.mm(grad, self.weight, out_dtype=torch.float32)
         round_sum(total, None, LowRank(x_lora_a_grad, self.lora_a.t()), x_grad)
@@ -232,9 +239,15 @@ def add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
 
 
 def row_tiles(rows: int, size: int) -> list[slice]:
-    """0..rows in nearly equal slices of at most `size`."""
-    count = max(1, -(-rows // size))
-    bounds = [rows * index // count for index in range(count + 1)]
+    """0..rows in slices of `size` and one of the rest, or of at most `largest_tile` where the rest is small.
+
+    Slices are whole because products of a round number of rows leave fewest multiprocessors idle at their end.
+    """
+    count, rest = divmod(rows, size)
+    if count and rest <= largest_tile(size) - size:
+        bounds = [rows * index // count for index in range(count + 1)]
+    else:
+        bounds = [*range(0, rows, size), rows] if rows else [0, 0]
     return [slice(start, end) for start, end in pairwise(bounds)]
 
 

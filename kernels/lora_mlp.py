@@ -22,7 +22,7 @@ from grpo.kernels.launch import unit_stride
 from grpo.kernels.lora_factors import Adapter
 from grpo.kernels.lora_linear import LinearGroup, LoraMatmul, norm_backward, normed_input, row_tiles
 from grpo.kernels.rms_norm import Norm
-from grpo.kernels.sizes import MLP_TILE
+from grpo.kernels.sizes import MLP_TILE, largest_tile
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class GatedMlp:
     residual: bool
     """Whether x itself is added to the output, after its rounding: as vLLM's norms do it."""
     tile: int = MLP_TILE
-    """Tokens whose intermediate tensors exist at once."""
+    """Tokens whose intermediate tensors exist at once, about (`row_tiles`)."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class _Call:
         return self.mlp.gate_up.out_features
 
     def matmuls(self, factors: Sequence[Tensor], tokens: int) -> tuple[LoraMatmul, LoraMatmul]:
-        first, rows = 2 * len(self.adapters[0]), min(tokens, self.mlp.tile)
+        first, rows = 2 * len(self.adapters[0]), min(tokens, largest_tile(self.mlp.tile))
         return (
             LoraMatmul(self.mlp.gate_up, self.adapters[0], factors[:first], rows),
             LoraMatmul(self.mlp.down, self.adapters[1], factors[first:], rows),

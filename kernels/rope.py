@@ -19,8 +19,9 @@ from torch.autograd.function import once_differentiable
 
 from grpo.kernels.launch import accumulation_dtype, is_interpreted, on_device, round_to, triton_supports, unit_stride
 
-TOKENS = 8
-"""Of a program, which goes through their heads and so reads each cosine once."""
+TOKENS, HEADS = 8, 8
+"""Of a program. More heads would read cosines less often, and leave a GPU without enough programs to hide their
+reading."""
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -82,9 +83,9 @@ def launch_rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, *, inverse: 
     if x.numel() == 0:
         return
     with on_device(x):
-        _rotate_kernel[(triton.cdiv(tokens, TOKENS),)](
+        _rotate_kernel[(triton.cdiv(tokens, TOKENS), triton.cdiv(heads, HEADS))](
             x, cos, sin, out, tokens, heads, half, columns - 2 * half, x.stride(0), x.stride(1), out.stride(0),
-            out.stride(1), inverse, out.data_ptr() != x.data_ptr(), TOKENS, triton.next_power_of_2(half),
+            out.stride(1), inverse, out.data_ptr() != x.data_ptr(), TOKENS, HEADS, triton.next_power_of_2(half),
             triton.next_power_of_2(max(1, columns - 2 * half)), is_interpreted(x), num_warps=2,
         )  # fmt: skip
 
@@ -92,10 +93,10 @@ def launch_rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, *, inverse: 
 @triton.jit(do_not_specialize=["tokens"])
 def _rotate_kernel(
     x_ptr, cos_ptr, sin_ptr, out_ptr, tokens, heads, half, rest, stride_x_t, stride_x_h, stride_out_t, stride_out_h,
-    INVERSE: tl.constexpr, COPY_REST: tl.constexpr, TOKENS: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    INVERSE: tl.constexpr, COPY_REST: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
+    REST: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """All heads of TOKENS tokens."""
+    """HEADS heads of TOKENS tokens."""
     DTYPE: tl.constexpr = out_ptr.dtype.element_ty
     token = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)[:, None]
     column = tl.arange(0, HALF)[None, :]
@@ -108,7 +109,10 @@ def _rotate_kernel(
     if INVERSE:
         # The transposed map is the map with the sines exchanged and negated.
         sin1, sin2 = -sin2, -sin1
-    for head in range(heads):
+    first_head = tl.program_id(1) * HEADS + tl.zeros([1, 1], tl.int32)
+    for index in tl.static_range(HEADS):
+        head = first_head + index
+        inside = (token < tokens) & (column < half) & (head < heads)
         source = x_ptr + token * stride_x_t + head * stride_x_h + column
         first = tl.load(source, mask=inside, other=0.0).to(tl.float32)
         second = tl.load(source + half, mask=inside, other=0.0).to(tl.float32)
@@ -117,6 +121,6 @@ def _rotate_kernel(
         tl.store(target + half, round_to(second * cos2 + first * sin2, DTYPE, INTERPRETED), mask=inside)
         if COPY_REST:
             other = tl.arange(0, REST)[None, :]
-            inside_rest = (token < tokens) & (other < rest)
+            inside_rest = (token < tokens) & (other < rest) & (head < heads)
             passed = tl.load(x_ptr + token * stride_x_t + head * stride_x_h + 2 * half + other, mask=inside_rest)
             tl.store(out_ptr + token * stride_out_t + head * stride_out_h + 2 * half + other, passed, mask=inside_rest)

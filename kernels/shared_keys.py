@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from grpo.kernels.launch import accumulation_dtype, is_interpreted, on_device, round_to, triton_supports
+from grpo.kernels.launch import accumulation_dtype, is_interpreted, on_device, round_to, to_device, triton_supports
 
 
 class GatherIndex:
@@ -25,11 +25,12 @@ class GatherIndex:
 
     def __init__(self, sources: Tensor, tokens: int, device: torch.device):
         """sources: int64 [keys] on the CPU, the token that each key is copied from, below `tokens`. On `device`:"""
-        self.sources = sources.to(device)
-        self.order = torch.argsort(sources, stable=True).to(device, torch.int32)
+        self.sources = to_device(sources, device)
+        self.order = to_device(torch.argsort(sources, stable=True).int(), device)
         """int32 [keys]: where token 0 is copied to, then of token 1, and so on."""
         counts = torch.bincount(sources, minlength=tokens)
-        self.bounds = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(device, torch.int32)
+        bounds = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
+        self.bounds = to_device(bounds, device)
         """int32 [tokens + 1]: where each token's part of `order` begins."""
 
 
@@ -42,28 +43,37 @@ class _GatherKeys(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, key: Tensor, value: Tensor, index: GatherIndex) -> tuple[Tensor, Tensor]:
         ctx.index = index
-        out = key.new_empty(2, index.sources.numel(), *key.shape[1:])
-        if triton_supports(key):
-            launch_copy(contiguous_rows(key), contiguous_rows(value), index, out)
-        else:
-            torch.index_select(key, 0, index.sources, out=out[0])
-            torch.index_select(value, 0, index.sources, out=out[1])
-        return out[0], out[1]
+        return copy_keys(key, value, index)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, key_grad: Tensor, value_grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        index: GatherIndex = ctx.index
-        key_grad, value_grad = contiguous_rows(key_grad), contiguous_rows(value_grad)
-        tokens = index.bounds.numel() - 1
-        out = key_grad.new_empty(2, tokens, *key_grad.shape[1:])
-        if triton_supports(key_grad):
-            launch_sum(key_grad, value_grad, index, out)
-        else:
-            for grad, total in zip((key_grad, value_grad), out, strict=True):
-                sums = torch.zeros(total.shape, dtype=accumulation_dtype(grad.dtype), device=grad.device)
-                total.copy_(sums.index_add_(0, index.sources, grad.to(sums.dtype)))
-        return out[0], out[1], None
+        return *sum_keys(key_grad, value_grad, ctx.index), None
+
+
+def copy_keys(key: Tensor, value: Tensor, index: GatherIndex) -> tuple[Tensor, Tensor]:
+    """`gather_keys` without autograd."""
+    out = key.new_empty(2, index.sources.numel(), *key.shape[1:])
+    if triton_supports(key):
+        launch_copy(contiguous_rows(key), contiguous_rows(value), index, out)
+    else:
+        torch.index_select(key, 0, index.sources, out=out[0])
+        torch.index_select(value, 0, index.sources, out=out[1])
+    return out[0], out[1]
+
+
+def sum_keys(key_grad: Tensor, value_grad: Tensor, index: GatherIndex) -> tuple[Tensor, Tensor]:
+    """Gradients [keys, heads, dim] of what `copy_keys` gave -> those of key and value [tokens, heads, dim]."""
+    key_grad, value_grad = contiguous_rows(key_grad), contiguous_rows(value_grad)
+    tokens = index.bounds.numel() - 1
+    out = key_grad.new_empty(2, tokens, *key_grad.shape[1:])
+    if triton_supports(key_grad):
+        launch_sum(key_grad, value_grad, index, out)
+    else:
+        for grad, total in zip((key_grad, value_grad), out, strict=True):
+            sums = torch.zeros(total.shape, dtype=accumulation_dtype(grad.dtype), device=grad.device)
+            total.copy_(sums.index_add_(0, index.sources, grad.to(sums.dtype)))
+    return out[0], out[1]
 
 
 def launch_copy(key: Tensor, value: Tensor, index: GatherIndex, out: Tensor) -> None:

@@ -29,3 +29,8 @@ CONVOLUTION_BYTES = 512 << 20
 """short_conv.py: intermediate tensors at once, about; so many channels are computed together."""
 EXPERTS_BYTES = 256 << 20
 """experts.py: of dequantised experts at a time, in training."""
+
+
+def largest_tile(size: int) -> int:
+    """Rows of the largest tile where tiles have `size`: a small rest is shared out."""
+    return size + size // 8

@@ -169,9 +169,9 @@ def test_what_cannot_be_used_is_named_with_its_row(tmp_path: Path) -> None:
         asked(), asked(images=[TALL, "nowhere.png"])
     )
     assert "row 1: its image is damaged" in refusal(asked(image=file_of(WIDE)[:-300]))
-    assert "conversations of an [environment] are of text alone" in refusal(
-        asked(image=TALL), environment={"program": "a.py:play", "max_turns": 2}
-    )
+    playing = {"environment": {"program": "a.py:play", "max_turns": 2}}
+    assert "an [environment] begins with messages" in refusal({"prompt": PLACE, "image": TALL}, **playing)
+    assert len(loaded(asked(image=TALL), **playing).train[0].images) == 1
     assert "row 1: it has 1 images and 0 places" in refusal({"prompt": "what", "image": TALL})
     assert "its prompt is token numbers" in refusal({"prompt": [1, 2], "image": TALL})
     short = {"max_prompt_length": 5}

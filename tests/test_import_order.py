@@ -17,8 +17,8 @@ from tests.helpers.paths import ROOT
 
 ORDER = (
     # What everybody may use.
-    "version", "printable", "errors", "command", "references", "images", "messages", "special_tokens", "tokenizing",
-    "config",
+    "version", "printable", "errors", "command", "references", "image_urls", "images", "messages",
+    "special_tokens", "tokenizing", "config",
     # The three folders beside grpo/. What runs in a reward's process is among them, so none imports torch but kernels.
     "kernels", "rewards", "rewards.runtime", "environments", "tasks", "data",
     # A model and what it takes, before anything is loaded.

@@ -34,17 +34,22 @@ def wait_or_end(process: subprocess.Popen[bytes], seconds: float) -> str | None:
 
 def end(process: subprocess.Popen[bytes]) -> None:
     """Kill `process` and its descendants."""
+    end_family(process.pid)
+    process.wait()
+
+
+def end_family(pid: int) -> None:
+    """Kill a process and its descendants."""
     try:
-        family = psutil.Process(process.pid).children(recursive=True)
+        first = psutil.Process(pid)
+        family = [first, *first.children(recursive=True)]
     except psutil.NoSuchProcess:
-        family = []
-    process.kill()
+        return
     for member in family:
         try:
             member.kill()
         except psutil.NoSuchProcess:
             pass
-    process.wait()
 
 
 def write_result(file: Path | None, result: dict[str, Any]) -> None:

@@ -1,7 +1,8 @@
 """Where the main thread of a Python process spends its wall time: its stack, looked at every few milliseconds.
 
 A profiler that traces calls slows imports down severalfold, and a look costs microseconds. What passes between two
-looks is counted for the later one, so a call into C that keeps the interpreter's lock has its whole time.
+looks is counted for the later one, so a call into C that keeps the interpreter's lock has its whole time. The thread's
+own processor time is counted too: what is missing from it was waited for, a disk or another thread.
 
 Not here: other threads, other processes.
 """
@@ -40,16 +41,21 @@ class StackSampler(threading.Thread):
     def __init__(self) -> None:
         super().__init__(daemon=True, name="stack-samples")
         self._watched, self._ends = threading.get_ident(), threading.Event()
+        self._clock = time.pthread_getcpuclockid(self._watched)
         self.seconds: Counter[tuple[Place, ...]] = Counter()
         """Stack, outermost first -> seconds."""
+        self.busy: Counter[tuple[Place, ...]] = Counter()
+        """The same of processor time."""
 
     def run(self) -> None:
-        before = time.perf_counter()
+        before, used = time.perf_counter(), time.clock_gettime(self._clock)
         while not self._ends.wait(EVERY):
             frame = sys._current_frames().get(self._watched)
-            now = time.perf_counter()
-            self.seconds[stack_of(frame)] += now - before
-            before = now
+            now, using = time.perf_counter(), time.clock_gettime(self._clock)
+            stack = stack_of(frame)
+            self.seconds[stack] += now - before
+            self.busy[stack] += using - used
+            before, used = now, using
 
     def stop(self) -> None:
         self._ends.set()
@@ -57,7 +63,7 @@ class StackSampler(threading.Thread):
 
     def tree(self, least: float) -> list[dict[str, Any]]:
         """What took at least `least` seconds, with what it called, as lines of a tree in the order of calls."""
-        return lines(self.seconds, least)
+        return lines(self.seconds, self.busy, least)
 
 
 def stack_of(frame: FrameType | None) -> tuple[Place, ...]:
@@ -70,12 +76,19 @@ def stack_of(frame: FrameType | None) -> tuple[Place, ...]:
     return tuple(reversed(places))
 
 
-def lines(seconds: Counter[tuple[Place, ...]], least: float) -> list[dict[str, Any]]:
-    """One entry a place that took `least` seconds: its depth, its name, its seconds with all below and alone."""
+def with_below(seconds: Counter[tuple[Place, ...]]) -> dict[tuple[Place, ...], float]:
+    """Every place's seconds with those of what it called, in the order of first looks."""
     inclusive: dict[tuple[Place, ...], float] = {}
     for stack, spent in seconds.items():
         for depth in range(1, len(stack) + 1):
-            inclusive[stack[:depth]] = inclusive.get(stack[:depth], 0.0) + spent  # dicts keep the order of first looks
+            inclusive[stack[:depth]] = inclusive.get(stack[:depth], 0.0) + spent
+    return inclusive
+
+
+def lines(seconds: Counter[tuple[Place, ...]], busy: Counter[tuple[Place, ...]], least: float) -> list[dict[str, Any]]:
+    """One entry a place that took `least` seconds: its depth, its name, its seconds with all below and alone, and of
+    those with all below how many a processor worked."""
+    inclusive, worked = with_below(seconds), with_below(busy)
     below: dict[tuple[Place, ...], list[tuple[Place, ...]]] = {}
     for stack in inclusive:
         below.setdefault(stack[:-1], []).append(stack)
@@ -87,7 +100,8 @@ def lines(seconds: Counter[tuple[Place, ...]], least: float) -> list[dict[str, A
             alone = round(seconds.get(stack, 0.0), 2)
             # A function whose time is all in one it calls is left out.
             if len(children) != 1 or inclusive[children[0]] < 0.95 * inclusive[stack] or alone >= least:
-                found.append({"depth": depth, "what": str(stack[-1]), "s": round(inclusive[stack], 2), "own_s": alone})
+                whole, used = round(inclusive[stack], 2), round(worked[stack], 2)
+                found.append({"depth": depth, "what": str(stack[-1]), "s": whole, "own_s": alone, "busy_s": used})
                 depth += 1
         for child in children:
             visit(child, depth)

@@ -8,7 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from grpo.api.prompts import asked
 from grpo.config.schema import Environment, parse_config
+from grpo.environments.pictures import shown_prompt, with_images
 from grpo.errors import UserError
 from grpo.run.model_reference import resolve_model
 
@@ -42,7 +44,7 @@ def episodes_of(
 
     session = policy.session
     config = session.config.model_copy(update={"environment": environment})
-    check_conversation(config, session.tokenizer, session.stop_token_ids)
+    check_conversation(config, session.tokenizer, session.stop_token_ids, session.image_tokens)
     with start_environment(config, needs_rewards=False) as pool:
         assert pool is not None
         player = make_player(session, pool, config=config)
@@ -51,9 +53,12 @@ def episodes_of(
         def play(messages: Messages) -> Messages:
             drawn = random.getrandbits(62) if seed is None else seed
             sampling = session.sampling(temperature, max_tokens)
-            (episode,) = player.play([(0, {"prompt": messages}, drawn)], sampling)
+            given = asked(messages, (), "the conversation", config.model.max_pixels)
+            assert not isinstance(given.prompt, str)
+            row = {"prompt": shown_prompt(given.prompt, given.images)}
+            (episode,) = player.play([(0, row, drawn)], sampling)
             if isinstance(episode.result, Lost):
                 raise UserError(f"environment {environment.column!r} {episode.result.problem}")
-            return list(episode.messages)
+            return with_images(episode.messages, episode.images.values())
 
         yield play

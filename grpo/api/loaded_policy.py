@@ -340,7 +340,7 @@ class LoadedPolicy:
         config = self._training_config(task_table, [reward_table(spec) for spec in specs], settings)
         from grpo.training.environment import check_conversation, own_questions, own_rewards, start_environment
 
-        check_conversation(config, session.tokenizer, session.stop_token_ids)
+        check_conversation(config, session.tokenizer, session.stop_token_ids, session.image_tokens)
         with start_environment(config, status=session.status, sent=sent) as environment:
             loaded = loaded or own_questions(environment)
             if not (specs or loaded.rewards or own_rewards(config, environment)):

@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from grpo.environments.tool_calls import FORMS, HERMES, Form, read_calls
 from grpo.errors import UserError
+from grpo.images import Image
+from grpo.messages import content_texts, image_places, in_parts
 from grpo.references import described
 
 Message = dict[str, Any]
 SENTINEL = "\u2063said\u2063"
+WITH_IMAGE = " with an image"
 REPLIES = ("yes", "Two lines:\n2 + 3 = 5", "<think>\nhm\n</think>\n\nyes")
 """What an assistant may have said, in the proofs."""
 QUESTION, OBSERVED, OBSERVED_TOO = "What is it, and why?", "Seen 42.", "Seen 43."
@@ -37,6 +40,17 @@ class Unprovable(Exception):
     """Why a template's continuation is not known."""
 
 
+class ImageTokens(Protocol):
+    """How a model that sees images has them in its tokens; see `grpo/model/image_tokens.py`."""
+
+    def expand(self, token_ids: Sequence[int], images: Sequence[Image]) -> list[int]:
+        """`token_ids`, in which each of `images` has one placeholder, with as many as each takes. Raises UserError
+        where placeholders and images differ in number."""
+
+    def placeholders(self, token_ids: Sequence[int]) -> int:
+        """How many of `token_ids` stand for an image."""
+
+
 class Continuer:
     """Openings and continuations of conversations, as tokens."""
 
@@ -46,18 +60,21 @@ class Continuer:
         end_tokens: Sequence[int],
         template_kwargs: Mapping[str, Any],
         tool_parser: str = "auto",
+        image_tokens: ImageTokens | None = None,
     ):
-        """`tool_parser`: the name of a form of calls, or "auto" for the one that the template writes."""
+        """`tool_parser`: the name of a form of calls, or "auto" for the one that the template writes. `image_tokens`:
+        None for a model of text alone."""
+        self.image_tokens = image_tokens
         self.tokenizer, self.end_tokens, self.kwargs = tokenizer, frozenset(end_tokens), dict(template_kwargs)
         self.tool_parser, self.form = tool_parser, HERMES
         self.most_calls: int | None = None
         """Calls of one turn that the template can show; None: any number."""
-        self._doubt_of_tools: str | None = None
+        self._doubts: dict[str, str] = {}
         self._longest_token: int | None = None
 
     def render(self, messages: Sequence[Message], tools: Any, *, opens: bool) -> str:
         """The conversation as text; with `opens` also the opening of the policy's turn. Raises as the template does."""
-        shown = [clean(message) for message in messages]
+        shown = [clean(message) for message in with_parts(messages)]
         options = {"tools": tools, "tokenize": False, "add_generation_prompt": opens, **self.kwargs}
         try:
             return str(self.tokenizer.apply_chat_template(shown, **options))
@@ -78,17 +95,40 @@ class Continuer:
         """Whether a prompt ends within a thought, as the generation prompts of some templates do."""
         return bool(self.tokenizer.decode(prompt_ids[-8:]).rstrip().endswith("<think>"))
 
-    def opening(self, messages: Sequence[Message], tools: Any) -> list[int]:
-        """Tokens of a whole conversation up to where the policy speaks."""
-        return self.tokens(self.render(messages, tools, opens=True))
+    def opening(self, messages: Sequence[Message], tools: Any, images: Sequence[Image] = ()) -> list[int]:
+        """Tokens of a whole conversation up to where the policy speaks. `images`: of its parts, in their order.
+
+        Raises UserError where the template does not show just these.
+        """
+        self.check_sees(images)
+        return self.seen(self.tokens(self.render(messages, tools, opens=True)), images)
+
+    def check_sees(self, images: Sequence[Image]) -> None:
+        """Raise UserError for images that a model of text is shown."""
+        if images and self.image_tokens is None:
+            raise UserError("the model is read as one of text alone; set model.images = true if it sees images")
+
+    def seen(self, ids: list[int], images: Sequence[Image]) -> list[int]:
+        """`ids` with `images` in them, each as many tokens as it takes. Raises UserError."""
+        return ids if self.image_tokens is None else self.image_tokens.expand(ids, images)
 
     def continuation(
-        self, history: Sequence[Message], new: Sequence[Message], tools: Any, last_token: int
+        self,
+        history: Sequence[Message],
+        new: Sequence[Message],
+        tools: Any,
+        last_token: int,
+        images: Sequence[Image] = (),
     ) -> list[int]:
         """Tokens from the last sampled one to the policy's next turn. `history` ends with the assistant's message.
 
-        Raises Unprovable where they are not clear, or would leave out what a message says.
+        `images`: those of `new`. Raises Unprovable where the tokens are not clear, or would leave out what a message
+        says or shows, and UserError where images cannot be told from what it says.
         """
+        self.check_sees(images)
+        for role in dict.fromkeys(message["role"] for message in new if image_places([message])):
+            if why := self.doubt_of(f"{role} with an image"):
+                raise Unprovable(f"a {role}'s message with an image cannot follow: {why}")
         try:
             text = self.text_after(history, new, tools)
         except Unprovable:
@@ -100,7 +140,9 @@ class Continuer:
                 raise Unprovable(f"it does not show a {message['role']}'s message")
         ids = self.tokens(text)
         # The end of the turn stands once: the policy has sampled it, or was cut before it.
-        return self.without_end(ids, history, tools, last_token) if last_token in self.end_tokens else ids
+        if last_token in self.end_tokens:
+            ids = self.without_end(ids, history, tools, last_token)
+        return self.seen(ids, images)
 
     def without_end(self, ids: list[int], history: Sequence[Message], tools: Any, sampled: int) -> list[int]:
         """`ids` after the end of the turn, where they begin with that or with the end token that was `sampled`.
@@ -181,13 +223,19 @@ class Continuer:
 
     def doubt_of_tools(self) -> str:
         """Why a conversation with tools cannot be continued; "" where it can. Tried once."""
-        if self._doubt_of_tools is None:
-            self._doubt_of_tools = self.doubt("tool")
-        return self._doubt_of_tools
+        return self.doubt_of("tool")
+
+    def doubt_of(self, kind: str) -> str:
+        """The same of turns of `kind`: a role, "tool", or a role "with an image"."""
+        if kind not in self._doubts:
+            self._doubts[kind] = self.doubt(kind)
+        return self._doubts[kind]
 
     def doubt(self, kind: str) -> str:
         """Why continuations after turns of `kind` are not proven; "" where they are."""
-        schemas = [TOOL] if kind == "tool" else None
+        schemas = [TOOL] if kind.startswith("tool") else None
+        if kind == "tool with an image" and (why := self.doubt_of("tool")):
+            return why
         try:
             for history, new in conversations(kind):
                 try:
@@ -214,8 +262,11 @@ class Continuer:
         for message in new:
             if not shows(rest, message["content"]):
                 raise Unprovable(f"it does not show a {message['role']}'s message")
-        if self.tokenizer.decode(self.tokens(rest), skip_special_tokens=False) != rest:
+        ids = self.tokens(rest)
+        if self.tokenizer.decode(ids, skip_special_tokens=False) != rest:
             raise Unprovable("its tokens are not its text")
+        if self.image_tokens is not None and self.image_tokens.placeholders(ids) != image_places(new):
+            raise Unprovable(f"it does not show the image of a {new[-1]['role']}'s message just once")
 
     def form_of_calls(self) -> Form:
         """The form that the template writes calls in. Raises Unprovable where it shows no tools, or calls otherwise."""
@@ -254,6 +305,9 @@ def without_text(message: Message) -> Message:
 def conversations(kind: str) -> Iterator[tuple[list[Message], list[Message]]]:
     """(history that ends with the assistant, new messages) that continuations are proven on."""
     user: Message = {"role": "user", "content": "And now?"}
+    if kind.endswith(WITH_IMAGE):
+        yield from conversations_with_images(kind.removesuffix(WITH_IMAGE))
+        return
     seen: Message = {"role": "tool", "name": "look", "tool_call_id": CALL["id"], "content": OBSERVED}
     more: Message = {**seen, "tool_call_id": OTHER_CALL["id"], "content": OBSERVED_TOO}
     for text in REPLIES:
@@ -268,8 +322,30 @@ def conversations(kind: str) -> Iterator[tuple[list[Message], list[Message]]]:
         yield [ASKED, called, seen, reply(text)], [user]
 
 
+def conversations_with_images(role: str) -> Iterator[tuple[list[Message], list[Message]]]:
+    """The same where the new message shows an image: behind its text, before it, and alone."""
+    image, text = {"type": "image"}, {"type": "text", "text": OBSERVED}
+    for content in ([image, text], [text, image], [image]):
+        for said_before in REPLIES:
+            if role == "tool":
+                called = {**reply(said_before), "tool_calls": [CALL]}
+                yield [ASKED, called], [{"role": role, "name": "look", "tool_call_id": CALL["id"], "content": content}]
+            else:
+                yield [ASKED, reply(said_before)], [{"role": role, "content": content}]
+
+
+def with_parts(messages: Sequence[Message]) -> Sequence[Message]:
+    """The messages of a conversation that shows images, with those that ask it in parts, as some templates want."""
+    if not image_places(messages):
+        return messages
+    asked = ("system", "user")  # tools' words stay texts: where a template expects one, it would write a list's
+    return [in_parts([each])[0] if each["role"] in asked else each for each in messages]
+
+
 def shows(text: str, content: Any) -> bool:
     """Whether a template's `text` has what a message says: as it is, or as a JSON string."""
+    if isinstance(content, list):
+        return all(shows(text, each) for each in content_texts(content))
     if not isinstance(content, str):
         return True
     bare = content.strip()
@@ -280,6 +356,8 @@ def shows(text: str, content: Any) -> bool:
 def clean(message: Message) -> Message:
     """`message` as templates take it: without what is None, and with arguments of calls as objects."""
     kept = {key: value for key, value in message.items() if value is not None}
+    if isinstance(content := kept.get("content"), list):  # a template is not told which image it is
+        kept["content"] = [{"type": "image"} if part.get("type") == "image" else part for part in content]
     if isinstance(calls := kept.get("tool_calls"), list):
         kept["tool_calls"] = [with_object(call) for call in calls]
     return kept

@@ -18,6 +18,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from grpo.environments.program import EpisodeOver, Turn
+from grpo.messages import IMAGE_PARTS, held_image
 from grpo.printable import printable
 from grpo.references import described
 
@@ -234,7 +235,10 @@ def stop_texts(value: Any) -> tuple[str, ...]:
 
 
 def chat_messages(value: Any) -> list[dict[str, Any]]:
-    """The messages of a request, with blocks of text joined. Raises Refused for what is no conversation."""
+    """The messages of a request, with blocks of text joined and images as parts with a data URI.
+
+    Raises Refused for what is no conversation.
+    """
     if not isinstance(value, list) or not value:
         raise Refused("messages has to be a list of messages")
     messages = []
@@ -242,19 +246,34 @@ def chat_messages(value: Any) -> list[dict[str, Any]]:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise Refused(f"messages[{index}] is no message: it needs a role")
         role = "system" if message["role"] == "developer" else message["role"]
-        messages.append({**message, "role": role, "content": text_content(message.get("content"), index)})
+        messages.append({**message, "role": role, "content": content_of(message.get("content"), index)})
     return messages
 
 
-def text_content(content: Any, index: int) -> str:
-    """The text of a message. Raises Refused for images and other things that are none."""
+def content_of(content: Any, index: int) -> str | list[dict[str, Any]]:
+    """The content of a message: text, or its parts where it shows an image. Raises Refused for anything else."""
     if content is None or isinstance(content, str):
         return content or ""
     if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
         raise Refused(f"messages[{index}]: its content is neither text nor a list of parts")
-    if strange := next((part.get("type") for part in content if part.get("type") != "text"), None):
-        raise Refused(f"messages[{index}] has a part of type {strange!r}; only text is read")
-    return "".join(str(part.get("text", "")) for part in content)
+    parts = [part_of(part, index) for part in content]
+    return parts if any("image" in part for part in parts) else "".join(part["text"] for part in parts)
+
+
+def part_of(part: dict[str, Any], index: int) -> dict[str, Any]:
+    """A part of a message: text, or an image that the request holds itself. Raises Refused for anything else."""
+    kind = part.get("type")
+    if kind == "text":
+        return {"type": "text", "text": str(part.get("text", ""))}
+    if kind not in IMAGE_PARTS:
+        raise Refused(f"messages[{index}] has a part of type {kind!r}; text and images are read")
+    value = held_image(part)
+    if not isinstance(value, str) or not value.startswith("data:"):
+        raise Refused(
+            f"messages[{index}]: an image has to be in the request, as a data URI (data:image/png;base64,...); nothing "
+            "is downloaded, and no file is opened"
+        )
+    return {"type": "image", "image": value}
 
 
 def tokens_asked(body: Mapping[str, Any]) -> Asked:

@@ -22,6 +22,7 @@ from typing import Any
 from grpo.environments.link import receive, send
 from grpo.environments.program import Program, error_message, play
 from grpo.environments.ways_in import load
+from grpo.errors import UserError
 
 SUBREAPER, PARENT_DEATH = 36, 1
 ORDER = 64
@@ -40,8 +41,12 @@ def main(control: socket.socket) -> None:
     try:
         program = load(setup)
         facts = {**program.facts, "questions": questions_of(program, setup)}
+    except UserError as problem:  # says itself what to do
+        send(control, {"refused": str(problem)})
+        return
     except BaseException as error:
-        send(control, {"refused": error_message(error, f"environment {setup['name']!r} failed to load with")})
+        what = error_message(error, f"environment {setup['name']!r} failed to load with")
+        send(control, {"refused": f"{what}; mend it"})
         return
     send(control, {"loaded": facts})
     on_linux(PARENT_DEATH, 0)

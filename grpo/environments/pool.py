@@ -187,7 +187,7 @@ class EnvironmentPool:
             return self._loaded["loaded"]
         self.close()
         if self._loaded is not None:
-            raise UserError(f"{self._loaded['refused']}; mend it")
+            raise UserError(self._loaded["refused"])
         problem = "its process ended while loading" if self._gone else f"it did not load within {LOAD_SECONDS:g} s"
         raise UserError(f"environment {self.name!r}: {problem}; mend what its file does at import")
 

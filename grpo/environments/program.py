@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from grpo.environments.link import receive, send
+from grpo.environments.pictures import Unreadable, received_row, sent_messages
 from grpo.errors import UserError
 from grpo.references import described, location
 
@@ -101,13 +102,15 @@ def check_options(
 class Sampling:
     """`sample` of one episode."""
 
-    def __init__(self, link: socket.socket):
+    def __init__(self, link: socket.socket, images: set[str] | None = None):
+        """`images`: the keys of those that the trainer has; it grows."""
         self._link, self._asked = link, False
+        self._images = set() if images is None else images
 
     async def __call__(
         self, messages: Sequence[Message], tools: Sequence[Message] | None = None, max_tokens: int | None = None
     ) -> Turn:
-        """The policy's next turn after `messages`, the whole conversation so far.
+        """The policy's next turn after `messages`, the whole conversation so far, whose content may have images.
 
         Messages that extend those of the turn before continue it; others begin a sample of their own. Raises
         EpisodeOver where no turn fits.
@@ -127,9 +130,12 @@ class Sampling:
             raise RuntimeError("an episode asks for one turn at a time; await the one before")
         self._asked = True
         try:
-            asked = {"turn": list(messages), "tools": tools and list(tools), "max_tokens": max_tokens}
+            turn = sent_messages(messages, self._images)
+            asked = {"turn": turn, "tools": tools and list(tools), "max_tokens": max_tokens}
             send(self._link, asked if prompt_ids is None else {**asked, "prompt_ids": list(prompt_ids)})
             answer = receive(self._link)
+        except Unreadable as problem:
+            raise BadResult(str(problem)) from None
         finally:
             self._asked = False
         if answer is None:
@@ -147,7 +153,9 @@ def play(program: Program, start: Mapping[str, Any], link: socket.socket) -> Non
             results = finished_now(program.score_group(start["states"]))
             answer: dict[str, Any] = {"scored": [checked(each) for each in results]}
         else:
-            answer = {"end": checked(finished_now(program.run(start["row"], Sampling(link), start)))}
+            known: set[str] = set()
+            row = received_row(start["row"], known)
+            answer = {"end": checked(finished_now(program.run(row, Sampling(link, known), start)))}
     except EpisodeOver as over:
         answer = {"end": {**checked(None), "over": str(over)}}
     except BadResult as error:

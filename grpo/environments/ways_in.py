@@ -16,6 +16,7 @@ from grpo.environments.program import BadResult, EpisodeOver, Message, Program, 
 from grpo.environments.schemas import tool_schema
 from grpo.environments.verifiers_v0 import verifiers
 from grpo.errors import UserError
+from grpo.messages import IMAGE_PARTS
 from grpo.references import resolve
 
 RESERVED = ("reset", "get_reward")
@@ -43,8 +44,7 @@ def tools(references: Any, options: dict[str, Any], setup: Mapping[str, Any]) ->
     sent = found(references, "tool") if isinstance(references, dict) else None
     for index, reference in enumerate(references if sent is None else sent):
         function = found(reference, "tool") if sent is None else sent[index]
-        if not callable(function):
-            raise UserError(f"tool {reference!r} is a {type(function).__name__}; name a function")
+        check_tool(function, reference)
         if function.__name__ in functions:
             raise UserError(f"two tools are called {function.__name__!r}; rename one of them")
         functions[function.__name__] = function
@@ -57,6 +57,22 @@ def tools(references: Any, options: dict[str, Any], setup: Mapping[str, Any]) ->
         return {"reward": None, "metrics": counts}
 
     return Program(run, {"rewards": False, "tools": schemas})
+
+
+def check_tool(function: Any, reference: Any) -> None:
+    """Raise UserError for what is no function that a call by names can reach and that returns an answer."""
+    name = getattr(function, "__name__", None)
+    if not callable(function) or name is None or inspect.isclass(function):
+        kind = "class" if inspect.isclass(function) else type(function).__name__
+        raise UserError(f"tool {reference!r} is a {kind}; name a function, with type hints and a docstring")
+    if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+        raise UserError(f"tool {name!r} yields its answer in pieces; return it whole")
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.VAR_POSITIONAL):
+            raise UserError(
+                f"tool {name!r}: its argument {parameter.name!r} cannot be given by name, as a model's calls give it; "
+                "make it an ordinary one"
+            )
 
 
 @dataclass(frozen=True)
@@ -82,6 +98,8 @@ class Kind:
                 f"environment {reference!r} has no method reset(**row); give it one, as TRL's environments have"
             )
         names = [name for name, _ in inspect.getmembers(type(example), inspect.isfunction) if is_tool(name)]
+        for name in names:
+            check_tool(getattr(example, name), name)
         schemas = [tool_schema(getattr(example, name)) for name in names]
         return cls(make, names, schemas, hasattr(example, "get_reward"))
 
@@ -97,7 +115,8 @@ def factory(reference: Any, options: dict[str, Any], setup: Mapping[str, Any]) -
             raise BadResult(f"has a row whose column environment is {chosen!r}; it is one of {', '.join(kinds)}")
         kind = kinds[chosen]
         environment = kind.make(**options)
-        said = await finished(environment.reset(**row))
+        given = {name: value for name, value in row.items() if not several or name != "environment"}
+        said = await finished(environment.reset(**given))
         messages = opened(list(row["prompt"]), said)
         functions = {name: getattr(environment, name) for name in kind.names}
         counts = await converse(messages, functions, kind.schemas, sample)
@@ -127,10 +146,22 @@ def opened(messages: list[Message], said: Any) -> list[Message]:
     """`messages` with what `reset` returned at the end of the last one, as TRL puts it there."""
     if said is None or said == "":
         return messages
-    if not isinstance(said, str):
-        raise TypeError(f"reset returned a {type(said).__name__}; return text or None")
+    if not isinstance(said, str) and not is_blocks(said):
+        raise TypeError(f"reset returned a {type(said).__name__}; return text, a list of text and image parts, or None")
     *before, last = messages
-    return [*before, {**last, "content": last["content"] + said}]
+    content = last["content"]
+    if isinstance(said, str) and isinstance(content, str):
+        return [*before, {**last, "content": content + said}]
+    return [*before, {**last, "content": [*as_blocks(content), *as_blocks(said)]}]
+
+
+def is_blocks(value: Any) -> bool:
+    """Whether `value` is a list of parts, such as text and images."""
+    return isinstance(value, list) and bool(value) and all(isinstance(part, dict) and "type" in part for part in value)
+
+
+def as_blocks(content: Any) -> list[Any]:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
 
 
 async def finished(result: Any) -> Any:
@@ -168,17 +199,17 @@ def unread(problem: str) -> Message:
     return {"role": "tool", "name": "unknown", "content": str({"error": f"this call cannot be read: {problem}"})}
 
 
-async def called(call: Mapping[str, Any], functions: Mapping[str, Callable[..., Any]]) -> tuple[str, bool]:
-    """What a tool answers as text, and whether it failed. What it raises becomes its answer, as in TRL.
+async def called(call: Mapping[str, Any], functions: Mapping[str, Callable[..., Any]]) -> tuple[Any, bool]:
+    """What a tool answers as a message's content, and whether it failed. What it raises becomes its answer, as in TRL.
 
-    Raises BadResult for an image.
+    Raises BadResult for sound, video and the like.
     """
     name, arguments = call["name"], call["arguments"]
     try:
         if name not in functions:
             raise ValueError(f"Tool {name} not found.")  # TRL's words
         answer = await finished(functions[name](**(json.loads(arguments) if isinstance(arguments, str) else arguments)))
-        return text_of(answer, name), False
+        return content_of(answer, name), False
     except BadResult:
         raise
     except Exception as error:
@@ -193,14 +224,19 @@ def words_of(error: Exception) -> str:
         return type(error).__name__
 
 
-def text_of(answer: Any, tool: str) -> str:
-    """What `tool` returned as the text of its message; blocks of text are joined. Raises BadResult for an image."""
-    blocks = isinstance(answer, list) and answer and all(isinstance(part, dict) and "type" in part for part in answer)
-    if not blocks:
+def content_of(answer: Any, tool: str) -> Any:
+    """What `tool` returned as the content of its message: text, or parts where an image is among them.
+
+    Raises BadResult for parts of other kinds.
+    """
+    if not is_blocks(answer):
         return str(answer)
-    if strange := next((part["type"] for part in answer if part["type"] != "text"), None):
-        raise BadResult(f"returned a block of type {strange!r} from its tool {tool!r}; only text can be trained on")
-    return "".join(str(part.get("text", "")) for part in answer)
+    kinds = [part["type"] for part in answer]
+    if strange := next((kind for kind in kinds if kind not in ("text", *IMAGE_PARTS)), None):
+        raise BadResult(f"returned a block of type {strange!r} from its tool {tool!r}; only text and images are shown")
+    if set(kinds) == {"text"}:
+        return "".join(str(part.get("text", "")) for part in answer)
+    return answer
 
 
 WAYS_IN: dict[str, Callable[[Any, dict[str, Any], Mapping[str, Any]], Program]] = {

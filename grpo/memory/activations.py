@@ -20,6 +20,7 @@ from grpo.kernels.sizes import (
     MLP_TILE,
     QKV_TILE,
     WEIGHT_SLICE_BYTES,
+    largest_tile,
 )
 from grpo.memory.states import StateLayers, has_states, largest_layer, state_layers
 from grpo.model.adapter_layers import adapted_experts, adapted_layers
@@ -433,7 +434,7 @@ class TrainingMemory:
         s, one = self.sizes, self.layer_input()
         replayed = mode in ("layer", "offload")
         attention = self.kept_by_layer() - self._gate_and_up() - 2 * one
-        mlp_rows, qkv_rows = min(self.tokens, MLP_TILE), min(self.tokens, QKV_TILE)
+        mlp_rows, qkv_rows = (min(self.tokens, largest_tile(tile)) for tile in (MLP_TILE, QKV_TILE))
         # Beside the gradient of the product: the normed input and, where adapters multiply with W, a wider gradient.
         mlp_numbers = (
             s.inner + (1 + self._weights_copied) * s.hidden + (0 if mode == "none" else 2 * s.inner + s.beside(GATE_UP))
@@ -487,3 +488,8 @@ class TrainingMemory:
         hosted = [mode for mode in self.modes if self.on_host(mode) <= HOST_SHARE * host]
         fitting = [mode for mode in hosted if self.peak(mode) <= share * free]
         return fitting[0] if fitting else min(hosted, key=self.peak)
+
+    def mlps_that_fit(self, free: int) -> int:
+        """Under "mlp", how many layers can keep gate and up after all within `free` bytes of the device."""
+        room = int((FREE_SHARE if self.on_gpu else CPU_SHARE) * free) - self.peak("mlp")
+        return max(0, min(self.sizes.layers, room // self._gate_and_up()))

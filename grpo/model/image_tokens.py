@@ -42,6 +42,10 @@ class ImageTokens:
         """Tokens that stand for media, and that the policy never samples."""
         return self.vision.never
 
+    def placeholders(self, token_ids: Sequence[int]) -> int:
+        """How many of `token_ids` stand for an image."""
+        return sum(token == self.vision.image_token_id for token in token_ids)
+
     def tokens(self, width: int, height: int) -> int:
         """How many tokens an image of this size is. Raises UserError for one that the processor refuses."""
         try:
@@ -86,7 +90,7 @@ class ImageTokens:
                 f"the rendered prompt has token {others[0]}, which stands for video or sound, and images alone are "
                 "read; leave it out, or give its frames as images"
             )
-        found = sum(token == self.vision.image_token_id for token in token_ids)
+        found = self.placeholders(token_ids)
         if found != len(images):
             raise UserError(
                 f"the rendered prompt has {found} placeholders for images (token {self.vision.image_token_id}), and "
@@ -100,6 +104,14 @@ class ImageTokens:
             return [token]
         image = next(images)
         return [token] * self.tokens(image.width, image.height)
+
+
+def images_within(token_ids: Sequence[int], placeholder: int, sizes: Sequence[int]) -> int:
+    """How many of the images, of which `sizes` says how many tokens each is, `token_ids` have before others follow."""
+    left, count = sum(token == placeholder for token in token_ids), 0
+    while count < len(sizes) and left > 0:
+        left, count = left - sizes[count], count + 1
+    return count
 
 
 def places(token_ids: Sequence[int], placeholder: int, sizes: Sequence[int]) -> list[int]:

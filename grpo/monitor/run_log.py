@@ -259,11 +259,22 @@ class RunLog:
         """Keys of the form PREFIX/NAME, in the order in which they came; PREFIX/NAME/std and such are left out."""
         return [key for key in self._series if key.startswith(f"{prefix}/") and key.count("/") == 1]
 
+    @property
+    def _main(self) -> str:
+        """The figure that a run is about."""
+        return "reward" if "reward" in self._series else "loss"
+
+    @property
+    def _span(self) -> int:
+        """Steps that are the first and steps that are the last: ENDS, or of a shorter run each half, so that no step is
+        both."""
+        return min(ENDS, max(1, len(self._series.get(self._main, ())) // 2))
+
     def _ends(self) -> tuple[dict[str, float], dict[str, float]]:
-        """Rewards (without any, the loss), as means over the first and over the last five steps; evaluations, the first
-        and the last."""
-        main = "reward" if "reward" in self._series else "loss"
-        spans = {key: ENDS for key in (main, *self._scores("rewards"))} | dict.fromkeys(self._scores("eval"), 1)
+        """Rewards (without any, the loss), as means over the first and over the last steps; evaluations, the first and
+        the last."""
+        spans = {key: self._span for key in (self._main, *self._scores("rewards"))}
+        spans |= dict.fromkeys(self._scores("eval"), 1)
         series = {key: (self._series[key], span) for key, span in spans.items() if key in self._series}
         first = {key: _mean(values[:span]) for key, (values, span) in series.items()}
         return first, {key: _mean(values[-span:]) for key, (values, span) in series.items()}
@@ -278,7 +289,7 @@ class RunLog:
     def _line(self) -> str:
         """The last step as one line, for a log file."""
         entry = self._last
-        figure = "reward" if "reward" in self._series else "loss"
+        figure = self._main
         parts = [f"step {entry['step']}/{self.max_steps}", f"{figure} {_shown(entry.get(figure), '{:.3f}')}"]
         functions = [f"{_label(key)} {_shown(entry.get(key), '{:.3f}')}" for key in self._scores("rewards")]
         if functions:
@@ -300,7 +311,7 @@ class RunLog:
         return Progress("   ".join(part for part in parts if part) or "starting", self._series)
 
     def _display(self) -> RenderableType:
-        """What is live: a bar, then every figure of the last step, of the last five and of the first five."""
+        """What is live: a bar, then every figure of the last step, of the last few and of the first few."""
         done, left = self._last["step"], self._seconds_left()
         if not self._stepped:
             return Text(self._status or "starting", style="dim")
@@ -317,10 +328,10 @@ class RunLog:
         return Group(head, self._table())
 
     def _table(self) -> Table:
-        first, recent = self._ends()
+        (first, recent), span = self._ends(), self._span
         table = Table(box=None, padding=(0, 2), header_style="dim")
         table.add_column("")
-        for title in ("now", f"last {ENDS}", f"first {ENDS}"):
+        for title in ("now", f"last {span}", f"first {span}"):
             table.add_column(title, justify="right")
         for key in filter(_is_news, first):
             figures = (self._series[key][-1], recent[key], first[key])
@@ -328,7 +339,7 @@ class RunLog:
             table.add_row(Text(_label(key)), *(f"{figure:.3f}" for figure in figures), style=style)
         for key, label, form in ROWS:
             if known := self._series.get(key):
-                ends = (known[-1], _mean(known[-ENDS:]), _mean(known[:ENDS]))
+                ends = (known[-1], _mean(known[-span:]), _mean(known[:span]))
                 table.add_row(label, *(form.format(figure) for figure in ends))
         return table
 
@@ -351,7 +362,8 @@ class RunLog:
     def _result(self, record: Mapping[str, Any]) -> RenderableType:
         table = Table(box=None, padding=(0, 2), header_style="dim")
         table.add_column("")
-        for title in (f"first {ENDS} steps", f"last {ENDS} steps", "change"):
+        steps = f"{self._span} steps" if self._span > 1 else "step"
+        for title in (f"first {steps}", f"last {steps}", "change"):
             table.add_column(title, justify="right")
         for key, before in record["first"].items():
             after = record["last"][key]

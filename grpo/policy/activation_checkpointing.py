@@ -35,13 +35,14 @@ SHARED = "shared_kv_states"
 Layer = Callable[..., Tensor]
 
 
-def recompute_layers(layers: Sequence[nn.Module], mode: str) -> None:
-    """Let `layers`, decoder layers that run one after another in training mode, use `mode`, of CHECKPOINTING_MODES."""
+def recompute_layers(layers: Sequence[nn.Module], mode: str, kept_mlps: int = 0) -> None:
+    """Let `layers`, decoder layers that run one after another in training mode, use `mode`, of CHECKPOINTING_MODES.
+    `kept_mlps`: under "mlp" as many layers keep what the others compute again."""
     assert mode in CHECKPOINTING_MODES, mode
     store = HostStore() if mode == "offload" else None
     for index, layer in enumerate(layers):
         if hasattr(layer, "keep_mlp"):
-            layer.keep_mlp = mode != "mlp"
+            layer.keep_mlp = mode != "mlp" or index < kept_mlps
         assert mode != "mlp" or hasattr(layer, "keep_mlp"), "transformers' own layers have no such mode"
         layer.gradient_checkpointing = mode in ("layer", "offload")
         layer._gradient_checkpointing_func = partial(recomputed, layer, store, index == 0)

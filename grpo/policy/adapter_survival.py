@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from grpo.model.head import Head
+from grpo.model.image_tokens import images_within
 from grpo.model.layout import EMBEDDING, HEAD
 from grpo.model.rope import Rotary
 from grpo.policy.graph import ATTENTION, rebuild_buffers, set_module, set_tensor
@@ -32,6 +33,7 @@ from grpo.policy.policy import Policy
 
 if TYPE_CHECKING:
     from grpo.images import Image
+    from grpo.policy.vision_tower import VisionTower
 
 SEQUENCES, TOKENS, LONGEST = 16, 1024, 256
 """How many completions are measured at most, how many tokens in all, and of one completion. The noise of rounding falls
@@ -49,10 +51,14 @@ def adapter_survival(
 ) -> float | None:
     """The share of the adapter's effect that shows in 16 bit, on the first of `completions` (SEQUENCES, TOKENS).
 
-    images: of each prompt. None where there is nothing to measure: a float32 policy, an adapter of zeros, no
-    completion, or no memory for it.
+    images: of each sequence; of those that an environment showed, and what follows them, nothing is measured. None
+    where there is nothing to measure: a float32 policy, an adapter of zeros, no completion, or no memory for it.
     """
-    heads, tails, seen = measured_sequences(prompts, completions, images or [()] * len(prompts))
+    shown = images or [()] * len(prompts)
+    if policy.tower is not None:
+        given = [before_images(policy.tower, *each) for each in zip(prompts, completions, shown, strict=True)]
+        completions, shown = [one for one, _ in given], [one for _, one in given]
+    heads, tails, seen = measured_sequences(prompts, completions, shown)
     if policy.base.dtype == torch.float32 or not tails or policy.adapter_is_zero():
         return None
     try:
@@ -84,11 +90,23 @@ def measured_sequences(
     return heads, tails, seen
 
 
+def before_images(
+    tower: VisionTower, prompt: Sequence[int], completion: Sequence[int], images: Sequence[Image]
+) -> tuple[Sequence[int], Sequence[Image]]:
+    """A completion up to the first image that an environment showed, and its prompt's images."""
+    placeholder = tower.vision.image_token_id
+    sizes = [tower.image_tokens.tokens(image.width, image.height) for image in images]
+    own = images_within(prompt, placeholder, sizes)
+    if own == len(images):
+        return completion, images
+    return completion[: list(completion).index(placeholder)], images[:own]
+
+
 def float32_effect(
     policy: Policy, prompts: list[list[int]], completions: list[list[int]], images: Sequence[Sequence[Image]]
 ) -> Tensor:
     """What the adapter adds to each token's logprob in float32: [tokens]."""
-    graph, rows = float32_graph(policy), policy.image_rows(prompts, images)
+    graph, rows = float32_graph(policy), policy.image_rows(prompts, completions, images)
     with_adapter = float32_logprobs(policy, graph, prompts, completions, rows)
     for module in graph.modules():
         if isinstance(module, Float32Linear):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from grpo.model.image_tokens import places
+from grpo.model.image_tokens import images_within, places
 from grpo.model.vision import Vision, positions
 
 if TYPE_CHECKING:
@@ -25,8 +25,15 @@ if TYPE_CHECKING:
 class ImageRows:
     """The images of S sequences that share a packed row."""
 
-    def __init__(self, tower: VisionTower, prompts: Sequence[Sequence[int]], images: Sequence[Sequence[Image]]):
-        """prompts: token ids of each sequence's prompt, in which the placeholders of its `images` stand."""
+    def __init__(
+        self,
+        tower: VisionTower,
+        prompts: Sequence[Sequence[int]],
+        completions: Sequence[Sequence[int]],
+        images: Sequence[Sequence[Image]],
+    ):
+        """prompts, completions: token ids of each sequence, in which the placeholders of its `images` stand: those of
+        its prompt's, and then those of what an environment showed."""
         self.vision: Vision = tower.vision
         self.features: dict[str, ImageFeatures] = {}
         self._first: dict[str, int] = {}
@@ -35,21 +42,28 @@ class ImageRows:
             if each.digest not in self.features:
                 self.features[each.digest], self._first[each.digest] = each, count
                 count += len(each)
-        self.placed = [self._places(*pair) for pair in zip(prompts, images, strict=True)]
-        self.prompts = [self._marked(*pair) for pair in zip(prompts, self.placed, strict=True)]
-        """As given, with negative numbers for placeholders."""
+        given = list(zip(prompts, completions, images, strict=True))
+        self.placed = [self._places(*each) for each in given]
+        marked = [self._marked([*each[0], *each[1]], placed) for each, placed in zip(given, self.placed, strict=True)]
+        self.prompts = [ids[: len(prompt)] for ids, prompt in zip(marked, prompts, strict=True)]
+        self.completions = [ids[len(prompt) :] for ids, prompt in zip(marked, prompts, strict=True)]
+        """Both as given, with negative numbers for the placeholders of images."""
 
-    def _places(self, prompt: Sequence[int], images: Sequence[Image]) -> list[tuple[int, ImageFeatures]]:
+    def _places(
+        self, prompt: Sequence[int], completion: Sequence[int], images: Sequence[Image]
+    ) -> list[tuple[int, ImageFeatures]]:
         found = [self.features[image.digest] for image in images]
-        starts = places(prompt, self.vision.image_token_id, [len(each) for each in found])
-        return list(zip(starts, found, strict=True))
+        token, sizes = self.vision.image_token_id, [len(each) for each in found]
+        of_prompt = images_within(prompt, token, sizes)
+        starts = places(prompt, token, sizes[:of_prompt])
+        later = places(completion, token, sizes[of_prompt:]) if of_prompt < len(found) else []
+        return list(zip([*starts, *(len(prompt) + start for start in later)], found, strict=True))
 
-    def _marked(self, prompt: Sequence[int], placed: list[tuple[int, ImageFeatures]]) -> list[int]:
-        marked = list(prompt)
+    def _marked(self, ids: list[int], placed: list[tuple[int, ImageFeatures]]) -> list[int]:
         for start, each in placed:
             first = self._first[each.digest]
-            marked[start : start + len(each)] = range(-first - 1, -first - 1 - len(each), -1)
-        return marked
+            ids[start : start + len(each)] = range(-first - 1, -first - 1 - len(each), -1)
+        return ids
 
     def positions(self, sources: Sequence[tuple[int, int, int]], device: torch.device) -> Tensor:
         """int64 [3, 1, tokens]: time, row and column of every token of a row made of `sources`, as `PackedRow` has

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from grpo.kernels.attention import Packing, Span
+from grpo.kernels.launch import int64_tensor, to_device
 from grpo.policy.image_rows import ImageRows, deepstack
 from grpo.policy.prefix_tree import Node, PrefixTree
 
@@ -140,19 +141,21 @@ def predicting_states(
     """(`decoder`'s output where each completion token is predicted [tokens, hidden], those tokens [tokens]).
 
     Only tokens that are `sampled` count, where it is given: what an environment wrote is context and no more. With
-    `tree`, sequences share more than whole prompts. `routes` as in `Policy.score`; `images`: those of the prompts.
+    `tree`, sequences share more than whole prompts. `routes` as in `Policy.score`; `images`: those of the sequences.
     """
-    given = prompts if images is None else images.prompts
-    row = (tree_row if tree else packed_row)(given, completions, sampled)
+    given = (prompts, completions) if images is None else (images.prompts, images.completions)
+    row = (tree_row if tree else packed_row)(*given, sampled)
     shared = {"use_cache": False, "packing": Packing(row.spans, device), "routes": routes_of(row, routes, device)}
-    tokens = torch.tensor(row.tokens, device=device)
+    targets = [token for completion in completions for token in completion]
+    targets = targets if sampled is None else list(compress(targets, sampled))
+    # Before the decoder, and so that the host waits for no copy: it gets ahead of the GPU and stays there.
+    tokens, positions, predicting, chosen = (
+        to_device(int64_tensor(numbers), device) for numbers in (row.tokens, row.positions, row.predicting, targets)
+    )
     if images is None:
-        positions = torch.tensor([row.positions], device=device)
-        result = decoder(input_ids=tokens[None], position_ids=positions, **shared)
+        result = decoder(input_ids=tokens[None], position_ids=positions[None], **shared)
     else:
         inputs, seen, at = images.embedded(tokens, decoder.get_input_embeddings())
         with deepstack(decoder.layers, seen, at, images.vision):
             result = decoder(inputs_embeds=inputs[None], position_ids=images.positions(row.sources, device), **shared)
-    targets = [token for completion in completions for token in completion]
-    chosen = torch.tensor(targets if sampled is None else list(compress(targets, sampled)), device=device)
-    return result.last_hidden_state[0].index_select(0, torch.tensor(row.predicting, device=device)), chosen
+    return result.last_hidden_state[0].index_select(0, predicting), chosen

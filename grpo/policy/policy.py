@@ -159,9 +159,10 @@ class Policy:
         """Rotate positions as for sequences of at most `tokens`, whichever share a row. Whether that is a change."""
         return self.decoder.model.rotary_emb.set_longest(tokens)
 
-    def recompute_layers(self, mode: str) -> None:
-        """What training keeps of each layer for the backward pass: one of `activations.CHECKPOINTING_MODES`."""
-        recompute_layers(self.decoder.model.layers, mode)
+    def recompute_layers(self, mode: str, kept_mlps: int = 0) -> None:
+        """What training keeps of each layer for the backward pass: one of `activations.CHECKPOINTING_MODES`.
+        `kept_mlps` layers keep all of theirs under "mlp"."""
+        recompute_layers(self.decoder.model.layers, mode, kept_mlps)
 
     def adapter_is_zero(self) -> bool:
         """Whether the adapter changes nothing, as a fresh one: it is zero, or what it started from."""
@@ -213,13 +214,13 @@ class Policy:
         one after another, which are scored; None: each. Those are the T of the result. Neighbours with the same prompt
         share one computation of it; with `tree`, so do all that begin alike, as far as they do. The last completion
         token predicts nothing and is not fed. `routes`: of each sequence the experts of its tokens that are fed
-        [tokens, layers, top_k]; where one has none, or without them, routers choose. `images`: those of each prompt,
+        [tokens, layers, top_k]; where one has none, or without them, routers choose. `images`: those of each sequence,
         in the order of their placeholders.
         """
         # [T, hidden] and int64 [T]
         hidden, targets = predicting_states(
             self.decoder.model, prompts, completions, self.base.device, sampled,
-            tree=tree, routes=routes, images=self.image_rows(prompts, images),
+            tree=tree, routes=routes, images=self.image_rows(prompts, completions, images),
         )  # fmt: skip
         logprobs, entropy = token_logprobs(
             hidden,
@@ -232,14 +233,17 @@ class Policy:
         return TokenLogprobs(logprobs, entropy)
 
     def image_rows(
-        self, prompts: Sequence[Sequence[int]], images: Sequence[Sequence[Image]] | None
+        self,
+        prompts: Sequence[Sequence[int]],
+        completions: Sequence[Sequence[int]],
+        images: Sequence[Sequence[Image]] | None,
     ) -> ImageRows | None:
-        """The `images` of `prompts` as a packed row takes them; None where there are none."""
+        """The `images` of sequences as a packed row takes them; None where there are none."""
         if images is None or not any(images):
             return None
         if self.tower is None:
             raise UserError("a prompt has images, and the model was loaded without its tower; set model.images = true")
-        return ImageRows(self.tower, prompts, images)
+        return ImageRows(self.tower, prompts, completions, images)
 
     def head_weight(self) -> Tensor:
         """The output head [vocabulary, hidden]; on the CPU, pinned, where `model.offload_head` keeps it from a GPU."""

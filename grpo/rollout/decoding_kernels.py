@@ -17,12 +17,7 @@ from grpo.model.base_weights import BaseWeights, FusedLinear
 from grpo.policy.policy import Policy
 from grpo.rollout.lora_buffers import served_ranks
 from grpo.run import tiles
-
-
-def capture_sizes(max_num_seqs: int) -> list[int]:
-    """Batch sizes to capture as CUDA graphs: powers of two to 16, then steps of 16, and the largest itself."""
-    sizes = [size for size in (1, 2, 4, 8, *range(16, max_num_seqs + 1, 16)) if size <= max_num_seqs]
-    return sorted({*sizes, max_num_seqs})
+from grpo.run.compile_ahead import begun, capture_sizes
 
 
 def nf4_shapes(base: BaseWeights) -> list[tuple[int, int]]:
@@ -32,8 +27,10 @@ def nf4_shapes(base: BaseWeights) -> list[tuple[int, int]]:
 
 
 def compile_ahead(base: BaseWeights, policy: Policy, max_num_seqs: int) -> None:
-    """Begin to compile what sampling will launch on `base`'s GPU, unless it is in Triton's cache. A GPU that has to be
-    measured first chooses its kernels by that."""
+    """Begin to compile what sampling will launch on `base`'s GPU, unless it is in Triton's cache or others are at it. A
+    GPU that has to be measured first chooses its kernels by that."""
+    if begun():
+        return
     card = cards.card(base.device)
     tiles.load_measured(card)
     if not nf4_gemm.fused_serves(base.dtype, base.device) or tiles.unmeasured(card, nf4_shapes(base)):

@@ -36,7 +36,7 @@ from grpo.model.checks import largest_head
 from grpo.model.families.table import family_of
 from grpo.policy.policy import Policy
 from grpo.rollout.attention_backend import Served, choose_backend
-from grpo.rollout.decoding_kernels import capture_sizes, nf4_shapes
+from grpo.rollout.decoding_kernels import nf4_shapes
 from grpo.rollout.lora_buffers import RolloutAdapter
 from grpo.rollout.route_recorder import RouteRecorder
 from grpo.rollout.types import Completion, EngineSettings, Request, SamplingSettings
@@ -46,6 +46,7 @@ from grpo.rollout.vllm_images import ARGUMENTS as IMAGE_ARGUMENTS
 from grpo.rollout.vllm_images import ImageStore, known_positions
 from grpo.rollout.vllm_model import ADAPTER_KEY, SHARED, AdapterHandle, write_model_folder
 from grpo.rollout.vllm_scheduler import LogprobCollector, OnePassSampler, rollout_scheduler
+from grpo.run.compile_ahead import capture_sizes
 from grpo.run.machine import version_problem
 from grpo.run.tiles import prepare_tiles
 

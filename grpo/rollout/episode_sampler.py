@@ -44,9 +44,13 @@ class EpisodeSample(Sample):
     def conversation(self) -> list[dict[str, Any]]:
         return logged_turns(self.messages[self.prompt_messages :], self.turn_rewards or ())
 
-    def segments(self, prompt_ids: Sequence[int]) -> list[Segment]:
-        """What is trained on; the prompt is the conversation's own."""
-        return [Segment(one.prompt_ids, one.tokens, one.sampled, one.routes) for one in self.transcripts]
+    @property
+    def fed_routes(self) -> list[Any]:
+        return [one.routes for one in self.transcripts]
+
+    def segments(self, prompt: Prompt) -> list[Segment]:
+        """What is trained on; prompts are the conversations' own."""
+        return [Segment(one.prompt_ids, one.tokens, one.sampled, one.routes, one.images) for one in self.transcripts]
 
 
 class EpisodeSampler(Sampler):

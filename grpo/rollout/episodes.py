@@ -10,15 +10,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from grpo.config.schema import Environment
 from grpo.data import Prompt
 from grpo.environments.continuation import Continuer, Unprovable
+from grpo.environments.pictures import Unreadable, read_messages, sent_row, shown_prompt
 from grpo.environments.pool import Asked, Ended, EnvironmentPool, Lost, Said, Scored
 from grpo.environments.tool_calls import assistant_message
-from grpo.messages import has_images
+from grpo.errors import UserError
+from grpo.images import MAX_PIXELS, Image, read_image
+from grpo.messages import content_text, content_texts, image_places, shown_text
 from grpo.rollout.sampler import sample_seed
 from grpo.rollout.types import Completion, Request, SamplingSettings
 
@@ -43,6 +46,8 @@ class Transcript:
     """The episode's turn, from 0, that each of those belongs to."""
     routes: Any = None
     """Of all tokens that were fed until the last turn, as in `Completion`."""
+    images: list[Image] = field(default_factory=list)
+    """Of the prompt and of what the environment showed, in the order of their placeholders."""
 
     def draw(self, completion: Completion, turn: int) -> None:
         """Add a sampled turn."""
@@ -52,10 +57,11 @@ class Transcript:
         self.logprobs += completion.logprobs
         self.routes = completion.routes
 
-    def observe(self, ids: Sequence[int]) -> None:
-        """Add what the environment said; a sampled turn must follow."""
+    def observe(self, ids: Sequence[int], images: Sequence[Image] = ()) -> None:
+        """Add what the environment said and showed; a sampled turn must follow."""
         self.tokens += ids
         self.sampled += [False] * len(ids)
+        self.images += images
 
     @property
     def ids(self) -> list[int]:
@@ -94,6 +100,8 @@ class Episode:
     result: Ended | Lost | None = None
     judged: bool = True
     """Whether its environment gives rewards."""
+    images: dict[str, Image] = field(default_factory=dict)
+    """Those that it has shown, by how its process calls them."""
 
     @property
     def transcripts(self) -> list[Transcript]:
@@ -115,7 +123,7 @@ class Episode:
     def text(self) -> str:
         """What the policy said last."""
         spoken = [message for message in self.messages if message["role"] == "assistant"]
-        return str(spoken[-1]["content"]) if spoken else ""
+        return content_text(spoken[-1]["content"]) if spoken else ""
 
     @property
     def success(self) -> bool | None:
@@ -147,12 +155,14 @@ class EpisodePlayer:
         *,
         episode_tokens: int,
         max_seq_length: int,
+        max_pixels: int = MAX_PIXELS,
         check: Callable[[], None] = lambda: None,
     ):
-        """`episode_tokens`: after the prompt, for all turns and answers; `check` is called while it waits."""
+        """`episode_tokens`: after the prompt, for all turns and answers; larger images than of `max_pixels` are scaled
+        down; `check` is called while it waits."""
         self.engine, self.pool, self.settings = engine, pool, settings
         self.continuer, self.decode, self.check = continuer, decode, check
-        self.episode_tokens, self.max_seq_length = episode_tokens, max_seq_length
+        self.episode_tokens, self.max_seq_length, self.max_pixels = episode_tokens, max_seq_length, max_pixels
         self.waited = 0.0
 
     def play(
@@ -176,7 +186,8 @@ class EpisodePlayer:
         self.unscored: list[Episode] = []
         try:
             for number, row, seed in starts:
-                self.pool.start(number, row, seed)
+                sent, self.open[number].images = sent_row(row)
+                self.pool.start(number, sent, seed)
             with self.engine.ending():
                 while self.open:
                     for number in self.ready():
@@ -193,12 +204,10 @@ class EpisodePlayer:
 
     @staticmethod
     def row(prompt: Prompt) -> dict[str, Any]:
-        """What a program gets of `prompt`: its columns, and the conversation that it opens."""
+        """What a program gets of `prompt`: its columns, and the conversation that it opens, images in their parts."""
         asked = prompt.prompt
-        return {
-            **prompt.columns,
-            "prompt": [{"role": "user", "content": asked}] if isinstance(asked, str) else asked,
-        }
+        messages = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
+        return {**prompt.columns, "prompt": shown_prompt(messages, prompt.images)}
 
     def ready(self) -> Iterator[int]:
         """The episodes whose word is taken up now, each after waiting for it where the schedule says so.
@@ -268,9 +277,15 @@ class EpisodePlayer:
         if episode.turns >= self.settings.max_turns:
             return self.refuse(episode, f"all {self.settings.max_turns} turns are taken")
         try:
-            thread, observed = self.context(episode, asked)
+            messages, images = read_messages(asked.messages, episode.images, self.read_image)
+            asked = replace(asked, messages=messages)
+            thread, observed, shown = self.context(episode, asked, images)
+        except Unreadable as problem:
+            raise Unusable(str(problem)) from None
         except Unprovable as problem:
             raise Unusable(f"has a conversation that the chat template cannot continue: {problem}") from None
+        except UserError as problem:
+            raise Unusable(f"has a conversation that the model cannot be shown: {problem}") from None
         transcript = thread.transcript
         room = self.room(episode, transcript, len(observed))
         if room < 1:
@@ -282,11 +297,11 @@ class EpisodePlayer:
         if all(thread is not known for known in episode.threads):
             episode.threads.append(thread)
         episode.thread = thread
-        transcript.observe(observed)
+        transcript.observe(observed, shown)
         thread.messages = list(asked.messages)
         seed = episode.seed if episode.turns == 0 else sample_seed(episode.seed, episode.turns)
         limit = min(room, self.settings.max_turn_tokens, max(asked.max_tokens or room, 1))
-        self.engine.add(Request(self.requests, transcript.ids, seed, limit))
+        self.engine.add(Request(self.requests, transcript.ids, seed, limit, tuple(transcript.images)))
         self.asking[self.requests] = episode
         self.requests += 1
 
@@ -304,49 +319,64 @@ class EpisodePlayer:
         left = self.episode_tokens - episode.tokens - observed
         return min(left, self.max_seq_length - len(transcript.ids) - observed)
 
-    def context(self, episode: Episode, asked: Asked) -> tuple[Thread, list[int]]:
-        """The conversation that the next turn belongs to, and what the environment said in it before."""
+    def read_image(self, value: Any) -> Image:
+        """An image that an episode shows. Raises UserError."""
+        return read_image(value, "a message", max_pixels=self.max_pixels)
+
+    def context(
+        self, episode: Episode, asked: Asked, images: Sequence[Image]
+    ) -> tuple[Thread, list[int], Sequence[Image]]:
+        """The conversation that the next turn belongs to, what the environment said in it before, and what it showed.
+
+        `images`: of the whole conversation. Raises Unusable, Unprovable, and UserError for images that do not go.
+        """
         if asked.prompt_ids is not None:
-            return self.context_of_tokens(episode, asked.prompt_ids)
-        if has_images(asked.messages):
-            raise Unusable("shows an image, and a conversation's messages are text; describe it in words")
+            return *self.context_of_tokens(episode, asked.prompt_ids), ()
         for thread in sorted(episode.threads, key=lambda one: len(one.messages), reverse=True):
             known = thread.messages
             new = asked.messages[len(known) :]
             own = any(message["role"] == "assistant" for message in new)
             if known and new and not own and all(map(same, known, asked.messages)):
-                return thread, self.observation(thread, new, asked.tools, episode)
-        return Thread([], Transcript(self.opening(asked))), []
+                shown = images[len(images) - image_places(new) :]
+                return thread, self.observation(thread, new, asked.tools, episode, shown), shown
+        return Thread([], Transcript(self.opening(asked, images), images=list(images))), [], ()
 
     def context_of_tokens(self, episode: Episode, ids: list[int]) -> tuple[Thread, list[int]]:
         """The same for a program that says itself which tokens it wants continued."""
         if max(ids) >= self.engine.base.config.vocab_size:
             raise Unusable(f"asks for token {max(ids)}, which the model does not have")
+        media = set(() if self.engine.images is None else self.engine.images.vision.never)
         for thread in reversed(episode.threads):
             known = thread.transcript.ids
-            if len(ids) > len(known) and ids[: len(known)] == known:
+            if len(ids) > len(known) and ids[: len(known)] == known and media.isdisjoint(ids[len(known) :]):
                 return thread, ids[len(known) :]
+        if not media.isdisjoint(ids):
+            raise Unusable("asks for a token that stands for an image, of which it gives none; send messages")
         return Thread([], Transcript(ids)), []
 
-    def opening(self, asked: Asked) -> list[int]:
+    def opening(self, asked: Asked, images: Sequence[Image]) -> list[int]:
         if asked.tools and (why := self.continuer.doubt_of_tools()):
             raise Unusable(f"offers tools, with which the model's chat template cannot continue a conversation: {why}")
         try:
-            return self.continuer.opening(asked.messages, asked.tools)
+            return self.continuer.opening(asked.messages, asked.tools, images)
+        except UserError:
+            raise
         except Exception as error:  # a template is a program, and not ours
             raise Unprovable(f"{type(error).__name__}: {error}") from None
 
-    def observation(self, thread: Thread, new: list[Message], tools: Any, episode: Episode) -> list[int]:
-        """The tokens of `new` messages; too long ones are cut, the longest first."""
+    def observation(
+        self, thread: Thread, new: list[Message], tools: Any, episode: Episode, images: Sequence[Image] = ()
+    ) -> list[int]:
+        """The tokens of `new` messages, which show `images`; texts that are too long are cut, the longest first."""
         most, last_token = self.settings.max_observation_tokens, thread.transcript.tokens[-1]
-        kept = [len(str(message.get("content") or "")) for message in new]
+        kept = [len(content_text(message.get("content"))) for message in new]
         if max(kept) > most * self.continuer.longest_token:  # too long for sure, and long to tokenise
             kept = [min(count, most * self.continuer.longest_token) for count in kept]
             episode.cut_observations += 1
         while True:
             try:
-                ids = self.continuer.continuation(thread.messages, shortened(new, kept), tools, last_token)
-            except Unprovable:
+                ids = self.continuer.continuation(thread.messages, shortened(new, kept), tools, last_token, images)
+            except (Unprovable, UserError):
                 raise
             except Exception as error:
                 raise Unprovable(f"{type(error).__name__}: {error}") from None
@@ -354,7 +384,10 @@ class EpisodePlayer:
                 return ids
             longest = max(range(len(kept)), key=lambda index: kept[index])
             if kept[longest] == 0:
-                raise Unusable(f"says more than environment.max_observation_tokens = {most} tokens in a turn")
+                smaller = " or lower model.max_pixels" if images else ""
+                raise Unusable(
+                    f"says more than environment.max_observation_tokens = {most} tokens in a turn; raise it{smaller}"
+                )
             kept[longest] = int(kept[longest] * 0.9 * most / len(ids))
             episode.cut_observations += 1
 
@@ -403,7 +436,7 @@ def logged_turns(messages: Sequence[Message], rewards: Sequence[float]) -> list[
     turns, left = [], list(rewards)
     for message in messages:
         sampled = message["role"] == "assistant"
-        turn = {"role": message["role"], "text": str(message.get("content") or ""), "sampled": sampled}
+        turn = {"role": message["role"], "text": shown_text(message.get("content")), "sampled": sampled}
         turn["calls"] = [call.get("function", call) for call in message.get("tool_calls") or ()]
         if sampled and left:
             turn["reward"] = left.pop(0)
@@ -417,9 +450,25 @@ def same(one: Message, other: Message) -> bool:
 
 
 def shortened(messages: list[Message], kept: Sequence[int]) -> list[Message]:
-    """`messages` with only the first `kept` characters of each text, and a word on what is missing."""
-    texts = [str(message.get("content") or "") for message in messages]
-    return [
-        message if count >= len(text) else {**message, "content": text[:count] + CUT.format(len(text) - count)}
-        for message, text, count in zip(messages, texts, kept, strict=True)
-    ]
+    """`messages` with only the first `kept` characters of each one's text, and a word on what is missing."""
+    return [cut(message, count) for message, count in zip(messages, kept, strict=True)]
+
+
+def cut(message: Message, count: int) -> Message:
+    """`message` with the first `count` characters of its texts, and all its images."""
+    content = message.get("content")
+    texts = content_texts(content)
+    more = sum(map(len, texts)) - count
+    if more <= 0:
+        return message
+    if not isinstance(content, list):
+        return {**message, "content": texts[0][:count] + CUT.format(more)}
+    parts: list[Message] = []
+    for part in content:
+        text = content_text([part])
+        if image_places([{"content": [part]}]):
+            parts.append(part)
+        elif count > 0:
+            parts.append({"type": "text", "text": text[:count]})
+            count -= len(text)
+    return {**message, "content": [*parts, {"type": "text", "text": CUT.format(more)}]}

@@ -48,9 +48,14 @@ class Sample:
         """Sampled tokens."""
         return len(self.token_ids)
 
-    def segments(self, prompt_ids: Sequence[int]) -> list[Segment]:
-        """What is trained on, where `prompt_ids` are the tokens of its group's prompt."""
-        return [Segment(prompt_ids, self.token_ids, routes=self.routes)]
+    @property
+    def fed_routes(self) -> list[Any]:
+        """The experts of each part that is trained on, as in `Completion`."""
+        return [self.routes]
+
+    def segments(self, prompt: Prompt) -> list[Segment]:
+        """What is trained on, of a sample of `prompt`."""
+        return [Segment(prompt.token_ids, self.token_ids, routes=self.routes, images=prompt.images)]
 
     @property
     def rewards_by_turn(self) -> list[float]:

@@ -63,7 +63,7 @@ class Segment:
     routes: Any = None
     """The experts that sampling chose for each token of a forward pass, as in `Completion`; None: not known."""
     images: Sequence[Image] = ()
-    """Of the prompt, in the order of their placeholders."""
+    """Of the prompt, then of what an environment showed, in the order of their placeholders."""
 
     def __len__(self) -> int:
         """Tokens that a forward pass sees."""

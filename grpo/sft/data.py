@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo.errors import UserError
-from grpo.images import MAX_PIXELS, Image
+from grpo.images import Image, ReadImage, read_image
 from grpo.model.image_tokens import ImageTokens
 from grpo.sft.config import Sft, SftConfig
 from grpo.sft.encoding import IGNORED, Encoder, Example
@@ -66,7 +66,8 @@ def load_data(
         held_out_notices = [
             f"the last {held_out_count} rows are held out and not trained on; sft.eval_split names a split instead"
         ]
-    load = functools.partial(load_examples, image_tokens=image_tokens, max_pixels=config.model.max_pixels)
+    image = functools.partial(read_image, max_pixels=config.model.max_pixels, urls=config.model.image_urls)
+    load = functools.partial(load_examples, image_tokens=image_tokens, image=image)
     data = load(settings, rows, tokenizer, stop_token_ids, seed)
     if held_out:
         data.held_out = load(settings, held_out, tokenizer, stop_token_ids, seed, "held-out ").examples
@@ -83,7 +84,7 @@ def load_examples(
     kind: str = "",
     *,
     image_tokens: ImageTokens | None = None,
-    max_pixels: int = MAX_PIXELS,
+    image: ReadImage = read_image,
 ) -> SftData:
     """`rows` as sequences. `stop_token_ids`: the tokens that end generation; `kind`: what errors call the rows.
 
@@ -94,7 +95,7 @@ def load_examples(
         placed, notices = token_examples(settings, rows, tokenizer, stop_token_ids, kind)
     else:
         encoder = Encoder(tokenizer, settings, tuple(stop_token_ids), image_tokens)
-        placed, notices = chat_examples(settings, rows, encoder, seed, kind, max_pixels)
+        placed, notices = chat_examples(settings, rows, encoder, seed, kind, image)
     data = SftData()
     for where, example in placed:
         length = len(example.input_ids)
@@ -122,11 +123,11 @@ Placed = list[tuple[str, Example]]
 
 
 def chat_examples(
-    settings: Sft, rows: Sequence[Row], encoder: Encoder, seed: int, kind: str, max_pixels: int
+    settings: Sft, rows: Sequence[Row], encoder: Encoder, seed: int, kind: str, image: ReadImage
 ) -> tuple[Placed, list[str]]:
     """Rows of conversations as sequences, and what is to be said about them."""
     check_optional_columns(settings, rows, kind)
-    chats = [chat_of(row, settings, place(row, kind, number), max_pixels) for number, row in enumerate(rows, 1)]
+    chats = [chat_of(row, settings, place(row, kind, number), image) for number, row in enumerate(rows, 1)]
     unused = unused_notice(rows, [chat.used for chat in chats])
     if settings.conversation_extension > 1:
         chats = joined(chats, settings.conversation_extension, seed)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from grpo.errors import UserError
-from grpo.images import MAX_PIXELS, Image, read_image
+from grpo.images import Image, ReadImage, read_image
 from grpo.messages import COLUMNS, column_images, image_places, says_nothing, with_places
 from grpo.sft.config import Sft
 from grpo.tasks.cells import columns_of, filled, is_blank, parsed, reach
@@ -63,10 +63,10 @@ def message(role: str, content: str) -> Message:
     return {"role": role, "content": content}
 
 
-def chat_of(row: Row, settings: Sft, where: str, max_pixels: int = MAX_PIXELS) -> Chat:
+def chat_of(row: Row, settings: Sft, where: str, image: ReadImage = read_image) -> Chat:
     """The row as a conversation. Raises UserError where it is none, and for images that cannot be used."""
     messages, found = conversation(row, settings, where)
-    images = tuple(read_image(value, where, max_pixels=max_pixels) for value in found)
+    images = tuple(image(value, where) for value in found)
     if images and not settings.chat:
         raise UserError(f"{where}: plain text has no place for its images; set sft.chat = true, or leave them out")
     if settings.prompt is not None and settings.completion is not None:

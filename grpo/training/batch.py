@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from grpo.kernels.launch import float32_tensor, to_device
 from grpo.policy.prefix_tree import PrefixTree
 from grpo.rollout.sampler import Group
 from grpo.rollout.types import Segment
@@ -39,7 +40,7 @@ class TrainingSequence:
     routes: Any = None
     """The experts that sampling chose, as in `Segment`."""
     images: Sequence[Image] = ()
-    """Of the prompt, in the order of their placeholders."""
+    """Of the first part, as in `Segment`."""
 
     @property
     def segments(self) -> list[Segment]:
@@ -98,7 +99,7 @@ def training_sequences(group: Group, advantages: Tensor) -> list[TrainingSequenc
     for sample, advantage in zip(group.local, advantages, strict=True):
         if not sample.length:
             continue
-        first, *others = sample.segments(group.prompt.token_ids)
+        first, *others = sample.segments(group.prompt)
         by_token = None if advantage.ndim == 0 else advantage[sample.turn_of_tokens].tolist()
         sequences.append(
             TrainingSequence(
@@ -111,30 +112,53 @@ def training_sequences(group: Group, advantages: Tensor) -> list[TrainingSequenc
                 rewritten=others,
                 token_advantages=by_token,
                 routes=first.routes,
-                images=group.prompt.images,
+                images=first.images,
             )
         )
     return sequences
 
 
+UNEVEN = (0.0, 0.01, 0.02, 0.04, 0.08, 0.16)
+"""By how much more than the mean the largest of even micro-batches may take, as a share of it; tried in this order."""
+
+
 def pack(sequences: Sequence[TrainingSequence], tokens: int, *, tree: bool = False) -> list[list[TrainingSequence]]:
-    """Micro-batches of at most `tokens` tokens each, filled in order; a longer sequence gets one of its own.
+    """Micro-batches of at most `tokens` tokens each, in order, as few as filling each would give but of even sizes:
+    a small rest would cost nearly as much as a whole one, and the others more memory. A longer sequence gets one of
+    its own.
 
     What is computed once in a micro-batch is counted once: a prompt that follows itself or, with `tree`, whatever
     sequences begin with alike.
     """
+    batches, sizes = filled(sequences, tokens, tree=tree)
+    for share in UNEVEN if len(batches) > 1 else ():
+        limit = math.ceil(sum(sizes) / len(sizes) * (1 + share))
+        if limit >= max(sizes):
+            break
+        even, _ = filled(sequences, limit, tree=tree)
+        if len(even) == len(batches):
+            return even
+    return batches
+
+
+def filled(
+    sequences: Sequence[TrainingSequence], tokens: int, *, tree: bool = False
+) -> tuple[list[list[TrainingSequence]], list[int]]:
+    """Micro-batches of which each takes what it can, and the tokens of each; otherwise as `pack`."""
     count_new = new_tokens_of_trees if tree else new_tokens
     batches: list[list[TrainingSequence]] = []
-    room, counted = 0, count_new()
+    sizes: list[int] = []
+    counted = count_new()
     for sequence in sequences:
         cost = counted(sequence)
-        if not batches or cost > room:
+        if not batches or sizes[-1] + cost > tokens:
             batches.append([])
+            sizes.append(0)
             counted = count_new()
-            room, cost = tokens, counted(sequence)
+            cost = counted(sequence)
         batches[-1].append(sequence)
-        room -= cost
-    return batches
+        sizes[-1] += cost
+    return batches, sizes
 
 
 def new_tokens() -> Callable[[TrainingSequence], int]:
@@ -166,26 +190,26 @@ def new_tokens_of_trees() -> Callable[[TrainingSequence], int]:
 
 
 def apart(segment: Segment) -> list[int]:
-    """A number that is no token, for each image of a prompt; the same for the same image."""
+    """A number that is no token, for each image; the same for the same image."""
     return [-1 - int(image.digest[:12], 16) for image in segment.images]
 
 
 def sampled_inputs(batch: Sequence[TrainingSequence], device: torch.device) -> dict[str, Any]:
     """What `LossInputs` takes from the rollout, of S sequences with T trained tokens, one sequence after another.
 
-    Copied to `device` before the forward pass, so that no copy waits for its end.
+    Copied to `device` so that the host waits for none of what the device has to do before.
     """
     lengths = torch.tensor([sequence.trained for sequence in batch])
-    index = torch.arange(len(batch)).repeat_interleave(lengths).to(device)
+    index = to_device(torch.arange(len(batch)).repeat_interleave(lengths), device)
     old = [sequence.old_logprobs for sequence in batch if sequence.old_logprobs is not None]
     by_token = [sequence.token_advantages for sequence in batch if sequence.token_advantages is not None]
     of_tokens = [advantage for advantages in by_token for advantage in advantages]
     return {
         "sequence": index,
         "mask": torch.ones_like(index, dtype=torch.bool),
-        "rollout_logprobs": torch.tensor([p for s in batch for p in s.rollout_logprobs], device=device),
+        "rollout_logprobs": to_device(float32_tensor(p for s in batch for p in s.rollout_logprobs), device),
         "old_logprobs": torch.cat(old).to(device) if len(old) == len(batch) else None,
-        "advantages": torch.tensor([sequence.advantage for sequence in batch], device=device),
-        "token_advantages": torch.tensor(of_tokens, device=device) if len(by_token) == len(batch) else None,
-        "truncated": torch.tensor([sequence.truncated for sequence in batch], device=device),
+        "advantages": to_device(torch.tensor([sequence.advantage for sequence in batch]), device),
+        "token_advantages": to_device(float32_tensor(of_tokens), device) if len(by_token) == len(batch) else None,
+        "truncated": to_device(torch.tensor([sequence.truncated for sequence in batch]), device),
     }

@@ -103,7 +103,13 @@ def sequence_state(sequence: TrainingSequence) -> dict[str, Any]:
         "sampled": mask_state(sequence.sampled),
         "token_advantages": float_state(sequence.token_advantages),
         "rewritten": [
-            [torch.tensor(part.prompt_ids), torch.tensor(part.token_ids), mask_state(part.sampled), on_cpu(part.routes)]
+            [
+                torch.tensor(part.prompt_ids),
+                torch.tensor(part.token_ids),
+                mask_state(part.sampled),
+                on_cpu(part.routes),
+                [image_state(image) for image in part.images],
+            ]
             for part in sequence.rewritten
         ],
         "routes": on_cpu(sequence.routes),
@@ -113,6 +119,10 @@ def sequence_state(sequence: TrainingSequence) -> dict[str, Any]:
 
 def image_state(image: Image) -> list[Any]:
     return [torch.frombuffer(bytearray(image.data), dtype=torch.uint8), image.width, image.height, image.digest]
+
+
+def restored_images(states: Sequence[Sequence[Any]]) -> tuple[Image, ...]:
+    return tuple(restored_image(*state) for state in states)
 
 
 def restored_image(data: torch.Tensor, width: int, height: int, digest: str) -> Image:
@@ -137,11 +147,11 @@ def restored_sequence(state: Mapping[str, Any]) -> TrainingSequence:
         sampled=listed(state.get("sampled")),
         token_advantages=listed(state.get("token_advantages")),
         rewritten=[
-            Segment(prompt.tolist(), tokens.tolist(), listed(sampled), *routes)
-            for prompt, tokens, sampled, *routes in state.get("rewritten", ())
+            Segment(prompt.tolist(), tokens.tolist(), listed(sampled), routes, restored_images(images))
+            for prompt, tokens, sampled, routes, images in state.get("rewritten", ())
         ],
         routes=state.get("routes"),
-        images=tuple(restored_image(*image) for image in state.get("images", ())),
+        images=restored_images(state.get("images", ())),
     )
 
 

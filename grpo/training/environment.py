@@ -10,9 +10,8 @@ from typing import Any
 import cloudpickle  # type: ignore[import-untyped]
 
 from grpo.config.schema import OWN_QUESTIONS, Config
-from grpo.data import Data
 from grpo.distributed.ranks import Ranks
-from grpo.environments.continuation import Continuer
+from grpo.environments.continuation import Continuer, ImageTokens
 from grpo.environments.pool import EnvironmentPool
 from grpo.errors import UserError
 from grpo.printable import printable
@@ -31,32 +30,25 @@ def show(line: str) -> None:
     print(printable(line), flush=True)
 
 
-def refuse_images(config: Config, data: Data) -> None:
-    """Raise UserError for prompts with images in an environment, whose conversations are of text."""
-    if config.environment is None:
-        return
-    seen = next((prompt for prompt in (*data.train, *data.eval) if prompt.images), None)
-    if seen is not None:
-        raise UserError(
-            f"task {seen.task!r}, row {seen.index + 1} has an image, and an environment's conversation takes none; "
-            "remove [environment], or train on rows without images"
-        )
-
-
-def check_conversation(config: Config, tokenizer: Any, end_tokens: tuple[int, ...]) -> None:
+def check_conversation(
+    config: Config, tokenizer: Any, end_tokens: tuple[int, ...], image_tokens: ImageTokens | None = None
+) -> None:
     """Raise UserError where the model's chat template cannot continue the conversations of `[environment]`."""
     if config.environment is not None:
-        continuer(config, tokenizer, end_tokens).prove(tools=config.environment.kind in ("tools", "factory"))
+        tools = config.environment.kind in ("tools", "factory")
+        continuer(config, tokenizer, end_tokens, image_tokens).prove(tools=tools)
 
 
-def continuer(config: Config, tokenizer: Any, end_tokens: tuple[int, ...]) -> Continuer:
+def continuer(
+    config: Config, tokenizer: Any, end_tokens: tuple[int, ...], image_tokens: ImageTokens | None = None
+) -> Continuer:
     """The tokens between turns, by the model's chat template."""
     if tokenizer.chat_template is None:
         raise UserError(
             "[environment] needs a chat template, and the model's tokenizer has none; set model.chat_template"
         )
     parser = "auto" if config.environment is None else config.environment.tool_parser
-    return Continuer(tokenizer, end_tokens, config.rollout.chat_template_kwargs, parser)
+    return Continuer(tokenizer, end_tokens, config.rollout.chat_template_kwargs, parser, image_tokens)
 
 
 def start_environment(
@@ -169,10 +161,11 @@ def make_player(
         session.engine,
         environment,
         config.environment,
-        continuer(config, session.tokenizer, session.stop_token_ids),
+        continuer(config, session.tokenizer, session.stop_token_ids, session.image_tokens),
         session.decode,
         episode_tokens=config.rollout.max_completion_length,
         max_seq_length=config.max_seq_length,
+        max_pixels=config.model.max_pixels,
         check=check,
     )
 

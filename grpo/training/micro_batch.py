@@ -21,7 +21,7 @@ from grpo.memory.activations import TrainingMemory, moment_bytes
 from grpo.memory.full_finetuning import chosen_form, gradient_bytes, state_bytes
 from grpo.policy.policy import Policy
 from grpo.policy.rng import RandomState
-from grpo.training.batch import TrainingSequence, pack
+from grpo.training.batch import TrainingSequence, filled
 
 T = TypeVar("T")
 
@@ -37,12 +37,12 @@ class MicroBatchBudget:
         flash = not on_gpu or torch.cuda.get_device_capability(base.device) >= FLASH_CAPABILITY
         training = TrainingMemory.of(config, base.config, base.dtype.itemsize, on_gpu=on_gpu, flash=flash)
         self.modes = training.modes
-        self.set_checkpointing(checkpointing_mode(training, policy, config))
+        self.set_checkpointing(*checkpointing_mode(training, policy, config))
 
-    def set_checkpointing(self, mode: str) -> None:
-        """Let layers keep what `mode` of activations.CHECKPOINTING_MODES says."""
-        self.mode = mode
-        self.policy.recompute_layers(mode)
+    def set_checkpointing(self, mode: str, kept_mlps: int = 0) -> None:
+        """Let layers keep what `mode` of activations.CHECKPOINTING_MODES says; `kept_mlps` of them more under "mlp"."""
+        self.mode, self.kept_mlps = mode, kept_mlps
+        self.policy.recompute_layers(mode, kept_mlps)
 
     def retry_on_oom(self, work: Callable[[], T], discard: Callable[[], None]) -> T:
         """`work()`; where memory runs out for the first time, `discard()` and `work()` with half the tokens.
@@ -84,7 +84,7 @@ class MicroBatchBudget:
 
     def fit_checkpointing(self, work: Callable[[], object], discard: Callable[[], None]) -> None:
         """Find what `work` fits into: of the modes, where the configuration leaves them open, the first that does."""
-        while self.config.train.gradient_checkpointing == "auto" and self.mode != self.modes[-1]:
+        while self.config.train.gradient_checkpointing == "auto" and (self.mode != self.modes[-1] or self.kept_mlps):
             try:
                 work()
                 return
@@ -92,6 +92,9 @@ class MicroBatchBudget:
                 pass
             discard()
             free_cached(self.policy.base.device)
+            if self.kept_mlps:
+                self.set_checkpointing(self.mode)
+                continue
             self.set_checkpointing(self.modes[self.modes.index(self.mode) + 1])
             self.notice(f'the largest micro-batch did not fit; train.gradient_checkpointing = "{self.mode}" is used')
         self.retry_on_oom(work, discard)
@@ -104,8 +107,9 @@ class MicroBatchBudget:
         self.tokens = min(self.tokens, state["tokens"])
 
 
-def checkpointing_mode(training: TrainingMemory, policy: Policy, config: Config) -> str:
-    """`train.gradient_checkpointing`; "auto": the first mode of `training` that fits into the memory that is free now.
+def checkpointing_mode(training: TrainingMemory, policy: Policy, config: Config) -> tuple[str, int]:
+    """`train.gradient_checkpointing`; "auto": the first mode of `training` that fits into the memory that is free now,
+    and, if that is "mlp", in how many layers there is room to keep the MLP's gate and up all the same.
 
     Raises UserError for a mode that this run's layers have not.
     """
@@ -116,7 +120,7 @@ def checkpointing_mode(training: TrainingMemory, policy: Policy, config: Config)
                 f'train.gradient_checkpointing = "{chosen}" needs the Triton kernels, so a GPU and no '
                 'lora.lora_dropout; set "auto"'
             )
-        return chosen
+        return chosen, 0
     base, on_gpu = policy.base, policy.base.device.type == "cuda"
     host = free = psutil.virtual_memory().available
     if on_gpu:
@@ -130,7 +134,8 @@ def checkpointing_mode(training: TrainingMemory, policy: Policy, config: Config)
         free -= int(numbers * (gradient_bytes(form, itemsize) + state))
     else:
         free -= numbers * (4 + moment_bytes(config.train.optim, on_gpu=on_gpu))
-    return training.first_that_fits(free, host)
+    mode = training.first_that_fits(free, host)
+    return mode, training.mlps_that_fit(free) if mode == "mlp" else 0
 
 
 def free_cached(device: torch.device) -> None:
@@ -149,7 +154,7 @@ def largest_batch(config: Config, tokens: int) -> list[TrainingSequence]:
         for number in range(groups)
         for _ in range(config.rollout.num_generations)
     ]
-    batch = pack(sequences, tokens)[0]
+    batch = filled(sequences, tokens)[0][0]
     used = sum(len(sequence) for sequence in batch)
     used -= sum(len(a.prompt_ids) for a, b in zip(batch, batch[1:], strict=False) if a.prompt_ids == b.prompt_ids)
     room = tokens - used

@@ -30,7 +30,7 @@ from grpo.run.machine import resolve_device
 from grpo.run.signals import Interrupts
 from grpo.run.versions import versions
 from grpo.session import Session, open_session, read_model
-from grpo.training.environment import check_conversation, load_tasks, refuse_images, show, start_environment
+from grpo.training.environment import check_conversation, load_tasks, show, start_environment
 from grpo.training.loss import resolve_loss
 from grpo.training.prompts import filter_prompts
 from grpo.training.self_check import check_start
@@ -60,7 +60,7 @@ def launch(
         if rank.first and (uneven := uneven_share(config, rank.size)):
             log.notice(uneven)
         files = read_model(config, log.status, log.notice)
-        check_conversation(config, files.tokenizer, files.stop_token_ids)
+        check_conversation(config, files.tokenizer, files.stop_token_ids, files.image_tokens)
         environment = opened.enter_context(start_environment(config, status=log.status))
         data = load_data(
             config, files.tokenizer, tasks=load_tasks(config, environment), image_tokens=files.image_tokens
@@ -100,7 +100,6 @@ def train_session(
 def train(parts: Parts, *, resume: bool) -> dict[str, Any]:
     """Check what is open, choose the prompts, and train to the last step; returns the summary."""
     session, ranks, log = parts.session, parts.ranks, parts.log
-    refuse_images(session.config, parts.data)
     if parts.data.dropped:
         log.notice(f"{parts.data.dropped} prompts longer than rollout.max_prompt_length were dropped")
     ranks.broadcast_parameters(session.policy.parameters())

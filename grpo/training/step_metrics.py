@@ -87,7 +87,7 @@ def expert_metrics(groups: Sequence[Group], experts: int, ranks: Ranks) -> dict[
 
 def expert_counts(samples: Sequence[Sample], experts: int) -> Tensor | None:
     """float64 [layers, experts]: rows of the samples' tokens, prompts among them; None without any."""
-    routes = [segment.routes for sample in samples for segment in sample.segments([]) if segment.routes is not None]
+    routes = [part for sample in samples for part in sample.fed_routes if part is not None]
     if not routes:
         return None
     together = torch.cat([each.flatten(2).long() for each in routes])  # [tokens, layers, top_k]

@@ -189,16 +189,13 @@ class Trainer:
         if isinstance(optimizer := self.learner.optimizer, WeightOptimizer):
             changed = optimizer.survival()
             return {} if changed is None else {"weight_survival": changed}
-        turns = zip_longest(
-            *([(one.segments(group.prompt.token_ids), group.prompt.images) for one in group.local] for group in groups)
-        )
-        pairs = [one for turn in turns for one in turn if one and one[0]]  # one of each group, then another
-        firsts = [segments[0] for segments, _ in pairs]
+        turns = zip_longest(*([one.segments(group.prompt) for one in group.local] for group in groups))
+        firsts = [segments[0] for turn in turns for segments in turn if segments]  # one of each group, then another
         share = adapter_survival(
             self.session.policy,
             [one.prompt_ids for one in firsts],
             [one.token_ids for one in firsts],
-            [images for _, images in pairs],
+            [one.images for one in firsts],
         )
         return {} if share is None else {"adapter_survival": share}
 

@@ -18,7 +18,6 @@ from grpo.environments.pool import Asked, Ended, EnvironmentPool, Lost, Said
 from grpo.environments.program import BadResult, checked
 from grpo.environments.schemas import tool_schema
 from grpo.environments.tool_calls import assistant_message, read_calls
-from grpo.environments.ways_in import text_of
 from grpo.errors import UserError
 from tests.helpers.paths import ROOT
 
@@ -418,13 +417,6 @@ def test_results_in_their_full_form(result: Any, wanted: tuple[Any, ...]) -> Non
 def test_a_result_that_is_none_is_named(result: Any, sentence: str) -> None:
     with pytest.raises(BadResult, match=sentence):
         checked(result)
-
-
-def test_an_image_in_a_tools_answer_is_refused_and_text_is_joined() -> None:
-    assert text_of([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}], "look") == "ab"
-    assert text_of([1, "x"], "look") == "[1, 'x']" and text_of([], "look") == "[]"
-    with pytest.raises(BadResult, match="a block of type 'image' from its tool 'look'; only text can be trained on"):
-        text_of([{"type": "text", "text": "a"}, {"type": "image", "image": "..."}], "look")
 
 
 def test_schemas_are_those_of_transformers() -> None:

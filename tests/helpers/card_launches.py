@@ -16,12 +16,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import PropertyMock, patch
+from unittest.mock import patch
 
 import torch
 import triton
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from triton.runtime.jit import JITFunction
 
 from grpo.kernels import (
@@ -51,13 +50,12 @@ from grpo.kernels import (
     sample,
     shared_keys,
     short_conv,
-    split_k,
 )
 from grpo.kernels.cards import MB, SHARED_MEMORY, Card
-from grpo.kernels.compile_only import compiling_for
 from grpo.kernels.experts import ExpertAdapter, ExpertAdapters, ExpertMatrix, Experts
 from grpo.kernels.lora_factors import Adapter, LowRank
 from grpo.kernels.nf4_lookup import CODE, byte_tables
+from grpo.kernels.pretended import pretended as pretend
 from tests.helpers.paths import ROOT
 
 MODULES = (
@@ -175,37 +173,21 @@ def hold(card: Card, collected: Collected) -> None:
 
 @contextlib.contextmanager
 def pretended(card: Card) -> Iterator[Collected]:
-    """New tensors are ones of `card`'s, and launches compile for it; yields what they compile."""
+    """kernels/pretended.py's `card`, without plans that were added; yields what launches compile."""
     collected = Collected()
     for dtype in (torch.bfloat16, torch.float16):
-        byte_tables(dtype)
         byte_tables(dtype, CODE)
         byte_tables(dtype, mxfp4.VALUES)
-    caches = nf4_plans.find_plan, dense_gemm._shared_memory
-    properties = SimpleNamespace(major=card.architecture // 10, shared_memory_per_block_optin=card.shared_memory)
-    patches = (
-        patch.object(
-            FakeTensor, "data_ptr", lambda tensor: tensor.storage_offset() * tensor.element_size(), create=True
-        ),
-        patch.object(FakeTensor, "is_cuda", PropertyMock(return_value=True), create=True),
-        patch.object(torch.cuda, "get_device_properties", lambda device: properties),
-        patch.object(torch.cuda, "device", lambda device: contextlib.nullcontext()),
-        patch.object(cards, "card", lambda device: card),
-        patch.object(split_k, "_workspaces", {}),
+    with (
         patch.object(nf4_plans, "_added", {}),
         patch.object(routing, "_counters", {}),
-    )
-    with contextlib.ExitStack() as stack:
-        for cache in caches:
-            cache.cache_clear()
-            stack.callback(cache.cache_clear)
-        for one in patches:
-            stack.enter_context(one)
-        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        stack.enter_context(compiling_for(card.architecture, loaded=collected.add))
+        pretend(card, collected.add),
+    ):
         forget(card.architecture)
-        stack.callback(forget, card.architecture)  # while Triton has a driver to unload them with
-        yield collected
+        try:
+            yield collected
+        finally:
+            forget(card.architecture)  # while Triton has a driver to unload them with
 
 
 def forget(architecture: int) -> None:

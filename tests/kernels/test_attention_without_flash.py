@@ -131,7 +131,6 @@ def test_nothing_of_the_size_of_scores_is_kept_without_a_window(monkeypatch):
 
 @pytest.mark.parametrize(("capability", "flash"), [((7, 5), False), ((8, 0), True), ((8, 6), True), ((12, 0), True)])
 def test_flash_attention_is_left_to_ampere_and_later(monkeypatch, capability, flash):
-    monkeypatch.setattr(attention, "VARLEN_ARGUMENTS", frozenset({"scale", "window_size"}))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
 
     class OnGpu(torch.Tensor):

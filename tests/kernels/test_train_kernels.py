@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from grpo.kernels import nf4
@@ -24,7 +26,7 @@ from grpo.kernels.lora_linear import LinearGroup, lora_linear, row_tiles
 from grpo.kernels.lora_mlp import GatedMlp, lora_mlp
 from grpo.kernels.rms_norm import Norm, rms_norm
 from grpo.kernels.rope import rope, rotate
-from grpo.kernels.sizes import ADAPTER_COLUMNS
+from grpo.kernels.sizes import ADAPTER_COLUMNS, largest_tile
 from tests.helpers.paths import ROOT
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -421,8 +423,19 @@ def test_what_an_mlp_keeps_is_its_input_and_what_was_asked_for(device):
     assert kept_bytes(True) == 11 * (64 + 128 + ADAPTER_COLUMNS) * 4
 
 
-def test_tiles_cover_the_rows_evenly(device):
-    assert row_tiles(10, 4) == [slice(0, 3), slice(3, 6), slice(6, 10)]
+@given(rows=st.integers(0, 10_000), size=st.integers(1, 600))
+def test_tiles_cover_the_rows_whole_but_for_the_last_or_even(device, rows, size):
+    tiles = row_tiles(rows, size)
+    lengths = [tile.stop - tile.start for tile in tiles]
+    assert [tile.start for tile in tiles] == [sum(lengths[:index]) for index in range(len(tiles))]
+    assert sum(lengths) == rows and (min(lengths) > 0 or rows == 0)
+    assert max(lengths) <= largest_tile(size)
+    assert set(lengths[:-1]) <= {size} or max(lengths) - min(lengths) <= 1
+
+
+def test_a_small_rest_of_rows_is_no_tile_of_its_own(device):
+    assert row_tiles(10, 4) == [slice(0, 4), slice(4, 8), slice(8, 10)]
+    assert row_tiles(17, 8) == [slice(0, 8), slice(8, 17)] and row_tiles(9, 8) == [slice(0, 9)]
     assert row_tiles(8, 8) == [slice(0, 8)] and row_tiles(0, 8) == [slice(0, 0)]
 
 

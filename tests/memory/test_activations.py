@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from grpo.config.schema import Config, parse_config
 from grpo.kernels import attention, lora_attention, lora_linear, lora_mlp
 from grpo.kernels.rms_norm import Norm
-from grpo.memory.activations import CHECKPOINTING_MODES, TrainingMemory, moment_bytes
+from grpo.memory.activations import CHECKPOINTING_MODES, FREE_SHARE, TrainingMemory, moment_bytes
 from grpo.model.base_weights import BaseWeights
 from grpo.model.source import open_source
 from grpo.policy import fused_layers, graph
@@ -183,6 +183,10 @@ def test_what_layers_keep_is_counted_to_the_byte(
         found[mode] = saved_bytes(policy) - outside
     rotation = 2 * TOKENS * memory.sizes.head_dim * memory.itemsize
     assert found["none"] == memory.kept("none") + rotation
+    if kernels:
+        policy.recompute_layers("mlp", 2)
+        kept_mlps = 2 * (memory.kept("none") - memory.kept("mlp")) // 3
+        assert saved_bytes(policy) - outside == memory.kept("mlp") + kept_mlps + rotation
     assert not kernels or found["mlp"] == memory.kept("mlp") + rotation
     assert found["layer"] == memory.kept("layer")
     assert found["offload"] == 0, "offloaded inputs are not autograd's"
@@ -324,6 +328,16 @@ def test_the_fastest_form_that_fits_is_chosen() -> None:
     assert memory.first_that_fits(int(layer) - 1, host) == "offload"
     assert memory.first_that_fits(1, host) == "offload"
     assert memory.first_that_fits(1, memory.on_host("offload")) == "layer", "the host has no room for the inputs"
+
+
+def test_layers_keep_gate_and_up_as_far_as_there_is_room() -> None:
+    memory = planned()
+    one, layers = (memory.kept("none") - memory.kept("mlp")) / memory.sizes.layers, memory.sizes.layers
+    for kept in (0, 1, layers - 1, layers):
+        free = (memory.peak("mlp") + kept * one) / FREE_SHARE
+        assert memory.mlps_that_fit(int(free) + 2) == kept
+        assert memory.mlps_that_fit(int(free) - 2) == max(0, kept - 1)
+    assert memory.mlps_that_fit(10**14) == layers
 
 
 def test_on_a_cpu_offloading_saves_nothing() -> None:

@@ -126,7 +126,7 @@ def test_resuming_drops_later_steps_so_that_none_appears_twice(tmp_path: Path, s
     assert sorted(path.name for path in (tmp_path / "completions").iterdir()) == [f"step-{n}.jsonl" for n in (1, 2, 3)]
     # The summary knows the steps before the resumption.
     summary = json.loads((tmp_path / "summary.json").read_text())
-    assert summary["steps"] == 6 and summary["seconds"] == 180 and summary["first"]["reward"] == pytest.approx(0.3)
+    assert summary["steps"] == 6 and summary["seconds"] == 180 and summary["first"]["reward"] == pytest.approx(0.2)
 
 
 def test_the_summary_compares_the_first_five_steps_with_the_last_five(
@@ -151,6 +151,18 @@ def test_the_summary_compares_the_first_five_steps_with_the_last_five(
         "0.150 0.400 +0.250"
     )
     assert f"The adapter is in {tmp_path / 'adapter'}" in shown.replace("\n", "")
+
+
+@pytest.mark.parametrize("steps", range(1, 13))
+def test_no_step_is_among_the_first_and_the_last(log: RunLog, tmp_path: Path, screen: Screen, steps: int) -> None:
+    for step in range(1, steps + 1):
+        log.step(metrics(step))
+    log.finish({})
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    count = min(5, max(1, steps // 2))
+    means = [sum(numbers) / count / 10 for numbers in (range(1, count + 1), range(steps - count + 1, steps + 1))]
+    assert [summary["first"]["reward"], summary["last"]["reward"]] == pytest.approx(means)
+    assert f"first {count} steps" in screen.text or (count == 1 and "first step" in screen.text)
 
 
 def test_a_run_without_a_single_step_ends_without_a_traceback(log: RunLog, tmp_path: Path) -> None:
@@ -181,8 +193,8 @@ def test_a_terminal_shows_rewards_speed_and_time_left_in_one_redrawn_table(tmp_p
     last = screen.text[screen.text.rindex("step 2/10") :]
     assert "4:00 left" in last and "1,234 tokens/s" in last and "mismatch kl" in last
     rows = {line.split()[0]: line.split()[1:] for line in last.splitlines() if line.split()}
-    assert rows["reward"] == ["0.200", "0.150", "0.150"]
-    assert rows["correctness"] == ["0.100", "0.075", "0.075"]
+    assert rows["reward"] == ["0.200", "0.200", "0.100"]
+    assert rows["correctness"] == ["0.100", "0.100", "0.050"]
     assert "starting vLLM" in screen.text and "starting vLLM" not in last
 
 

@@ -67,8 +67,8 @@ def sequences(draw: st.DrawFn) -> list[tuple[list[int], tuple[Image, ...], list[
 def test_every_token_of_a_row_has_its_own_embedding_and_position(made: list[Any], tree: bool) -> None:
     tower: Any = Tower()
     prompts, images, completions = ([each[part] for each in made] for part in range(3))
-    rows = ImageRows(tower, prompts, images)
-    row = (tree_row if tree else packed_row)(rows.prompts, completions)
+    rows = ImageRows(tower, prompts, completions, images)
+    row = (tree_row if tree else packed_row)(rows.prompts, rows.completions)
     table = torch.randn(200, WIDTH, generator=torch.Generator().manual_seed(5))
     inputs, _, _ = rows.embedded(torch.tensor(row.tokens), lambda tokens: table[tokens])
     found = rows.positions(row.sources, torch.device("cpu"))[:, 0]

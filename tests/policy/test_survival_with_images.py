@@ -34,7 +34,11 @@ def test_float32_logprobs_are_those_of_a_float32_policy(
     prompts, completions, images = [prompt_ids(5, image, 9, tokens=tower.image_tokens)], [[8, 15, 99]], [[image]]
     with torch.no_grad():
         found = survival.float32_logprobs(
-            policy, survival.float32_graph(policy), prompts, completions, policy.image_rows(prompts, images)
+            policy,
+            survival.float32_graph(policy),
+            prompts,
+            completions,
+            policy.image_rows(prompts, completions, images),
         )
         wanted = policy.score(prompts, completions, temperature=1.0, images=images).logprobs
     torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)

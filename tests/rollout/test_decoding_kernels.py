@@ -8,7 +8,7 @@ from grpo.kernels import cards, nf4, nf4_plans
 from grpo.kernels.lora_shrink import MOST_ROWS
 from grpo.kernels.nf4_compile import Product, Shrink
 from grpo.model.base_weights import FusedLinear, Segment
-from grpo.rollout.decoding_kernels import capture_sizes, decoding_jobs
+from grpo.rollout.decoding_kernels import decoding_jobs
 from tests.helpers.card_launches import CARDS
 
 DEVICE = torch.device("cuda", 0)
@@ -54,10 +54,3 @@ def test_jobs_are_the_kernels_of_the_plan(card, rows, columns, bias, packed, ran
     assert [job for job in jobs if isinstance(job, Product)] == products
     shrinks = [Shrink(ranks, columns)] * len(counts) if ranks and card.architecture >= 80 else []
     assert [job for job in jobs if isinstance(job, Shrink)] == shrinks
-
-
-@given(st.integers(1, 2000))
-def test_the_largest_batch_is_captured(sequences):
-    sizes = capture_sizes(sequences)
-    assert sizes == sorted(set(sizes)) and sizes[-1] == sequences and sizes[0] == 1
-    assert all(after - before <= max(16, before) for before, after in zip(sizes, sizes[1:], strict=False))

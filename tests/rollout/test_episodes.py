@@ -19,6 +19,7 @@ from grpo.environments.pool import Ended, Lost
 from grpo.train import main
 from tests.helpers.paths import ROOT
 from tests.helpers.same_run import differences
+from tests.helpers.seeing import noise
 from tests.helpers.small_chat import save_small_chat_model
 from tests.helpers.tiny_run import read_metrics, run_tables, write_config
 
@@ -244,15 +245,20 @@ def test_rewards_for_other_turns_than_there_were_are_named(played: Played, tmp_p
     assert episode.result == Lost("returned 3 turn_rewards for 1 turns; return one for each")
 
 
-def test_an_image_in_a_conversation_is_named(played: Played, tmp_path: Path) -> None:
+def test_an_image_that_a_model_of_text_is_shown_is_named(played: Played, tmp_path: Path) -> None:
+    file = tmp_path / "a.png"
+    file.write_bytes(noise(16, 16, 0).data)
     (tmp_path / "shows.py").write_text(
         "async def play(row, sample):\n"
-        "    shown = [{'type': 'image', 'image': 'a.png'}, {'type': 'text', 'text': 'What?'}]\n"
+        f"    shown = [{{'type': 'image', 'image': {str(file)!r}}}, {{'type': 'text', 'text': 'What?'}}]\n"
         "    await sample([{'role': 'user', 'content': shown}])\n"
     )
     played.use(None, program=f"{tmp_path / 'shows.py'}:play")
     (episode,) = played.play(count=1)
-    assert episode.result == Lost("shows an image, and a conversation's messages are text; describe it in words")
+    assert episode.result == Lost(
+        "has a conversation that the model cannot be shown: the model is read as one of text alone; set model.images = "
+        "true if it sees images"
+    )
 
 
 def test_an_episode_ends_where_there_is_no_room(played: Played) -> None:

@@ -8,13 +8,10 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from grpo.config.schema import parse_config
-from grpo.data import Data, Prompt
-from grpo.errors import UserError
+from grpo.rollout.types import Segment
 from grpo.train import main
 from grpo.training.batch import TrainingGroup, TrainingSequence, pack
 from grpo.training.dump import decoded, encoded
-from grpo.training.environment import refuse_images
 from grpo.training.update_check import Batch
 from tests.helpers.seeing import noise, save_seeing_chat
 from tests.helpers.tiny_run import read_metrics, run_tables, save_rewards, write_config
@@ -55,21 +52,13 @@ def test_a_run_on_images_encodes_each_once_and_goes_on_where_it_stopped(home: Pa
     assert one.keys() == other.keys() and all(tensor.equal(other[name]) for name, tensor in one.items())
 
 
-def test_an_environment_takes_no_images() -> None:
-    prompt = Prompt(3, "shapes", [{"role": "user", "content": "How many?"}], {}, [5], (noise(24, 16, 0),))
-    model, task = {"name": "any", "images": True}, {"name": "arithmetic"}
-    playing = parse_config({"model": model, "task": task, "environment": {"factory": "somebody:Game"}})
-    with pytest.raises(UserError, match="task 'shapes', row 4 has an image, and an environment's conversation takes"):
-        refuse_images(playing, Data(train=[prompt]))
-    refuse_images(playing, Data())
-    refuse_images(parse_config({"model": model, "task": task}), Data(train=[prompt]))
-
-
 def test_sequences_keep_their_images_in_a_dump() -> None:
     images = (noise(24, 16, 0), noise(16, 40, 1))
-    sequence = TrainingSequence([5, 6], [7], [-1.0], 1.0, False, images=images)
+    later = [Segment([5], [9, 7], [False, True], images=images[:1]), Segment([5], [7])]
+    sequence = TrainingSequence([5, 6], [7], [-1.0] * 3, 1.0, False, images=images, rewritten=later)
     found = decoded(encoded(Batch([TrainingGroup.of([sequence])], {})))
     (again,) = found.groups[0].sequences
+    assert [tuple(part.images) for part in again.segments] == [images, images[:1], ()]
     assert again.images == images and [image.data for image in again.images] == [image.data for image in images]
 
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from grpo.config.schema import Config
 from grpo.errors import UserError
@@ -16,7 +18,7 @@ from grpo.model.base_weights import BaseWeights
 from grpo.model.source import open_source
 from grpo.policy.policy import Policy
 from grpo.training import micro_batch as micro_batches
-from grpo.training.batch import pack
+from grpo.training.batch import TrainingSequence, filled, pack
 from grpo.training.learner import Learner
 from grpo.training.micro_batch import largest_batch
 from grpo.training.optim import LossScaler, moments_like
@@ -152,6 +154,36 @@ def test_old_logprobs_survive_running_out_of_memory(base: BaseWeights, monkeypat
     assert all(mine.equal(other) for mine, other in zip(adapter(learner), adapter(halved), strict=True))
 
 
+# Packing
+
+
+SEQUENCES = st.lists(st.tuples(st.integers(0, 2), st.integers(1, 40)), max_size=30)
+"""Which prompt, and how many tokens after it."""
+
+
+@given(sequences=SEQUENCES, tokens=st.integers(1, 120), tree=st.booleans())
+def test_micro_batches_are_in_order_within_the_budget_as_few_as_can_be_and_even(
+    sequences: list[tuple[int, int]], tokens: int, tree: bool
+) -> None:
+    listed = [
+        TrainingSequence([prompt] * (3 + 5 * prompt), [9] * length, [-1.0] * length, 1.0, False)
+        for prompt, length in sequences
+    ]
+    batches = pack(listed, tokens, tree=tree)
+    full, largest = filled(listed, tokens, tree=tree)
+    assert [id(one) for batch in batches for one in batch] == list(map(id, listed))
+    assert len(batches) == len(full)
+    sizes = [sum(filled(batch, 10**9, tree=tree)[1]) for batch in batches]
+    assert all(size <= tokens or len(batch) == 1 for batch, size in zip(batches, sizes, strict=True))
+    assert max(sizes, default=0) <= max(largest, default=0)
+
+
+def test_a_small_rest_is_shared_out() -> None:
+    listed = [TrainingSequence([number], [9] * 10, [-1.0] * 10, 1.0, False) for number in range(13)]
+    assert [len(batch) for batch in filled(listed, 60)[0]] == [6, 6, 1]
+    assert [len(batch) for batch in pack(listed, 60)] == [5, 5, 3]
+
+
 # The largest micro-batch
 
 
@@ -194,6 +226,17 @@ def test_a_form_that_does_not_fit_gives_way_before_the_first_step(
     learner.probe_memory()
     assert learner.budget.mode == "layer" and learner.budget.tokens == BUDGET
     assert notices == ['the largest micro-batch did not fit; train.gradient_checkpointing = "layer" is used']
+
+
+def test_mlps_that_are_kept_beyond_the_form_give_way_first(base: BaseWeights, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(micro_batches, "checkpointing_mode", lambda *given: ("mlp", 1))
+    monkeypatch.setattr(Policy, "recompute_layers", lambda policy, mode, kept_mlps=0: seen.append((mode, kept_mlps)))
+    seen: list[tuple[str, int]] = []
+    learner = learner_of(base)
+    learner.budget.modes = ("none", "mlp")
+    fail(learner, monkeypatch, 1)
+    learner.probe_memory()
+    assert seen == [("mlp", 1), ("mlp", 0)] and learner.budget.tokens == BUDGET
 
 
 def test_a_form_that_is_set_stays_and_the_micro_batch_gives_way(

@@ -35,6 +35,8 @@ class Model(Section):
     """Read the model's vision tower too, so that prompts may have images. Off: its decoder of text alone."""
     max_pixels: PositiveInt = MAX_PIXELS
     """Pixels of an image at most: larger ones are scaled down. An image's tokens count in `max_prompt_length`."""
+    image_urls: bool = False
+    """Download images that rows name by a URL, from public addresses alone. Off: such rows are refused."""
     offload_tower: bool = False
     """Keep the vision tower in host memory between steps; the GPU has it while images are encoded."""
     revision: str | None = None

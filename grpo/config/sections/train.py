@@ -65,7 +65,8 @@ class Train(Section):
     gradient_checkpointing: bool | Literal["auto", "none", "mlp", "layer", "offload"] = "auto"
     """What the backward pass finds: everything ("none"), all but the MLP's intermediate tensors ("mlp", with Triton
     kernels), each layer's input ("layer"), or that in host memory ("offload"); the rest is computed again. "auto":
-    the first of these that fits. true and false, as in TRL, are "layer" and "none"."""
+    the first of these that fits; if that is "mlp", as many layers as there is room for keep everything all the same.
+    true and false, as in TRL, are "layer" and "none"."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Seed of data order, sampling and adapter initialisation."""
 

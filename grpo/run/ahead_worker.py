@@ -1,0 +1,212 @@
+"""A process that compiles launches of a run into Triton's cache on disk: python -m grpo.run.ahead_worker CLAIMS WORK
+
+Makes the launches of a decoder's layer, forward and backward, of its output head and of a decoding step, by the same
+host functions as the run, on tensors without memory. Several such processes share the work: whoever first puts a
+kernel's name into the folder CLAIMS compiles it. WORK is JSON, of `compile_ahead.launches_of`. No GPU is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from grpo.kernels import logprob, lora_attention, lora_linear, lora_mlp, nf4, rms_norm, sample, stored_weight
+from grpo.kernels.cards import Card
+from grpo.kernels.lora_factors import Adapter, LowRank
+from grpo.kernels.lora_shrink import lora_shrink
+from grpo.kernels.nf4_gemm import fused_serves
+from grpo.kernels.pretended import pretended
+from grpo.run import tiles
+
+CHUNK = 1024
+"""Tokens whose logits exist at once."""
+PROMPT_ROWS = 2048
+"""Of products with a prompt, for which weights are dequantised."""
+
+
+class Launches:
+    """Those of a run, in the order in which it needs them."""
+
+    def __init__(self, work: dict[str, Any], dtype: torch.dtype, decodes: bool):
+        self.work, self.dtype, self.decodes = work, dtype, decodes
+        self.linears: dict[str, dict[str, Any]] = work["linears"]
+
+    def all(self) -> Iterator[Callable[[], None]]:
+        """Each of them by itself, so that one that fails leaves the others."""
+        if self.work["packed"]:
+            yield self.quantize
+        if self.decodes:
+            for rows in self.work["rows"]:
+                yield partial(self.decode, rows)
+        yield partial(self.decode, PROMPT_ROWS)
+        yield self.sample
+        yield partial(self.head, False)
+        yield partial(self.head, True)
+        yield self.attention
+        yield self.mlp
+        yield self.last_norm
+
+    def empty(self, *size: int, grad: bool = False) -> Tensor:
+        return torch.empty(size, dtype=self.dtype, requires_grad=grad)
+
+    def stored(self, name: str) -> tuple[Tensor, Tensor | None]:
+        """A linear layer's weight as the base holds it."""
+        rows, columns = sum(self.linears[name]["rows"]), self.linears[name]["columns"]
+        return (
+            nf4.allocate(rows, columns, self.dtype, "cpu") if self.work["packed"] else (self.empty(rows, columns), None)
+        )
+
+    def bias(self, name: str) -> Tensor | None:
+        return self.empty(sum(self.linears[name]["rows"])) if self.work["bias"] and name == "qkv_proj" else None
+
+    def quantize(self) -> None:
+        for name, linear in self.linears.items():
+            packed, absmax = self.stored(name)
+            assert absmax is not None
+            for rows in linear["rows"]:
+                nf4.quantize_rows(packed, absmax, 0, self.empty(rows, linear["columns"]))
+
+    def decode(self, rows: int) -> None:
+        """vLLM's linear layers, and what stands before an adapter's second half."""
+        on = self.empty()
+        for name, linear in self.linears.items():
+            weight, absmax = self.stored(name)
+            x, features, ranks = self.empty(rows, linear["columns"]), sum(linear["rows"]), linear["ranks"]
+            low_rank = None
+            if ranks:
+                low_rank = LowRank(
+                    lora_shrink(x, self.empty(ranks, linear["columns"]), on), self.empty(features, ranks)
+                )
+            stored_weight.linear(x, weight, absmax, self.bias(name), low_rank, self.empty(rows, features))
+
+    def sample(self) -> None:
+        for dtype in (torch.float32, self.dtype):
+            logits = torch.empty(16, self.work["vocabulary"], dtype=dtype)
+            sample.sample_tokens(logits, torch.empty(16), 3)
+
+    def group(self, *names: str) -> list[lora_linear.LinearGroup]:
+        return [lora_linear.LinearGroup((self.stored(name),), self.bias(name), self.dtype) for name in names]
+
+    def adapters(self, *names: str) -> tuple[list[list[Adapter]], list[Tensor]]:
+        """Of each layer, and the A, B of all."""
+        listed: list[list[Adapter]] = []
+        factors: list[Tensor] = []
+        for name in names:
+            linear, first = self.linears[name], 0
+            listed.append([])
+            for rows in linear["rows"] if linear["ranks"] else ():
+                listed[-1].append(Adapter(first, rows, 1.0))
+                first += rows
+                for size in ((self.work["r"], linear["columns"]), (rows, self.work["r"])):
+                    factors.append(torch.empty(*size, requires_grad=True))
+        return listed, factors
+
+    def norm(self, columns: int) -> rms_norm.Norm:
+        return rms_norm.Norm(self.empty(columns), 1e-5, self.work["unit_offset"])
+
+    @property
+    def tokens(self) -> int:
+        return min(self.work["tokens"], 8192)
+
+    def attention(self) -> None:
+        """The way into attention and the projection behind it, forward and backward."""
+        work, (qkv, out) = self.work, self.group("qkv_proj", "o_proj")
+        head_norms = [self.norm(work["head"]) for _ in range(2)] if work["head_norms"] else [None, None]
+        projection = lora_attention.QkvProjection(
+            qkv, work["heads"], work["key_value_heads"], self.norm(work["hidden"]), *head_norms
+        )
+        x = self.empty(self.tokens, work["hidden"], grad=True)
+        cos, sin = (torch.empty(self.tokens, work["head"]) for _ in range(2))
+        (adapters,), factors = self.adapters("qkv_proj")
+        for part in (cos, cos.to(self.dtype)):
+            torch.autograd.backward(
+                parts := lora_attention.lora_qkv(x, part, part, projection, adapters, factors),
+                [torch.empty(each.shape, dtype=self.dtype) for each in parts],
+            )
+        (adapters,), factors = self.adapters("o_proj")
+        attended = self.empty(self.tokens, out.in_features, grad=True)
+        y = lora_linear.lora_linear(attended, out, adapters, factors)
+        y.backward(torch.empty_like(y))
+
+    def mlp(self) -> None:
+        names = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+        gate_up, down = self.group("gate_up_proj", "down_proj")
+        gated = lora_mlp.GatedMlp(
+            gate_up, down, names[self.work["activation"]], self.norm(self.work["hidden"]), residual=True
+        )
+        adapters, factors = self.adapters("gate_up_proj", "down_proj")
+        for keep in (True, False):
+            x = self.empty(self.tokens, self.work["hidden"], grad=True)
+            y = lora_mlp.lora_mlp(x, gated, (adapters[0], adapters[1]), factors, keep=keep)
+            y.backward(torch.empty_like(y))
+
+    def last_norm(self) -> None:
+        x = self.empty(self.tokens, self.work["hidden"], grad=True)
+        y = rms_norm.rms_norm(x, self.norm(self.work["hidden"]))
+        y.backward(torch.empty_like(y))
+
+    def head(self, gradient: bool) -> None:
+        x = self.empty(CHUNK, self.work["hidden"], grad=gradient)
+        weight, targets = (
+            self.empty(self.work["vocabulary"], self.work["hidden"]),
+            torch.empty(CHUNK, dtype=torch.int64),
+        )
+        for temperature in (1.0, self.work["temperature"]):
+            logprob.selected_logprobs(x, weight, targets, temperature=temperature, softcap=self.work["softcap"])
+
+
+class Claims:
+    """Which kernels this process compiles: those that it is the first to name."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.taken: list[str] = []
+
+    def __call__(self, *, key: Any, fn: Any, **others: Any) -> bool:
+        """Triton's hook before it compiles: whether to leave it."""
+        try:
+            (self.folder / hashlib.sha256(f"{fn.module}.{fn.name} {key}".encode()).hexdigest()).touch(exist_ok=False)
+        except FileExistsError:
+            return True
+        self.taken.append(fn.name)
+        return False
+
+
+def run(work: dict[str, Any], claims: Path) -> tuple[list[str], list[str]]:
+    """Names of the kernels that were compiled here, and what failed."""
+    card = Card(**work["card"])
+    dtype = work["dtype"]
+    if dtype == "auto":
+        dtype = "bfloat16" if card.architecture >= 80 else "float16"
+    hook, failed = Claims(claims), []
+    tiles.load_measured(card)
+    shapes = [(sum(linear["rows"]), linear["columns"]) for linear in work["linears"].values()]
+    triton.knobs.runtime.jit_cache_hook = hook
+    with pretended(card):
+        kind = getattr(torch, dtype)
+        measured = fused_serves(kind, torch.device("cuda", 0)) and not tiles.unmeasured(card, shapes)
+        for launch in Launches(work, kind, measured or not work["packed"]).all():
+            try:
+                launch()
+            except Exception as error:  # the run compiles it itself
+                failed.append(f"{type(error).__name__}: {error}")
+    return hook.taken, failed
+
+
+def main(arguments: list[str]) -> int:
+    taken, failed = run(json.loads(arguments[1]), Path(arguments[0]))
+    print(json.dumps({"compiled": taken, "failed": failed}))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,151 @@
+"""Images at URLs: refused unless asked for, and then from public addresses alone, within limits of size and time."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from grpo import image_urls
+from grpo.errors import UserError
+from grpo.image_urls import Unfetchable, fetch, is_public, public_address
+from grpo.images import read_image
+from tests.helpers.pictures import file_of, noise
+
+PICTURE = file_of(noise(8, 6))
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *values: Any) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        what, _, rest = self.path[1:].partition("/")
+        if what == "to":
+            self.answer(302, b"", Location="/" + rest if not rest.startswith("http") else rest.replace("~", "/"))
+        elif what == "to-a-file":
+            self.answer(302, b"", Location="file:///etc/hostname")
+        elif what == "loop":
+            self.answer(302, b"", Location="/loop")
+        elif what == "large":
+            self.answer(200, bytes(4000))
+        elif what == "short":
+            self.send_response(200)
+            self.send_header("Content-Length", "100")
+            self.end_headers()
+            self.wfile.write(b"only this")
+            self.close_connection = True
+        elif what == "slow":
+            self.send_response(200)
+            self.send_header("Content-Length", "100")
+            self.end_headers()
+            for _ in range(100):
+                self.wfile.write(b"x")
+                self.wfile.flush()
+                time.sleep(0.05)
+        elif what == "a b.png?x=ä" or what.startswith("a%20b"):
+            self.answer(200, PICTURE)
+        else:
+            self.answer(404, b"no")
+
+    def answer(self, status: int, body: bytes, **headers: str) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A server on the loopback address, which counts as a public one by the name "localhost" alone."""
+    found = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    found.daemon_threads = True
+    threading.Thread(target=found.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+    checked = public_address
+
+    def address(host: str, port: int) -> str:
+        return "127.0.0.1" if host == "localhost" else checked(host, port)
+
+    monkeypatch.setattr(image_urls, "public_address", address)
+    yield f"http://localhost:{found.server_address[1]}"
+    found.shutdown()
+    found.server_close()
+
+
+def why(url: str, most: int = 3000) -> str:
+    with pytest.raises(Unfetchable) as caught:
+        fetch(url, most)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_an_image_comes_from_a_url_where_that_is_asked_for(server: str) -> None:
+    wanted = read_image(PICTURE, "here")
+    for url in (f"{server}/a b.png?x=ä", f"{server}/to/a b.png", f"{server}/to/to/to/a%20b"):
+        for value in (url, {"path": url, "bytes": None}):
+            assert read_image(value, "row 1", urls=True) == wanted
+    with pytest.raises(UserError, match=r"row 1: its image http.* is a URL, and .* or set model\.image_urls = true"):
+        read_image(f"{server}/a%20b", "row 1")
+    with pytest.raises(UserError, match="row 1: its image http.*/nothing cannot be downloaded: the server answers 404"):
+        read_image(f"{server}/nothing", "row 1", urls=True)
+    assert read_image(PICTURE, "row 1", urls=True) == wanted
+
+
+def test_what_a_server_may_do_ends_within_limits(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "more than 3,000 bytes" in why(f"{server}/large")
+    assert "more than 3 redirects" in why(f"{server}/loop")
+    assert "cannot be downloaded" in why(f"{server}/short")
+    monkeypatch.setattr(image_urls, "SECONDS", 0.4)
+    started = time.monotonic()
+    assert "did not come within 0.4 s" in why(f"{server}/slow")
+    assert time.monotonic() - started < 2
+
+
+def test_no_url_and_no_redirect_leads_into_a_private_network(server: str) -> None:
+    port = server.rpartition(":")[2]
+    inside = [f"127.0.0.1:{port}", f"[::1]:{port}", "169.254.169.254", "10.0.0.8", "192.168.1.1", "[fd00::1]"]
+    inside += ["0.0.0.0", "[::ffff:127.0.0.1]", "2130706433", "127.1"]
+    for host in inside:
+        for url in (f"http://{host}/a%20b", f"{server}/to/http:~~{host}~a%20b"):
+            said = why(url)
+            assert "an address of a private network" in said or "cannot be downloaded" in said, (url, said)
+
+
+@pytest.mark.parametrize(
+    "url", ["file:///etc/hostname", "ftp://a/b.png", "gopher://x/", "s3://a/b", "http:///x", "https://"]
+)
+def test_other_schemes_are_refused(url: str) -> None:
+    assert "is no URL of http or https" in why(url)
+    with pytest.raises(UserError):
+        read_image(url, "row 1", urls=True)
+
+
+def test_a_redirect_to_a_file_is_refused(server: str) -> None:
+    assert "is no URL of http or https" in why(f"{server}/to-a-file")
+
+
+@given(st.one_of(st.ip_addresses(v=4), st.ip_addresses(v=6)))
+def test_an_address_is_public_only_where_it_is_global(address: Any) -> None:
+    if is_public(str(address)):
+        assert address.is_global and not address.is_multicast and not address.is_loopback and not address.is_private
+    mapped = ipaddress.ip_address(f"::ffff:{address}") if address.version == 4 else address
+    if address.version == 4 and not address.is_global:
+        assert not is_public(str(mapped))
+
+
+def test_a_name_with_one_private_address_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (ip, 80)) for ip in ("93.184.216.34", "10.1.2.3")]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: entries)
+    with pytest.raises(Unfetchable, match=r"10\.1\.2\.3, an address of a private network"):
+        public_address("example.org", 80)
