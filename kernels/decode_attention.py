@@ -31,6 +31,8 @@ from grpo.kernels.split_k import COUNTERS, WORKSPACE_BYTES, dot, workspace
 
 CHUNK = 512
 """Tokens of a sequence that one program reads, at the least."""
+PAGE = 16
+"""Tokens of a page of vLLM's, unless layers of other kinds ask for more."""
 MOST_CHUNKS = 8
 """Of a sequence of the largest length."""
 HEAD_SIZES = (64, 128, 256)
