@@ -115,9 +115,9 @@ class Launches:
             return  # FlashAttention, whose place the kernel takes, is not there either
         query, keys, values = self.empty(rows, heads + 2 * pairs, size).split([heads, pairs, pairs], 1)
         pages, lengths = torch.empty(rows, 32, dtype=torch.int32), torch.empty(rows, dtype=torch.int32)
-        held = self.empty(64, decode_attention.PAGE, pairs, 2 * size).split(size, -1)
+        first, second = self.empty(64, decode_attention.PAGE, pairs, 2 * size).split(size, -1)
         new = decode_attention.NewToken(keys, values, self.empty(1024, size))
-        cache = decode_attention.Cache(*held, pages, lengths)
+        cache = decode_attention.Cache(first, second, pages, lengths)
         decode_attention.decode_attention(query, cache, 1.0, self.empty(rows, heads, size), new)
 
     def sample(self) -> None:
