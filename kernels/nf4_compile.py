@@ -57,6 +57,8 @@ class Shrink(NamedTuple):
 
     ranks: int
     columns: int
+    overlapped: bool = False
+    """Whether it is launched while what is in front of it runs."""
 
 
 Job = Product | Shrink
@@ -76,7 +78,7 @@ def read(line: list[Any]) -> Job:
 def warm(job: Job, dtype: torch.dtype, architecture: int) -> None:
     """Compile the job's kernel."""
     if isinstance(job, Shrink):
-        warm_shrink(job, dtype, architecture)
+        warm_shrink(job, dtype)
         return
     tile, split, ranks, ragged, half_tail, bias, pending = job
     unit = cards.matrix_unit(architecture)
@@ -95,12 +97,12 @@ def warm(job: Job, dtype: torch.dtype, architecture: int) -> None:
     )  # fmt: skip
 
 
-def warm_shrink(job: Shrink, dtype: torch.dtype, architecture: int) -> None:
+def warm_shrink(job: Shrink, dtype: torch.dtype) -> None:
     block, split = lora_shrink.cut(job.ranks, job.columns)
     lora_shrink._shrink_kernel.warmup(
         dtype, dtype, dtype, dtype, torch.float32, torch.int32, 256, 4096, 4096, job.ranks, block, split,
         lora_shrink.ROWS, lora_shrink.COLUMNS, job.columns % lora_shrink.COLUMNS != 0, False,
-        cards.overlaps(architecture), grid=(1,), num_warps=4, launch_pdl=cards.overlaps(architecture),
+        job.overlapped, grid=(1,), num_warps=4, launch_pdl=job.overlapped,
     )  # fmt: skip
 
 

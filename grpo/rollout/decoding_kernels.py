@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 
 from grpo.kernels import cards, nf4, nf4_compile, nf4_gemm, nf4_plans
-from grpo.kernels.lora_shrink import MOST_ROWS
 from grpo.kernels.nf4_compile import Job, Product, Shrink
 from grpo.model.base_weights import BaseWeights, FusedLinear
 from grpo.policy.policy import Policy
@@ -45,10 +44,10 @@ def decoding_jobs(
 ) -> Iterator[Job]:
     """The kernels of 4-bit products on `device`, and of their adapters of so many `ranks`, with these numbers of rows,
     in their order."""
-    card = cards.card(device)
+    shrinks = cards.card(device).dot_is_fast
     for rows in row_counts:
         for name, linear in linears.items():
-            if name in ranks and card.dot_is_fast:
+            if name in ranks and shrinks:
                 yield Shrink(ranks[name], linear.in_features)
             for segment in linear.segments:
                 plan = nf4_plans.find_plan(device, segment.rows, segment.columns)
@@ -56,5 +55,4 @@ def decoding_jobs(
                 if plan and tile:
                     half, ragged = segment.columns % nf4.TILE != 0, rows % tile.m != 0
                     bias = linear.bias is not None
-                    pending = name in ranks and card.overlaps and rows <= MOST_ROWS and segment is linear.segments[0]
-                    yield Product(tile, plan.split, ranks.get(name, 0), ragged, half, bias, pending)
+                    yield Product(tile, plan.split, ranks.get(name, 0), ragged, half, bias)

@@ -35,7 +35,7 @@ from grpo.model.base_weights import BaseWeights
 from grpo.model.checks import largest_head
 from grpo.model.families.table import family_of
 from grpo.policy.policy import Policy
-from grpo.rollout.attention_backend import Served, choose_backend
+from grpo.rollout.attention_backend import OURS, Served, choose_backend
 from grpo.rollout.decoding_kernels import nf4_shapes
 from grpo.rollout.lora_buffers import RolloutAdapter
 from grpo.rollout.route_recorder import RouteRecorder
@@ -126,7 +126,7 @@ class Engine:
     def _arguments(self) -> dict[str, Any]:
         settings, on_cpu = self.settings, self.base.device.type == "cpu"
         step_tokens = max(8192, settings.max_seq_length)
-        ours = settings.attention_backend == "auto" and not on_cpu
+        ours = settings.attention_backend == OURS and not on_cpu
         handle = AdapterHandle(self.adapter, self.recorder, self.images, step_tokens, ours)
         arguments: dict[str, Any] = {
             "model": self._folder.name,
@@ -165,7 +165,7 @@ class Engine:
             head, sinks = largest_head(self.base.config), family_of(self.base.config.model_type).sinks
             served = Served(10 * major + minor, settings.kv_cache_dtype, dtype, head, sinks)
             backend = choose_backend(settings.attention_backend, served)
-            arguments["attention_config"] = {"backend": backend.upper()}
+            arguments["attention_config"] = {"backend": ("flash_attn" if backend == OURS else backend).upper()}
             announce(f"attention while sampling: {backend}")
             if settings.release_kv_cache:
                 arguments["enable_cumem_allocator"] = True

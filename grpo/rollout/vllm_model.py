@@ -66,8 +66,9 @@ class AdapterHandle:
     """Of a model that takes images."""
     step_tokens: int = 0
     """Tokens of one step of vLLM, at most."""
-    decoding_kernel: bool = False
-    """Whether decoding steps' attention may be ours (decoding_attention.py)."""
+    decoding_kernels: bool = False
+    """Whether decoding steps are by our kernels throughout (decoding_attention.py, decoding_layers.py), each of which
+    may be launched while the one in front of it runs."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AdapterHandle:
         return self
@@ -88,16 +89,17 @@ class SharedLinearMethod(LinearMethodBase):
     ) -> None:
         layer.register_parameter("weight", nn.Parameter(torch.empty(0, dtype=params_dtype), requires_grad=False))
         layer.served_features = sum(output_partition_sizes)
+        layer.begins_early = False
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
         adapter = layer.adapter
-        x_lora_a = None if adapter is None else lora_shrink(flat, adapter.a, layer.adapter_on)
+        early = layer.begins_early and shrink_serves(flat)
+        x_lora_a = None if adapter is None else lora_shrink(flat, adapter.a, layer.adapter_on, overlapped=early)
         y = torch.empty(flat.shape[0], layer.served_features, dtype=x.dtype, device=x.device)
         for number, segment in enumerate(layer.shared.segments):
             rows = slice(segment.first_row, segment.first_row + segment.rows)
-            pending = number == 0 and shrink_serves(flat)
-            low_rank = None if adapter is None else LowRank(x_lora_a, adapter.b[rows], pending)
+            low_rank = None if adapter is None else LowRank(x_lora_a, adapter.b[rows], early and number == 0)
             segment_linear(flat, segment, None if bias is None else bias[rows], y[:, rows], low_rank)
         fill_rest(layer.shared, y)
         return y.reshape(*x.shape[:-1], -1)
@@ -180,6 +182,7 @@ class SharedLoader(BaseModelLoader):
                 if path not in base.linears:
                     raise unlike(base, f"with {path}, which the training graph has not")
                 attach(module, base.linears[path], adapter)
+                module.begins_early = handle.decoding_kernels
                 attached.add(path)
         if missing := sorted(set(base.linears) - attached):
             raise unlike(base, f"without {missing[0]}")
@@ -191,9 +194,8 @@ class SharedLoader(BaseModelLoader):
         if handle.images is not None:
             model.see(handle.images, handle.step_tokens, base.device, base.dtype)
         share_positions(model, base.config, model_config.max_model_len)
-        if handle.decoding_kernel:
+        if handle.decoding_kernels:
             serve_decoding(model, base.dtype)
-        if base.device.type == "cuda":
             serve_between(model)
 
 

@@ -19,22 +19,10 @@ import torch
 import triton
 from torch import Tensor
 
-from grpo.kernels import (
-    decode_attention,
-    glu,
-    logprob,
-    lora_attention,
-    lora_linear,
-    lora_mlp,
-    lora_shrink,
-    nf4,
-    residual_norm,
-    rms_norm,
-    sample,
-    stored_weight,
-)
-from grpo.kernels.cards import Card, overlaps
+from grpo.kernels import logprob, lora_attention, lora_linear, lora_mlp, nf4, rms_norm, sample, stored_weight
+from grpo.kernels.cards import Card
 from grpo.kernels.lora_factors import Adapter, LowRank
+from grpo.kernels.lora_shrink import lora_shrink
 from grpo.kernels.nf4_gemm import fused_serves
 from grpo.kernels.pretended import pretended
 from grpo.run import tiles
@@ -59,7 +47,6 @@ class Launches:
         if self.decodes:
             for rows in self.work["rows"]:
                 yield partial(self.decode, rows)
-                yield partial(self.between, rows)
         yield partial(self.decode, PROMPT_ROWS)
         yield self.sample
         yield partial(self.head, False)
@@ -96,29 +83,10 @@ class Launches:
             x, features, ranks = self.empty(rows, linear["columns"]), sum(linear["rows"]), linear["ranks"]
             low_rank = None
             if ranks:
-                x_lora_a = lora_shrink.lora_shrink(x, self.empty(ranks, linear["columns"]), on)
-                low_rank = LowRank(x_lora_a, self.empty(features, ranks), lora_shrink.serves(x))
+                low_rank = LowRank(
+                    lora_shrink(x, self.empty(ranks, linear["columns"]), on), self.empty(features, ranks)
+                )
             stored_weight.linear(x, weight, absmax, self.bias(name), low_rank, self.empty(rows, features))
-
-    def between(self, rows: int) -> None:
-        """What a decoding step launches between its products."""
-        work = self.work
-        heads, pairs, size = work["heads"], work["key_value_heads"], work["head"]
-        x, weight = self.empty(rows, work["hidden"]), self.empty(work["hidden"])
-        if not work["unit_offset"] and residual_norm.serves(x, x, weight):
-            residual_norm.add_and_norm(x, self.empty(rows, work["hidden"]), weight, 1e-5)
-        if work["activation"] in ("silu", "swish") and rows <= residual_norm.MOST_ROWS:
-            gate_up = self.empty(rows, sum(self.linears["gate_up_proj"]["rows"]))
-            out = self.empty(rows, gate_up.shape[1] // 2)
-            glu.launch_forward(gate_up, "silu", out, overlapped=overlaps(work["card"]["architecture"]))
-        if work["card"]["architecture"] < 80 or not decode_attention.serves(heads, pairs, size, self.dtype, self.dtype):
-            return  # FlashAttention, whose place the kernel takes, is not there either
-        query, keys, values = self.empty(rows, heads + 2 * pairs, size).split([heads, pairs, pairs], 1)
-        pages, lengths = torch.empty(rows, 32, dtype=torch.int32), torch.empty(rows, dtype=torch.int32)
-        first, second = self.empty(64, decode_attention.PAGE, pairs, 2 * size).split(size, -1)
-        new = decode_attention.NewToken(keys, values, self.empty(1024, size))
-        cache = decode_attention.Cache(first, second, pages, lengths)
-        decode_attention.decode_attention(query, cache, 1.0, self.empty(rows, heads, size), new)
 
     def sample(self) -> None:
         for dtype in (torch.float32, self.dtype):

@@ -5,7 +5,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grpo.kernels import cards, nf4, nf4_plans
-from grpo.kernels.lora_shrink import MOST_ROWS
 from grpo.kernels.nf4_compile import Product, Shrink
 from grpo.model.base_weights import FusedLinear, Segment
 from grpo.rollout.decoding_kernels import decoding_jobs
@@ -42,12 +41,8 @@ def test_jobs_are_the_kernels_of_the_plan(card, rows, columns, bias, packed, ran
         cards.card = real
         nf4_plans.find_plan.cache_clear()
     tiles = [(count, plan.tile(count)) for count in counts] if packed and plan else []
-
-    def pending(count):
-        return bool(ranks) and card.overlaps and count <= MOST_ROWS
-
     products = [
-        Product(tile, plan.split, ranks, count % tile.m != 0, columns % nf4.TILE != 0, bias, pending(count))
+        Product(tile, plan.split, ranks, count % tile.m != 0, columns % nf4.TILE != 0, bias)
         for count, tile in tiles
         if tile
     ]
