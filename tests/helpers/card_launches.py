@@ -27,9 +27,12 @@ from grpo.kernels import (
     cards,
     decode_attention,
     delta_rule,
+    delta_step,
     dense_gemm,
     eight_bit,
     eight_bit_gemm,
+    expert_rows,
+    gated_norm,
     glu,
     logprob,
     lora_factors,
@@ -62,9 +65,9 @@ MODULES = (
     decode_attention, dense_gemm, eight_bit, eight_bit_gemm, glu, logprob, lora_factors, lora_shrink, lora_sum, nf4,
     nf4_gemm, nf4_turing, residual_norm, rms_norm, rope, sample, shared_keys,
 )  # fmt: skip
-EXPERT_MODULES = mxfp4, nf4_experts, routing
+EXPERT_MODULES = expert_rows, mxfp4, nf4_experts, routing
 """Those that mixtures of experts launch beside them."""
-RECURRENT_MODULES = delta_rule, short_conv
+RECURRENT_MODULES = delta_rule, delta_step, gated_norm, short_conv
 """Those of layers with a state."""
 CARDS = (
     Card("Tesla T4", 75, SHARED_MEMORY[75], 40, 4 * MB),
@@ -359,6 +362,9 @@ def recurrent_operators(dtype: torch.dtype) -> None:
     short_conv.launch_forward(mixed, width, None, places, torch.empty_like(mixed), True)
     for rows, out in ((numbers[:TOKENS], torch.empty_like(mixed)), (numbers[:12], torch.empty(12, 8192))):
         short_conv.launch_backward(mixed, mixed, width, None, places, rows, out, True)
+    heads_out, of_head = torch.empty(TOKENS, 32, 128, dtype=dtype), torch.empty(128, dtype=dtype)
+    gated_norm.launch_forward(heads_out, heads_out, of_head, 1e-6, heads_out)
+    gated_norm.launch_backward(heads_out, heads_out, heads_out, of_head, 1e-6, heads_out, heads_out)
     if dtype != torch.bfloat16:
         return
     query, key, value = mixed.split([2048, 2048, 4096], 1)
@@ -373,6 +379,29 @@ def recurrent_operators(dtype: torch.dtype) -> None:
     delta_rule.along(inputs, run, made, 1e-6, kept=kept)
     later = delta_rule.back(inputs, run, made, 1e-6, grad)
     delta_rule.input_grads(inputs, run, 1e-6, grad, kept, later, [torch.empty_like(part) for part in inputs])
+    sampled_recurrences(mixed, width)
+
+
+def sampled_recurrences(mixed: Tensor, width: Tensor) -> None:
+    """The same while sampling; what vLLM's pages of it are, and the batch's."""
+    dtype, numbers = mixed.dtype, torch.empty(64, dtype=torch.int32)
+    conv, states = torch.empty(9, 3, 8192, dtype=dtype), torch.empty(9, 32, 128, 128)
+    gates, gate = torch.empty(TOKENS, 64, dtype=dtype), torch.empty(TOKENS, 4096, dtype=dtype)
+    of_heads = torch.empty(32, dtype=dtype)
+    weights = delta_step.Weights(width, of_heads, of_heads, torch.empty(128, dtype=dtype), 1e-6, 1e-6, 16)
+    delta_step.step(
+        mixed,
+        *gates.chunk(2, 1),
+        gate,
+        weights,
+        conv,
+        states,
+        torch.empty(TOKENS, dtype=torch.int32),
+        torch.empty_like(gate),
+    )
+    begun = torch.empty(5, dtype=torch.bool)
+    sequences = delta_step.Sequences(numbers[:6], numbers[:40].view(20, 2), numbers[:5], begun)
+    delta_step.convolve(mixed, width, conv, sequences, 64)
 
 
 LAUNCHES: tuple[Callable[[Shape, torch.dtype], None], ...] = (
@@ -431,6 +460,19 @@ def expert_layers(shape: ExpertShape, dtype: torch.dtype) -> None:
         nf4_experts.decode(x, logits, layer, shape.top_k, True, each, tiles, record)
     if shape.mxfp4:
         below.dense()
+    expert_rows_of_training(shape, dtype)
+
+
+def expert_rows_of_training(shape: ExpertShape, dtype: torch.dtype) -> None:
+    """What happens to rows between the products of a micro-batch."""
+    pairs = TOKENS * shape.top_k
+    rows, inner = torch.empty(pairs, shape.hidden, dtype=dtype), torch.empty(pairs, shape.inner, dtype=dtype)
+    weights, order = torch.empty(TOKENS, shape.top_k, dtype=dtype), torch.empty(pairs, dtype=torch.int64)
+    for each in (weights, None):
+        total = expert_rows.sum_rows(rows, each, order, shape.top_k)
+    expert_rows.spread_backward(total, rows, weights, order)
+    gate_up = torch.empty(pairs, 2 * shape.inner, dtype=dtype)
+    expert_rows.gated_backward(inner, gate_up, weights.reshape(-1), shape.activation)
 
 
 def tuned_products(shape: Shape, dtype: torch.dtype, card: Card) -> None:
