@@ -75,8 +75,11 @@ class Cut:
     """Tiles of keys and values that are loaded ahead, and one. Changes no bit."""
 
 
-def cut_for(programs: int, card: Card) -> Cut:
-    """What was fastest on an H200 with so many programs: few load further ahead, many leave each other room."""
+def cut_for(programs: int, head_size: int, card: Card) -> Cut:
+    """What was fastest on an H200 with heads of 128 and so many programs: few load further ahead, many leave each other
+    room. Larger heads want more registers."""
+    if head_size > 128:
+        return Cut(warps=4)
     return Cut(stages=4 if programs <= 8 * card.multiprocessors else 3)
 
 
@@ -93,7 +96,7 @@ def decode_attention(query: Tensor, cache: Cache, scale: float, out: Tensor, new
     if is_interpreted(query):
         _torch(query, cache, scale, out, new)
     else:
-        cut = cut_for(len(query) * cache.keys.shape[2], cards.card(query.device))
+        cut = cut_for(len(query) * cache.keys.shape[2], query.shape[2], cards.card(query.device))
         launch_decode(query, cache, scale, out, new, cut)
 
 

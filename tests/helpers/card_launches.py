@@ -326,6 +326,8 @@ def samples(shape: Shape, dtype: torch.dtype) -> None:
 
 def decoding_attention(shape: Shape, dtype: torch.dtype) -> None:
     """Of sequences of one chunk and of several, with and without the new token."""
+    if not cards.card(torch.device("cuda")).dot_is_fast:
+        return  # FlashAttention, whose place it takes, is not there either
     if not decode_attention.serves(shape.heads, shape.key_value_heads, shape.head, dtype, dtype):
         return
     parts = shape.heads, shape.key_value_heads, shape.key_value_heads
@@ -338,7 +340,7 @@ def decoding_attention(shape: Shape, dtype: torch.dtype) -> None:
         for given in (None, new):
             decode_attention.launch_decode(
                 query, decode_attention.Cache(*held, *places), 1.0, torch.empty(query.shape, dtype=dtype), given,
-                decode_attention.Cut(),
+                decode_attention.cut_for(40 * shape.key_value_heads, shape.head, cards.card(query.device)),
             )  # fmt: skip
 
 
