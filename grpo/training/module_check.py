@@ -199,8 +199,8 @@ def replace_result(
 
 def relative(ours: Tensor, theirs: Tensor) -> float:
     """The largest difference of a row of [places, features], in root mean square, over its size or a usual row's: some
-    models make the first token's a thousand times as large, and some rows are next to nothing. Computed where `ours` is:
-    hundreds of small products cost a GPU's host seconds."""
+    models make the first token's a thousand times as large, and some rows are next to nothing. Computed where
+    `ours` is: a host takes seconds for all modules."""
     theirs = theirs.to(ours.device)
     gap = (ours.float() - theirs.float()).pow(2).mean(-1).sqrt()
     size = theirs.float().pow(2).mean(-1).sqrt()
