@@ -38,6 +38,7 @@ from grpo.training.optim import build_optimizer
 
 PROMPTS, GENERATIONS, PROMPT, COMPLETION = 16, 8, 128, 512
 CONTEXT, DECODED = 512, 128
+MISMATCHED_GROUPS = 4
 BARS = {
     "30b_a3b": {
         "resident_gb": 18.0, "load_peak_gb": 20.0, "step_seconds": 20.0, "train_peak_gb": 40.0, "mismatch_kl": 0.002,
@@ -49,6 +50,11 @@ BARS = {
 
 def peak_gb(on_gpu: bool) -> float:
     return round(torch.cuda.max_memory_allocated() / 1e9, 2) if on_gpu else 0.0
+
+
+def k3(gap: torch.Tensor) -> float:
+    """Of the trainer's logprobs less the sampler's (Schulman's estimate of KL)."""
+    return float((gap.exp() - 1 - gap).mean())
 
 
 def reset_peak(on_gpu: bool) -> None:
@@ -93,7 +99,7 @@ class Whole:
         for count in self.options.counts:
             if time.monotonic() > self.options.ends:
                 break
-            rows.append(shared.throughput(self.engine, count, self.options.context, self.options.decoded, repeats=1))
+            rows.append(shared.throughput(self.engine, count, self.options.context, self.options.decoded, repeats=3))
             print(rows[-1], flush=True)
         return rows
 
@@ -106,18 +112,27 @@ class Whole:
         return sorted(done, key=lambda completion: completion.request_id)
 
     @torch.no_grad()
-    def mismatch(self, done: list[Completion]) -> dict[str, float]:
-        """k3 of one group's logprobs with replay and without."""
-        found = {}
-        group = done[:GENERATIONS]
-        sampled = torch.tensor([logprob for each in group for logprob in each.logprobs])
-        for name, routes in (("replayed", [each.routes for each in group]), ("free", None)):
-            scored = self.policy.score(
-                self.prompts[:GENERATIONS], [each.token_ids for each in group], temperature=1.0, routes=routes
-            )
-            gap = scored.logprobs.float().cpu() - sampled
-            found[name] = float((gap.exp() - 1 - gap).mean())
-        return found
+    def mismatch(self, done: list[Completion]) -> dict[str, Any]:
+        """k3 of several groups' logprobs with replay and without, over all tokens and over the first of each."""
+        gaps: dict[str, list[torch.Tensor]] = {"replayed": [], "free": []}
+        for first in range(0, min(len(done), MISMATCHED_GROUPS * GENERATIONS), GENERATIONS):
+            group = done[first : first + GENERATIONS]
+            sampled = torch.tensor([each.logprobs for each in group])
+            for name, routes in (("replayed", [each.routes for each in group]), ("free", None)):
+                scored = self.policy.score(
+                    self.prompts[first : first + GENERATIONS], [each.token_ids for each in group], temperature=1.0,
+                    routes=routes,
+                )  # fmt: skip
+                gaps[name].append(scored.logprobs.float().cpu().view(sampled.shape) - sampled)
+
+        def of(first: int) -> dict[str, Any]:
+            every = {name: [k3(gap[:, :first]) for gap in each] for name, each in gaps.items()}
+            found: dict[str, Any] = {name: sum(each) / len(each) for name, each in every.items()}
+            shares = [one / two for one, two in zip(every["replayed"], every["free"], strict=True) if two]
+            return found | {"share": found["replayed"] / (found["free"] or 1), "shares_of_groups": shares}
+
+        lengths = (64, 256, self.options.completion)
+        return of(self.options.completion) | {"of_first_tokens": {str(length): of(length) for length in lengths}}
 
     def step(self) -> dict[str, Any]:
         """A GRPO step, and what sampling and training disagree by."""

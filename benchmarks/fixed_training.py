@@ -1,10 +1,11 @@
 """The training half of a GRPO step on fixed work: 16 prompts of 128 tokens x 8 completions of 512, by micro-batch.
 
 The learner's own update, from made-up groups to the optimiser's step: random NF4 weights of a shape, LoRA of rank 16 on
-all seven linears, correction of the mismatch as by default. For each budget of a micro-batch and form of recomputation:
-seconds of an update, and the peak of torch's allocator over it, weights included. No vLLM, so no KV cache.
+all seven linears, correction of the mismatch as by default. For each budget of a micro-batch and form of recomputation
+("mlp+9": nine layers keep gate and up): seconds, and the peak of torch's allocator, weights included. No vLLM, so no KV
+cache.
 
-    python -m benchmarks.fixed_training --shape 3b --cases 32768/none,4224/none,8448/mlp --out /tmp/fixed_training.json
+    python -m benchmarks.fixed_training --shape 3b --cases 32768/none,8448/mlp+8 --out /tmp/fixed.json
     python -m benchmarks.fixed_training --tiny
 """
 
@@ -73,8 +74,11 @@ def advantages(options: argparse.Namespace, config: Config) -> Advantages:
 
 def measured(base: Any, groups: list[Group], case: str, options: argparse.Namespace) -> dict[str, Any]:
     tokens, form = case.split("/")
+    form, _, kept_mlps = form.partition("+")
     config = config_of(options, int(tokens), form)
     learner = Learner(our_policy(base, f"triton/{form}", options.rank), config, max_steps=100, notice=print)
+    if kept_mlps:
+        learner.budget.set_checkpointing(form, int(kept_mlps))
     weighed, gpu, seconds = advantages(options, config), options.device == "cuda", []
     for number in range(1 + options.repeats):
         if number == 1 and gpu:
@@ -86,7 +90,11 @@ def measured(base: Any, groups: list[Group], case: str, options: argparse.Namesp
         seconds.append(time.perf_counter() - started)
     found = {"seconds": round(statistics.median(seconds[1:]), 4), "all_seconds": [round(one, 4) for one in seconds]}
     peak = torch.cuda.max_memory_allocated() if gpu else 0
-    return found | {"peak_gib": round(peak / 2**30, 2), "mode": learner.budget.mode}
+    return found | {
+        "peak_gib": round(peak / 2**30, 2),
+        "mode": learner.budget.mode,
+        "kept_mlps": learner.budget.kept_mlps,
+    }
 
 
 def main() -> int:

@@ -165,7 +165,10 @@ def settings(options: argparse.Namespace, folder: Path, run: Path) -> dict[str, 
             "prompts_per_step": options.prompts, "num_generations": options.generations,
             "max_prompt_length": options.prompt, "max_completion_length": options.completion,
         },
-        "train": {"learning_rate": 1e-5, "max_steps": options.steps, "tokens_per_micro_batch": options.tokens},
+        "train": {
+            "learning_rate": 1e-5, "max_steps": options.steps, "tokens_per_micro_batch": options.tokens,
+            "gradient_checkpointing": options.checkpointing,
+        },
         "log": {"samples_every": 1000},
         "checkpoint": {"output_dir": str(run), "save_steps": 1000},
     }  # fmt: skip
@@ -275,6 +278,7 @@ def main() -> int:
     parser.add_argument("--completion", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=32768, help="train.tokens_per_micro_batch")
     parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--checkpointing", default="layer", help="the mode that is planned and measured")
     parser.add_argument("--offload-tower", action="store_true")
     parser.add_argument("--scratch", type=Path, default=Path("/tmp"))
     parser.add_argument("--tiny", action="store_true", help="a tiny model and little work: tries the script")

@@ -66,28 +66,15 @@ def questions(count: int) -> list[tuple[Any, str, str]]:
     return made
 
 
-def ours(options: argparse.Namespace, dtype: str, asked: Sequence[Any]) -> dict[str, list[float]]:
-    """This project's logprobs of the answers in `dtype`, with and without the adapter, which is written at first."""
+def ours(options: argparse.Namespace, dtype: str, asked: Sequence[Any]) -> dict[str, Any]:
+    """This project's logprobs of the answers in `dtype`, with each adapter, which is written at first, and without."""
     import torch
 
     import grpo
-    from grpo.config.toml import write_toml
-    from grpo.export.build import export
 
     model = {"load_in_4bit": False, "dtype": dtype, "device": "cpu", "images": True}
     with grpo.load(options.work / "base", max_seq_length=256, **model) as policy:
-        graph, tokenizer = policy.session.policy, policy.tokenizer
-        tokens = policy.session.image_tokens
-        generator = torch.Generator().manual_seed(1)
-        for layer in graph.adapter_layers().values():
-            weight = layer.lora_B["default"].weight
-            weight.data.copy_(torch.randn(weight.shape, generator=generator) * options.size)
-        if not (options.work / "adapter").exists():
-            run = options.work / "run"
-            graph.save_adapter(run / "adapter")
-            whole = {"name": str(options.work / "base"), **model}
-            (run / "config.toml").write_text(write_toml({"model": whole, "task": {"name": "arithmetic"}}))
-            export(run, "adapter", options.work / "adapter", notice=print)
+        graph, tokenizer, tokens = policy.session.policy, policy.tokenizer, policy.session.image_tokens
         heads, tails, seen = [], [], []
         for picture, question, answer in asked:
             content = [{"type": "image"}, {"type": "text", "text": question}]
@@ -95,11 +82,38 @@ def ours(options: argparse.Namespace, dtype: str, asked: Sequence[Any]) -> dict[
             heads.append(tokens.encode(text, [picture], tokenizer))
             tails.append(tokenizer(answer, add_special_tokens=False)["input_ids"])
             seen.append([picture])
+        found: dict[str, Any] = {"prompt_tokens": [len(head) for head in heads]}
         with torch.no_grad():
-            adapted = graph.score(heads, tails, temperature=1.0, images=seen).logprobs.tolist()
             with graph.model.disable_adapter():
-                plain = graph.score(heads, tails, temperature=1.0, images=seen).logprobs.tolist()
-    return {"with": adapted, "without": plain, "prompt_tokens": [len(head) for head in heads]}
+                found["without"] = graph.score(heads, tails, temperature=1.0, images=seen).logprobs.tolist()
+            for size in options.sizes:
+                move(graph, size)
+                found[size] = graph.score(heads, tails, temperature=1.0, images=seen).logprobs.tolist()
+                exported(options.work, size, graph, model)
+    return found
+
+
+def move(graph: Any, size: float) -> None:
+    """Give the adapter of `graph` a second factor ~ N(0, size)."""
+    import torch
+
+    generator = torch.Generator().manual_seed(1)
+    for layer in graph.adapter_layers().values():
+        weight = layer.lora_B["default"].weight
+        weight.data.copy_(torch.randn(weight.shape, generator=generator) * size)
+
+
+def exported(work: Path, size: float, graph: Any, model: dict[str, Any]) -> None:
+    """Write the adapter of `graph` as `python -m grpo.export RUN --to adapter` does, where it is not there yet."""
+    from grpo.config.toml import write_toml
+    from grpo.export.build import export
+
+    run, out = work / f"run-{size}", work / f"adapter-{size}"
+    if not out.exists():
+        graph.save_adapter(run / "adapter")
+        whole = {"name": str(work / "base"), **model}
+        (run / "config.toml").write_text(write_toml({"model": whole, "task": {"name": "arithmetic"}}))
+        export(run, "adapter", out, notice=print)
 
 
 @contextlib.contextmanager
@@ -144,34 +158,37 @@ def main() -> int:
         make_model("tiny", options.work / "base", "cpu")
         (options.work / "base" / "complete").touch()
     asked = questions(options.questions)
-    truth = ours(options, "float32", asked)
-    wanted = [a - b for a, b in zip(truth["with"], truth["without"], strict=True)]
+    truth, here = ours(options, "float32", asked), ours(options, "bfloat16", asked)
+    rows: dict[str, Any] = {}
 
-    def compared(effect: Sequence[float]) -> dict[str, float]:
-        size = sum(b * b for b in wanted)
+    def compare(name: str, size: float, adapted: Sequence[float], plain: Sequence[float]) -> None:
+        wanted = [a - b for a, b in zip(truth[size], truth["without"], strict=True)]
+        effect = [a - b for a, b in zip(adapted, plain, strict=True)]
+        total = sum(b * b for b in wanted)
         inner = sum(a * b for a, b in zip(effect, wanted, strict=True))
         off = sum((a - b) ** 2 for a, b in zip(effect, wanted, strict=True))
-        return {"survival": inner / size, "error": (off / size) ** 0.5}
+        rows.setdefault(name, {})[str(size)] = {"survival": inner / total, "error": (off / total) ** 0.5}
 
-    rows: dict[str, Any] = {}
-    here = ours(options, "bfloat16", asked)
-    rows["this project, bfloat16"] = compared([a - b for a, b in zip(here["with"], here["without"], strict=True)])
+    for size in options.sizes:
+        compare("this project, bfloat16", size, here[size], here["without"])
+    adapters = [f"adapter-{size}={options.work / f'adapter-{size}'}" for size in options.sizes]
     for dtype in ("float32", "bfloat16"):
         words = [str(options.work / "base"), "--enable-lora", "--max-lora-rank", "16", "--enforce-eager"]
-        words += ["--lora-modules", f"adapter={options.work / 'adapter'}", "--dtype", dtype]
-        words += ["--max-model-len", "256", "--max-num-seqs", "4", "--limit-mm-per-prompt", '{"image": 1, "video": 0}']
+        words += ["--lora-modules", *adapters, "--dtype", dtype, "--max-model-len", "256", "--max-num-seqs", "4"]
+        words += ["--limit-mm-per-prompt", '{"image": 1, "video": 0}']
         with (
             torchvision_from(options.torchvision, options.work),
             vllm_serve(words, options.work / f"{dtype}.log", seconds=options.seconds) as client,
         ):
             plain, counts = served(client, str(options.work / "base"), asked)
-            adapted, _ = served(client, "adapter", asked)
+            for size in options.sizes:
+                compare(f"vllm serve, {dtype}", size, served(client, f"adapter-{size}", asked)[0], plain)
         assert counts == [count + ANSWER for count in truth["prompt_tokens"]], "both make as many tokens of a picture"
-        rows[f"vllm serve --enable-lora, {dtype}"] = compared([a - b for a, b in zip(adapted, plain, strict=True)])
-    result = {"benchmark": "served_with_images", "questions": len(asked), "tokens": len(wanted), "rows": rows}
+    result = {"benchmark": "served_with_images", "questions": len(asked), "tokens": len(plain), "rows": rows}
     write_result(options.out, result)
     for name, row in rows.items():
-        print(f"{name:36} survival {row['survival']:.3f}  error {row['error']:.4f}")
+        for size, each in row.items():
+            print(f"{name:24} {size:>8}  survival {each['survival']:.3f}  error {each['error']:.4f}")
     print(json.dumps(result))
     return 0
 
@@ -181,7 +198,12 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(prog="python -m benchmarks.served_with_images", description=__doc__)
     result.add_argument("--work", type=Path, required=True)
     result.add_argument("--questions", type=int, default=24)
-    result.add_argument("--size", type=float, default=0.02, help="standard deviation of the adapter's second factor")
+    result.add_argument(
+        "--sizes",
+        type=lambda text: [float(each) for each in text.split(",")],
+        default=[0.02, 0.001],
+        help="of adapters: the standard deviation of their second factor; the smaller one is that of a first step",
+    )
     result.add_argument("--torchvision", type=Path, help="a folder that has it, where it is not installed")
     result.add_argument("--seconds", type=float, default=300, help="that a server may take to answer")
     result.add_argument("--out", type=Path)

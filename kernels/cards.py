@@ -46,6 +46,16 @@ class Card:
         """Whether Triton's `dot` of 16-bit tiles uses tensor cores; elsewhere it spills registers by the kilobyte."""
         return self.architecture >= 80
 
+    @property
+    def overlaps(self) -> bool:
+        """Whether a kernel may begin before the one in front of it has ended (programmatic dependent launch)."""
+        return overlaps(self.architecture)
+
+
+def overlaps(architecture: int) -> bool:
+    """As `Card.overlaps`."""
+    return architecture >= 90
+
 
 def matrix_unit(architecture: int) -> MatrixUnit:
     """Of an architecture. sm_120 has mma.sync again."""

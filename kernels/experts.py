@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from grpo.kernels import mxfp4, nf4
-from grpo.kernels.glu import glu, glu_backward, glu_forward
+from grpo.kernels.expert_rows import gated_backward, places, spread_backward, sum_rows
+from grpo.kernels.glu import glu, glu_forward
 from grpo.kernels.sizes import EXPERTS_BYTES
 
 
@@ -106,10 +107,11 @@ class ExpertAdapters(NamedTuple):
 
 class Groups(NamedTuple):
     """Rows sorted by expert. `order` int64 [rows]: which pair of a token and one of its experts, counted by tokens, is
-    at each place; `ends` int32 [experts]: one past each expert's last row."""
+    at each place; `ends` int32 [experts]: one past each expert's last row; `place` int64 [rows]: that of each pair."""
 
     order: Tensor
     ends: Tensor
+    place: Tensor
 
 
 def route(logits: Tensor, top_k: int, renormalize: bool, chosen: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -129,9 +131,10 @@ def route(logits: Tensor, top_k: int, renormalize: bool, chosen: Tensor | None =
 
 def group(chosen: Tensor, experts: int) -> Groups:
     """The pairs of `chosen` [tokens, top_k], sorted by expert and, within one, by token; the host is not waited for."""
-    sorted_experts, order = torch.sort(chosen.reshape(-1), stable=True)
-    numbers = torch.arange(1, experts + 1, device=chosen.device)
-    return Groups(order, torch.searchsorted(sorted_experts, numbers).int())
+    narrow = torch.int16 if experts < 1 << 15 else chosen.dtype  # a sort on a GPU passes over every byte of a key
+    sorted_experts, order = torch.sort(chosen.reshape(-1).to(narrow), stable=True)
+    numbers = torch.arange(1, experts + 1, device=chosen.device, dtype=narrow)
+    return Groups(order, torch.searchsorted(sorted_experts, numbers, out_int32=True), places(order))
 
 
 def experts_mlp(
@@ -153,7 +156,7 @@ def adapted_mlp(
     top_k, (ends, on) = weights.shape[1], (groups.ends, adapters.on)
     gate_up = adapted(x[groups.order // top_k], experts.gate_up, ends, adapters.gate_up, on, by_pieces)
     rows = adapted(glu(gate_up, experts.activation), experts.down, ends, adapters.down, on, by_pieces)
-    return _Combine.apply(rows, weights, groups.order)
+    return _Combine.apply(rows, weights, groups.order, groups.place)
 
 
 def adapted(
@@ -208,12 +211,11 @@ class _Adapted(torch.autograd.Function):
 
 def outer(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
     """[experts, M, N]: of each expert the transpose of its rows of left [rows, M] times those of right [rows, N]."""
-    result = left.new_zeros(len(ends), left.shape[1], right.shape[1])
-    rows = [0, *ends.tolist()]
-    for expert, (first, last) in enumerate(zip(rows, rows[1:], strict=False)):
-        if last > first:
-            torch.mm(left[first:last].t(), right[first:last], out=result[expert])
-    return result
+    columns, step = (left.shape[1], right.shape[1]), 16 // left.element_size()
+    left, right = (F.pad(each, (0, -each.shape[1] % step)).contiguous() for each in (left, right))
+    result = F.grouped_mm(left.t(), right, offs=ends)[:, : columns[0], : columns[1]]
+    empty = torch.diff(ends, prepend=ends.new_zeros(1)) == 0  # of which a library may leave what was there
+    return result.masked_fill(empty[:, None, None], 0)
 
 
 def sampled_mlp(
@@ -232,36 +234,29 @@ def forward(
     top_k = weights.shape[1]
     gate_up = grouped(x[groups.order // top_k], experts.gate_up, groups.ends, by_pieces=by_pieces)
     inner = glu_forward(gate_up, experts.activation)
-    return combine(grouped(inner, experts.down, groups.ends, by_pieces=by_pieces), weights, groups.order), gate_up
-
-
-def combine(rows: Tensor, weights: Tensor, order: Tensor) -> Tensor:
-    """Every token's rows times their weights, added up and rounded once: [tokens, columns] of the sorted `rows`."""
-    tokens, top_k = weights.shape
-    by_token = torch.empty_like(rows).index_copy_(0, order, rows).view(tokens, top_k, -1)
-    return torch.bmm(weights[:, None].to(rows.dtype), by_token)[:, 0]
+    rows = grouped(inner, experts.down, groups.ends, by_pieces=by_pieces)
+    return sum_rows(rows, weights.contiguous(), groups.place, top_k), gate_up
 
 
 class _Combine(torch.autograd.Function):
-    """`combine`, which keeps the rows once."""
+    """Every token's rows times their weights, added up and rounded once; keeps the rows once."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, weights: Tensor, order: Tensor) -> Tensor:
-        ctx.save_for_backward(rows, weights, order)
-        return combine(rows, weights, order)
+    def forward(ctx: Any, rows: Tensor, weights: Tensor, order: Tensor, place: Tensor) -> Tensor:
+        weights = weights.contiguous()
+        ctx.save_for_backward(rows, weights, order, place)
+        return sum_rows(rows, weights, place, weights.shape[1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, weights, order = ctx.saved_tensors
-        of_rows = grad[order // weights.shape[1]]
-        flat = row_products(of_rows, rows)
-        weights_grad = torch.empty_like(flat).index_copy_(0, order, flat).view_as(weights).to(weights.dtype)
-        return of_rows.mul_(weights.reshape(-1)[order, None].to(of_rows.dtype)), weights_grad, None
+        rows, weights, order, place = ctx.saved_tensors
+        rows_grad, flat = spread_backward(grad.contiguous(), rows, weights, order)
+        return rows_grad, flat[place].view_as(weights).to(weights.dtype), None, None
 
 
 class _ExpertsMlp(torch.autograd.Function):
-    """Keeps the input and gate and up; everything else is computed again."""
+    """Keeps gate and up, and where rows are; everything else is computed again."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weights: Tensor, chosen: Tensor, experts: Experts) -> Tensor:
@@ -274,20 +269,18 @@ class _ExpertsMlp(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weights, chosen, gate_up, order, ends = ctx.saved_tensors
+        weights, chosen, gate_up, order, ends, place = ctx.saved_tensors
         experts, top_k = ctx.experts, weights.shape[1]
-        token = order // top_k
+        inner = grouped(grad[order // top_k], experts.down, ends, transposed=True)  # but for the rows' weights
         row_weights = weights.reshape(-1)[order]
-        inner = grouped(grad[token], experts.down, ends, transposed=True)  # of the MLP's product, but for the weight
-        product, gate_up_grad = torch.empty_like(inner), torch.empty_like(gate_up)
-        glu_backward(inner * row_weights[:, None].to(inner.dtype), gate_up, experts.activation, product, gate_up_grad)
-        of_rows = row_products(inner, product)
+        gate_up_grad, of_rows = gated_backward(inner, gate_up, row_weights, experts.activation)
+        del inner
+        weights_grad = of_rows[place].view_as(weights)
         if experts.down.bias is not None:  # a row's result has it too
-            of_rows = of_rows + row_products(grad[token], experts.down.bias[chosen.reshape(-1)[order]])
-        weights_grad = torch.empty_like(of_rows).index_copy_(0, order, of_rows).view_as(weights)
+            of_experts = grad.to(of_rows.dtype) @ experts.down.bias.t().to(of_rows.dtype)
+            weights_grad = weights_grad + of_experts.gather(1, chosen)
         x_rows = grouped(gate_up_grad, experts.gate_up, ends, transposed=True)
-        ones = torch.ones_like(weights, dtype=x_rows.dtype)
-        return combine(x_rows, ones, order), weights_grad, None, None
+        return sum_rows(x_rows, None, place, top_k), weights_grad.to(weights.dtype), None, None
 
 
 def grouped(
@@ -338,12 +331,6 @@ def columns_beside(matrix: ExpertMatrix, low_rank: tuple[Tensor, Tensor] | None)
     width = sum(part.shape[2] for part in parts)
     filled = -(width + matrix.shape[2]) % (16 // matrix.dtype.itemsize)
     return F.pad(torch.cat(parts, 2), (0, filled))
-
-
-def row_products(left: Tensor, right: Tensor) -> Tensor:
-    """[rows]: the sum over columns of the product of each row, in float32 or wider."""
-    wide = torch.promote_types(left.dtype, torch.float32)
-    return (left.to(wide) * right.to(wide)).sum(-1)
 
 
 def multiply(x: Tensor, weight: Tensor, ends: Tensor, transposed: bool) -> Tensor:

@@ -20,7 +20,16 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from grpo.kernels.launch import accumulation_dtype, is_interpreted, on_device, round_to, triton_supports, unit_stride
+from grpo.kernels.launch import (
+    accumulation_dtype,
+    cdiv,
+    is_interpreted,
+    next_power_of_2,
+    on_device,
+    round_to,
+    triton_supports,
+    unit_stride,
+)
 
 ACTIVATIONS = ("silu", "gelu_tanh", "clamped_silu")
 CLAMP, STEEPNESS = 7.0, 1.702
@@ -129,9 +138,9 @@ def _check(activation: str, gate_up: Tensor, *halves: Tensor) -> None:
 
 def _launch_sizes(rows: int, inner: int) -> tuple[tuple[int, int], int, int]:
     """(grid, rows of a program, columns of its tile)."""
-    columns = min(ELEMENTS, triton.next_power_of_2(inner))
+    columns = min(ELEMENTS, next_power_of_2(inner))
     height = ELEMENTS // columns
-    return (triton.cdiv(rows, height), triton.cdiv(inner, columns)), height, columns
+    return (cdiv(rows, height), cdiv(inner, columns)), height, columns
 
 
 def launch_forward(gate_up: Tensor, activation: str, out: Tensor) -> None:
@@ -226,6 +235,18 @@ def _backward_kernel(
     gate = tl.load(source, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(source + columns, mask=inside, other=0.0).to(tl.float32)
     incoming = tl.load(grad_ptr + row * stride_grad_m + column, mask=inside, other=0.0).to(tl.float32)
+    product, of_gate, of_up = gated_gradients(incoming, gate, up, ACTIVATION, DTYPE, INTERPRETED)
+    tl.store(product_ptr + row * stride_product_m + column, product, mask=inside)
+    target = out_ptr + row * stride_out_m + column
+    tl.store(target, of_gate, mask=inside)
+    tl.store(target + columns, of_up, mask=inside)
+
+
+@triton.jit
+def gated_gradients(
+    incoming, gate, up, ACTIVATION: tl.constexpr, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr
+):  # fmt: skip
+    """(act(gate) * up, dL/d(gate), dL/d(up)) in DTYPE of float32 values, of which `incoming` is dL/d(the product)."""
     of_gate, of_up = incoming, incoming
     if ACTIVATION == "clamped_silu":
         of_gate = tl.where(gate <= _CLAMP, incoming, 0.0)
@@ -242,7 +263,6 @@ def _backward_kernel(
         steepness = (gate * gate * (3.0 * _CUBE) + 1.0) * _SLOPE
         slope = 0.5 * (1.0 + curve) + 0.5 * gate * (1.0 - curve * curve) * steepness
     rounded = round_to(value, DTYPE, INTERPRETED).to(tl.float32)
-    tl.store(product_ptr + row * stride_product_m + column, round_to(rounded * up, DTYPE, INTERPRETED), mask=inside)
-    target = out_ptr + row * stride_out_m + column
-    tl.store(target, round_to(of_gate * up * slope, DTYPE, INTERPRETED), mask=inside)
-    tl.store(target + columns, round_to(of_up * value, DTYPE, INTERPRETED), mask=inside)
+    product = round_to(rounded * up, DTYPE, INTERPRETED)
+    of_gate = round_to(of_gate * up * slope, DTYPE, INTERPRETED)
+    return product, of_gate, round_to(of_up * value, DTYPE, INTERPRETED)

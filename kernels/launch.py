@@ -39,9 +39,19 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def cdiv(number: int, size: int) -> int:
+    """number / size, rounded up. Triton's own, which kernels may call too, takes the host microseconds."""
+    return -(-number // size)
+
+
+def next_power_of_2(number: int) -> int:
+    """The smallest power of two that is no less than `number`, which is at least 1. Likewise."""
+    return 1 << (number - 1).bit_length()
+
+
 def warps(elements: int) -> int:
     """Warps of a program that handles so many elements at once: sixteen to a thread."""
-    return max(1, min(16, triton.next_power_of_2(elements) // 512))
+    return max(1, min(16, next_power_of_2(elements) // 512))
 
 
 def unit_stride(tensor: Tensor) -> Tensor:

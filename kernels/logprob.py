@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from grpo.kernels.host_matmul import mm, mm_transposed
-from grpo.kernels.launch import is_interpreted, on_device, round_to, triton_supports
+from grpo.kernels.launch import is_interpreted, next_power_of_2, on_device, round_to, triton_supports
 from grpo.kernels.sizes import CPU_BLOCK_BYTES
 
 CPU_CHUNK_BYTES = 24 << 20
@@ -235,7 +235,7 @@ def launch_softmax_stats(
     assert rows > 0 and logits.stride(1) == second.stride(1) == targets.stride(0) == 1 and targets.dtype == torch.int64
     logprobs = torch.empty(rows, dtype=torch.float32, device=logits.device)
     entropy = torch.empty_like(logprobs)
-    block = min(ROW_BLOCK, triton.next_power_of_2(vocabulary))
+    block = min(ROW_BLOCK, next_power_of_2(vocabulary))
     with on_device(logits):
         _softmax_stats_kernel[(rows,)](
             logits, targets, second, logprobs, entropy, vocabulary, logits.stride(0), second.stride(0),

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from grpo.kernels.launch import is_interpreted, on_device, round_to, triton_supports
+from grpo.kernels.launch import cdiv, is_interpreted, on_device, round_to, triton_supports
 
 TILE = 64
 """Rows and columns of a program's tile."""
@@ -98,9 +98,9 @@ def launch_pack_lora(adapters: Sequence[Adapter], factors: Sequence[Tensor], lor
     for _ in range(len(adapters), MOST_ADAPTERS):
         pointers += pointers[:2]
         numbers += [0, 0, 0, 0, 0.0]
-    tiles = triton.cdiv(columns, TILE)
+    tiles = cdiv(columns, TILE)
     with on_device(lora_a):
-        _pack_lora_kernel[(tiles + triton.cdiv(rows, TILE), triton.cdiv(width, TILE))](
+        _pack_lora_kernel[(tiles + cdiv(rows, TILE), cdiv(width, TILE))](
             *pointers, *numbers, lora_a, lora_b, width, columns, rows, lora_a.stride(0), lora_b.stride(0), tiles,
             TILE, is_interpreted(lora_a), num_warps=4,
         )  # fmt: skip

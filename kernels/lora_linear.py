@@ -25,7 +25,7 @@ their layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
@@ -138,30 +138,24 @@ class LoraMatmul:
         buffer = self.weight.new_empty(rows, self.group.out_features + self.width)
         return buffer, buffer[:, : self.group.out_features]
 
-    def filled_inputs(self, x: Tensor) -> Tensor:
-        """x [rows, K] as `forward` takes it: itself, or copied to a buffer."""
-        return self._filled(x, self.inputs)
+    def joined_inputs(self, x: Tensor) -> Tensor:
+        """x [rows, K] as `forward` takes it `joined`: itself, or copied beside what the adapters make of it."""
+        return x if self.width == 0 else torch.cat([x, x @ self.lora_a.t()], 1)
 
-    def filled_outputs(self, grad: Tensor) -> Tensor:
-        """grad [rows, N] as `input_gradient` takes it: itself, or copied to a buffer."""
-        return self._filled(grad, self.outputs)
+    def joined_outputs(self, grad: Tensor) -> Tensor:
+        """grad [rows, N] as `input_gradient` takes it `joined`; likewise."""
+        return grad if self.width == 0 else torch.cat([grad, grad @ self.lora_b], 1)
 
-    def _filled(self, values: Tensor, buffer_of: Callable[[int], tuple[Tensor, Tensor]]) -> Tensor:
-        if self.width == 0:
-            return values
-        buffer, part = buffer_of(values.shape[0])
-        part.copy_(values)
-        return buffer
-
-    def forward(self, x: Tensor, out: Tensor) -> None:
-        """out [rows, N] = x W^T + b + adapters. x: a buffer of `inputs`."""
+    def forward(self, x: Tensor, out: Tensor, *, joined: bool = False) -> None:
+        """out [rows, N] = x W^T + b + adapters. x: a buffer of `inputs`, or of `joined_inputs`."""
         n, k, bias = self.group.out_features, self.group.in_features, self.group.bias
         assert x.shape[1] == k + self.width, (x.shape, k, self.width)
         if self.width == 0:
             low_rank = LowRank(x @ self.lora_a.t(), self.lora_b) if self.adapters else None
             dense_linear(x, self.weight, bias, low_rank, out)
             return
-        torch.mm(x[:, :k], self.lora_a.t(), out=x[:, k:])
+        if not joined:
+            torch.mm(x[:, :k], self.lora_a.t(), out=x[:, k:])
         if bias is not None:
             x[:, k + self.rank] = 1
         torch.mm(x, self.matrix[:n].t(), out=out)
@@ -173,12 +167,12 @@ class LoraMatmul:
             return torch.mm(grad[:, :n], self.lora_b, out=grad[:, n:])
         return grad @ self.lora_b
 
-    def input_gradient(self, grad: Tensor) -> tuple[Tensor, Tensor]:
-        """(dL/dx [rows, K], dL/d(x A^T) [rows, at least rank]) from dL/dy, a buffer of `outputs`."""
+    def input_gradient(self, grad: Tensor, *, joined: bool = False) -> tuple[Tensor, Tensor]:
+        """(dL/dx [rows, K], dL/d(x A^T) [rows, at least rank]) from dL/dy: `outputs`, or `joined_outputs`."""
         n, k = self.group.out_features, self.group.in_features
         assert grad.shape[1] == n + self.width, (grad.shape, n, self.width)
         if self.width:
-            x_lora_a_grad = self.adapter_gradient(grad)
+            x_lora_a_grad = grad[:, n:] if joined else self.adapter_gradient(grad)
             return grad @ self.matrix[:, :k], x_lora_a_grad
         if not self.adapters:
             return grad @ self.weight, grad.new_empty(grad.shape[0], 0)
@@ -266,7 +260,7 @@ class _LoraLinear(torch.autograd.Function):
         ctx.save_for_backward(x, *factors)
         out = x.new_empty(x.shape[0], group.out_features)
         matmul = LoraMatmul(group, adapters, factors, x.shape[0])
-        matmul.forward(matmul.filled_inputs(x), out)
+        matmul.forward(matmul.joined_inputs(x), out, joined=True)
         return out
 
     @staticmethod
@@ -274,9 +268,9 @@ class _LoraLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *factors = ctx.saved_tensors
         matmul = LoraMatmul(ctx.group, ctx.adapters, factors, x.shape[0])
-        filled = matmul.filled_outputs(grad)
-        x_grad, x_lora_a_grad = matmul.input_gradient(filled)
-        matmul.trained_gradient(filled, x, x_lora_a_grad)
+        outgoing = matmul.joined_outputs(grad)
+        x_grad, x_lora_a_grad = matmul.input_gradient(outgoing, joined=True)
+        matmul.trained_gradient(outgoing, x, x_lora_a_grad)
         return x_grad, None, None, *matmul.gradients()
 
 

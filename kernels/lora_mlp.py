@@ -22,7 +22,7 @@ from grpo.kernels.launch import unit_stride
 from grpo.kernels.lora_factors import Adapter
 from grpo.kernels.lora_linear import LinearGroup, LoraMatmul, norm_backward, normed_input, row_tiles
 from grpo.kernels.rms_norm import Norm
-from grpo.kernels.sizes import MLP_TILE, largest_tile
+from grpo.kernels.sizes import KEPT_TILES, MLP_TILE, largest_tile
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class GatedMlp:
     residual: bool
     """Whether x itself is added to the output, after its rounding: as vLLM's norms do it."""
     tile: int = MLP_TILE
-    """Tokens whose intermediate tensors exist at once, about (`row_tiles`)."""
+    """Tokens whose intermediate tensors exist at once, about (`row_tiles`); `KEPT_TILES` times as many with `keep`."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,17 @@ class _Call:
     output: bool
 
     @property
+    def tile(self) -> int:
+        """Tokens at once, about."""
+        return self.mlp.tile * (KEPT_TILES if self.keep else 1)
+
+    @property
     def columns(self) -> int:
         """Of gate and up together."""
         return self.mlp.gate_up.out_features
 
     def matmuls(self, factors: Sequence[Tensor], tokens: int) -> tuple[LoraMatmul, LoraMatmul]:
-        first, rows = 2 * len(self.adapters[0]), min(tokens, largest_tile(self.mlp.tile))
+        first, rows = 2 * len(self.adapters[0]), min(tokens, largest_tile(self.tile))
         return (
             LoraMatmul(self.mlp.gate_up, self.adapters[0], factors[:first], rows),
             LoraMatmul(self.mlp.down, self.adapters[1], factors[first:], rows),
@@ -86,14 +91,14 @@ def lora_mlp(
 class _LoraMlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, call: _Call, *factors: Tensor) -> Tensor:
-        mlp, tokens = call.mlp, x.shape[0]
+        tokens = x.shape[0]
         out = torch.empty_like(x)
         saved = x.new_empty(0)
         if call.keep or call.output:
             matmuls = call.matmuls(factors, tokens)
             if call.keep:
                 saved, _ = matmuls[0].outputs(tokens)
-            for rows in row_tiles(tokens, mlp.tile):
+            for rows in row_tiles(tokens, call.tile):
                 inner = saved[rows] if call.keep else None
                 forward_of_rows(call, matmuls, x[rows], inner, out[rows] if call.output else None)
         ctx.call = call
@@ -108,7 +113,7 @@ class _LoraMlp(torch.autograd.Function):
         matmuls = call.matmuls(factors, x.shape[0])
         x_grad = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         grad = unit_stride(grad)
-        for rows in row_tiles(x.shape[0], call.mlp.tile):
+        for rows in row_tiles(x.shape[0], call.tile):
             tile_grad = None if x_grad is None else x_grad[rows]
             backward_of_rows(call, matmuls, x[rows], grad[rows], saved[rows] if call.keep else None, tile_grad)
         if call.keep:
@@ -151,8 +156,8 @@ def backward_of_rows(
     if inner is None:
         inner, _ = gate_up.outputs(x.shape[0])
         gate_up.forward(unit, inner[:, : call.columns])
-    incoming = down.filled_outputs(grad)
-    product, x_lora_a_grad = down.input_gradient(incoming)
+    incoming = down.joined_outputs(grad)
+    product, x_lora_a_grad = down.input_gradient(incoming, joined=True)
     # Both buffers change their meaning here: dL/dh becomes h, gate and up become their gradients.
     wide = inner[:, : call.columns]
     glu_backward(product, wide, mlp.activation, product=product, out=wide)

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from grpo.kernels.launch import on_device, round_to
+from grpo.kernels.launch import cdiv, on_device, round_to
 from grpo.kernels.nf4_lookup import BOUNDS, CODE, byte_tables, lookup_half, scaled, tile_columns
 
 BLOCK = 64
@@ -170,7 +170,7 @@ def launch_quantize(packed: Tensor, absmax: Tensor, row: int, weight: Tensor, *,
     words, pairs = stored_rows(packed, absmax, row, rows, columns)
     assert weight.is_contiguous() and words.is_contiguous() and pairs.is_contiguous()
     tiles = words.shape[1]
-    grid = (tiles, triton.cdiv(rows, _TILE_ROWS))
+    grid = (tiles, cdiv(rows, _TILE_ROWS))
     with on_device(packed):
         _quantize_kernel[grid](
             weight, words.view(torch.int32), pairs, rows, columns, tiles, _TILE_ROWS, columns % TILE != 0,
@@ -184,7 +184,7 @@ def launch_dequantize(packed: Tensor, absmax: Tensor, out: Tensor, *, interprete
     words, pairs = stored_rows(packed, absmax, 0, rows, columns)
     assert out.stride(1) == 1 and words.is_contiguous() and pairs.is_contiguous()
     tiles = words.shape[1]
-    grid = (tiles, triton.cdiv(rows, _TILE_ROWS))
+    grid = (tiles, cdiv(rows, _TILE_ROWS))
     with on_device(packed):
         _dequantize_kernel[grid](
             words.view(torch.int32), pairs, out, rows, columns, out.stride(0), tiles, *byte_tables(out.dtype),

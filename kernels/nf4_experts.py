@@ -23,11 +23,22 @@ import triton.language as tl
 from torch import Tensor
 
 from grpo.kernels import cards, mxfp4, nf4, routing
+from grpo.kernels.expert_rows import launch_sum
 from grpo.kernels.experts import ExpertAdapter, ExpertAdapters, ExpertMatrix, Experts, multiply
 from grpo.kernels.glu import ACTIVATIONS, gated, glu_forward
 from grpo.kernels.launch import is_interpreted, on_device, round_to
 from grpo.kernels.mxfp4 import mx_scaled
-from grpo.kernels.nf4_lookup import CODE, byte_tables, fenced, load_rows, lookup_half, scaled, tile_columns
+from grpo.kernels.nf4_lookup import (
+    CODE,
+    byte_tables,
+    fenced,
+    lane_table,
+    load_rows,
+    lookup_half,
+    scaled,
+    shuffled_half,
+    tile_columns,
+)  # fmt: skip
 from grpo.kernels.nf4_tiles import Tile
 from grpo.kernels.routing import Record, Routes
 from grpo.kernels.split_k import dot
@@ -48,6 +59,10 @@ MANY = (Tile(128, 32, 4, 3, 2), Tile(64, 32, 4, 4, 2))
 """Tiles for up to FEW_ROWS rows an expert on average, and for more: the first is taken that computes what a plain
 product does. Triton 3.6 compiles some wrongly: on an H200 Tile(128, 16, 4, 3, 2) lost rows from 8 sequences on."""
 FEW_ROWS = 10
+SHUFFLED_HALVES = 1
+"""Of the two blocks of a word, how many are looked up by asking other lanes: 1 divides the work between two units."""
+MOST_REGISTERS: int | None = 128
+"""Of a thread, with which 16 warps share a multiprocessor."""
 FINISHED_COLUMNS = 64
 """Of a program that adds an adapter's term."""
 CHECKED_TOKENS, CHECKED_EXPERTS = (1, 8, 32, 128), 32
@@ -67,6 +82,8 @@ class Tiles(NamedTuple):
 
 
 _tiles: dict[torch.device, Tiles | None] = {}
+_shuffled: dict[torch.device, int] = {}
+"""Of a GPU, what took the place of SHUFFLED_HALVES."""
 
 
 def serves(x: Tensor, experts: Experts, top_k: int) -> bool:
@@ -77,7 +94,8 @@ def serves(x: Tensor, experts: Experts, top_k: int) -> bool:
 
 def find_tiles(experts: Experts, top_k: int, ranks: int = 0) -> Tiles | None:
     """The first of FEW and of MANY that compute what torch does on this GPU, with some of `experts` and, where `ranks`
-    is not 0, with adapters too; `serves` and `decode` go by it. None: the kernels are not used."""
+    is not 0, with adapters too; `serves` and `decode` go by it. Lookups by shuffles are given up where none is right
+    with them. None: the kernels are not used."""
     device = experts.gate_up.weight.device
     _tiles[device] = None
     if experts.gate_up.absmax is None or not cards.card(device).dot_is_fast:
@@ -87,10 +105,19 @@ def find_tiles(experts: Experts, top_k: int, ranks: int = 0) -> Tiles | None:
     def first(candidates: tuple[Tile, ...]) -> Tile | None:
         # With a bias the compiler waits for each of several products between one wait and the next.
         ordered = sorted(candidates, key=lambda tile: tile.dots == 1 and experts.gate_up.bias is not None)
-        return next((tile for tile in ordered if all(agrees(each, top_k, tile, ranks) for each in few)), None)
 
-    found = [tile for tile in (first(FEW), first(MANY)) if tile is not None]
-    _tiles[device] = Tiles(found[0], found[-1]) if found else None
+        def right(tile: Tile) -> bool:
+            above, below = few
+            return agrees(above, top_k, tile, ranks, experts.activation) and agrees(below, top_k, tile, ranks)
+
+        return next((tile for tile in ordered if right(tile)), None)
+
+    for halves in (SHUFFLED_HALVES, 0):
+        _shuffled[device] = halves
+        found = [tile for tile in (first(FEW), first(MANY)) if tile is not None]
+        if found:
+            _tiles[device] = Tiles(found[0], found[-1])
+            break
     return _tiles[device]
 
 
@@ -104,8 +131,9 @@ def first_experts(matrix: ExpertMatrix, count: int) -> ExpertMatrix:
     )
 
 
-def agrees(matrix: ExpertMatrix, top_k: int, tile: Tile, ranks: int) -> bool:
-    """Whether products by `tile` are torch's, for several numbers of tokens, without adapters and with some."""
+def agrees(matrix: ExpertMatrix, top_k: int, tile: Tile, ranks: int, glu: str = "") -> bool:
+    """Whether products by `tile`, `glu` of them too, are torch's, for several numbers of tokens, without adapters and
+    with some."""
     experts, out, columns = matrix.shape
     assert matrix.absmax is not None
     dtype, device = matrix.dtype, matrix.absmax.device
@@ -128,9 +156,12 @@ def agrees(matrix: ExpertMatrix, top_k: int, tile: Tile, ranks: int) -> bool:
                 adapter = ExpertAdapter(random(experts, rank, columns) / columns**0.5, random(experts, out, rank))
                 shrunk = multiply(rows, adapter.a, routes.ends, transposed=False).float()
                 whole = wanted + torch.einsum("mr,mor->mo", shrunk, adapter.b.float()[expert])
-            ours = product(x, matrix, adapter, torch.ones((), dtype=dtype, device=device), routes, tile, top_k=top_k)
-            if not float((ours.float() - whole).norm()) <= AGREES * float(whole.norm()):
-                return False
+            for activation in {"", glu}:
+                one = torch.ones((), dtype=dtype, device=device)
+                ours = product(x, matrix, adapter, one, routes, tile, top_k=top_k, glu=activation)
+                right = glu_forward(whole.to(dtype), activation).float() if activation else whole
+                if not float((ours.float() - right).norm()) <= AGREES * float(right.norm()):
+                    return False
     return True
 
 
@@ -157,23 +188,25 @@ def product(
     with `glu` [rows, out / 2], gates and ups after that activation. Without `on` there is no adapter."""
     assert matrix.absmax is not None
     if adapter is None or on is None:
-        rows = experts_linear(x, matrix.weight, matrix.absmax, routes, tile, top_k=top_k, bias=matrix.bias)
-        return glu_forward(rows, glu) if glu else rows
+        return experts_linear(x, matrix.weight, matrix.absmax, routes, tile, top_k=top_k, bias=matrix.bias, glu=glu)
     sums, x_lora_a = experts_sums(x, matrix.weight, matrix.absmax, adapter.a, on, routes, tile, top_k=top_k)
     return finish(sums, x_lora_a, adapter.b, matrix.bias, routes, tile.m, glu)
 
 
 def experts_linear(
-    x: Tensor, packed: Tensor, absmax: Tensor, routes: Routes, tile: Tile, *, top_k: int = 1, bias: Tensor | None = None
-) -> Tensor:
-    """[rows, out] in x's dtype: x of each place times the transpose of its expert's W, plus bias [experts, out].
+    x: Tensor, packed: Tensor, absmax: Tensor, routes: Routes, tile: Tile, *, top_k: int = 1,
+    bias: Tensor | None = None, glu: str = "",
+) -> Tensor:  # fmt: skip
+    """[rows, out] in x's dtype: x of each place times the transpose of its expert's W, plus bias [experts, out]; with
+    `glu` [rows, out / 2], gates and ups, rounded, after that activation.
 
     packed, absmax: the experts' matrices [experts * out, K] as `nf4.allocate` or `mxfp4.allocate` made them. `top_k`
     above 1: x [tokens, K] is unsorted, and the token of a place is `order // top_k`; else x [rows, K] is sorted. tile.m
     is the number of rows that the routes were cut into. Records no gradient.
     """
-    out = torch.empty(len(routes.order), packed.shape[0] // len(routes.ends), dtype=x.dtype, device=x.device)
-    _launch(x, packed, absmax, bias, out, None, routes, tile, top_k)
+    features = packed.shape[0] // len(routes.ends) // (2 if glu else 1)
+    out = torch.empty(len(routes.order), features, dtype=x.dtype, device=x.device)
+    _launch(x, packed, absmax, bias, out, None, routes, tile, top_k, glu)
     return out
 
 
@@ -195,16 +228,21 @@ def experts_sums(
 
 def _launch(
     x: Tensor, packed: Tensor, absmax: Tensor, bias: Tensor | None, out: Tensor,
-    shrink: tuple[Tensor, Tensor, Tensor] | None, routes: Routes, tile: Tile, top_k: int,
+    shrink: tuple[Tensor, Tensor, Tensor] | None, routes: Routes, tile: Tile, top_k: int, glu: str = "",
 ) -> None:  # fmt: skip
-    """The product into `out`; `shrink`: A, its scale, and where x A^T goes."""
+    """The product, or what `glu` makes of it, into `out`; `shrink`: A, its scale, and where x A^T goes."""
     experts, mx = len(routes.ends), mxfp4.is_stored(absmax)
-    features, columns = out.shape[1], packed.shape[1] * 2
+    features, columns = packed.shape[0] // experts, packed.shape[1] * 2
+    assert out.shape[1] * (2 if glu else 1) == features and (not glu or (glu in ACTIVATIONS and out.shape[1] % 8 == 0))
     words, scales = nf4.stored_rows(packed, absmax, 0, packed.shape[0], columns)
     assert features % 8 == 0 and x.stride(1) == 1 and x.shape[1] == columns and x.element_size() == 2
     assert x.dtype == (torch.bfloat16 if mx else absmax.dtype) and (bias is None or bias.is_contiguous())
     across, tiles = triton.cdiv(features, tile.n), len(routes.expert)
     a, scale, x_lora_a = (x, x, x) if shrink is None else shrink
+    unit = cards.card(x.device).unit if x.is_cuda else ""
+    shuffled = _shuffled.get(x.device, SHUFFLED_HALVES) if unit == "wgmma" else 0
+    overlapped = x.is_cuda and cards.card(x.device).overlaps
+    registers = most_registers(tile) if unit == "wgmma" else None
     shrinking = 0 if shrink is None else triton.cdiv(tiles, across)
     with on_device(x):
         _experts_kernel[(across, shrinking + tiles)](
@@ -212,8 +250,9 @@ def _launch(
             routes.order, routes.ends, routes.expert, routes.start, a, scale, x_lora_a, shrinking, tiles, experts,
             features, columns, words.shape[1], x.stride(0), *byte_tables(x.dtype, mxfp4.VALUES if mx else CODE),
             tile.n, tile.m, tile.warps, tile.stages, tile.dots, columns % nf4.TILE != 0, top_k, bias is not None, mx,
-            0 if shrink is None else a.shape[1], SHRINK_COLUMNS, columns % SHRINK_COLUMNS != 0, is_interpreted(x),
-            x.is_cuda and cards.card(x.device).unit == "mma", num_warps=tile.warps,
+            0 if shrink is None else a.shape[1], SHRINK_COLUMNS, columns % SHRINK_COLUMNS != 0, glu, shuffled,
+            is_interpreted(x), unit == "mma", overlapped, num_warps=tile.warps, maxnreg=registers,
+            launch_pdl=overlapped,
         )  # fmt: skip
 
 
@@ -228,27 +267,26 @@ def finish(
     assert sums.is_contiguous() and x_lora_a.is_contiguous() and b.is_contiguous() and x_lora_a.dtype == b.dtype
     assert x_lora_a.shape == (rows, ranks) and b.shape == (experts, features, ranks) and (not glu or glu in ACTIVATIONS)
     assert ranks >= 16 and ranks & (ranks - 1) == 0
+    overlapped = b.is_cuda and cards.card(b.device).overlaps
     with on_device(b):
         _finish_kernel[(triton.cdiv(columns, FINISHED_COLUMNS), len(routes.expert))](
             sums, x_lora_a, b, b if bias is None else bias, out, routes.ends, routes.expert, routes.start, experts,
             features, columns, ranks, tile_rows, FINISHED_COLUMNS, bias is not None, glu, is_interpreted(b),
-            num_warps=4,
+            overlapped, num_warps=4, launch_pdl=overlapped,
         )  # fmt: skip
     return out
 
 
 def combine(rows: Tensor, routes: Routes) -> Tensor:
     """Every token's rows times their weights, added up in float32 and rounded once: [tokens, columns]."""
-    tokens, top_k = routes.weights.shape
-    columns = rows.shape[1]
-    out = torch.empty(tokens, columns, dtype=rows.dtype, device=rows.device)
-    block = min(1024, triton.next_power_of_2(columns))
-    assert rows.is_contiguous() and routes.weights.is_contiguous()
-    with on_device(rows):
-        _combine_kernel[(tokens, triton.cdiv(columns, block))](
-            rows, routes.weights, routes.place, out, columns, top_k, block, is_interpreted(rows), num_warps=4
-        )
+    out = torch.empty(len(routes.weights), rows.shape[1], dtype=rows.dtype, device=rows.device)
+    launch_sum(rows, routes.weights, routes.place, out)
     return out
+
+
+def most_registers(tile: Tile) -> int | None:
+    """Of a thread, on Hopper; None: as many as the compiler takes."""
+    return MOST_REGISTERS if tile.m <= 16 else None
 
 
 @triton.jit(do_not_specialize=["shrinking", "row_tiles", "tiles"])
@@ -257,29 +295,27 @@ def _experts_kernel(
     x_lora_a_ptr, shrinking, row_tiles, experts, features, columns, tiles, stride_x_m, t0, t1, t2, t3, t4, t5, t6, t7,
     BN: tl.constexpr, BM: tl.constexpr, WARPS: tl.constexpr, STAGES: tl.constexpr, DOTS: tl.constexpr,
     HALF_TAIL: tl.constexpr, TOP_K: tl.constexpr, HAS_BIAS: tl.constexpr, MX: tl.constexpr, RANKS: tl.constexpr,
-    BK: tl.constexpr, TAIL: tl.constexpr, INTERPRETED: tl.constexpr, FENCED: tl.constexpr,
+    BK: tl.constexpr, TAIL: tl.constexpr, GLU: tl.constexpr, SHUFFLED: tl.constexpr, INTERPRETED: tl.constexpr,
+    FENCED: tl.constexpr, OVERLAPPED: tl.constexpr,
 ):  # fmt: skip
     """The first `shrinking` rows of programs compute x A^T, a tile of rows each; the others a tile of the product."""
+    if OVERLAPPED:
+        tl.extra.cuda.gdc_wait()  # this may be launched while what is in front of it runs
+        tl.extra.cuda.gdc_launch_dependents()
     number = tl.program_id(1) - shrinking
     if RANKS > 0:
         if number < 0:
-            number = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-            if number < row_tiles:
+            row_tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+            if row_tile < row_tiles:
                 _shrink_tile(
-                    number, x_ptr, a_ptr, scale_ptr, x_lora_a_ptr, order_ptr, ends_ptr, expert_ptr, start_ptr, experts,
-                    columns, stride_x_m, RANKS, BM, BK, TAIL, TOP_K, INTERPRETED,
+                    row_tile, x_ptr, a_ptr, scale_ptr, x_lora_a_ptr, order_ptr, ends_ptr, expert_ptr, start_ptr,
+                    experts, columns, stride_x_m, RANKS, BM, BK, TAIL, TOP_K, INTERPRETED,
                 )  # fmt: skip
-        else:
-            _product_tile(
-                number, x_ptr, words_ptr, scales_ptr, bias_ptr, out_ptr, order_ptr, ends_ptr, expert_ptr, start_ptr,
-                experts, features, columns, tiles, stride_x_m, t0, t1, t2, t3, t4, t5, t6, t7, BN, BM, WARPS, STAGES,
-                DOTS, HALF_TAIL, TOP_K, HAS_BIAS, MX, INTERPRETED, FENCED,
-            )  # fmt: skip
-    else:
+    if number >= 0:
         _product_tile(
             number, x_ptr, words_ptr, scales_ptr, bias_ptr, out_ptr, order_ptr, ends_ptr, expert_ptr, start_ptr,
             experts, features, columns, tiles, stride_x_m, t0, t1, t2, t3, t4, t5, t6, t7, BN, BM, WARPS, STAGES,
-            DOTS, HALF_TAIL, TOP_K, HAS_BIAS, MX, INTERPRETED, FENCED,
+            DOTS, HALF_TAIL, TOP_K, HAS_BIAS, MX, GLU, SHUFFLED, INTERPRETED, FENCED,
         )  # fmt: skip
 
 
@@ -288,10 +324,11 @@ def _product_tile(
     number, x_ptr, words_ptr, scales_ptr, bias_ptr, out_ptr, order_ptr, ends_ptr, expert_ptr, start_ptr, experts,
     features, columns, tiles, stride_x_m, t0, t1, t2, t3, t4, t5, t6, t7,
     BN: tl.constexpr, BM: tl.constexpr, WARPS: tl.constexpr, STAGES: tl.constexpr, DOTS: tl.constexpr,
-    HALF_TAIL: tl.constexpr, TOP_K: tl.constexpr, HAS_BIAS: tl.constexpr, MX: tl.constexpr, INTERPRETED: tl.constexpr,
-    FENCED: tl.constexpr,
+    HALF_TAIL: tl.constexpr, TOP_K: tl.constexpr, HAS_BIAS: tl.constexpr, MX: tl.constexpr, GLU: tl.constexpr,
+    SHUFFLED: tl.constexpr, INTERPRETED: tl.constexpr, FENCED: tl.constexpr,
 ):  # fmt: skip
-    """out^T [BN, BM] = W of one expert [BN, K] x^T. Words: [N / 8, tiles, 8, 16]; scales: pairs, [N / 8, tiles, 8]."""
+    """out^T [BN, BM] = W of one expert [BN, K] x^T. Words: [N / 8, tiles, 8, 16]; scales: pairs, [N / 8, tiles, 8].
+    With GLU the tile's rows are BN / 2 of gates and those of their ups, and out^T is [BN / 2, BM]."""
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     WIDTH: tl.constexpr = 128 // DOTS
     expert = tl.load(expert_ptr + number)
@@ -303,22 +340,30 @@ def _product_tile(
             row = tl.load(order_ptr + m, mask=known, other=0) // TOP_K
         groups = features // 8
         first_group = expert.to(tl.int64) * groups
-        n = tl.program_id(0) * BN + load_rows(BN, WARPS)
+        n, inside = _tile_rows(tl.program_id(0), load_rows(BN, WARPS), features, BN, GLU)
         group = first_group + tl.minimum(n // 8, groups - 1)
         word_ptrs = words_ptr + (group * tiles * 128 + n % 8 * 16)[:, None] + tl.arange(0, 16)[None, :]
-        n = tl.program_id(0) * BN + tl.arange(0, BN)
+        n, inside = _tile_rows(tl.program_id(0), tl.arange(0, BN), features, BN, GLU)
         scale_ptrs = scales_ptr + (first_group + tl.minimum(n // 8, groups - 1)) * tiles * 8 + n % 8
         k = tl.arange(0, WIDTH)
         x_ptrs = x_ptr + (row.to(tl.int64) * stride_x_m)[None, :] + k[:, None]
         x_mask = known[None, :]
         total = tl.zeros([BN, BM], tl.float32)
+        if SHUFFLED > 0:
+            table = lane_table(t0, t1, t2, t3, t4, t5, t6, t7)
         for tile in tl.range(0, tiles, num_stages=STAGES):
             word = tl.load(word_ptrs + tile * 128)
             pair = tl.load(scale_ptrs + tile * 8)
-            low = tile_columns(lookup_half(word, 0, t0, t1, t2, t3, t4, t5, t6, t7, DTYPE, INTERPRETED), BN, WARPS)
+            if SHUFFLED > 1:
+                low = tile_columns(shuffled_half(word, 0, table, DTYPE), BN, WARPS)
+            else:
+                low = tile_columns(lookup_half(word, 0, t0, t1, t2, t3, t4, t5, t6, t7, DTYPE, INTERPRETED), BN, WARPS)
             low = _block_scaled(low, pair, 0, MX, DTYPE, INTERPRETED)
             low = fenced(low, FENCED)
-            high = tile_columns(lookup_half(word, 1, t0, t1, t2, t3, t4, t5, t6, t7, DTYPE, INTERPRETED), BN, WARPS)
+            if SHUFFLED > 0:
+                high = tile_columns(shuffled_half(word, 1, table, DTYPE), BN, WARPS)
+            else:
+                high = tile_columns(lookup_half(word, 1, t0, t1, t2, t3, t4, t5, t6, t7, DTYPE, INTERPRETED), BN, WARPS)
             high = _block_scaled(high, pair, 1, MX, DTYPE, INTERPRETED)
             high = fenced(high, FENCED)
             last = x_mask
@@ -330,14 +375,32 @@ def _product_tile(
             else:
                 both = fenced(tl.reshape(tl.permute(tl.join(low, high), [0, 2, 1]), [BN, 128]), FENCED)
                 total = dot(both, tl.load(x_ptrs + tile * 128, mask=last, other=0.0), total, INTERPRETED)
-        inside = n < features
         if HAS_BIAS:
             total += tl.load(bias_ptr + expert * features + n, mask=inside, other=0.0).to(tl.float32)[:, None]
-        out_ptrs = out_ptr + m[None, :].to(tl.int64) * features + n[:, None]
-        if out_ptr.dtype.element_ty == tl.float32:
-            tl.store(out_ptrs, total, mask=x_mask & inside[:, None])
+        if GLU != "":
+            halves = tl.reshape(round_to(total, DTYPE, INTERPRETED), [2, BN // 2, BM])
+            gate, up = tl.split(tl.permute(halves, [1, 2, 0]))
+            value = gated(gate.to(tl.float32), up.to(tl.float32), GLU, DTYPE, INTERPRETED)
+            column = tl.program_id(0) * (BN // 2) + tl.arange(0, BN // 2)
+            out_ptrs = out_ptr + m[None, :].to(tl.int64) * (features // 2) + column[:, None]
+            tl.store(out_ptrs, value, mask=x_mask & (column < features // 2)[:, None])
         else:
-            tl.store(out_ptrs, round_to(total, DTYPE, INTERPRETED), mask=x_mask & inside[:, None])
+            out_ptrs = out_ptr + m[None, :].to(tl.int64) * features + n[:, None]
+            if out_ptr.dtype.element_ty == tl.float32:
+                tl.store(out_ptrs, total, mask=x_mask & inside[:, None])
+            else:
+                tl.store(out_ptrs, round_to(total, DTYPE, INTERPRETED), mask=x_mask & inside[:, None])
+
+
+@triton.jit
+def _tile_rows(tile, position, features, BN: tl.constexpr, GLU: tl.constexpr):
+    """(Rows of W at `position` of a tile, whether the tile has them)."""
+    if GLU == "":
+        n = tile * BN + position
+        return n, n < features
+    half = features // 2
+    column = tile * (BN // 2) + position % (BN // 2)
+    return position // (BN // 2) * half + tl.minimum(column, half - 1), column < half
 
 
 @triton.jit
@@ -385,9 +448,12 @@ def _shrink_tile(
 def _finish_kernel(
     sums_ptr, x_lora_a_ptr, b_ptr, bias_ptr, out_ptr, ends_ptr, expert_ptr, start_ptr, experts, features, columns,
     RANKS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    INTERPRETED: tl.constexpr, OVERLAPPED: tl.constexpr,
 ):  # fmt: skip
     """BN columns of a tile's rows."""
+    if OVERLAPPED:
+        tl.extra.cuda.gdc_wait()  # this may be launched while what is in front of it runs
+        tl.extra.cuda.gdc_launch_dependents()
     DTYPE: tl.constexpr = out_ptr.dtype.element_ty
     expert = tl.load(expert_ptr + tl.program_id(1))
     if expert < experts:
@@ -423,20 +489,3 @@ def _finished(
     if HAS_BIAS:
         total += tl.load(bias_ptr + expert * features + n, mask=inside, other=0.0).to(tl.float32)[None, :]
     return round_to(total, DTYPE, INTERPRETED)
-
-
-@triton.jit
-def _combine_kernel(
-    rows_ptr, weights_ptr, place_ptr, out_ptr, columns, TOP_K: tl.constexpr, BLOCK: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-):  # fmt: skip
-    """BLOCK columns of one token."""
-    token = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask = column < columns
-    total = tl.zeros([BLOCK], tl.float32)
-    for k in tl.static_range(TOP_K):
-        place = tl.load(place_ptr + token * TOP_K + k).to(tl.int64)
-        weight = tl.load(weights_ptr + token * TOP_K + k).to(tl.float32)
-        total += weight * tl.load(rows_ptr + place * columns + column, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out_ptr + token * columns + column, round_to(total, out_ptr.dtype.element_ty, INTERPRETED), mask=mask)

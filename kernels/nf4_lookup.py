@@ -84,6 +84,78 @@ def lookup_half(
     return tl.join(tl.join(first, second), tl.join(third, fourth)).to(DTYPE, bitcast=True)
 
 
+LANE_TABLE = tl.constexpr(
+    """{
+.reg .b32 lane, three, a, b, upper, lower;
+.reg .pred last;
+mov.u32 lane, %laneid;
+and.b32 three, lane, 7;
+and.b32 lane, lane, 8;
+setp.ne.u32 last, lane, 0;
+prmt.b32 a, $1, $2, three;
+prmt.b32 b, $3, $4, three;
+selp.b32 upper, b, a, last;
+prmt.b32 a, $5, $6, three;
+prmt.b32 b, $7, $8, three;
+selp.b32 lower, b, a, last;
+prmt.b32 $0, lower, upper, 0x40;
+and.b32 $0, $0, 0xffff;
+}"""
+)
+"""In lane i of a warp, and in lane i + 16, the 16 bits of code i, from `byte_tables`."""
+
+SHUFFLE_BF16 = tl.constexpr(
+    """{
+.reg .b32 a, b, first, second;
+shfl.sync.idx.b32 a, $8, $5, 0x1f, -1;
+shfl.sync.idx.b32 b, $9, $4, 0x1f, -1;
+add.rn.bf16x2 first, a, b;
+shfl.sync.idx.b32 a, $8, $7, 0x1f, -1;
+shfl.sync.idx.b32 b, $9, $6, 0x1f, -1;
+add.rn.bf16x2 second, a, b;
+mov.b32 {$0, $1}, first;
+mov.b32 {$2, $3}, second;
+}"""
+)
+SHUFFLE_FP16 = tl.constexpr(
+    """{
+.reg .b32 a, b, first, second;
+shfl.sync.idx.b32 a, $8, $5, 0x1f, -1;
+shfl.sync.idx.b32 b, $9, $4, 0x1f, -1;
+add.rn.f16x2 first, a, b;
+shfl.sync.idx.b32 a, $8, $7, 0x1f, -1;
+shfl.sync.idx.b32 b, $9, $6, 0x1f, -1;
+add.rn.f16x2 second, a, b;
+mov.b32 {$0, $1}, first;
+mov.b32 {$2, $3}, second;
+}"""
+)
+"""Four values $0..$3 in the order of `PRMT`. $4..$7: words whose lowest nibbles are the codes 0 to 3. $8: `lane_table`,
+$9: the same in the upper halves. Bit 4 of a word goes into the lane that is asked, whose value is the same."""
+
+
+@triton.jit
+def lane_table(t0, t1, t2, t3, t4, t5, t6, t7):
+    """The 16 bits of one of the sixteen codes, another in every lane, for `shuffled_half`: no number of the program, as
+    Triton takes it to be, but one of each thread."""
+    return tl.inline_asm_elementwise(
+        LANE_TABLE, "=r,r,r,r,r,r,r,r,r", [t0, t1, t2, t3, t4, t5, t6, t7], dtype=tl.int32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def shuffled_half(word, HALF: tl.constexpr, table, DTYPE: tl.constexpr):
+    """What `lookup_half` gives, by asking other lanes for theirs of `table`, which loads another unit than byte
+    permutation does. On sm_90 and later; all lanes of a warp have to come here together."""
+    shifted = [word >> (16 * HALF), word >> (16 * HALF + 4), word >> (16 * HALF + 8), word >> (16 * HALF + 12)]
+    first, second, third, fourth = tl.inline_asm_elementwise(
+        SHUFFLE_BF16 if DTYPE == tl.bfloat16 else SHUFFLE_FP16, "=h,=h,=h,=h,r,r,r,r,r,r",
+        [shifted[0], shifted[1], shifted[2], shifted[3], table, table << 16],
+        dtype=(tl.int16, tl.int16, tl.int16, tl.int16), is_pure=True, pack=1,
+    )  # fmt: skip
+    return tl.join(tl.join(first, second), tl.join(third, fourth)).to(DTYPE, bitcast=True)
+
+
 @triton.jit
 def _interpreted_bits(word, SHIFT: tl.constexpr, t0, t1, t2, t3, t4, t5, t6, t7):
     code = (word >> SHIFT) & 15

@@ -23,7 +23,9 @@ from torch.autograd.function import once_differentiable
 
 from grpo.kernels.launch import (
     accumulation_dtype,
+    cdiv,
     is_interpreted,
+    next_power_of_2,
     on_device,
     round_to,
     triton_supports,
@@ -140,9 +142,9 @@ def _launch_sizes(x: Tensor) -> tuple[tuple[int], int, int, int, int]:
     """(grid, heads, rows of a program, columns of its tile, warps)."""
     columns = x.shape[-1]
     heads = x.shape[1] if x.ndim == 3 else 1
-    block = triton.next_power_of_2(columns)
+    block = next_power_of_2(columns)
     rows = max(1, min(16, 2048 // block))
-    return (triton.cdiv(x.numel() // columns, rows),), heads, rows, block, warps(rows * block)
+    return (cdiv(x.numel() // columns, rows),), heads, rows, block, warps(rows * block)
 
 
 def launch_forward(x: Tensor, norm: Norm, out: Tensor) -> None:

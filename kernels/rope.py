@@ -17,7 +17,16 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from grpo.kernels.launch import accumulation_dtype, is_interpreted, on_device, round_to, triton_supports, unit_stride
+from grpo.kernels.launch import (
+    accumulation_dtype,
+    cdiv,
+    is_interpreted,
+    next_power_of_2,
+    on_device,
+    round_to,
+    triton_supports,
+    unit_stride,
+)
 
 TOKENS, HEADS = 8, 8
 """Of a program. More heads would read cosines less often, and leave a GPU without enough programs to hide their
@@ -83,10 +92,10 @@ def launch_rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, *, inverse: 
     if x.numel() == 0:
         return
     with on_device(x):
-        _rotate_kernel[(triton.cdiv(tokens, TOKENS), triton.cdiv(heads, HEADS))](
+        _rotate_kernel[(cdiv(tokens, TOKENS), cdiv(heads, HEADS))](
             x, cos, sin, out, tokens, heads, half, columns - 2 * half, x.stride(0), x.stride(1), out.stride(0),
-            out.stride(1), inverse, out.data_ptr() != x.data_ptr(), TOKENS, HEADS, triton.next_power_of_2(half),
-            triton.next_power_of_2(max(1, columns - 2 * half)), is_interpreted(x), num_warps=2,
+            out.stride(1), inverse, out.data_ptr() != x.data_ptr(), TOKENS, HEADS, next_power_of_2(half),
+            next_power_of_2(max(1, columns - 2 * half)), is_interpreted(x), num_warps=2,
         )  # fmt: skip
 
 

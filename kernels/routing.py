@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from grpo.kernels import cards
 from grpo.kernels.launch import is_interpreted, on_device, round_to
 
 MOST_PAIRS = 1 << 12
@@ -97,12 +98,14 @@ def choose(logits: Tensor, top_k: int, renormalize: bool, tile_rows: int, record
     weights = torch.empty(tokens, top_k, dtype=logits.dtype, device=logits.device)
     table, slots, layer = (chosen, chosen, 0) if record is None else record
     assert record is None or (table.is_contiguous() and slots.is_contiguous() and len(slots) >= tokens)
+    overlapped = logits.is_cuda and cards.card(logits.device).overlaps
     with on_device(logits):
         _choose_kernel[(triton.cdiv(tokens, TOKENS),)](
             logits, weights, chosen, order, place, ends, expert, start, counters(logits.device, experts), table, slots,
             tokens, tiles, layer, logits.stride(0), table.stride(0), record is not None, experts,
             triton.next_power_of_2(experts), top_k, triton.next_power_of_2(top_k), renormalize, TOKENS, tile_rows,
-            max(128, triton.next_power_of_2(pairs)), is_interpreted(logits), num_warps=4,
+            max(128, triton.next_power_of_2(pairs)), is_interpreted(logits), overlapped, num_warps=4,
+            launch_pdl=overlapped,
         )  # fmt: skip
     return Routes(weights, chosen.view(tokens, top_k), order, place, ends, expert, start)
 
@@ -112,25 +115,27 @@ def _choose_kernel(
     logits_ptr, weights_ptr, chosen_ptr, order_ptr, place_ptr, ends_ptr, expert_ptr, start_ptr, counts_ptr, table_ptr,
     slots_ptr, tokens, tiles, layer, stride, table_stride, RECORD: tl.constexpr, EXPERTS: tl.constexpr,
     BE: tl.constexpr, TOP_K: tl.constexpr, BK: tl.constexpr, RENORMALIZE: tl.constexpr, BT: tl.constexpr,
-    TILE_ROWS: tl.constexpr, PAIRS: tl.constexpr, INTERPRETED: tl.constexpr,
+    TILE_ROWS: tl.constexpr, PAIRS: tl.constexpr, INTERPRETED: tl.constexpr, OVERLAPPED: tl.constexpr,
 ):  # fmt: skip
     """BT tokens are routed; the last program sorts the pairs of all tokens."""
+    if OVERLAPPED:
+        tl.extra.cuda.gdc_wait()  # this may be launched while what is in front of it runs
+        tl.extra.cuda.gdc_launch_dependents()
     token = tl.program_id(0) * BT + tl.arange(0, BT)
     known = token < tokens
     expert = tl.arange(0, BE)
     inside = known[:, None] & (expert < EXPERTS)[None, :]
     logit = tl.load(logits_ptr + token[:, None] * stride + expert[None, :], mask=inside, other=float("-inf"))
     logit = tl.where(known[:, None], logit.to(tl.float32), tl.where(expert < EXPERTS, 0.0, float("-inf"))[None, :])
-    share = tl.exp(logit - tl.max(logit, 1)[:, None])
-    total = tl.sum(share, 1)
+    first = tl.max(logit, 1)
+    total = tl.sum(tl.exp(logit - first[:, None]), 1)
     slot = tl.arange(0, BK)
     weights = tl.zeros([BT, BK], tl.float32)
     chosen = tl.zeros([BT, BK], tl.int32)
     for k in tl.static_range(TOP_K):
-        best = tl.argmax(logit, 1)
+        most, best = tl.max(logit, 1, return_indices=True)
         is_best = expert[None, :] == best[:, None]
-        weight = tl.sum(tl.where(is_best, share, 0.0), 1)
-        weights = tl.where(slot[None, :] == k, weight[:, None], weights)
+        weights = tl.where(slot[None, :] == k, tl.exp(most - first)[:, None], weights)
         chosen = tl.where(slot[None, :] == k, best[:, None], chosen)
         logit = tl.where(is_best, float("-inf"), logit)
     weights = weights / (tl.sum(weights, 1) if RENORMALIZE else total)[:, None]

@@ -17,7 +17,15 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from grpo.kernels.launch import accumulation_dtype, is_interpreted, on_device, round_to, to_device, triton_supports
+from grpo.kernels.launch import (
+    accumulation_dtype,
+    is_interpreted,
+    next_power_of_2,
+    on_device,
+    round_to,
+    to_device,
+    triton_supports,
+)
 
 
 class GatherIndex:
@@ -83,7 +91,7 @@ def launch_copy(key: Tensor, value: Tensor, index: GatherIndex, out: Tensor) -> 
     with on_device(key):
         _copy_kernel[(index.sources.numel(), 2)](
             key, value, index.sources, out, out[0].numel(), columns, key.stride(0), value.stride(0),
-            triton.next_power_of_2(columns), num_warps=4,
+            next_power_of_2(columns), num_warps=4,
         )  # fmt: skip
 
 
@@ -94,7 +102,7 @@ def launch_sum(key_grad: Tensor, value_grad: Tensor, index: GatherIndex, out: Te
     with on_device(key_grad):
         _sum_kernel[(index.bounds.numel() - 1, 2)](
             key_grad, value_grad, index.bounds, index.order, out, out[0].numel(), columns, key_grad.stride(0),
-            value_grad.stride(0), triton.next_power_of_2(columns), is_interpreted(out), num_warps=4,
+            value_grad.stride(0), next_power_of_2(columns), is_interpreted(out), num_warps=4,
         )  # fmt: skip
 
 

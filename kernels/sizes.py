@@ -9,6 +9,9 @@ QKV_TILE = 8192
 """lora_attention.py: rows whose normalised input exists at once."""
 MLP_TILE = 4096
 """lora_mlp.py: rows whose intermediate tensors exist at once."""
+KEPT_TILES = 4
+"""lora_mlp.py: so many times as many rows where gate and up of all rows are kept, in every layer, beside which a tile's
+tensors are small; fewer tiles are fewer launches, which a host may be too slow for."""
 ADAPTER_COLUMNS = 64
 """lora_linear.py: columns for adapters beside a matrix are a multiple of this; rows stay aligned to 128 bytes."""
 RANK_MULTIPLE = 16
@@ -27,8 +30,9 @@ DELTA_RULE_BYTES = 1 << 30
 """gated_delta.py: intermediate tensors at once, about; as many heads are computed together as fit, and at least one."""
 CONVOLUTION_BYTES = 512 << 20
 """short_conv.py: intermediate tensors at once, about; so many channels are computed together."""
-EXPERTS_BYTES = 256 << 20
-"""experts.py: of dequantised experts at a time, in training."""
+EXPERTS_BYTES = 1 << 30
+"""experts.py: of dequantised experts at a time, in training. Above it the host has to know how many rows each has; a
+matrix of 128 experts of 1,536 x 2,048 in 16 bit takes 768 MiB."""
 
 
 def largest_tile(size: int) -> int:

@@ -17,6 +17,7 @@ from grpo.kernels.sizes import (
     CPU_BLOCK_BYTES,
     EXPERTS_BYTES,
     HEAD_SLICE_BYTES,
+    KEPT_TILES,
     MLP_TILE,
     QKV_TILE,
     WEIGHT_SLICE_BYTES,
@@ -281,9 +282,9 @@ class TrainingMemory:
         return size + (s.hidden * s.has(*GATE_UP) + 3 * s.inner + s.inner * s.has(*DOWN)) * self.itemsize
 
     def _experts_per_token(self, experts: ExpertSizes) -> int:
-        """Gate and up of every row, its place, and its expert and weight twice; the softmax over all experts. With
+        """Gate and up of every row, its place both ways, its expert and weight; the softmax over all experts. With
         adapters the results too, and what each multiplies and makes of it."""
-        row = 2 * experts.inner * self.itemsize + 2 * 8 + 4 + 2 * self.itemsize
+        row = 2 * experts.inner * self.itemsize + 3 * 8 + 4 + 2 * self.itemsize
         above, below = self.sizes.expert_ranks
         if above or below:
             inputs = (experts.hidden + above) * bool(above) + (experts.inner + below) * bool(below)
@@ -299,10 +300,12 @@ class TrainingMemory:
         return experts.experts * a, experts.experts * (above * 2 * experts.inner + below * experts.hidden)
 
     def _experts_backward(self, experts: ExpertSizes) -> int:
-        """Rows of the gradient, of the product and its gradients, and what of the weights is dequantised."""
-        row = experts.hidden + 5 * experts.inner, 2 * experts.hidden + 2 * experts.inner
+        """Rows of the gradient, of gates and ups and their gradients, and what of the weights is dequantised."""
+        row = experts.hidden + 2 * experts.inner
+        if any(self.sizes.expert_ranks):  # every step is a function of its own, which keeps what it was given
+            row = max(experts.hidden + 5 * experts.inner, 2 * experts.hidden + 2 * experts.inner)
         pieces = [min(EXPERTS_BYTES, rows * columns * self.itemsize) for rows, columns in experts.matrices]
-        rows = self.tokens * experts.chosen * max(row) * self.itemsize
+        rows = self.tokens * experts.chosen * row * self.itemsize
         gradients = (self.itemsize + 4) * sum(self._expert_factors())
         return rows + gradients + (max(pieces) if self.packed_weights else 0)
 
@@ -434,7 +437,8 @@ class TrainingMemory:
         s, one = self.sizes, self.layer_input()
         replayed = mode in ("layer", "offload")
         attention = self.kept_by_layer() - self._gate_and_up() - 2 * one
-        mlp_rows, qkv_rows = (min(self.tokens, largest_tile(tile)) for tile in (MLP_TILE, QKV_TILE))
+        mlp_tile_rows = MLP_TILE * (KEPT_TILES if mode == "none" else 1)
+        mlp_rows, qkv_rows = (min(self.tokens, largest_tile(tile)) for tile in (mlp_tile_rows, QKV_TILE))
         # Beside the gradient of the product: the normed input and, where adapters multiply with W, a wider gradient.
         mlp_numbers = (
             s.inner + (1 + self._weights_copied) * s.hidden + (0 if mode == "none" else 2 * s.inner + s.beside(GATE_UP))

@@ -1,9 +1,10 @@
 """Episodes: the policy talks to an environment in turns, and every sampled token is kept as it was sampled.
 
 `EpisodePlayer` lets requests join vLLM's batch as environments answer. By its deterministic schedule an answer is taken
-up exactly `latency_steps` engine steps after it was asked for, and the engine waits for a slower one: what is in a
-batch, and so every token and logprob, does not depend on how long tools take. Groups of scored episodes are made of
-them in `episode_sampler.py`; environments themselves are `grpo/environments/`.
+up at the first multiple of `latency_steps` that is as many engine steps after it was asked for, and the engine waits
+for a slower one: what is in a batch, and so every token and logprob, does not depend on how long tools take. Answers
+come together at those steps, since one that reads a prompt cannot be a CUDA graph. Groups of scored episodes are made
+of them in `episode_sampler.py`; environments themselves are `grpo/environments/`.
 """
 
 from __future__ import annotations
@@ -311,7 +312,8 @@ class EpisodePlayer:
 
     def hand_over(self, episode: Episode, message: dict[str, Any]) -> None:
         """Let the program go on with `message`; its next word is due later."""
-        self.due[episode.number] = self.steps + self.settings.latency_steps
+        latency = self.settings.latency_steps
+        self.due[episode.number] = -(-(self.steps + latency) // latency) * latency
         self.pool.tell(episode.number, message)
 
     def room(self, episode: Episode, transcript: Transcript, observed: int) -> int:

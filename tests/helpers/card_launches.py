@@ -28,6 +28,7 @@ from grpo.kernels import (
     dense_gemm,
     eight_bit,
     eight_bit_gemm,
+    expert_rows,
     glu,
     logprob,
     lora_factors,
@@ -59,7 +60,7 @@ MODULES = (
     dense_gemm, eight_bit, eight_bit_gemm, glu, logprob, lora_factors, lora_shrink, lora_sum, nf4, nf4_gemm,
     nf4_turing, rms_norm, rope, sample, shared_keys,
 )  # fmt: skip
-EXPERT_MODULES = mxfp4, nf4_experts, routing
+EXPERT_MODULES = expert_rows, mxfp4, nf4_experts, routing
 """Those that mixtures of experts launch beside them."""
 RECURRENT_MODULES = delta_rule, short_conv
 """Those of layers with a state."""
@@ -406,6 +407,19 @@ def expert_layers(shape: ExpertShape, dtype: torch.dtype) -> None:
         nf4_experts.decode(x, logits, layer, shape.top_k, True, each, tiles, record)
     if shape.mxfp4:
         below.dense()
+    expert_rows_of_training(shape, dtype)
+
+
+def expert_rows_of_training(shape: ExpertShape, dtype: torch.dtype) -> None:
+    """What happens to rows between the products of a micro-batch."""
+    pairs = TOKENS * shape.top_k
+    rows, inner = torch.empty(pairs, shape.hidden, dtype=dtype), torch.empty(pairs, shape.inner, dtype=dtype)
+    weights, order = torch.empty(TOKENS, shape.top_k, dtype=dtype), torch.empty(pairs, dtype=torch.int64)
+    for each in (weights, None):
+        total = expert_rows.sum_rows(rows, each, order, shape.top_k)
+    expert_rows.spread_backward(total, rows, weights, order)
+    gate_up = torch.empty(pairs, 2 * shape.inner, dtype=dtype)
+    expert_rows.gated_backward(inner, gate_up, weights.reshape(-1), shape.activation)
 
 
 def tuned_products(shape: Shape, dtype: torch.dtype, card: Card) -> None:

@@ -5,9 +5,9 @@ import os
 import pytest
 import torch
 
+from grpo.kernels import expert_rows, mxfp4, nf4, nf4_experts, routing
 from grpo.kernels import experts as plain
-from grpo.kernels import mxfp4, nf4, nf4_experts, routing
-from grpo.kernels.glu import glu_forward
+from grpo.kernels.glu import ACTIVATIONS, glu_forward
 from grpo.kernels.nf4_tiles import Tile
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "pytest tests/kernels/test_experts.py runs this file"
@@ -108,6 +108,9 @@ def test_products_are_those_of_dequantised_experts_rounded_once(tile, experts, f
     plain_y = nf4_experts.experts_linear(x, *weight, routes, tile, top_k=top_k)
     sorted_y = nf4_experts.experts_linear(rows.contiguous(), *weight, routes, tile)
     assert torch.equal(plain_y, sorted_y)
+    for glu in ACTIVATIONS if features % 16 == 0 else ():
+        gated = nf4_experts.experts_linear(x, *weight, routes, tile, top_k=top_k, glu=glu)
+        close([gated], [glu_forward(plain_y, glu).double()], 1e-3)
     error = float((plain_y.double() - wanted).norm() / wanted.norm())
     assert error < (2.5e-3 if dtype == torch.bfloat16 else 4e-4)
 
@@ -195,3 +198,50 @@ def test_rows_are_added_with_their_weights():
     rows = torch.randn(21, 200).bfloat16()
     wanted = torch.einsum("tk,tkc->tc", routes.weights.double(), rows[routes.place.long()].double().view(7, 3, 200))
     torch.testing.assert_close(nf4_experts.combine(rows, routes).double(), wanted, rtol=0.005, atol=0.005)
+
+
+def in_torch(function, *arguments):
+    """What `function`'s torch form gives in float64."""
+    return function(
+        *(each.double() if torch.is_tensor(each) and each.is_floating_point() else each for each in arguments)
+    )
+
+
+def close(ours, wanted, limit=3e-3):
+    for one, right in zip(ours, wanted, strict=True):
+        assert float((one.double() - right).norm() / right.norm()) < limit
+
+
+def rows_of(tokens, top_k, columns):
+    """(rows, weights, order, place) of random experts."""
+    torch.manual_seed(tokens)
+    chosen = torch.stack([torch.randperm(8)[:top_k] for _ in range(tokens)])
+    order, _, place = plain.group(chosen, 8)
+    return torch.randn(tokens * top_k, columns).bfloat16(), torch.rand(tokens, top_k).bfloat16(), order, place
+
+
+@pytest.mark.parametrize(("tokens", "top_k", "columns"), [(7, 3, 200), (1, 1, 64), (5, 8, 1100)])
+def test_sums_of_a_tokens_rows_and_their_gradients_are_those_of_the_torch_form(tokens, top_k, columns):
+    rows, weights, order, place = rows_of(tokens, top_k, columns)
+    for each in (weights, None):
+        ours, wanted = (
+            expert_rows.sum_rows(rows, each, place, top_k), in_torch(expert_rows.sum_rows, rows, each, place, top_k),
+        )  # fmt: skip
+        close([ours], [wanted])
+    incoming = torch.randn(tokens, columns).bfloat16()
+    arguments = incoming, rows, weights, order
+    wanted = in_torch(expert_rows.spread_backward, *arguments)
+    close(expert_rows.spread_backward(*arguments), wanted)
+    leaves = rows.double().requires_grad_(), weights.double().requires_grad_()
+    total = (leaves[0][place].view(tokens, top_k, columns) * leaves[1][..., None]).sum(1)
+    by_rows, by_weights = torch.autograd.grad((total * incoming).sum(), leaves)
+    close([wanted[0], wanted[1][place].view_as(weights)], [by_rows, by_weights], 1e-12)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(("rows", "inner"), [(6, 100), (1, 1100)])
+def test_gradients_of_gates_and_of_a_rows_weight_are_those_of_the_torch_form(activation, rows, inner):
+    torch.manual_seed(rows)
+    grad, gate_up = torch.randn(rows, inner).bfloat16(), 4 * torch.randn(rows, 2 * inner).bfloat16()
+    arguments = grad, gate_up, torch.rand(rows).bfloat16(), activation
+    close(expert_rows.gated_backward(*arguments), in_torch(expert_rows.gated_backward, *arguments), 6e-3)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from grpo.kernels import experts as module
-from grpo.kernels import nf4
+from grpo.kernels import nf4, nf4_experts
 from grpo.kernels.experts import ExpertMatrix, Experts, experts_mlp, group, route
 from tests.helpers.paths import ROOT
 
@@ -123,13 +123,60 @@ def test_a_row_has_the_same_bits_whatever_other_rows_there_are() -> None:
     torch.testing.assert_close(together, alone, atol=0.02, rtol=0.02)
 
 
+def on_gpu(experts: Experts) -> Experts:
+    """The same on a GPU; what is packed keeps its layout."""
+    moved = [
+        ExpertMatrix(*(None if each is None else nf4_moved(each) for each in matrix[:2]), matrix.experts)
+        for matrix in (experts.gate_up, experts.down)
+    ]
+    return Experts(*moved, experts.activation)
+
+
+def nf4_moved(tensor: Tensor) -> Tensor:
+    """A copy on the GPU with the same strides."""
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cuda").copy_(tensor)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("halves", [0, 1, 2])
+def test_packed_products_by_shuffles_are_those_of_dequantised_experts(halves: int, monkeypatch: Any) -> None:
+    torch.manual_seed(0)
+    monkeypatch.setattr(nf4_experts, "SHUFFLED_HALVES", halves)
+    monkeypatch.setattr(nf4_experts, "_shuffled", {})
+    ours = on_gpu(made(16, 256, 512, torch.bfloat16, packed=True))
+    for tile in (*nf4_experts.FEW[:1], *nf4_experts.MANY[:1]):
+        assert nf4_experts.agrees(ours.gate_up, 4, tile, 16, ours.activation)
+        assert nf4_experts.agrees(ours.down, 4, tile, 16)
+
+
+@pytest.mark.gpu
+def test_gradients_on_a_gpu_are_those_of_the_cpu() -> None:
+    torch.manual_seed(0)
+    ours = made(8, 128, 128, torch.bfloat16, packed=True)
+    x, logits, incoming = torch.randn(300, 128), torch.randn(300, 8), torch.randn(300, 128)
+    chosen = route(logits, 3, True)[1]
+    found = []
+    for device, experts, dtype in (("cuda", on_gpu(ours), torch.bfloat16), ("cpu", ours, torch.float32)):
+        if device == "cpu":
+            dense = [ExpertMatrix(each.dense().float().flatten(0, 1), None, 8) for each in (ours.gate_up, ours.down)]
+            experts = Experts(*dense, ours.activation)
+        leaves = [each.to(device).to(dtype).requires_grad_() for each in (x.bfloat16(), logits.bfloat16())]
+        weights, _ = route(leaves[1], 3, True, chosen.to(device))
+        result = experts_mlp(leaves[0], experts, chosen.to(device), weights)
+        total = (result * incoming.bfloat16().to(device).to(dtype)).sum()
+        found.append([each.double().cpu() for each in (result.detach(), *torch.autograd.grad(total, leaves))])
+    for one, right in zip(*found, strict=True):
+        assert float((one - right).norm() / right.norm()) < 0.02
+
+
 @given(st.integers(1, 30), st.integers(1, 40), st.integers(0, 99))
 def test_rows_are_sorted_by_expert_and_then_by_token(tokens: int, experts: int, seed: int) -> None:
     torch.manual_seed(seed)
     top_k = min(3, experts)
     chosen = torch.stack([torch.randperm(experts)[:top_k] for _ in range(tokens)])
-    order, ends = group(chosen, experts)
+    order, ends, place = group(chosen, experts)
     flat = chosen.reshape(-1)
+    assert torch.equal(order[place], torch.arange(len(flat)))
     assert sorted(order.tolist()) == list(range(len(flat)))
     keys = [(int(flat[place]), int(place)) for place in order]
     assert keys == sorted(keys)

@@ -321,7 +321,7 @@ def test_attention_inputs_equal_autograd(unit_offset, head_norms, dtype, device)
     linear.assert_gradients(dtype, 3)
 
 
-def mlp_example(dtype, device, *, activation="silu", residual=True, normed=True, tile=4, packed=()):
+def mlp_example(dtype, device, *, activation="silu", residual=True, normed=True, tile=2, packed=()):
     above = Linear(64, (64, 64), dtype, device, packed=packed)
     below = Linear(64, (64,), dtype, device, packed=packed[:1])
     norm = Norm(1 + 0.2 * randn(64, dtype=dtype, device=device), EPS, activation != "silu") if normed else None

@@ -160,6 +160,42 @@ def played(home: Path) -> Iterator[Played]:
     found.session.close()
 
 
+def test_answers_come_together_and_none_sooner_than_its_latency(played: Played, tmp_path: Path) -> None:
+    (tmp_path / "unequal.py").write_text(
+        "async def play(row, sample):\n"
+        "    messages, member = list(row['prompt']), row['member']\n"
+        "    for turn in range(3):\n"
+        "        said = await sample(messages, max_tokens=3 + 2 * member + turn)\n"
+        "        messages += [said.message, {'role': 'user', 'content': 'Go on.'}]\n"
+        "    return 1.0\n"
+    )
+    from grpo.training.environment import make_player, start_environment
+
+    latency, asked, taken = 5, {}, []
+    played.use(None, program=f"{tmp_path / 'unequal.py'}:play", latency_steps=latency, max_turn_tokens=20)
+    prompt = [{"role": "user", "content": "Say it."}]
+    with start_environment(played.config) as pool:
+        assert pool is not None
+        player = make_player(played.session, pool)
+        hand_over, admit = player.hand_over, player.admit
+
+        def noted(episode: Any, message: Any) -> None:
+            asked[episode.number] = player.steps
+            hand_over(episode, message)
+
+        def admitted(episode: Any, said: Any) -> Iterator[Any]:
+            if episode.number in asked:
+                taken.append((player.steps, player.steps - asked[episode.number]))
+            return admit(episode, said)
+
+        player.hand_over, player.admit = noted, admitted
+        starts = [(number, {"prompt": prompt, "member": number}, number + 1) for number in range(4)]
+        found = list(player.play(starts, played.session.sampling(1.0, 100)))
+    assert all(isinstance(each.result, Ended) for each in found) and len(taken) == 12
+    assert all(step % latency == 0 and latency <= waited < 2 * latency for step, waited in taken)
+    assert len({step for step, _ in taken}) < 12, "some came together"
+
+
 def test_what_was_sampled_is_what_is_scored(played: Played) -> None:
     played.use("letters")
     for episode in played.play():

@@ -55,10 +55,11 @@ class Environment(Section):
     """An episode whose program raises, hangs, dies or returns nonsense: leave it out of training, or stop the run. A
     step in which all do so ends the run in either case."""
     schedule: Literal["deterministic", "eager"] = "deterministic"
-    """When an environment's answer is taken up: exactly `latency_steps` after it was asked for, so that the tokens do
-    not depend on how long tools take; or at once."""
+    """When an environment's answer is taken up: at a multiple of `latency_steps`, so that the tokens do not depend on
+    how long tools take; or at once."""
     latency_steps: PositiveInt = 16
-    """Decoding steps from the end of a turn until its answer is taken up. A slower answer is waited for."""
+    """Answers are taken up at every 16th decoding step (or whatever this says), each at the first one that is as many
+    steps after it was asked for. A slower answer is waited for."""
     tool_parser: Literal[
         "auto", "hermes", "qwen3_coder", "glm45", "lfm2", "llama3_json", "gemma4", "openai", "deepseek_v3"
     ] = "auto"
