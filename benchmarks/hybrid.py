@@ -5,6 +5,8 @@
 
 - `operators`: the gated delta rule and the convolution over a packed row whose sequences share prompts, against the
   rule written out token by token in float64 on the CPU, with every gradient; then their time and memory at full size.
+- `modules`: both graphs, what each kind of module alone differs by, what the stream between layers does by depth, and
+  how far the training graph is from itself where the order of sums is another; with the adapter and without.
 - `nf4`: one NF4 copy, an adapter on all linear layers that does something; sampled against trained logprobs (bar: a
   KL of 0.002), tokens a second, and whether prompts are reused.
 - `bf16`: tokens a second of the same classes without quantisation and without an adapter; NF4's have to be as many.
@@ -38,7 +40,7 @@ def jobs_of(options: argparse.Namespace) -> list[Job]:
 
 
 def measurer(options: argparse.Namespace) -> Callable[[Row], Row]:
-    parts = {"operators": operators, "nf4": served, "bf16": served}
+    parts = {"operators": operators, "modules": modules, "nf4": served, "bf16": served}
     return lambda row: row | parts[row["part"]](row, options)
 
 
@@ -161,6 +163,49 @@ def operators(row: Row, options: argparse.Namespace) -> Row:
 # Both graphs
 
 
+def modules(row: Row, options: argparse.Namespace) -> Row:
+    """Where the two graphs differ."""
+    import torch
+
+    from benchmarks.common import module_differences, shared_model
+    from benchmarks.common.random_model import RandomSource
+    from benchmarks.common.timing import tried
+    from grpo.config.schema import Lora, Model
+    from grpo.model.base_weights import BaseWeights
+    from grpo.policy.policy import Policy
+    from grpo.rollout.engine import Engine, EngineSettings, SamplingSettings
+
+    device, shape = torch.device(options.device), "tiny_hybrid" if options.tiny else options.shape
+    model = Model(name="random", load_in_4bit=not options.sixteen_bit)
+    base = BaseWeights(RandomSource(shape, device), model, device=device, dtype=torch.bfloat16)
+    policy = Policy(base, Lora(r=options.rank, lora_alpha=2 * options.rank), seed=0)
+    shared_model.randomize_adapter(policy)
+    prompt, new = (48, 16) if options.tiny else (256, 128)
+    engine = Engine(base, policy, EngineSettings(max_seq_length=prompt + new, max_num_seqs=16, enforce_eager=True))
+    requests = shared_model.random_requests(1000, 8, prompt, seed=3)
+    prompts = [request.prompt_ids for request in requests]
+    found: Row = {"differences": tried(lambda: module_differences.differences(engine, policy, prompts[0], new))}
+    rows.tell(row | found)
+    found["agreement"] = tried(lambda: shared_model.agreement(engine, policy, prompts, new))
+
+    def without() -> Any:
+        done = list(engine.generate(requests, SamplingSettings(1.0, new), adapter=False))
+        with policy.model.disable_adapter(), torch.no_grad():
+            gaps = [
+                policy.score([prompts[one.request_id]], [one.token_ids], temperature=1.0).logprobs.double().cpu()
+                - torch.tensor(one.logprobs, dtype=torch.float64)
+                for one in done
+            ]
+        return shared_model.mismatch(gaps, new)
+
+    found["agreement without adapter"] = tried(without)
+    rows.tell(row | found)
+    completions = [ids[:new] for ids in prompts]
+    found["own spread"] = tried(lambda: module_differences.own_spread(policy, prompts, completions))
+    engine.close()
+    return found
+
+
 def served(row: Row, options: argparse.Namespace) -> Row:
     """One copy of the weights in both graphs, or vLLM's alone in 16 bit."""
     import torch
@@ -228,7 +273,8 @@ def conclude(measured: list[Row]) -> Row:
 def main() -> int:
     parser = rows.parser(__doc__, rank=16, chunk=1024)
     parser.add_argument("--shape", default="qwen3.5-4b")
-    parser.add_argument("--parts", default="operators,nf4,bf16", type=rows.words)
+    parser.add_argument("--parts", default="operators,modules,nf4,bf16", type=rows.words)
+    parser.add_argument("--sixteen-bit", action="store_true", help="`modules` of a base that is not quantised")
     parser.add_argument("--counts", default="32,128", type=lambda text: [int(n) for n in rows.words(text)])
     parser.add_argument("--new-tokens", type=int, default=256)
     options = parser.parse_args()

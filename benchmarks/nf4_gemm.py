@@ -1,13 +1,14 @@
 """Times the NF4 product against bitsandbytes and bf16 cuBLAS, or (--tune) measures the table it chooses tiles from.
 
-The linear layers of one decoder layer of Llama-3.1-8B, Llama-3.2-3B and Qwen2.5-1.5B, random weights. Weights are
-cold: every call in a CUDA graph reads another copy, together larger than the L2 cache. bitsandbytes multiplies q, k, v
-and gate, up one after the other, as vLLM's integration of it does, here without that integration's copies between.
-Before timing, every product is compared with float32 on the same dequantised weights, and its rows with those of
-smaller batches, bit for bit.
+The linear layers of one decoder layer of Llama-3.1-8B, Llama-3.2-3B and Qwen2.5-1.5B, and those of both kinds of layers
+of Qwen3.5-4B, random weights. Weights are cold: every call in a CUDA graph reads another copy, together larger than the
+L2 cache. bitsandbytes multiplies q, k, v and gate, up one after the other, as vLLM's integration of it does, here
+without that integration's copies between. Before timing, every product is compared with float32 on the same dequantised
+weights, and its rows with those of smaller batches, bit for bit.
 
     python -m benchmarks.nf4_gemm                                   # a table, then one line of JSON
     python -m benchmarks.nf4_gemm --tune kernels/nf4_table.json     # search tiles first, and measure with them
+    python -m benchmarks.nf4_gemm --models Qwen3.5-4B --tune kernels/nf4_table.json --short   # a first start's search
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from torch import Tensor
 
 from benchmarks.common.nf4_weights import Weight, copies_for, packed_weight, random_weight
 from benchmarks.common.processes import write_result
-from grpo.kernels import cards, nf4, nf4_gemm, nf4_plans, nf4_tuner
+from grpo.kernels import cards, nf4, nf4_gemm, nf4_plans, nf4_tiles, nf4_tuner
 from grpo.run.versions import versions
 
 MODELS: dict[str, dict[str, tuple[tuple[int, ...], int]]] = {
@@ -48,6 +49,14 @@ MODELS: dict[str, dict[str, tuple[tuple[int, ...], int]]] = {
         "o": ((1536,), 1536),
         "gate_up": ((8960, 8960), 1536),
         "down": ((1536,), 8960),
+    },
+    "Qwen3.5-4B": {
+        "qkvz": ((8192, 4096), 2560),
+        "ba": ((32, 32), 2560),
+        "out": ((2560,), 4096),
+        "qkv": ((8192, 1024, 1024), 2560),
+        "gate_up": ((9216, 9216), 2560),
+        "down": ((2560,), 9216),
     },
 }
 """Model -> linear layer -> (rows of each part, columns)."""
@@ -139,17 +148,18 @@ def print_table(records: list[dict], sums: list[dict]) -> None:
         )
 
 
-def tune(shapes: list[tuple[int, int]], path: Path, seconds: float) -> None:
-    """Replace this GPU's entry in the table at `path`, keeping those of others, and use the table."""
+def tune(shapes: list[tuple[int, int]], path: Path, seconds: float, *, thorough: bool) -> None:
+    """Put `shapes` of this GPU into the table at `path`, which keeps what else it has, and use the table."""
     card = cards.card(torch.device("cuda", 0))
     found = nf4_tuner.tune(
-        shapes, card, torch.bfloat16, seconds, thorough=True, say=lambda text: print(f"tune: {text}", flush=True)
+        shapes, card, torch.bfloat16, seconds, thorough=thorough, say=lambda text: print(f"tune: {text}", flush=True)
     )
     table = json.loads(path.read_text()) if path.exists() else {}
+    before = table.get(card.name, {}).get("shapes", {})
     table[card.name] = {
         "measured_with": {key: value for key, value in versions().items() if key in ("torch", "triton")},
         "architecture": card.architecture,
-        "shapes": nf4_plans.written_plans({shape: measured.plan for shape, measured in found.items()}),
+        "shapes": before | nf4_plans.written_plans({shape: measured.plan for shape, measured in found.items()}),
     }
     text = json.dumps(table, indent=1)
     path.write_text(re.sub(r"\{[^{}]*\}", lambda inner: json.dumps(json.loads(inner[0])), text) + "\n")
@@ -164,13 +174,17 @@ def main() -> int:
         "--tune", type=Path, metavar="TABLE", help="search tiles, write them to this JSON file, use them"
     )
     parser.add_argument("--budget", type=float, default=600.0, help="seconds for --tune")
+    parser.add_argument("--short", action="store_true", help="--tune searches as a first start does")
+    parser.add_argument("--splits", type=lambda text: tuple(map(int, text.split(","))), help="of K, that --tune tries")
     parser.add_argument("--out", type=Path, help="write the result there too, as JSON")
     options = parser.parse_args()
     models = options.models.split(",")
     started = time.monotonic()
+    if options.splits:
+        nf4_tiles.SPLITS = options.splits
     if options.tune:
         shapes = [(sum(parts), columns) for model in models for parts, columns in MODELS[model].values()]
-        tune(shapes, options.tune, options.budget)
+        tune(list(dict.fromkeys(shapes)), options.tune, options.budget, thorough=not options.short)
     torch.cuda.init()
     records: list[dict] = []
     for model in models:

@@ -4,6 +4,7 @@ Random weights of a Llama shape, NF4, the adapter on. Three rollouts: one plainl
 (kernel times, CUDA graphs included), one under cProfile (host functions, inflated by the profiling itself).
 
     python -m benchmarks.rollout_profile --shape 3b --sequences 128,32 --out profile.json
+    python -m benchmarks.rollout_profile --sixteen-bit   # without quantisation and adapter
     python -m benchmarks.rollout_profile --variants '[{}, {"block_size": 64}]'   # vLLM's arguments, one engine each
     python -m benchmarks.rollout_profile --own-scheduler   # also by vLLM's own scheduler, in the same engine
 """
@@ -68,17 +69,19 @@ class VariedEngine(Engine):
             del self._completion
 
 
-def load_model(options: argparse.Namespace) -> tuple[BaseWeights, Policy]:
+def load_model(options: argparse.Namespace) -> tuple[BaseWeights, Policy | None]:
     device, dtype = torch.device(options.device), torch.bfloat16
-    model = Model(name="random", load_in_4bit=True)
+    model = Model(name="random", load_in_4bit=not options.sixteen_bit)
     base = BaseWeights(RandomSource(options.shape, device), model, device=device, dtype=dtype)
+    if options.sixteen_bit:
+        return base, None
     policy = Policy(base, Lora(r=16, lora_alpha=32), seed=0)
     shared.randomize_adapter(policy)
     return base, policy
 
 
 def start_engine(
-    base: BaseWeights, policy: Policy, options: argparse.Namespace, replaced: dict[str, Any]
+    base: BaseWeights, policy: Policy | None, options: argparse.Namespace, replaced: dict[str, Any]
 ) -> VariedEngine:
     length = options.prompt_tokens + options.new_tokens
     settings = EngineSettings(max_seq_length=length, max_num_seqs=max(options.sequences))
@@ -228,6 +231,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--shape", default="3b")
     parser.add_argument("--sequences", default="128,32", type=lambda text: [int(n) for n in text.split(",")])
+    parser.add_argument("--sixteen-bit", action="store_true", help="the base as it is, without an adapter")
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--device", default="cuda")

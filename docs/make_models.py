@@ -78,7 +78,8 @@ def page() -> str:
 
 def hybrid() -> str:
     """What benchmarks/hybrid.py measured on a GPU."""
-    operators, *served = json.loads(HYBRID.read_text(encoding="utf-8"))["rows"]
+    operators, modules, *_ = json.loads(HYBRID.read_text(encoding="utf-8"))["rows"]
+    with_adapter, without = (modules[f"agreement{which}"]["mismatch_kl"] for which in ("", " without adapter"))
 
     def times(name: str) -> str:
         return " and ".join(f"{operators[f'{name} {passes}']['ms']:.3g}" for passes in ("forward", "both"))
@@ -88,7 +89,8 @@ def hybrid() -> str:
         f"{times('delta kernels')}\n"
         f"ms a layer, forward and with its gradients, of which torch's form takes {times('delta torch')}; convolutions "
         f"{times('conv')}\nof {times('conv torch')}. The KL of sampled and trained logprobs with random NF4 weights is "
-        f"{served[-1]['agreement']['mismatch_kl']:.1g} there\n(benchmarks/results/hybrid.json)."
+        f"{with_adapter:.2g} there, with the\nadapter off {without:.2g}; of the training graph and itself, with sums "
+        f"in another order, {modules['own spread']:.2g}\n(benchmarks/results/hybrid.json)."
     )
 
 

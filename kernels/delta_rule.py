@@ -27,6 +27,7 @@ from torch import Tensor
 
 from grpo.kernels.launch import is_interpreted, on_device, round_to
 from grpo.kernels.recurrence import CHUNK, Run
+from grpo.kernels.sizes import delta_rule_bytes
 
 MOST_DIM = 128
 """Of keys and of values: a program holds a state, or a part of one, in registers."""
@@ -97,20 +98,23 @@ class Kept(NamedTuple):
 
 
 def serves(inputs: Inputs) -> bool:
-    """Whether the kernels compute this: in bfloat16, on a GPU with tensor cores for it."""
+    """Whether the kernels compute this."""
+    return serves_on(inputs.value.device, inputs.value.dtype, inputs.dims)
+
+
+def serves_on(device: torch.device, dtype: torch.dtype, dims: tuple[int, int]) -> bool:
+    """Whether the kernels compute heads of these sizes: in bfloat16, on a GPU with tensor cores for it."""
     return (
-        inputs.value.is_cuda
-        and inputs.value.dtype == torch.bfloat16
-        and max(inputs.dims) <= MOST_DIM
-        and torch.cuda.get_device_capability(inputs.value.device) >= LEAST_CAPABILITY
+        device.type == "cuda"
+        and dtype == torch.bfloat16
+        and max(dims) <= MOST_DIM
+        and torch.cuda.get_device_capability(device) >= LEAST_CAPABILITY
     )
 
 
 def bytes_of_head(run: Run, dim: int, value_dim: int) -> int:
     """Bytes of what a backward keeps for one head of values."""
-    state = dim * value_dim
-    chunk = 2 * CHUNK * CHUNK + 2 * (CHUNK * value_dim + state)
-    return 4 * (len(run.starts) * chunk + 3 * state * max(len(order.spans) for order in run.orders))
+    return delta_rule_bytes(len(run.starts), max(len(order.spans) for order in run.orders), dim, value_dim)
 
 
 def block(size: int) -> int:

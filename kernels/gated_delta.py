@@ -24,10 +24,8 @@ from torch.autograd.function import once_differentiable
 from grpo.kernels import delta_rule
 from grpo.kernels.launch import accumulation_dtype, unit_stride
 from grpo.kernels.recurrence import CHUNK, Recurrence, Stage
-from grpo.kernels.sizes import DELTA_RULE_BYTES
+from grpo.kernels.sizes import DELTA_RULE_BYTES, DELTA_RULE_TENSORS
 
-TENSORS = 12
-"""How many tensors as large as a head's keys and values exist at once in a backward pass, about."""
 EPS = 1e-6
 """Added to the square of a length."""
 
@@ -137,7 +135,7 @@ def by_heads(recurrence: Recurrence, inputs: Sequence[Tensor]) -> Iterator[tuple
     key_heads, shared = query.shape[1], value.shape[1] // query.shape[1]
     dtype = accumulation_dtype(value.dtype)
     tokens = sum(stage.tokens.numel() for stage in recurrence.stages)
-    one = tokens * shared * (query.shape[2] + value.shape[2]) * dtype.itemsize * TENSORS
+    one = tokens * shared * (query.shape[2] + value.shape[2]) * dtype.itemsize * DELTA_RULE_TENSORS
     together = max(1, DELTA_RULE_BYTES // one)
     for first in range(0, key_heads, together):
         of_keys = slice(first, min(first + together, key_heads))

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from grpo.kernels.attention import Packing, Span
+from grpo.kernels.sizes import DELTA_CHUNK
 
-CHUNK = 64
+CHUNK = DELTA_CHUNK
 """Tokens whose part of the delta rule is computed by matrix products."""
 
 

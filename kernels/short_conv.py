@@ -27,12 +27,10 @@ from grpo.kernels.launch import (
     unit_stride,
 )
 from grpo.kernels.recurrence import Preceding, Recurrence
-from grpo.kernels.sizes import CONVOLUTION_BYTES
+from grpo.kernels.sizes import CONVOLUTION_BYTES, CONVOLUTION_TENSORS
 
 ROWS, CHANNELS = 16, 128
 """Of a program's tile."""
-TENSORS = 8
-"""How many tensors as large as the input exist at once in a backward pass, about."""
 
 
 def short_conv(x: Tensor, weight: Tensor, bias: Tensor | None, recurrence: Recurrence, *, silu: bool = False) -> Tensor:
@@ -80,7 +78,9 @@ class _ShortConv(torch.autograd.Function):
 
 def channel_groups(x: Tensor) -> Iterator[slice]:
     """Channels of x [tokens, channels] that are computed together."""
-    together = max(1, CONVOLUTION_BYTES // (TENSORS * max(1, len(x)) * accumulation_dtype(x.dtype).itemsize))
+    together = max(
+        1, CONVOLUTION_BYTES // (CONVOLUTION_TENSORS * max(1, len(x)) * accumulation_dtype(x.dtype).itemsize)
+    )
     for first in range(0, x.shape[1], together):
         yield slice(first, first + together)
 

@@ -28,11 +28,25 @@ CPU_BLOCK_BYTES = 8 << 20
 barriers, which are slow where other processes use the cores too."""
 DELTA_RULE_BYTES = 1 << 30
 """gated_delta.py: intermediate tensors at once, about; as many heads are computed together as fit, and at least one."""
+DELTA_CHUNK = 64
+"""recurrence.py: tokens whose part of the delta rule is computed by matrix products."""
+DELTA_RULE_TENSORS = 12
+"""gated_delta.py: how many float32 tensors as large as a head's keys and values exist at once in a backward pass of
+torch's form, about."""
 CONVOLUTION_BYTES = 512 << 20
-"""short_conv.py: intermediate tensors at once, about; so many channels are computed together."""
+"""short_conv.py: intermediate tensors of torch's form at once, about; so many channels are computed together."""
+CONVOLUTION_TENSORS = 8
+"""short_conv.py: how many float32 tensors as large as the input exist at once in a backward pass of it, about."""
 EXPERTS_BYTES = 1 << 30
 """experts.py: of dequantised experts at a time, in training. Above it the host has to know how many rows each has; a
 matrix of 128 experts of 1,536 x 2,048 in 16 bit takes 768 MiB."""
+
+
+def delta_rule_bytes(chunks: int, spans: int, dim: int, value_dim: int) -> int:
+    """delta_rule.py: of what a backward keeps for one head of values."""
+    state = dim * value_dim
+    chunk = 2 * DELTA_CHUNK * DELTA_CHUNK + 2 * (DELTA_CHUNK * value_dim + state)
+    return 4 * (chunks * chunk + 3 * state * spans)
 
 
 def largest_tile(size: int) -> int:

@@ -24,9 +24,9 @@ from grpo.kernels.sizes import (
     largest_tile,
 )
 from grpo.memory.states import StateLayers, has_states, largest_layer, state_layers
-from grpo.model.adapter_layers import adapted_experts, adapted_layers
+from grpo.model.adapter_layers import adapted_layers, expert_ranks
 from grpo.model.attention_layers import attention_layers
-from grpo.model.expert_sizes import MATRICES, ExpertSizes, expert_sizes
+from grpo.model.expert_sizes import ExpertSizes, expert_sizes
 from grpo.model.families.table import family_of
 from grpo.model.sizes import linear_shapes, mlp_widths
 
@@ -41,6 +41,8 @@ QKV, GATE_UP, DOWN = (
 """Linear layers that are one product each."""
 NORMED_HEADS = ("qwen3", "gemma3_text", "qwen3_5_text", "qwen3_5_moe_text", "qwen3_moe", "lfm2")
 """Families that normalise q and k before the rotation."""
+OWN_NORMS = ("qwen3_5_text", "qwen3_5_moe_text")
+"""Families whose plain layers have our norms, which keep their input as it is (grpo/policy/gated_attention.py)."""
 LIBRARIES = 36 << 20
 """Workspaces that cuBLAS takes from torch's allocator on a GPU (32 MiB on Hopper, 8 MiB before)."""
 INDEXED_IN_32_BITS = 2**31 - 1
@@ -97,7 +99,7 @@ class LayerSizes:
     adapter_b: int
     """Numbers in one layer's B."""
     gated: bool = False
-    """What attention gives is multiplied by a gate (Qwen 3.5)."""
+    """What attention gives is multiplied by a gate, and norms of plain layers keep their input as it is (Qwen 3.5)."""
     states: tuple[StateLayers, ...] = ()
     """The layers that are not attention, by their kind."""
     experts: ExpertSizes | None = None
@@ -119,7 +121,7 @@ class LayerSizes:
         if mixed := has_states(shape):  # of the layer with the most
             first = largest_layer(shape, adapted)
         return cls(
-            gated=shape.model_type in ("qwen3_5_text", "qwen3_5_moe_text"),
+            gated=shape.model_type in OWN_NORMS,
             states=state_layers(shape, adapted) if mixed else (),
             hidden=shape.hidden_size,
             inner=of_all(mlp_widths(shape)),
@@ -147,16 +149,6 @@ class LayerSizes:
     def beside(self, endings: Sequence[str]) -> int:
         """Columns beside a product of linear layers for what their adapters add (kernels/lora_linear.py)."""
         return -(-self.rank * len(self.adapted & set(endings)) // ADAPTER_COLUMNS) * ADAPTER_COLUMNS
-
-
-def expert_ranks(shape: Any, lora: Lora | None) -> tuple[int, int]:
-    """The largest ranks of adapters on the two matrices of experts."""
-    adapters = {} if lora is None else adapted_experts(shape, lora)
-    above, below = (
-        max((adapter.rank for name, adapter in adapters.items() if name.endswith(matrix)), default=0)
-        for matrix in MATRICES
-    )
-    return above, below
 
 
 def mean_of(sizes: list[int]) -> int:
@@ -235,8 +227,10 @@ class TrainingMemory:
 
     def kept_by_states(self) -> list[int]:
         """The same of a layer of every kind that has states."""
-        common = self.tokens * self._common_per_token() + self._factors()
-        return [common + self.tokens * kind.kept(self.itemsize, self.sizes.rank) for kind in self.sizes.states]
+        s = self.sizes
+        of_mlp = s.rank * len(s.adapted & {*GATE_UP, *DOWN}) * self.itemsize
+        common = self.tokens * (self._common_per_token() + of_mlp) + self._factors()
+        return [common + self.tokens * kind.kept(self.itemsize, s.rank) for kind in s.states]
 
     def _all_layers(self) -> int:
         """Bytes that all layers save."""
@@ -267,19 +261,26 @@ class TrainingMemory:
     def _plain_per_token(self) -> int:
         """transformers' modules with LoRA: each norm keeps its input in float32, and every linear layer its own."""
         s = self.sizes
-        size = 4 * (s.query + s.key) + 4 * (s.query + s.key) // s.head_dim if s.normed_heads else 0
-        numbers = s.hidden * s.has(*QKV) + (2 * s.query if s.gated else 0)
-        return self._common_per_token() + size + (numbers + s.rank * len(s.adapted)) * self.itemsize
+        size = 4 * (s.query + s.key) + 4 * (s.query + s.key) // s.head_dim if s.normed_heads and not s.gated else 0
+        # With a gate: queries and gates as they come from their product, keys, the gates' sigmoid, and the result.
+        numbers = s.hidden * s.has(*QKV) + (4 * s.query + s.key if s.gated else 0)
+        adapters = len(s.adapted) - max((kind.adapted for kind in s.states), default=0)
+        return self._common_per_token() + size + (numbers + s.rank * adapters) * self.itemsize
 
     def _common_per_token(self) -> int:
         """The norms and the MLP of a plain layer, whatever its kind."""
         s = self.sizes
-        size = s.norms * (4 * s.hidden + 4)
+        size = s.norms * self._norm_input()
         if s.input_of_layer:
             size += 4 * s.hidden + 4 + 4 * s.input_of_layer * self.itemsize
         if s.experts is not None:
             return size + self._experts_per_token(s.experts)
         return size + (s.hidden * s.has(*GATE_UP) + 3 * s.inner + s.inner * s.has(*DOWN)) * self.itemsize
+
+    def _norm_input(self) -> int:
+        """Bytes that a norm over the hidden state keeps of a token: its input, by transformers' in float32."""
+        own = self.kernels or self.sizes.gated
+        return self.sizes.hidden * self.itemsize if own else 4 * self.sizes.hidden + 4
 
     def _experts_per_token(self, experts: ExpertSizes) -> int:
         """Gate and up of every row, its place both ways, its expert and weight; the softmax over all experts. With
@@ -325,7 +326,7 @@ class TrainingMemory:
             return 0
         s = self.sizes
         before = len(s.adapted & set(QKV)) * s.rank * s.hidden
-        return self.tokens * (4 * s.hidden + 4) + (before * self.itemsize if self.itemsize == 2 else 0)
+        return self.tokens * self._norm_input() + (before * self.itemsize if self.itemsize == 2 else 0)
 
     def _gate_and_up(self) -> int:
         beside = self.sizes.beside(GATE_UP) if self.kernels else 0
@@ -374,8 +375,7 @@ class TrainingMemory:
         """The last norm's input, its output, the rows of it that predict, and their gradients, made with the logits."""
         s = self.sizes
         rows = self.predicted * s.hidden * self.itemsize
-        norm = self.layer_input() if self.kernels else 4 * self.tokens * s.hidden
-        before = self.kept(mode) + norm
+        before = self.kept(mode) + self.tokens * self._norm_input()
         if s.all_trained:  # logits are made again in the backward pass, and with them both gradients
             again = self.logits() + self._slice(s.vocabulary * s.hidden)
             return {
@@ -467,18 +467,19 @@ class TrainingMemory:
 
     def _plain_backward(self, mode: str) -> dict[str, int]:
         s, one = self.sizes, self.layer_input()
-        inner, wide = self.tokens * s.inner * self.itemsize, 4 * self.tokens * s.hidden
+        inner, wide = self.tokens * s.inner * self.itemsize, self.tokens * self._norm_input()
         layer_bytes = self.kept_by_layer()
         before = self.kept(mode) + (0 if mode == "none" else layer_bytes + one)
         mlp, freed = 2 * inner + self._packed_weight() + self._weight_gradients(s.inner * s.hidden), 4 * inner
+        given, kernels = (self.tokens, self.itemsize), self.on_gpu and self.flash and self.itemsize == 2
         if s.experts is not None:
             mlp, freed = self._experts_backward(s.experts), self.tokens * self._experts_per_token(s.experts)
         return {
-            "last norm backward": self.kept(mode) + 6 * wide,
+            "last norm backward": self.kept(mode) + (3 if s.gated else 6) * wide,
             "mlp backward": before + one + mlp,
             "attention backward": before - freed - wide + self._attention_backward(),
             **{
-                f"states backward {number}": before - freed - wide + kind.backward(self.tokens, self.itemsize)
+                f"states backward {number}": before - freed - wide + kind.backward(*given, kernels=kernels)
                 for number, kind in enumerate(s.states)
             },
         }

@@ -6,15 +6,24 @@ is large, and a page is one for as many layers as the kind with the fewest has. 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any
 
-from grpo.kernels.sizes import CONVOLUTION_BYTES, DELTA_RULE_BYTES
+from grpo.kernels.sizes import (
+    CONVOLUTION_BYTES,
+    CONVOLUTION_TENSORS,
+    DELTA_CHUNK,
+    DELTA_RULE_BYTES,
+    DELTA_RULE_TENSORS,
+    delta_rule_bytes,
+)
 from grpo.model.sizes import linear_shapes
 
 STATE_ITEMSIZE = 4
 """Bytes of a number of a recurrent state, which is float32 whatever is computed in."""
+SPAN = 256
+"""Tokens of a span of a packed row, about: a chunk of each is not full, and each has states of its own."""
 ALMOST_ALIKE = 1.5
 """Where the commonest kind has fewer than so many times the layers of the rarest, pages are for the former's number."""
 
@@ -51,23 +60,40 @@ class StateLayers:
     """Value heads."""
     adapted: int
     """Linear layers outside the MLP that have an adapter."""
+    key_heads: int = 0
+    key_dim: int = 0
+    value_dim: int = 0
+    """Of a head."""
 
     def kept(self, itemsize: int, rank: int) -> int:
         """Bytes per token that a layer saves beside norms and MLP (grpo/policy/recurrent.py)."""
         numbers = self.hidden + rank * self.adapted
         if not self.values:  # the three gates, the convolution's input, its result, and what the last product takes
             return (numbers + 6 * self.hidden) * itemsize
-        # The convolution's input and result; decay and beta; the result, its normed form, the gate and its activation.
-        size = (2 * self.convolved + 3 * self.values) * itemsize + 28 * self.heads
-        return numbers * itemsize + size + 12 * self.values
+        # The convolution's input and result; the rule's, its normed form and gate; what decay and beta are made of.
+        size = (2 * self.convolved + 3 * self.values) * itemsize + 12 * self.heads
+        return numbers * itemsize + size
 
-    def backward(self, tokens: int, itemsize: int) -> int:
-        """Bytes that the backward of the layer's own part allocates."""
-        convolution = tokens * 2 * self.convolved * itemsize + CONVOLUTION_BYTES
+    def backward(self, tokens: int, itemsize: int, *, kernels: bool) -> int:
+        """Bytes that the backward of the layer's own part allocates; `kernels`: whether it is theirs."""
+        convolution = tokens * 2 * self.convolved * itemsize
+        if not kernels:
+            convolution += min(CONVOLUTION_BYTES, CONVOLUTION_TENSORS * 4 * tokens * self.convolved)
         if not self.values:
             return convolution
+        # Of the result, and of queries, keys and values, which are then put beside one another.
         gradients = tokens * (self.convolved + self.values) * itemsize
-        return max(convolution, gradients + DELTA_RULE_BYTES)
+        return max(convolution + gradients, gradients + self.rule_bytes(tokens, kernels=kernels))
+
+    def rule_bytes(self, tokens: int, *, kernels: bool) -> int:
+        """Of the delta rule's backward: what as many heads take as are computed together."""
+        if kernels:
+            chunks, spans = -(-tokens // DELTA_CHUNK), -(-tokens // SPAN)
+            one = delta_rule_bytes(chunks + spans, spans, self.key_dim, self.value_dim)
+        else:
+            one = DELTA_RULE_TENSORS * 4 * tokens * (self.key_dim + self.value_dim)
+        one *= self.heads // self.key_heads
+        return min(self.key_heads, max(1, DELTA_RULE_BYTES // one)) * one
 
 
 def state_layers(shape: Any, adapted: frozenset[str]) -> tuple[StateLayers, ...]:
@@ -80,7 +106,11 @@ def state_layers(shape: Any, adapted: frozenset[str]) -> tuple[StateLayers, ...]
         keys = shape.linear_num_key_heads * shape.linear_key_head_dim if values else 0
         heads = shape.linear_num_value_heads if values else 0
         convolved = 2 * keys + values or shape.hidden_size
-        result.append(StateLayers(kinds.count(kind), shape.hidden_size, convolved, values, heads, len(parts)))
+        layer = StateLayers(kinds.count(kind), shape.hidden_size, convolved, values, heads, len(parts))
+        if values:
+            dims = shape.linear_key_head_dim, shape.linear_value_head_dim
+            layer = replace(layer, key_heads=shape.linear_num_key_heads, key_dim=dims[0], value_dim=dims[1])
+        result.append(layer)
     return tuple(result)
 
 

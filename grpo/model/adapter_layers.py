@@ -136,3 +136,13 @@ def value_for(name: str, key: str, patterns: Mapping[str, Any], otherwise: Any) 
             "order, where the second counts; write patterns of which only one matches"
         )
     return patterns[fitting[0]]
+
+
+def expert_ranks(shape: Any, lora: Lora | None) -> tuple[int, int]:
+    """The largest ranks of adapters on the two matrices of experts."""
+    adapters = {} if lora is None else adapted_experts(shape, lora)
+    above, below = (
+        max((adapter.rank for name, adapter in adapters.items() if name.endswith(matrix)), default=0)
+        for matrix in MATRICES
+    )
+    return above, below

@@ -18,6 +18,7 @@ from grpo.model.base_weights import BaseWeights
 from grpo.model.decoder_config import DecoderConfig
 from grpo.model.rope import Rotary
 from grpo.policy.experts import install_experts
+from grpo.policy.gated_attention import install_gated_attention
 from grpo.policy.lora_linear import BaseLinear, LoraLinear
 from grpo.policy.packing import packing_of, remember_packing
 from grpo.policy.recurrent import install_recurrent_layers
@@ -93,6 +94,7 @@ def build_graph(base: BaseWeights) -> nn.Module:
     for layer in graph.model.layers:
         layer.register_forward_pre_hook(remember_packing, with_kwargs=True)
     install_recurrent_layers(graph, base.config.model_type)
+    install_gated_attention(graph, base.config.model_type)
     graph.tie_weights()
     rebuild_buffers(graph, config, base.device, base.dtype)
     left = [name for name, tensor in [*graph.named_parameters(), *graph.named_buffers()] if tensor.is_meta]

@@ -11,12 +11,12 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from grpo.kernels.attention import Packing
 from grpo.kernels.gated_delta import gated_delta_rule
+from grpo.kernels.gated_norm import gated_norm
 from grpo.kernels.recurrence import Recurrence
 from grpo.kernels.short_conv import short_conv
 from grpo.policy.packing import packing_of
@@ -48,13 +48,6 @@ def delta_net(self: Any, hidden_states: Tensor, packing: Packing | None = None, 
     gate = self.in_proj_z(hidden_states)[0].unflatten(-1, (-1, self.head_v_dim))
     normed = gated_norm(result, gate, self.norm.weight, self.norm.variance_epsilon)
     return self.out_proj(normed.reshape(*hidden_states.shape[:-1], -1))
-
-
-def gated_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / rms(x) * weight * silu(gate) [tokens, heads, dim], rounded once as by vLLM; transformers rounds thrice."""
-    wide = x.float()
-    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return (wide * weight.float() * F.silu(gate.float())).to(x.dtype)
 
 
 def gated_conv(self: Any, hidden_states: Tensor, packing: Packing | None = None, **ignored: Any) -> Tensor:

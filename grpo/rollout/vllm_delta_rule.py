@@ -1,8 +1,8 @@
-"""The gated delta rule over prompts while sampling, by the kernels that training has, in the place of vLLM's.
+"""Gated DeltaNet while sampling on a GPU, by kernels of ours, with vLLM's pages and bookkeeping.
 
-vLLM's keep what lies between their steps in bfloat16, the states at the chunks' ends above all. A sequence begins with
-such a state, and its tokens' logprobs carry the difference from training's, which has float32 there. And there is
-nothing to tune at the first start of a machine. Single tokens are left to vLLM, which has their states in float32.
+vLLM's own round where training does not: products of the convolution's taps, queries and keys after they are divided by
+their lengths, beta of single tokens, states at the ends of a prompt's chunks. A sequence's state carries all of it on.
+And a token of theirs is eight launches where ours is one, and there is nothing to tune at the first start of a machine.
 """
 
 from __future__ import annotations
@@ -10,81 +10,110 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.mamba.mamba_utils import is_conv_state_dim_first
 
-from grpo.kernels import delta_rule
+from grpo.kernels import delta_rule, delta_step
 from grpo.kernels.gated_delta import EPS
+from grpo.kernels.gated_norm import gated_norm_forward
 from grpo.kernels.recurrence import CHUNK, Order, Run
 
 
-class PromptRule(nn.Module):
-    """Called as vLLM's ChunkGatedDeltaRule, which `others` is: it has what our kernels do not compute."""
-
-    _latest: tuple[Tensor | None, Run | None] = (None, None)
-    """Of all layers: the chunks of the batch that was computed last."""
-
-    def __init__(self, others: nn.Module):
-        super().__init__()
-        self.others = others
-
-    def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        g: Tensor,
-        beta: Tensor,
-        initial_state: Tensor,
-        output_final_state: bool,
-        cu_seqlens: Tensor,
-        chunk_indices: Tensor | None = None,
-        chunk_offsets: Tensor | None = None,
-        use_qk_l2norm_in_kernel: bool = True,
-        core_attn_out: Tensor | None = None,
-        **more: Any,
-    ) -> tuple[Tensor, Tensor]:
-        """(y [1, tokens, heads, value dim], the states after the sequences [sequences, heads, value dim, key dim]).
-
-        q, k [1, tokens, key heads, key dim], of any length, v like y; g, beta [1, tokens, heads]; cu_seqlens
-        [sequences + 1]; chunk_indices [chunks, 2]: sequence and number in it; chunk_offsets [sequences + 1].
-        """
-        inputs = delta_rule.Inputs(*(part[0] for part in (q, k, v, g, beta)))
-        if not delta_rule.serves(inputs):
-            return self.others(
-                q=q, k=k, v=v, g=g, beta=beta, initial_state=initial_state, output_final_state=output_final_state,
-                cu_seqlens=cu_seqlens, chunk_indices=chunk_indices, chunk_offsets=chunk_offsets,
-                use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel, core_attn_out=core_attn_out, **more,
-            )  # fmt: skip
-        run = self.run_of(cu_seqlens, chunk_indices, chunk_offsets)
-        begin = initial_state.transpose(-1, -2).float().contiguous()
-        out = torch.empty(inputs.value.shape, dtype=v.dtype, device=v.device)
-        after = delta_rule.along(inputs, run, delta_rule.prepare(inputs, run, EPS), EPS, out, begin=begin)
-        if core_attn_out is not None:
-            core_attn_out.reshape(-1)[: out.numel()].copy_(out.reshape(-1))
-        return out[None], after.transpose(-1, -2)
-
-    @classmethod
-    def run_of(cls, ends: Tensor, chunk_indices: Tensor | None, chunk_offsets: Tensor | None) -> Run:
-        """The chunks of sequences, made once for all layers where vLLM has counted them."""
-        if chunk_indices is None or chunk_offsets is None:
-            return run_of_sequences(ends, *counted(ends))
-        indices, run = cls._latest
-        if indices is not chunk_indices or run is None:
-            run = run_of_sequences(ends, chunk_indices, chunk_offsets)
-            PromptRule._latest = chunk_indices, run
-        return run
+def serves(layer: Any, x: Tensor) -> bool:
+    """Whether `delta_net` computes vLLM's `layer` of x [tokens, hidden]."""
+    return (
+        delta_rule.serves_on(x.device, x.dtype, (layer.head_k_dim, layer.head_v_dim))
+        and layer.norm.activation in ("silu", "swish")
+        and layer.activation == "silu"
+        and layer.conv1d.bias is None
+    )
 
 
-def counted(ends: Tensor) -> tuple[Tensor, Tensor]:
-    """chunk_indices and chunk_offsets of sequences that end at `ends`."""
-    chunks = [-(-length // CHUNK) for length in ends.diff().tolist()]
-    indices = [(sequence, number) for sequence, count in enumerate(chunks) for number in range(count)]
-    offsets = torch.tensor([0, *chunks]).cumsum(0)
-    return torch.tensor(indices).to(ends.device), offsets.to(ends.device)
+def delta_net(layer: Any, x: Tensor) -> Tensor:
+    """vLLM's `layer` of x [tokens, hidden]."""
+    qkvz, ba = layer.in_proj_qkvz(x)[0], layer.in_proj_ba(x)[0]
+    qkv, gate = qkvz.split([2 * layer.key_dim + layer.value_dim, layer.value_dim], dim=-1)
+    out = torch.empty(len(x), layer.value_dim, dtype=x.dtype, device=x.device)
+    metadata = get_forward_context().attn_metadata
+    done = 0
+    if metadata is not None:
+        sequences = metadata[layer.prefix]
+        if sequences.spec_sequence_masks is not None:
+            raise RuntimeError("gated DeltaNet has no kernel for speculative decoding")
+        done, decodes = sequences.num_actual_tokens, sequences.num_decodes
+        if decodes:
+            now = slice(decodes if sequences.num_prefills else done)
+            tokens(layer, sequences.non_spec_state_indices_tensor[now], qkv[now], gate[now], ba[now], out[now])
+        if sequences.num_prefills:
+            now = slice(decodes, done)
+            prompts(layer, sequences, qkv[now], gate[now], ba[now], out[now])
+    if done < len(out):
+        out[done:].zero_()
+    return layer.out_proj(out)[0]
+
+
+def pages(layer: Any) -> tuple[Tensor, Tensor]:
+    """What vLLM keeps of sequences: the convolution's last inputs [pages, width - 1, channels], and the states."""
+    conv, states = layer.kv_cache
+    return conv.transpose(1, 2) if is_conv_state_dim_first() else conv, states
+
+
+def weights_of(layer: Any) -> delta_step.Weights:
+    conv = layer.conv1d.weight[:, 0]
+    key_heads = layer.num_k_heads
+    return delta_step.Weights(conv, layer.A_log, layer.dt_bias, layer.norm.weight, layer.norm.eps, EPS, key_heads)
+
+
+def tokens(layer: Any, slots: Tensor, qkv: Tensor, gate: Tensor, ba: Tensor, out: Tensor) -> None:
+    """A token of each sequence."""
+    b, a = ba.chunk(2, dim=-1)
+    delta_step.step(qkv, b, a, gate, weights_of(layer), *pages(layer), slots, out)
+
+
+def prompts(layer: Any, sequences: Any, qkv: Tensor, gate: Tensor, ba: Tensor, out: Tensor) -> None:
+    """Sequences of several tokens."""
+    conv, states = pages(layer)
+    ends, slots, begun = (
+        sequences.prefill_query_start_loc, sequences.prefill_state_indices, sequences.prefill_has_initial_state,
+    )  # fmt: skip
+    ours = delta_step.Sequences(ends, sequences.chunk_indices, slots, begun)
+    run = run_of(ours, sequences.chunk_offsets)
+    mixed = delta_step.convolve(qkv, layer.conv1d.weight[:, 0], conv, ours, CHUNK)
+    query, key, value = mixed.split([layer.key_dim, layer.key_dim, layer.value_dim], dim=-1)
+    query, key = (part.unflatten(-1, (layer.num_k_heads, layer.head_k_dim)) for part in (query, key))
+    value = value.unflatten(-1, (layer.num_v_heads, layer.head_v_dim))
+    b, a = ba.float().chunk(2, dim=-1)
+    decay = -layer.A_log.float().exp() * F.softplus(a + layer.dt_bias.float())
+    inputs = delta_rule.Inputs(query, key, value, decay, b.sigmoid())
+    begin = torch.where(begun[:, None, None, None], states[slots], 0.0).transpose(-1, -2).contiguous()
+    result = torch.empty_like(value, memory_format=torch.contiguous_format)
+    after = delta_rule.along(inputs, run, delta_rule.prepare(inputs, run, EPS), EPS, result, begin=begin)
+    states[slots] = after.transpose(-1, -2)
+    gate, out = (part.unflatten(-1, value.shape[1:]) for part in (gate, out))
+    gated_norm_forward(result, gate, layer.norm.weight, layer.norm.eps, out)
+
+
+_latest: tuple[Tensor | None, Run | None] = (None, None)
+"""Of all layers: the chunks of the batch that was computed last."""
+
+
+def run_of(sequences: delta_step.Sequences, chunk_offsets: Tensor) -> Run:
+    """The chunks of a batch, made once for all layers."""
+    global _latest
+    indices, run = _latest
+    if indices is not sequences.chunks or run is None:
+        run = run_of_sequences(sequences.ends, sequences.chunks, chunk_offsets)
+        _latest = sequences.chunks, run
+    return run
 
 
 def run_of_sequences(ends: Tensor, chunk_indices: Tensor, chunk_offsets: Tensor) -> Run:
-    """The chunks of sequences side by side, each of which continues the state of its number."""
+    """The chunks of sequences side by side, each of which continues the state of its number.
+
+    ends [sequences + 1]; chunk_indices [chunks, 2]: sequence and number in it; chunk_offsets [sequences + 1].
+    """
     sequence, number = chunk_indices.long().unbind(1)
     starts = ends[sequence] + CHUNK * number
     counts = (ends[sequence + 1] - starts).clamp(max=CHUNK)

@@ -1,8 +1,9 @@
 """The decoder of text of Qwen 3.5, dense and with experts, for vLLM, put together from vLLM's own layers.
 
 vLLM's class of the whole model imports its image processing, which needs torchvision, and in older versions does not
-tell the engine of its recurrent state, so that it would be served without one. Kernels, states and their bookkeeping
-are vLLM's. On a CPU, where vLLM computes the recurrence in bfloat16 alone, `vllm_recurrence_cpu.py` does.
+tell the engine of its recurrent state, so that it would be served without one. States and their bookkeeping are
+vLLM's. The recurrence is computed by `vllm_delta_rule.py`, and on a CPU, where vLLM has it in bfloat16 alone, by
+`vllm_recurrence_cpu.py`.
 """
 
 from __future__ import annotations
@@ -30,9 +31,8 @@ from vllm.model_executor.models.qwen3_next import Qwen3NextAttention, Qwen3NextS
 from vllm.platforms import current_platform
 
 from grpo.kernels import rms_norm
-from grpo.rollout.vllm_delta_rule import PromptRule
+from grpo.rollout import vllm_delta_rule, vllm_recurrence_cpu
 from grpo.rollout.vllm_delta_tiles import settle_tiles
-from grpo.rollout.vllm_recurrence_cpu import delta_net
 
 STACKED: dict[str, tuple[str, Any]] = {
     "q_proj": ("qkv_proj", "q"),
@@ -85,19 +85,19 @@ class Norm(GemmaRMSNorm):
 
 
 class GatedDeltaNet(QwenGatedDeltaNetAttention):
-    """vLLM's layer, with our rule over prompts; on a CPU in any precision."""
+    """vLLM's layer, computed by kernels of ours where they serve, and on a CPU in any precision."""
 
     def __init__(self, *arguments: Any, **options: Any):
         super().__init__(*arguments, **options)
         self.conv1d.quant_method = KeptWeight()
         if not current_platform.is_cpu():
             settle_tiles()
-            vllms_own: nn.Module = self.chunk_gated_delta_rule
-            self.chunk_gated_delta_rule: nn.Module = PromptRule(vllms_own)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         if current_platform.is_cpu():
-            return delta_net(self, hidden_states)
+            return vllm_recurrence_cpu.delta_net(self, hidden_states)
+        if vllm_delta_rule.serves(self, hidden_states):
+            return vllm_delta_rule.delta_net(self, hidden_states)
         return super().forward(hidden_states)
 
 

@@ -25,10 +25,12 @@ from triton.runtime.jit import JITFunction
 
 from grpo.kernels import (
     delta_rule,
+    delta_step,
     dense_gemm,
     eight_bit,
     eight_bit_gemm,
     expert_rows,
+    gated_norm,
     glu,
     logprob,
     lora_factors,
@@ -62,7 +64,7 @@ MODULES = (
 )  # fmt: skip
 EXPERT_MODULES = expert_rows, mxfp4, nf4_experts, routing
 """Those that mixtures of experts launch beside them."""
-RECURRENT_MODULES = delta_rule, short_conv
+RECURRENT_MODULES = delta_rule, delta_step, gated_norm, short_conv
 """Those of layers with a state."""
 CARDS = (
     Card("Tesla T4", 75, SHARED_MEMORY[75], 40, 4 * MB),
@@ -335,6 +337,9 @@ def recurrent_operators(dtype: torch.dtype) -> None:
     short_conv.launch_forward(mixed, width, None, places, torch.empty_like(mixed), True)
     for rows, out in ((numbers[:TOKENS], torch.empty_like(mixed)), (numbers[:12], torch.empty(12, 8192))):
         short_conv.launch_backward(mixed, mixed, width, None, places, rows, out, True)
+    heads_out, of_head = torch.empty(TOKENS, 32, 128, dtype=dtype), torch.empty(128, dtype=dtype)
+    gated_norm.launch_forward(heads_out, heads_out, of_head, 1e-6, heads_out)
+    gated_norm.launch_backward(heads_out, heads_out, heads_out, of_head, 1e-6, heads_out, heads_out)
     if dtype != torch.bfloat16:
         return
     query, key, value = mixed.split([2048, 2048, 4096], 1)
@@ -349,6 +354,29 @@ def recurrent_operators(dtype: torch.dtype) -> None:
     delta_rule.along(inputs, run, made, 1e-6, kept=kept)
     later = delta_rule.back(inputs, run, made, 1e-6, grad)
     delta_rule.input_grads(inputs, run, 1e-6, grad, kept, later, [torch.empty_like(part) for part in inputs])
+    sampled_recurrences(mixed, width)
+
+
+def sampled_recurrences(mixed: Tensor, width: Tensor) -> None:
+    """The same while sampling; what vLLM's pages of it are, and the batch's."""
+    dtype, numbers = mixed.dtype, torch.empty(64, dtype=torch.int32)
+    conv, states = torch.empty(9, 3, 8192, dtype=dtype), torch.empty(9, 32, 128, 128)
+    gates, gate = torch.empty(TOKENS, 64, dtype=dtype), torch.empty(TOKENS, 4096, dtype=dtype)
+    of_heads = torch.empty(32, dtype=dtype)
+    weights = delta_step.Weights(width, of_heads, of_heads, torch.empty(128, dtype=dtype), 1e-6, 1e-6, 16)
+    delta_step.step(
+        mixed,
+        *gates.chunk(2, 1),
+        gate,
+        weights,
+        conv,
+        states,
+        torch.empty(TOKENS, dtype=torch.int32),
+        torch.empty_like(gate),
+    )
+    begun = torch.empty(5, dtype=torch.bool)
+    sequences = delta_step.Sequences(numbers[:6], numbers[:40].view(20, 2), numbers[:5], begun)
+    delta_step.convolve(mixed, width, conv, sequences, 64)
 
 
 LAUNCHES: tuple[Callable[[Shape, torch.dtype], None], ...] = (

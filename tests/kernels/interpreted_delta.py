@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from grpo.kernels import delta_rule, gated_delta
+from grpo.kernels import gated_delta
 from grpo.kernels.attention import Packing, Span
 from grpo.kernels.gated_delta import FORMS
 from grpo.kernels.recurrence import Recurrence
@@ -99,22 +99,3 @@ def test_tensors_as_they_lie_in_a_projection():
         results.append([y.detach(), *torch.autograd.grad(y, leaves, weight)])
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
-
-
-def test_prompts_continue_states_and_leave_some(monkeypatch):
-    """As vLLM calls it: sequences side by side, each with the state before it."""
-    from grpo.rollout.vllm_delta_rule import PromptRule
-
-    monkeypatch.setattr(delta_rule, "serves", lambda inputs: True)
-    query, key, value, decay, beta, _ = drawn(150, (8, 6), torch.float32)
-    spans = [Span(0, 20), Span(20, 80), Span(100, 50)]
-    ends = torch.tensor([0, 20, 100, 150], dtype=torch.int32)
-    begin = torch.randn(3, 4, 6, 8)
-    rule = PromptRule(torch.nn.Identity())
-    y, after = rule(query[None], key[None], value[None], decay[None], beta[None], begin, True, ends)
-    for number, span in enumerate(spans):
-        own = slice(span.start, span.start + span.length)
-        parts = [part[own].double() for part in (query, key, value, decay, beta)]
-        expected, state = written_out(*parts, begin[number].transpose(-1, -2).double())
-        torch.testing.assert_close(y[0, own].double(), expected, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(after[number].transpose(-1, -2).double(), state, rtol=1e-4, atol=1e-5)

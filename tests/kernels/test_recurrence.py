@@ -15,9 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from grpo.kernels import gated_delta
+from grpo.kernels import delta_step, gated_delta
 from grpo.kernels.attention import Packing, Span
 from grpo.kernels.gated_delta import FORMS, gated_delta_rule, unit
+from grpo.kernels.gated_norm import gated_norm
 from grpo.kernels.recurrence import Recurrence
 from grpo.kernels.short_conv import short_conv
 from tests.helpers.paths import ROOT
@@ -107,6 +108,16 @@ def test_the_delta_rule_over_any_tree(spans: list[Span]) -> None:
     check_delta(spans)
 
 
+@pytest.mark.parametrize("shape", [(9, 3, 8), (2, 1, 1)])
+def test_a_gated_norm_and_its_gradients(shape: tuple[int, int, int]) -> None:
+    torch.manual_seed(0)
+    x, gate = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    weight = torch.randn(shape[2], dtype=torch.float64)
+    expected = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * weight * F.silu(gate)
+    torch.testing.assert_close(gated_norm(x, gate, weight, 1e-6), expected)
+    assert torch.autograd.gradcheck(lambda x, gate: gated_norm(x, gate, weight, 1e-6), (x, gate))
+
+
 def conv_alone(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     width = weight.shape[1]
     padded = F.pad(x.t()[None], (width - 1, 0))
@@ -136,7 +147,7 @@ def test_in_16_bit_the_state_is_float32_and_the_result_is_rounded_once() -> None
     torch.testing.assert_close(gated_delta_rule(*parts, recurrence), exact.bfloat16(), rtol=2**-7, atol=1e-6)
 
 
-@pytest.mark.parametrize("kernels", ["delta", "short_conv"])
+@pytest.mark.parametrize("kernels", ["delta", "delta_step", "gated_norm", "short_conv"])
 def test_kernels_in_the_interpreter(kernels: str) -> None:
     """Triton reads TRITON_INTERPRET when it is imported, so this needs a process of its own."""
     file = Path(__file__).with_name(f"interpreted_{kernels}.py")
@@ -178,4 +189,78 @@ def test_the_convolution_on_a_gpu_is_that_of_a_cpu(dtype: torch.dtype) -> None:
         found.append((y, *torch.autograd.grad(y.square().sum(), given)))
     for one, exact in zip(*found, strict=True):
         bound = 1e-5 if dtype == torch.float32 else 1e-2
+        assert (one.detach().cpu().double() - exact.detach()).norm() < bound * exact.detach().norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sizes", [(16, 2, 128, 128), (3, 1, 64, 40)])
+def test_tokens_on_a_gpu_move_their_pages_on(sizes: tuple[int, int, int, int]) -> None:
+    key_heads, shared, dim, value_dim = sizes
+    heads, rows, pages = key_heads * shared, 7, 12
+    keys, values = key_heads * dim, heads * value_dim
+    torch.manual_seed(0)
+    conv, x = torch.randn(pages, 3, 2 * keys + values).bfloat16(), torch.randn(rows, 2 * keys + values).bfloat16()
+    states, ba = torch.randn(pages, heads, value_dim, dim), torch.randn(rows, 2 * heads).bfloat16()
+    gate, slots = torch.randn(rows, values).bfloat16(), torch.tensor([3, 1, 11, 0, 7, 2, 9], dtype=torch.int32)
+    parts = [torch.randn(x.shape[1], 4), torch.randn(heads), torch.randn(heads), torch.rand(value_dim)]
+    weights = [part.bfloat16() for part in parts]
+    on_gpu = [part.cuda() for part in (x, ba, gate, conv, states, slots)]
+    made = delta_step.Weights(*(part.cuda() for part in weights), 1e-6, 1e-6, key_heads)
+    out = torch.full_like(on_gpu[2], float("nan"))
+    b, a = on_gpu[1].chunk(2, 1)
+    delta_step.step(on_gpu[0], b, a, on_gpu[2], made, on_gpu[3], on_gpu[4], on_gpu[5], out)
+    wide = [part.double() for part in weights]
+    for row, slot in enumerate(slots.tolist()):
+        taps = torch.cat([conv[slot], x[row : row + 1]])
+        if not slot:
+            assert not out[row].any() and torch.equal(on_gpu[3][0].cpu(), conv[0])
+            continue
+        mixed = F.silu((taps.double().t() * wide[0]).sum(1)).bfloat16().double()
+        query, key, value = mixed.split([keys, keys, values])
+        decay = -wide[1].exp() * F.softplus(ba[row, heads:].double() + wide[2])
+        tensors = query.view(1, -1, dim), key.view(1, -1, dim), value.view(1, heads, -1)
+        state = states[slot].double().transpose(1, 2)
+        y, after = written_out(*tensors, decay[None], ba[row, :heads].double().sigmoid()[None], state)
+        y = gated_norm(y.bfloat16().double(), gate[row].double().view(y.shape), wide[3], 1e-6)
+        assert (out[row].cpu().double() - y.flatten()).norm() < 4e-3 * y.norm()
+        assert (on_gpu[4][slot].cpu().double() - after.transpose(1, 2)).norm() < 2e-3 * after.norm()
+        assert torch.equal(on_gpu[3][slot].cpu(), taps[1:])
+
+
+@pytest.mark.gpu
+def test_the_convolution_of_prompts_on_a_gpu_continues_pages() -> None:
+    torch.manual_seed(0)
+    lengths, begun = [1, 2, 130, 64], torch.tensor([True, False, True, True])
+    ends = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int()
+    chunks = [(sequence, number) for sequence, length in enumerate(lengths) for number in range(-(-length // 64))]
+    x, conv, weight = (
+        torch.randn(197, 300).bfloat16(),
+        torch.randn(9, 3, 300).bfloat16(),
+        torch.randn(300, 4).bfloat16(),
+    )
+    slots = torch.tensor([4, 2, 8, 1], dtype=torch.int32)
+    page = conv.cuda()
+    sequences = delta_step.Sequences(*(part.cuda() for part in (ends, torch.tensor(chunks), slots, begun)))
+    found = delta_step.convolve(x.cuda(), weight.cuda(), page, sequences, 64).cpu()
+    for number, (length, slot) in enumerate(zip(lengths, slots.tolist(), strict=True)):
+        own = slice(int(ends[number]), int(ends[number + 1]))
+        before = conv[slot] if begun[number] else torch.zeros_like(conv[slot])
+        taps = torch.cat([before, x[own]])
+        expected = F.silu(conv_alone(taps.double(), weight.double(), None)[3:])
+        assert len(expected) == length and (found[own].double() - expected).norm() < 4e-3 * expected.norm()
+        assert torch.equal(page[slot].cpu(), taps[-3:])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_gated_norm_on_a_gpu_is_that_of_a_cpu(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x, gate, grad = (torch.randn(70, 3, 128).to(dtype) for _ in range(3))
+    weight, found = torch.randn(128).to(dtype), []
+    for device, kind in (("cuda", dtype), ("cpu", torch.float64)):
+        leaves = [part.to(device, kind).requires_grad_() for part in (x, gate)]
+        y = gated_norm(*leaves, weight.to(device, kind), 1e-6)
+        found.append((y, *torch.autograd.grad(y, leaves, grad.to(device, kind))))
+    for one, exact in zip(*found, strict=True):
+        bound = 1e-5 if dtype == torch.float32 else 4e-3
         assert (one.detach().cpu().double() - exact.detach()).norm() < bound * exact.detach().norm()

@@ -153,7 +153,7 @@ def saved_bytes(policy: Policy) -> int:
 def saved_outside_of_layers(policy: Policy, memory: TrainingMemory) -> int:
     """By the last norm, and by the head: its gradient, and which rows it took."""
     size, hidden = memory.itemsize, memory.sizes.hidden
-    norm = TOKENS * hidden * size if memory.kernels else TOKENS * (4 * hidden + 4)
+    norm = TOKENS * hidden * size if memory.kernels or memory.sizes.gated else TOKENS * (4 * hidden + 4)
     return norm + PREDICTED * hidden * size + 8 * PREDICTED
 
 
@@ -219,6 +219,23 @@ def test_what_layers_of_experts_keep_is_counted_with_adapters_on_them(
     found = saved_bytes(policy) - saved_outside_of_layers(policy, memory)
     rotation = 2 * TOKENS * memory.sizes.head_dim * memory.itemsize
     assert found == pytest.approx(memory.kept("none") + rotation, rel=0.005)
+
+
+def test_what_layers_with_states_keep_is_counted(tmp_path: Path, as_on_a_gpu: None) -> None:
+    kinds = ["linear_attention", "full_attention", "linear_attention"]
+    save_family(tmp_path, "qwen3_5_text", **SHAPE, layer_types=kinds)
+    config = settings(tmp_path, False, None)
+    base = BaseWeights(open_source(config.model), config.model, device=torch.device("cpu"), dtype=torch.bfloat16)
+    policy = Policy(base, config.lora, seed=0)
+    policy.model.train()
+    memory = TrainingMemory.of(config, base.config, 2, on_gpu=True, tokens=TOKENS)
+    memory = replace(memory, predicted=PREDICTED, keys=TOKENS, kernels=False, packed_weights=False)
+    outside = saved_outside_of_layers(policy, memory)
+    rotation = 2 * TOKENS * memory.sizes.head_dim // 4 * memory.itemsize  # a quarter of each head is turned
+    for mode, beside in (("none", rotation), ("layer", 0)):
+        policy.recompute_layers(mode)
+        found = saved_bytes(policy) - outside
+        assert found == pytest.approx(memory.kept(mode) + beside, rel=0.005), mode
 
 
 class Allocations(TorchDispatchMode):
