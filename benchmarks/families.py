@@ -16,6 +16,7 @@ from pathlib import Path
 
 from benchmarks.common.processes import write_result
 from tests.helpers.families import NEWCOMERS, WITH_IMAGES, save_family, save_with_images
+from tests.helpers.family_tail import TAIL
 from tests.helpers.graph_comparison import largest_difference, load
 from tests.helpers.tiny import FAMILIES, save_tiny
 
@@ -37,7 +38,7 @@ def save(folder: Path, family: str) -> None:
     """The tiny model of `family`."""
     if family in WITH_IMAGES:
         save_with_images(folder, family)
-    elif family in NEWCOMERS:
+    elif family in NEWCOMERS | TAIL:
         save_family(folder, family)
     else:
         save_tiny(folder, family)
@@ -49,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="write the result here")
     parser.add_argument("--only", help="families, with commas between")
     parsed = parser.parse_args(arguments)
-    every = [*FAMILIES, *(name for name in NEWCOMERS if name not in FAMILIES), *WITH_IMAGES]
+    every = [*dict.fromkeys([*FAMILIES, *NEWCOMERS, *TAIL]), *WITH_IMAGES]
     print(f"{'family':24}{'16 bit':>12}{'NF4':>12}")
     families = {name: measured(name) for name in (parsed.only.split(",") if parsed.only else every)}
     result = {"benchmark": "families", "families": families, "trained": TRAINED}

@@ -32,10 +32,11 @@ version is not named, the layout is traced at start.
 Tested, besides: *gate*, the start-up comparison; *run*, `grpo.train` over an NF4 base, resumed and exported as the same
 model; *GGUF*, read back by our reader and run by llama.cpp after an export.
 
-vLLM 0.26 and 0.32 both have a class for every family: their own, but for OLMo 2 and SmolLM3, which run by the
-Transformers backend (with 0.32 Arcee, GLM of 2024, OLMo 3 and Seed-OSS too), and Qwen 3.5 and LFM2, put together here
-from vLLM's layers. Older ones are refused before anything is read. The build of vLLM 0.32 for CUDA loads beside torch
-2.11 on an H200; what pip resolves for a GPU is 0.26.
+vLLM 0.26 and 0.32 both run every family, but for Granite with windows and sinks, which 0.26 does not know: by a class
+of their own or by the Transformers backend, as they do OLMo, OLMo 2, SmolLM3, Helium, Ministral of 2024 and nanochat
+(0.32 Arcee, CWM, FlexOlmo, GLM of 2024, Hunyuan, Jais 2, Mellum, OLMo 3 and Seed-OSS too). Qwen 3.5 and LFM2 are put
+together here from vLLM's layers. Older ones are refused before anything is read. The build of vLLM 0.32 for CUDA loads
+beside torch 2.11 on an H200; what pip resolves for a GPU is 0.26.
 
 | family | models | layout known for vLLM | largest difference, 16 bit | NF4 | tested | what to know |
 | --- | --- | --- | --- | --- | --- | --- |
@@ -56,9 +57,11 @@ for each of their completions. {hybrid}
 Of a mixture of experts ([experts.md](experts.md)) the router's rule is recognised by running it; one that chooses
 otherwise than by the largest of a softmax is refused by its name.
 
-Not served: encoder-decoders and embedding models, Mamba's layers, attention with latent keys (MLA).
-Each is a sentence before weights are read. `cohere2` (Command R7B) does not pass with vLLM 0.32, which gives its
-windows a token more.
+Families without an entry are tested by StarCoder 2, VaultGemma and BitNet, which pass.
+
+Not served: encoder-decoders and embedding models, Mamba's layers, attention with latent keys (MLA), decoders that are
+not laid out as most are (GPT-2, GPT-NeoX, OPT, Phi-2) and output heads with a bias. Each is a sentence before weights
+are read, as is the configuration of every other kind of model that transformers has.
 """
 
 

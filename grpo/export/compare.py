@@ -41,6 +41,10 @@ def streamed_logits(source: Source, tokens: Tensor, config: DecoderConfig | None
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
     rebuild_buffers(model, config, torch.device("cpu"), torch.float32, longest=tokens.shape[1])
+    for name, buffer in list(model.named_buffers()):
+        if name in source.names:  # a number of each layer, in Gemma 4
+            owner, _, key = name.rpartition(".")
+            model.get_submodule(owner)._buffers[key] = read_whole(source, name).float().reshape(buffer.shape)
     for name, module in model.named_modules():
         if module._parameters:
             # Layers with a state read the weight of their convolution, which is not called.

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from grpo.errors import UserError
+from grpo.export.gguf_gemma4 import add_gemma4
 from grpo.export.gguf_vocab import read_vocabulary
 from grpo.model.decoder_config import DecoderConfig
 from grpo.model.gguf_config import attention_scale, frequency_divisors, value
@@ -28,6 +29,7 @@ ARCHITECTURE = {
     "gemma": "gemma",
     "gemma2": "gemma2",
     "gemma3_text": "gemma3",
+    "gemma4_text": "gemma4",
     "phi3": "phi3",
     "qwen3_5_text": "qwen35",
     "lfm2": "lfm2",
@@ -48,6 +50,8 @@ def add_from_config(writer: Any, config: DecoderConfig, notice: Callable[[str], 
 
     Raises UserError for what llama.cpp would compute otherwise.
     """
+    if config.model_type == "gemma4_text":
+        return add_gemma4(writer, config)
     check_computed_alike(config, notice)
     head = head_size(config)
     writer.add_block_count(config.num_hidden_layers)

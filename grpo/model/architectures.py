@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from grpo.config.schema import SEVEN_PROJECTIONS
 from grpo.errors import UserError
-from grpo.model.checks import one_line
 from grpo.model.decoder_config import DecoderConfig
 from grpo.model.families.table import family_of
 from grpo.model.layout import fused_linears
@@ -73,8 +72,6 @@ def unsuited_experts(config: DecoderConfig) -> str | None:
         found = graph_tensors(config).experts
     except UserError as error:
         return str(error)
-    except Exception as error:  # whatever transformers makes of a stranger's configuration
-        return f"transformers builds no model of its configuration ({one_line(error)}); correct it"
     if not found:
         return "it is a mixture of experts that transformers does not keep as stacked matrices; use another model"
     return None

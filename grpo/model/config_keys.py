@@ -166,7 +166,8 @@ def number_complaints(config: DecoderConfig) -> Iterator[Complaint]:
         if value is not None and not (value == 0 or is_number(value, above=0)):
             yield Complaint(key, value, "must be a number, 0 or above; correct it")
     window = getattr(config, "sliding_window", None)
-    if window is not None and (not isinstance(window, int) or window < 1):
+    none = window == 0 and "sliding_attention" not in (getattr(config, "layer_types", None) or ["sliding_attention"])
+    if window is not None and not none and (not isinstance(window, int) or window < 1):
         yield Complaint("sliding_window", window, "must be a whole number above 0, or null for none; correct it")
 
 

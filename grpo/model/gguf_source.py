@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from grpo.errors import UserError
+from grpo.model import gguf_gemma4
 from grpo.model.architectures import check_supported
 from grpo.model.checks import check_sizes, one_line
 from grpo.model.decoder_config import DecoderConfig
-from grpo.model.families.table import family_of
 from grpo.model.gguf_config import ROTARY_TENSORS, complete_config
 from grpo.model.gguf_header import read_header
 from grpo.model.gguf_states import from_gguf, named_for_gguf, shape_from_gguf
@@ -43,14 +43,18 @@ class GGUFSource:
         read_header(path)
         try:
             self.reader = PlainReader(path)
-            self.config = AutoConfig.from_pretrained(metadata_folder(path)) if config is None else config
+            known = AutoConfig.from_pretrained(metadata_folder(path, self.reader)) if config is None else config
+            self.config: DecoderConfig = known
+        except UserError:
+            raise
         except Exception as error:  # both readers trust what the file says
             raise UserError(f"{path}: not a readable GGUF file ({one_line(error)}); download it again") from None
         check_sizes(self.config.get_text_config().to_dict(), path)
         self._tensors = self._name_tensors()
         self.names = set(self._tensors)
-        if config is None:
+        if config is None and self._architecture != gguf_gemma4.ARCHITECTURE:
             complete_config(self.config.get_text_config(), self.reader, str(path))
+        if config is None:
             self.config.tie_word_embeddings = "lm_head.weight" not in self.names
 
     def _name_tensors(self) -> dict[str, Any]:
@@ -63,11 +67,6 @@ class GGUFSource:
             raise UserError(f"{self.path}: GGUF architecture {self._architecture!r} is unknown to the gguf package")
         text_config = self.config.get_text_config()
         check_supported(text_config, str(self.path))
-        if family_of(text_config.model_type).layers_differ:
-            raise UserError(
-                f"{self.path}: GGUF files of {text_config.model_type} are not read, whose layers differ in size; pass "
-                "the model's folder in Hugging Face's format"
-            )
         names = get_tensor_name_map(by_name[self._architecture], text_config.num_hidden_layers)
         tensors = {tensor.name: tensor for tensor in self.reader.tensors}
         named = {}
@@ -122,10 +121,10 @@ class GGUFSource:
     def tokenizer(self) -> Any:
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(metadata_folder(self.path))
+        return AutoTokenizer.from_pretrained(metadata_folder(self.path, self.reader))
 
 
-def metadata_folder(path: Path) -> Path:
+def metadata_folder(path: Path, reader: Any = None) -> Path:
     """Configuration and tokenizer of a GGUF file as transformers saves them, kept in the user's cache.
 
     Reading the vocabulary out of the file takes transformers seconds, twice; the cache makes that once a file.
@@ -144,8 +143,18 @@ def metadata_folder(path: Path) -> Path:
     except OSError:
         scratch = Path(tempfile.mkdtemp(prefix="grpo-gguf-"))
     try:
-        transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(scratch)
-        transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(scratch)
+        from grpo.model.gguf_reader import PlainReader
+
+        reader = PlainReader(path) if reader is None else reader
+        architecture = reader.get_field("general.architecture")
+        if architecture is not None and architecture.contents() == gguf_gemma4.ARCHITECTURE:
+            config: Any = gguf_gemma4.gemma4_config(reader, str(path))
+            tokenizers: Any = transformers.PreTrainedTokenizerFast  # AutoTokenizer reads transformers' configuration
+        else:
+            config = transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+            tokenizers = transformers.AutoTokenizer
+        config.save_pretrained(scratch)
+        tokenizers.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(scratch)
     except BaseException:
         shutil.rmtree(scratch)
         raise

@@ -1,4 +1,5 @@
-"""Layers with a state as GGUF files have them: Qwen 3.5's gated DeltaNet and the short convolutions of LFM2.
+"""Names and forms that GGUF files have otherwise: of layers with a state, Qwen 3.5's gated DeltaNet and the short
+convolutions of LFM2, and of norms.
 
 llama.cpp keeps -exp(A_log) in place of A_log, a convolution's weight [channels, taps] without the dimension of one
 between them, and heads of values in the order in which they meet heads of keys in turn: the first of every head of
@@ -20,6 +21,8 @@ PER_HEAD = (".in_proj_a.weight", ".in_proj_b.weight", ".A_log", ".dt_bias")
 
 def named_for_gguf(name: str) -> str:
     """transformers' `name` as the gguf package's table of names has it."""
+    if name.endswith(".layer_scalar"):
+        return f"{name}.weight"
     return f"{name.removesuffix('.dt_bias')}.dt_proj.bias" if name.endswith(".dt_bias") else name
 
 

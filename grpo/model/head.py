@@ -15,6 +15,7 @@ from torch import Tensor
 from grpo.kernels.logprob import put_out_of_reach
 from grpo.model.config_keys import own_keys
 from grpo.model.decoder_config import DecoderConfig
+from grpo.model.families.table import family_of
 
 MULTIPLIERS = ("logit_scale", "lm_head_multiplier")
 """Keys of configurations whose value logits are multiplied by."""
@@ -37,7 +38,8 @@ class Head:
         known, scale = own_keys(config), 1.0
         for key in known & {*MULTIPLIERS, *DIVISORS}:
             value = getattr(config, key) or 1.0
-            scale *= value if key in MULTIPLIERS else 1.0 / value
+            multiplies = key in MULTIPLIERS or key in family_of(config.model_type).multiplies_logits
+            scale *= value if multiplies else 1.0 / value
         return cls(scale, getattr(config, "final_logit_softcapping", None))
 
     def arguments(self, temperature: float = 1.0) -> dict[str, Any]:

@@ -16,14 +16,17 @@ import torch
 from torch import nn
 
 from grpo.errors import UserError
+from grpo.model.checks import one_line
 from grpo.model.decoder_config import IMAGE_POSITIONS, DecoderConfig
 from grpo.model.graph_experts import GraphExperts, experts_in
 
 HEAD = "lm_head.weight"
 FEWEST_ROWS = 2
 """A product with one output, such as the gate of a shared expert, is no linear layer to us: no adapter, no NF4."""
-FRAME = ("model.embed_tokens", "model.layers.0", "model.norm", "lm_head")
+FRAME = ("model.embed_tokens", "model.layers.0", "lm_head")
 """Modules around and in the stack of layers."""
+LAST_NORMS = ("norm", "embedding_norm")
+"""What families call the one behind the layers, in `model`."""
 
 
 @dataclass(frozen=True)
@@ -61,30 +64,40 @@ class GraphTensors:
 
 
 def meta_graph(config: DecoderConfig, dtype: torch.dtype = torch.float32, attention: str | None = None) -> nn.Module:
-    """transformers' causal LM of `config`, the text model's, without memory."""
+    """transformers' causal LM of `config`, the text model's, without memory. Raises UserError where there is none."""
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, attn_implementation=attention)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, attn_implementation=attention)
+    except Exception as error:  # whatever transformers makes of a stranger's configuration
+        reason = f"transformers builds no model of its configuration ({one_line(error)})"
+        raise UserError(f"{reason}; correct it, or use another model") from None
 
 
 def last_norm(graph: nn.Module) -> nn.Module:
     """The norm between the last layer of `graph`, a causal LM, and its output head."""
     named = dict(graph.get_submodule("model").named_children())
-    return named["norm"] if "norm" in named else named["embedding_norm"]
+    return next(named[name] for name in LAST_NORMS if name in named)
 
 
 def check_frame(config: DecoderConfig) -> None:
     """Raise UserError unless the graph of `config` has the frame that the training graph runs."""
     graph = meta_graph(config)
-    for name in FRAME:
-        try:
-            graph.get_submodule(name)
-        except AttributeError:
-            raise UserError(
-                f"transformers' {type(graph).__name__} has no {name}, as the decoders have that are trained here; use "
-                "a model of another family"
-            ) from None
+    modules = dict(graph.named_modules())
+    lacking = [name for name in FRAME if name not in modules]
+    if not any(f"model.{name}" in modules for name in LAST_NORMS):
+        lacking.append(f"model.{LAST_NORMS[0]}")
+    if lacking:
+        raise UserError(
+            f"transformers' {type(graph).__name__} has no {lacking[0]}, as the decoders have that are trained here; "
+            "use a model of another family"
+        )
+    if getattr(graph.get_submodule("lm_head"), "bias", None) is not None:
+        raise UserError(
+            f"the output head of transformers' {type(graph).__name__} adds a bias, and those that are trained here are "
+            "a product alone; use a model of another family"
+        )
 
 
 def graph_tensors(config: DecoderConfig) -> GraphTensors:

@@ -10,6 +10,7 @@ from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -51,6 +52,7 @@ class SafetensorsSource:
     experts in MXFP4."""
 
     def __init__(self, path: Path, model: Model):
+        from huggingface_hub import constants
         from transformers import AutoConfig
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
@@ -73,7 +75,9 @@ class SafetensorsSource:
                 "true if you trust it"
             )
         try:
-            whole = AutoConfig.from_pretrained(path, trust_remote_code=brings_code)
+            # Some classes ask the hub for a part of their configuration, which nobody named.
+            with mock.patch.object(constants, "HF_HUB_OFFLINE", constants.HF_HUB_OFFLINE or not brings_code):
+                whole = AutoConfig.from_pretrained(path, trust_remote_code=brings_code)
             self.vision = Vision.of(whole, str(path)) if model.images else None
             self.config = text_config(whole, images=model.images)
         except UserError:
@@ -118,7 +122,11 @@ class SafetensorsSource:
     def _name_decoder(self) -> None:
         """Call the tensors of the decoder of text as a model has them that is nothing else."""
         check_supported(self.config, str(self.path))
-        self._stored_name = decoder_names(self._shard_of, set(graph_tensors(self.config).shapes()) | {HEAD})
+        try:
+            wanted = set(graph_tensors(self.config).shapes()) | {HEAD}
+        except UserError as error:
+            raise UserError(f"{self.path}: architecture {self.config.model_type!r} is not supported: {error}") from None
+        self._stored_name = decoder_names(self._shard_of, wanted)
         renamed = {stored: name for name, stored in self._stored_name.items()}
         self._shard_of = {renamed.get(stored, stored): file for stored, file in self._shard_of.items()}
 

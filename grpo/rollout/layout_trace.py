@@ -182,6 +182,18 @@ class Copies(TorchDispatchMode):
         return None if known is None or known.count != tensor.numel() else Rows(known.name, 0, known.count, moved=True)
 
 
+class Unread(TorchDispatchMode):
+    """Inside, a value of a tensor on meta may be asked for, as by layers that keep one as a number: it is 1."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        operator, kwargs = func.overloadpacket.__name__, kwargs or {}
+        if operator == "_to_copy" and args[0].is_meta and torch.device(kwargs.get("device") or "meta").type != "meta":
+            return torch.ones(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype, device=kwargs["device"])
+        if operator == "_local_scalar_dense" and args[0].is_meta:
+            return 1.0
+        return func(*args, **kwargs)
+
+
 def storage(tensor: Tensor) -> int:
     """The identity of the memory of a tensor, also of one that has none."""
     return tensor.untyped_storage()._cdata
@@ -245,7 +257,7 @@ def traced_model(config: DecoderConfig, dtype: torch.dtype) -> Iterator[nn.Modul
                 max_model_len=64, enforce_eager=True, generation_config="vllm", hf_overrides=attributes(config),
             ).create_engine_config()  # fmt: skip
             with set_current_vllm_config(settings), default_dtype(dtype):
-                with torch.device("meta"):
+                with torch.device("meta"), Unread():
                     model = initialize_model(settings)
                 yield model
         except UserError:

@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 import vllm
 from torch import Tensor, nn
+from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase
 from vllm.model_executor.layers.quantization import register_quantization_config
@@ -162,6 +165,11 @@ class SharedLoader(BaseModelLoader):
     def download_model(self, model_config: Any) -> None:
         """Nothing to download."""
 
+    def load_model(self, vllm_config: Any, model_config: Any, prefix: str = "") -> nn.Module:
+        handle = self.load_config.model_loader_extra_config[ADAPTER_KEY]
+        with windows_of(handle.adapter.base.config):
+            return super().load_model(vllm_config, model_config, prefix)
+
     def load_weights(self, model: nn.Module, model_config: Any) -> None:
         handle = self.load_config.model_loader_extra_config[ADAPTER_KEY]
         adapter = handle.adapter
@@ -185,6 +193,21 @@ class SharedLoader(BaseModelLoader):
         if handle.images is not None:
             model.see(handle.images, handle.step_tokens, base.device, base.dtype)
         share_positions(model, base.config, model_config.max_model_len)
+
+
+@contextmanager
+def windows_of(config: DecoderConfig) -> Iterator[None]:
+    """Inside, no layer of attention that vLLM builds has a longer window than `config` says: some of its classes give
+    a token more than transformers' do."""
+    window, build = getattr(config, "sliding_window", None), Attention.__init__
+
+    def built(self: Any, *args: Any, per_layer_sliding_window: int | None = None, **more: Any) -> None:
+        if window is not None and per_layer_sliding_window is not None:
+            per_layer_sliding_window = min(window, per_layer_sliding_window)
+        build(self, *args, per_layer_sliding_window=per_layer_sliding_window, **more)
+
+    with mock.patch.object(Attention, "__init__", built):
+        yield
 
 
 def attach_experts(model: nn.Module, handle: AdapterHandle) -> set[str]:
@@ -234,9 +257,15 @@ def attach_tensors(model: nn.Module, base: BaseWeights) -> None:
     for name, tensor in wanted.items():
         if name not in held:
             raise unlike(base, f"without {name}")
-        if held[name].dtype != tensor.dtype or held[name].shape != tensor.shape:
-            raise unlike(base, f"with {name} as {held[name].dtype} of shape {tuple(held[name].shape)}")
-        held[name].data = tensor
+        theirs = held[name]
+        if theirs.dtype.itemsize > tensor.dtype.itemsize or theirs.shape != tensor.shape:
+            raise unlike(base, f"with {name} as {theirs.dtype} of shape {tuple(theirs.shape)}")
+        if theirs.dtype == tensor.dtype:
+            theirs.data = tensor
+        else:  # some layers are of a precision of their own, whatever the model's is
+            module, _, key = name.rpartition(".")
+            own = nn.Parameter(tensor, requires_grad=False) if name in parameters else tensor
+            setattr(model.get_submodule(module), key, own)
 
 
 def attach(module: nn.Module, linear: FusedLinear, adapter: RolloutAdapter) -> None:

@@ -280,8 +280,10 @@ def is_there(row: Row, name: str) -> bool:
 
 
 def check_optional_columns(settings: Sft, rows: Sequence[Row], kind: str) -> None:
-    """Raise UserError for a column of an optional part that no row has: a misspelt one would be left out in silence."""
+    """Raise UserError for a column of an optional part that no row has, where a misspelt one would be left out in
+    silence, and for optional parts that do not end or that lie within another."""
     for template in filter(None, (settings.prompt, settings.completion)):
+        check_brackets(template)
         for part in re.findall(r"\[\[(.*?)\]\]", template, flags=re.DOTALL):
             for name in columns_in(part):
                 if not any(has(row, name) for row in rows):
@@ -289,6 +291,16 @@ def check_optional_columns(settings: Sft, rows: Sequence[Row], kind: str) -> Non
                         f"no {kind}row has the column {name!r}, which the template asks for; the columns are "
                         f"{columns_of(rows[0])}"
                     )
+
+
+def check_brackets(template: str) -> None:
+    """Raise UserError where brackets with a column in them are no optional part, and would be shown as they are."""
+    parts = re.findall(r"\[\[(.*?)\]\]", template, flags=re.DOTALL)
+    if inner := next((part for part in parts if "[[" in part and columns_in(part)), None):
+        raise UserError(f"the template has [[{inner[:60]}: an optional part within another; give each its own brackets")
+    rest = re.sub(r"\[\[(.*?)\]\]", "", template, flags=re.DOTALL).partition("[[")[2]
+    if columns_in(rest):
+        raise UserError(f"the template has [[{rest[:60]}: an optional part without its end; add ]] to it")
 
 
 def has(row: Mapping[str, Any], name: str) -> bool:

@@ -50,6 +50,8 @@ TOLERANCE = {torch.float32: 2e-3, torch.float16: 0.05, torch.bfloat16: 0.25}
 """Largest allowed mean |logprob difference| between vLLM and the training graph."""
 FLOAT32_ON_CPU = 2e-4
 """The same where nothing is rounded to less than float32 on the way: ten times what was seen."""
+HEAD_FACTOR, HEAD_STANDS_OUT = 1.25, 0.8
+"""A factor of logits that is told from none, and how many times the difference of logprobs its effect has to be."""
 EVEN_MOVE = 1.5
 """Standard deviation of the noise in B, times the adapter's scale and root of its rank, under which modules are
 compared: what an adapter adds is then about the size of its input, and stands out from a module's rounding."""
@@ -122,11 +124,13 @@ def check_logprobs(session: Session, prompt: GatePrompt) -> None:
     """Raise UserError unless sampled and trained logprobs agree and vLLM follows a move of the adapter."""
     policy, limit = session.policy, tolerance(session)
     before = sample_with_choice(session, prompt)
-    mean_logprob_diff = mean_abs_diff(before.logprobs, scored(policy, prompt, before))
+    start = scored(policy, prompt, before)
+    mean_logprob_diff = mean_abs_diff(before.logprobs, start)
     refuse_difference(session, prompt, mean_logprob_diff, limit, "")
+    refuse_scaled_head(session, prompt, before, start)
     least = max(STANDS_OUT * mean_logprob_diff, limit / STANDS_OUT)
     what, others = moved_names(policy)
-    nudge = nudge_that_stands_out(policy, prompt, before, least)
+    nudge = nudge_that_stands_out(policy, prompt, before, start, least)
     if nudge is None:
         check_modules(session, prompt)  # the two may differ by more than an adapter can
         if before.certain:
@@ -198,9 +202,11 @@ def tolerance(session: Session) -> float:
     return FLOAT32_ON_CPU if on_cpu and dtype == torch.float32 else TOLERANCE[dtype]
 
 
-def nudge_that_stands_out(policy: Policy, prompt: GatePrompt, sampled: Sampled, least: float) -> float | None:
-    """The first of NUDGES that changes the training graph's logprobs by `least` on average; None if none does."""
-    start = scored(policy, prompt, sampled)
+def nudge_that_stands_out(
+    policy: Policy, prompt: GatePrompt, sampled: Sampled, start: Tensor, least: float
+) -> float | None:
+    """The first of NUDGES that changes the training graph's logprobs, `start`, by `least` on average; None if none
+    does."""
     for nudge in NUDGES:
         with moved(policy, everywhere(nudge)):
             if mean_abs_diff(scored(policy, prompt, sampled), start) >= least:
@@ -249,6 +255,24 @@ def refuse_difference(session: Session, prompt: GatePrompt, mean_logprob_diff: f
             f"self-test: with the {which}{moved_names(session.policy)[0]} vLLM's logprobs differ from the training "
             f"graph's by {mean_logprob_diff:.3g} on average, over {limit:.3g}, so completions would not come from the "
             f"trained policy{named_difference(session, prompt)}; {remedy(session)}"
+        )
+
+
+def refuse_scaled_head(session: Session, prompt: GatePrompt, sampled: Sampled, ours: Tensor) -> None:
+    """Raise UserError where logits times HEAD_FACTOR, or over it, explain vLLM's logprobs better than the training
+    graph's, `ours`: the comparison of modules ends before the output head, and logprobs alone would have to be apart by
+    more than rounding of all layers makes."""
+    scaled = scored(session.policy, prompt, sampled._replace(temperature=sampled.temperature / HEAD_FACTOR))
+    effect, gap = scaled - ours, sampled.logprobs - ours
+    if float(effect.abs().mean()) <= HEAD_STANDS_OUT * float(gap.abs().mean()):
+        return
+    share = float(gap @ effect / (effect @ effect))
+    if abs(share) > LEAST_FOLLOWED:
+        factor = HEAD_FACTOR if share > 0 else 1 / HEAD_FACTOR
+        raise UserError(
+            f"self-test: vLLM's logprobs are those of logits times about {factor:.3g}, beside the training graph's: "
+            "the output head is scaled otherwise, so completions would not come from the trained policy; "
+            f"{remedy(session)}"
         )
 
 

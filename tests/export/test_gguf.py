@@ -134,6 +134,23 @@ def test_gated_delta_net_is_written_and_read(tmp_path: Path) -> None:
         assert source.tokenizer()(text)["input_ids"] == before(text)["input_ids"]
 
 
+@pytest.mark.parametrize("changes", [{}, {"num_kv_shared_layers": 0, "use_double_wide_mlp": False}])
+def test_gemma_4_is_written_and_read_with_what_differs_by_layer(changes: dict[str, Any], tmp_path: Path) -> None:
+    """By our reader: transformers reads no file with numbers of each layer."""
+    made = made_with_tokenizer(tmp_path, "gemma4_text", **changes)
+    source = open_source(Model(name=str(exported(made, "f16"))))
+    before = made.peft.base_model.model.config
+    kept = {"layer_types", "head_dim", "global_head_dim", "intermediate_size", "use_double_wide_mlp", "sliding_window",
+            "num_kv_shared_layers", "attention_k_eq_v", "num_global_key_value_heads", "final_logit_softcapping",
+            "hidden_size_per_layer_input", "max_position_embeddings", "rope_parameters"}  # fmt: skip
+    found, said = source.config.to_dict(), before.to_dict()
+    assert {key: found.get(key) for key in kept} == {key: said.get(key) for key in kept}
+    assert apart(logits(made.peft), streamed_logits(source, TOKENS)) < 5e-3
+    for name, weight in made.peft.merge_and_unload().state_dict().items():
+        if name != "lm_head.weight":
+            assert apart(weight, source.read(name)) < 3e-4, name
+
+
 # Metadata
 
 

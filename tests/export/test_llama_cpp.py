@@ -19,7 +19,7 @@ from tests.helpers.adapters import TOKENS
 xllamacpp = pytest.importorskip("xllamacpp")
 pytestmark = [pytest.mark.wide, pytest.mark.slow]
 
-FAMILIES: dict[str, dict[str, Any]] = {**READ_BY_TRANSFORMERS, "qwen3_5_text": {}}
+FAMILIES: dict[str, dict[str, Any]] = {**READ_BY_TRANSFORMERS, "qwen3_5_text": {}, "gemma4_text": {}}
 STEPS, LISTED = 10, 5
 """Tokens that are predicted one after another, and likeliest ones that are compared at each."""
 

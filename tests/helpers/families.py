@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
+from tests.helpers.family_tail import TAIL
 from tests.helpers.tiny import COMMON, spread_of_embedding
 
 KINDS = ["sliding_attention", "full_attention"]
@@ -167,7 +168,7 @@ NEWCOMERS: dict[str, dict[str, Any]] = {
 
 def family_config(family: str, **changes: Any) -> Any:
     """transformers' configuration of a tiny model."""
-    return AutoConfig.for_model(family, **{**COMMON, **NEWCOMERS[family], **per_layer_rows(changes)})
+    return AutoConfig.for_model(family, **{**COMMON, **(NEWCOMERS | TAIL)[family], **per_layer_rows(changes)})
 
 
 def per_layer_rows(changes: dict[str, Any]) -> dict[str, Any]:

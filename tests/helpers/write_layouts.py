@@ -15,6 +15,7 @@ from grpo.model import layout_records
 from grpo.model.layout import Record
 from grpo.rollout.layout_trace import trace
 from tests.helpers.families import NEWCOMERS, family_config
+from tests.helpers.family_tail import TAIL
 from tests.helpers.tiny import COMMON, FAMILIES
 
 TARGET = Path(layout_records.__file__)
@@ -28,7 +29,7 @@ def version() -> str:
 def traced() -> dict[str, Record]:
     """The layout of every family that has a tiny model, as the installed vLLM has it."""
     configs = {name: AutoConfig.for_model(name, **{**COMMON, **values}) for name, values in FAMILIES.items()}
-    configs |= {name: family_config(name) for name in NEWCOMERS}
+    configs |= {name: family_config(name) for name in NEWCOMERS | TAIL}
     return {name: trace(config) for name, config in configs.items()}
 
 

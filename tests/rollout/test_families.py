@@ -12,6 +12,7 @@ from grpo.config.schema import Model
 from grpo.model.inventory import account
 from grpo.model.source import open_source
 from tests.helpers.families import NEWCOMERS, WITH_IMAGES, save_family, save_mxfp4, save_with_images
+from tests.helpers.family_tail import TAIL
 from tests.helpers.graph_comparison import PROMPTS, largest_difference, load
 
 
@@ -37,7 +38,7 @@ QUICK = ("ministral3", "smollm3", "phi3")
 
 @pytest.mark.vllm
 @pytest.mark.parametrize(
-    "family", [pytest.param(name, marks=() if name in QUICK else pytest.mark.wide) for name in NEWCOMERS]
+    "family", [pytest.param(name, marks=() if name in QUICK else pytest.mark.wide) for name in NEWCOMERS | TAIL]
 )
 def test_vllm_the_training_graph_and_transformers_agree(family: str, tmp_path: Path) -> None:
     check(save_family(tmp_path, family), tmp_path)

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from grpo.errors import UserError
 from grpo.sft.config import Sft, parse_sft_config
 from grpo.sft.data import load_examples, read_rows
-from grpo.sft.forms import chat_of, conversation, fill
+from grpo.sft.forms import chat_of, check_optional_columns, conversation, fill
 from grpo.sft.token_rows import token_example
 from tests.helpers.small_chat import TOKENS, save_byte_tokenizer
 
@@ -237,3 +237,25 @@ def test_tokens_that_do_not_fit_are_named(row, sentence):
     with pytest.raises(UserError, match=sentence) as error:
         token_example(row, "row 4")
     assert str(error.value).startswith("row 4: ")
+
+
+@pytest.mark.parametrize(
+    ("template", "sentence"),
+    [
+        ("{a}[[ with {b}", "an optional part without its end; add ]]"),
+        ("{a}[[ x ]] and [[ {b}", "an optional part without its end"),
+        ("{a}[[ with [[{b}]]]]", "an optional part within another"),
+        ("{a}[[ see [[link]] ]]", ""),
+        ("{a} [[link]] {b} [[", ""),
+        ("{a}[[, {b}]][[ ({a})]]", ""),
+    ],
+)
+def test_brackets_that_are_no_optional_part_are_named(template: str, sentence: str) -> None:
+    rows = [{"a": "1", "b": "2", "out": "z"}]
+    settings = Sft(path="x", prompt=template, completion="{out}")
+    if not sentence:
+        check_optional_columns(settings, rows, "")
+        return
+    with pytest.raises(UserError) as caught:
+        check_optional_columns(settings, rows, "")
+    assert sentence in str(caught.value) and "\n" not in str(caught.value)

@@ -60,5 +60,7 @@ class Family:
     a model are not read."""
     blind: str = ""
     """Why images of such a model are not read, where somebody would expect it."""
+    multiplies_logits: frozenset[str] = frozenset()
+    """Keys by which the family multiplies its logits, that are divisors in others."""
     norm_adds_one: bool = False
     """RMSNorm multiplies by the weight plus one."""

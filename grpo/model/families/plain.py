@@ -22,4 +22,12 @@ FAMILIES = {
     "olmo3": Family(models="OLMo 3"),
     "glm": Family(models="GLM-4 (9B of 2024)"),
     "arcee": Family(models="Arcee AFM"),
+    "apertus": Family(models="Apertus"),
+    "cwm": Family(models="CWM, the code world model"),
+    "helium": Family(models="Helium 1"),
+    "hunyuan_v1_dense": Family(models="Hunyuan, dense", of_rotary=frozenset({"alpha"})),
+    "jais2": Family(models="Jais 2"),
+    "ministral": Family(models="Ministral 8B of 2024"),
+    "nanochat": Family(models="nanochat"),
+    "olmo": Family(models="OLMo"),
 }
