@@ -91,9 +91,8 @@ def check_options(parsed: argparse.Namespace) -> None:
 
     if parsed.raw and parsed.system is not None:
         raise UserError("--system and --raw: a raw prompt has no system prompt; keep one of them")
-    if parsed.image and (parsed.raw or parsed.environment):
-        other = "--raw" if parsed.raw else "--environment"
-        raise UserError(f"--image and {other}: an image needs a chat, and an environment's is of text; keep one")
+    if parsed.image and parsed.raw:
+        raise UserError("--image and --raw: an image needs a chat; keep one of them")
     for file in parsed.image:
         read_image(file, "--image")
     if parsed.environment and (parsed.raw or parsed.compare_base):

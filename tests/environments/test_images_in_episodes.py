@@ -27,6 +27,7 @@ from grpo.environments.pool import Ended, Lost
 from grpo.environments.program import BadResult, Turn
 from grpo.environments.ways_in import WAYS_IN, content_of
 from grpo.errors import UserError
+from grpo.generate import main as generate
 from grpo.images import Image, read_image
 from grpo.train import main
 from tests.helpers.paths import ROOT
@@ -77,6 +78,19 @@ def test_a_run_trains_on_what_it_is_shown_between_turns_and_goes_on_bit_for_bit(
     assert start(home, "resumed", slow, "--resume", train={"max_steps": 4}, checkpoint={"save_steps": 2}) == 0
     one, other = (load_file(home / name / "adapter" / "adapter_model.safetensors") for name in ("straight", "resumed"))
     assert one.keys() == other.keys() and all(tensor.equal(other[name]) for name, tensor in one.items())
+
+
+@pytest.mark.vllm
+def test_a_run_is_talked_to_with_an_image_in_its_environment(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert start(home, "talked", {"program": f"{FILE}:shows"}, train={"max_steps": 1}) == 0
+    (home / "seen.png").write_bytes(noise(32, 32, 3).data)
+    capsys.readouterr()
+    said = ["look at it", "--environment", "--max-tokens", "150", "--temperature", "0"]
+    assert generate([str(home / "talked"), *said, "--image", str(home / "seen.png")]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("[user] [image]And this?") == 2
+    assert generate([str(home / "talked"), *said]) == 0
+    assert capsys.readouterr().out != shown
 
 
 class Played:
