@@ -46,6 +46,7 @@ from grpo.rollout.vllm_images import ARGUMENTS as IMAGE_ARGUMENTS
 from grpo.rollout.vllm_images import ImageStore, known_positions
 from grpo.rollout.vllm_model import ADAPTER_KEY, SHARED, AdapterHandle, write_model_folder
 from grpo.rollout.vllm_scheduler import LogprobCollector, OnePassSampler, rollout_scheduler
+from grpo.rollout.vllm_start import quick_start
 from grpo.run.compile_ahead import capture_sizes
 from grpo.run.machine import version_problem
 from grpo.run.tiles import prepare_tiles
@@ -96,9 +97,10 @@ class Engine:
         if self.base.experts and self.policy is not None:
             self.recorder = RouteRecorder(self.base, self.kv_bytes(), self.settings.kv_cache_dtype)
         self.collector.recorder = self.recorder
-        with nullcontext() if self.images is None else known_positions():
-            self.llm = vllm.LLM(**self._arguments())
-        if self.base.device.type == "cuda":
+        arguments, on_gpu = self._arguments(), self.base.device.type == "cuda"
+        with nullcontext() if self.images is None else known_positions(), quick_start() if on_gpu else nullcontext():
+            self.llm = vllm.LLM(**arguments)
+        if on_gpu:
             self._runner.sampler = self.sampler = OnePassSampler(logprobs_mode="processed_logprobs")
         if self.policy is not None:
             self.sync_adapter()
