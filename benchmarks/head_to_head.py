@@ -150,14 +150,14 @@ def ours_config(options: argparse.Namespace, name: str, size: Size, folder: Path
 def train_ours(config: Path) -> None:
     """What `python -m grpo.train` does, from a configuration as JSON; says when the first step has ended."""
     from grpo.config.schema import parse_config
-    from grpo.run.importing import uncollected
+    from grpo.run.importing import lean
     from grpo.run.library_logs import quiet_libraries
     from grpo.train import start_ahead
 
     quiet_libraries(False)
     sections = json.loads(config.read_text())
     start_ahead(parse_config(sections))
-    with uncollected():
+    with lean():
         from grpo.training.run import launch
     metrics = Path(sections["checkpoint"]["output_dir"]) / "metrics.jsonl"
 

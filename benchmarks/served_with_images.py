@@ -26,6 +26,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from benchmarks.common.processes import write_result
 from benchmarks.common.vllm_server import vllm_serve
@@ -119,16 +120,14 @@ def exported(work: Path, size: float, graph: Any, model: dict[str, Any]) -> None
 @contextlib.contextmanager
 def torchvision_from(folder: Path | None, work: Path) -> Iterator[None]:
     """Inside, new processes find torchvision in `folder`."""
-    before = os.environ.get("PYTHONPATH")
-    if folder is not None:
-        (work / "site").mkdir(exist_ok=True)
-        (work / "site" / "sitecustomize.py").write_text(DECLARED)
-        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(folder), str(work / "site"), before)))
-    try:
+    with patch.dict(os.environ):
+        if folder is not None:
+            (work / "site").mkdir(exist_ok=True)
+            (work / "site" / "sitecustomize.py").write_text(DECLARED)
+            os.environ["PYTHONPATH"] = os.pathsep.join(
+                filter(None, (str(folder), str(work / "site"), os.environ.get("PYTHONPATH")))
+            )
         yield
-    finally:
-        os.environ.pop("PYTHONPATH", None)
-        os.environ.update({} if before is None else {"PYTHONPATH": before})
 
 
 def served(client: Any, model: str, asked: Sequence[Any]) -> tuple[list[float], list[int]]:

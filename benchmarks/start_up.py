@@ -63,12 +63,12 @@ def child_main(options: argparse.Namespace) -> int:
     if options.make:
         fixed_work(options)
         return 0
-    from grpo.run.importing import uncollected
+    from grpo.run.importing import lean
 
     kernels = None
     if options.imports:
         for module in MODULES:
-            with uncollected():
+            with lean():
                 __import__(module)
         ended = time.time()
     else:
@@ -87,7 +87,7 @@ def child_main(options: argparse.Namespace) -> int:
         from grpo.train import start_ahead
 
         start_ahead(config)
-        with uncollected():
+        with lean():
             from grpo.training.run import launch
         kernels = CompiledKernels()
         launch(config)

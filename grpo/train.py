@@ -35,7 +35,7 @@ from grpo.rollout.attention_backend import Served, choose_backend
 from grpo.rollout.import_ahead import import_ahead
 from grpo.run.checkpoint import check_run, moved_base, saved_config, step_numbers
 from grpo.run.compile_ahead import begin
-from grpo.run.importing import uncollected
+from grpo.run.importing import lean
 from grpo.run.machine import check_machine
 from grpo.run.read_ahead import read_ahead
 from grpo.run.signals import leaving_at_once
@@ -163,7 +163,7 @@ def train(config: Config, rank: Launch, *, resume: bool, verbose: bool) -> None:
     if rank.local_rank == 0 and config.model.device != "cpu":
         start_ahead(config)
     check_machine(config.model.device)
-    with uncollected():
+    with lean():
         from grpo.training.run import launch
 
     with leaving_at_once():

@@ -143,8 +143,9 @@ def _launch_sizes(rows: int, inner: int) -> tuple[tuple[int, int], int, int]:
     return (cdiv(rows, height), cdiv(inner, columns)), height, columns
 
 
-def launch_forward(gate_up: Tensor, activation: str, out: Tensor) -> None:
-    """The Triton form of `glu_forward`."""
+def launch_forward(gate_up: Tensor, activation: str, out: Tensor, *, overlapped: bool = False) -> None:
+    """The Triton form of `glu_forward`. overlapped: launched while the product in front of it runs, and what follows
+    while it runs (sm_90 on)."""
     rows, inner = out.shape
     assert gate_up.stride(1) == out.stride(1) == 1
     if rows == 0:
@@ -153,7 +154,7 @@ def launch_forward(gate_up: Tensor, activation: str, out: Tensor) -> None:
     with on_device(gate_up):
         _forward_kernel[grid](
             gate_up, out, rows, inner, gate_up.stride(0), out.stride(0), activation, height, columns,
-            is_interpreted(gate_up), num_warps=4,
+            overlapped, is_interpreted(gate_up), num_warps=4, launch_pdl=overlapped,
         )  # fmt: skip
 
 
@@ -208,9 +209,12 @@ def gated(gate, up, ACTIVATION: tl.constexpr, DTYPE: tl.constexpr, INTERPRETED: 
 @triton.jit(do_not_specialize=["rows"])
 def _forward_kernel(
     gate_up_ptr, out_ptr, rows, columns, stride_gate_up_m, stride_out_m, ACTIVATION: tl.constexpr,
-    HEIGHT: tl.constexpr, COLUMNS: tl.constexpr, INTERPRETED: tl.constexpr,
+    HEIGHT: tl.constexpr, COLUMNS: tl.constexpr, OVERLAPPED: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     DTYPE: tl.constexpr = out_ptr.dtype.element_ty
+    if OVERLAPPED:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     row = (tl.program_id(0) * HEIGHT + tl.arange(0, HEIGHT)).to(tl.int64)[:, None]
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     inside = (row < rows) & (column < columns)

@@ -45,6 +45,9 @@ class LowRank:
 
     x_lora_a: Tensor
     b: Tensor
+    pending: bool = False
+    """Whether the last kernel launched before the product is the `lora_shrink` that writes x_lora_a: a product that can
+    begin before that has ended may do so."""
 
     def concat_to(self, x: Tensor) -> Tensor:
         """[x | x_lora_a] [M, K + R], of x [M, K]: what [W | s B] multiplies."""

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -34,7 +35,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from grpo.kernels import stored_weight
+from grpo.kernels import nf4, stored_weight
 from grpo.kernels.launch import accumulation_dtype, disable_reduced_precision
 from grpo.kernels.lora_factors import Adapter, LowRank, pack_lora
 from grpo.kernels.lora_sum import dense_linear, round_sum, sums_in_float32
@@ -83,10 +84,22 @@ class LinearGroup:
             device = self.segments[0][0].device
             out = torch.empty(self.out_features, self.in_features, dtype=self.dtype, device=device)
         row = 0
-        for weight, scales in self.segments:
-            stored_weight.dequantize(weight, scales, out.dtype, out=out[row : row + weight.shape[0]])
+        for (weight, scales), stored in zip(self.segments, self._stored, strict=True):
+            part = out[row : row + weight.shape[0]]
+            if stored is None:
+                stored_weight.dequantize(weight, scales, out.dtype, out=part)
+            else:
+                stored.launch_dequantize(part)
             row += weight.shape[0]
         return out
+
+    @cached_property
+    def _stored(self) -> list[nf4.StoredMatrix | None]:
+        """Of each segment in NF4 that the kernel dequantises: the storage never moves."""
+        return [
+            nf4.StoredMatrix(weight, scales) if scales is not None and nf4.by_kernel(weight, scales) else None
+            for weight, scales in self.segments
+        ]
 
 
 class LoraMatmul:

@@ -22,7 +22,7 @@ from grpo.kernels.launch import unit_stride
 from grpo.kernels.lora_factors import Adapter
 from grpo.kernels.lora_linear import LinearGroup, LoraMatmul, norm_backward, normed_input, row_tiles
 from grpo.kernels.rms_norm import Norm
-from grpo.kernels.sizes import KEPT_TILES, MLP_TILE, largest_tile
+from grpo.kernels.sizes import MLP_TILE, largest_tile
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class GatedMlp:
     residual: bool
     """Whether x itself is added to the output, after its rounding: as vLLM's norms do it."""
     tile: int = MLP_TILE
-    """Tokens whose intermediate tensors exist at once, about (`row_tiles`); `KEPT_TILES` times as many with `keep`."""
+    """Tokens whose intermediate tensors exist at once, about (`row_tiles`)."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,12 @@ class _Call:
     """Of gate_up and of down."""
     keep: bool
     output: bool
+    tiles: int
 
     @property
     def tile(self) -> int:
         """Tokens at once, about."""
-        return self.mlp.tile * (KEPT_TILES if self.keep else 1)
+        return self.mlp.tile * self.tiles
 
     @property
     def columns(self) -> int:
@@ -78,13 +79,14 @@ def lora_mlp(
     *,
     keep: bool = True,
     output: bool = True,
+    tiles: int = 1,
 ) -> Tensor:
     """The MLP of x [tokens, hidden]. `factors`: A, B of gate_up's adapters, then of down's, which get gradients.
 
     keep: save gate and up rather than compute them again. output: False returns a tensor of unset values that still
-    has the right backward, for a forward that is run for its backward alone.
+    has the right backward, for a forward that is run for its backward alone. tiles: as many of `mlp.tile` as one.
     """
-    call = _Call(mlp, (tuple(adapters[0]), tuple(adapters[1])), keep and torch.is_grad_enabled(), output)
+    call = _Call(mlp, (tuple(adapters[0]), tuple(adapters[1])), keep and torch.is_grad_enabled(), output, tiles)
     return _LoraMlp.apply(x, call, *factors)
 
 

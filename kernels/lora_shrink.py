@@ -1,9 +1,10 @@
 """x A^T for a LoRA adapter's narrow A, in one launch: the first half of y += (x A^T) B^T while sampling.
 
 The second half is added by nf4_gemm.py while its result is still in registers, so an adapter costs one small launch a
-layer. A has a few dozen rows and thousands of columns, so the work is split along K over the GPU's multiprocessors;
-whichever program finishes last adds the parts in their order. A row's result has the same bits whatever other rows
-there are, up to MOST_ROWS; above, the product is cuBLAS's.
+layer, and from sm_90 on the product can begin while that runs: it needs x A^T only at its end. A has a few dozen rows
+and thousands of columns, so the work is split along K over the GPU's multiprocessors; whichever program finishes last
+adds the parts in their order. A row's result has the same bits whatever other rows there are, up to MOST_ROWS; above,
+the product is cuBLAS's.
 
 Not here: gradients, per-token choice among adapters. One stream at a time per device (nf4_gemm.py's workspace).
 """
@@ -19,7 +20,7 @@ from torch import Tensor
 from grpo.kernels import cards
 from grpo.kernels.launch import on_device, round_to
 from grpo.kernels.sizes import RANK_MULTIPLE
-from grpo.kernels.split_k import COUNTERS, WORKSPACE_BYTES, dot, store_part, sum_parts, workspace
+from grpo.kernels.split_k import COUNTERS, SHRINK_BYTES, dot, store_part, sum_parts, workspace
 
 MOST_ROWS = 512
 """Rows of x up to which our kernel is used: a decoding batch, not a prompt."""
@@ -32,15 +33,16 @@ STEPS = 2
 LARGEST_SPLIT = 32
 
 
-def lora_shrink(x: Tensor, a: Tensor, scale: Tensor) -> Tensor:
+def lora_shrink(x: Tensor, a: Tensor, scale: Tensor, *, overlapped: bool = False) -> Tensor:
     """scale * (x [M, K] times the transpose of a [R, K]): [M, R], rounded once to x's dtype.
 
     a: contiguous, in x's dtype, R a multiple of RANK_MULTIPLE. scale: one number of x's dtype, read on the device, so
     that a captured graph follows its changes. Sums are float32. Records no gradient. By cuBLAS, as for prompts and on
-    sm_75, a scale other than 0 and 1 would be a second rounding.
+    sm_75, a scale other than 0 and 1 would be a second rounding. overlapped: from sm_90 on it is launched while the
+    kernel in front of it runs, and a product with a pending `LowRank` while this one does.
     """
     if serves(x):
-        return launch_shrink(x, a, scale)
+        return launch_shrink(x, a, scale, overlapped=overlapped and cards.card(x.device).overlaps)
     return F.linear(x, a) * scale
 
 
@@ -49,7 +51,9 @@ def serves(x: Tensor) -> bool:
     return x.is_cuda and x.dtype != torch.float32 and 0 < x.shape[0] <= MOST_ROWS and cards.card(x.device).dot_is_fast
 
 
-def launch_shrink(x: Tensor, a: Tensor, scale: Tensor, *, interpreted: bool = False) -> Tensor:
+def launch_shrink(
+    x: Tensor, a: Tensor, scale: Tensor, *, interpreted: bool = False, overlapped: bool = False
+) -> Tensor:
     """The kernel. interpreted: the form for Triton's interpreter."""
     rows, columns = x.shape
     ranks = a.shape[0]
@@ -57,13 +61,14 @@ def launch_shrink(x: Tensor, a: Tensor, scale: Tensor, *, interpreted: bool = Fa
     assert a.is_contiguous() and x.stride(1) == 1 and scale.numel() == 1 and ranks % RANK_MULTIPLE == 0
     block, split = cut(ranks, columns)
     grid = (triton.cdiv(rows, ROWS), ranks // block, split)
-    assert grid[0] * grid[1] <= COUNTERS and grid[0] * grid[1] * split * ROWS * block * 4 <= WORKSPACE_BYTES
+    assert grid[0] * grid[1] <= COUNTERS and grid[0] * grid[1] * split * ROWS * block * 4 <= SHRINK_BYTES
     out = torch.empty(rows, ranks, dtype=x.dtype, device=x.device)
-    scratch, counters = workspace(x.device)
+    scratch, counters = workspace(x.device, SHRINK_BYTES)
     with on_device(x):
         _shrink_kernel[grid](
             x, a, scale, out, scratch.view(torch.float32), counters, rows, columns, x.stride(0),
-            ranks, block, split, ROWS, COLUMNS, columns % COLUMNS != 0, interpreted, num_warps=4,
+            ranks, block, split, ROWS, COLUMNS, columns % COLUMNS != 0, interpreted,
+            overlapped, num_warps=4, launch_pdl=overlapped,
         )  # fmt: skip
     return out
 
@@ -78,9 +83,12 @@ def cut(ranks: int, columns: int) -> tuple[int, int]:
 def _shrink_kernel(
     x_ptr, a_ptr, scale_ptr, out_ptr, partial_ptr, counters_ptr, rows, columns, stride_x_m,
     RANKS: tl.constexpr, BR: tl.constexpr, SPLIT: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
-    TAIL: tl.constexpr, INTERPRETED: tl.constexpr,
+    TAIL: tl.constexpr, INTERPRETED: tl.constexpr, OVERLAPPED: tl.constexpr,
 ):  # fmt: skip
     """out [BM, BR] = x [BM, part of K] a [BR, part of K]^T."""
+    if OVERLAPPED:
+        tl.extra.cuda.gdc_wait()  # for x: this may be launched while that is computed
+        tl.extra.cuda.gdc_launch_dependents()  # a product that waits for this at its end may begin
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     r = tl.program_id(1) * BR + tl.arange(0, BR)
     k = tl.arange(0, BK)

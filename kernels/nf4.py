@@ -155,13 +155,18 @@ def dequantize(packed: Tensor, absmax: Tensor, out: Tensor | None = None) -> Ten
         out = torch.empty(rows, columns, dtype=absmax.dtype, device=packed.device)
     if out.shape != (rows, columns) or out.dtype != absmax.dtype or out.stride(1) != 1:
         raise ValueError(f"out must be a {absmax.dtype} [{rows}, {columns}] with a last stride of 1")
-    if packed.is_cuda and absmax.dtype in (torch.bfloat16, torch.float16):
+    if by_kernel(packed, absmax):
         launch_dequantize(packed, absmax, out)
         return out
     codes, _ = unpack_rows(packed, absmax)
     _, pairs = stored_rows(packed, absmax, 0, rows, columns)
     scales = pairs.permute(0, 2, 1, 3).reshape(rows, -1)[:, : columns // BLOCK]
     return out.copy_(dequantize_bitsandbytes(codes, scales, (rows, columns), absmax.dtype))
+
+
+def by_kernel(packed: Tensor, absmax: Tensor) -> bool:
+    """Whether a kernel dequantises this, if it is of the stored form."""
+    return packed.is_cuda and packed.dtype == torch.uint8 and absmax.dtype in (torch.bfloat16, torch.float16)
 
 
 def launch_quantize(packed: Tensor, absmax: Tensor, row: int, weight: Tensor, *, interpreted: bool = False) -> None:
@@ -180,16 +185,29 @@ def launch_quantize(packed: Tensor, absmax: Tensor, row: int, weight: Tensor, *,
 
 def launch_dequantize(packed: Tensor, absmax: Tensor, out: Tensor, *, interpreted: bool = False) -> None:
     """The Triton form of `dequantize`. interpreted: look codes up without PTX, as Triton's interpreter needs."""
-    rows, columns = out.shape
-    words, pairs = stored_rows(packed, absmax, 0, rows, columns)
-    assert out.stride(1) == 1 and words.is_contiguous() and pairs.is_contiguous()
-    tiles = words.shape[1]
-    grid = (tiles, cdiv(rows, _TILE_ROWS))
-    with on_device(packed):
-        _dequantize_kernel[grid](
-            words.view(torch.int32), pairs, out, rows, columns, out.stride(0), tiles, *byte_tables(out.dtype),
-            _TILE_ROWS, columns % TILE != 0, interpreted, num_warps=4,
-        )  # fmt: skip
+    StoredMatrix(packed, absmax).launch_dequantize(out, interpreted=interpreted)
+
+
+class StoredMatrix:
+    """Rows of the stored form as the kernels see them, looked at once: a training step dequantises each matrix many
+    times, and a look takes the host longer than the launch takes the GPU."""
+
+    def __init__(self, packed: Tensor, absmax: Tensor):
+        self.rows, self.columns = packed.shape[0], packed.shape[1] * 2
+        words, self.pairs = stored_rows(packed, absmax, 0, self.rows, self.columns)
+        assert words.is_contiguous() and self.pairs.is_contiguous()
+        self.tiles = words.shape[1]
+        self.words = words.view(torch.int32)
+        self.grid = (self.tiles, cdiv(self.rows, _TILE_ROWS))
+
+    def launch_dequantize(self, out: Tensor, *, interpreted: bool = False) -> None:
+        """The weight [n, K] to `out`, in absmax's dtype, its last stride 1."""
+        assert out.shape == (self.rows, self.columns) and out.stride(1) == 1 and out.dtype == self.pairs.dtype
+        with on_device(self.words):
+            _dequantize_kernel[self.grid](
+                self.words, self.pairs, out, self.rows, self.columns, out.stride(0), self.tiles,
+                *byte_tables(out.dtype), _TILE_ROWS, self.columns % TILE != 0, interpreted, num_warps=4,
+            )  # fmt: skip
 
 
 _TILE_ROWS = 64

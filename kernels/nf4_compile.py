@@ -48,6 +48,8 @@ class Product(NamedTuple):
     half_tail: bool = False
     """Whether the columns are an odd number of blocks."""
     bias: bool = False
+    pending: bool = False
+    """Whether it begins before its adapter's x A^T is there."""
 
 
 class Shrink(NamedTuple):
@@ -55,6 +57,8 @@ class Shrink(NamedTuple):
 
     ranks: int
     columns: int
+    overlapped: bool = False
+    """Whether it is launched while what is in front of it runs."""
 
 
 Job = Product | Shrink
@@ -71,12 +75,13 @@ def read(line: list[Any]) -> Job:
     return Shrink(*fields) if kind == Shrink.__name__ else Product(Tile(**fields[0]), *fields[1:])
 
 
-def warm(job: Job, dtype: torch.dtype, unit: cards.MatrixUnit) -> None:
+def warm(job: Job, dtype: torch.dtype, architecture: int) -> None:
     """Compile the job's kernel."""
     if isinstance(job, Shrink):
         warm_shrink(job, dtype)
         return
-    tile, split, ranks, ragged, half_tail, bias = job
+    tile, split, ranks, ragged, half_tail, bias, pending = job
+    unit = cards.matrix_unit(architecture)
     if unit == "m16n8k8":
         nf4_turing._turing_kernel.warmup(
             torch.int32, torch.int32, torch.int32, dtype, dtype, torch.float32, torch.int32, torch.int32, torch.int32,
@@ -87,8 +92,8 @@ def warm(job: Job, dtype: torch.dtype, unit: cards.MatrixUnit) -> None:
     nf4_gemm._gemm_kernel.warmup(
         dtype, torch.int32, torch.int32, dtype, dtype, torch.float32, torch.int32, dtype, dtype,
         256, 4096, 4096, 32, 4096, 4096, *byte_tables(dtype), tile.n, tile.m, split, tile.warps, tile.stages,
-        tile.dots, ragged, half_tail, bias, ranks, nf4_gemm.ranks_at_once(ranks), False, unit == "mma", grid=(1,),
-        num_warps=tile.warps,
+        tile.dots, ragged, half_tail, bias, ranks, nf4_gemm.ranks_at_once(ranks), False, unit == "mma", pending,
+        grid=(1,), num_warps=tile.warps, launch_pdl=pending,
     )  # fmt: skip
 
 
@@ -96,7 +101,8 @@ def warm_shrink(job: Shrink, dtype: torch.dtype) -> None:
     block, split = lora_shrink.cut(job.ranks, job.columns)
     lora_shrink._shrink_kernel.warmup(
         dtype, dtype, dtype, dtype, torch.float32, torch.int32, 256, 4096, 4096, job.ranks, block, split,
-        lora_shrink.ROWS, lora_shrink.COLUMNS, job.columns % lora_shrink.COLUMNS != 0, False, grid=(1,), num_warps=4,
+        lora_shrink.ROWS, lora_shrink.COLUMNS, job.columns % lora_shrink.COLUMNS != 0, False,
+        job.overlapped, grid=(1,), num_warps=4, launch_pdl=job.overlapped,
     )  # fmt: skip
 
 
@@ -105,12 +111,11 @@ def main(arguments: Sequence[str]) -> int:
     architecture, dtype = int(arguments[0]), getattr(torch, arguments[1])
     if "ptx" in arguments[2:]:
         compile_to_ptx()
-    unit = cards.matrix_unit(architecture)
     with compiling_for(architecture):
         for line in sys.stdin:
             job = read(json.loads(line))
             try:
-                warm(job, dtype, unit)
+                warm(job, dtype, architecture)
                 done = True
             except (RuntimeError, TritonError):
                 done = False

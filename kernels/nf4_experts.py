@@ -60,7 +60,8 @@ MANY = (Tile(128, 32, 4, 3, 2), Tile(64, 32, 4, 4, 2))
 product does. Triton 3.6 compiles some wrongly: on an H200 Tile(128, 16, 4, 3, 2) lost rows from 8 sequences on."""
 FEW_ROWS = 10
 SHUFFLED_HALVES = 1
-"""Of the two blocks of a word, how many are looked up by asking other lanes: 1 divides the work between two units."""
+"""Of the two blocks of a word, how many are looked up by asking other lanes: 1 divides the work between two units. In
+tiles of up to 16 rows alone: with 32 Triton 3.6 compiled it wrongly on an H200."""
 MOST_REGISTERS: int | None = 128
 """Of a thread, with which 16 warps share a multiprocessor."""
 FINISHED_COLUMNS = 64
@@ -240,7 +241,7 @@ def _launch(
     across, tiles = triton.cdiv(features, tile.n), len(routes.expert)
     a, scale, x_lora_a = (x, x, x) if shrink is None else shrink
     unit = cards.card(x.device).unit if x.is_cuda else ""
-    shuffled = _shuffled.get(x.device, SHUFFLED_HALVES) if unit == "wgmma" else 0
+    shuffled = _shuffled.get(x.device, SHUFFLED_HALVES) if unit == "wgmma" and tile.m <= 16 else 0
     overlapped = x.is_cuda and cards.card(x.device).overlaps
     registers = most_registers(tile) if unit == "wgmma" else None
     shrinking = 0 if shrink is None else triton.cdiv(tiles, across)

@@ -31,7 +31,7 @@ from grpo.kernels.lora_factors import LowRank, with_bias
 from grpo.kernels.nf4_lookup import byte_tables, fenced, load_rows, lookup_half, scaled, tile_columns
 from grpo.kernels.nf4_plans import find_plan, load_table
 from grpo.kernels.nf4_tiles import LARGEST_PIECE, Tile, fits, piece_bytes
-from grpo.kernels.split_k import add_low_rank, dot, store_part, store_rounded, sum_parts, workspace
+from grpo.kernels.split_k import SHRINK_BYTES, add_low_rank, dot, store_part, store_rounded, sum_parts, workspace
 
 
 def nf4_linear(
@@ -129,6 +129,7 @@ def dense_bytes(device: torch.device) -> int:
 def prepare(device: torch.device) -> None:
     """Allocate what calls on `device` share, and read the table. Later calls allocate only their result."""
     workspace(device)
+    workspace(device, SHRINK_BYTES)
     load_table()
 
 
@@ -150,6 +151,7 @@ def launch_gemm(
     if low_rank is not None:
         assert x_lora_a.shape == (rows, ranks) and b.shape == (features, ranks) and ranks % 16 == 0
         assert x_lora_a.is_contiguous() and b.is_contiguous() and x_lora_a.dtype == b.dtype == x.dtype
+    pending = low_rank is not None and low_rank.pending and x.is_cuda and cards.card(x.device).overlaps
     with on_device(x):
         _gemm_kernel[grid](
             x, words.view(torch.int32), scales.view(torch.int32), x if bias is None else bias, out,
@@ -157,7 +159,7 @@ def launch_gemm(
             rows, features, columns, words.shape[1], x.stride(0), out.stride(0),
             *byte_tables(x.dtype), tile.n, tile.m, split, tile.warps, tile.stages, tile.dots, rows % tile.m != 0,
             columns % nf4.TILE != 0, bias is not None, ranks, ranks_at_once(ranks), interpreted,
-            x.is_cuda and cards.card(x.device).unit == "mma", num_warps=tile.warps,
+            x.is_cuda and cards.card(x.device).unit == "mma", pending, num_warps=tile.warps, launch_pdl=pending,
         )  # fmt: skip
 
 
@@ -172,9 +174,11 @@ def _gemm_kernel(
     rows, features, columns, tiles, stride_x_m, stride_out_m, t0, t1, t2, t3, t4, t5, t6, t7,
     BN: tl.constexpr, BM: tl.constexpr, SPLIT: tl.constexpr, WARPS: tl.constexpr, STAGES: tl.constexpr,
     DOTS: tl.constexpr, RAGGED: tl.constexpr, HALF_TAIL: tl.constexpr, HAS_BIAS: tl.constexpr, RANKS: tl.constexpr,
-    BR: tl.constexpr, INTERPRETED: tl.constexpr, FENCED: tl.constexpr,
+    BR: tl.constexpr, INTERPRETED: tl.constexpr, FENCED: tl.constexpr, PENDING: tl.constexpr,
 ):  # fmt: skip
     """out^T [BN, BM] = W [BN, part of K] x^T. Words: [N / 8, tiles, 8, 16]; scales: pairs, [N / 8, tiles, 8]."""
+    if PENDING:
+        tl.extra.cuda.gdc_launch_dependents()  # what waits for this at its beginning may be launched
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     WIDTH: tl.constexpr = 128 // DOTS
     n0 = tl.program_id(1) * BN
@@ -225,6 +229,8 @@ def _gemm_kernel(
     if RANKS > 0:
         # Here the sums are still where a matrix product wants them, which those read back from memory would not be.
         if tl.program_id(2) == SPLIT - 1:
+            if PENDING:
+                tl.extra.cuda.gdc_wait()  # for x_lora_a: until here this ran beside what computes it
             total = add_low_rank(
                 total, x_lora_a_ptr, b_ptr, m, n, rows, features, RANKS, RANKS, 1, RANKS, BR, INTERPRETED
             )  # fmt: skip

@@ -9,9 +9,9 @@ QKV_TILE = 8192
 """lora_attention.py: rows whose normalised input exists at once."""
 MLP_TILE = 4096
 """lora_mlp.py: rows whose intermediate tensors exist at once."""
-KEPT_TILES = 4
-"""lora_mlp.py: so many times as many rows where gate and up of all rows are kept, in every layer, beside which a tile's
-tensors are small; fewer tiles are fewer launches, which a host may be too slow for."""
+MLP_TILES = {"none": 4}
+"""Mode of gradient checkpointing -> so many times as many rows: beside what every layer keeps in it a tile's tensors
+are small, and fewer tiles are fewer launches, which a host may be too slow for."""
 ADAPTER_COLUMNS = 64
 """lora_linear.py: columns for adapters beside a matrix are a multiple of this; rows stay aligned to 128 bytes."""
 RANK_MULTIPLE = 16

@@ -15,18 +15,21 @@ WORKSPACE_BYTES = 64 << 20
 COUNTERS = 1 << 14
 """Output tiles of a split product, at most."""
 
-_workspaces: dict[torch.device, tuple[Tensor, Tensor]] = {}
+SHRINK_BYTES = 16 << 20
+"""The same for x A^T, which runs beside the product that adds it (lora_shrink.py)."""
+
+_workspaces: dict[tuple[torch.device, int], tuple[Tensor, Tensor]] = {}
 
 
-def workspace(device: torch.device) -> tuple[Tensor, Tensor]:
-    """(uint8 [WORKSPACE_BYTES], int32 zeros [COUNTERS]) of `device`, made by the first call."""
-    if device not in _workspaces:
+def workspace(device: torch.device, size: int = WORKSPACE_BYTES) -> tuple[Tensor, Tensor]:
+    """(uint8 [size], int32 zeros [COUNTERS]) of `device`, made by the first call; one for each size."""
+    if (device, size) not in _workspaces:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("call nf4_gemm.prepare(device) before a CUDA graph is captured")
         with torch.inference_mode(False):
-            scratch = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
-            _workspaces[device] = scratch, torch.zeros(COUNTERS, dtype=torch.int32, device=device)
-    return _workspaces[device]
+            scratch = torch.empty(size, dtype=torch.uint8, device=device)
+            _workspaces[device, size] = scratch, torch.zeros(COUNTERS, dtype=torch.int32, device=device)
+    return _workspaces[device, size]
 
 
 @triton.jit

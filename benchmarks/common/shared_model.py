@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grpo.kernels.split_k import workspace
+from grpo.kernels.split_k import SHRINK_BYTES, WORKSPACE_BYTES, workspace
 from grpo.policy.lora_linear import BaseLinear
 from grpo.policy.policy import Policy
 from grpo.rollout.engine import Engine, Request, SamplingSettings
@@ -113,7 +113,11 @@ def memory_parts(engine: Engine, policy: Policy | None) -> dict[str, int]:
         "kv_cache": storage_bytes(caches),
         "cuda_graphs": graph_bytes(),
         "adapter": adapter,
-        "product_workspace": storage_bytes(workspace(engine.base.device)) if engine.base.packed else 0,
+        "product_workspace": sum(
+            storage_bytes(workspace(engine.base.device, size)) for size in (WORKSPACE_BYTES, SHRINK_BYTES)
+        )
+        if engine.base.packed
+        else 0,
         "vllm_step_buffers": storage_bytes(step_buffers(runner)) + storage_bytes(rotary_tables(engine.vllm_model())),
     }
     allocated = torch.cuda.memory_allocated()

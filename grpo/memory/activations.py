@@ -17,8 +17,8 @@ from grpo.kernels.sizes import (
     CPU_BLOCK_BYTES,
     EXPERTS_BYTES,
     HEAD_SLICE_BYTES,
-    KEPT_TILES,
     MLP_TILE,
+    MLP_TILES,
     QKV_TILE,
     WEIGHT_SLICE_BYTES,
     largest_tile,
@@ -437,8 +437,8 @@ class TrainingMemory:
         s, one = self.sizes, self.layer_input()
         replayed = mode in ("layer", "offload")
         attention = self.kept_by_layer() - self._gate_and_up() - 2 * one
-        mlp_tile_rows = MLP_TILE * (KEPT_TILES if mode == "none" else 1)
-        mlp_rows, qkv_rows = (min(self.tokens, largest_tile(tile)) for tile in (mlp_tile_rows, QKV_TILE))
+        tiles = MLP_TILE * MLP_TILES.get(mode, 1), QKV_TILE
+        mlp_rows, qkv_rows = (min(self.tokens, largest_tile(tile)) for tile in tiles)
         # Beside the gradient of the product: the normed input and, where adapters multiply with W, a wider gradient.
         mlp_numbers = (
             s.inner + (1 + self._weights_copied) * s.hidden + (0 if mode == "none" else 2 * s.inner + s.beside(GATE_UP))
@@ -496,5 +496,4 @@ class TrainingMemory:
 
     def mlps_that_fit(self, free: int) -> int:
         """Under "mlp", how many layers can keep gate and up after all within `free` bytes of the device."""
-        room = int((FREE_SHARE if self.on_gpu else CPU_SHARE) * free) - self.peak("mlp")
-        return max(0, min(self.sizes.layers, room // self._gate_and_up()))
+        return max(0, min(self.sizes.layers, (int(FREE_SHARE * free) - self.peak("mlp")) // self._gate_and_up()))

@@ -85,7 +85,7 @@ class Shape:
         values = values.get("text_config") or values
         heads = values["num_attention_heads"]
         return cls(
-            model_type=values["model_type"],
+            model_type=family_of(values["model_type"]).text_as or values["model_type"],
             hidden_size=values["hidden_size"],
             intermediate_size=values["intermediate_size"],
             num_hidden_layers=values["num_hidden_layers"],

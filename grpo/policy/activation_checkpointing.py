@@ -2,7 +2,8 @@
 
 "none" keeps what autograd saves, "mlp" all but what the kernels' MLP computes again by itself, "layer" only the input
 of each layer, and "offload" moves those inputs to host memory (pinned, on a stream of its own, overlapping the
-computation) and fetches each while the layer after it is still in its backward. All give the same bits. Which mode a
+computation) and fetches each while the layer after it is still in its backward. All give the same bits as long as a
+micro-batch is one tile of the MLP (kernels/sizes.py), beyond it the same to the rounding of float32 sums. Which mode a
 run takes is decided in `activations.py`; the layers know of this through transformers' checkpointing hook, and trainers
 that switch checkpointing on and off as transformers has it get the same.
 """
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge
 
+from grpo.kernels.sizes import MLP_TILES
 from grpo.memory.activations import CHECKPOINTING_MODES
 from grpo.policy.fused_layers import FusedLayer
 from grpo.policy.rng import RandomState
@@ -42,7 +44,7 @@ def recompute_layers(layers: Sequence[nn.Module], mode: str, kept_mlps: int = 0)
     store = HostStore() if mode == "offload" else None
     for index, layer in enumerate(layers):
         if hasattr(layer, "keep_mlp"):
-            layer.keep_mlp = mode != "mlp" or index < kept_mlps
+            layer.keep_mlp, layer.mlp_tiles = mode != "mlp" or index < kept_mlps, MLP_TILES.get(mode, 1)
         assert mode != "mlp" or hasattr(layer, "keep_mlp"), "transformers' own layers have no such mode"
         layer.gradient_checkpointing = mode in ("layer", "offload")
         layer._gradient_checkpointing_func = partial(recomputed, layer, store, index == 0)

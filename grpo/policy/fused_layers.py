@@ -144,6 +144,8 @@ class FusedLayer(GradientCheckpointingLayer):
         attention = self.self_attn
         self.keep_mlp = True
         """Whether the MLP's gate and up are kept where the layer is not recomputed as a whole."""
+        self.mlp_tiles = 1
+        """Tiles of the MLP's rows that are taken as one."""
         self.scale = attention.scaling
         self.window = getattr(attention, "sliding_window", getattr(config, "sliding_window", None))
         self.softcap = attention.attn_logit_softcapping if config.model_type == "gemma2" else None
@@ -223,10 +225,12 @@ class FusedLayer(GradientCheckpointingLayer):
             result = result + x if gated.residual else result
         else:
             (above, above_factors), (below, below_factors) = self.gate_up.adapters(), self.down.adapters()
+            replayed = self.gradient_checkpointing and self.training
             result = lora_mlp(
                 x, gated, (above, below), [*above_factors, *below_factors],
-                keep=self.keep_mlp and not (self.gradient_checkpointing and self.training),
+                keep=self.keep_mlp and not replayed,
                 output=make_output or not gated.residual,
+                tiles=1 if replayed else self.mlp_tiles,
             )  # fmt: skip
         return result if gated.residual else x + normed(result, self.after_mlp)
 

@@ -14,6 +14,8 @@ from importlib.util import find_spec
 
 from grpo.errors import UserError
 
+OURS = "grpo"
+"""FlashAttention, and for decoding steps the kernel of kernels/decode_attention.py."""
 FP8_TRITON = 89
 """Architecture from which Triton converts to fp8."""
 FP8_FLASH = 90
@@ -68,6 +70,8 @@ def choose_backend(wanted: str, served: Served) -> str:
 
 def refusal(backend: str, served: Served) -> str | None:
     """Why `backend` does not serve this; None if it does."""
+    if backend == OURS:
+        backend = "flash_attn"
     architecture, head = served.architecture, served.head_size
     here = f"this GPU has compute capability {capability(architecture)}"
     if backend in ("flash_attn", "flashinfer"):

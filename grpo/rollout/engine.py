@@ -35,7 +35,7 @@ from grpo.model.base_weights import BaseWeights
 from grpo.model.checks import largest_head
 from grpo.model.families.table import family_of
 from grpo.policy.policy import Policy
-from grpo.rollout.attention_backend import Served, choose_backend
+from grpo.rollout.attention_backend import OURS, Served, choose_backend
 from grpo.rollout.decoding_kernels import nf4_shapes
 from grpo.rollout.lora_buffers import RolloutAdapter
 from grpo.rollout.route_recorder import RouteRecorder
@@ -46,6 +46,7 @@ from grpo.rollout.vllm_images import ARGUMENTS as IMAGE_ARGUMENTS
 from grpo.rollout.vllm_images import ImageStore, known_positions
 from grpo.rollout.vllm_model import ADAPTER_KEY, SHARED, AdapterHandle, write_model_folder
 from grpo.rollout.vllm_scheduler import LogprobCollector, OnePassSampler, rollout_scheduler
+from grpo.rollout.vllm_start import quick_start
 from grpo.run.compile_ahead import capture_sizes
 from grpo.run.machine import version_problem
 from grpo.run.tiles import prepare_tiles
@@ -96,9 +97,10 @@ class Engine:
         if self.base.experts and self.policy is not None:
             self.recorder = RouteRecorder(self.base, self.kv_bytes(), self.settings.kv_cache_dtype)
         self.collector.recorder = self.recorder
-        with nullcontext() if self.images is None else known_positions():
-            self.llm = vllm.LLM(**self._arguments())
-        if self.base.device.type == "cuda":
+        arguments, on_gpu = self._arguments(), self.base.device.type == "cuda"
+        with nullcontext() if self.images is None else known_positions(), quick_start() if on_gpu else nullcontext():
+            self.llm = vllm.LLM(**arguments)
+        if on_gpu:
             self._runner.sampler = self.sampler = OnePassSampler(logprobs_mode="processed_logprobs")
         if self.policy is not None:
             self.sync_adapter()
@@ -126,7 +128,8 @@ class Engine:
     def _arguments(self) -> dict[str, Any]:
         settings, on_cpu = self.settings, self.base.device.type == "cpu"
         step_tokens = max(8192, settings.max_seq_length)
-        handle = AdapterHandle(self.adapter, self.recorder, self.images, step_tokens)
+        ours = settings.attention_backend == OURS and not on_cpu
+        handle = AdapterHandle(self.adapter, self.recorder, self.images, step_tokens, ours)
         arguments: dict[str, Any] = {
             "model": self._folder.name,
             "skip_tokenizer_init": not settings.stop_strings,
@@ -164,7 +167,7 @@ class Engine:
             head, sinks = largest_head(self.base.config), family_of(self.base.config.model_type).sinks
             served = Served(10 * major + minor, settings.kv_cache_dtype, dtype, head, sinks)
             backend = choose_backend(settings.attention_backend, served)
-            arguments["attention_config"] = {"backend": backend.upper()}
+            arguments["attention_config"] = {"backend": ("flash_attn" if backend == OURS else backend).upper()}
             announce(f"attention while sampling: {backend}")
             if settings.release_kv_cache:
                 arguments["enable_cumem_allocator"] = True

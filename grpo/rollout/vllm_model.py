@@ -32,6 +32,7 @@ from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from grpo.errors import UserError
 from grpo.kernels.lora_factors import LowRank
 from grpo.kernels.lora_shrink import lora_shrink
+from grpo.kernels.lora_shrink import serves as shrink_serves
 from grpo.kernels.stored_weight import linear as stored_linear
 from grpo.model.architectures import vllm_class
 from grpo.model.base_weights import BaseWeights, FusedLinear, Segment
@@ -40,6 +41,8 @@ from grpo.model.decoder_config import DecoderConfig
 from grpo.model.layout import pattern_of
 from grpo.model.rope import EVERYWHERE, Rotary
 from grpo.policy.full_policy import FullPolicy
+from grpo.rollout.decoding_attention import serve_decoding
+from grpo.rollout.decoding_layers import serve_between
 from grpo.rollout.experts import SharedExpertsMethod, serve_experts
 from grpo.rollout.lora_buffers import RolloutAdapter
 from grpo.rollout.route_recorder import RouteRecorder
@@ -66,6 +69,9 @@ class AdapterHandle:
     """Of a model that takes images."""
     step_tokens: int = 0
     """Tokens of one step of vLLM, at most."""
+    decoding_kernels: bool = False
+    """Whether decoding steps are by our kernels throughout (decoding_attention.py, decoding_layers.py), each of which
+    may be launched while the one in front of it runs."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AdapterHandle:
         return self
@@ -86,15 +92,17 @@ class SharedLinearMethod(LinearMethodBase):
     ) -> None:
         layer.register_parameter("weight", nn.Parameter(torch.empty(0, dtype=params_dtype), requires_grad=False))
         layer.served_features = sum(output_partition_sizes)
+        layer.begins_early = False
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
         adapter = layer.adapter
-        x_lora_a = None if adapter is None else lora_shrink(flat, adapter.a, layer.adapter_on)
+        early = layer.begins_early and shrink_serves(flat)
+        x_lora_a = None if adapter is None else lora_shrink(flat, adapter.a, layer.adapter_on, overlapped=early)
         y = torch.empty(flat.shape[0], layer.served_features, dtype=x.dtype, device=x.device)
-        for segment in layer.shared.segments:
+        for number, segment in enumerate(layer.shared.segments):
             rows = slice(segment.first_row, segment.first_row + segment.rows)
-            low_rank = None if adapter is None else LowRank(x_lora_a, adapter.b[rows])
+            low_rank = None if adapter is None else LowRank(x_lora_a, adapter.b[rows], early and number == 0)
             segment_linear(flat, segment, None if bias is None else bias[rows], y[:, rows], low_rank)
         fill_rest(layer.shared, y)
         return y.reshape(*x.shape[:-1], -1)
@@ -182,6 +190,7 @@ class SharedLoader(BaseModelLoader):
                 if path not in base.linears:
                     raise unlike(base, f"with {path}, which the training graph has not")
                 attach(module, base.linears[path], adapter)
+                module.begins_early = handle.decoding_kernels
                 attached.add(path)
         if missing := sorted(set(base.linears) - attached):
             raise unlike(base, f"without {missing[0]}")
@@ -193,6 +202,9 @@ class SharedLoader(BaseModelLoader):
         if handle.images is not None:
             model.see(handle.images, handle.step_tokens, base.device, base.dtype)
         share_positions(model, base.config, model_config.max_model_len)
+        if handle.decoding_kernels:
+            serve_decoding(model, base.dtype)
+            serve_between(model)
 
 
 @contextmanager

@@ -1,11 +1,20 @@
-"""Importing large packages without Python's search for garbage, which takes a fifth of it and finds hardly any."""
+"""Importing large packages without what takes much of it and is not needed: Python's search for garbage, which finds
+hardly any, and packages that others import merely because they are installed."""
 
 from __future__ import annotations
 
 import atexit
 import gc
+import importlib.util
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+UNUSED = ("bitsandbytes", "sklearn")
+"""peft imports the first for layers of its own, and with it torch's compiler; transformers the second for assisted
+generation. Neither is used here; whoever imports one of them has it."""
 
 
 @contextmanager
@@ -20,3 +29,24 @@ def uncollected() -> Iterator[None]:
         atexit.register(gc.unfreeze)  # extension modules report what the last search does not find as leaks
         if collects:
             gc.enable()
+
+
+@contextmanager
+def lean() -> Iterator[None]:
+    """Around a command's imports: `uncollected`, and for whoever asks for UNUSED they are not installed.
+
+    For a process that is ours alone: peft and transformers remember the answer.
+    """
+    find, unused = importlib.util.find_spec, [name for name in UNUSED if name not in sys.modules]
+
+    def find_spec(name: str, package: str | None = None) -> Any:
+        return None if name in unused else find(name, package)
+
+    sys.modules |= dict.fromkeys(unused)  # type: ignore[arg-type]  # None: importing it raises ImportError
+    try:
+        with uncollected(), patch.object(importlib.util, "find_spec", find_spec):
+            yield
+    finally:
+        for name in unused:
+            if sys.modules.get(name) is None:
+                sys.modules.pop(name, None)

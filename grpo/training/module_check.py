@@ -121,7 +121,7 @@ def difference_by(policy: Policy, part: str, seen: dict[str, Seen]) -> Differenc
     """What the linear module `part` makes of vLLM's input, beside what vLLM makes of it."""
     name, (first, rows) = place_of(policy, part)
     with torch.no_grad():
-        ours = policy.decoder.get_submodule(part)(seen[name].x[None].to(policy.base.device))[0].cpu()
+        ours = policy.decoder.get_submodule(part)(seen[name].x[None].to(policy.base.device))[0]
     size = relative(ours, seen[name].y[:, first : first + rows])
     return Difference(part, False, size, BY_A_LINEAR[policy.base.dtype])
 
@@ -187,7 +187,7 @@ def replace_result(
 
     def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         x = args[0].reshape(-1, args[0].shape[-1])
-        size = relative(x[[own[place] for place in places]].cpu(), seen.x)
+        size = relative(x[[own[place] for place in places]], seen.x)
         found[part] = Difference(part, True, size, limit)
         assert seen.everywhere is not None
         result = output.detach().clone().reshape(len(x), -1)
@@ -199,7 +199,9 @@ def replace_result(
 
 def relative(ours: Tensor, theirs: Tensor) -> float:
     """The largest difference of a row of [places, features], in root mean square, over its size or a usual row's: some
-    models make the first token's a thousand times as large, and some rows are next to nothing."""
+    models make the first token's a thousand times as large, and some rows are next to nothing. Computed where
+    `ours` is: a host takes seconds for all modules."""
+    theirs = theirs.to(ours.device)
     gap = (ours.float() - theirs.float()).pow(2).mean(-1).sqrt()
     size = theirs.float().pow(2).mean(-1).sqrt()
     return float((gap / torch.maximum(size, size.median()).clamp_min(1e-30)).max())

@@ -24,6 +24,8 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 from grpo.kernels import (
+    cards,
+    decode_attention,
     delta_rule,
     delta_step,
     dense_gemm,
@@ -44,6 +46,7 @@ from grpo.kernels import (
     nf4_tiles,
     nf4_turing,
     recurrence,
+    residual_norm,
     rms_norm,
     rope,
     routing,
@@ -59,8 +62,8 @@ from grpo.kernels.pretended import pretended as pretend
 from tests.helpers.paths import ROOT
 
 MODULES = (
-    dense_gemm, eight_bit, eight_bit_gemm, glu, logprob, lora_factors, lora_shrink, lora_sum, nf4, nf4_gemm,
-    nf4_turing, rms_norm, rope, sample, shared_keys,
+    decode_attention, dense_gemm, eight_bit, eight_bit_gemm, glu, logprob, lora_factors, lora_shrink, lora_sum, nf4,
+    nf4_gemm, nf4_turing, residual_norm, rms_norm, rope, sample, shared_keys,
 )  # fmt: skip
 EXPERT_MODULES = expert_rows, mxfp4, nf4_experts, routing
 """Those that mixtures of experts launch beside them."""
@@ -289,6 +292,9 @@ def norms(shape: Shape, dtype: torch.dtype) -> None:
     for x in (wide, *(heads_of(shape, dtype) if shape.head_norms else ())):
         norm = rms_norm.Norm(torch.empty(x.shape[-1], dtype=dtype), 1e-6, shape.unit_offset)
         norm.forward(x)
+        if x.ndim == 2:
+            rows = x[:40]
+            residual_norm.launch(rows, torch.empty_like(rows), norm.weight, 1e-6)
         for plus in (None, torch.empty_like(x)):
             norm.backward(torch.empty_like(x), x, plus)
 
@@ -303,6 +309,7 @@ def rotations(shape: Shape, dtype: torch.dtype) -> None:
 def gated_units(shape: Shape, dtype: torch.dtype) -> None:
     gate_up = torch.empty(TOKENS, 2 * shape.intermediate, dtype=dtype)
     product = glu.glu_forward(gate_up, shape.activation)
+    glu.launch_forward(gate_up, shape.activation, product, overlapped=cards.card(gate_up.device).overlaps)
     glu.glu_backward(torch.empty_like(product), gate_up, shape.activation, product, torch.empty_like(gate_up))
 
 
@@ -315,6 +322,26 @@ def logprobs(shape: Shape, dtype: torch.dtype) -> None:
 def samples(shape: Shape, dtype: torch.dtype) -> None:
     for kind in (torch.float32, dtype):
         sample.sample_tokens(torch.empty(16, shape.vocabulary, dtype=kind), torch.empty(16), 3)
+
+
+def decoding_attention(shape: Shape, dtype: torch.dtype) -> None:
+    """Of sequences of one chunk and of several, with and without the new token."""
+    if not cards.card(torch.device("cuda")).dot_is_fast:
+        return  # FlashAttention, whose place it takes, is not there either
+    if not decode_attention.serves(shape.heads, shape.key_value_heads, shape.head, dtype, dtype):
+        return
+    parts = shape.heads, shape.key_value_heads, shape.key_value_heads
+    projected = torch.empty(40, sum(parts), shape.head, dtype=dtype)
+    query, keys, values = projected.split(parts, 1)
+    held = torch.empty(64, 16, shape.key_value_heads, 2 * shape.head, dtype=dtype).split(shape.head, -1)
+    new = decode_attention.NewToken(keys, values, torch.empty(1024, shape.head, dtype=dtype))
+    for pages in (30, 512):
+        places = torch.empty(40, pages, dtype=torch.int32), torch.empty(40, dtype=torch.int32)
+        for given in (None, new):
+            decode_attention.launch_decode(
+                query, decode_attention.Cache(*held, *places), 1.0, torch.empty(query.shape, dtype=dtype), given,
+                decode_attention.cut_for(40 * shape.key_value_heads, shape.head, cards.card(query.device)),
+            )  # fmt: skip
 
 
 def keys_of_prefixes(shape: Shape, dtype: torch.dtype) -> None:
@@ -381,7 +408,7 @@ def sampled_recurrences(mixed: Tensor, width: Tensor) -> None:
 
 LAUNCHES: tuple[Callable[[Shape, torch.dtype], None], ...] = (
     packed_weights, packed_products, eight_bit_products, dense_products, shrinks, factors, norms, rotations,
-    gated_units, logprobs, samples, keys_of_prefixes,
+    gated_units, logprobs, samples, keys_of_prefixes, decoding_attention,
 )  # fmt: skip
 
 

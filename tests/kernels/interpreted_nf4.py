@@ -12,6 +12,7 @@ from grpo.kernels.lora_shrink import launch_shrink
 from grpo.kernels.lora_sum import round_sum
 from grpo.kernels.nf4_tiles import Tile
 from grpo.kernels.nf4_turing import launch_turing
+from grpo.kernels.split_k import SHRINK_BYTES, workspace
 from tests.helpers.rounding import share_rounded_more_than_once
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "pytest tests/kernels/test_nf4.py runs this file"
@@ -112,7 +113,7 @@ def test_shrink_kernel_equals_the_product(rows, columns, ranks, scale, dtype):
     out = launch_shrink(x, a, torch.tensor(scale, dtype=dtype), interpreted=True)
     expected = x.float() @ a.float().T * scale
     assert (out.float() - expected).norm() <= TOLERANCE[dtype] * expected.norm()
-    assert not nf4_gemm.workspace(x.device)[1].any()
+    assert not workspace(x.device, SHRINK_BYTES)[1].any()
 
 
 @pytest.mark.parametrize("dtype", HALVES)

@@ -321,7 +321,7 @@ def test_attention_inputs_equal_autograd(unit_offset, head_norms, dtype, device)
     linear.assert_gradients(dtype, 3)
 
 
-def mlp_example(dtype, device, *, activation="silu", residual=True, normed=True, tile=2, packed=()):
+def mlp_example(dtype, device, *, activation="silu", residual=True, normed=True, tile=4, packed=()):
     above = Linear(64, (64, 64), dtype, device, packed=packed)
     below = Linear(64, (64,), dtype, device, packed=packed[:1])
     norm = Norm(1 + 0.2 * randn(64, dtype=dtype, device=device), EPS, activation != "silu") if normed else None
@@ -347,14 +347,17 @@ def mlp_example(dtype, device, *, activation="silu", residual=True, normed=True,
         {},
         {"packed": (0, 1), "activation": "gelu_tanh", "residual": False},
         {"packed": (0,), "normed": False, "tile": 100},
+        {"tile": 2, "tiles": 3},
     ],
     ids=str,
 )
 def test_mlp_equals_autograd(options, keep, dtype, device):
+    tiles = options.get("tiles", 1)
+    options = {name: value for name, value in options.items() if name != "tiles"}
     run, reference, above, below = mlp_example(dtype, device, **options)
     x = randn(11, 64, dtype=dtype, device=device).requires_grad_()
     reference_x = wide(x)
-    result, expected = run(x, keep=keep), reference(reference_x)
+    result, expected = run(x, keep=keep, tiles=tiles), reference(reference_x)
     assert_close(result, expected, dtype, 3)
     grad = randn(11, 64, dtype=dtype, device=device)
     result.backward(grad)

@@ -105,3 +105,11 @@ def test_a_dry_run_has_a_line_for_the_tower(tmp_path: Path) -> None:
     del (blind := json.loads(json.dumps(QWEN_3B)))["vision_config"]
     (tmp_path / "config.json").write_text(json.dumps(blind))
     assert "tower" in memory_plan(config(str(tmp_path), model=device))[0]
+
+
+def test_a_decoder_is_planned_as_the_family_that_computes_it() -> None:
+    text = {
+        "model_type": "qwen2_5_vl_text", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "vocab_size": 100,
+    }  # fmt: skip
+    assert Shape.of({"model_type": "qwen2_5_vl", "text_config": text}).model_type == "qwen2"

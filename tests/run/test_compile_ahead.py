@@ -37,9 +37,13 @@ def config_of(folder: Path, values: dict[str, Any], **sections: dict[str, Any]) 
     return parse_config({"model": model, **base, **sections})
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "gemma3_text", "mistral"])
-@pytest.mark.parametrize("card", ["sm_75", "sm_80", "sm_90"])
-@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize(
+    ("model_type", "card", "packed"),
+    [
+        *(("llama", card, packed) for card in ("sm_75", "sm_80", "sm_90") for packed in (True, False)),
+        *((model_type, "sm_90", True) for model_type in ("qwen2", "qwen3", "gemma3_text", "mistral")),
+    ],
+)
 def test_every_launch_of_a_usual_decoder_is_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_type: str, card: str, packed: bool
 ) -> None:
