@@ -143,13 +143,17 @@ class LoraMatmul:
 
     def inputs(self, rows: int) -> tuple[Tensor, Tensor]:
         """(a buffer for `forward`, its part [rows, K] to fill)."""
-        buffer = self.weight.new_empty(rows, self.group.in_features + self.width)
-        return buffer, buffer[:, : self.group.in_features]
+        return self._buffer(rows, self.group.in_features)
 
     def outputs(self, rows: int) -> tuple[Tensor, Tensor]:
         """(a buffer for the backward, its part [rows, N] to fill)."""
-        buffer = self.weight.new_empty(rows, self.group.out_features + self.width)
-        return buffer, buffer[:, : self.group.out_features]
+        return self._buffer(rows, self.group.out_features)
+
+    def _buffer(self, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+        buffer = self.weight.new_empty(rows, columns + self.width)
+        if not buffer.is_cuda:  # oneDNN may read columns beyond those of a bfloat16 product, times 0: NaN shows
+            buffer[:, columns:] = 0
+        return buffer, buffer[:, :columns]
 
     def joined_inputs(self, x: Tensor) -> Tensor:
         """x [rows, K] as `forward` takes it `joined`: itself, or copied beside what the adapters make of it."""

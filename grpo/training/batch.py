@@ -131,9 +131,10 @@ def pack(sequences: Sequence[TrainingSequence], tokens: int, *, tree: bool = Fal
     sequences begin with alike.
     """
     batches, sizes = filled(sequences, tokens, tree=tree)
-    for share in UNEVEN if len(batches) > 1 else ():
-        limit = math.ceil(sum(sizes) / len(sizes) * (1 + share))
-        if limit >= max(sizes):
+    shared = [size for size in sizes if size <= tokens]  # without sequences that are too long for any micro-batch
+    for share in UNEVEN if len(shared) > 1 else ():
+        limit = math.ceil(sum(shared) / len(shared) * (1 + share))
+        if limit >= max(shared):
             break
         even, _ = filled(sequences, limit, tree=tree)
         if len(even) == len(batches):

@@ -386,6 +386,30 @@ def test_a_second_backward_over_used_up_memory_is_refused(device):
         result.sum().backward()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("trained_input", [True, False])
+def test_what_memory_held_before_shows_nowhere(trained_input, keep, dtype, device):
+    """With NaN in all memory that is taken; 80 columns are no multiple of what a CPU's products take at once."""
+    linear = Linear(80, (48, 16, 16), dtype, device, bias=True)
+    above, below = Linear(80, (80, 80), dtype, device), Linear(80, (80,), dtype, device)
+    x = randn(17, 80, dtype=dtype, device=device).requires_grad_(trained_input)
+    cos, sin = angles(17, 16, dtype, device)
+    norm = Norm(1 + 0.2 * randn(80, dtype=dtype, device=device), EPS, False)
+    factors = [*linear.factors, *above.factors, *below.factors]
+    torch.use_deterministic_algorithms(True, warn_only=True)  # which fills what `empty` takes
+    try:
+        projection = QkvProjection(linear.group, 3, 1, norm)
+        results = lora_qkv(x, cos, sin, projection, linear.adapters, linear.factors)
+        mlp = GatedMlp(above.group, below.group, "silu", norm, True)
+        product = lora_mlp(x, mlp, (above.adapters, below.adapters), factors[6:], keep=keep)
+        torch.autograd.backward([*results, product], [torch.ones_like(part) for part in (*results, product)])
+    finally:
+        torch.use_deterministic_algorithms(False)
+    shown = [*results, product, *(part.grad for part in factors), *([x.grad] if trained_input else [])]
+    assert all(part.isfinite().all() for part in shown)
+
+
 def test_adapters_learn_where_the_input_needs_no_gradient(device):
     run, _, above, _ = mlp_example(torch.float32, device)
     run(randn(5, 64, device=device)).sum().backward()

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from grpo.config.schema import Config
@@ -182,6 +182,25 @@ def test_a_small_rest_is_shared_out() -> None:
     listed = [TrainingSequence([number], [9] * 10, [-1.0] * 10, 1.0, False) for number in range(13)]
     assert [len(batch) for batch in filled(listed, 60)[0]] == [6, 6, 1]
     assert [len(batch) for batch in pack(listed, 60)] == [5, 5, 3]
+
+
+def alone(length: int, number: int) -> TrainingSequence:
+    return TrainingSequence([number], [9] * length, [-1.0] * length, 1.0, False)
+
+
+@given(lengths=st.lists(st.integers(1, 150), max_size=14), tokens=st.integers(10, 70), tree=st.booleans())
+@example(lengths=[174, 13, 38, 43, 65, 176, 25, 64, 65, 5, 52], tokens=68, tree=False)
+@example(lengths=[174, 13, 38, 43, 65, 176, 25, 64, 65, 5, 52], tokens=68, tree=True)
+def test_sequences_beyond_the_budget_leave_the_others_within_it(lengths: list[int], tokens: int, tree: bool) -> None:
+    listed = list(map(alone, lengths, range(len(lengths))))
+    batches = pack(listed, tokens, tree=tree)
+    assert all(sum(map(len, batch)) <= tokens or len(batch) == 1 for batch in batches)
+    assert len(batches) == len(filled(listed, tokens, tree=tree)[0])
+
+
+def test_a_small_rest_is_shared_out_behind_a_sequence_beyond_the_budget() -> None:
+    listed = list(map(alone, [500, *[10] * 13], range(14)))
+    assert [len(batch) for batch in pack(listed, 60)] == [1, 5, 5, 3]
 
 
 # The largest micro-batch
