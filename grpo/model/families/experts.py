@@ -35,10 +35,10 @@ FAMILIES = {
     "olmoe": Family(models="OLMoE", head_of_hidden_size=True),
     "granitemoe": Family(models="Granite 3 with experts: 1B-A400M, 3B-A800M", head_of_hidden_size=True),
     "granitemoeshared": Family(models="Granite with experts, one of them for all tokens", head_of_hidden_size=True),
-    "granitemoe_swa": Family(models="Granite with experts, windows and sinks", sinks=True),
+    "granitemoe_swa": Family(models="Granite with experts, windows and sinks", sinks=True, head_of_hidden_size=True),
     "flex_olmo": Family(models="FlexOlmo"),
     "mellum": Family(models="Mellum with experts"),
-    "qwen2_moe": Family(models="Qwen1.5-MoE-A2.7B, Qwen2-57B-A14B"),
+    "qwen2_moe": Family(models="Qwen1.5-MoE-A2.7B, Qwen2-57B-A14B", head_of_hidden_size=True),
     "mixtral": Family(models="Mixtral"),
     "gpt_oss": Family(
         models="gpt-oss: 20B and 120B",
