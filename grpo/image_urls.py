@@ -11,7 +11,10 @@ import http.client
 import ipaddress
 import socket
 import ssl
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from urllib.parse import urljoin, urlsplit
 
 SECONDS = 30.0
@@ -19,6 +22,10 @@ SECONDS = 30.0
 REDIRECTS = 3
 PIECE = 1 << 16
 MOVED = (301, 302, 303, 307, 308)
+IN_USE = ipaddress.IPv6Network("2000::/3")
+"""IPv6 addresses that anybody may hold. Others hide IPv4 ones (::/8, 64:ff9b::/96) or belong to a site (fec0::/10)."""
+OF_HOSTS = frozenset({"168.63.129.16"})
+"""Global by their number, and answered by the machine's own host: Azure's."""
 
 
 class Unfetchable(Exception):
@@ -31,42 +38,39 @@ def fetch(url: str, most_bytes: int) -> bytes:
     for _ in range(REDIRECTS + 1):
         try:
             found = answer(url, most_bytes, give_up)
-        except (OSError, http.client.HTTPException, UnicodeError) as error:
-            raise Unfetchable(f"cannot be downloaded ({str(error)[:200] or type(error).__name__})") from None
-        if isinstance(found, bytes):
-            return found
-        url = urljoin(url, found)
+            if isinstance(found, bytes):
+                return found
+            url = urljoin(url, found)
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            check_time(give_up)
+            why = " ".join(str(error).split())[:200] or type(error).__name__
+            raise Unfetchable(f"cannot be downloaded ({why})") from None
     raise Unfetchable(f"cannot be downloaded: more than {REDIRECTS} redirects")
+
+
+def check_time(give_up: float) -> None:
+    """Raise Unfetchable from `give_up` on, a time of `time.monotonic`."""
+    if time.monotonic() >= give_up:
+        raise Unfetchable(f"did not come within {SECONDS:g} s")
 
 
 def answer(url: str, most_bytes: int, give_up: float) -> bytes | str:
     """What is at `url`, or the URL that it redirects to."""
-    connection = connected(url, give_up)
-    try:
-        parts = urlsplit(url)
-        path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-        connection.request("GET", quoted(path), headers={"User-Agent": "grpo", "Accept": "image/*"})
-        response = connection.getresponse()
-        if response.status in MOVED and (place := response.getheader("Location")):
-            return place
-        if response.status != 200:
-            raise Unfetchable(f"cannot be downloaded: the server answers {response.status}")
-        data = bytearray()
-        while piece := response.read1(PIECE):
-            data += piece
-            if len(data) > most_bytes:
-                raise Unfetchable(f"has more than {most_bytes:,} bytes; scale it down")
-            if time.monotonic() > give_up:
-                raise Unfetchable(f"did not come within {SECONDS:g} s")
-        if response.length:
-            raise Unfetchable("cannot be downloaded: the connection ended early")
-        return bytes(data)
-    finally:
-        connection.close()
+    host, port, path, secure = parts_of(url)
+    check_time(give_up)
+    address = public_address(host, port)
+    with socket.create_connection((address, port), max(0.1, min(10.0, give_up - time.monotonic()))) as plain:
+        if not secure:
+            return exchanged(plain, http.client.HTTPConnection(host, port), path, most_bytes, give_up)
+        with secured(plain, host) as private, ending_at(private, give_up):
+            private.do_handshake()
+            connection = http.client.HTTPConnection(host, port)
+            connection.default_port = 443  # left out of the Host header, which some addresses are signed with
+            return exchanged(private, connection, path, most_bytes, give_up)
 
 
-def connected(url: str, give_up: float) -> http.client.HTTPConnection:
-    """A connection to the host of `url`, by the address that was checked."""
+def parts_of(url: str) -> tuple[str, int, str, bool]:
+    """Host, port and path of `url`, and whether it is of https. Raises Unfetchable."""
     try:
         parts = urlsplit(url)
         host, port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
@@ -74,21 +78,58 @@ def connected(url: str, give_up: float) -> http.client.HTTPConnection:
         raise Unfetchable("is no URL that can be read; correct it") from None
     if parts.scheme not in ("http", "https") or not host:
         raise Unfetchable("is no URL of http or https; download it, and give its path")
-    left = max(0.1, min(10.0, give_up - time.monotonic()))
-    address = public_address(host, port)
-    plain = socket.create_connection((address, port), left)
-    connection = http.client.HTTPConnection(host, port, timeout=left)
+    path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    return host, port, path, parts.scheme == "https"
+
+
+@contextmanager
+def ending_at(link: socket.socket, give_up: float) -> Iterator[None]:
+    """Within it `link` is shut down at `give_up`: a server that sends a byte now and then passes every timeout, in a
+    header as in a body."""
+
+    def end() -> None:
+        try:
+            socket.socket.shutdown(link, socket.SHUT_RDWR)  # not TLS's own, which takes its state from under a reader
+        except OSError:
+            pass  # it has ended
+
+    timer = threading.Timer(max(0.0, give_up - time.monotonic()), end)
+    timer.daemon = True
+    timer.start()
     try:
-        connection.sock = secured(plain, host) if parts.scheme == "https" else plain
-    except BaseException:
-        plain.close()
-        raise
-    return connection
+        yield
+    finally:
+        timer.cancel()
 
 
-def secured(plain: socket.socket, host: str) -> socket.socket:
-    """`plain` with TLS, the certificate being that of `host`."""
-    return ssl.create_default_context().wrap_socket(plain, server_hostname=host)
+def exchanged(
+    link: socket.socket, connection: http.client.HTTPConnection, path: str, most_bytes: int, give_up: float
+) -> bytes | str:
+    """A request's answer over `link`, or the URL that it redirects to."""
+    connection.sock = link
+    with ending_at(link, give_up):
+        connection.request("GET", quoted(path), headers={"User-Agent": "grpo", "Accept": "image/*"})
+        response = connection.getresponse()
+        if response.status in MOVED and (place := response.getheader("Location")):
+            return place
+        if response.status != 200:
+            check_time(give_up)
+            raise Unfetchable(f"cannot be downloaded: the server answers {response.status}")
+        data = bytearray()
+        while piece := response.read1(PIECE):
+            data += piece
+            if len(data) > most_bytes:
+                raise Unfetchable(f"has more than {most_bytes:,} bytes; scale it down")
+        check_time(give_up)  # an end that was made here looks like the server's
+        if response.length:
+            raise Unfetchable("cannot be downloaded: the connection ended early")
+        return bytes(data)
+
+
+def secured(plain: socket.socket, host: str) -> ssl.SSLSocket:
+    """`plain` with TLS, the certificate being that of `host`; the handshake is still to be made."""
+    context = ssl.create_default_context()
+    return context.wrap_socket(plain, server_hostname=host, do_handshake_on_connect=False)
 
 
 def public_address(host: str, port: int) -> str:
@@ -104,10 +145,9 @@ def is_public(address: str) -> bool:
     """Whether an IP address is anybody's to ask: neither this machine's nor its networks'."""
     place = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(place, ipaddress.IPv6Address):
-        inner = place.ipv4_mapped or place.sixtofour or (place.teredo[1] if place.teredo else None)
-        if inner is not None and not inner.is_global:
+        if place not in IN_USE or place.sixtofour is not None and not is_public(str(place.sixtofour)):
             return False
-    return place.is_global and not place.is_multicast
+    return place.is_global and not place.is_multicast and str(place) not in OF_HOSTS
 
 
 def quoted(path: str) -> str:

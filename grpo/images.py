@@ -217,9 +217,17 @@ def check_size(picture: PIL.Image.Image) -> None:
         raise Unusable(f"is {width} x {height} pixels, more than {MOST_PIXELS:,}; scale it down")
     if max(width, height) > STEEPEST * min(width, height):
         raise Unusable(f"is {width} x {height} pixels, a strip that models cannot take; cut it into pieces")
+    try:
+        several = bool(getattr(picture, "is_animated", False))
+    except Exception as error:  # a decoder looks for the next frame, and its errors are of every kind
+        raise damaged(error) from None
     # A telephone's MPO is a JPEG with a preview behind it.
-    if getattr(picture, "is_animated", False) and picture.format != "MPO":
+    if several and picture.format != "MPO":
         raise Unusable("has several frames; choose one and save it alone")
+
+
+def damaged(error: Exception) -> Unusable:
+    return Unusable(f"is damaged or cut short ({reason(error)}); replace it, or leave the row out")
 
 
 # What a viewer shows
@@ -232,7 +240,7 @@ def unpacked(picture: PIL.Image.Image) -> PIL.Image.Image:
     except Unusable:
         raise
     except Exception as error:  # a decoder's errors are of every kind
-        raise Unusable(f"is damaged or cut short ({reason(error)}); replace it, or leave the row out") from None
+        raise damaged(error) from None
 
 
 def orientation(picture: PIL.Image.Image) -> int:

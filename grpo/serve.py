@@ -193,6 +193,8 @@ class Service:
             raise Refused(str(error)) from None
         except Exception as error:  # a template is a program, and not ours
             raise Refused(f"the model's chat template refuses the conversation: {described(error)}") from None
+        if not ids:
+            raise Refused("the model's chat template makes nothing of the conversation")
         if max(ids) >= self.session.base.config.vocab_size:
             raise Refused(f"token {max(ids)} is not the model's")
         if not images and not self.media.isdisjoint(ids):

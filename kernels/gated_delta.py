@@ -6,7 +6,8 @@ For every head and token t, with a state S [key, value] that begins empty or as 
 
 where q and k are divided by their length. Computed by chunks of 64 tokens (Yang et al., 2024, arXiv:2412.06464): within
 a chunk by products of matrices and one triangular system, from chunk to chunk by the state. All in float32, whatever
-the inputs are: the state adds up rounding errors over a whole sequence. The backward computes everything again from
+the inputs are, as the state adds up rounding errors over a whole sequence; on a CPU float32 inputs are computed in
+float64, since there float32 is chosen to be exact. The backward computes everything again from
 the inputs, some heads at a time, so nothing but these is kept.
 
 Not here: the convolution before it (short_conv.py), and the state of a sequence that is being sampled.
@@ -133,7 +134,7 @@ def by_heads(recurrence: Recurrence, inputs: Sequence[Tensor]) -> Iterator[tuple
     """Heads that are computed together: (those of keys, those of values, their inputs laid out for each stage)."""
     query, _, value, _, _ = inputs
     key_heads, shared = query.shape[1], value.shape[1] // query.shape[1]
-    dtype = accumulation_dtype(value.dtype)
+    dtype = rule_dtype(value)
     tokens = sum(stage.tokens.numel() for stage in recurrence.stages)
     one = tokens * shared * (query.shape[2] + value.shape[2]) * dtype.itemsize * DELTA_RULE_TENSORS
     together = max(1, DELTA_RULE_BYTES // one)
@@ -146,6 +147,12 @@ def by_heads(recurrence: Recurrence, inputs: Sequence[Tensor]) -> Iterator[tuple
             for stage in recurrence.stages
         ]
         yield of_keys, of_values, taken
+
+
+def rule_dtype(value: Tensor) -> torch.dtype:
+    """What the rule is computed in for such values."""
+    exact = value.dtype == torch.float32 and value.device.type == "cpu"
+    return torch.float64 if exact else accumulation_dtype(value.dtype)
 
 
 def take(tensor: Tensor, stage: Stage, dtype: torch.dtype) -> Tensor:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
+import shutil
 import socket
+import ssl
+import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -35,6 +40,8 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(302, b"", Location="/" + rest if not rest.startswith("http") else rest.replace("~", "/"))
         elif what == "to-a-file":
             self.answer(302, b"", Location="file:///etc/hostname")
+        elif what == "nowhere":
+            self.answer(302, b"", Location="http://[")
         elif what == "loop":
             self.answer(302, b"", Location="/loop")
         elif what == "large":
@@ -112,6 +119,88 @@ def test_what_a_server_may_do_ends_within_limits(server: str, monkeypatch: pytes
     assert time.monotonic() - started < 2
 
 
+def test_a_redirect_that_is_no_url_is_a_sentence(server: str) -> None:
+    assert "cannot be downloaded" in why(f"{server}/nowhere")
+
+
+@contextlib.contextmanager
+def answering(answer: Callable[[socket.socket], None]) -> Iterator[int]:
+    """A port at which `answer` has one connection to itself."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def serve() -> None:
+            with contextlib.suppress(OSError), listening.accept()[0] as link:
+                answer(link)
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        yield listening.getsockname()[1]
+        thread.join(5)
+        assert not thread.is_alive()
+
+
+DRIPPING = {
+    "status": (b"", b"H"),
+    "header": (b"HTTP/1.1 200 OK\r\nX: ", b"x"),
+    "headers": (b"HTTP/1.1 200 OK\r\n", b"X: x\r\n"),
+    "continue": (b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+    "length": (b"HTTP/1.1 200 OK\r\nContent-Length: 90000\r\n\r\n", b"x"),
+    "no length": (b"HTTP/1.1 200 OK\r\n\r\n", b"x"),
+    "chunks": (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"1\r\nx\r\n"),
+    "size of a chunk": (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1;", b"x"),
+    "trailer": (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\n", b"X: x\r\n"),
+    "redirect": (b"HTTP/1.1 302 Found\r\nLocation: /", b"x"),
+}
+
+
+@pytest.mark.parametrize("part", [*DRIPPING, "TLS"])
+def test_a_server_that_keeps_dripping_has_no_more_time(server: str, monkeypatch: pytest.MonkeyPatch, part: str) -> None:
+    first, drop = DRIPPING.get(part, (b"\x16\x03\x03\x40\x00", b"\x02"))
+
+    def drip(link: socket.socket) -> None:
+        link.recv(4096)
+        link.sendall(first)
+        for _ in range(400):
+            link.sendall(drop)
+            time.sleep(0.01)
+
+    monkeypatch.setattr(image_urls, "SECONDS", 0.4)
+    with answering(drip) as port:
+        started = time.monotonic()
+        assert why(f"http{'s' if part == 'TLS' else ''}://localhost:{port}/") == "did not come within 0.4 s"
+        assert time.monotonic() - started < 2
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="no openssl to make a certificate with")
+def test_https_checks_the_name_and_sends_it_without_its_usual_port(
+    server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    made = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
+    made += ["-addext", "subjectAltName=DNS:localhost", "-keyout", str(key), "-out", str(certificate)]
+    subprocess.run(made, check=True, capture_output=True)
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    asked: list[bytes] = []
+
+    def answer(link: socket.socket) -> None:
+        with context.wrap_socket(link, server_side=True) as private:
+            asked.append(private.recv(4096))
+            private.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+
+    connect = socket.create_connection
+    monkeypatch.setattr(image_urls, "public_address", lambda host, port: "127.0.0.1")
+    for url, host in (("https://localhost/a", b"localhost"), ("https://localhost:8443/a", b"localhost:8443")):
+        with answering(answer) as port:
+            monkeypatch.setattr(socket, "create_connection", lambda to, *more, at=port: connect((to[0], at), *more))
+            assert fetch(url, 10) == b"ok"
+        assert b"\r\nHost: " + host + b"\r\n" in asked[-1]
+    with answering(answer) as port:
+        monkeypatch.setattr(socket, "create_connection", lambda to, *more, at=port: connect((to[0], at), *more))
+        assert "certificate" in why("https://example.org/a")
+
+
 def test_no_url_and_no_redirect_leads_into_a_private_network(server: str) -> None:
     port = server.rpartition(":")[2]
     inside = [f"127.0.0.1:{port}", f"[::1]:{port}", "169.254.169.254", "10.0.0.8", "192.168.1.1", "[fd00::1]"]
@@ -139,9 +228,27 @@ def test_a_redirect_to_a_file_is_refused(server: str) -> None:
 def test_an_address_is_public_only_where_it_is_global(address: Any) -> None:
     if is_public(str(address)):
         assert address.is_global and not address.is_multicast and not address.is_loopback and not address.is_private
-    mapped = ipaddress.ip_address(f"::ffff:{address}") if address.version == 4 else address
-    if address.version == 4 and not address.is_global:
-        assert not is_public(str(mapped))
+
+
+HIDING = ("::{}", "::ffff:{}", "::ffff:0:{}", "64:ff9b::{}", "64:ff9b:1::{}", "fe80::5efe:{}")
+"""The forms in which an IPv6 address has one of IPv4 in its last bits, which a network may take it for."""
+
+
+@given(st.ip_addresses(v=4), st.sampled_from(HIDING))
+def test_no_address_of_ipv4_hides_in_one_of_ipv6(address: ipaddress.IPv4Address, form: str) -> None:
+    assert not is_public(str(ipaddress.ip_address(form.format(address))))
+    moved = ipaddress.IPv6Address((0x2002 << 112) | (int(address) << 80))
+    assert not is_public(str(moved)) or is_public(str(address))
+
+
+@given(st.one_of(*(st.ip_addresses(network=net) for net in ("fec0::/10", "fc00::/7", "fe80::/10", "ff00::/8", "::/8"))))
+def test_addresses_of_a_site_are_not_public(address: ipaddress.IPv6Address) -> None:
+    assert not is_public(str(address)) and not is_public(f"{address}%1")
+
+
+def test_what_is_public_and_what_only_looks_so() -> None:
+    assert is_public("93.184.216.34") and is_public("2606:4700::1111")
+    assert not is_public("168.63.129.16") and not is_public("2002:a83f:8110::")
 
 
 def test_a_name_with_one_private_address_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import os
 import pickle
 import struct
@@ -155,6 +156,15 @@ def test_a_damaged_image_is_a_sentence() -> None:
     assert "is damaged or cut short" in refusal(bytes(flipped))
 
 
+def test_frames_that_end_at_any_byte_are_a_sentence() -> None:
+    for kind in ("GIF", "TIFF", "WEBP", "PNG"):
+        whole = file_of(noise(12, 9), kind, save_all=True, append_images=[noise(12, 9, seed=1)])
+        assert "several frames" in refusal(whole)
+        for end in range(len(whole)):
+            with contextlib.suppress(UserError):
+                read_image(whole[:end], "row 1")
+
+
 def test_animated_and_empty_and_narrow_images_are_sentences() -> None:
     for kind in ("GIF", "WEBP", "PNG", "TIFF"):
         frames = [noise(9, 9, seed=seed) for seed in range(3)]
@@ -204,7 +214,10 @@ def test_no_bytes_end_otherwise_than_in_an_image_or_a_sentence(data: st.DataObje
     kind = data.draw(st.sampled_from(FORMATS))
     exif = pil.Exif()
     exif[0x0112] = 6
-    content = bytearray(file_of(noise(12, 9), kind, exif=exif) if kind != "BMP" else file_of(noise(12, 9), kind))
+    options: dict[str, Any] = {} if kind == "BMP" else {"exif": exif}
+    if kind in ("GIF", "TIFF", "WEBP", "PNG") and data.draw(st.booleans()):
+        options |= {"save_all": True, "append_images": [noise(12, 9, seed=1)]}
+    content = bytearray(file_of(noise(12, 9), kind, **options))
     for _ in range(data.draw(st.integers(1, 8))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     content = content[: data.draw(st.integers(0, len(content)))]

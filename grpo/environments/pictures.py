@@ -22,6 +22,10 @@ SENT = "image of the row"
 """The key of an object that stands for an image in the JSON of a row."""
 
 
+AS_PNG = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
+"""PIL's modes that a PNG keeps as they are."""
+
+
 class Unreadable(Exception):
     """Why a message's image cannot be sent or used, in a clause."""
 
@@ -135,10 +139,14 @@ def received_image(data: bytes, known: set[str]) -> Any:
 
 
 def digest(picture: Any) -> str:
-    """A PIL image's key: of one in RGB what `grpo.images.Image` calls its digest."""
+    """A PIL image's key, of all that it shows: of a plain one in RGB what `grpo.images.Image` calls its digest."""
     width, height = picture.size
     mode = "" if picture.mode == "RGB" else picture.mode
-    return hashlib.sha256(f"{mode}{width}x{height} ".encode() + picture.tobytes()).hexdigest()
+    key = hashlib.sha256(f"{mode}{width}x{height} ".encode() + picture.tobytes())
+    colours, clear = picture.getpalette(None), picture.info.get("transparency")
+    if colours is not None or clear is not None:
+        key.update(repr((colours, clear)).encode())
+    return key.hexdigest()
 
 
 def sent_messages(messages: Sequence[Any], known: set[str]) -> list[Any]:
@@ -181,6 +189,8 @@ def packed(value: Any) -> tuple[str, Callable[[], str]]:
     if hasattr(value, "tobytes") and hasattr(value, "save") and hasattr(value, "mode"):
         from PIL import ImageOps
 
+        if value.mode == "F" or value.mode.startswith("I") and value.mode not in AS_PNG:
+            raise Unreadable(f"has a message with an image of PIL's mode {value.mode}, of no clear range; give 8 bits")
         picture = ImageOps.exif_transpose(value)
         return digest(picture), lambda: as_uri(png(picture))
     raise Unreadable(
@@ -190,7 +200,8 @@ def packed(value: Any) -> tuple[str, Callable[[], str]]:
 
 def png(picture: Any) -> bytes:
     """A PIL image as a file."""
-    shown = picture.convert("RGB") if picture.mode in ("CMYK", "YCbCr", "LAB", "HSV") else picture
+    form = picture.mode if picture.mode in AS_PNG else "RGBA" if picture.has_transparency_data else "RGB"
+    shown = picture if form == picture.mode else picture.convert(form)
     file = io.BytesIO()
     shown.save(file, "PNG", compress_level=1)
     return file.getvalue()

@@ -1,7 +1,7 @@
 """Gated DeltaNet for vLLM on a CPU, in any precision: vLLM's own operator there is for bfloat16 alone.
 
-States are read from and written to vLLM's pages, so that its scheduler and its prefix cache work as with its own. The
-recurrence is computed in float32: prompts by the chunks of `kernels/gated_delta.py`, single tokens step by step.
+States are read from and written to vLLM's pages, so that its scheduler and its prefix cache work as with its own.
+Prompts are computed by the chunks of `kernels/gated_delta.py` in float64, single tokens step by step in float32.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.mamba.mamba_utils import is_conv_state_dim_first
 
 from grpo.kernels.attention import Span
-from grpo.kernels.gated_delta import chunked, take, unit
+from grpo.kernels.gated_delta import chunked, rule_dtype, take, unit
 from grpo.kernels.recurrence import Recurrence
 
 
@@ -85,9 +85,10 @@ def prompt(
 ) -> tuple[Tensor, Tensor]:
     """The tokens [tokens, heads, ...] of one sequence: (y, the state after them)."""
     (stage,) = Recurrence([Span(0, len(query))], state.device).stages
-    query, key, value = (take(part, stage, torch.float32) for part in (query, key, value))
-    decay, beta = (take(part, stage, torch.float32) for part in (decay, beta))
-    result, state = chunked(query, key, value, decay, beta, state, stage)
+    dtype = rule_dtype(value)
+    query, key, value = (take(part, stage, dtype) for part in (query, key, value))
+    decay, beta = (take(part, stage, dtype) for part in (decay, beta))
+    result, state = chunked(query, key, value, decay, beta, state.to(dtype), stage)
     return result.transpose(1, 2).flatten(0, 1)[stage.filled], state
 
 

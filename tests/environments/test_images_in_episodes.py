@@ -249,6 +249,45 @@ def test_an_image_goes_over_the_link_once_and_arrives_as_it_was(shown: list[list
     assert len(bytes_sent) == len(new)
 
 
+COLOURS = st.tuples(*[st.sampled_from((0, 90, 255))] * 3)
+
+
+@st.composite
+def pils(draw: st.DrawFn) -> PIL.Image.Image:
+    """A PIL image of any mode with 8 or 16 bits, of few pixels and colours, so that two are alike but for one thing."""
+    size = draw(st.sampled_from(((2, 1), (1, 2))))
+    mode = draw(
+        st.sampled_from(("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "HSV", "I;16"))
+    )
+    count = 2 * {"1": 0, "L": 1, "P": 1, "LA": 2, "PA": 2, "I;16": 2, "RGB": 3, "YCbCr": 3, "HSV": 3}.get(mode, 4)
+    if mode == "1":
+        return PIL.Image.new(mode, size, draw(st.integers(0, 1)))
+    numbers = st.sampled_from((0, 1) if mode in ("P", "PA") else (0, 200))
+    picture = PIL.Image.frombytes(mode, size, bytes(draw(st.lists(numbers, min_size=count, max_size=count))))
+    if mode in ("P", "PA"):
+        picture.putpalette(bytes(itertools.chain(*draw(st.lists(COLOURS, min_size=2, max_size=2)))))
+    if mode in ("P", "L") and draw(st.booleans()):
+        picture.info["transparency"] = draw(st.sampled_from((0, 1, 200)))
+    if mode == "RGB" and draw(st.booleans()):
+        picture.info["transparency"] = draw(st.sampled_from(((0, 0, 0), (200, 200, 200))))
+    return picture
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.lists(pils(), min_size=2, max_size=4))
+def test_two_images_that_differ_in_anything_both_arrive(pictures: list[PIL.Image.Image]) -> None:
+    message = {"role": "user", "content": [{"type": "image", "image": picture} for picture in pictures]}
+    _, found = read_messages(sent_messages([message], set()), {}, lambda value: read_image(value, "here"))
+    assert found == [read_image(picture, "here") for picture in pictures]
+
+
+@pytest.mark.parametrize("mode", ["I", "F", "I;16B"])
+def test_an_image_of_no_clear_range_is_not_sent(mode: str) -> None:
+    message = {"role": "user", "content": [{"type": "image", "image": PIL.Image.new(mode, (3, 2))}]}
+    with pytest.raises(Unreadable, match=f"mode {mode}, of no clear range; give 8 bits"):
+        sent_messages([message], set())
+
+
 def test_every_form_of_an_image_arrives(tmp_path: Path) -> None:
     image = noise(20, 12, 1)
     file = tmp_path / "seen.png"
