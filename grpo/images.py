@@ -80,14 +80,19 @@ class Image:
 
     def preview(self) -> bytes:
         """A small WebP to look at, of at most `PREVIEW` pixels a side and some kilobytes."""
-        file = io.BytesIO()
-        self.within(PREVIEW).pil().save(file, "WEBP", quality=80, method=2)
+        file, share = io.BytesIO(), PREVIEW / max(self.width, self.height)
+        (self.pil() if share >= 1 else resized(self.pil(), share)).save(file, "WEBP", quality=80, method=2)
         return file.getvalue()
 
     def within(self, longest: int) -> Image:
         """The image, scaled down where a side is longer than `longest` pixels."""
         share = longest / max(self.width, self.height)
         return self if share >= 1 else Image.of(resized(self.pil(), share))
+
+
+def preview_name(digest: str) -> str:
+    """The file in a run's `completions/images/` that shows the image of that digest."""
+    return f"{digest[:32]}.webp"
 
 
 ReadImage = Callable[[Any, str], Image]

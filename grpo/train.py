@@ -161,7 +161,7 @@ def train(config: Config, rank: Launch, *, resume: bool, verbose: bool) -> None:
     if rank.first and rank.restarts == 0:
         check_run(config, resume=resume)
     if rank.local_rank == 0 and config.model.device != "cpu":
-        start_ahead(config)
+        start_ahead(config, alone=rank.size == 1)
     check_machine(config.model.device)
     with lean():
         from grpo.training.run import launch
@@ -170,14 +170,15 @@ def train(config: Config, rank: Launch, *, resume: bool, verbose: bool) -> None:
         launch(config, resume=resume, verbose=verbose, rank=rank)
 
 
-def start_ahead(config: Config) -> None:
+def start_ahead(config: Config, *, alone: bool) -> None:
     """Have others begin with what needs no torch: reading the weights' files and, at a first start, compiling the run's
-    kernels and reading vLLM. A model that cannot be used is refused later, where it is opened."""
+    kernels and reading vLLM. Processes are started only where this one is `alone`. Whatever fails is
+    left to the run, which does the same where it needs it, or refuses it."""
     try:
         read_ahead(config.model)
-        if begin(config):
+        if alone and begin(config):
             import_ahead()
-    except (UserError, OSError):
+    except Exception:
         return
 
 

@@ -8,10 +8,11 @@ made by `grpo.report`, which is updated at each step.
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -24,7 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from grpo.config.schema import Config, config_toml
-from grpo.images import Image
+from grpo.images import preview_name
 from grpo.monitor.log import is_sampled
 from grpo.monitor.notebook import NotebookDisplay, Progress
 from grpo.monitor.trackers import Trackers
@@ -47,7 +48,7 @@ from grpo.run.records import (
     plain,
     read_entries,
 )
-from grpo.run.samples import Sample, SampleGroup, preview_name
+from grpo.run.samples import Sample, SampleGroup
 from grpo.run.versions import hardware, versions
 
 ENDS = 5  # steps that "first" and "last" are means over
@@ -229,7 +230,7 @@ class RunLog:
     def _keep(self, kind: str, step: int, groups: Sequence[SampleGroup]) -> None:
         path = completions_file(self.run_folder, kind, step)
         path.parent.mkdir(exist_ok=True)
-        keep_previews(path.parent / IMAGES, {image for group in groups for image in group.images})
+        keep_previews(path.parent / IMAGES, groups)
         lines = (json_line({"step": step, **group.entry()}) for group in groups)
         write_atomically(path, "".join(lines).encode())
 
@@ -387,13 +388,14 @@ class RunLog:
         return Padding(Group(*parts), (1, 0, 0, 0))
 
 
-def keep_previews(folder: Path, images: Iterable[Image]) -> None:
-    """Write what shows `images` into `folder`, where it is not there yet."""
-    for image in images:
-        path = folder / preview_name(image)
-        if not path.exists():
+def keep_previews(folder: Path, groups: Sequence[SampleGroup]) -> None:
+    """Write what shows the images of `groups` into `folder`, where it is not there yet."""
+    making = {preview_name(image.digest): image.preview for group in groups for image in group.images}
+    made = {name: data for group in groups for sample in group.samples for name, data in sample.previews.items()}
+    for name in [*making, *(name for name in made if name not in making)]:
+        if not (folder / name).exists():
             folder.mkdir(exist_ok=True)
-            write_atomically(path, image.preview())
+            write_atomically(folder / name, making[name]() if name in making else base64.b64decode(made[name]))
 
 
 def _label(key: str) -> str:

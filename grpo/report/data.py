@@ -42,7 +42,7 @@ IMAGE_CHARACTERS = 3_000_000
 LONGEST_IMAGE = 200_000
 """Bytes of an image's file."""
 GROUP_IMAGES = 8
-"""Images of a prompt that are shown."""
+"""Images of a prompt, or of a turn, that are shown."""
 IMAGE_NAME = re.compile(r"[0-9a-f]{32}\.webp")
 GROUP_SAMPLES = 8
 """Completions of a group that are kept: the best, the worst, and evenly by rank."""
@@ -70,7 +70,7 @@ class RunData:
     """The resolved configuration; empty where there is none."""
     summary: Entry = field(default_factory=dict)
     images: dict[str, str] = field(default_factory=dict)
-    """Data URIs of images that prompts in `groups` have, by file."""
+    """Data URIs of images that prompts and turns in `groups` have, by file."""
     groups: list[Entry] = field(default_factory=list)
     """Completions, see `sampled_groups`."""
     max_steps: int | None = None
@@ -133,13 +133,22 @@ def read_run(folder: Path, max_steps: int | None = None, share: float = 1.0) -> 
 
 
 def embedded_images(folder: Path, groups: Sequence[Entry], share: float) -> dict[str, str]:
-    """Data URIs, by name, of the files in `folder` that `groups` name, the latest first while they fit in a report.
+    """Data URIs, by name, of the files in `folder` that `groups` name, those of prompts first and the latest
+    first, while they fit in a report.
 
     A file counts as what a run writes there: a WebP of some kilobytes.
     """
     left = share * IMAGE_CHARACTERS
     found: dict[str, str] = {}
-    for name in dict.fromkeys(name for group in reversed(groups) for name in group.get("images", ())):
+    of_prompts = (name for group in reversed(groups) for name in group.get("images", ()))
+    of_turns = (
+        name
+        for group in reversed(groups)
+        for sample in group["samples"]
+        for turn in sample.get("turns", ())
+        for name in turn.get("images", ())
+    )
+    for name in dict.fromkeys((*of_prompts, *of_turns)):
         try:
             with (folder / name).open("rb") as file:
                 content = file.read(LONGEST_IMAGE + 1)
@@ -228,8 +237,7 @@ def reduced_group(group: Entry, kind: str, step: int) -> Entry | None:
     prompt = group.get("prompt")
     messages = prompt if isinstance(prompt, list) else [{"role": "", "content": prompt}]
     answer, task = group.get("answer"), group.get("task")
-    images = group.get("images")
-    names = [name for name in images if isinstance(name, str)] if isinstance(images, list) else []
+    names = image_names(group.get("images"))
     return {
         "kind": kind,
         "step": step,
@@ -243,8 +251,14 @@ def reduced_group(group: Entry, kind: str, step: int) -> Entry | None:
         "count": len(samples),
         "mean": mean([value for sample in samples if (value := rewarded(sample)) is not None]),
         "samples": [reduced_sample(sample) for sample in spread_evenly(ranked, GROUP_SAMPLES)],
-        **({"images": [name for name in names[:GROUP_IMAGES] if IMAGE_NAME.fullmatch(name)]} if names else {}),
+        **({"images": names} if names else {}),
     }
+
+
+def image_names(value: Any) -> list[str]:
+    """Those of the first GROUP_IMAGES entries of `value` that are names of previews."""
+    names = [name for name in value if isinstance(name, str)] if isinstance(value, list) else []
+    return [name for name in names[:GROUP_IMAGES] if IMAGE_NAME.fullmatch(name)]
 
 
 def said(content: Any) -> Any:
@@ -283,13 +297,14 @@ def reduced_turns(turns: Sequence[Any]) -> list[Entry]:
 
 
 def reduced_turn(turn: Entry) -> Entry:
-    calls = turn.get("calls")
+    calls, names = turn.get("calls"), image_names(turn.get("images"))
     return {
         "role": printable(str(turn.get("role", ""))),
         "sampled": bool(turn.get("sampled")),
         "reward": rounded(number(turn.get("reward"))),
         "calls": [cut(json.dumps(call, ensure_ascii=False)) for call in (calls if isinstance(calls, list) else ())],
         **cut(turn.get("text")),
+        **({"images": names} if names else {}),
     }
 
 

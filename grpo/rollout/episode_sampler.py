@@ -5,18 +5,24 @@ How an episode goes is `episodes.py`'s; what is trained on is what the policy sa
 
 from __future__ import annotations
 
+import base64
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from grpo.data import Prompt
+from grpo.environments.pictures import parts_of
 from grpo.environments.pool import Ended, Lost
 from grpo.errors import UserError
+from grpo.images import preview_name
 from grpo.rewards.runtime.contract import RewardResult
 from grpo.rollout.episodes import Episode, EpisodePlayer, Message, Transcript, logged_turns
 from grpo.rollout.sampler import Group, Sample, Sampler
 from grpo.rollout.types import Request, Segment
+
+PREVIEWS = 6
+"""Images of an episode's turns that the sample log keeps small copies of: tens of milliseconds and kilobytes each."""
 
 
 @dataclass
@@ -43,6 +49,14 @@ class EpisodeSample(Sample):
 
     def conversation(self) -> list[dict[str, Any]]:
         return logged_turns(self.messages[self.prompt_messages :], self.turn_rewards or ())
+
+    def previews(self) -> dict[str, str]:
+        """Of the first PREVIEWS images that its turns were shown."""
+        parts = [part for message in self.messages[self.prompt_messages :] for part in parts_of(message)]
+        digests = list(dict.fromkeys(part["digest"] for part in parts if "digest" in part))[:PREVIEWS]
+        known = {image.digest: image for one in self.transcripts for image in one.images}
+        made = {digest: known[digest].preview() for digest in digests if digest in known}
+        return {preview_name(digest): base64.b64encode(data).decode() for digest, data in made.items()}
 
     @property
     def fed_routes(self) -> list[Any]:

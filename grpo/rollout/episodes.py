@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 from grpo.config.schema import Environment
 from grpo.data import Prompt
 from grpo.environments.continuation import Continuer, Unprovable
-from grpo.environments.pictures import Unreadable, read_messages, sent_row, shown_prompt
+from grpo.environments.pictures import Unreadable, parts_of, read_messages, sent_row, shown_prompt
 from grpo.environments.pool import Asked, Ended, EnvironmentPool, Lost, Said, Scored
 from grpo.environments.tool_calls import assistant_message
 from grpo.errors import UserError
-from grpo.images import MAX_PIXELS, Image, read_image
+from grpo.images import MAX_PIXELS, Image, preview_name, read_image
 from grpo.messages import content_text, content_texts, image_places, shown_text
 from grpo.rollout.sampler import sample_seed
 from grpo.rollout.types import Completion, Request, SamplingSettings
@@ -457,6 +457,8 @@ def logged_turns(messages: Sequence[Message], rewards: Sequence[float]) -> list[
         sampled = message["role"] == "assistant"
         turn = {"role": message["role"], "text": shown_text(message.get("content")), "sampled": sampled}
         turn["calls"] = [call.get("function", call) for call in message.get("tool_calls") or ()]
+        if seen := [part["digest"] for part in parts_of(message) if "digest" in part]:
+            turn["images"] = list(map(preview_name, seen))
         if sampled and left:
             turn["reward"] = left.pop(0)
         turns.append(turn)

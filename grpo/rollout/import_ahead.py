@@ -7,13 +7,14 @@ memory and compiled when the run comes to them. What it imports is lost with it.
 
 from __future__ import annotations
 
+import atexit
 import os
-import subprocess
 import sys
+import threading
 from importlib import import_module
-from pathlib import Path
 
 from grpo.rollout.vllm_environment import set_environment
+from grpo.run import tied
 
 MODULES = (
     "vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu_worker", "vllm.entrypoints.llm", "vllm.v1.engine.llm_engine",
@@ -22,15 +23,15 @@ MODULES = (
 )  # fmt: skip
 
 
+SECONDS = 90
+"""After so long it ends, wherever it is."""
+
+
 def import_ahead() -> None:
-    """Start such a process."""
-    root = str(Path(__file__).resolve().parents[2])
-    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    subprocess.Popen(
-        [sys.executable, "-m", "grpo.rollout.import_ahead"],
-        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment,
-    )  # fmt: skip
+    """Start such a process. It ends with this one, or by itself; Python ends it before."""
+    process = tied.start("grpo.rollout.import_ahead", seconds=SECONDS)
+    atexit.register(process.kill)
+    threading.Thread(target=process.wait, daemon=True, name="import-ahead").start()  # no zombie is left meanwhile
 
 
 def main() -> int:

@@ -53,6 +53,10 @@ class Sample:
         """The experts of each part that is trained on, as in `Completion`."""
         return [self.routes]
 
+    def previews(self) -> dict[str, str]:
+        """What shows images that came after the prompt, by name and in base64, for the sample log."""
+        return {}
+
     def segments(self, prompt: Prompt) -> list[Segment]:
         """What is trained on, of a sample of `prompt`."""
         return [Segment(prompt.token_ids, self.token_ids, routes=self.routes, images=prompt.images)]

@@ -26,6 +26,7 @@ from grpo.kernels.lora_shrink import lora_shrink
 from grpo.kernels.nf4_gemm import fused_serves
 from grpo.kernels.pretended import pretended
 from grpo.run import tiles
+from grpo.run.tied import DONE, PARTLY
 
 CHUNK = 1024
 """Tokens whose logits exist at once."""
@@ -220,7 +221,7 @@ def run(work: dict[str, Any], claims: Path) -> tuple[list[str], list[str]]:
 def main(arguments: list[str]) -> int:
     taken, failed = run(json.loads(arguments[1]), Path(arguments[0]))
     print(json.dumps({"compiled": taken, "failed": failed}))
-    return 1 if failed else 0
+    return PARTLY if failed else DONE
 
 
 if __name__ == "__main__":

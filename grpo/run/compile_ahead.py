@@ -5,6 +5,7 @@ after another. Which they are follows from the model's sizes, the adapter and th
 torch is imported. The processes (ahead_worker.py) compile them into Triton's cache on disk, where launches find them;
 what a launch does not find yet it compiles itself, so nothing here can be wrong, only useless. A start that has nothing
 to compile starts no process: what is done is recorded beside Triton's cache, by the model, the card and all versions.
+They end with the run, however it ends (tied.py), and take only cores and memory that are free (room.py).
 
 Not here: which launches (ahead_worker.py), models with layers of different kinds, experts or states, 8-bit weights,
 and all weights trained. Nothing imports torch.
@@ -19,7 +20,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -34,9 +34,15 @@ from grpo.model.families.table import family_of
 from grpo.model.layout import fused_linears
 from grpo.model.locate import local_path
 from grpo.model.sizes import linear_shapes
+from grpo.run import tied
+from grpo.run.room import cores, free_memory
 
-PROCESSES, SECONDS = 12, 90.0
+PROCESSES, SECONDS = 12, 90
 """At most, beside a program that starts; after so long they end, whatever they have not done."""
+PROCESS_BYTES, SHARE = 1 << 30, 0.5
+"""What one may take (half of it is torch and Triton), and the part of the free memory that all may."""
+FEWEST_CORES, LEFT_CORES = 4, 2
+"""Without so many none is started; so many are left to the run."""
 ATTRIBUTES = {"multiprocessors": 16, "l2": 38, "major": 75, "minor": 76, "shared_memory": 97}
 """Of a device, by their numbers in CUDA's driver interface."""
 RANK_MULTIPLE = 16
@@ -45,7 +51,10 @@ _begun: list[subprocess.Popen[bytes]] = []
 
 def begin(config: Config) -> bool:
     """Begin to compile what `config`'s run will launch on its GPU; whether processes are at it."""
-    if config.model.device == "cpu" or config.rollout.enforce_eager or len(os.sched_getaffinity(0)) < 4:
+    if config.model.device == "cpu" or config.rollout.enforce_eager or os.environ.get("TRITON_INTERPRET", "0") != "0":
+        return False
+    count = processes()
+    if count < 1:
         return False
     launches = launches_of(config)
     card = driver_card() if launches is not None else None
@@ -55,19 +64,14 @@ def begin(config: Config) -> bool:
     done = record(work)
     if done.exists():
         return False
-    count = min(PROCESSES, len(os.sched_getaffinity(0)) - 2)
     claims = tempfile.mkdtemp(prefix="grpo-compile-")
-    root = str(Path(__file__).resolve().parents[2])
-    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    command = [sys.executable, "-m", "grpo.run.ahead_worker", claims, json.dumps(work)]
-    for _ in range(count):
-        _begun.append(
-            subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment
-            )
-        )
-    atexit.register(end)
+    atexit.register(end, claims)
+    try:
+        for _ in range(count):
+            _begun.append(tied.start("grpo.run.ahead_worker", claims, json.dumps(work), seconds=SECONDS))
+    except OSError:  # no further process: those that there are do it
+        if not _begun:
+            return False
     threading.Thread(target=_wait, args=(done, claims), daemon=True, name="compile").start()
     return True
 
@@ -77,15 +81,24 @@ def begun() -> bool:
     return bool(_begun)
 
 
-def end() -> None:
-    """End the processes that are still at it."""
+def processes() -> int:
+    """How many this machine has room for."""
+    free = cores()
+    if free < FEWEST_CORES:
+        return 0
+    return min(PROCESSES, free - LEFT_CORES, int(SHARE * free_memory()) // PROCESS_BYTES)
+
+
+def end(claims: str) -> None:
+    """End the processes that are still at it, and remove the folder `claims` that they share."""
     for process in _begun:
         if process.poll() is None:
             process.kill()
+    shutil.rmtree(claims, ignore_errors=True)
 
 
 def _wait(done: Path, claims: str) -> None:
-    """Until all have ended; note it where all went well."""
+    """Until all have ended; note it where all did so by themselves: the run compiles what they could not."""
     ends = time.monotonic() + SECONDS
     codes = []
     for process in _begun:
@@ -95,7 +108,7 @@ def _wait(done: Path, claims: str) -> None:
             process.kill()
             codes.append(1)
     shutil.rmtree(claims, ignore_errors=True)
-    if not any(codes):
+    if set(codes) <= {tied.DONE, tied.PARTLY}:
         try:
             done.parent.mkdir(parents=True, exist_ok=True)
             done.touch()
@@ -153,7 +166,12 @@ def config_values(name: str) -> dict[str, Any]:
 
 def driver_card() -> dict[str, Any] | None:
     """The first GPU that this process may use as kernels/cards.py has it, asked of CUDA's driver, without a context on
-    it; None without one."""
+    it; None without one, and where torch is a build for CPUs."""
+    try:
+        if metadata.version("torch").endswith("+cpu"):
+            return None
+    except metadata.PackageNotFoundError:
+        return None
     try:
         cuda = ctypes.CDLL("libcuda.so.1")
     except OSError:

@@ -11,6 +11,7 @@ from pathlib import Path
 from grpo.config.schema import Model
 from grpo.memory.shapes import cached_config
 from grpo.model.locate import local_path
+from grpo.run.room import free_memory
 
 WEIGHTS = (".safetensors", ".gguf")
 SHARE = 0.5
@@ -36,15 +37,6 @@ def weight_files(model: Model) -> list[Path]:
         return []
     found = [path] if path.is_file() else sorted(path.iterdir()) if path.is_dir() else []
     return [file for file in found if file.suffix in WEIGHTS and file.is_file()]
-
-
-def free_memory() -> int:
-    """Bytes that programs may still take, by Linux; 0 where it does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, ValueError, StopIteration):
-        return 0
 
 
 def ask_for(files: list[Path]) -> None:

@@ -5,7 +5,7 @@
     alarms.jsonl              what was warned of, a line each time; no file without any
     completions/step-N.jsonl  completions sampled in training at step N, a group a line
     completions/eval-N.jsonl  completions of held-out questions after step N, a group a line
-    completions/images/       the images of their prompts, scaled down
+    completions/images/       the images of their prompts and turns, scaled down
     summary.json, report.html
     base_sample.json          beside an adapter too: by which it knows its base (`grpo.model.fingerprint`)
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from grpo.images import Image
+from grpo.images import Image, preview_name
 from grpo.messages import content_text
 
 
@@ -21,11 +21,15 @@ class Sample:
     tokens: int | None = None
     finish_reason: str | None = None
     turns: Sequence[Mapping[str, Any]] | None = None
-    """Of an episode, after its prompt: {"role", "text", "calls", "sampled"} and, where it has one, "reward" each."""
+    """Of an episode, after its prompt: {"role", "text", "calls", "sampled"} and, where there are such, "reward" and
+    "images", the names of their previews, each."""
+    previews: Mapping[str, str] = field(default_factory=dict)
+    """What shows images of those turns, by name, in base64, as ranks send it; not every one has to be kept."""
 
     def entry(self) -> dict[str, Any]:
         """The sample as a row for a JSON lines file."""
-        values = asdict(self)
+        values = asdict(replace(self, previews={}))
+        del values["previews"]
         if self.turns is None:
             del values["turns"]
         return values
@@ -46,7 +50,7 @@ class SampleGroup:
         """The group as a row for a JSON lines file."""
         values = {**asdict(replace(self, samples=(), images=())), "samples": [each.entry() for each in self.samples]}
         del values["images"]
-        return {**values, **({"images": [preview_name(image) for image in self.images]} if self.images else {})}
+        return {**values, **({"images": [preview_name(image.digest) for image in self.images]} if self.images else {})}
 
     @property
     def question(self) -> str:
@@ -56,8 +60,3 @@ class SampleGroup:
         count = len(self.images)
         shown = f" [{count} image{'' if count == 1 else 's'}]" if count else ""
         return content_text(self.prompt[-1].get("content", "")) + shown if self.prompt else ""
-
-
-def preview_name(image: Image) -> str:
-    """The file in `completions/images/` that shows an image."""
-    return f"{image.digest[:32]}.webp"

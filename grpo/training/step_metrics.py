@@ -125,4 +125,5 @@ def logged_sample(sample: Sample, weights: dict[str, float]) -> LoggedSample:
         tokens=sample.length,
         finish_reason="length" if sample.truncated else "stop",
         turns=sample.conversation(),
+        previews=sample.previews(),
     )

@@ -9,6 +9,7 @@ import asyncio
 import base64
 import io
 import itertools
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from grpo.environments.ways_in import WAYS_IN, content_of
 from grpo.errors import UserError
 from grpo.generate import main as generate
 from grpo.images import Image, read_image
+from grpo.report.data import read_run
 from grpo.train import main
 from tests.helpers.paths import ROOT
 from tests.helpers.pictures import file_of
@@ -73,6 +75,13 @@ def test_a_run_trains_on_what_it_is_shown_between_turns_and_goes_on_bit_for_bit(
     assert all(entry["mismatch_logp_max"] < 1e-4 and entry["grad_norm"] > 0 for entry in metrics)
     # Of each prompt's picture and the two that its program draws, those of a group's members alike are encoded once.
     assert all(3 <= entry["images_encoded"] for entry in metrics[:2])
+    (file,) = (home / "straight" / "completions").glob("step-1.jsonl")
+    groups = [json.loads(line) for line in file.read_text().splitlines()]
+    turns = [turn for group in groups for sample in group["samples"] for turn in sample["turns"]]
+    named = {name for turn in turns for name in turn.get("images", ())}
+    assert named and all(PIL.Image.open(file.parent / "images" / name).size == (32, 32) for name in named)
+    assert [bool(turn.get("images")) for turn in turns[:5]] == [False, True, False, True, False]
+    assert named <= set(read_run(home / "straight").images)
     slow = {**program, "options": {"delay": 0.05}}
     assert start(home, "resumed", slow, train={"max_steps": 2}, checkpoint={"save_steps": 2}) == 0
     assert start(home, "resumed", slow, "--resume", train={"max_steps": 4}, checkpoint={"save_steps": 2}) == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 
 import pytest
 import torch
@@ -26,3 +27,11 @@ def test_nothing_of_it_stays(fails: bool) -> None:
     except ValueError:
         assert fails
     assert getattr(GPUModelRunner, SAMPLES) is own and gc.collect is collect and gc.isenabled()
+
+
+def test_a_vllm_with_its_runner_elsewhere_starts_as_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vllm.v1.worker.gpu_model_runner", None)
+    collect = gc.collect
+    with quick_start():
+        assert not gc.isenabled()
+    assert gc.isenabled() and gc.collect is collect

@@ -4,7 +4,6 @@ compiled by one process, and what is done is not done again."""
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -99,6 +98,76 @@ def test_what_is_not_known_is_left_to_the_run(tmp_path: Path, values: dict[str, 
 def test_a_cpu_starts_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subprocess, "Popen", lambda *arguments, **options: pytest.fail("a process was started"))
     assert not compile_ahead.begin(config_of(tmp_path, SIZES | {"model_type": "llama"}, model={"device": "cpu"}))
+    monkeypatch.setattr(compile_ahead.metadata, "version", lambda package: "2.13.0+cpu")
+    assert compile_ahead.driver_card() is None, "torch would not use the GPU"
+
+
+@given(st.integers(1, 256), st.integers(0, 1 << 40))
+def test_processes_leave_cores_and_half_the_memory(cores: int, memory: int) -> None:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(compile_ahead, "cores", lambda: cores)
+        patched.setattr(compile_ahead, "free_memory", lambda: memory)
+        count = compile_ahead.processes()
+    assert 0 <= count <= compile_ahead.PROCESSES and count * compile_ahead.PROCESS_BYTES <= memory / 2
+    assert count == 0 if cores < 4 else count <= cores - 2
+
+
+def room_for(count: int, config: Config, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A GPU and a machine for `count` processes; the record of what they compile."""
+    card = {name: getattr(BY_NAME["sm_90"], name) for name in cards.Card.__dataclass_fields__}
+    monkeypatch.setattr(compile_ahead, "driver_card", lambda: card)
+    monkeypatch.setattr(compile_ahead, "processes", lambda: count)
+    monkeypatch.setattr(compile_ahead, "_begun", [])
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(config.checkpoint.output_dir.parent / "triton"))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    return compile_ahead.record({**(launches_of(config) or {}), "card": card})
+
+
+@pytest.mark.parametrize(
+    ("codes", "noted"), [((0, 0), True), ((0, 3), True), ((0, 1), False), ((-9, 0), False), ((-14, 3), False)]
+)
+def test_only_processes_that_ended_by_themselves_are_noted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, codes: tuple[int, ...], noted: bool
+) -> None:
+    """What a process cannot compile, it cannot at the next start; one that was ended may."""
+    config = config_of(tmp_path, SIZES | {"model_type": "llama"})
+    done, left, started = room_for(2, config, monkeypatch), list(codes), subprocess.Popen
+
+    def ending(*arguments: Any, **options: Any) -> subprocess.Popen[bytes]:
+        code = left.pop()
+        end = f"import os; os.kill(os.getpid(), {-code})" if code < 0 else f"raise SystemExit({code})"
+        return started([sys.executable, "-c", end])
+
+    monkeypatch.setattr(compile_ahead.tied, "start", ending)
+    waited: list[Any] = []
+    monkeypatch.setattr(compile_ahead.threading, "Thread", lambda **options: waited.append(options) or Unstarted())
+    assert compile_ahead.begin(config)
+    waited[0]["target"](*waited[0]["args"])
+    assert done.exists() == noted and not Path(waited[0]["args"][1]).exists()
+
+
+class Unstarted:
+    def start(self) -> None:
+        """Nothing."""
+
+
+def test_a_machine_that_has_no_further_process_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_of(tmp_path, SIZES | {"model_type": "llama"})
+    room_for(3, config, monkeypatch)
+
+    def refuse(*arguments: Any, **options: Any) -> None:
+        raise OSError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+    assert not compile_ahead.begin(config) and not compile_ahead.begun()
+
+
+def test_kernels_that_are_interpreted_are_not_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_of(tmp_path, SIZES | {"model_type": "llama"})
+    room_for(2, config, monkeypatch)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(subprocess, "Popen", lambda *arguments, **options: pytest.fail("a process was started"))
+    assert not compile_ahead.begin(config)
 
 
 @pytest.mark.wide
@@ -111,7 +180,8 @@ def test_two_processes_share_the_kernels_and_a_second_start_has_none(
     monkeypatch.setattr(compile_ahead, "driver_card", lambda: card)
     monkeypatch.setattr(compile_ahead, "PROCESSES", 2)
     monkeypatch.setattr(compile_ahead, "_begun", [])
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)))
+    monkeypatch.setattr(compile_ahead, "cores", lambda: 8)
+    monkeypatch.setattr(compile_ahead, "free_memory", lambda: 64 << 30)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert compile_ahead.begin(config) and compile_ahead.begun() and len(compile_ahead._begun) == 2

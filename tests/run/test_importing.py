@@ -39,6 +39,10 @@ def test_what_was_imported_before_stays(monkeypatch: pytest.MonkeyPatch) -> None
         assert json.dumps(1) == "1"
         with pytest.raises(ImportError):
             import wave
+        from importlib.util import find_spec
+
+        assert find_spec("wave") is None
     import wave  # noqa: F811
 
+    assert find_spec("wave") is not None, "whoever imported it by name is told the truth afterwards"
     assert wave.__name__ == "wave"

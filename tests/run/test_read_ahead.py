@@ -34,7 +34,33 @@ def test_a_model_that_is_elsewhere_is_left() -> None:
 
 def test_a_model_that_is_nowhere_is_refused_by_the_run_alone(tmp_path: Path) -> None:
     values = {"model": {"name": "./not-here"}, "task": {"name": "arithmetic"}}
-    start_ahead(parse_config(values | {"checkpoint": {"output_dir": str(tmp_path)}}))
+    start_ahead(parse_config(values | {"checkpoint": {"output_dir": str(tmp_path)}}), alone=True)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("can't start new thread"), KeyError("rope"), OSError(28, "no space")])
+def test_whatever_fails_ahead_is_left_to_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(*arguments: object) -> bool:
+        raise error
+
+    values = {"model": {"name": "nobody/has-this"}, "task": {"name": "arithmetic"}}
+    config = parse_config(values | {"checkpoint": {"output_dir": str(tmp_path)}})
+    for name in ("read_ahead", "begin"):
+        with monkeypatch.context() as patched:
+            patched.setattr(f"grpo.train.{name}", fail)
+            start_ahead(config, alone=True)
+
+
+def test_one_of_several_processes_starts_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr("grpo.train.begin", lambda config: asked.append(config) or False)
+    values = {"model": {"name": "nobody/has-this"}, "task": {"name": "arithmetic"}}
+    config = parse_config(values | {"checkpoint": {"output_dir": str(tmp_path)}})
+    start_ahead(config, alone=False)
+    assert asked == []
+    start_ahead(config, alone=True)
+    assert asked == [config]
 
 
 def test_files_without_room_are_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

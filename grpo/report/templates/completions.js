@@ -8,7 +8,11 @@ function browse(data) {
   const form = document.getElementById("filter");
   if (!form) return;
   const state = { data, form, limit: PAGE };
-  for (const group of data.groups) group.pictures = (group.images || []).map((name) => data.images[name]);
+  const shown = (one) => { one.pictures = (one.images || []).map((name) => data.images[name]); };
+  for (const group of data.groups) {
+    shown(group);
+    for (const sample of group.samples) (sample.turns || []).forEach(shown);
+  }
   options(form.elements.step, "every step", [...new Set(data.groups.map((g) => g.step))].sort((a, b) => a - b));
   options(form.elements.kind, "training and held out", [...new Set(data.groups.map((g) => g.kind))]);
   if (form.elements.run) options(form.elements.run, "every run", [...new Set(data.groups.map((g) => g.run))]);
@@ -148,15 +152,15 @@ function question(group, filter) {
     for (const turn of turns.slice(0, -1)) before.append(element("div", { class: "turn" }, element("i", {}, turn.role), ...written(turn, filter)));
     parts.push(before);
   }
-  if (group.pictures.length) parts.push(pictures(group.pictures));
+  if (group.pictures.length) parts.push(pictures(group.pictures, "the prompt"));
   if (last) parts.push(element("p", { class: "question" }, ...written(last, filter)));
   if (group.answer !== null) parts.push(element("p", { class: "gold" }, element("i", {}, "answer "), ...written(group.answer, filter)));
   return parts;
 }
 
-function pictures(sources) {
+function pictures(sources, where) {
   return element("div", { class: "pictures" }, ...sources.map((source, index) => {
-    const name = sources.length > 1 ? `image ${index + 1} of ${sources.length}` : "image of the prompt";
+    const name = sources.length > 1 ? `image ${index + 1} of ${sources.length}` : `image of ${where}`;
     return source ? element("img", { src: source, alt: name }) : element("span", { class: "omitted" }, `(${name}, not kept here)`);
   }));
 }
@@ -178,6 +182,7 @@ function spoken(turn, filter) {
   if (turn.left_out) return element("div", { class: "turn omitted" }, `… ${plainNumber(turn.left_out, 0)} turns left out …`);
   const role = turn.reward === null ? turn.role : `${turn.role} · reward ${score(turn.reward)}`;
   const made = element("div", { class: turn.sampled ? "turn sampled" : "turn" }, element("i", {}, role), ...written(turn, filter));
+  if (turn.pictures.length) made.append(pictures(turn.pictures, "this turn"));
   for (const call of turn.calls) made.append(element("code", { class: "call" }, ...written(call, filter)));
   if (!turn.text && !turn.calls.length) made.append(element("span", { class: "omitted" }, "(nothing)"));
   return made;
