@@ -82,7 +82,7 @@ class Shape:
     def of(cls, values: Mapping[str, Any]) -> Shape:
         """From the entries of a config.json. Raises KeyError for a model without the usual sizes."""
         stored = stated(values)
-        values = values.get("text_config") or values
+        values = {key: value for key, value in (values.get("text_config") or values).items() if value is not None}
         heads = values["num_attention_heads"]
         return cls(
             model_type=family_of(values["model_type"]).text_as or values["model_type"],

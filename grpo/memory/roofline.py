@@ -13,8 +13,8 @@ from typing import Any
 
 from grpo.config.schema import Config
 from grpo.memory.gpus import Gpu
-from grpo.memory.states import attention_layers
-from grpo.model.sizes import eight_bit_bytes, linear_shapes, nf4_bytes, stored_block
+from grpo.model.attention_layers import attention_layers
+from grpo.model.sizes import eight_bit_bytes, linear_shapes, mlp_widths, nf4_bytes, stored_block
 
 COPY_SHARE = 0.85
 """Of the bandwidth that a maker states, what a copy reaches."""
@@ -54,19 +54,20 @@ class Work:
     @classmethod
     def of(cls, config: Config, shape: Any, itemsize: int) -> Work:
         sizes = linear_shapes(shape)
-        head_dim = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
+        attention = attention_layers(shape)
+        inner = mlp_widths(shape)
         linear = sum(rows * columns for rows, columns in sizes.values())
         packed = config.model.quantized
         kv_item = 1 if config.rollout.kv_cache_dtype == "fp8" else itemsize
         return cls(
             linear=linear,
-            gate_up=2 * shape.intermediate_size * shape.hidden_size * shape.num_hidden_layers,
+            gate_up=2 * shape.hidden_size * shape.num_hidden_layers * sum(inner) // len(inner),
             linear_bytes=stored_bytes(config, shape, itemsize),
             head=shape.vocab_size * shape.hidden_size,
             layers=shape.num_hidden_layers,
             hidden=shape.hidden_size,
-            query=shape.num_attention_heads * head_dim,
-            kv_token=2 * attention_layers(shape) * shape.num_key_value_heads * head_dim * kv_item,
+            query=sum(layer.query_heads * layer.head_size for layer in attention.values()) // len(attention),
+            kv_token=sum(layer.elements_per_token for n, layer in attention.items() if layer.keys_of == n) * kv_item,
             itemsize=itemsize,
             packed=packed,
         )

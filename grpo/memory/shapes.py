@@ -11,8 +11,10 @@ from grpo.config.schema import Model
 from grpo.errors import UserError
 from grpo.memory.plan import Shape
 from grpo.memory.tower import TowerSizes
+from grpo.model.checks import check_family, check_sizes, one_line
 from grpo.model.families.table import family_of, listed
 from grpo.model.gguf_header import read_header
+from grpo.model.layout import usual_linears
 from grpo.model.locate import local_path
 from grpo.model.quantization import quantization, with_modelopt
 from grpo.model.text_decoder import as_family
@@ -42,10 +44,33 @@ def model_shape(model: Model, *, network: bool = False) -> Any:
     try:
         values = with_modelopt(json.loads(file.read_text(encoding="utf-8")), file.parent)
         quantization(values)
-        shape = shape_of(values)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, UserError):
         return None
+    check_family(values, file)
+    check_sizes(values, file)
+    try:
+        shape = shape_of(values)
+        if hasattr(shape, "to_dict"):
+            check_whole(shape, file)
+    except KeyError:
+        return None
+    except UserError:
+        raise
+    except Exception as error:  # whatever transformers' checks of an untrusted file raise
+        raise UserError(f"{file}: {one_line(error)}; correct it, or download the model again") from None
     return shape if shape.model_type in listed() else None
+
+
+def check_whole(config: Any, file: Path) -> None:
+    """Raise UserError, naming `file`, for what is refused in transformers' configuration at a start, too."""
+    from grpo.model.config_keys import check_keys
+    from grpo.model.meta_graph import graph_tensors
+
+    check_keys(config, str(file))
+    try:
+        graph_tensors(config)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
 
 
 def model_tower(model: Model) -> TowerSizes | None:
@@ -67,7 +92,8 @@ def shape_of(values: dict[str, Any]) -> Any:
     """What `model_shape` gives, from the entries of a config.json."""
     text = values.get("text_config") or values
     computed_as = family_of(text["model_type"]).text_as or text["model_type"]
-    if not (family_of(computed_as).mixers or family_of(computed_as).layers_differ):
+    by_kind = family_of(computed_as).mixers or family_of(computed_as).layers_differ
+    if not by_kind and usual_linears(computed_as):
         return Shape.of(values)
     from transformers import AutoConfig  # its class knows the kinds of layers, however the file says them
 
@@ -128,8 +154,11 @@ def gguf_shape(path: Path) -> Shape | None:
         "vocab_size": family_keys.get("tokenizer.ggml.tokens") or family_keys.get("vocab_size"),
         "tie_word_embeddings": "output.weight" not in tensors,
     }
+    sizes = [value for key, value in values.items() if key not in ("model_type", "tie_word_embeddings")]
+    if any(value is not None and (type(value) is not int or value < 1) for value in sizes):
+        return None  # numbers by layer, or none that a model has
     try:
         shape = Shape.of(values)
-    except TypeError:
+    except LookupError:
         return None
     return shape if shape.model_type in listed() else None

@@ -52,7 +52,12 @@ def unsuited(config: DecoderConfig) -> str | None:
     if getattr(config, "is_encoder_decoder", False):
         return f"it has an encoder beside its decoder; {other}"
     if fills_in(config.model_type) and not getattr(config, "is_decoder", False):
-        return f"it is an encoder, as embedding models are, and predicts no next token; {other}"
+        if causal_class(config.model_type) is None:
+            return f"it is an encoder, as embedding models are, and predicts no next token; {other}"
+        unless = "unless config.json says is_decoder = true"
+        return f"its models are encoders, which fill in masked tokens and predict no next one, {unless}; {other}"
+    if family_of(config.model_type).unserved:
+        return family_of(config.model_type).unserved
     if causal_class(config.model_type) is None:
         return f"transformers has no causal language model of it, so it predicts no next token; {other}"
     if not getattr(config, "num_attention_heads", None):

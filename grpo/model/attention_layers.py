@@ -47,7 +47,7 @@ def attention_layers(shape: Any) -> dict[int, AttentionLayer]:
         sizes = of_layer(shape, number)
         layers[number] = AttentionLayer(
             query_heads=shape.num_attention_heads,
-            key_heads=sizes.num_key_value_heads,
+            key_heads=getattr(sizes, "num_key_value_heads", None) or shape.num_attention_heads,
             head_size=getattr(sizes, "head_dim", None) or shape.hidden_size // shape.num_attention_heads,
             window=window if kind == SLIDING or not with_types else None,
             keys_of=number if number < own else max(earlier for earlier in range(own) if types[earlier] == kind),

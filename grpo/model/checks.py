@@ -14,6 +14,7 @@ from typing import Any
 from grpo.errors import UserError
 from grpo.model.attention_layers import head_sizes
 from grpo.model.decoder_config import DecoderConfig
+from grpo.model.families.table import family_of
 from grpo.model.weight_files import unique
 
 LIMITS = {
@@ -27,6 +28,31 @@ LIMITS = {
     "max_position_embeddings": 1 << 30,
 }
 """The largest believable sizes. Far above any model, and small enough that no loop or name list runs away."""
+
+OPTIONAL = {
+    "num_experts": (0, 1 << 12),
+    "num_local_experts": (0, 1 << 12),
+    "n_routed_experts": (0, 1 << 12),
+    "num_experts_per_tok": (0, 1 << 12),
+    "moe_intermediate_size": (0, 1 << 20),
+    "shared_expert_intermediate_size": (0, 1 << 20),
+    "shared_intermediate_size": (0, 1 << 20),
+    "decoder_sparse_step": (0, 1000),
+    "hidden_size_per_layer_input": (0, 1 << 18),
+    "vocab_size_per_layer_input": (0, 1 << 23),
+    "num_kv_shared_layers": (0, 1000),
+    "num_global_key_value_heads": (1, 1 << 12),
+    "global_head_dim": (1, 1 << 12),
+    "linear_num_key_heads": (1, 1 << 12),
+    "linear_num_value_heads": (1, 1 << 12),
+    "linear_key_head_dim": (1, 1 << 12),
+    "linear_value_head_dim": (1, 1 << 12),
+    "linear_conv_kernel_dim": (1, 1 << 12),
+    "conv_L_cache": (1, 1 << 12),
+}
+"""Sizes that some families have -> the smallest and the largest believable one; 0 where it means none."""
+MULTIPLES = (("num_attention_heads", "num_key_value_heads"), ("linear_num_value_heads", "linear_num_key_heads"))
+"""Numbers of heads, and the ones that are shared out among them."""
 
 BEYOND_FLOAT16 = ("gemma2", "gemma3_text", "glm4")
 """Families that vLLM does not compute in float16."""
@@ -48,21 +74,36 @@ def read_object(file: Path) -> dict[str, Any]:
     return values
 
 
+def check_family(values: Mapping[str, Any], file: Path) -> None:
+    """Raise UserError for a model's configuration of a family of which it is known that it cannot be trained."""
+    inner = values.get("text_config")
+    for each in (inner if isinstance(inner, Mapping) else {}, values):
+        reason = family_of(str(each.get("model_type"))).unserved
+        if reason:
+            raise UserError(f"{file}: architecture {each['model_type']!r} is not supported: {reason}")
+
+
 def check_sizes(values: Mapping[str, Any], file: Path) -> None:
     """Raise UserError for sizes in a model's configuration that no model has."""
-    for key, limit in LIMITS.items():
+    remedy = "correct it, or download the model again"
+    for key, (least, limit) in ({key: (1, limit) for key, limit in LIMITS.items()} | OPTIONAL).items():
         value = values.get(key)
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= limit):
-            raise UserError(
-                f"{file}: {key} = {json.dumps(value, default=str)[:60]}: must be a whole number from 1 to {limit:,}; "
-                "correct it, or download the model again"
-            )
-    heads, groups = values.get("num_attention_heads"), values.get("num_key_value_heads")
-    if heads and groups and heads % groups:
-        raise UserError(
-            f"{file}: num_attention_heads = {heads} is no multiple of num_key_value_heads = {groups}; correct it, or "
-            "download the model again"
-        )
+        if value is not None and (type(value) is not int or not least <= value <= limit):
+            must = f"must be a whole number from {least} to {limit:,}"
+            raise UserError(f"{file}: {key} = {json.dumps(value, default=str)[:60]}: {must}; {remedy}")
+    for key, part in MULTIPLES:
+        heads, groups = values.get(key), values.get(part)
+        if heads and groups and heads % groups:
+            raise UserError(f"{file}: {key} = {heads} is no multiple of {part} = {groups}; {remedy}")
+    heads, hidden = values.get("num_attention_heads"), values.get("hidden_size")
+    if heads and hidden and heads > hidden and not values.get("head_dim"):
+        lacking = f"more than hidden_size = {hidden} has numbers, and there is no head_dim"
+        raise UserError(f"{file}: num_attention_heads = {heads}: {lacking}; {remedy}")
+    for key, kind, of in (("layer_types", str, "kinds"), ("mlp_only_layers", int, "numbers")):
+        listed = values.get(key)
+        if listed is not None and not (isinstance(listed, list) and all(type(each) is kind for each in listed)):
+            must = f"must be a list of the {of} of layers"
+            raise UserError(f"{file}: {key} = {json.dumps(listed, default=str)[:60]}: {must}; {remedy}")
     if isinstance(text := values.get("text_config"), Mapping):
         check_sizes(text, file)
 

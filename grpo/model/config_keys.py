@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 
 from grpo.errors import UserError
 from grpo.model.architectures import causal_class, vllm_class
-from grpo.model.checks import one_line
+from grpo.model.attention_layers import FULL, SLIDING, attention_layers
+from grpo.model.checks import check_sizes, one_line
 from grpo.model.decoder_config import IMAGE_POSITIONS, DecoderConfig
 from grpo.model.families.table import family_of
 from grpo.model.rope import (
@@ -34,7 +35,9 @@ from grpo.model.rope import (
     unread_parameters,
 )
 
-LAYER_TYPES = ("full_attention", "sliding_attention")
+LAYER_TYPES = (FULL, SLIDING)
+LAST_PRODUCTS = (".o_proj", ".dense", ".out_proj")
+"""What families call the product at the end of attention."""
 
 WITHOUT_EFFECT = {"output_hidden_states": False, "output_attentions": False, "return_dict": True}
 """How transformers' models answer; we ask for what we need."""
@@ -66,6 +69,7 @@ def check_keys(config: DecoderConfig, where: str) -> None:
     config: transformers', of a text model; `where`: its model's folder or file.
     """
     file = str(Path(where) / "config.json") if Path(where).is_dir() else where
+    check_sizes(config.to_dict(), Path(file))  # what config.json leaves out has values of transformers' class
     for key, value, reason in complaints(config):
         raise UserError(f"{file}: {key} = {shown(value)}: {reason}")
 
@@ -79,6 +83,7 @@ def complaints(config: DecoderConfig) -> Iterator[Complaint]:
     yield from number_complaints(config)
     yield from token_complaints(config)
     yield from rotary_complaints(config)
+    yield from product_complaints(config)
 
 
 def attention_complaints(config: DecoderConfig) -> Iterator[Complaint]:
@@ -96,6 +101,27 @@ def attention_complaints(config: DecoderConfig) -> Iterator[Complaint]:
     derived = config.hidden_size // config.num_attention_heads
     if family_of(config.model_type).head_of_hidden_size and (head := head_size(config)) != derived:
         yield Complaint("head_dim", head, f"{vllms(config)} has heads of {derived}; use another model")
+
+
+def product_complaints(config: DecoderConfig) -> Iterator[Complaint]:
+    """About heads that together are not as wide as the product behind them in transformers' graph: then one of the
+    two is not of the size that the configuration says, and vLLM's is."""
+    from grpo.model.meta_graph import graph_tensors
+
+    try:
+        linears = graph_tensors(config).linears
+    except UserError:  # which is said where the graph is built
+        return
+    for number, layer in attention_layers(config).items():
+        within, width = f"model.layers.{number}.self_attn", layer.query_heads * layer.head_size
+        for name in (f"{within}{last}" for last in LAST_PRODUCTS):
+            if name in linears and linears[name].columns != width:
+                reason = (
+                    f"transformers' {causal_class(config.model_type)} has a product of {linears[name].columns} numbers "
+                    f"behind {layer.query_heads} heads, which have {width}"
+                )
+                yield Complaint("head_dim", layer.head_size, f"{reason}; use another model")
+                return
 
 
 def fixed_complaints(config: DecoderConfig) -> Iterator[Complaint]:
@@ -124,12 +150,20 @@ def layer_complaints(config: DecoderConfig) -> Iterator[Complaint]:
     """About which layers have a sliding window."""
     window, layers = getattr(config, "sliding_window", None), config.num_hidden_layers
     kinds = getattr(config, "layer_types", None)
+    shared = getattr(config, "num_kv_shared_layers", None) or 0
+    if shared and not set((kinds or [FULL])[:layers]) <= set((kinds or [FULL] * layers)[: max(0, layers - shared)]):
+        reason = f"of the {layers} layers those have no keys of their own, and some are of a kind that none before has"
+        yield Complaint("num_kv_shared_layers", shared, f"{reason}; correct it")
     if not kinds:
         return
     known = tuple(family_of(config.model_type).mixers) or LAYER_TYPES
     if len(kinds) < layers or not set(kinds) <= set(known):
         kind = " or ".join(map(repr, known))
         yield Complaint("layer_types", kinds, f"must be {kind} for each of the {layers} layers; use another model")
+        return
+    if not {FULL, SLIDING} & set(kinds[:layers]):
+        reason = f"none of the {layers} layers has attention, and vLLM's cache is one of keys and values"
+        yield Complaint("layer_types", kinds, f"{reason}; use another model")
         return
     sliding = list(kinds[:layers]).count("sliding_attention")
     if sliding and window is None:

@@ -27,6 +27,8 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 """Parameters with a row for every token of the vocabulary."""
 
 GATE_UP = "gate_up_proj"
+USUAL = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj")
+"""The linear layers of decoders of the usual kind, whose sizes follow from those of the model."""
 """The first of transformers' two parameters of a block's experts."""
 
 LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
@@ -247,6 +249,12 @@ def fused_linears(shape: Any) -> dict[str, list[str]]:
         for pattern, parts in record.linears.items()
         if is_in_mlp(parts[0], shape, layer) and is_in_layer(parts[0], shape, layer)
     }
+
+
+def usual_linears(model_type: str) -> bool:
+    """Whether the linear layers of the family have the names, and so the sizes, that a plan's Shape knows."""
+    known = record_of(model_type)
+    return known is None or all(part.rpartition(".")[2] in USUAL for parts in known.linears.values() for part in parts)
 
 
 def is_in_layer(part: str, shape: Any, layer: int) -> bool:

@@ -71,8 +71,13 @@ def meta_graph(config: DecoderConfig, dtype: torch.dtype = torch.float32, attent
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, attn_implementation=attention)
     except Exception as error:  # whatever transformers makes of a stranger's configuration
-        reason = f"transformers builds no model of its configuration ({one_line(error)})"
-        raise UserError(f"{reason}; correct it, or use another model") from None
+        raise no_graph(error) from None
+
+
+def no_graph(error: Exception) -> UserError:
+    """What is said of a configuration that transformers fails with `error` to build a model of."""
+    reason = f"transformers builds no model of its configuration ({one_line(error)})"
+    return UserError(f"{reason}; correct it, or use another model")
 
 
 def last_norm(graph: nn.Module) -> nn.Module:
@@ -111,7 +116,10 @@ def graph_tensors(config: DecoderConfig) -> GraphTensors:
 
 @lru_cache(maxsize=8)
 def _graph_tensors(kind: Any, values: str) -> GraphTensors:
-    config = kind.from_dict(json.loads(values) | {"pad_token_id": None})  # which may be no row of the embedding
+    try:
+        config = kind.from_dict(json.loads(values) | {"pad_token_id": None})  # which may be no row of the embedding
+    except Exception as error:  # of a class that does not read what it wrote
+        raise no_graph(error) from None
     graph = meta_graph(config)
     head = graph.get_output_embeddings()
     linears = {

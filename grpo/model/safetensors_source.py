@@ -20,7 +20,7 @@ from grpo.errors import UserError
 from grpo.kernels.mxfp4 import BLOCK as MXFP4_BLOCK
 from grpo.kernels.nf4_lookup import CODE
 from grpo.model.architectures import check_supported
-from grpo.model.checks import check_sizes, one_line, read_object
+from grpo.model.checks import check_family, check_sizes, one_line, read_object
 from grpo.model.eight_bit_source import CODES, read_eight_bit, scales_name
 from grpo.model.layout import HEAD
 from grpo.model.meta_graph import graph_tensors
@@ -63,6 +63,7 @@ class SafetensorsSource:
         file = path / "config.json"
         values = read_object(file)
         refuse_sound(values, file)
+        check_family(values, file)
         check_sizes(values, file)
         values = with_modelopt(values, path)
         check_quantization(values, file)

@@ -119,7 +119,11 @@ def test_a_name_that_a_family_lacks_is_refused():
     ("family", "reason"),
     [
         ("t5", "it has an encoder beside its decoder"),
-        ("xlm-roberta", "it is an encoder, as embedding models are, and predicts no next token"),
+        (
+            "xlm-roberta",
+            "its models are encoders, which fill in masked tokens and predict no next one, unless config.json",
+        ),
+        ("distilbert", "it is an encoder, as embedding models are, and predicts no next token"),
         ("embedding_gemma2", "transformers has no causal language model of it"),
         ("deepseek_v3", "keys and values in latent form"),
         ("mamba", "has no num_attention_heads"),

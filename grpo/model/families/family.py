@@ -62,5 +62,7 @@ class Family:
     """Why images of such a model are not read, where somebody would expect it."""
     multiplies_logits: frozenset[str] = frozenset()
     """Keys by which the family multiplies its logits, that are divisors in others."""
+    unserved: str = ""
+    """What its models have that no graph here computes, and which to use in their place; empty for all others."""
     norm_adds_one: bool = False
     """RMSNorm multiplies by the weight plus one."""

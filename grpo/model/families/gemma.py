@@ -41,5 +41,9 @@ FAMILIES = {
         needs_window=True,
         layers_differ=True,
     ),
+    "gemma3n_text": Family(
+        unserved="Gemma 3n keeps several streams between its layers (AltUp), adds low-rank products to its residuals "
+        "(Laurel), and has an embedding for each layer; use Gemma 4, whose E2B and E4B are its successors"
+    ),
     "gemma4_unified_text": Family(text_as="gemma4_text", text_values={"hidden_size_per_layer_input": 0}),
 }

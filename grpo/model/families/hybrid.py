@@ -29,6 +29,7 @@ FAMILIES = {
     "lfm2": Family(
         models="LFM2, LFM2.5, dense",
         caveat="most layers are short convolutions",
+        head_of_hidden_size=True,
         served=widths,
         mixers={"conv": "conv", "full_attention": "self_attn"},
     ),

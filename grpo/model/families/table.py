@@ -17,8 +17,8 @@ def family_of(model_type: str) -> Family:
 
 
 def listed() -> tuple[str, ...]:
-    """Every family with an entry: those that tests compare."""
-    return tuple(_families())
+    """Every family with an entry, but for those that are refused: those that tests compare."""
+    return tuple(name for name, family in _families().items() if not family.unserved)
 
 
 @cache
