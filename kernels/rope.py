@@ -88,14 +88,16 @@ def launch_rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, *, inverse: 
     """The Triton form of `rotate`."""
     tokens, heads, columns = x.shape
     half = cos.shape[-1] // 2
+    rest = columns - 2 * half
+    copy_rest = rest > 0 and out.data_ptr() != x.data_ptr()
     assert cos.is_contiguous() and sin.is_contiguous() and x.stride(-1) == out.stride(-1) == 1
     if x.numel() == 0:
         return
     with on_device(x):
         _rotate_kernel[(cdiv(tokens, TOKENS), cdiv(heads, HEADS))](
-            x, cos, sin, out, tokens, heads, half, columns - 2 * half, x.stride(0), x.stride(1), out.stride(0),
-            out.stride(1), inverse, out.data_ptr() != x.data_ptr(), TOKENS, HEADS, next_power_of_2(half),
-            next_power_of_2(max(1, columns - 2 * half)), is_interpreted(x), num_warps=2,
+            x, cos, sin, out, tokens, heads, half, rest, x.stride(0), x.stride(1), out.stride(0),
+            out.stride(1), inverse, copy_rest, TOKENS, HEADS, next_power_of_2(half),
+            next_power_of_2(max(1, rest)), is_interpreted(x), num_warps=2,
         )  # fmt: skip
 
 

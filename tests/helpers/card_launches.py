@@ -171,7 +171,7 @@ def hold(card: Card, collected: Collected) -> None:
     over = [(name, shared) for name, shared, _ in collected.kernels if shared > card.shared_memory]
     assert not over, f"{card.name} gives a block {card.shared_memory} bytes"
     spilled = {name: stack for name, stack in collected.most_spilled().items() if stack > SPILLS.get(name, 0)}
-    assert not spilled
+    assert not spilled, f"on {card.name} registers do not suffice: {spilled} bytes"
 
 
 @contextlib.contextmanager

@@ -63,8 +63,10 @@ def adapters_left_out(session: Any) -> dict[str, Fault]:
 
 
 def scales_left_out(graph: nn.Module) -> dict[str, Fault]:
-    """Numbers other than 1 that modules multiply by: of scores, residuals, embeddings, layers."""
+    """Numbers other than 1 that modules multiply by: of scores, residuals, embeddings, layers. Not what multiplies the
+    last layer's output: the norm after it divides it out, so that leaving it out is no fault."""
     found: dict[str, Fault] = {}
+    last = graph.layers[-1]
     for name, module in graph.named_modules():
         for key in ("scaling", "residual_multiplier", "embedding_multiplier"):
             value = getattr(module, key, None)
@@ -72,6 +74,8 @@ def scales_left_out(graph: nn.Module) -> dict[str, Fault]:
                 found[f"{name}.{key} left out"] = partial(changed, module, key, 1.0)
         for key in ("embed_scale", "layer_scalar"):
             value = getattr(module, key, None)
+            if module is last and key == "layer_scalar":
+                continue
             if isinstance(value, torch.Tensor) and not bool((value == 1).all()):
                 found[f"{name}.{key} left out"] = partial(changed, module, key, torch.ones_like(value))
     return found

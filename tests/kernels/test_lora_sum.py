@@ -154,6 +154,7 @@ def served_layer(case: Case, form: str, device: str) -> tuple[nn.Module, list[Se
     layer = nn.Module()
     layer.shared = FusedLinear("qkv_proj", {"q_proj": (0, 960)}, 576, 960, segments=segments)
     layer.served_features = 960
+    layer.begins_early = False
     layer.adapter = AdapterBuffers(case.a, case.b)
     layer.adapter_on = torch.ones((), dtype=case.x.dtype, device=device)
     return layer, segments, torch.cat(dense)

@@ -158,7 +158,17 @@ def test_packing_keeps_every_sequence_in_order_and_the_token_budget(
         row = packed_row([one.prompt_ids for one in batch], [one.completion_ids for one in batch])
         assert len(row.tokens) <= budget or len(batch) == 1
         assert len(row.predicting) == sum(len(one.completion_ids) for one in batch)
-    for batch, following in zip(batches, batches[1:], strict=False):
-        more = [*batch, following[0]]
-        row = packed_row([one.prompt_ids for one in more], [one.completion_ids for one in more])
-        assert len(row.tokens) > budget, "the next sequence would have fitted"
+    assert len(batches) == fewest(sequences, budget)
+
+
+def fewest(sequences: list[TrainingSequence], budget: int) -> int:
+    """Micro-batches where each takes the next sequence as long as it fits."""
+    batches: list[list[TrainingSequence]] = []
+    for one in sequences:
+        more = [*(batches[-1] if batches else ()), one]
+        row = packed_row([each.prompt_ids for each in more], [each.completion_ids for each in more])
+        if batches and len(row.tokens) <= budget:
+            batches[-1] = more
+        else:
+            batches.append([one])
+    return len(batches)
