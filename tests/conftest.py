@@ -47,6 +47,8 @@ def modules_are_no_garbage() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)  # whole files, otherwise in their order
     gpu = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu or has_cuda():
         return
