@@ -86,7 +86,7 @@ def child_main(options: argparse.Namespace) -> int:
             config = parse_config(values)
         from grpo.train import start_ahead
 
-        start_ahead(config)
+        start_ahead(config, alone=True)
         with lean():
             from grpo.training.run import launch
         kernels = CompiledKernels()
