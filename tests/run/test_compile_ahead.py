@@ -104,9 +104,7 @@ def test_what_is_not_known_is_left_to_the_run(tmp_path: Path, values: dict[str, 
 
 def test_a_cpu_starts_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subprocess, "Popen", lambda *arguments, **options: pytest.fail("a process was started"))
-    assert not compile_ahead.begin(
-        config_of(tmp_path, SIZES | {"model_type": "llama"}, model={"device": "cpu"}), never
-    )
+    assert not compile_ahead.begin(config_of(tmp_path, SIZES | {"model_type": "llama"}, model={"device": "cpu"}), never)
     monkeypatch.setattr(compile_ahead.metadata, "version", lambda package: "2.13.0+cpu")
     assert compile_ahead.driver_card() is None, "torch would not use the GPU"
 
