@@ -15,6 +15,7 @@ import json
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,29 +34,41 @@ from grpo.kernels.nf4_compile import Product, Shrink, compile_all
 from grpo.kernels.nf4_tiles import Tile
 
 ROWS = (16, 32, 64, 128, 256)
+FEWEST, MOST = 1.2, 4.0
+"""Programs of 64 rows of W that a split makes, for each multiprocessor."""
+TRIED = {
+    128: [Tile(64, 128, 4, 3, 1), Tile(64, 128, 4, 3, 2), Tile(128, 128, 8, 2, 2)],
+    256: [Tile(128, 256, 8, 3, 2), Tile(64, 128, 4, 3, 2), Tile(128, 128, 8, 2, 2)],
+}
+"""Every tile of W reads all of x from the L2 cache, which is what takes the time with many rows: few, large tiles read
+less, if there are enough of them."""
+WIDE = {128: [Tile(256, 128, 8, 3, 1), Tile(256, 128, 8, 2, 2)]}
+"""For a W with many rows."""
 RANKS = 32
 Choice = tuple[int, int, Tile]
 """Rows, split, tile."""
 
 
-def choices_of(card: Card, shape: tuple[int, int], rows: tuple[int, ...], known: list[Tile]) -> list[Choice]:
-    """What is timed: tiles of the table and those near them, by every split that fits."""
-    return [
-        (count, split, tile)
-        for count in rows
-        for tile in tiles_for(card, count, known)
-        for split in nf4_tiles.splits(card, shape, count, tile)
-    ]
-
-
-def tiles_for(card: Card, rows: int, known: list[Tile]) -> list[Tile]:
-    """The table's tiles of that height, and for many rows those with a stage less."""
-    wanted = [tile for tile in nf4_tiles.candidates(card, rows) if tile in known]
-    if rows >= 128:
-        wanted += [Tile(64, 128, 4, stages, dots) for stages in (2, 3) for dots in (1, 2)]
-    if rows >= 256:
-        wanted += [Tile(128, 256, 8, 2, 2), Tile(64, 256, 4, 2, 2), Tile(128, 128, 8, 2, 2)]
-    return [tile for tile in dict.fromkeys(wanted) if nf4_tiles.serves(tile, card)]
+def choices_of(card: Card, shape: tuple[int, int], rows: tuple[int, ...]) -> list[Choice]:
+    """What is timed: the table's tile for each number of rows and those of TRIED, by splits that fill the card."""
+    programs = -(-shape[0] // 64) / card.multiprocessors
+    splits = [split for split in nf4_tiles.SPLITS if FEWEST <= programs * split <= MOST or split == 1 <= programs]
+    choices = []
+    for count in rows:
+        plan = nf4_plans.plan_for(card, shape)
+        known = plan.tile(count) if plan else None
+        tiles = [*([replace(known, whole=False)] if known else []), *TRIED.get(count, ())]
+        if programs >= 1:
+            tiles += WIDE.get(count, ())
+            tiles += [replace(tile, whole=True) for tile in tiles if count <= 64]
+        choices += [
+            (count, split, tile)
+            for split in splits
+            for tile in dict.fromkeys(tiles)
+            if nf4_tiles.serves(tile, card) and nf4_tiles.fits(tile, split, count, shape[0])
+            and not (tile.whole and split == 1)
+        ]  # fmt: skip
+    return choices
 
 
 def layer(
@@ -105,7 +118,7 @@ def examine(card: Card, shape: tuple[int, int], choices: list[Choice], ready: se
 
 def named(times: dict[Choice, float]) -> dict[str, float]:
     return {
-        f"{rows}/{split}/{t.n}x{t.m}x{t.warps}x{t.stages}x{t.dots}": round(us, 2)
+        f"{rows}/{split}/{t.n}x{t.m}x{t.warps}x{t.stages}x{t.dots}{'w' * t.whole}": round(us, 2)
         for (rows, split, t), us in times.items()
     }
 
@@ -135,8 +148,7 @@ def main() -> int:
     options = parser.parse_args()
     card = cards.card(torch.device("cuda", 0))
     ways = (True, False) if options.apart else (True,)
-    known = list(dict.fromkeys(t for plan in nf4_plans.measured_shapes(card).values() for _, t in plan.tiles))
-    wanted = {shape: choices_of(card, shape, options.rows, known) for shape in options.shapes}
+    wanted = {shape: choices_of(card, shape, options.rows) for shape in options.shapes}
     jobs = list(dict.fromkeys(
         Product(tile, split, RANKS, pending=early)
         for choices in wanted.values() for _, split, tile in choices for early in ways

@@ -31,6 +31,7 @@ from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
 ENDS: list[float] = []
+FIRST: list[float] = []
 BARS = {"cold": 45.0, "warm": 20.0}
 """Seconds to the end of the first step, for the 3B shape."""
 PHASES = {
@@ -108,8 +109,9 @@ def child_main(options: argparse.Namespace) -> int:
         with lean():
             from grpo.training.run import launch
         kernels = CompiledKernels()
+        watch_step(options.run / "metrics.jsonl")
         launch(config)
-        ended = (options.run / "metrics.jsonl").stat().st_mtime
+        ended = first_line(options.run / "metrics.jsonl")
     SAMPLER.stop()
     found = {"first_step_ended_s": round(ended - options.began, 1), "phases": timeline(options.began)}
     if helpers := ahead_ends():
@@ -117,8 +119,9 @@ def child_main(options: argparse.Namespace) -> int:
     found["spent"] = SAMPLER.tree(options.least)
     if kernels is not None:
         found["triton"] = kernels.summary(options.began)
-        step = json.loads((options.run / "metrics.jsonl").read_text().splitlines()[0])
-        found["step"] = {name: step[name] for name in ("step_seconds", "rollout_seconds", "mismatch_kl")}
+        steps = [json.loads(line) for line in (options.run / "metrics.jsonl").read_text().splitlines()]
+        names = ("step_seconds", "rollout_seconds", "train_seconds", "mismatch_kl", "peak_memory_gib")
+        found["steps"] = [{name: step.get(name) for name in names} for step in steps]
     options.out.write_text(json.dumps(found))
     return 0
 
@@ -139,6 +142,22 @@ def watch_ahead() -> None:
 
     for process in compile_ahead._begun:
         threading.Thread(target=wait, args=(process,), daemon=True).start()
+
+
+def watch_step(metrics: Path) -> None:
+    """Note when the first step's figures are written."""
+
+    def wait() -> None:
+        while not metrics.exists() or not metrics.stat().st_size:
+            time.sleep(0.02)
+        FIRST.append(time.time())
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def first_line(metrics: Path) -> float:
+    """When that was, by the clock."""
+    return FIRST[0] if FIRST else metrics.stat().st_mtime
 
 
 def ahead_ends() -> list[float]:
@@ -170,7 +189,7 @@ def fixed_work(options: argparse.Namespace) -> None:
     """Write the checkpoint and whole_step.py's configuration, of one step, to `options.scratch`."""
     from benchmarks import whole_step
 
-    options.steps, options.tokens, options.full_finetuning = 1, 32768, False
+    options.full_finetuning = False
     options.prompt, options.completion = (16, 8) if options.shape == "tiny" else (128, 512)
     whole_step.ours_command(options, whole_step.make_work(options), options.scratch)
 
@@ -194,7 +213,7 @@ def show(name: str, found: dict[str, Any]) -> None:
     if "failed" in found:
         print(f"{name}: {found['failed']}\n{found['log']}", flush=True)
         return
-    print(f"{name}: the first step ended after {found['first_step_ended_s']} s; {found.get('step', {})}", flush=True)
+    print(f"{name}: the first step ended after {found['first_step_ended_s']} s; {found.get('steps', [])}", flush=True)
     for phase in found["phases"]:
         print(f"{phase['from_s']:8.1f} {phase['s']:8.1f} s  {phase['what']}")
     if ends := found.get("compiled_ahead_until_s"):
@@ -212,6 +231,8 @@ def show(name: str, found: dict[str, Any]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--shape", default="3b")
+    parser.add_argument("--steps", type=int, default=1, help="of the fixed work")
+    parser.add_argument("--tokens", type=int, default=32768, help="train.tokens_per_micro_batch of the fixed work")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--config", type=Path, help="this configuration instead of the fixed work")
     parser.add_argument("--set", action="append", default=[], help="as of python -m grpo.train")
