@@ -37,7 +37,7 @@ ROWS = (16, 32, 64, 128, 256)
 FEWEST, MOST = 1.2, 4.0
 """Programs of 64 rows of W that a split makes, for each multiprocessor."""
 TRIED = {
-    128: [Tile(64, 128, 4, 3, 1), Tile(64, 128, 4, 3, 2), Tile(128, 128, 8, 2, 2)],
+    128: [Tile(64, 128, 4, 3, 1), Tile(64, 128, 4, 3, 2), Tile(128, 128, 8, 2, 2), Tile(128, 128, 8, 3, 2)],
     256: [Tile(128, 256, 8, 3, 2), Tile(64, 128, 4, 3, 2), Tile(128, 128, 8, 2, 2)],
 }
 """Every tile of W reads all of x from the L2 cache, which is what takes the time with many rows: few, large tiles read
