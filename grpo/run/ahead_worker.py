@@ -128,9 +128,9 @@ class Launches:
         pages = torch.empty(rows, -(-work["longest"] // page), dtype=torch.int32)
         if not decode_attention.fits(rows, heads, pairs, size, pages.shape[1] * page):
             return
-        held = self.empty(64, page, pairs, 2 * size).split(size, -1)
+        held_keys, held_values = self.empty(64, page, pairs, 2 * size).split(size, -1)
         new = decode_attention.NewToken(keys, values, self.empty(1024, size)) if work["rotates_last"] else None
-        cache = decode_attention.Cache(*held, pages, torch.empty(rows, dtype=torch.int32))
+        cache = decode_attention.Cache(held_keys, held_values, pages, torch.empty(rows, dtype=torch.int32))
         decode_attention.decode_attention(query, cache, 1.0, self.empty(rows, heads, size), new)
 
     def sample(self) -> None:
