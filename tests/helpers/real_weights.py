@@ -17,7 +17,7 @@ EMBEDDING = "model.embed_tokens.weight"
 
 
 def save_first_layers(folder: Path, layers: int) -> Path:
-    """In `folder`, in bfloat16. The embedding has rows for TOKENS alone; bytes that SmolLM2 lacks have that of token 0."""
+    """In `folder`, in bfloat16. The embedding has rows for TOKENS alone, of token 0 for bytes that SmolLM2 lacks."""
     source = open_source(Model(name=SMOLLM2))
     known = source.tokenizer().get_vocab()
     rows = torch.tensor([0] * len(SPECIAL) + [known.get(token, 0) for token in TOKENS[len(SPECIAL) :]])
