@@ -275,7 +275,7 @@ def main() -> int:
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--generations", type=int, default=8)
     parser.add_argument("--side", type=int, default=448, help="pixels of an image's side: 448 are 256 tokens")
-    parser.add_argument("--prompt", type=int, default=288, help="tokens of a prompt at most; those of 448 pixels have 269")
+    parser.add_argument("--prompt", type=int, default=288, help="tokens at most; those of 448 pixels have 269")
     parser.add_argument("--completion", type=int, default=512)
     parser.add_argument(
         "--tokens", type=int, help="train.tokens_per_micro_batch; left out: what half of the groups fill"
