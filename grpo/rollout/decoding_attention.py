@@ -22,7 +22,10 @@ from grpo.kernels.decode_attention import Cache, NewToken, decode_attention, fit
 
 LEAST_PROGRAMS = 192
 """Sequences times key-value heads from which the kernel is used: FlashAttention splits fewer over the whole GPU."""
-ROTATE_LAST = ("LlamaAttention", "Qwen2Attention", "Qwen3Attention")
+ROTATE_LAST = (
+    "LlamaAttention", "MixtralAttention", "OlmoeAttention", "Qwen2Attention", "Qwen2MoeAttention", "Qwen3Attention",
+    "Qwen3MoeAttention",
+)  # fmt: skip
 """vLLM's modules that apply nothing to queries and keys after they are rotated."""
 
 
