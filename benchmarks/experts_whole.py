@@ -52,7 +52,7 @@ CONTEXT, DECODED = 512, 128
 MISMATCHED_GROUPS = 4
 AT_ONCE = 2
 """Groups in a micro-batch."""
-PARTS = ("decoding", "beside", "kernels", "step", "modules")
+PARTS = ("decoding", "beside", "kernels", "step", "replay", "modules")
 BARS = {
     "30b_a3b": {
         "resident_gb": 18.0, "load_peak_gb": 20.0, "step_seconds": 20.0, "train_peak_gb": 40.0, "mismatch_kl": 0.002,
@@ -232,6 +232,10 @@ class Whole:
 
         lengths = (64, 256, self.options.completion)
         return of(self.options.completion) | {"of_first_tokens": {str(length): of(length) for length in lengths}}
+
+    def replay(self) -> dict[str, Any]:
+        """`mismatch` without a step."""
+        return self.mismatch(self.sample())
 
     def step(self) -> dict[str, Any]:
         """A GRPO step, and what sampling and training disagree by."""

@@ -45,7 +45,7 @@ def attend(
     [heads]: transformers' name of attention sinks."""
     assert attention_mask is None and query.shape[0] == 1, "sequences come packed in one row, without a mask"
     output = packed_attention(
-        query[0], key[0], value[0], packing_of(packing, query[:, 0]),
+        query[0].to(value.dtype), key[0].to(value.dtype), value[0], packing_of(packing, query[:, 0]),
         scale=scaling, window=sliding_window, softcap=softcap, sinks=s_aux,
     )  # fmt: skip
     return output[None], None
@@ -96,10 +96,10 @@ def build_graph(base: BaseWeights) -> nn.Module:
         layer.register_forward_pre_hook(remember_packing, with_kwargs=True)
     install_recurrent_layers(graph, base.config.model_type)
     install_gated_attention(graph, base.config.model_type)
-    if has_float32_stream(base):
-        install_float32_stream(graph)
     graph.tie_weights()
     rebuild_buffers(graph, config, base.device, base.dtype)
+    if has_float32_stream(base):
+        install_float32_stream(graph)
     left = [name for name, tensor in [*graph.named_parameters(), *graph.named_buffers()] if tensor.is_meta]
     if left:
         raise UserError(f"{base.source_path}: tensor {left[0]} is missing; pass a complete model")
