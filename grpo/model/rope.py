@@ -45,8 +45,6 @@ class Rotary(nn.Module):
         """config: transformers', of the text model; sequences have at most `longest` tokens (None: what it allows)."""
         super().__init__()
         self.config = config
-        self.in_float32 = False
-        """Whether cosines and sines, rounded as they are, come in float32, so that what is turned is rounded once."""
         self.scalings: dict[str, float] = {}
         self.in_pairs, self.once = turns_pairs(config), gives_angles_once(config)
         self.sections = image_sections(config)
@@ -72,8 +70,7 @@ class Rotary(nn.Module):
         angles = positions * inverse
         if not self.once:
             angles = angles.repeat_interleave(2, dim=-1) if self.in_pairs else torch.cat((angles, angles), dim=-1)
-        cos, sin = ((part * self.scalings[kind]).to(x.dtype) for part in (angles.cos(), angles.sin()))
-        return (cos.float(), sin.float()) if self.in_float32 else (cos, sin)
+        return tuple((part * self.scalings[kind]).to(x.dtype) for part in (angles.cos(), angles.sin()))
 
     @torch.no_grad()
     def set_longest(self, longest: int) -> bool:

@@ -3,8 +3,7 @@
 Two graphs that round differently anywhere are soon apart by the stream's own rounding to 16 bit, twice a layer: in a
 deep model that is most of what sampled and trained logprobs differ by. Here norms take the stream as it is and give the
 model's type, in which everything else is computed; transformers' layers then add to it in float32 by themselves.
-Queries and keys are turned in float32 and rounded once, as vLLM's kernels on a GPU turn them. Sampling has the same
-stream (grpo/rollout/decoding_layers.py). Models in float32 have nothing to widen.
+Sampling has the same stream (grpo/rollout/decoding_layers.py). Models in float32 have nothing to widen.
 """
 
 from __future__ import annotations
@@ -31,7 +30,6 @@ def install_float32_stream(graph: nn.Module) -> None:
     for norm in (*(getattr(layer, name) for layer in graph.model.layers for name in NORMS), graph.model.norm):
         norm.forward = types.MethodType(normed, norm)
     graph.model.layers[0].register_forward_pre_hook(widen)
-    graph.model.rotary_emb.in_float32 = True
 
 
 def normed(self: Any, x: Tensor) -> Tensor:

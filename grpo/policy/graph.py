@@ -45,7 +45,7 @@ def attend(
     [heads]: transformers' name of attention sinks."""
     assert attention_mask is None and query.shape[0] == 1, "sequences come packed in one row, without a mask"
     output = packed_attention(
-        query[0].to(value.dtype), key[0].to(value.dtype), value[0], packing_of(packing, query[:, 0]),
+        query[0], key[0], value[0], packing_of(packing, query[:, 0]),
         scale=scaling, window=sliding_window, softcap=softcap, sinks=s_aux,
     )  # fmt: skip
     return output[None], None

@@ -20,10 +20,7 @@ from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
 
 from grpo.kernels.decode_attention import LEAST_PROGRAMS, Cache, NewToken, decode_attention, fits, serves
 
-ROTATE_LAST = (
-    "LlamaAttention", "MixtralAttention", "OlmoeAttention", "Qwen2Attention", "Qwen2MoeAttention", "Qwen3Attention",
-    "Qwen3MoeAttention",
-)  # fmt: skip
+ROTATE_LAST = ("LlamaAttention", "Qwen2Attention", "Qwen3Attention")
 """vLLM's modules that apply nothing to queries and keys after they are rotated."""
 
 

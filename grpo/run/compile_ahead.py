@@ -48,7 +48,7 @@ ATTRIBUTES = {"multiprocessors": 16, "l2": 38, "major": 75, "minor": 76, "shared
 """Of a device, by their numbers in CUDA's driver interface."""
 RANK_MULTIPLE = 16
 ROTATE_LAST = ("llama", "qwen2", "qwen3")
-"""Types of dense models whose attention in vLLM is one of ROTATE_LAST in grpo/rollout/decoding_attention.py."""
+"""Types of models whose attention in vLLM is one of ROTATE_LAST in grpo/rollout/decoding_attention.py."""
 _begun: list[subprocess.Popen[bytes]] = []
 
 

@@ -97,19 +97,6 @@ def test_layers_of_other_families_hand_on_what_they_compute_in(family: str, tmp_
     assert set(streams(policy)) == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("family", [*WIDE, *OTHERS])
-def test_where_the_stream_is_float32_so_is_rotation_by_the_same_angles(family: str, tmp_path: Path) -> None:
-    save_family(tmp_path, family)
-    _, policy = load(tmp_path, dtype="bfloat16")
-    rotary = policy.decoder.model.rotary_emb
-    x, positions = torch.empty(1, dtype=torch.bfloat16), torch.arange(40)[None]
-    found = rotary(x, positions)
-    assert {part.dtype for part in found} == {torch.float32 if family in WIDE else torch.bfloat16}
-    rotary.in_float32 = False
-    assert all(torch.equal(one.to(x.dtype), other) for one, other in zip(found, rotary(x, positions), strict=True))
-    assert all(torch.equal(part, part.to(x.dtype).to(part.dtype)) for part in found), "rounded as other families' are"
-
-
 @pytest.mark.parametrize("family", WIDE)
 def test_a_layer_that_is_computed_again_gives_the_same_gradients(family: str, tmp_path: Path) -> None:
     save_family(tmp_path, family)
