@@ -56,6 +56,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("grpo")
 T = TypeVar("T")
+GRAPH_TOKENS = 2048
+"""Of the largest step in which turns begin that is a CUDA graph: some 64 turns, each after a short answer."""
 SMALLER_CACHE = 0.75
 """Of the KV cache with which memory ran out, in the second attempt."""
 LESS_FOR_VLLM = (
@@ -428,6 +430,7 @@ def covers(running: EngineNeeds, wanted: EngineNeeds) -> bool:
         max_num_seqs=max(settings.max_num_seqs, wanted_settings.max_num_seqs),
         stop_strings=settings.stop_strings or wanted_settings.stop_strings,
         seed=settings.seed,  # every request has its own
+        graph_tokens=settings.graph_tokens,  # turns begin without them too
     )
     if grown != settings:
         return False
@@ -494,4 +497,5 @@ def engine_settings(config: Config, kv_cache_memory_bytes: int | None) -> Engine
         enforce_eager=rollout.enforce_eager,
         seed=config.train.seed,
         stop_strings=bool(rollout.stop),
+        graph_tokens=0 if config.environment is None else GRAPH_TOKENS,
     )

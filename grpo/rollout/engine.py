@@ -35,6 +35,7 @@ from grpo.model.base_weights import BaseWeights
 from grpo.model.checks import largest_head
 from grpo.model.families.table import family_of
 from grpo.policy.policy import Policy
+from grpo.rollout import prompt_graphs
 from grpo.rollout.attention_backend import OURS, Served, choose_backend
 from grpo.rollout.decoding_kernels import nf4_shapes
 from grpo.rollout.lora_buffers import RolloutAdapter
@@ -47,7 +48,6 @@ from grpo.rollout.vllm_images import ImageStore, known_positions
 from grpo.rollout.vllm_model import ADAPTER_KEY, SHARED, AdapterHandle, write_model_folder
 from grpo.rollout.vllm_scheduler import LogprobCollector, OnePassSampler, rollout_scheduler
 from grpo.rollout.vllm_start import quick_start
-from grpo.run.compile_ahead import capture_sizes
 from grpo.run.machine import version_problem
 from grpo.run.tiles import prepare_tiles
 
@@ -102,6 +102,8 @@ class Engine:
             self.llm = vllm.LLM(**arguments)
         if on_gpu:
             self._runner.sampler = self.sampler = OnePassSampler(logprobs_mode="processed_logprobs")
+            builders = [group.get_metadata_builder() for group in self._runner._attn_group_iterator()]
+            prompt_graphs.split_as_ever(builders, self.settings.max_num_seqs)
         if self.policy is not None:
             self.sync_adapter()
 
@@ -172,11 +174,7 @@ class Engine:
             if settings.release_kv_cache:
                 arguments["enable_cumem_allocator"] = True
             if not settings.enforce_eager:
-                arguments["compilation_config"] = {
-                    "mode": 0,
-                    "cudagraph_mode": "FULL_DECODE_ONLY",
-                    "cudagraph_capture_sizes": capture_sizes(settings.max_num_seqs),
-                }
+                arguments["compilation_config"] = prompt_graphs.compilation(settings.max_num_seqs, self.graph_tokens)
         return arguments
 
     def kv_bytes(self) -> int:
@@ -279,8 +277,14 @@ class Engine:
 
     @property
     def has_graphs(self) -> bool:
-        """Whether decoding steps are CUDA graphs; a step in which a prompt is read is none."""
+        """Whether decoding steps are CUDA graphs."""
         return self.base.device.type == "cuda" and not self.settings.enforce_eager
+
+    @property
+    def graph_tokens(self) -> int:
+        """Tokens of the largest step with prompts that is a CUDA graph; 0: none is."""
+        plain = not has_states(self.base.config) and not self.base.experts and self.images is None
+        return self.settings.graph_tokens if self.has_graphs and plain else 0
 
     @property
     def running(self) -> int:

@@ -91,3 +91,5 @@ class EngineSettings:
     stop_strings: bool = False
     release_kv_cache: bool = False
     """Make `Engine.release_kv_cache` possible, on a GPU."""
+    graph_tokens: int = 0
+    """Steps of up to so many tokens that read prompts are CUDA graphs as well, where the model's are; 0: none."""

@@ -16,6 +16,7 @@ VARIABLES = {
     IN_THIS_PROCESS: "0",  # the storage is shared by address
     "VLLM_USE_V2_MODEL_RUNNER": "0",
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
+    "VLLM_USE_BREAKABLE_CUDAGRAPH": "1",  # graphs of steps that read prompts, without a compiler (prompt_graphs.py)
     "VLLM_DISABLE_SHARED_EXPERTS_STREAM": "1",  # our products share a workspace, so one stream at a time
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
