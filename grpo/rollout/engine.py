@@ -357,6 +357,7 @@ class Engine:
             detokenize=bool(sampling.stop),
             skip_special_tokens=sampling.skip_special_tokens,
             output_kind=kind,
+            skip_clone=True,  # nobody else has these
         )
 
     def _switch_adapter(self, enabled: bool) -> None:
