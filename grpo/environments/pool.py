@@ -91,6 +91,8 @@ class _Episode:
     outgoing: bytearray
     deadline: float | None = None
     """Until when it has to speak; None while it waits for the policy, or for its turn to work."""
+    writes: bool = False
+    """Whether `outgoing` waits for room in the link."""
 
 
 class EnvironmentPool:
@@ -267,9 +269,11 @@ class EnvironmentPool:
             pass
         except OSError:
             one.outgoing.clear()  # gone, which the fork server tells
-        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if one.outgoing else 0)
-        with contextlib.suppress(KeyError):
-            self._selector.modify(one.link, events, number)
+        if one.writes != bool(one.outgoing):
+            one.writes = bool(one.outgoing)
+            events = selectors.EVENT_READ | (selectors.EVENT_WRITE if one.outgoing else 0)
+            with contextlib.suppress(KeyError):
+                self._selector.modify(one.link, events, number)
 
     def collect(self, seconds: float) -> None:
         """Pass on what there is, after waiting up to `seconds` for something."""

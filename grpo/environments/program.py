@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from grpo.environments.link import receive, send
+from grpo.environments.link import receive, send, with_numbers
 from grpo.environments.pictures import Unreadable, received_row, sent_messages
 from grpo.errors import UserError
 from grpo.references import described, location
@@ -142,7 +142,7 @@ class Sampling:
             raise SystemExit(0)  # the trainer is gone
         if "over" in answer:
             raise EpisodeOver(answer["over"])
-        return Turn(**answer["said"])
+        return Turn(**with_numbers(answer["said"]))
 
 
 def play(program: Program, start: Mapping[str, Any], link: socket.socket) -> None:

@@ -46,7 +46,7 @@ from grpo.rollout.vllm_environment import set_environment
 from grpo.rollout.vllm_images import ARGUMENTS as IMAGE_ARGUMENTS
 from grpo.rollout.vllm_images import ImageStore, known_positions
 from grpo.rollout.vllm_model import ADAPTER_KEY, SHARED, AdapterHandle, write_model_folder
-from grpo.rollout.vllm_scheduler import LogprobCollector, OnePassSampler, rollout_scheduler
+from grpo.rollout.vllm_scheduler import ContinuedHasher, LogprobCollector, OnePassSampler, rollout_scheduler
 from grpo.rollout.vllm_start import quick_start
 from grpo.run.machine import version_problem
 from grpo.run.tiles import prepare_tiles
@@ -104,6 +104,9 @@ class Engine:
             self._runner.sampler = self.sampler = OnePassSampler(logprobs_mode="processed_logprobs")
             builders = [group.get_metadata_builder() for group in self._runner._attn_group_iterator()]
             prompt_graphs.split_as_ever(builders, self.settings.max_num_seqs)
+        core = self.llm.llm_engine.engine_core.engine_core
+        self._hasher = ContinuedHasher(core.request_block_hasher) if core.request_block_hasher is not None else None
+        core.request_block_hasher = self._hasher
         if self.policy is not None:
             self.sync_adapter()
 
@@ -239,8 +242,10 @@ class Engine:
         *,
         adapter: bool = True,
         kind: RequestOutputKind = RequestOutputKind.FINAL_ONLY,
+        continued: bool = False,
     ) -> None:
         """Prepare for requests that are `add`ed one by one, also while others run. Leave `ending` when all is done.
+        `continued`: some will continue others.
 
         On a GPU `seed` decides all random numbers, by the number of the engine's step and the row in its batch: the
         same requests added before the same steps give the same tokens.
@@ -251,18 +256,21 @@ class Engine:
             torch.cuda.manual_seed(seed)
             self.sampler.begin(sampling, seed)
         self._sampling, self._kind = sampling, kind
+        self._alike: dict[int | None, SamplingParams] = {}
+        """Of requests without a seed of their own, by `max_tokens`."""
         self._open: set[str] = set()
         if self.images is not None:
             self.images.clear()
-        self.collector.begin(deliver_on_finish=kind == RequestOutputKind.FINAL_ONLY and not sampling.stop)
+        at_end = kind == RequestOutputKind.FINAL_ONLY and not sampling.stop
+        # With stop strings a request may have a token more than was given.
+        self.collector.begin(deliver_on_finish=at_end, continued=continued and not sampling.stop)
 
     def add(self, request: Request) -> None:
         """Begin `request`, whose id no other since `begin` has; it is computed from the next step on."""
-        seed = None if self.base.device.type == "cuda" else request.seed
-        params = self._params(self._sampling, seed, self._kind)
-        if request.max_tokens is not None:
-            params.max_tokens = request.max_tokens
+        params = self._params_of(request)
         prompt = self._prompt(request)
+        if self._hasher is not None and request.continues is not None and not request.images:
+            self._hasher.known = self.collector.hashes.pop(str(request.continues), [])
         name = self.llm.llm_engine.add_request(str(request.id), prompt, params)
         self.collector.enter(str(request.id), name)
         self._open.add(str(request.id))
@@ -270,7 +278,7 @@ class Engine:
     def _prompt(self, request: Request) -> dict[str, Any]:
         """A request's prompt as vLLM takes it."""
         if not request.images:
-            return {"prompt_token_ids": list(request.prompt_ids)}
+            return {"type": "token", "prompt_token_ids": list(request.prompt_ids)}
         if self.images is None or self.tower is None:
             raise UserError("a prompt has images, and the model was loaded without its tower; set model.images = true")
         return self.images.request(request.prompt_ids, self.tower.embed(request.images))
@@ -340,6 +348,17 @@ class Engine:
             routes = routes[: len(output.prompt_token_ids) + len(token_ids) - 1]
         return Completion(int(output.request_id), token_ids, logprobs[: len(token_ids)], sample.finish_reason, routes)
 
+    def _params_of(self, request: Request) -> SamplingParams:
+        """How to sample `request`. vLLM copies what it is given before it changes any of it."""
+        seed = None if self.base.device.type == "cuda" else request.seed
+        params = self._alike.get(request.max_tokens) if seed is None else None
+        if params is None:
+            params = self._params(self._sampling, seed, self._kind)
+            if request.max_tokens is not None:
+                params.max_tokens = request.max_tokens
+            self._alike[request.max_tokens] = params
+        return params
+
     def _params(self, sampling: SamplingSettings, seed: int | None, kind: RequestOutputKind) -> SamplingParams:
         return SamplingParams(
             n=1,
@@ -357,7 +376,7 @@ class Engine:
             detokenize=bool(sampling.stop),
             skip_special_tokens=sampling.skip_special_tokens,
             output_kind=kind,
-            skip_clone=True,  # nobody else has these
+            skip_clone=True,  # a shallow copy will do
         )
 
     def _switch_adapter(self, enabled: bool) -> None:

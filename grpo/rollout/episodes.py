@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from grpo.config.schema import Environment
 from grpo.data import Prompt
 from grpo.environments.continuation import Continuer, Unprovable
+from grpo.environments.link import as_text
 from grpo.environments.pictures import Unreadable, parts_of, read_messages, sent_row, shown_prompt
 from grpo.environments.pool import Asked, Ended, EnvironmentPool, Lost, Said, Scored
 from grpo.environments.tool_calls import assistant_message
@@ -31,8 +32,8 @@ if TYPE_CHECKING:
 
 Message = dict[str, Any]
 CHECK_SECONDS = 0.2
-JOIN_STEPS = 12
-"""A step without a CUDA graph in decoding steps, about: 42 ms to 3.4 for SmolLM2-135M, 64 sequences on an H200."""
+JOIN_STEPS, GRAPH_JOIN_STEPS = 12, 4
+"""The first step of 64 turns in decoding steps, about, without a CUDA graph and with its pieces: SmolLM2-135M, H200."""
 CUT = "\n[cut: {} more characters]"
 
 
@@ -78,6 +79,8 @@ class Thread:
 
     messages: list[Message]
     transcript: Transcript
+    request: int | None = None
+    """The last one that was made for it."""
 
 
 @dataclass
@@ -166,8 +169,8 @@ class EpisodePlayer:
         self.engine, self.pool, self.settings = engine, pool, settings
         self.continuer, self.decode, self.check = continuer, decode, check
         self.episode_tokens, self.max_seq_length, self.max_pixels = episode_tokens, max_seq_length, max_pixels
-        graphs = JOIN_STEPS if engine.has_graphs else 0
-        self.join_steps = graphs if settings.join_steps is None else settings.join_steps
+        graphs = GRAPH_JOIN_STEPS if engine.graph_tokens else JOIN_STEPS
+        self.join_steps = (graphs if engine.has_graphs else 0) if settings.join_steps is None else settings.join_steps
         self.waited = 0.0
 
     def play(
@@ -182,7 +185,7 @@ class EpisodePlayer:
 
         So many `members` of adjacent numbers are a group; those that are scored together come last.
         """
-        self.engine.begin(sampling, starts[0][2] if starts else 0, adapter=adapter)
+        self.engine.begin(sampling, starts[0][2] if starts else 0, adapter=adapter, continued=True)
         self.steps, self.requests = 0, 0
         self.due = {number: 0 for number, _, _ in starts}  # whose program is to speak, and when it is taken up
         self.seen: dict[int, int] = {}  # whose program has spoken, and when; "eager" alone
@@ -220,6 +223,8 @@ class EpisodePlayer:
 
         Those before one that is waited for are taken up meanwhile, which the tokens do not depend on.
         """
+        if not self.due:  # every program waits for its turn
+            return
         self.pool.collect(0)
         idle = not self.engine.running
         if self.settings.schedule == "eager":
@@ -320,7 +325,9 @@ class EpisodePlayer:
         thread.messages = list(asked.messages)
         seed = episode.seed if episode.turns == 0 else sample_seed(episode.seed, episode.turns)
         limit = min(room, self.settings.max_turn_tokens, max(asked.max_tokens or room, 1))
-        self.engine.add(Request(self.requests, transcript.ids, seed, limit, tuple(transcript.images)))
+        images = tuple(transcript.images)
+        self.engine.add(Request(self.requests, transcript.ids, seed, limit, images, continues=thread.request))
+        thread.request = self.requests
         self.asking[self.requests] = episode
         self.requests += 1
 
@@ -432,9 +439,9 @@ class EpisodePlayer:
             "finish_reason": completion.finish_reason,
             "last": last,
             "malformed": malformed,
-            "prompt_ids": prompt_ids,
-            "completion_ids": completion.token_ids,
-            "logprobs": completion.logprobs,
+            "prompt_ids": as_text("prompt_ids", prompt_ids),
+            "completion_ids": as_text("completion_ids", completion.token_ids),
+            "logprobs": as_text("logprobs", completion.logprobs),
         }
         self.hand_over(episode, {"said": said})
 

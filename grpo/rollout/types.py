@@ -36,6 +36,8 @@ class Request:
     """None: as the sampling settings say."""
     images: Sequence[Image] = ()
     """Of the prompt, in the order of their placeholders."""
+    continues: int | None = None
+    """The id of a finished request that `prompt_ids` begins with, prompt and completion."""
 
 
 @dataclass(frozen=True)

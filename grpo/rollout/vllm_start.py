@@ -15,6 +15,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from vllm.platforms import current_platform
 
 SAMPLES = "_dummy_sampler_run"
 
@@ -23,6 +24,8 @@ SAMPLES = "_dummy_sampler_run"
 def quick_start() -> Iterator[None]:
     """Around vllm.LLM(...)."""
     collects, runner = gc.isenabled(), None
+    # vLLM keeps one pool for graphs' memory, which torch has given up with the graphs of an engine that was stopped.
+    type(current_platform)._global_graph_pool = None
     try:
         runner = import_module("vllm.v1.worker.gpu_model_runner").GPUModelRunner
     except (ImportError, AttributeError):  # a vLLM that has it elsewhere starts as it does

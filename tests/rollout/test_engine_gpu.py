@@ -37,7 +37,7 @@ class OnGpu:
                 weight = layer.lora_B["default"].weight
                 weight.copy_(torch.randn(weight.shape, generator=generator) * 0.1)
         settings = EngineSettings(
-            max_seq_length=160, max_num_seqs=8, kv_cache_memory_bytes=KV_BYTES, release_kv_cache=True
+            max_seq_length=160, max_num_seqs=8, kv_cache_memory_bytes=KV_BYTES, release_kv_cache=True, graph_tokens=1024
         )
         self.engine = Engine(self.base, self.policy, settings)
 

@@ -62,7 +62,7 @@ class Environment(Section):
     join_steps: Annotated[int, Field(ge=0)] | None = None
     """How many decoding steps the first step of a new turn takes, which all running ones share. While others speak,
     answers that are due wait for more of them, until together they have waited as long as the others would. Default:
-    12 where decoding has CUDA graphs, which such a step has not, otherwise 0: none waits."""
+    4 on a GPU, 12 where such steps have no CUDA graphs while decoding has, otherwise 0: none waits."""
     tool_parser: Literal[
         "auto", "hermes", "qwen3_coder", "glm45", "lfm2", "llama3_json", "gemma4", "openai", "deepseek_v3"
     ] = "auto"
