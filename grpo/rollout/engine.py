@@ -291,8 +291,10 @@ class Engine:
     @property
     def graph_tokens(self) -> int:
         """Tokens of the largest step with prompts that is a CUDA graph; 0: none is."""
-        plain = not has_states(self.base.config) and not self.base.experts and self.images is None
-        return self.settings.graph_tokens if self.has_graphs and plain else 0
+        config = self.base.config
+        if not self.has_graphs or has_states(config) or self.base.experts or self.images is not None:
+            return 0
+        return prompt_graphs.most_tokens(config, self.base.dtype.itemsize, self.settings.graph_tokens)
 
     @property
     def running(self) -> int:

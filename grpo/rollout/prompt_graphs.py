@@ -17,6 +17,17 @@ from grpo.run.compile_ahead import capture_sizes
 STEPS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 """Tokens of a step that reads prompts, padded to the next: at most half of them in vain."""
 
+GRAPH_BYTES = 128 << 20
+"""What a captured step may hold at a time, about: a layer's hidden states, its products and their operands."""
+
+
+def most_tokens(config: Any, itemsize: int, wanted: int) -> int:
+    """Of a step that is captured: `wanted`, or as many as leave the graphs' memory small. A larger model's steps of
+    more tokens keep the GPU busy for longer than their launches take."""
+    widest = getattr(config, "intermediate_size", None)
+    widest = max(widest) if isinstance(widest, list | tuple) else widest or 4 * config.hidden_size
+    return min(wanted, GRAPH_BYTES // ((3 * widest + 6 * config.hidden_size) * itemsize))
+
 
 def graph_sizes(max_num_seqs: int, graph_tokens: int) -> list[int]:
     """Tokens of the steps to capture: decoding ones of so many sequences, others of up to `graph_tokens`."""
@@ -27,7 +38,7 @@ def compilation(max_num_seqs: int, graph_tokens: int) -> dict[str, Any]:
     """vLLM's `compilation_config`."""
     return {
         "mode": 0,
-        "cudagraph_mode": "FULL_AND_PIECEWISE" if graph_tokens else "FULL_DECODE_ONLY",
+        "cudagraph_mode": "FULL_AND_PIECEWISE" if graph_tokens >= STEPS[0] else "FULL_DECODE_ONLY",
         "cudagraph_capture_sizes": graph_sizes(max_num_seqs, graph_tokens),
     }
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grpo.rollout.prompt_graphs import STEPS, compilation, graph_sizes, split_as_ever
+from grpo.rollout.prompt_graphs import GRAPH_BYTES, STEPS, compilation, graph_sizes, most_tokens, split_as_ever
 from grpo.run.compile_ahead import capture_sizes
 
 
@@ -30,10 +30,23 @@ def test_without_them_vllm_is_told_what_it_always_was(sequences: int, tokens: in
     plain, told = compilation(sequences, 0), compilation(sequences, tokens)
     assert plain["cudagraph_mode"] == "FULL_DECODE_ONLY"
     assert plain["cudagraph_capture_sizes"] == capture_sizes(sequences)
-    assert told["cudagraph_mode"] == ("FULL_AND_PIECEWISE" if tokens else "FULL_DECODE_ONLY") and told["mode"] == 0
+    assert (
+        told["cudagraph_mode"] == ("FULL_AND_PIECEWISE" if tokens >= STEPS[0] else "FULL_DECODE_ONLY")
+        and told["mode"] == 0
+    )
 
 
 def test_only_builders_that_have_a_limit_of_their_own_get_another() -> None:
     flash, other = SimpleNamespace(max_cudagraph_size=2048), SimpleNamespace()
     split_as_ever([flash, other], 64)
     assert vars(flash) == {"max_cudagraph_size": 64} and not vars(other)
+
+
+@given(st.integers(64, 16384), st.integers(64, 65536) | st.lists(st.integers(64, 65536), min_size=1) | st.none(),
+       st.sampled_from([2, 4]), st.integers(0, 4096))  # fmt: skip
+def test_graphs_of_large_models_stay_small(hidden: int, widest: int | list[int] | None, size: int, wanted: int) -> None:
+    config = SimpleNamespace(hidden_size=hidden, intermediate_size=widest)
+    tokens = most_tokens(config, size, wanted)
+    wide = max(widest) if isinstance(widest, list) else widest or 4 * hidden
+    assert 0 <= tokens <= wanted and tokens * (wide + hidden) * size <= GRAPH_BYTES
+    assert tokens == wanted or (tokens + 1) * (3 * wide + 6 * hidden) * size > GRAPH_BYTES
