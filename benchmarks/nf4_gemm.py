@@ -19,7 +19,7 @@ import math
 import re
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -29,6 +29,8 @@ from torch import Tensor
 from benchmarks.common.nf4_weights import Weight, copies_for, packed_weight, random_weight
 from benchmarks.common.processes import write_result
 from grpo.kernels import cards, nf4, nf4_gemm, nf4_plans, nf4_tiles, nf4_tuner
+from grpo.kernels.cards import Card
+from grpo.kernels.nf4_tiles import Plan
 from grpo.run.versions import versions
 
 MODELS: dict[str, dict[str, tuple[tuple[int, ...], int]]] = {
@@ -149,17 +151,22 @@ def print_table(records: list[dict], sums: list[dict]) -> None:
 
 
 def tune(shapes: list[tuple[int, int]], path: Path, seconds: float, *, thorough: bool) -> None:
-    """Put `shapes` of this GPU into the table at `path`, which keeps what else it has, and use the table."""
+    """Measure `shapes` on this GPU and `put` their plans into the table at `path`."""
     card = cards.card(torch.device("cuda", 0))
     found = nf4_tuner.tune(
         shapes, card, torch.bfloat16, seconds, thorough=thorough, say=lambda text: print(f"tune: {text}", flush=True)
     )
+    put(path, card, {shape: measured.plan for shape, measured in found.items()})
+
+
+def put(path: Path, card: Card, plans: Mapping[tuple[int, int], Plan]) -> None:
+    """Put `plans` into the table at `path`, which keeps what else it has, and use the table."""
     table = json.loads(path.read_text()) if path.exists() else {}
     before = table.get(card.name, {}).get("shapes", {})
     table[card.name] = {
         "measured_with": {key: value for key, value in versions().items() if key in ("torch", "triton")},
         "architecture": card.architecture,
-        "shapes": before | nf4_plans.written_plans({shape: measured.plan for shape, measured in found.items()}),
+        "shapes": before | nf4_plans.written_plans(plans),
     }
     text = json.dumps(table, indent=1)
     path.write_text(re.sub(r"\{[^{}]*\}", lambda inner: json.dumps(json.loads(inner[0])), text) + "\n")

@@ -32,11 +32,10 @@ from grpo.memory.plan import CPU_BLOCK, GPU_BLOCK, VLLM_BUFFERS, kv_cache_bytes
 from grpo.memory.states import has_states
 from grpo.model.architectures import vllm_class
 from grpo.model.base_weights import BaseWeights
-from grpo.model.checks import largest_head
-from grpo.model.families.table import family_of
 from grpo.policy.policy import Policy
 from grpo.rollout import prompt_graphs
-from grpo.rollout.attention_backend import OURS, Served, choose_backend
+from grpo.rollout.attention_backend import OURS, choose_backend, served_by
+from grpo.rollout.decoding_attention import least_sequences
 from grpo.rollout.decoding_kernels import nf4_shapes
 from grpo.rollout.lora_buffers import RolloutAdapter
 from grpo.rollout.route_recorder import RouteRecorder
@@ -133,8 +132,8 @@ class Engine:
     def _arguments(self) -> dict[str, Any]:
         settings, on_cpu = self.settings, self.base.device.type == "cpu"
         step_tokens = max(8192, settings.max_seq_length)
-        ours = settings.attention_backend == OURS and not on_cpu
-        handle = AdapterHandle(self.adapter, self.recorder, self.images, step_tokens, ours)
+        backend = None if on_cpu else self._backend()
+        handle = AdapterHandle(self.adapter, self.recorder, self.images, step_tokens, backend == OURS)
         arguments: dict[str, Any] = {
             "model": self._folder.name,
             "skip_tokenizer_init": not settings.stop_strings,
@@ -167,18 +166,20 @@ class Engine:
             arguments["enable_chunked_prefill"] = False
         else:
             arguments["gpu_memory_utilization"] = 0.05
-            major, minor = torch.cuda.get_device_capability(self.base.device)
-            dtype = str(self.base.dtype).removeprefix("torch.")
-            head, sinks = largest_head(self.base.config), family_of(self.base.config.model_type).sinks
-            served = Served(10 * major + minor, settings.kv_cache_dtype, dtype, head, sinks)
-            backend = choose_backend(settings.attention_backend, served)
-            arguments["attention_config"] = {"backend": ("flash_attn" if backend == OURS else backend).upper()}
+            arguments["attention_config"] = {"backend": ("flash_attn" if backend == OURS else backend or "").upper()}
             announce(f"attention while sampling: {backend}")
             if settings.release_kv_cache:
                 arguments["enable_cumem_allocator"] = True
             if not settings.enforce_eager:
                 arguments["compilation_config"] = prompt_graphs.compilation(settings.max_num_seqs, self.graph_tokens)
         return arguments
+
+    def _backend(self) -> str:
+        """The attention backend on this GPU."""
+        major, minor = torch.cuda.get_device_capability(self.base.device)
+        dtype = str(self.base.dtype).removeprefix("torch.")
+        served = served_by(self.base.config, 10 * major + minor, self.settings.kv_cache_dtype, dtype)
+        return choose_backend(self.settings.attention_backend, served)
 
     def kv_bytes(self) -> int:
         """Size of the KV cache: as set, or what `gpu_memory_utilization` leaves, or enough for every sequence.
@@ -295,6 +296,11 @@ class Engine:
         if not self.has_graphs or has_states(config) or self.base.experts or self.images is not None:
             return 0
         return prompt_graphs.most_tokens(config, self.base.dtype.itemsize, self.settings.graph_tokens)
+
+    @property
+    def least_batch(self) -> int:
+        """Sequences of a decoding step that is computed as those of many are; 1 where none is computed otherwise."""
+        return max(1, min(self.settings.max_num_seqs, least_sequences(self.vllm_model())))
 
     @property
     def running(self) -> int:
