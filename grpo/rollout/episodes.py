@@ -325,8 +325,8 @@ class EpisodePlayer:
         thread.messages = list(asked.messages)
         seed = episode.seed if episode.turns == 0 else sample_seed(episode.seed, episode.turns)
         limit = min(room, self.settings.max_turn_tokens, max(asked.max_tokens or room, 1))
-        images = tuple(transcript.images)
-        self.engine.add(Request(self.requests, transcript.ids, seed, limit, images, continues=thread.request))
+        seen = tuple(transcript.images)
+        self.engine.add(Request(self.requests, transcript.ids, seed, limit, seen, continues=thread.request))
         thread.request = self.requests
         self.asking[self.requests] = episode
         self.requests += 1
