@@ -189,8 +189,7 @@ class EpisodePlayer:
         self.steps, self.requests = 0, 0
         self.due = {number: 0 for number, _, _ in starts}  # whose program is to speak, and when it is taken up
         self.seen: dict[int, int] = {}  # whose program has spoken, and when; "eager" alone
-        judged = bool(self.pool.facts["rewards"])
-        self.open = {number: Episode(number, seed, judged=judged) for number, _, seed in starts}
+        self.open = {number: Episode(number, seed, judged=bool(self.pool.facts["rewards"])) for number, _, seed in starts}
         self.asking: dict[int, Episode] = {}
         self.unscored: list[Episode] = []
         try:
@@ -325,8 +324,7 @@ class EpisodePlayer:
         thread.messages = list(asked.messages)
         seed = episode.seed if episode.turns == 0 else sample_seed(episode.seed, episode.turns)
         limit = min(room, self.settings.max_turn_tokens, max(asked.max_tokens or room, 1))
-        seen = tuple(transcript.images)
-        self.engine.add(Request(self.requests, transcript.ids, seed, limit, seen, continues=thread.request))
+        self.engine.add(Request(self.requests, transcript.ids, seed, limit, tuple(transcript.images), thread.request))
         thread.request = self.requests
         self.asking[self.requests] = episode
         self.requests += 1
@@ -422,10 +420,9 @@ class EpisodePlayer:
         episode = self.asking.pop(completion.request_id)
         assert episode.thread is not None
         transcript = episode.thread.transcript
-        prompt_ids = transcript.ids
+        prompt_ids, episode.finish_reason = transcript.ids, completion.finish_reason
         transcript.draw(completion, episode.turns)
         episode.turns += 1
-        episode.finish_reason = completion.finish_reason
         text = self.decode(completion.token_ids)
         message, malformed = self.message(text, prompt_ids, episode.tools)
         episode.malformed += malformed
