@@ -189,7 +189,7 @@ class EpisodePlayer:
         self.steps, self.requests = 0, 0
         self.due = {number: 0 for number, _, _ in starts}  # whose program is to speak, and when it is taken up
         self.seen: dict[int, int] = {}  # whose program has spoken, and when; "eager" alone
-        self.open = {number: Episode(number, seed, judged=bool(self.pool.facts["rewards"])) for number, _, seed in starts}
+        self.open = {one: Episode(one, seed, judged=bool(self.pool.facts["rewards"])) for one, _, seed in starts}
         self.asking: dict[int, Episode] = {}
         self.unscored: list[Episode] = []
         try:
