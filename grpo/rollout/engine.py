@@ -46,7 +46,7 @@ from grpo.rollout.vllm_images import ARGUMENTS as IMAGE_ARGUMENTS
 from grpo.rollout.vllm_images import ImageStore, known_positions
 from grpo.rollout.vllm_model import ADAPTER_KEY, SHARED, AdapterHandle, write_model_folder
 from grpo.rollout.vllm_scheduler import ContinuedHasher, LogprobCollector, OnePassSampler, rollout_scheduler
-from grpo.rollout.vllm_start import quick_start
+from grpo.rollout.vllm_start import quick_start, without_searches
 from grpo.run.machine import version_problem
 from grpo.run.tiles import prepare_tiles
 
@@ -97,7 +97,7 @@ class Engine:
             self.recorder = RouteRecorder(self.base, self.kv_bytes(), self.settings.kv_cache_dtype)
         self.collector.recorder = self.recorder
         arguments, on_gpu = self._arguments(), self.base.device.type == "cuda"
-        with nullcontext() if self.images is None else known_positions(), quick_start() if on_gpu else nullcontext():
+        with nullcontext() if self.images is None else known_positions(), quick_start():
             self.llm = vllm.LLM(**arguments)
         if on_gpu:
             self._runner.sampler = self.sampler = OnePassSampler(logprobs_mode="processed_logprobs")
@@ -452,7 +452,8 @@ class Engine:
             self._restore_kv_cache()
             shutdown = getattr(self.llm.llm_engine.engine_core, "shutdown", None)
             if shutdown is not None:
-                shutdown()
+                with without_searches():
+                    shutdown()
             self.llm = None
         gc.collect()
         if self.base.device.type == "cuda":
