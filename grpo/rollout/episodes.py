@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 Message = dict[str, Any]
 CHECK_SECONDS = 0.2
-JOIN_STEPS, GRAPH_JOIN_STEPS = 12, 1
+JOIN_STEPS, GRAPH_JOIN_STEPS = 12, 2
 """Decoding steps that a first step of turns costs, however many, without and with a CUDA graph: SmolLM2-135M, H200."""
 CUT = "\n[cut: {} more characters]"
 

@@ -62,7 +62,7 @@ class Environment(Section):
     join_steps: Annotated[int, Field(ge=0)] | None = None
     """How many decoding steps the first step of new turns takes, however few they are, which all running turns share.
     While others speak, answers that are due wait for more of them, until together they have waited as long as the
-    others would. Default: 1 on a GPU, 12 where such steps have no CUDA graphs while decoding has, otherwise 0: none
+    others would. Default: 2 on a GPU, 12 where such steps have no CUDA graphs while decoding has, otherwise 0: none
     waits."""
     tool_parser: Literal[
         "auto", "hermes", "qwen3_coder", "glm45", "lfm2", "llama3_json", "gemma4", "openai", "deepseek_v3"
