@@ -269,7 +269,7 @@ class Session:
     def _start_engine(self, kv_bytes: int | None) -> None:
         check_machine(self.config.model.device)
         self.status("starting vLLM")
-        set_environment()
+        set_environment(prompt_graphs=self.config.environment is not None)
         if self.base.device.type == "cuda" and not self.config.rollout.enforce_eager:
             from grpo.rollout.decoding_kernels import compile_ahead
 

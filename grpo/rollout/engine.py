@@ -295,6 +295,8 @@ class Engine:
         config = self.base.config
         if not self.has_graphs or has_states(config) or self.base.experts or self.images is not None:
             return 0
+        if not vllm.envs.VLLM_USE_BREAKABLE_CUDAGRAPH:
+            return 0
         return prompt_graphs.most_tokens(config, self.base.dtype.itemsize, self.settings.graph_tokens)
 
     @property

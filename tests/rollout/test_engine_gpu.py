@@ -25,6 +25,9 @@ class OnGpu:
         from grpo.model.base_weights import BaseWeights
         from grpo.model.source import open_source
         from grpo.policy.policy import Policy
+        from grpo.rollout.vllm_environment import set_environment
+
+        set_environment(prompt_graphs=True)
         from grpo.rollout.engine import Engine, EngineSettings
 
         save_tiny(folder, "qwen2", tie_word_embeddings=False, num_attention_heads=2, num_key_value_heads=1)
