@@ -17,6 +17,10 @@ with lean():
     assert all(importlib.util.find_spec(name) is None for name in UNUSED)
 assert gc.isenabled() and not set(UNUSED) & set(sys.modules), sorted(sys.modules)
 assert importlib.util.find_spec("bitsandbytes") is not None
+import torch
+from peft import LoraConfig, get_peft_model
+get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), LoraConfig(target_modules=["0"]))
+assert not set(UNUSED) & set(sys.modules), "an adapter is put on a layer without them too"
 from bitsandbytes.optim import AdamW8bit
 print("whole")
 """
