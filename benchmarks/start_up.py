@@ -233,6 +233,8 @@ def main() -> int:
     parser.add_argument("--shape", default="3b")
     parser.add_argument("--steps", type=int, default=1, help="of the fixed work")
     parser.add_argument("--tokens", type=int, default=32768, help="train.tokens_per_micro_batch of the fixed work")
+    parser.add_argument("--recompute", default="auto", help="train.gradient_checkpointing of the fixed work")
+    parser.add_argument("--caches", type=Path, help="keep Triton's and vLLM's caches here, for a warm start later")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--config", type=Path, help="this configuration instead of the fixed work")
     parser.add_argument("--set", action="append", default=[], help="as of python -m grpo.train")
@@ -262,7 +264,7 @@ def main() -> int:
             if start == "cold":
                 packages = [Path(one) for one in sys.path if one.endswith("-packages") or Path(one, "vllm").is_dir()]
                 result["files_forgotten"] = forget_files([*packages, options.scratch])
-            result["starts"][start] = one_start(options, folder, start, folder / "caches")
+            result["starts"][start] = one_start(options, folder, start, options.caches or folder / "caches")
             show(start, result["starts"][start])
             from benchmarks.common.processes import write_result
 

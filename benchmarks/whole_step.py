@@ -83,7 +83,7 @@ def ours_command(options: argparse.Namespace, folder: Path, run: Path) -> list[s
         "rollout.prompts_per_step": PROMPTS, "rollout.num_generations": GENERATIONS,
         "rollout.max_prompt_length": options.prompt, "rollout.max_completion_length": options.completion,
         "train.learning_rate": 1e-5, "train.max_steps": options.steps,
-        "train.tokens_per_micro_batch": options.tokens, "log.samples_every": 1000, "checkpoint.save_steps": 1000,
+        "train.tokens_per_micro_batch": options.tokens, "train.gradient_checkpointing": options.recompute, "log.samples_every": 1000, "checkpoint.save_steps": 1000,
     }  # fmt: skip
     sections: dict[str, dict[str, Any]] = {}
     for name, value in values.items():
@@ -223,6 +223,7 @@ def main() -> int:
     parser.add_argument("--prompt", type=int, default=PROMPT)
     parser.add_argument("--completion", type=int, default=COMPLETION)
     parser.add_argument("--tokens", type=int, default=32768, help="ours: train.tokens_per_micro_batch")
+    parser.add_argument("--recompute", default="auto", help="ours: train.gradient_checkpointing")
     parser.add_argument(
         "--trl-micro-batches", default="8", type=lambda text: [int(n) for n in text.split(",")],
         help="per_device_train_batch_size, one run each; 8 is TRL's default",
@@ -247,7 +248,7 @@ def main() -> int:
         return 0
     ends = time.monotonic() + options.budget
     folder = make_work(options)
-    keys = ("shape", "steps", "prompt", "completion", "tokens", "full_finetuning")
+    keys = ("shape", "steps", "prompt", "completion", "tokens", "recompute", "full_finetuning")
     result: dict[str, Any] = {"benchmark": "whole_step", **{key: getattr(options, key) for key in keys}}
     result |= {"bars": BARS, "measured_elsewhere": MEASURED, "systems": {}}
     for system in options.systems:
