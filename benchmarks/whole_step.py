@@ -83,7 +83,8 @@ def ours_command(options: argparse.Namespace, folder: Path, run: Path) -> list[s
         "rollout.prompts_per_step": PROMPTS, "rollout.num_generations": GENERATIONS,
         "rollout.max_prompt_length": options.prompt, "rollout.max_completion_length": options.completion,
         "train.learning_rate": 1e-5, "train.max_steps": options.steps,
-        "train.tokens_per_micro_batch": options.tokens, "train.gradient_checkpointing": options.recompute, "log.samples_every": 1000, "checkpoint.save_steps": 1000,
+        "train.tokens_per_micro_batch": options.tokens, "train.gradient_checkpointing": options.recompute,
+        "log.samples_every": 1000, "checkpoint.save_steps": 1000,
     }  # fmt: skip
     sections: dict[str, dict[str, Any]] = {}
     for name, value in values.items():
