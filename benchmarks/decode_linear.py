@@ -15,7 +15,6 @@ import json
 import sys
 import time
 from collections import Counter
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -57,16 +56,12 @@ def choices_of(card: Card, shape: tuple[int, int], rows: tuple[int, ...], only: 
     for count in rows:
         plan = nf4_plans.plan_for(card, shape)
         known = plan.tile(count) if plan else None
-        tiles = [*([replace(known, whole=False)] if known else []), *TRIED.get(count, ())]
-        if programs >= 1:
-            tiles += WIDE.get(count, ())
-            tiles += [replace(tile, whole=True) for tile in tiles if count <= 64]
+        tiles = [*([known] if known else []), *TRIED.get(count, ()), *(WIDE.get(count, ()) if programs >= 1 else ())]
         choices += [
             (count, split, tile)
             for split in splits
             for tile in dict.fromkeys(tiles)
             if nf4_tiles.serves(tile, card) and nf4_tiles.fits(tile, split, count, shape[0])
-            and not (tile.whole and split == 1)
         ]  # fmt: skip
     return choices
 
@@ -126,7 +121,7 @@ def completed(plan: Plan, before: Plan | None, shape: tuple[int, int]) -> Plan:
 
 def named(times: dict[Choice, float]) -> dict[str, float]:
     return {
-        f"{rows}/{split}/{t.n}x{t.m}x{t.warps}x{t.stages}x{t.dots}{'w' * t.whole}": round(us, 2)
+        f"{rows}/{split}/{t.n}x{t.m}x{t.warps}x{t.stages}x{t.dots}": round(us, 2)
         for (rows, split, t), us in times.items()
     }
 
