@@ -327,9 +327,9 @@ def sample(session: Session, prompt: GatePrompt, temperature: float) -> Sampled:
 
 @torch.no_grad()
 def scored(policy: Policy, prompt: GatePrompt, sampled: Sampled) -> Tensor:
-    """The training graph's logprobs of the same tokens, on the CPU; completions with as many tokens as a long prompt
-    at once, which shares their prompt."""
-    found, together = [], LONGEST_PROMPT // TOKENS
+    """The training graph's logprobs of the same tokens, on the CPU; of completions with about as many tokens as the
+    prompt that they share at once."""
+    found, together = [], max(len(prompt.ids), LONGEST_PROMPT // 2) // TOKENS
     with as_in_training(policy):
         for first in range(0, len(sampled.tokens), together):
             part = sampled.part(first, first + together)
