@@ -44,7 +44,7 @@ from grpo.rollout.vllm_images import ARGUMENTS as IMAGE_ARGUMENTS
 from grpo.rollout.vllm_images import ImageStore, known_positions
 from grpo.rollout.vllm_model import ADAPTER_KEY, SHARED, AdapterHandle, write_model_folder
 from grpo.rollout.vllm_scheduler import LogprobCollector, OnePassSampler, rollout_scheduler
-from grpo.rollout.vllm_start import quick_start
+from grpo.rollout.vllm_start import quick_start, without_searches
 from grpo.run.compile_ahead import capture_sizes
 from grpo.run.machine import version_problem
 from grpo.run.tiles import prepare_tiles
@@ -97,7 +97,7 @@ class Engine:
             self.recorder = RouteRecorder(self.base, self.kv_bytes(), self.settings.kv_cache_dtype)
         self.collector.recorder = self.recorder
         arguments, on_gpu = self._arguments(), self.base.device.type == "cuda"
-        with nullcontext() if self.images is None else known_positions(), quick_start() if on_gpu else nullcontext():
+        with nullcontext() if self.images is None else known_positions(), quick_start():
             self.llm = vllm.LLM(**arguments)
         if on_gpu:
             self._runner.sampler = self.sampler = OnePassSampler(logprobs_mode="processed_logprobs")
@@ -401,6 +401,10 @@ class Engine:
             allocation.is_asleep = True
         self._kv_cache_is_released = True
 
+    def released_bytes(self) -> int:
+        """Bytes of the KV cache that are released now, and that torch counts all the same."""
+        return sum(allocation.handle[1] for allocation in kv_cache_allocations()) if self._kv_cache_is_released else 0
+
     def _restore_kv_cache(self) -> None:
         if not self._kv_cache_is_released:
             return
@@ -429,7 +433,8 @@ class Engine:
             self._restore_kv_cache()
             shutdown = getattr(self.llm.llm_engine.engine_core, "shutdown", None)
             if shutdown is not None:
-                shutdown()
+                with without_searches():
+                    shutdown()
             self.llm = None
         gc.collect()
         if self.base.device.type == "cuda":

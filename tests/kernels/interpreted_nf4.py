@@ -153,9 +153,9 @@ def test_sum_kernel_adds_bias_and_adapter_and_rounds_once(rows, features, ranks,
     ("rows", "features", "columns", "tile", "split", "with_bias", "ranks"),
     [
         (1, 64, 128, Tile(64, 8, 4, 1, 1), 1, False, 0),
-        (9, 136, 320, Tile(64, 8, 4, 1, 1), 2, True, 0),
-        (17, 264, 576, Tile(128, 16, 4, 1, 1), 3, True, 16),
-        (33, 72, 192, Tile(64, 32, 4, 1, 1), 1, False, 48),
+        (9, 72, 192, Tile(64, 8, 4, 1, 1), 2, True, 0),
+        (17, 136, 320, Tile(128, 16, 4, 1, 1), 3, True, 16),
+        (33, 72, 64, Tile(64, 32, 4, 1, 1), 1, False, 48),
     ],
 )
 def test_the_product_of_sm_75_equals_the_product_of_dequantised_weights(
