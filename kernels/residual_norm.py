@@ -1,11 +1,12 @@
-"""x + residual and its RMSNorm in one pass, in place, for decoding batches: a program a row.
+"""x + residual and its RMSNorm in one pass, in place: a program a row.
 
     residual <- d(x + residual)        x <- w * d(residual / rms(residual))        d: rounding to the input's dtype
 
-the roundings of rms_norm.py's plain form after a rounded sum, as the training graph has them. From sm_90 on it is
-launched while the product in front of it runs, and what follows while it runs.
+the roundings of rms_norm.py's plain form after a rounded sum, as the training graph has them; or, where the stream
+between layers is kept in float32, after a sum that is not rounded. From sm_90 on it is launched while the product in
+front of it runs, and what follows while it runs.
 
-Not here: prompts, gradients, Gemma's form.
+Not here: gradients, Gemma's form.
 """
 
 from __future__ import annotations
@@ -42,23 +43,40 @@ def add_and_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Non
     x.copy_(weight * (values * torch.rsqrt(values.square().mean(-1, keepdim=True) + eps)).to(x.dtype))
 
 
-def launch(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> None:
-    """The Triton form of `add_and_norm`."""
+def add_to_stream(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x [M, K] becomes the norm of x + residual; returns the sum in float32, `residual` itself if that is float32. x
+    and weight [K] are of one dtype of 16 bit, and residual of it or float32."""
+    alike = x.ndim == 2 and x.dtype == weight.dtype and residual.dtype in (x.dtype, torch.float32)
+    if not alike or x.shape != residual.shape or x.element_size() != 2 or x.shape[1] > MOST_COLUMNS:
+        raise ValueError(f"norm of {x.dtype} {tuple(x.shape)} beside {residual.dtype} {tuple(residual.shape)}")
+    total = residual if residual.dtype == torch.float32 else torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    if triton_supports(x) and len(x):
+        launch(x, residual, weight, eps, total)
+    elif len(x):
+        torch.add(residual.float(), x, out=total)
+        x.copy_(weight * (total * torch.rsqrt(total.square().mean(-1, keepdim=True) + eps)).to(x.dtype))
+    return total
+
+
+def launch(x: Tensor, residual: Tensor, weight: Tensor, eps: float, total: Tensor | None = None) -> None:
+    """The Triton form of `add_and_norm`; of `add_to_stream` with a `total` in float32, which may be residual."""
+    total = residual if total is None else total
     rows, columns = x.shape
-    assert x.stride(1) == residual.stride(1) == 1 and weight.is_contiguous() and weight.shape == (columns,)
+    assert x.stride(1) == residual.stride(1) == total.stride(1) == 1
+    assert weight.is_contiguous() and weight.shape == (columns,)
     overlapped = x.is_cuda and cards.card(x.device).overlaps
     block = triton.next_power_of_2(columns)
     with on_device(x):
         _norm_kernel[(rows,)](
-            x, residual, weight, columns, x.stride(0), residual.stride(0), eps, block, overlapped, is_interpreted(x),
-            num_warps=warps(block), launch_pdl=overlapped,
+            x, residual, weight, total, columns, x.stride(0), residual.stride(0), total.stride(0), eps, block,
+            overlapped, is_interpreted(x), num_warps=warps(block), launch_pdl=overlapped,
         )  # fmt: skip
 
 
 @triton.jit
 def _norm_kernel(
-    x_ptr, residual_ptr, weight_ptr, columns, stride_x, stride_residual, eps, BLOCK: tl.constexpr,
-    OVERLAPPED: tl.constexpr, INTERPRETED: tl.constexpr,
+    x_ptr, residual_ptr, weight_ptr, total_ptr, columns, stride_x, stride_residual, stride_total, eps,
+    BLOCK: tl.constexpr, OVERLAPPED: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     column = tl.arange(0, BLOCK)
@@ -71,9 +89,9 @@ def _norm_kernel(
     x_ptrs, residual_ptrs = x_ptr + row * stride_x + column, residual_ptr + row * stride_residual + column
     total = tl.load(x_ptrs, mask=inside, other=0.0).to(tl.float32)
     total += tl.load(residual_ptrs, mask=inside, other=0.0).to(tl.float32)
-    rounded = round_to(total, DTYPE, INTERPRETED)
-    tl.store(residual_ptrs, rounded, mask=inside)
-    value = rounded.to(tl.float32)
+    stored = round_to(total, total_ptr.dtype.element_ty, INTERPRETED)
+    tl.store(total_ptr + row * stride_total + column, stored, mask=inside)
+    value = stored.to(tl.float32)
     unit = value * (1.0 / tl.sqrt(tl.sum(value * value, 0) / columns + eps))
     result = w * round_to(unit, DTYPE, INTERPRETED).to(tl.float32)
     tl.store(x_ptrs, round_to(result, DTYPE, INTERPRETED), mask=inside)

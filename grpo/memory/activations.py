@@ -105,6 +105,8 @@ class LayerSizes:
     experts: ExpertSizes | None = None
     expert_ranks: tuple[int, int] = (0, 0)
     """Of the adapters on every expert's gate_up and on its down; 0: none."""
+    float32_stream: bool = False
+    """What layers hand on is in float32, whatever they compute in."""
     all_trained: bool = False
     """The weights themselves get gradients; `adapted` names all linear layers then, as those that keep their input."""
 
@@ -140,6 +142,7 @@ class LayerSizes:
             adapter_b=sum(rank * size[0] for size in first.values()),
             experts=expert_sizes(shape),
             expert_ranks=expert_ranks(shape, lora),
+            float32_stream=family_of(shape.model_type).float32_stream,
             all_trained=lora is None,
         )
 
@@ -333,6 +336,11 @@ class TrainingMemory:
         return self.tokens * (2 * self.sizes.inner + beside) * self.itemsize
 
     def layer_input(self) -> int:
+        """Bytes of what a layer gets and gives."""
+        return self.tokens * self.sizes.hidden * (4 if self.sizes.float32_stream else self.itemsize)
+
+    def _normed(self) -> int:
+        """Bytes of a norm of it."""
         return self.tokens * self.sizes.hidden * self.itemsize
 
     def kept(self, mode: str) -> int:
@@ -379,12 +387,12 @@ class TrainingMemory:
         if s.all_trained:  # logits are made again in the backward pass, and with them both gradients
             again = self.logits() + self._slice(s.vocabulary * s.hidden)
             return {
-                "logits": before + self.layer_input() + rows + self.logits(),
+                "logits": before + self._normed() + rows + self.logits(),
                 "head backward": before + 2 * rows + again,
             }
         gradients = rows * (1 + self.entropy_gradient)
         return {
-            "logits": before + self.layer_input() + rows + gradients + self.logits() + self._head_slices(),
+            "logits": before + self._normed() + rows + gradients + self.logits() + self._head_slices(),
             "head backward": before + gradients + rows,
         }
 

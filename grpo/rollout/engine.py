@@ -35,7 +35,6 @@ from grpo.model.base_weights import BaseWeights
 from grpo.policy.policy import Policy
 from grpo.rollout import prompt_graphs
 from grpo.rollout.attention_backend import OURS, choose_backend, served_by
-from grpo.rollout.decoding_attention import least_sequences
 from grpo.rollout.decoding_kernels import nf4_shapes
 from grpo.rollout.lora_buffers import RolloutAdapter
 from grpo.rollout.route_recorder import RouteRecorder
@@ -50,6 +49,7 @@ from grpo.rollout.vllm_start import quick_start, without_searches
 from grpo.run.machine import version_problem
 from grpo.run.tiles import prepare_tiles
 
+MOST_COMPARED = 256
 STATES = {
     "enable_prefix_caching": False,
     "mamba_ssm_cache_dtype": "float32",
@@ -300,9 +300,12 @@ class Engine:
         return prompt_graphs.most_tokens(config, self.base.dtype.itemsize, self.settings.graph_tokens)
 
     @property
-    def least_batch(self) -> int:
-        """Sequences of a decoding step that is computed as those of many are; 1 where none is computed otherwise."""
-        return max(1, min(self.settings.max_num_seqs, least_sequences(self.vllm_model())))
+    def compared_batch(self) -> int:
+        """Sequences with which a decoding step launches what the run's largest do: on a GPU kernels and their tiles
+        follow the number of rows. Up to MOST_COMPARED; 1 where they would not share the computation of a prompt."""
+        if self.base.device.type == "cpu" or has_states(self.base.config):
+            return 1
+        return min(self.settings.max_num_seqs, MOST_COMPARED)
 
     @property
     def running(self) -> int:

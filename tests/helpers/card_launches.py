@@ -296,6 +296,8 @@ def norms(shape: Shape, dtype: torch.dtype) -> None:
         if x.ndim == 2:
             rows = x[:40]
             residual_norm.launch(rows, torch.empty_like(rows), norm.weight, 1e-6)
+            for stream in (torch.empty_like(rows), torch.empty_like(rows, dtype=torch.float32)):
+                residual_norm.add_to_stream(rows, stream, norm.weight, 1e-6)
         for plus in (None, torch.empty_like(x)):
             norm.backward(torch.empty_like(x), x, plus)
 
@@ -341,7 +343,7 @@ def decoding_attention(shape: Shape, dtype: torch.dtype) -> None:
         for given in (None, new):
             decode_attention.launch_decode(
                 query, decode_attention.Cache(*held, *places), 1.0, torch.empty(query.shape, dtype=dtype), given,
-                decode_attention.cut_for(40 * shape.key_value_heads, shape.head, cards.card(query.device)),
+                decode_attention.cut_for(40 * shape.key_value_heads, 1, shape.head, cards.card(query.device)),
             )  # fmt: skip
 
 

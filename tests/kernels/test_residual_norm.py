@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from grpo.kernels.residual_norm import add_and_norm, serves
+from grpo.kernels.residual_norm import add_and_norm, add_to_stream, serves
 from grpo.kernels.rms_norm import Norm
 from tests.helpers.paths import ROOT
 
@@ -30,6 +30,24 @@ def test_on_a_cpu_sum_and_norm_are_those_of_the_training_graph():
     assert torch.equal(residual, total) and torch.equal(x, expected)
 
 
+@pytest.mark.parametrize("wide", [True, False])
+@pytest.mark.parametrize("rows", [4, 0])
+def test_on_a_cpu_a_stream_in_float32_is_not_rounded(wide, rows):
+    x, weight = torch.randn(rows, 96).bfloat16(), torch.randn(96).bfloat16()
+    residual = torch.randn(rows, 96).to(torch.float32 if wide else torch.bfloat16)
+    total = x.float() + residual.float()
+    expected = weight * (total * torch.rsqrt(total.square().mean(-1, keepdim=True) + 1e-6)).bfloat16()
+    stream = add_to_stream(x, residual, weight, 1e-6)
+    assert torch.equal(stream, total) and torch.equal(x, expected) and (stream is residual) == wide
+
+
+@pytest.mark.parametrize(("of_x", "of_stream"), [(torch.float32, torch.float32), (torch.bfloat16, torch.float16)])
+def test_a_stream_of_another_type_is_refused(of_x, of_stream):
+    x, residual = torch.randn(4, 96).to(of_x), torch.randn(4, 96).to(of_stream)
+    with pytest.raises(ValueError, match="norm of"):
+        add_to_stream(x, residual, torch.randn(96).to(of_x), 1e-6)
+
+
 def test_other_inputs_are_refused():
     x, weight = torch.randn(4, 96), torch.randn(96)
     assert not serves(x, x, weight) and not serves(x.bfloat16()[:0], x.bfloat16()[:0], weight.bfloat16())
@@ -46,4 +64,16 @@ def test_on_the_gpu_sum_and_norm_are_those_of_the_training_graph(columns):
     expected = Norm(weight, 1e-5).forward(total)
     add_and_norm(x, residual, weight, 1e-5)
     assert torch.equal(residual, total)
+    torch.testing.assert_close(x, expected, rtol=1.6e-2, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("rows", "columns"), [(200, 2048), (8192, 2880)])
+def test_on_the_gpu_a_stream_in_float32_is_that_of_the_training_graph(rows, columns):
+    x, weight = (torch.randn(*size, device="cuda").bfloat16() for size in ((rows, columns), (columns,)))
+    residual = torch.randn(rows, columns, device="cuda")
+    total = x.float() + residual
+    expected = weight * (total * torch.rsqrt(total.square().mean(-1, keepdim=True) + 1e-5)).bfloat16()
+    assert torch.equal(add_to_stream(x, residual, weight, 1e-5), total)
+    assert (x != expected).float().mean() < 0.01
     torch.testing.assert_close(x, expected, rtol=1.6e-2, atol=1e-5)
