@@ -343,7 +343,7 @@ def decoding_attention(shape: Shape, dtype: torch.dtype) -> None:
         for given in (None, new):
             decode_attention.launch_decode(
                 query, decode_attention.Cache(*held, *places), 1.0, torch.empty(query.shape, dtype=dtype), given,
-                decode_attention.cut_for(40 * shape.key_value_heads, shape.head, cards.card(query.device)),
+                decode_attention.cut_for(40 * shape.key_value_heads, 1, shape.head, cards.card(query.device)),
             )  # fmt: skip
 
 
