@@ -42,7 +42,8 @@ QKV, GATE_UP, DOWN = (
 NORMED_HEADS = ("qwen3", "gemma3_text", "qwen3_5_text", "qwen3_5_moe_text", "qwen3_moe", "lfm2")
 """Families that normalise q and k before the rotation."""
 OWN_NORMS = ("qwen3_5_text", "qwen3_5_moe_text")
-"""Families whose plain layers have our norms, which keep their input as it is (grpo/policy/gated_attention.py)."""
+"""Families whose plain layers have our norms, which keep their input as it is, and the hidden state between layers in
+float32 (grpo/policy/gated_attention.py)."""
 LIBRARIES = 36 << 20
 """Workspaces that cuBLAS takes from torch's allocator on a GPU (32 MiB on Hopper, 8 MiB before)."""
 INDEXED_IN_32_BITS = 2**31 - 1
@@ -99,7 +100,8 @@ class LayerSizes:
     adapter_b: int
     """Numbers in one layer's B."""
     gated: bool = False
-    """What attention gives is multiplied by a gate, and norms of plain layers keep their input as it is (Qwen 3.5)."""
+    """What attention gives is multiplied by a gate, norms of plain layers keep their input as it is, and what goes from
+    layer to layer is float32 (Qwen 3.5)."""
     states: tuple[StateLayers, ...] = ()
     """The layers that are not attention, by their kind."""
     experts: ExpertSizes | None = None
@@ -279,8 +281,9 @@ class TrainingMemory:
 
     def _norm_input(self) -> int:
         """Bytes that a norm over the hidden state keeps of a token: its input, by transformers' in float32."""
-        own = self.kernels or self.sizes.gated
-        return self.sizes.hidden * self.itemsize if own else 4 * self.sizes.hidden + 4
+        if self.sizes.gated:
+            return self.sizes.hidden * self.stream_itemsize
+        return self.sizes.hidden * self.itemsize if self.kernels else 4 * self.sizes.hidden + 4
 
     def _experts_per_token(self, experts: ExpertSizes) -> int:
         """Gate and up of every row, its place both ways, its expert and weight; the softmax over all experts. With
@@ -332,8 +335,17 @@ class TrainingMemory:
         beside = self.sizes.beside(GATE_UP) if self.kernels else 0
         return self.tokens * (2 * self.sizes.inner + beside) * self.itemsize
 
+    @property
+    def stream_itemsize(self) -> int:
+        """Bytes of a number of the hidden state between layers."""
+        return max(4, self.itemsize) if self.sizes.gated else self.itemsize
+
     def layer_input(self) -> int:
-        return self.tokens * self.sizes.hidden * self.itemsize
+        return self.tokens * self.sizes.hidden * self.stream_itemsize
+
+    def _layer_inputs(self) -> int:
+        """Of all layers: the first one's is the embeddings, in the model's dtype."""
+        return (self.sizes.layers - 1) * self.layer_input() + self.tokens * self.sizes.hidden * self.itemsize
 
     def kept(self, mode: str) -> int:
         """Bytes that all layers keep on the device between their forward and their backward."""
@@ -343,8 +355,10 @@ class TrainingMemory:
             return usual._all_layers() - self._absent_in_first_layer() + inputs
         if mode == "mlp":
             return self.sizes.layers * (usual.kept_by_layer() - usual._gate_and_up()) + inputs
+        if mode == "layer":
+            return self._layer_inputs() + inputs
         # Offloaded, one is still here when the backward begins, and later one is on its way.
-        return self.layer_input() * (self.sizes.layers if mode == "layer" else 2) + inputs
+        return 2 * self.layer_input() + inputs
 
     def _inputs_of_layers(self) -> int:
         """What all layers get beside the hidden state, made at once: the sum, and its projection's norm in float32."""
@@ -352,7 +366,7 @@ class TrainingMemory:
 
     def on_host(self, mode: str) -> int:
         """Bytes of host memory."""
-        return self.layer_input() * (self.sizes.layers - 1) if mode == "offload" else 0
+        return self._layer_inputs() - self.layer_input() if mode == "offload" else 0
 
     # Peaks
 
@@ -374,17 +388,17 @@ class TrainingMemory:
     def _head(self, mode: str) -> dict[str, int]:
         """The last norm's input, its output, the rows of it that predict, and their gradients, made with the logits."""
         s = self.sizes
-        rows = self.predicted * s.hidden * self.itemsize
+        rows, normed = (count * s.hidden * self.itemsize for count in (self.predicted, self.tokens))
         before = self.kept(mode) + self.tokens * self._norm_input()
         if s.all_trained:  # logits are made again in the backward pass, and with them both gradients
             again = self.logits() + self._slice(s.vocabulary * s.hidden)
             return {
-                "logits": before + self.layer_input() + rows + self.logits(),
+                "logits": before + normed + rows + self.logits(),
                 "head backward": before + 2 * rows + again,
             }
         gradients = rows * (1 + self.entropy_gradient)
         return {
-            "logits": before + self.layer_input() + rows + gradients + self.logits() + self._head_slices(),
+            "logits": before + normed + rows + gradients + self.logits() + self._head_slices(),
             "head backward": before + gradients + rows,
         }
 

@@ -35,7 +35,8 @@ def norm_forward(norm: nn.Module, theirs: Callable[..., Any]) -> Callable[..., A
     """A norm's forward: in place where a residual comes with x, as vLLM's own."""
 
     def forward(x: Tensor, residual: Tensor | None = None) -> Any:
-        if residual is None or not residual_norm.serves(x, residual, norm.weight):
+        few = residual is not None and len(x) <= residual_norm.MOST_ROWS
+        if residual is None or not few or not residual_norm.serves(x, residual, norm.weight):
             return theirs(x, residual)
         residual_norm.add_and_norm(x, residual, norm.weight, norm.variance_epsilon)
         return x, residual

@@ -30,7 +30,8 @@ from vllm.model_executor.models.qwen2_moe import Qwen2MoeMLP
 from vllm.model_executor.models.qwen3_next import Qwen3NextAttention, Qwen3NextSparseMoeBlock
 from vllm.platforms import current_platform
 
-from grpo.kernels import rms_norm
+from grpo.kernels import residual_norm, rms_norm
+from grpo.kernels.launch import unrounded
 from grpo.rollout import vllm_delta_rule, vllm_recurrence_cpu
 from grpo.rollout.vllm_delta_tiles import settle_tiles
 
@@ -71,17 +72,22 @@ class KeptWeight(UnquantizedLinearMethod):
 
 
 class Norm(GemmaRMSNorm):
-    """RMSNorm by its weight plus one, as training has it: what is added to the residual is rounded before it is normed.
+    """RMSNorm by its weight plus one. The residual is float32 whatever is computed in, as training has it: rounding it
+    behind every layer is most of what two graphs in 16 bit differ by.
 
-    vLLM norms the sum as it is before it is rounded, by ten operations of torch where nothing is compiled.
+    vLLM's is ten operations of torch where nothing is compiled.
     """
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """x and residual [..., hidden]; the normed, and where there is a residual the new one."""
-        x = x if residual is None else x + residual
-        rows = x.reshape(-1, x.shape[-1])
-        normed = rms_norm.Norm(self.weight, self.variance_epsilon, unit_offset=True).forward(rows).view(x.shape)
-        return normed if residual is None else (normed, x)
+        """x [..., hidden]; the normed, and where there is a residual float32 [tokens, hidden] the new one. Both may be
+        where they were given."""
+        if residual is None:
+            return rms_norm.Norm(self.weight, self.variance_epsilon, unit_offset=True).forward(x)
+        if residual_norm.serves(x, residual, self.weight):
+            residual_norm.add_and_norm(x, residual, self.weight, self.variance_epsilon, unit_offset=True)
+            return x, residual
+        residual = residual + x
+        return self.forward(residual), residual
 
 
 class GatedDeltaNet(QwenGatedDeltaNetAttention):
@@ -131,7 +137,7 @@ class DecoderLayer(nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None, positions: Tensor) -> tuple[Tensor, Tensor]:
         """x and residual [tokens, hidden]; what is to be added to the residual, and that."""
         if residual is None:
-            residual, x = x, self.input_layernorm(x)
+            residual, x = unrounded(x), self.input_layernorm(x)
         else:
             x, residual = self.input_layernorm(x, residual)
         if hasattr(self, "linear_attn"):

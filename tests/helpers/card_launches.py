@@ -294,9 +294,14 @@ def norms(shape: Shape, dtype: torch.dtype) -> None:
         norm.forward(x)
         if x.ndim == 2:
             rows = x[:40]
-            residual_norm.launch(rows, torch.empty_like(rows), norm.weight, 1e-6)
-        for plus in (None, torch.empty_like(x)):
-            norm.backward(torch.empty_like(x), x, plus)
+            for stream in {dtype, torch.float32}:
+                residual = torch.empty_like(rows, dtype=stream)
+                residual_norm.launch(rows, residual, norm.weight, 1e-6, unit_offset=shape.unit_offset)
+        for unrounded in {dtype, torch.float32} if x.ndim == 2 else {dtype}:
+            given = torch.empty_like(x, dtype=unrounded)
+            norm.forward(given)
+            for plus in (None, torch.empty_like(given)):
+                norm.backward(torch.empty_like(x), given, plus)
 
 
 def rotations(shape: Shape, dtype: torch.dtype) -> None:

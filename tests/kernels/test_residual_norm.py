@@ -22,11 +22,13 @@ def test_the_kernel_in_the_interpreter():
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
 
 
-def test_on_a_cpu_sum_and_norm_are_those_of_the_training_graph():
-    x, residual, weight = torch.randn(4, 96).bfloat16(), torch.randn(4, 96).bfloat16(), torch.randn(96).bfloat16()
+@pytest.mark.parametrize("unit_offset", [False, True])
+@pytest.mark.parametrize("stream", [torch.bfloat16, torch.float32])
+def test_on_a_cpu_sum_and_norm_are_those_of_the_training_graph(stream, unit_offset):
+    x, residual, weight = torch.randn(4, 96).bfloat16(), torch.randn(4, 96).to(stream), torch.randn(96).bfloat16()
     total = x + residual
-    expected = Norm(weight, 1e-6).forward(total)
-    add_and_norm(x, residual, weight, 1e-6)
+    expected = Norm(weight, 1e-6, unit_offset).forward(total)
+    add_and_norm(x, residual, weight, 1e-6, unit_offset=unit_offset)
     assert torch.equal(residual, total) and torch.equal(x, expected)
 
 
@@ -38,9 +40,10 @@ def test_other_inputs_are_refused():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("stream", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("columns", [576, 3072, 4096])
-def test_on_the_gpu_sum_and_norm_are_those_of_the_training_graph(columns):
-    x, residual = (torch.randn(200, columns, device="cuda").bfloat16() for _ in range(2))
+def test_on_the_gpu_sum_and_norm_are_those_of_the_training_graph(columns, stream):
+    x, residual = (torch.randn(200, columns, device="cuda").to(dtype) for dtype in (torch.bfloat16, stream))
     weight = torch.randn(columns, device="cuda").bfloat16()
     total = x + residual
     expected = Norm(weight, 1e-5).forward(total)

@@ -86,7 +86,7 @@ def place(x: Tensor, out: Tensor | None) -> Tensor:
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (graph, fused_layers):
         monkeypatch.setattr(module, "packed_attention", lambda q, k, v, packing, **rest: FlashLike.apply(q, k, v))
-    monkeypatch.setattr(Norm, "forward", lambda self, x, out=None: place(x, out))
+    monkeypatch.setattr(Norm, "forward", lambda self, x, out=None: place(x.to(self.weight.dtype), out))
     monkeypatch.setattr(Norm, "backward", lambda self, grad, x, residual_grad=None, out=None: place(x, out))
     monkeypatch.setattr(lora_attention, "rotate", lambda x, cos, sin, out=None, inverse=False: place(x, out))
     monkeypatch.setattr(lora_mlp, "glu_forward", lambda gate_up, kind, out=None: place(gate_up.chunk(2, 1)[0], out))
@@ -153,7 +153,8 @@ def saved_bytes(policy: Policy) -> int:
 def saved_outside_of_layers(policy: Policy, memory: TrainingMemory) -> int:
     """By the last norm, and by the head: its gradient, and which rows it took."""
     size, hidden = memory.itemsize, memory.sizes.hidden
-    norm = TOKENS * hidden * size if memory.kernels or memory.sizes.gated else TOKENS * (4 * hidden + 4)
+    norm = TOKENS * hidden * (memory.stream_itemsize if memory.kernels or memory.sizes.gated else 4)
+    norm += 0 if memory.kernels or memory.sizes.gated else 4 * TOKENS
     return norm + PREDICTED * hidden * size + 8 * PREDICTED
 
 
