@@ -18,7 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from grpo.kernels.launch import unrounded
 from grpo.kernels.rms_norm import Norm, rms_norm
 from grpo.kernels.rope import rope
-from grpo.memory.activations import OWN_NORMS
+from grpo.memory.layer_sizes import OWN_NORMS
 
 
 def install_gated_attention(graph: nn.Module, model_type: str) -> None:

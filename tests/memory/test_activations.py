@@ -222,21 +222,26 @@ def test_what_layers_of_experts_keep_is_counted_with_adapters_on_them(
     assert found == pytest.approx(memory.kept("none") + rotation, rel=0.005)
 
 
-def test_what_layers_with_states_keep_is_counted(tmp_path: Path, as_on_a_gpu: None) -> None:
+@pytest.mark.parametrize("mlp_kernels", [False, True])
+def test_what_layers_with_states_keep_is_counted(mlp_kernels: bool, tmp_path: Path, as_on_a_gpu: None) -> None:
     kinds = ["linear_attention", "full_attention", "linear_attention"]
     save_family(tmp_path, "qwen3_5_text", **SHAPE, layer_types=kinds)
-    config = settings(tmp_path, False, None)
+    config = settings(tmp_path, mlp_kernels, None)
     base = BaseWeights(open_source(config.model), config.model, device=torch.device("cpu"), dtype=torch.bfloat16)
     policy = Policy(base, config.lora, seed=0)
+    if mlp_kernels:
+        assert fused_layers.install_fused_layers(policy.decoder, base) == 3
     policy.model.train()
     memory = TrainingMemory.of(config, base.config, 2, on_gpu=True, tokens=TOKENS)
+    assert memory.mlp_kernels == mlp_kernels and ("mlp" in memory.modes) == mlp_kernels
     memory = replace(memory, predicted=PREDICTED, keys=TOKENS, kernels=False, packed_weights=False)
     outside = saved_outside_of_layers(policy, memory)
     rotation = 2 * TOKENS * memory.sizes.head_dim // 4 * memory.itemsize  # a quarter of each head is turned
-    for mode, beside in (("none", rotation), ("layer", 0)):
-        policy.recompute_layers(mode)
-        found = saved_bytes(policy) - outside
-        assert found == pytest.approx(memory.kept(mode) + beside, rel=0.005), mode
+    for mode, beside in (("none", rotation), ("mlp", rotation), ("layer", 0)):
+        if mode in memory.modes:
+            policy.recompute_layers(mode)
+            found = saved_bytes(policy) - outside
+            assert found == pytest.approx(memory.kept(mode) + beside, rel=0.005), mode
 
 
 class Allocations(TorchDispatchMode):

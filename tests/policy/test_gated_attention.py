@@ -7,7 +7,7 @@ import torch
 
 from grpo.config.schema import Lora, Model
 from grpo.kernels.launch import unrounded
-from grpo.memory.activations import OWN_NORMS
+from grpo.memory.layer_sizes import OWN_NORMS
 from grpo.model.base_weights import BaseWeights
 from grpo.model.source import open_source
 from grpo.policy.policy import Policy
