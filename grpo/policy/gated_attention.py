@@ -1,8 +1,8 @@
 """Attention, norms and the stream between layers of Qwen 3.5 in the place of transformers' forwards.
 
 What is attended to is multiplied by a gate. transformers rounds the rotation of queries and keys three times; here it
-is rounded once, as vLLM does. The sum that goes from layer to layer is kept in float32, in both graphs: rounded behind
-every attention and MLP, as transformers rounds it, it would be most of what they differ by. Norms keep their input as
+is rounded once, as vLLM does. The sum that goes from layer to layer is float32, in both graphs: rounded behind every
+attention and MLP, as transformers rounds it, it is the largest part of what they differ by. Norms keep their input as
 it is. The modules stay transformers', with its names for weights and adapters; only what they do when called is ours.
 """
 

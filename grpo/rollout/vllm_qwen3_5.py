@@ -72,8 +72,8 @@ class KeptWeight(UnquantizedLinearMethod):
 
 
 class Norm(GemmaRMSNorm):
-    """RMSNorm by its weight plus one. The residual is float32 whatever is computed in, as training has it: rounding it
-    behind every layer is most of what two graphs in 16 bit differ by.
+    """RMSNorm by its weight plus one. The residual is float32 whatever is computed in, as training has it: rounded
+    behind every layer, it is the largest part of what two graphs in 16 bit differ by.
 
     vLLM's is ten operations of torch where nothing is compiled.
     """
