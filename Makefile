@@ -14,7 +14,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 NEWEST ?= .venv-newest
-PYTEST = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n 2 --dist loadfile
+PYTEST = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n 2 --no-loadscope-reorder --dist loadfile
 PYTEST_ARGS ?=
 QUICK := not (vllm or slow or wide or long)
 
@@ -23,7 +23,8 @@ demo: $(INSTALLED)
 	  --set checkpoint.output_dir=runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 
 # Two processes of one thread: the suite's tensors are small, and more threads only wait for each other. A file stays in
-# one process, whose fixtures it shares.
+# one process, whose fixtures it shares; those with slow tests come first (tests/conftest.py), so that none is left for
+# the end, where one process would wait for the other.
 test: $(INSTALLED) browser
 	$(PYTEST) $(PYTEST_ARGS)
 
@@ -68,7 +69,7 @@ test-newest: $(INSTALLED) browser
 	$(NEWEST)/bin/pip install -qq --upgrade $$($(BIN)/python requirements/bounded.py --except torch numpy vllm triton reasoning-gym)
 	@$(BIN)/python requirements/bounded.py --changed $(BIN)/python $(NEWEST)/bin/python
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} PYTHONPATH=$(CURDIR) \
-	  $(NEWEST)/bin/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+	  $(NEWEST)/bin/python -m pytest -n 2 --no-loadscope-reorder --dist loadfile $(PYTEST_ARGS)
 
 # Some tests look at the run report in a browser; they are skipped where none can be had.
 browser:

@@ -7,7 +7,8 @@ instructions allow where memory is no slower in proportion; it is no measurement
 
     python -m benchmarks.nf4_as_other_card --out $OUT/as_sm80.json               # about five minutes
 
-Two processes: one with the GPU's own tiles, bitsandbytes and 16-bit cuBLAS, one that compiles for the other card.
+Two processes: one with the GPU's own tiles, bitsandbytes (if it is installed) and 16-bit cuBLAS, one that compiles for
+the other card.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.common.nf4_weights import bitsandbytes_copies, bitsandbytes_product
 from benchmarks.common.processes import write_result
 from benchmarks.nf4_gemm import MODELS
 from grpo.kernels import cards, compile_only, nf4, nf4_gemm, nf4_plans, nf4_tiles, nf4_tuner
@@ -82,24 +84,6 @@ def own(options: argparse.Namespace) -> dict[str, Any]:
 
 def product(x: Tensor, copy: tuple[Tensor, Tensor]) -> Tensor:
     return nf4_gemm.nf4_linear(x, *copy)
-
-
-def bitsandbytes_copies(dense: Tensor, parts: tuple[int, ...], count: int) -> list[Any]:
-    """As vLLM calls it: q, k, v and gate, up one by one. Empty where it is not installed."""
-    try:
-        from bitsandbytes.functional import quantize_4bit
-    except ImportError:
-        return []
-    return [
-        [quantize_4bit(part.contiguous(), quant_type="nf4", blocksize=64) for part in dense.split(parts)]
-        for _ in range(count)
-    ]
-
-
-def bitsandbytes_product(x: Tensor, copy: Any) -> list[Tensor]:
-    import bitsandbytes
-
-    return [bitsandbytes.matmul_4bit(x, codes.t(), state) for codes, state in copy]
 
 
 def other(options: argparse.Namespace) -> dict[str, Any]:
@@ -193,8 +177,9 @@ def compared(options: argparse.Namespace, ours: dict[str, Any], theirs: dict[str
         table.append({"rows": int(rows), **{key: round(value, 1) for key, value in sums.items()},
                       "floor": round(floor, 1), "share_of_floor": round(floor / sums["other"], 3),
                       "own_share_of_floor": round(floor / sums["ours"], 3),
-                      "against_own": round(sums["other"] / sums["ours"], 3),
-                      "against_bitsandbytes": round(sums.get("bitsandbytes", 0.0) / sums["other"], 2)})  # fmt: skip
+                      "against_own": round(sums["other"] / sums["ours"], 3)})  # fmt: skip
+        if "bitsandbytes" in sums:
+            table[-1]["against_bitsandbytes"] = round(sums["bitsandbytes"] / sums["other"], 2)
     return table
 
 
@@ -226,7 +211,8 @@ def main() -> int:
         "gb_per_second": round(ours["bandwidth"] / 1e9), "seconds": round(time.monotonic() - started),
         "within_bar": [row["against_own"] <= SPEED_BAR for row in table if row["rows"] <= 64],
         "above_bitsandbytes": [
-            row["against_bitsandbytes"] >= BITSANDBYTES_BAR for row in table if 8 <= row["rows"] <= 64
+            row["against_bitsandbytes"] >= BITSANDBYTES_BAR
+            for row in table if 8 <= row["rows"] <= 64 and "against_bitsandbytes" in row
         ],
         "errors": theirs["errors"], "table": table,
     }  # fmt: skip

@@ -3,8 +3,9 @@
 The linear layers of one decoder layer of Llama-3.1-8B, Llama-3.2-3B and Qwen2.5-1.5B, and those of both kinds of layers
 of Qwen3.5-4B, random weights. Weights are cold: every call in a CUDA graph reads another copy, together larger than the
 L2 cache. bitsandbytes multiplies q, k, v and gate, up one after the other, as vLLM's integration of it does, here
-without that integration's copies between. Before timing, every product is compared with float32 on the same dequantised
-weights, and its rows with those of smaller batches, bit for bit.
+without that integration's copies between; where it is not installed, its column is left out. Before timing, every
+product is compared with float32 on the same dequantised weights, and its rows with those of smaller batches, bit for
+bit.
 
     python -m benchmarks.nf4_gemm                                   # a table, then one line of JSON
     python -m benchmarks.nf4_gemm --tune kernels/nf4_table.json     # search tiles first, and measure with them
@@ -19,16 +20,25 @@ import math
 import re
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.common.nf4_weights import Weight, copies_for, packed_weight, random_weight
+from benchmarks.common.nf4_weights import (
+    Weight,
+    bitsandbytes_copies,
+    bitsandbytes_product,
+    copies_for,
+    packed_weight,
+    random_weight,
+)
 from benchmarks.common.processes import write_result
 from grpo.kernels import cards, nf4, nf4_gemm, nf4_plans, nf4_tiles, nf4_tuner
+from grpo.kernels.cards import Card
+from grpo.kernels.nf4_tiles import Plan
 from grpo.run.versions import versions
 
 MODELS: dict[str, dict[str, tuple[tuple[int, ...], int]]] = {
@@ -71,17 +81,6 @@ def dense_weight(dense: Tensor) -> Weight:
     return Weight(copies, lambda x, copy: F.linear(x, copy))
 
 
-def bitsandbytes_weight(dense: Tensor, parts: tuple[int, ...]) -> Weight:
-    import bitsandbytes
-    from bitsandbytes.functional import quantize_4bit
-
-    copies = [
-        [quantize_4bit(part.contiguous(), quant_type="nf4", blocksize=64) for part in dense.split(parts)]
-        for _ in range(copies_for(dense.numel() * 0.5625))
-    ]
-    return Weight(copies, lambda x, copy: [bitsandbytes.matmul_4bit(x, codes.t(), state) for codes, state in copy])
-
-
 def check(packed: Weight) -> dict[str, float]:
     """Relative error against float32, the largest over numbers of rows, and how many rows changed with the batch."""
     copy = packed.copies[0]
@@ -111,14 +110,16 @@ def measure(models: Iterable[str], row_counts: Iterable[int]) -> list[dict]:
             dense = random_weight(sum(parts), columns)
             packed = packed_weight(dense)
             checks = check(packed)
-            systems = {"ours": packed, "bf16": dense_weight(dense), "bitsandbytes": bitsandbytes_weight(dense, parts)}
+            systems = {"ours": packed, "bf16": dense_weight(dense)}
+            if theirs := bitsandbytes_copies(dense, parts, copies_for(dense.numel() * 0.5625)):
+                systems["bitsandbytes"] = Weight(theirs, bitsandbytes_product)
             for rows in row_counts:
                 x = torch.randn(rows, columns, dtype=torch.bfloat16, device="cuda")
                 record = {"model": model, "linear": name, "shape": [sum(parts), columns], "rows": rows, **checks}
                 record |= {system: round(weight.microseconds(x), 2) for system, weight in systems.items()}
                 record["floor"] = round(dense.numel() * 0.53125 / MEMORY_BANDWIDTH * 1e6, 2)
                 records.append(record)
-            del dense, packed, systems
+            del dense, packed, systems, theirs
             torch.cuda.empty_cache()
     return records
 
@@ -128,38 +129,48 @@ def layer_sums(records: list[dict]) -> list[dict]:
     sums: dict[tuple[str, int], dict] = {}
     for record in records:
         entry = sums.setdefault((record["model"], record["rows"]), {"model": record["model"], "rows": record["rows"]})
-        for key in ("ours", "bf16", "bitsandbytes", "floor"):
+        for key in ("ours", *peers_of(records), "floor"):
             entry[key] = round(entry.get(key, 0.0) + record[key], 2)
     for entry in sums.values():
-        entry["against_bitsandbytes"] = round(entry["bitsandbytes"] / entry["ours"], 3)
-        entry["against_bf16"] = round(entry["bf16"] / entry["ours"], 3)
+        for peer in peers_of(records):
+            entry[f"against_{peer}"] = round(entry[peer] / entry["ours"], 3)
     return list(sums.values())
+
+
+def peers_of(records: list[dict]) -> list[str]:
+    """What ours was timed against, in the order of the columns."""
+    return [peer for peer in ("bf16", "bitsandbytes") if peer in records[0]]
 
 
 def print_table(records: list[dict], sums: list[dict]) -> None:
     print("microseconds, cold weights")
-    heading = ("model", "linear", "rows", "bf16", "bnb", "ours", "floor", "x bnb", "x bf16")
-    print("{:14} {:8} {:>5} {:>9} {:>9} {:>9} {:>7} {:>6} {:>6}".format(*heading))
+    peers = peers_of(records)
+    times = [*peers, "ours", "floor"]
+    heading = [*times, *(f"x {peer}" for peer in peers)]
+    print(f"{'model':14} {'linear':8} {'rows':>5}", *(f"{name:>14}" for name in heading))
     for record in [*records, *({**entry, "linear": "layer"} for entry in sums)]:
-        print(
-            f"{record['model']:14} {record['linear']:8} {record['rows']:5} {record['bf16']:9.1f} "
-            f"{record['bitsandbytes']:9.1f} {record['ours']:9.1f} {record['floor']:7.1f} "
-            f"{record['bitsandbytes'] / record['ours']:6.2f} {record['bf16'] / record['ours']:6.2f}"
-        )
+        values = [f"{record[name]:14.1f}" for name in times]
+        values += [f"{record[peer] / record['ours']:14.2f}" for peer in peers]
+        print(f"{record['model']:14} {record['linear']:8} {record['rows']:5}", *values)
 
 
 def tune(shapes: list[tuple[int, int]], path: Path, seconds: float, *, thorough: bool) -> None:
-    """Put `shapes` of this GPU into the table at `path`, which keeps what else it has, and use the table."""
+    """Measure `shapes` on this GPU and `put` their plans into the table at `path`."""
     card = cards.card(torch.device("cuda", 0))
     found = nf4_tuner.tune(
         shapes, card, torch.bfloat16, seconds, thorough=thorough, say=lambda text: print(f"tune: {text}", flush=True)
     )
+    put(path, card, {shape: measured.plan for shape, measured in found.items()})
+
+
+def put(path: Path, card: Card, plans: Mapping[tuple[int, int], Plan]) -> None:
+    """Put `plans` into the table at `path`, which keeps what else it has, and use the table."""
     table = json.loads(path.read_text()) if path.exists() else {}
     before = table.get(card.name, {}).get("shapes", {})
     table[card.name] = {
         "measured_with": {key: value for key, value in versions().items() if key in ("torch", "triton")},
         "architecture": card.architecture,
-        "shapes": before | nf4_plans.written_plans({shape: measured.plan for shape, measured in found.items()}),
+        "shapes": before | nf4_plans.written_plans(plans),
     }
     text = json.dumps(table, indent=1)
     path.write_text(re.sub(r"\{[^{}]*\}", lambda inner: json.dumps(json.loads(inner[0])), text) + "\n")

@@ -6,6 +6,7 @@ Random weights of a Llama shape, NF4, the adapter on. Three rollouts: one plainl
     python -m benchmarks.rollout_profile --shape 3b --sequences 128,32 --out profile.json
     python -m benchmarks.rollout_profile --sixteen-bit   # without quantisation and adapter
     python -m benchmarks.rollout_profile --variants '[{}, {"block_size": 64}]'   # vLLM's arguments, one engine each
+    python -m benchmarks.rollout_profile --backends grpo,grpo-apart,flash_attn   # one engine each
     python -m benchmarks.rollout_profile --own-scheduler   # also by vLLM's own scheduler, in the same engine
 """
 
@@ -28,6 +29,8 @@ from typing import Any
 import torch
 
 from benchmarks.common import shared_model as shared
+from benchmarks.common.decoding import choose
+from benchmarks.common.processes import write_result
 from benchmarks.common.random_model import RandomSource
 from grpo.config.schema import Lora, Model
 from grpo.model.base_weights import BaseWeights
@@ -36,6 +39,7 @@ from grpo.rollout.engine import Engine, EngineSettings, Request, SamplingSetting
 
 STEPS = slice(40, 72)
 """Decoding steps that are profiled: the prompts are through, no sequence has finished."""
+FIRST_STEPS = 6
 GROUP = 8
 """Completions that share a prompt."""
 
@@ -84,7 +88,9 @@ def start_engine(
     base: BaseWeights, policy: Policy | None, options: argparse.Namespace, replaced: dict[str, Any]
 ) -> VariedEngine:
     length = options.prompt_tokens + options.new_tokens
-    settings = EngineSettings(max_seq_length=length, max_num_seqs=max(options.sequences))
+    backend = choose(replaced.get("backend", "auto"))
+    replaced = {name: value for name, value in replaced.items() if name != "backend"}
+    settings = EngineSettings(max_seq_length=length, max_num_seqs=max(options.sequences), attention_backend=backend)
     if options.graphs and base.device.type == "cuda":
         graphs = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": sorted(options.sequences)}
         replaced = {"compilation_config": graphs, **replaced}
@@ -124,11 +130,13 @@ def rollout_seconds(engine: Engine, options: argparse.Namespace, count: int) -> 
     return time.perf_counter() - started
 
 
-def step_milliseconds(engine: Engine, options: argparse.Namespace, count: int) -> float:
-    """Wall time of one decoding step."""
+def step_milliseconds(engine: Engine, options: argparse.Namespace, count: int) -> dict[str, Any]:
+    """Wall time of one decoding step, and of the first ones, in which prompts are read."""
     marks: dict[int, float] = {}
     rollout(engine, options, count, lambda step: marks.update({step: time.perf_counter()}), seed=11)
-    return (marks[STEPS.stop] - marks[STEPS.start]) * 1e3 / (STEPS.stop - STEPS.start)
+    first = [round((marks[step + 1] - marks[step]) * 1e3, 2) for step in range(FIRST_STEPS)]
+    one = (marks[STEPS.stop] - marks[STEPS.start]) * 1e3 / (STEPS.stop - STEPS.start)
+    return {"step_ms": round(one, 3), "first_steps_ms": first}
 
 
 def kernels(engine: Engine, options: argparse.Namespace, count: int) -> dict[str, Any]:
@@ -211,13 +219,14 @@ def timed(engine: Engine, options: argparse.Namespace, count: int) -> dict[str, 
     return {
         "rollout_s": round(seconds, 3),
         "tokens_per_second": round(count * options.new_tokens / seconds),
-        "step_ms": round(step_milliseconds(engine, options, count), 3),
+        **step_milliseconds(engine, options, count),
     }
 
 
 def print_entry(replaced: dict[str, Any], count: int, entry: dict[str, Any]) -> None:
     print(f"{json.dumps(replaced)} {count} sequences: rollout {entry['rollout_s']} s, "
-          f"{entry['tokens_per_second']} tokens/s, {entry['step_ms']} ms a step at the start, "
+          f"{entry['tokens_per_second']} tokens/s, {entry['step_ms']} ms a step at the start "
+          f"(the first: {entry['first_steps_ms']}), "
           f"GPU busy {entry.get('busy_us', 0) / 1e3:.2f} ms")  # fmt: skip
     if own := entry.get("vllms_scheduler"):
         print(f"  by vLLM's own scheduler: rollout {own['rollout_s']} s, {own['step_ms']} ms a step")
@@ -236,24 +245,26 @@ def main() -> int:
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--variants", type=json.loads, default=[{}], help="JSON list of vLLM arguments to replace")
+    parser.add_argument("--backends", type=lambda text: text.split(","), help="see benchmarks/common/decoding.py")
     parser.add_argument("--own-scheduler", action="store_true", help="compare with vLLM's own scheduler")
     parser.add_argument("--measure", default="kernels,host", type=lambda text: text.split(","))
     parser.add_argument("--graphs", action="store_true", help="capture only the sizes of --sequences: starts sooner")
     parser.add_argument("--trace", type=Path, help="also write Chrome traces, PATH-<sequences>.json.gz")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    if options.backends:
+        options.variants = [{**each, "backend": backend} for backend in options.backends for each in options.variants]
     base, policy = load_model(options)
     found: dict[str, Any] = {"benchmark": "rollout_profile", "shape": options.shape, "variants": []}
     for replaced in options.variants:
         engine = start_engine(base, policy, options, replaced)
         entries = {count: examine(engine, options, count) for count in options.sequences}
         found["variants"].append({"replaced": replaced, "sequences": entries})
+        write_result(options.out, found)
         for count, entry in entries.items():
             print_entry(replaced, count, entry)
         engine.close()
         del engine
-    if options.out:
-        options.out.write_text(json.dumps(found, indent=1) + "\n")
     short = [[v["replaced"], {n: e["rollout_s"] for n, e in v["sequences"].items()}] for v in found["variants"]]
     print(json.dumps({"benchmark": "rollout_profile", "shape": options.shape, "rollout_s": short}))
     return 0

@@ -25,12 +25,30 @@ import os  # noqa: E402
 import subprocess  # noqa: E402
 import sys  # noqa: E402
 import tempfile  # noqa: E402
+import threading  # noqa: E402
 import time  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
+ENDS: list[float] = []
+FIRST: list[float] = []
 BARS = {"cold": 45.0, "warm": 20.0}
 """Seconds to the end of the first step, for the 3B shape."""
+PHASES = {
+    "read weights": ("model/base_weights.py", "__init__"),
+    "build the training graph": ("policy/policy.py", "__init__"),
+    "import vLLM": ("vllm/__init__.py", "<module>"),
+    "import the engine": ("rollout/engine.py", "<module>"),
+    "choose tiles": ("run/tiles.py", "prepare_tiles"),
+    "capture graphs": ("gpu_model_runner.py", "capture_model"),
+    "start vLLM": ("rollout/engine.py", "__init__"),
+    "gate": ("training/self_check.py", "check_start"),
+    "first rollout": ("training/trainer.py", "sample"),
+    "first update": ("training/trainer.py", "update"),
+    "stop": ("grpo/session.py", "close"),
+    "other imports": ("", "<module>"),
+}
+"""Of a start -> where it is to be found on the stack: the end of a file's name, a function. The first that fits."""
 MODULES = ("grpo.training.run", "vllm", "grpo.rollout.engine")
 """What a run imports, in this order."""
 
@@ -86,20 +104,65 @@ def child_main(options: argparse.Namespace) -> int:
             config = parse_config(values)
         from grpo.train import start_ahead
 
-        start_ahead(config)
+        start_ahead(config, alone=True)
+        watch_ahead()
         with lean():
             from grpo.training.run import launch
         kernels = CompiledKernels()
+        watch_step(options.run / "metrics.jsonl")
         launch(config)
-        ended = (options.run / "metrics.jsonl").stat().st_mtime
+        ended = first_line(options.run / "metrics.jsonl")
     SAMPLER.stop()
-    found = {"first_step_ended_s": round(ended - options.began, 1), "spent": SAMPLER.tree(options.least)}
+    found = {"first_step_ended_s": round(ended - options.began, 1), "phases": timeline(options.began)}
+    if helpers := ahead_ends():
+        found["compiled_ahead_until_s"] = [round(end - options.began, 1) for end in helpers]
+    found["spent"] = SAMPLER.tree(options.least)
     if kernels is not None:
         found["triton"] = kernels.summary(options.began)
-        step = json.loads((options.run / "metrics.jsonl").read_text().splitlines()[0])
-        found["step"] = {name: step[name] for name in ("step_seconds", "rollout_seconds", "mismatch_kl")}
+        steps = [json.loads(line) for line in (options.run / "metrics.jsonl").read_text().splitlines()]
+        names = ("step_seconds", "rollout_seconds", "train_seconds", "mismatch_kl", "peak_memory_gib")
+        found["steps"] = [{name: step.get(name) for name in names} for step in steps]
     options.out.write_text(json.dumps(found))
     return 0
+
+
+def timeline(began: float) -> list[dict[str, Any]]:
+    """What was done in which order: when it began, and how long it took in all."""
+    order = sorted(SAMPLER.phases(PHASES).items(), key=lambda item: item[1][0])
+    return [{"what": name, "from_s": round(at - began, 1), "s": round(spent, 1)} for name, (at, spent) in order]
+
+
+def watch_ahead() -> None:
+    """Note when processes that compile ahead end."""
+    from grpo.run import compile_ahead
+
+    def wait(process: subprocess.Popen[bytes]) -> None:
+        process.wait()
+        ENDS.append(time.time())
+
+    for process in compile_ahead._begun:
+        threading.Thread(target=wait, args=(process,), daemon=True).start()
+
+
+def watch_step(metrics: Path) -> None:
+    """Note when the first step's figures are written."""
+
+    def wait() -> None:
+        while not metrics.exists() or not metrics.stat().st_size:
+            time.sleep(0.02)
+        FIRST.append(time.time())
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def first_line(metrics: Path) -> float:
+    """When that was, by the clock."""
+    return FIRST[0] if FIRST else metrics.stat().st_mtime
+
+
+def ahead_ends() -> list[float]:
+    """By the clock, when those that have ended did."""
+    return sorted(ENDS)
 
 
 def one_start(options: argparse.Namespace, folder: Path, name: str, caches: Path) -> dict[str, Any]:
@@ -126,7 +189,7 @@ def fixed_work(options: argparse.Namespace) -> None:
     """Write the checkpoint and whole_step.py's configuration, of one step, to `options.scratch`."""
     from benchmarks import whole_step
 
-    options.steps, options.tokens, options.full_finetuning = 1, 32768, False
+    options.full_finetuning = False
     options.prompt, options.completion = (16, 8) if options.shape == "tiny" else (128, 512)
     whole_step.ours_command(options, whole_step.make_work(options), options.scratch)
 
@@ -150,7 +213,11 @@ def show(name: str, found: dict[str, Any]) -> None:
     if "failed" in found:
         print(f"{name}: {found['failed']}\n{found['log']}", flush=True)
         return
-    print(f"{name}: the first step ended after {found['first_step_ended_s']} s; {found.get('step', {})}", flush=True)
+    print(f"{name}: the first step ended after {found['first_step_ended_s']} s; {found.get('steps', [])}", flush=True)
+    for phase in found["phases"]:
+        print(f"{phase['from_s']:8.1f} {phase['s']:8.1f} s  {phase['what']}")
+    if ends := found.get("compiled_ahead_until_s"):
+        print(f"processes that compile ahead ended after {', '.join(map(str, ends))} s")
     print("seconds, and those of them in which a processor worked for the thread")
     for line in found["spent"]:
         alone = f" ({line['own_s']:.2f} alone)" if 0.1 < line["own_s"] < line["s"] else ""
@@ -164,6 +231,8 @@ def show(name: str, found: dict[str, Any]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--shape", default="3b")
+    parser.add_argument("--steps", type=int, default=1, help="of the fixed work")
+    parser.add_argument("--tokens", type=int, default=32768, help="train.tokens_per_micro_batch of the fixed work")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--config", type=Path, help="this configuration instead of the fixed work")
     parser.add_argument("--set", action="append", default=[], help="as of python -m grpo.train")

@@ -14,6 +14,7 @@ import ssl
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from urllib.parse import urljoin, urlsplit
 
@@ -58,7 +59,7 @@ def answer(url: str, most_bytes: int, give_up: float) -> bytes | str:
     """What is at `url`, or the URL that it redirects to."""
     host, port, path, secure = parts_of(url)
     check_time(give_up)
-    address = public_address(host, port)
+    address = public_address(host, port, give_up)
     with socket.create_connection((address, port), max(0.1, min(10.0, give_up - time.monotonic()))) as plain:
         if not secure:
             return exchanged(plain, http.client.HTTPConnection(host, port), path, most_bytes, give_up)
@@ -132,13 +133,29 @@ def secured(plain: socket.socket, host: str) -> ssl.SSLSocket:
     return context.wrap_socket(plain, server_hostname=host, do_handshake_on_connect=False)
 
 
-def public_address(host: str, port: int) -> str:
-    """An address of `host`. Raises Unfetchable where one of its addresses is not a public one."""
-    found = [str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+def public_address(host: str, port: int, give_up: float) -> str:
+    """An address of `host`, found by `give_up`. Raises Unfetchable where one of its addresses is not a public one."""
+    found = looked_up(host, port, give_up)
     for address in found:
         if not is_public(address):
             raise Unfetchable(f"is at {address}, an address of a private network; download it, and give its path")
     return found[0]
+
+
+def looked_up(host: str, port: int, give_up: float) -> list[str]:
+    """The addresses of `host`. Raises TimeoutError at `give_up`: the system's look-up takes no limit, so it has a
+    thread of its own, which is left to end when a name server's silence does."""
+    found: Future[list[str]] = Future()
+
+    def look_up() -> None:
+        try:
+            entries = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            found.set_result([str(entry[4][0]) for entry in entries])
+        except Exception as error:
+            found.set_exception(error)
+
+    threading.Thread(target=look_up, daemon=True).start()
+    return found.result(max(0.0, give_up - time.monotonic()))
 
 
 def is_public(address: str) -> bool:

@@ -23,9 +23,8 @@ from grpo.memory.plan import MemoryPlan, plan_memory, sequence_limits
 from grpo.model.adapter_layers import check_selected
 from grpo.model.architectures import check_supported
 from grpo.model.base_weights import BaseWeights
-from grpo.model.checks import check_float16, check_head_size, end_tokens, largest_head, no_bfloat16
+from grpo.model.checks import check_float16, check_head_size, end_tokens, no_bfloat16
 from grpo.model.config_keys import check_keys, normalize_config
-from grpo.model.families.table import family_of
 from grpo.model.host_memory import free_pinned_memory
 from grpo.model.image_tokens import ImageTokens
 from grpo.model.inventory import account
@@ -41,7 +40,7 @@ from grpo.policy.keep_16bit import load_base
 from grpo.policy.policy import Policy
 from grpo.policy.starting_base import check_same_start, starting_source
 from grpo.policy.vision_tower import VisionTower
-from grpo.rollout.attention_backend import Served, choose_backend
+from grpo.rollout.attention_backend import Served, choose_backend, decodes_by_ours, served_by
 from grpo.rollout.types import EngineSettings, SamplingSettings
 from grpo.rollout.vllm_environment import set_environment
 from grpo.run.device_memory import architecture_of, check_weights, fitted_kv_bytes, tower_sizes, with_form
@@ -188,11 +187,7 @@ class Session:
         self.config = config = with_form(config, source.config, device, dtype)
         check_length(config, source.config, source.path)
         if device.type == "cuda":
-            name = str(dtype).removeprefix("torch.")
-            text = source.config.get_text_config()
-            head, sinks = largest_head(text), family_of(text.model_type).sinks
-            served = Served(architecture_of(device), config.rollout.kv_cache_dtype, name, head, sinks)
-            choose_backend(config.rollout.attention_backend, served)
+            choose_backend(config.rollout.attention_backend, needed(config, source.config, device, dtype))
         if start_engine:
             kv_bytes = fitted_kv_bytes(config, source.config, device, dtype, tower=tower_sizes(source.vision))
         else:
@@ -276,7 +271,10 @@ class Session:
         if self.base.device.type == "cuda" and not self.config.rollout.enforce_eager:
             from grpo.rollout.decoding_kernels import compile_ahead
 
-            compile_ahead(self.base, self.policy, engine_settings(self.config, kv_bytes).max_num_seqs)
+            settings = engine_settings(self.config, kv_bytes)
+            served = needed(self.config, self.base.config, self.base.device, self.base.dtype)
+            early = decodes_by_ours(settings.attention_backend, served)
+            compile_ahead(self.base, self.policy, settings.max_num_seqs, early=early)
         with uncollected():
             from grpo.rollout.engine import Engine
 
@@ -477,6 +475,12 @@ def check_length(config: Config, model: Any, where: Path) -> None:
                 f"sequences of {length} tokens exceed the {longest} positions of {where}; lower "
                 f"rollout.max_prompt_length or {key}"
             )
+
+
+def needed(config: Config, model: Any, device: torch.device, dtype: torch.dtype) -> Served:
+    """What an attention backend has to serve on a GPU. model: transformers' configuration."""
+    name, architecture = str(dtype).removeprefix("torch."), architecture_of(device)
+    return served_by(model.get_text_config(), architecture, config.rollout.kv_cache_dtype, name)
 
 
 def engine_settings(config: Config, kv_cache_memory_bytes: int | None) -> EngineSettings:

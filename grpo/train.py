@@ -18,7 +18,6 @@ import argparse
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from grpo.command import BAD_INPUT, LOST, CommandEnd, command
@@ -29,9 +28,8 @@ from grpo.errors import UserError
 from grpo.memory.gpus import Gpu, gpu_named
 from grpo.memory.shapes import model_shape
 from grpo.memory.summary import memory_plan
-from grpo.model.checks import BEYOND_FLOAT16, beyond_float16, largest_head, no_bfloat16
-from grpo.model.families.table import family_of
-from grpo.rollout.attention_backend import Served, choose_backend
+from grpo.model.checks import BEYOND_FLOAT16, beyond_float16, no_bfloat16
+from grpo.rollout.attention_backend import Served, choose_backend, decodes_by_ours, served_by
 from grpo.rollout.import_ahead import import_ahead
 from grpo.run.checkpoint import check_run, moved_base, saved_config, step_numbers
 from grpo.run.compile_ahead import begin
@@ -176,10 +174,22 @@ def start_ahead(config: Config, *, alone: bool) -> None:
     left to the run, which does the same where it needs it, or refuses it."""
     try:
         read_ahead(config.model)
-        if alone and begin(config):
+        if alone and begin(config, lambda architecture: own_decoding(config, architecture)):
             import_ahead()
     except Exception:
         return
+
+
+def own_decoding(config: Config, architecture: int) -> bool:
+    """Whether decoding steps will be by the project's kernels throughout on a GPU of that architecture."""
+    return decodes_by_ours(config.rollout.attention_backend, needed(config, architecture))
+
+
+def needed(config: Config, architecture: int, *, network: bool = False) -> Served:
+    """What an attention backend has to serve."""
+    shape = model_shape(config.model, network=network)
+    cache, dtype = config.rollout.kv_cache_dtype, config.model.dtype
+    return Served(architecture, cache, dtype) if shape is None else served_by(shape, architecture, cache, dtype)
 
 
 def card(parsed: argparse.Namespace, config: Config) -> Gpu | None:
@@ -188,10 +198,7 @@ def card(parsed: argparse.Namespace, config: Config) -> Gpu | None:
         return None
     gpu = gpu_named(parsed.card)
     shape = model_shape(config.model, network=True)
-    served = Served(gpu.architecture, config.rollout.kv_cache_dtype, config.model.dtype)
-    if shape is not None:
-        served = replace(served, head_size=largest_head(shape), sinks=family_of(shape.model_type).sinks)
-    choose_backend(config.rollout.attention_backend, served)
+    choose_backend(config.rollout.attention_backend, needed(config, gpu.architecture, network=True))
     if gpu.architecture < 80 and config.model.dtype == "bfloat16":
         raise UserError(no_bfloat16(gpu.name))
     if shape is not None and shape.model_type in BEYOND_FLOAT16 and gpu.architecture < 80:

@@ -33,6 +33,8 @@ CHUNK = 512
 """Tokens of a sequence that one program reads, at the least."""
 PAGE = 16
 """Tokens of a page of vLLM's, unless layers of other kinds ask for more."""
+LEAST_PROGRAMS = 192
+"""Sequences times key-value heads from which the kernel is used: FlashAttention splits fewer over the whole GPU."""
 MOST_CHUNKS = 8
 """Of a sequence of the largest length."""
 HEAD_SIZES = (64, 128, 256)

@@ -21,7 +21,10 @@ Item = TypeVar("Item")
 
 ROWS = (8, 16, 32, 64, 128, 256, 512)
 """Numbers of rows of x that are measured; each stands for those down to the one before."""
-SPLITS = (1, 2, 4, 8)
+SPLITS = (1, 2, 3, 4, 5, 6, 8)
+RULE_SPLITS = (1, 2, 4, 8)
+"""Those that the rule chooses among; three, five and six can fill a card's multiprocessors once where these do not, but
+which of them do depends on how many programs share one, and that is measured."""
 BUSY, BUSY_TURING = 1.45, 2.9
 """Programs per multiprocessor that a split aims at: the least with which the measured tables are met. nf4_turing.py,
 which loads nothing ahead, wants more of them."""
@@ -49,6 +52,8 @@ class Tile:
     """Depth of the pipeline of loads."""
     dots: int
     """Matrix products per 128 columns: 1 overlaps looking up with multiplying, 2 needs fewer registers."""
+    whole: bool = False
+    """Whether one program goes through all parts of a split K, one after another, instead of a program each."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,9 @@ class Plan:
 def fits(tile: Tile, split: int, rows: int, features: int) -> bool:
     """Whether the workspace has room for the partial sums of a product."""
     programs = math.ceil(rows / tile.m) * math.ceil(features / tile.n)
-    return split == 1 or (programs <= COUNTERS and 4 * programs * split * tile.m * tile.n <= WORKSPACE_BYTES)
+    return (
+        split == 1 or tile.whole or (programs <= COUNTERS and 4 * programs * split * tile.m * tile.n <= WORKSPACE_BYTES)
+    )
 
 
 def shared_bytes(tile: Tile, card: Card) -> int:
@@ -86,14 +93,18 @@ def serves(tile: Tile, card: Card) -> bool:
     if card.unit == "none" or tile.n % (16 * tile.warps):
         return False
     if card.unit == "m16n8k8":
-        return tile.stages == tile.dots == 1 and tile.n * tile.m <= tile.warps * 32 * SUMS_PER_THREAD // 2
+        return (
+            not tile.whole
+            and tile.stages == tile.dots == 1
+            and tile.n * tile.m <= tile.warps * 32 * SUMS_PER_THREAD // 2
+        )
     if shared_bytes(tile, card) > card.shared_memory:
         return False
     if card.unit == "tcgen05" and tile.m * tile.n // 128 + 128 // tile.dots > TENSOR_MEMORY:
         return False
     if card.unit == "mma" and tile.n * tile.m > tile.warps * 32 * SUMS_PER_THREAD // 2 and tile.warps == 4:
         return False  # x is in registers too, and the sums would spill
-    return tile.n * tile.m <= tile.warps * 32 * SUMS_PER_THREAD
+    return (2 if tile.whole else 1) * tile.n * tile.m <= tile.warps * 32 * SUMS_PER_THREAD
 
 
 def candidates(card: Card, rows: int) -> list[Tile]:
@@ -131,7 +142,7 @@ def splits(card: Card, shape: tuple[int, int], rows: int, tile: Tile) -> list[in
 def default_split(card: Card, shape: tuple[int, int]) -> int:
     """The least split that gives every multiprocessor something to do, as far as K is long enough."""
     programs = math.ceil(shape[0] / 64)
-    possible = [split for split in SPLITS if split == 1 or split * 2 <= shape[1] // 128]
+    possible = [split for split in RULE_SPLITS if split == 1 or split * 2 <= shape[1] // 128]
     busy = BUSY_TURING if card.unit == "m16n8k8" else BUSY
     return next((split for split in possible if programs * split >= busy * card.multiprocessors), possible[-1])
 
@@ -181,7 +192,7 @@ def default_plan(card: Card, shape: tuple[int, int]) -> Plan | None:
 def shortlist(card: Card, shape: tuple[int, int]) -> list[tuple[int, int, Tile]]:
     """(rows, split, tile) worth timing at a first start, the default first: two tiles, splits next to the default."""
     split = default_split(card, shape)
-    near = [one for one in SPLITS if split // 2 <= one <= split * 2]
+    near = SPLITS[max(0, SPLITS.index(split) - 1) : SPLITS.index(split) + 2]
     choices: dict[tuple[int, int, Tile], None] = {}
     plan = default_plan(card, shape)
     for rows, tile in plan.tiles if plan else ():

@@ -81,8 +81,8 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     threading.Thread(target=found.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
     checked = public_address
 
-    def address(host: str, port: int) -> str:
-        return "127.0.0.1" if host == "localhost" else checked(host, port)
+    def address(host: str, port: int, give_up: float) -> str:
+        return "127.0.0.1" if host == "localhost" else checked(host, port, give_up)
 
     monkeypatch.setattr(image_urls, "public_address", address)
     yield f"http://localhost:{found.server_address[1]}"
@@ -171,6 +171,33 @@ def test_a_server_that_keeps_dripping_has_no_more_time(server: str, monkeypatch:
         assert time.monotonic() - started < 2
 
 
+@pytest.mark.parametrize("before", [0, 1, 3])
+def test_a_name_server_that_keeps_silent_has_no_more_time(
+    server: str, monkeypatch: pytest.MonkeyPatch, before: int
+) -> None:
+    look_up, ended = socket.getaddrinfo, threading.Event()
+
+    def silent(host: Any, *more: Any, **named: Any) -> Any:
+        return ended.wait(30) if host == "example.org" else look_up(host, *more, **named)
+
+    monkeypatch.setattr(socket, "getaddrinfo", silent)
+    monkeypatch.setattr(image_urls, "SECONDS", 0.4)
+    redirects = "/to" * (before - 1) + "/to/http:~~example.org~a" if before else None
+    started = time.monotonic()
+    assert why(f"{server}{redirects}" if redirects else "http://example.org/a") == "did not come within 0.4 s"
+    assert time.monotonic() - started < 2
+    ended.set()
+
+
+@pytest.mark.parametrize("error", [socket.gaierror(-2, "Name or service not known"), UnicodeError("label too long")])
+def test_a_name_that_has_no_address_is_a_sentence(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def raising(*values: Any, **named: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(socket, "getaddrinfo", raising)
+    assert why("http://example.org/a").startswith("cannot be downloaded (")
+
+
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="no openssl to make a certificate with")
 def test_https_checks_the_name_and_sends_it_without_its_usual_port(
     server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -190,7 +217,7 @@ def test_https_checks_the_name_and_sends_it_without_its_usual_port(
             private.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
 
     connect = socket.create_connection
-    monkeypatch.setattr(image_urls, "public_address", lambda host, port: "127.0.0.1")
+    monkeypatch.setattr(image_urls, "public_address", lambda host, port, give_up: "127.0.0.1")
     for url, host in (("https://localhost/a", b"localhost"), ("https://localhost:8443/a", b"localhost:8443")):
         with answering(answer) as port:
             monkeypatch.setattr(socket, "create_connection", lambda to, *more, at=port: connect((to[0], at), *more))
@@ -255,4 +282,4 @@ def test_a_name_with_one_private_address_is_refused(monkeypatch: pytest.MonkeyPa
     entries = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (ip, 80)) for ip in ("93.184.216.34", "10.1.2.3")]
     monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: entries)
     with pytest.raises(Unfetchable, match=r"10\.1\.2\.3, an address of a private network"):
-        public_address("example.org", 80)
+        public_address("example.org", 80, time.monotonic() + 5)

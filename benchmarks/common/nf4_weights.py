@@ -1,8 +1,12 @@
-"""Random NF4 weights of a layer, and timing a product with them from cold memory."""
+"""Random NF4 weights of a layer, ours and bitsandbytes', and timing a product with them from cold memory.
+
+bitsandbytes multiplies q, k, v and gate, up one after the other, as vLLM's integration of it does.
+"""
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -43,3 +47,22 @@ def packed_weight(dense: Tensor) -> Weight:
         copies.append(nf4.allocate(features, columns, torch.bfloat16, "cuda"))
         nf4.quantize_rows(*copies[-1], 0, dense)
     return Weight(copies, lambda x, copy: nf4_gemm.nf4_linear(x, *copy))
+
+
+def bitsandbytes_copies(dense: Tensor, parts: tuple[int, ...], count: int) -> list[Any]:
+    """`dense`, split into `parts`, as bitsandbytes stores it; none where it is not installed, which is said."""
+    try:
+        from bitsandbytes.functional import quantize_4bit
+    except ImportError as error:
+        warnings.warn(f"bitsandbytes is left out: {error}", stacklevel=1)
+        return []
+    return [
+        [quantize_4bit(part.contiguous(), quant_type="nf4", blocksize=64) for part in dense.split(parts)]
+        for _ in range(count)
+    ]
+
+
+def bitsandbytes_product(x: Tensor, copy: Any) -> list[Tensor]:
+    import bitsandbytes
+
+    return [bitsandbytes.matmul_4bit(x, codes.t(), state) for codes, state in copy]

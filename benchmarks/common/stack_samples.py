@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 EVERY = 0.01
 """Seconds between two looks."""
-UNSEEN = ("<frozen importlib", "runpy.py", "contextlib.py", "threading.py")
+UNSEEN = ("<frozen importlib", "<frozen runpy", "runpy.py", "contextlib.py", "threading.py")
 """Files whose frames say nothing of what is being done."""
 
 
@@ -46,6 +46,8 @@ class StackSampler(threading.Thread):
         """Stack, outermost first -> seconds."""
         self.busy: Counter[tuple[Place, ...]] = Counter()
         """The same of processor time."""
+        self.looks: list[tuple[float, float, tuple[Place, ...]]] = []
+        """By the clock, seconds since the look before, stack."""
 
     def run(self) -> None:
         before, used = time.perf_counter(), time.clock_gettime(self._clock)
@@ -54,12 +56,19 @@ class StackSampler(threading.Thread):
             now, using = time.perf_counter(), time.clock_gettime(self._clock)
             stack = stack_of(frame)
             self.seconds[stack] += now - before
+            self.looks.append((time.time(), now - before, stack))
             self.busy[stack] += using - used
             before, used = now, using
 
     def stop(self) -> None:
         self._ends.set()
         self.join()
+
+    def phases(self, marks: dict[str, tuple[str, str]]) -> dict[str, list[float]]:
+        """Phase -> [when it was first seen, its seconds], for marks of phases: (end of a file's name, function; a
+        function's beginning is enough). A look belongs to the first of the marks that is on its stack, the outermost
+        place, the program itself, left out."""
+        return phases(self.looks, marks)
 
     def tree(self, least: float) -> list[dict[str, Any]]:
         """What took at least `least` seconds, with what it called, as lines of a tree in the order of calls."""
@@ -74,6 +83,21 @@ def stack_of(frame: FrameType | None) -> tuple[Place, ...]:
             places.append(Place(code.co_filename, code.co_name))
         frame = frame.f_back
     return tuple(reversed(places))
+
+
+def phases(
+    looks: list[tuple[float, float, tuple[Place, ...]]], marks: dict[str, tuple[str, str]]
+) -> dict[str, list[float]]:
+    """As `StackSampler.phases`."""
+    found: dict[str, list[float]] = {}
+    for at, spent, stack in looks:
+        names = (
+            name for name, (file, function) in marks.items()
+            if any(place.file.endswith(file) and place.function.startswith(function) for place in stack[1:])
+        )  # fmt: skip
+        name = next(names, "other")
+        found.setdefault(name, [at - spent, 0.0])[1] += spent
+    return found
 
 
 def with_below(seconds: Counter[tuple[Place, ...]]) -> dict[tuple[Place, ...], float]:

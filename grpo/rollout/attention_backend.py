@@ -11,11 +11,16 @@ import os
 import shutil
 from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import Any
 
 from grpo.errors import UserError
+from grpo.model.checks import largest_head
+from grpo.model.families.table import family_of
 
 OURS = "grpo"
 """FlashAttention, and for decoding steps the kernel of kernels/decode_attention.py."""
+OURS_MEASURED, OUR_HEADS = (90,), (64, 128, 256)
+"""Architectures on which it was compared with training and timed beside FlashAttention; its attention heads."""
 FP8_TRITON = 89
 """Architecture from which Triton converts to fp8."""
 FP8_FLASH = 90
@@ -50,6 +55,11 @@ class Served:
         return self.kv_cache_dtype == "fp8"
 
 
+def served_by(model: Any, architecture: int, kv_cache_dtype: str, dtype: str) -> Served:
+    """What a backend has to serve for `model`, a decoder's configuration or sizes."""
+    return Served(architecture, kv_cache_dtype, dtype, largest_head(model), family_of(model.model_type).sinks)
+
+
 def choose_backend(wanted: str, served: Served) -> str:
     """The backend for `served`, as `rollout.attention_backend` names it.
 
@@ -65,7 +75,23 @@ def choose_backend(wanted: str, served: Served) -> str:
             f"{capability(served.architecture)}: FlashAttention takes it on 9.0 alone, and Triton from 8.9 on; "
             'set "auto", and lower rollout.max_num_seqs if the KV cache is too large'
         )
-    return "flash_attn" if refusal("flash_attn", served) is None else "triton_attn"
+    if refusal("flash_attn", served) is not None:
+        return "triton_attn"
+    return OURS if gains(served) else "flash_attn"
+
+
+def gains(served: Served) -> bool:
+    """Whether decoding steps are known to be faster by our kernels, where FlashAttention serves."""
+    plain = not served.fp8 and not served.sinks and served.head_size in OUR_HEADS
+    return plain and served.architecture in OURS_MEASURED
+
+
+def decodes_by_ours(wanted: str, served: Served) -> bool:
+    """Whether `choose_backend` would choose our kernels for decoding steps; not, where it would refuse."""
+    try:
+        return choose_backend(wanted, served) == OURS
+    except UserError:
+        return False
 
 
 def refusal(backend: str, served: Served) -> str | None:

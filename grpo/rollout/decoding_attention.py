@@ -18,10 +18,8 @@ from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
 
-from grpo.kernels.decode_attention import Cache, NewToken, decode_attention, fits, serves
+from grpo.kernels.decode_attention import LEAST_PROGRAMS, Cache, NewToken, decode_attention, fits, serves
 
-LEAST_PROGRAMS = 192
-"""Sequences times key-value heads from which the kernel is used: FlashAttention splits fewer over the whole GPU."""
 ROTATE_LAST = ("LlamaAttention", "Qwen2Attention", "Qwen3Attention")
 """vLLM's modules that apply nothing to queries and keys after they are rotated."""
 
@@ -96,6 +94,12 @@ def serve_decoding(model: nn.Module, dtype: torch.dtype) -> int:
             served[inner].cos_sin = module.rotary_emb.cos_sin_cache
             module.rotary_emb = LateRotary(module.rotary_emb, inner.layer_name, served[inner])
     return len(served)
+
+
+def least_sequences(model: nn.Module) -> int:
+    """Of a decoding step in which every layer of `model` that has the kernel uses it; 0 where none has."""
+    served = [each.impl for each in model.modules() if type(getattr(each, "impl", None)) is DecodingImpl]
+    return max((-(-LEAST_PROGRAMS // impl.num_kv_heads) for impl in served), default=0)
 
 
 def plain(impl: FlashAttentionImpl, dtype: torch.dtype) -> bool:

@@ -32,10 +32,9 @@ from grpo.memory.plan import CPU_BLOCK, GPU_BLOCK, VLLM_BUFFERS, kv_cache_bytes
 from grpo.memory.states import has_states
 from grpo.model.architectures import vllm_class
 from grpo.model.base_weights import BaseWeights
-from grpo.model.checks import largest_head
-from grpo.model.families.table import family_of
 from grpo.policy.policy import Policy
-from grpo.rollout.attention_backend import OURS, Served, choose_backend
+from grpo.rollout.attention_backend import OURS, choose_backend, served_by
+from grpo.rollout.decoding_attention import least_sequences
 from grpo.rollout.decoding_kernels import nf4_shapes
 from grpo.rollout.lora_buffers import RolloutAdapter
 from grpo.rollout.route_recorder import RouteRecorder
@@ -46,7 +45,7 @@ from grpo.rollout.vllm_images import ARGUMENTS as IMAGE_ARGUMENTS
 from grpo.rollout.vllm_images import ImageStore, known_positions
 from grpo.rollout.vllm_model import ADAPTER_KEY, SHARED, AdapterHandle, write_model_folder
 from grpo.rollout.vllm_scheduler import LogprobCollector, OnePassSampler, rollout_scheduler
-from grpo.rollout.vllm_start import quick_start
+from grpo.rollout.vllm_start import quick_start, without_searches
 from grpo.run.compile_ahead import capture_sizes
 from grpo.run.machine import version_problem
 from grpo.run.tiles import prepare_tiles
@@ -98,7 +97,7 @@ class Engine:
             self.recorder = RouteRecorder(self.base, self.kv_bytes(), self.settings.kv_cache_dtype)
         self.collector.recorder = self.recorder
         arguments, on_gpu = self._arguments(), self.base.device.type == "cuda"
-        with nullcontext() if self.images is None else known_positions(), quick_start() if on_gpu else nullcontext():
+        with nullcontext() if self.images is None else known_positions(), quick_start():
             self.llm = vllm.LLM(**arguments)
         if on_gpu:
             self._runner.sampler = self.sampler = OnePassSampler(logprobs_mode="processed_logprobs")
@@ -128,8 +127,8 @@ class Engine:
     def _arguments(self) -> dict[str, Any]:
         settings, on_cpu = self.settings, self.base.device.type == "cpu"
         step_tokens = max(8192, settings.max_seq_length)
-        ours = settings.attention_backend == OURS and not on_cpu
-        handle = AdapterHandle(self.adapter, self.recorder, self.images, step_tokens, ours)
+        backend = None if on_cpu else self._backend()
+        handle = AdapterHandle(self.adapter, self.recorder, self.images, step_tokens, backend == OURS)
         arguments: dict[str, Any] = {
             "model": self._folder.name,
             "skip_tokenizer_init": not settings.stop_strings,
@@ -162,12 +161,7 @@ class Engine:
             arguments["enable_chunked_prefill"] = False
         else:
             arguments["gpu_memory_utilization"] = 0.05
-            major, minor = torch.cuda.get_device_capability(self.base.device)
-            dtype = str(self.base.dtype).removeprefix("torch.")
-            head, sinks = largest_head(self.base.config), family_of(self.base.config.model_type).sinks
-            served = Served(10 * major + minor, settings.kv_cache_dtype, dtype, head, sinks)
-            backend = choose_backend(settings.attention_backend, served)
-            arguments["attention_config"] = {"backend": ("flash_attn" if backend == OURS else backend).upper()}
+            arguments["attention_config"] = {"backend": ("flash_attn" if backend == OURS else backend or "").upper()}
             announce(f"attention while sampling: {backend}")
             if settings.release_kv_cache:
                 arguments["enable_cumem_allocator"] = True
@@ -178,6 +172,13 @@ class Engine:
                     "cudagraph_capture_sizes": capture_sizes(settings.max_num_seqs),
                 }
         return arguments
+
+    def _backend(self) -> str:
+        """The attention backend on this GPU."""
+        major, minor = torch.cuda.get_device_capability(self.base.device)
+        dtype = str(self.base.dtype).removeprefix("torch.")
+        served = served_by(self.base.config, 10 * major + minor, self.settings.kv_cache_dtype, dtype)
+        return choose_backend(self.settings.attention_backend, served)
 
     def kv_bytes(self) -> int:
         """Size of the KV cache: as set, or what `gpu_memory_utilization` leaves, or enough for every sequence.
@@ -281,6 +282,11 @@ class Engine:
     def has_graphs(self) -> bool:
         """Whether decoding steps are CUDA graphs; a step in which a prompt is read is none."""
         return self.base.device.type == "cuda" and not self.settings.enforce_eager
+
+    @property
+    def least_batch(self) -> int:
+        """Sequences of a decoding step that is computed as those of many are; 1 where none is computed otherwise."""
+        return max(1, min(self.settings.max_num_seqs, least_sequences(self.vllm_model())))
 
     @property
     def running(self) -> int:
@@ -420,7 +426,8 @@ class Engine:
             self._restore_kv_cache()
             shutdown = getattr(self.llm.llm_engine.engine_core, "shutdown", None)
             if shutdown is not None:
-                shutdown()
+                with without_searches():
+                    shutdown()
             self.llm = None
         gc.collect()
         if self.base.device.type == "cuda":

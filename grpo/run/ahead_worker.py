@@ -19,10 +19,22 @@ import torch
 import triton
 from torch import Tensor
 
-from grpo.kernels import logprob, lora_attention, lora_linear, lora_mlp, nf4, rms_norm, sample, stored_weight
-from grpo.kernels.cards import Card
+from grpo.kernels import (
+    decode_attention,
+    glu,
+    logprob,
+    lora_attention,
+    lora_linear,
+    lora_mlp,
+    lora_shrink,
+    nf4,
+    residual_norm,
+    rms_norm,
+    sample,
+    stored_weight,
+)
+from grpo.kernels.cards import Card, overlaps
 from grpo.kernels.lora_factors import Adapter, LowRank
-from grpo.kernels.lora_shrink import lora_shrink
 from grpo.kernels.nf4_gemm import fused_serves
 from grpo.kernels.pretended import pretended
 from grpo.run import tiles
@@ -45,9 +57,12 @@ class Launches:
         """Each of them by itself, so that one that fails leaves the others."""
         if self.work["packed"]:
             yield self.quantize
-        if self.decodes:
-            for rows in self.work["rows"]:
+        for rows in self.work["rows"]:
+            if self.decodes:
                 yield partial(self.decode, rows)
+            if self.work["own_decoding"]:
+                yield partial(self.between, rows)
+                yield partial(self.attend, rows)
         yield partial(self.decode, PROMPT_ROWS)
         yield self.sample
         yield partial(self.head, False)
@@ -79,15 +94,44 @@ class Launches:
     def decode(self, rows: int) -> None:
         """vLLM's linear layers, and what stands before an adapter's second half."""
         on = self.empty()
+        early = self.work["own_decoding"] and lora_shrink.serves(self.empty(rows, 1))
         for name, linear in self.linears.items():
             weight, absmax = self.stored(name)
             x, features, ranks = self.empty(rows, linear["columns"]), sum(linear["rows"]), linear["ranks"]
             low_rank = None
             if ranks:
-                low_rank = LowRank(
-                    lora_shrink(x, self.empty(ranks, linear["columns"]), on), self.empty(features, ranks)
-                )
+                a = self.empty(ranks, linear["columns"])
+                x_lora_a = lora_shrink.lora_shrink(x, a, on, overlapped=early)
+                low_rank = LowRank(x_lora_a, self.empty(features, ranks), early)
             stored_weight.linear(x, weight, absmax, self.bias(name), low_rank, self.empty(rows, features))
+
+    def between(self, rows: int) -> None:
+        """Norms and gates of a decoding step, as grpo/rollout/decoding_layers.py has them."""
+        work = self.work
+        x, weight = self.empty(rows, work["hidden"]), self.empty(work["hidden"])
+        if not work["unit_offset"] and residual_norm.serves(x, x, weight):
+            residual_norm.add_and_norm(x, self.empty(rows, work["hidden"]), weight, 1e-5)
+        if work["activation"] in ("silu", "swish") and rows <= residual_norm.MOST_ROWS:
+            gate_up = self.empty(rows, sum(self.linears["gate_up_proj"]["rows"]))
+            early = overlaps(work["card"]["architecture"])
+            glu.launch_forward(gate_up, "silu", self.empty(rows, gate_up.shape[1] // 2), overlapped=early)
+
+    def attend(self, rows: int) -> None:
+        """Attention of a decoding step, as grpo/rollout/decoding_attention.py has it."""
+        work = self.work
+        heads, pairs, size, page = work["heads"], work["key_value_heads"], work["head"], decode_attention.PAGE
+        if not decode_attention.serves(heads, pairs, size, self.dtype, self.dtype):
+            return
+        if rows * pairs < decode_attention.LEAST_PROGRAMS:
+            return
+        query, keys, values = self.empty(rows, heads + 2 * pairs, size).split([heads, pairs, pairs], 1)
+        pages = torch.empty(rows, -(-work["longest"] // page), dtype=torch.int32)
+        if not decode_attention.fits(rows, heads, pairs, size, pages.shape[1] * page):
+            return
+        held_keys, held_values = self.empty(64, page, pairs, 2 * size).split(size, -1)
+        new = decode_attention.NewToken(keys, values, self.empty(1024, size)) if work["rotates_last"] else None
+        cache = decode_attention.Cache(held_keys, held_values, pages, torch.empty(rows, dtype=torch.int32))
+        decode_attention.decode_attention(query, cache, 1.0, self.empty(rows, heads, size), new)
 
     def sample(self) -> None:
         width = -(-self.work["vocabulary"] // 64) * 64

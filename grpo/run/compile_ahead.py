@@ -23,6 +23,7 @@ import subprocess
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -46,11 +47,14 @@ FEWEST_CORES, LEFT_CORES = 4, 2
 ATTRIBUTES = {"multiprocessors": 16, "l2": 38, "major": 75, "minor": 76, "shared_memory": 97}
 """Of a device, by their numbers in CUDA's driver interface."""
 RANK_MULTIPLE = 16
+ROTATE_LAST = ("llama", "qwen2", "qwen3")
+"""Types of models whose attention in vLLM is one of ROTATE_LAST in grpo/rollout/decoding_attention.py."""
 _begun: list[subprocess.Popen[bytes]] = []
 
 
-def begin(config: Config) -> bool:
-    """Begin to compile what `config`'s run will launch on its GPU; whether processes are at it."""
+def begin(config: Config, own_decoding: Callable[[int], bool]) -> bool:
+    """Begin to compile what `config`'s run will launch on its GPU; whether processes are at it. own_decoding: whether
+    decoding steps are by the project's kernels throughout on a GPU of such an architecture."""
     if config.model.device == "cpu" or config.rollout.enforce_eager or os.environ.get("TRITON_INTERPRET", "0") != "0":
         return False
     count = processes()
@@ -60,7 +64,7 @@ def begin(config: Config) -> bool:
     card = driver_card() if launches is not None else None
     if launches is None or card is None:
         return False
-    work = {**launches, "card": card}
+    work = {**launches, "card": card, "own_decoding": own_decoding(card["architecture"])}
     done = record(work)
     if done.exists():
         return False
@@ -149,6 +153,7 @@ def launches_of(config: Config) -> dict[str, Any] | None:
         "activation": values.get("hidden_activation") or values.get("hidden_act") or "silu",
         "unit_offset": family.norm_adds_one, "head_norms": shape.model_type in ("qwen3", "gemma3_text"),
         "softcap": values.get("final_logit_softcapping"), "packed": model.load_in_4bit, "dtype": model.dtype,
+        "longest": sequence_limits(config)[0], "rotates_last": shape.model_type in ROTATE_LAST,
         "rows": capture_sizes(sequence_limits(config)[1])[::-1], "tokens": config.train.tokens_per_micro_batch,
         "temperature": config.rollout.temperature,
     }  # fmt: skip

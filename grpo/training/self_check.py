@@ -39,7 +39,7 @@ TEMPERATURES, UNCERTAIN = (1.0, 2.0), 0.5
 """Tried in this order, until tokens cost that much on average: some models are sure of what follows noise. vLLM allows
 no more than 2."""
 COMPLETIONS, TOKENS = 2, 16
-"""How many completions of the prompt are compared, and their tokens."""
+"""How many completions of the prompt are compared, at the least, and their tokens."""
 NUDGES = tuple(0.02 * 2**power for power in range(8))
 """Standard deviations of what is added to B, tried in this order."""
 STANDS_OUT = 4.0
@@ -299,8 +299,9 @@ def sample_with_choice(session: Session, prompt: GatePrompt) -> Sampled:
 
 
 def sample(session: Session, prompt: GatePrompt, temperature: float) -> Sampled:
-    """Short completions from vLLM."""
-    requests = [Request(index, prompt.ids, seed=index, images=prompt.images) for index in range(COMPLETIONS)]
+    """Short completions from vLLM, as many at once as it takes for a decoding step to be one of many."""
+    count = max(COMPLETIONS, session.engine.least_batch)
+    requests = [Request(index, prompt.ids, seed=index, images=prompt.images) for index in range(count)]
     sampling = SamplingSettings(temperature=temperature, max_tokens=TOKENS)
     done = sorted(session.engine.generate(requests, sampling), key=lambda completion: completion.request_id)
     logprobs = [logprob for completion in done for logprob in completion.logprobs]

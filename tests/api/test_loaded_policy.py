@@ -28,6 +28,7 @@ from grpo.api.loaded_policy import LoadedPolicy
 from grpo.api.result import TrainResult
 from grpo.errors import UserError
 from grpo.run.model_reference import resolve_model
+from tests.helpers.garbage import as_in_a_run
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny_run import save_tiny_chat_model
 
@@ -428,9 +429,10 @@ def test_closing_gives_everything_back_so_that_a_cell_can_be_run_again(
     with pytest.raises(UserError, match="closed; load it again"):
         policy.generate("abc")
     assert repr(policy) == "<closed policy>"
-    before = held()
-    watched = [weakref.ref(tensor) for tensor in cell(home, tmp_path / "run")]
-    after = held()
+    with as_in_a_run():
+        before = held()
+        watched = [weakref.ref(tensor) for tensor in cell(home, tmp_path / "run")]
+        after = held()
     assert not [tensor for tensor in watched if tensor() is not None], "storage of the base outlives close"
     assert after["memory"] - before["memory"] < 64 * 2**20, f"resident memory grows: {before} to {after}"
     assert after["files"] == before["files"] and after["threads"] == before["threads"]

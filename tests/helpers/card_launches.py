@@ -13,7 +13,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -227,9 +227,10 @@ def packed_products(shape: Shape, dtype: torch.dtype) -> None:
         bias = torch.empty(features, dtype=dtype) if shape.bias and name == "qkv" else None
         for rows in DECODING:
             x = torch.empty(rows, columns, dtype=dtype)
-            for ranks in (0, 48 if name == "qkv" else 16):
-                low_rank = adapter(rows, features, ranks, dtype) if ranks else None
-                nf4_gemm.nf4_linear(x, packed, absmax, bias, low_rank=low_rank)
+            nf4_gemm.nf4_linear(x, packed, absmax, bias)
+            for pending in {False, cards.card(x.device).overlaps}:
+                low_rank = adapter(rows, features, 48 if name == "qkv" else 16, dtype)
+                nf4_gemm.nf4_linear(x, packed, absmax, bias, low_rank=replace(low_rank, pending=pending))
 
 
 def eight_bit_products(shape: Shape, dtype: torch.dtype) -> None:
@@ -266,7 +267,7 @@ def shrinks(shape: Shape, dtype: torch.dtype) -> None:
         for rows in DECODING:
             for ranks in (16, 48, 64):
                 x, a = torch.empty(rows, columns, dtype=dtype), torch.empty(ranks, columns, dtype=dtype)
-                lora_shrink.lora_shrink(x, a, scale)
+                lora_shrink.lora_shrink(x, a, scale, overlapped=cards.card(x.device).overlaps)
 
 
 def factors(shape: Shape, dtype: torch.dtype) -> None:

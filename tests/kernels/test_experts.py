@@ -60,6 +60,7 @@ def by_token(x: Tensor, experts: Experts, chosen: Tensor, weights: Tensor) -> Te
     return torch.stack(rows)
 
 
+@pytest.mark.slow
 def test_kernels_in_the_interpreter() -> None:
     here = Path(__file__).parent
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(here / "interpreted_experts.py")]

@@ -63,7 +63,7 @@ def gemm_for_hopper(tile, split, element):
     constants = {
         "BN": tile.n, "BM": tile.m, "SPLIT": split, "WARPS": tile.warps, "STAGES": tile.stages, "DOTS": tile.dots,
         "RAGGED": True, "HALF_TAIL": False, "HAS_BIAS": False, "RANKS": 0,
-        "BR": 16, "INTERPRETED": False, "FENCED": False,
+        "BR": 16, "INTERPRETED": False, "FENCED": False, "PENDING": False, "WHOLE": tile.whole,
     }  # fmt: skip
     pointers = dict.fromkeys(("x_ptr", "bias_ptr", "out_ptr", "x_lora_a_ptr", "b_ptr"), f"*{element}")
     pointers |= {"words_ptr": "*i32", "scales_ptr": "*i32", "partial_ptr": "*fp32", "counters_ptr": "*i32"}
@@ -73,7 +73,7 @@ def gemm_for_hopper(tile, split, element):
 
 
 @pytest.mark.parametrize("element", ["bf16", "fp16"])
-@pytest.mark.parametrize("tile", [Tile(128, 16, 4, 4, 1), Tile(128, 128, 8, 3, 2)])
+@pytest.mark.parametrize("tile", [Tile(128, 16, 4, 4, 1), Tile(128, 128, 8, 3, 2), Tile(64, 16, 4, 4, 2, whole=True)])
 def test_compiled_for_hopper_weights_stay_in_registers(tile, element):
     ttgir, ptx = gemm_for_hopper(tile, 2, element)
     blocks = re.split(r"^\$L__BB\d+_\d+:", ptx, flags=re.MULTILINE)
@@ -160,7 +160,8 @@ def test_every_tile_gives_the_same_bits():
     for split in (1, 4):
         for tile in (
             Tile(64, 16, 4, 4, 1), Tile(64, 32, 4, 3, 2), Tile(128, 64, 4, 3, 1), Tile(128, 128, 8, 3, 2),
-            Tile(256, 128, 8, 2, 1), Tile(128, 256, 8, 2, 1),
+            Tile(256, 128, 8, 2, 1), Tile(128, 256, 8, 2, 1), Tile(64, 16, 4, 4, 2, whole=True),
+            Tile(64, 64, 4, 3, 2, whole=True),
         ):  # fmt: skip
             out = torch.full((256, 1024), float("nan"), device="cuda", dtype=torch.bfloat16)
             nf4_gemm.launch_gemm(x, *weight, None, out, tile, split)

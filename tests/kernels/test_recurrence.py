@@ -147,6 +147,7 @@ def test_in_16_bit_the_state_is_float32_and_the_result_is_rounded_once() -> None
     torch.testing.assert_close(gated_delta_rule(*parts, recurrence), exact.bfloat16(), rtol=2**-7, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernels", ["delta", "delta_step", "gated_norm", "short_conv"])
 def test_kernels_in_the_interpreter(kernels: str) -> None:
     """Triton reads TRITON_INTERPRET when it is imported, so this needs a process of its own."""

@@ -21,7 +21,7 @@ ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
         (80, "flash_attn", None),
         (86, "flash_attn", None),
         (89, "flash_attn", "triton_attn"),
-        (90, "flash_attn", "flash_attn"),
+        (90, "grpo", "flash_attn"),
         (100, "flash_attn", "triton_attn"),
         (120, "flash_attn", "triton_attn"),
     ],
@@ -84,7 +84,18 @@ def test_what_is_chosen_would_be_accepted_by_name(served):
         assert all(attention_backend.refusal(name, served) for name in ("flash_attn", "triton_attn"))
         return
     assert choose_backend(chosen, served) == chosen
-    assert chosen == "flash_attn" or attention_backend.refusal("flash_attn", served)
+    assert chosen != "triton_attn" or attention_backend.refusal("flash_attn", served)
+    assert attention_backend.decodes_by_ours("auto", served) == (chosen == "grpo")
+
+
+@given(SERVED)
+def test_our_kernels_are_chosen_only_where_they_were_measured_and_have_the_head(served):
+    from grpo.kernels import decode_attention
+
+    assert attention_backend.OUR_HEADS == decode_attention.HEAD_SIZES
+    if attention_backend.decodes_by_ours("auto", served):
+        assert served.architecture in attention_backend.OURS_MEASURED and not served.fp8 and not served.sinks
+        assert served.head_size in decode_attention.HEAD_SIZES and served.dtype != "float32"
 
 
 @pytest.mark.vllm

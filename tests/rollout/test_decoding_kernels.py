@@ -29,23 +29,24 @@ def linear(rows: int, columns: int, bias: bool, packed: bool) -> FusedLinear:
     st.booleans(),
     st.sampled_from([0, 16, 48]),
     st.lists(st.integers(1, 600), min_size=1, max_size=5),
+    st.booleans(),
 )
-def test_jobs_are_the_kernels_of_the_plan(card, rows, columns, bias, packed, ranks, counts):
+def test_jobs_are_the_kernels_of_the_plan(card, rows, columns, bias, packed, ranks, counts, early):
     one = linear(rows, columns, bias, packed)
     real, cards.card = cards.card, lambda device: card
     nf4_plans.find_plan.cache_clear()
     try:
         plan = nf4_plans.find_plan(DEVICE, rows, columns)
-        jobs = list(decoding_jobs({"one": one}, {"one": ranks} if ranks else {}, counts, DEVICE))
+        jobs = list(decoding_jobs({"one": one}, {"one": ranks} if ranks else {}, counts, DEVICE, early=early))
     finally:
         cards.card = real
         nf4_plans.find_plan.cache_clear()
     tiles = [(count, plan.tile(count)) for count in counts] if packed and plan else []
     products = [
-        Product(tile, plan.split, ranks, count % tile.m != 0, columns % nf4.TILE != 0, bias)
+        Product(tile, plan.split, ranks, count % tile.m != 0, columns % nf4.TILE != 0, bias, early and ranks > 0)
         for count, tile in tiles
         if tile
     ]
     assert [job for job in jobs if isinstance(job, Product)] == products
-    shrinks = [Shrink(ranks, columns)] * len(counts) if ranks and card.architecture >= 80 else []
+    shrinks = [Shrink(ranks, columns, early)] * len(counts) if ranks and card.architecture >= 80 else []
     assert [job for job in jobs if isinstance(job, Shrink)] == shrinks

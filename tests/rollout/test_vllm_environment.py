@@ -27,6 +27,7 @@ print(sorted(changed & set(grpo_names())), "vllm" in sys.modules)
 """
 
 
+@pytest.mark.slow
 def test_an_import_sets_no_variable_and_imports_no_vllm() -> None:
     program = IMPORTS.replace("grpo_names()", repr(list(VARIABLES)))
     environment = {name: value for name, value in os.environ.items() if name not in VARIABLES}

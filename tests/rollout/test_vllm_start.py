@@ -1,4 +1,4 @@
-"""grpo/rollout/vllm_start.py: vLLM's own way is back after a start, whatever became of it."""
+"""grpo/rollout/vllm_start.py: vLLM's own way is back after a start or a stop, whatever became of it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from grpo.rollout.vllm_start import SAMPLES, quick_start
+from grpo.rollout.vllm_start import SAMPLES, quick_start, without_searches
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -27,6 +27,18 @@ def test_nothing_of_it_stays(fails: bool) -> None:
     except ValueError:
         assert fails
     assert getattr(GPUModelRunner, SAMPLES) is own and gc.collect is collect and gc.isenabled()
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+def test_what_was_switched_off_before_stays_so(enabled: bool) -> None:
+    was = gc.isenabled()
+    (gc.enable if enabled else gc.disable)()
+    try:
+        with without_searches(), without_searches():
+            assert not gc.isenabled() and gc.collect() == 0
+        assert gc.isenabled() == enabled
+    finally:
+        (gc.enable if was else gc.disable)()
 
 
 def test_a_vllm_with_its_runner_elsewhere_starts_as_it_does(monkeypatch: pytest.MonkeyPatch) -> None:

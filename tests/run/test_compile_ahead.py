@@ -28,6 +28,10 @@ SIZES = {
 }  # fmt: skip
 
 
+def never(architecture: int) -> bool:
+    return False
+
+
 def config_of(folder: Path, values: dict[str, Any], **sections: dict[str, Any]) -> Config:
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(values))
@@ -37,20 +41,21 @@ def config_of(folder: Path, values: dict[str, Any], **sections: dict[str, Any]) 
 
 
 @pytest.mark.parametrize(
-    ("model_type", "card", "packed"),
+    ("model_type", "card", "packed", "own"),
     [
-        *(("llama", card, packed) for card in ("sm_75", "sm_80", "sm_90") for packed in (True, False)),
-        *((model_type, "sm_90", True) for model_type in ("qwen2", "qwen3", "gemma3_text", "mistral")),
+        *(("llama", card, packed, False) for card in ("sm_75", "sm_80", "sm_90") for packed in (True, False)),
+        *((model_type, "sm_90", True, True) for model_type in ("llama", "qwen2", "qwen3", "gemma3_text", "mistral")),
     ],
 )
 def test_every_launch_of_a_usual_decoder_is_made(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_type: str, card: str, packed: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_type: str, card: str, packed: bool, own: bool
 ) -> None:
     """As far as Triton asks whether to compile: nothing fails, and forward, backward and sampling are among them."""
     activation = (
         {"hidden_activation": "gelu_pytorch_tanh"} if model_type.startswith("gemma") else {"hidden_act": "silu"}
     )
-    config = config_of(tmp_path, SIZES | activation | {"model_type": model_type}, model={"load_in_4bit": packed})
+    sizes = SIZES | activation | {"model_type": model_type}
+    config = config_of(tmp_path, sizes, model={"load_in_4bit": packed}, rollout={"max_num_seqs": 128})
     work = launches_of(config)
     assert work is not None
     asked: list[str] = []
@@ -62,10 +67,12 @@ def test_every_launch_of_a_usual_decoder_is_made(
     monkeypatch.setattr(ahead_worker.Claims, "__call__", leave)
     monkeypatch.setattr("triton.knobs.runtime.jit_cache_hook", None)
     names = {name: getattr(BY_NAME[card], name) for name in cards.Card.__dataclass_fields__}
-    taken, failed = ahead_worker.run({**work, "card": names | {"name": "H100"}}, tmp_path)
+    taken, failed = ahead_worker.run({**work, "card": names | {"name": "H100"}, "own_decoding": own}, tmp_path)
     assert failed == [] and taken == []
     wanted = {"_rotate_kernel", "_backward_kernel", "_pack_lora_kernel", "_softmax_stats_kernel", "_piece_kernel"}
     assert wanted <= set(asked)
+    assert ("_decode_kernel" in asked) == own
+    assert ("_norm_kernel" in asked) == (own and model_type != "gemma3_text")
     assert ("_dequantize_kernel" in asked) == packed == ("_quantize_kernel" in asked)
 
 
@@ -97,7 +104,7 @@ def test_what_is_not_known_is_left_to_the_run(tmp_path: Path, values: dict[str, 
 
 def test_a_cpu_starts_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subprocess, "Popen", lambda *arguments, **options: pytest.fail("a process was started"))
-    assert not compile_ahead.begin(config_of(tmp_path, SIZES | {"model_type": "llama"}, model={"device": "cpu"}))
+    assert not compile_ahead.begin(config_of(tmp_path, SIZES | {"model_type": "llama"}, model={"device": "cpu"}), never)
     monkeypatch.setattr(compile_ahead.metadata, "version", lambda package: "2.13.0+cpu")
     assert compile_ahead.driver_card() is None, "torch would not use the GPU"
 
@@ -120,7 +127,7 @@ def room_for(count: int, config: Config, monkeypatch: pytest.MonkeyPatch) -> Pat
     monkeypatch.setattr(compile_ahead, "_begun", [])
     monkeypatch.setenv("TRITON_CACHE_DIR", str(config.checkpoint.output_dir.parent / "triton"))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    return compile_ahead.record({**(launches_of(config) or {}), "card": card})
+    return compile_ahead.record({**(launches_of(config) or {}), "card": card, "own_decoding": False})
 
 
 @pytest.mark.parametrize(
@@ -141,7 +148,7 @@ def test_only_processes_that_ended_by_themselves_are_noted(
     monkeypatch.setattr(compile_ahead.tied, "start", ending)
     waited: list[Any] = []
     monkeypatch.setattr(compile_ahead.threading, "Thread", lambda **options: waited.append(options) or Unstarted())
-    assert compile_ahead.begin(config)
+    assert compile_ahead.begin(config, never)
     waited[0]["target"](*waited[0]["args"])
     assert done.exists() == noted and not Path(waited[0]["args"][1]).exists()
 
@@ -159,7 +166,7 @@ def test_a_machine_that_has_no_further_process_is_left(tmp_path: Path, monkeypat
         raise OSError(11, "Resource temporarily unavailable")
 
     monkeypatch.setattr(subprocess, "Popen", refuse)
-    assert not compile_ahead.begin(config) and not compile_ahead.begun()
+    assert not compile_ahead.begin(config, never) and not compile_ahead.begun()
 
 
 def test_kernels_that_are_interpreted_are_not_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,7 +174,7 @@ def test_kernels_that_are_interpreted_are_not_compiled(tmp_path: Path, monkeypat
     room_for(2, config, monkeypatch)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(subprocess, "Popen", lambda *arguments, **options: pytest.fail("a process was started"))
-    assert not compile_ahead.begin(config)
+    assert not compile_ahead.begin(config, never)
 
 
 @pytest.mark.wide
@@ -184,19 +191,19 @@ def test_two_processes_share_the_kernels_and_a_second_start_has_none(
     monkeypatch.setattr(compile_ahead, "free_memory", lambda: 64 << 30)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert compile_ahead.begin(config) and compile_ahead.begun() and len(compile_ahead._begun) == 2
+    assert compile_ahead.begin(config, never) and compile_ahead.begun() and len(compile_ahead._begun) == 2
     work = launches_of(config)
     assert work is not None
-    done = compile_ahead.record({**work, "card": card})
+    done = compile_ahead.record({**work, "card": card, "own_decoding": False})
     ends = time.monotonic() + 120
     while not done.exists() and time.monotonic() < ends:
         time.sleep(0.1)
     assert done.exists(), [process.poll() for process in compile_ahead._begun]
     binaries = [file.name for file in (tmp_path / "triton").rglob("*.cubin")]
     assert {"_rotate_kernel.cubin", "_gemm_kernel.cubin", "_softmax_stats_kernel.cubin"} <= set(binaries)
-    assert not compile_ahead.begin(config), "all is in the cache"
+    assert not compile_ahead.begin(config, never), "all is in the cache"
     changed = config.model_copy(update={"lora": config.lora.model_copy(update={"r": 64})})
-    assert compile_ahead.record({**(launches_of(changed) or {}), "card": card}) != done
+    assert compile_ahead.record({**(launches_of(changed) or {}), "card": card, "own_decoding": False}) != done
 
 
 def test_claims_give_a_kernel_to_one_process(tmp_path: Path) -> None:

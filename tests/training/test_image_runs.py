@@ -39,6 +39,7 @@ def start(home: Path, name: str, *arguments: str, **changes: Any) -> int:
 
 
 @pytest.mark.vllm
+@pytest.mark.slow
 def test_a_run_on_images_encodes_each_once_and_goes_on_where_it_stopped(home: Path) -> None:
     assert start(home, "straight", train={"max_steps": 4}) == 0
     entries = read_metrics(home / "straight")

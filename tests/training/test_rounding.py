@@ -48,6 +48,8 @@ def assert_sampled_as_trained(steps):
     assert shares[0] >= 0.9 and statistics.fmean(shares) >= 0.9, shares
 
 
+@pytest.mark.vllm
+@pytest.mark.slow
 def test_the_first_steps_of_an_adapter_show_and_bring_no_mismatch(tmp_path):
     assert_sampled_as_trained(steps_of_a_run(tmp_path, "cpu", prompts=32))
 

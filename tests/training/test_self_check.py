@@ -12,12 +12,21 @@ from grpo.config.schema import parse_config
 from grpo.errors import UserError
 from grpo.session import open_session
 from grpo.training.self_check import check_start
+from tests.helpers.real_weights import save_first_layers
 from tests.helpers.tiny_run import SMOLLM2
+
+pytestmark = pytest.mark.vllm
 
 TARGETS = [["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"], ["o_proj"]]
 
 
-def session_of(targets, dtype, *, rank=8, device="cpu", model=SMOLLM2, four_bit=True):
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """Real weights, whose logprobs an adapter moves as little as those of a model that somebody trains."""
+    return str(save_first_layers(tmp_path_factory.mktemp("layers"), 6))
+
+
+def session_of(model, targets, dtype, *, rank=8, device="cpu", four_bit=True):
     values = {
         "model": {"name": model, "max_seq_length": 64, "dtype": dtype, "device": device, "load_in_4bit": four_bit},
         "lora": {"r": rank, "lora_alpha": 2 * rank, "target_modules": targets},
@@ -32,22 +41,22 @@ def adapter(session):
 
 
 @pytest.mark.parametrize("targets", TARGETS, ids="-".join)
-def test_an_adapter_on_any_subset_of_modules_passes_and_is_left_as_it_was(targets):
-    with session_of(targets, "bfloat16") as session:
+def test_an_adapter_on_any_subset_of_modules_passes_and_is_left_as_it_was(targets, model):
+    with session_of(model, targets, "bfloat16") as session:
         before = adapter(session)
         check_start(session)
         assert all(torch.equal(one, other) for one, other in zip(adapter(session), before, strict=True))
 
 
-def test_an_adapter_that_generation_does_not_get_is_a_sentence(monkeypatch):
-    with session_of(["q_proj", "v_proj"], "float32") as session:
+def test_an_adapter_that_generation_does_not_get_is_a_sentence(model, monkeypatch):
+    with session_of(model, ["q_proj", "v_proj"], "float32") as session:
         monkeypatch.setattr(session.engine, "sync_adapter", lambda: None)
         with pytest.raises(UserError, match="generation shows .* another adapter"):
             check_start(session)
 
 
-def test_a_rollout_with_other_weights_is_a_sentence():
-    with session_of(["q_proj"], "float32", four_bit=False) as session:
+def test_a_rollout_with_other_weights_is_a_sentence(model):
+    with session_of(model, ["q_proj"], "float32", four_bit=False) as session:
         norm = session.base.tensors["model.norm.weight"]
         graph = session.policy.decoder.model.norm
         graph.weight = torch.nn.Parameter(norm * 1.1, requires_grad=False)
@@ -55,8 +64,8 @@ def test_a_rollout_with_other_weights_is_a_sentence():
             check_start(session)
 
 
-def test_an_adapter_without_any_effect_is_a_sentence():
-    with session_of(["q_proj"], "float32") as session:
+def test_an_adapter_without_any_effect_is_a_sentence(model):
+    with session_of(model, ["q_proj"], "float32") as session:
         with torch.no_grad():
             for layer in session.policy.adapter_layers().values():
                 layer.lora_A["default"].weight.zero_()
@@ -69,7 +78,7 @@ def test_an_adapter_without_any_effect_is_a_sentence():
 @pytest.mark.parametrize("four_bit", [False, True])
 @pytest.mark.parametrize("targets", [["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]], ids="-".join)
 def test_on_a_gpu_every_dtype_and_base_passes(targets, four_bit, dtype, smollm2):
-    with session_of(targets, dtype, device="cuda", model=smollm2, four_bit=four_bit) as session:
+    with session_of(smollm2, targets, dtype, device="cuda", four_bit=four_bit) as session:
         check_start(session)
 
 

@@ -76,6 +76,7 @@ def resumed(home: Path) -> Path:
     return home / "resumed"
 
 
+@pytest.mark.slow
 def test_three_steps_and_three_resumed_give_the_adapter_of_six_bit_for_bit(straight: Path, resumed: Path) -> None:
     expected = load_file(straight / "adapter" / "adapter_model.safetensors")
     found = load_file(resumed / "adapter" / "adapter_model.safetensors")

@@ -45,8 +45,9 @@ class Rollout(Section):
     """"fp8" halves the KV cache on a GPU from compute capability 8.9 on, at a larger mismatch between rollout and
     training."""
     attention_backend: Literal["auto", "flash_attn", "grpo", "triton_attn", "flashinfer", "flex_attention"] = "auto"
-    """vLLM's attention on a GPU. "auto": FlashAttention; Triton's before Ampere and for an fp8 cache off Hopper.
-    "grpo": FlashAttention for prompts, this project's kernels for decoding steps of many sequences."""
+    """vLLM's attention on a GPU. "grpo": FlashAttention for prompts, this project's kernels for decoding steps of many
+    sequences. "auto": that on Hopper, FlashAttention elsewhere; Triton's before Ampere and for an fp8 cache off
+    Hopper."""
     release_kv_cache: bool = False
     """Give the KV cache's memory on a GPU to training while it runs; costs some tens of milliseconds a step."""
     enforce_eager: bool = False
