@@ -399,7 +399,9 @@ class TrainingMemory:
         s, one = self.sizes, self.layer_input()
         inner, wide = self.tokens * s.inner * self.itemsize, self.tokens * self._norm_input()
         layer_bytes = self.kept_by_layer() - (self._gate_and_up() if self.mlp_kernels else 0)
-        before = self.kept(mode) + (layer_bytes + one if mode in ("layer", "offload") else 0)
+        # What our norm keeps is the layer's input itself, which is in `kept`.
+        again = layer_bytes + (0 if s.gated else one)
+        before = self.kept(mode) + (again if mode in ("layer", "offload") else 0)
         mlp, freed = 2 * inner + self._packed_weight() + self._weight_gradients(s.inner * s.hidden), 4 * inner
         if self.mlp_kernels:  # the result's gradient and the input's, in 16 bit beside a float32 stream, and a tile
             narrow = self.tokens * s.hidden * self.itemsize
