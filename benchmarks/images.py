@@ -186,7 +186,8 @@ def planned(config: Any) -> dict[str, Any]:
     shape, tower = model_shape(config.model), model_tower(config.model)
     gpu = torch.cuda.is_available() and config.model.device != "cpu"
     plan = plan_memory(config, shape, 2, on_gpu=gpu, tower=tower)
-    found = {"tower": plan.tower, "images": plan.images, "weights": plan.weights}
+    names = ("weights", "adapter", "vllm", "tower", "images", "sampling", "peaks")
+    found = {name: getattr(plan, name) for name in names}
     if not gpu:
         return found
     free, total = torch.cuda.mem_get_info()
@@ -274,9 +275,11 @@ def main() -> int:
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--generations", type=int, default=8)
     parser.add_argument("--side", type=int, default=448, help="pixels of an image's side: 448 are 256 tokens")
-    parser.add_argument("--prompt", type=int, default=320)
+    parser.add_argument("--prompt", type=int, default=288, help="tokens at most; those of 448 pixels have 269")
     parser.add_argument("--completion", type=int, default=512)
-    parser.add_argument("--tokens", type=int, default=32768, help="train.tokens_per_micro_batch")
+    parser.add_argument(
+        "--tokens", type=int, help="train.tokens_per_micro_batch; left out: what half of the groups fill"
+    )
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--checkpointing", default="layer", help="the mode that is planned and measured")
     parser.add_argument("--offload-tower", action="store_true")
@@ -291,7 +294,9 @@ def main() -> int:
     if options.tiny:
         options.shape = options.shape if options.shape.startswith("tiny") else "tiny"
         options.side, options.prompt, options.completion, options.steps = 224, 128, 16, 2
-        options.prompts, options.generations, options.tokens = 4, 4, 1024
+        options.prompts, options.generations = 4, 4
+    if options.tokens is None:  # micro-batches are even, so that others than these would leave the budget unfilled
+        options.tokens = -(-options.prompts // 2) * (options.prompt + options.generations * options.completion)
     if options.train_trl:
         train_trl(options, options.train_trl)
         return 0

@@ -10,6 +10,7 @@ corrects by its default, from the training pass itself.
     python -m benchmarks.whole_step --out benchmarks/results/whole_step.json
     python -m benchmarks.whole_step --systems trl --trl-micro-batches 8,32
     python -m benchmarks.whole_step --full-finetuning --shape 3b
+    python -m benchmarks.whole_step --full-finetuning --systems ours --set train.optim=paged_adamw_8bit
 
 A system has a process of its own, one after another on the same GPU; its first step compiles and does not count. What
 is measured is written step by step. Prints a table; the last line is one JSON object.
@@ -86,7 +87,7 @@ def ours_command(options: argparse.Namespace, folder: Path, run: Path) -> list[s
         "train.tokens_per_micro_batch": options.tokens, "log.samples_every": 1000, "checkpoint.save_steps": 1000,
     }  # fmt: skip
     sections: dict[str, dict[str, Any]] = {}
-    for name, value in values.items():
+    for name, value in {**values, **dict(options.set)}.items():
         section, _, key = name.rpartition(".")
         sections.setdefault(section, {})[key] = value
     config = options.scratch / "whole_step.json"
@@ -228,6 +229,10 @@ def main() -> int:
         help="per_device_train_batch_size, one run each; 8 is TRL's default",
     )  # fmt: skip
     parser.add_argument("--full-finetuning", action="store_true", help="all weights with float32 values, no adapter")
+    parser.add_argument(
+        "--set", action="append", default=[], type=lambda text: tuple(text.split("=", 1)), metavar="KEY=VALUE",
+        help="ours: a text of the configuration, such as train.gradient_checkpointing=layer",
+    )  # fmt: skip
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--scratch", type=Path, default=Path("/tmp"))
     parser.add_argument("--budget", type=float, default=560, help="seconds for everything")
@@ -247,7 +252,7 @@ def main() -> int:
         return 0
     ends = time.monotonic() + options.budget
     folder = make_work(options)
-    keys = ("shape", "steps", "prompt", "completion", "tokens", "full_finetuning")
+    keys = ("shape", "steps", "prompt", "completion", "tokens", "full_finetuning", "set")
     result: dict[str, Any] = {"benchmark": "whole_step", **{key: getattr(options, key) for key in keys}}
     result |= {"bars": BARS, "measured_elsewhere": MEASURED, "systems": {}}
     for system in options.systems:

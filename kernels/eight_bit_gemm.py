@@ -44,6 +44,9 @@ TILE_FEATURES, TILE_COLUMNS, MOST_STAGES = 64, 128, 4
 BUSY_PROGRAMS = 256
 """Programs below which K is split: two for each multiprocessor of a large GPU (measured on an H200)."""
 LARGEST_SPLIT = 4
+ORDERED_ROWS = 32
+"""Rows from which x is put into the order of the words once, by a copy, and not by every program as it loads it: two
+numbers at a time, which is what takes the time then."""
 PIECE_ROWS = 256
 """A dequantised piece of W is a multiple of so many rows: cuBLAS takes three times as long for odd ones."""
 
@@ -167,6 +170,9 @@ def launch_fused(
     tiles = triton.cdiv(features, tile.n)
     assert tile.split == 1 or (tiles <= COUNTERS and 4 * tiles * tile.split * tile.n * tile_rows <= WORKSPACE_BYTES)
     scratch, counters = workspace(x.device)
+    ordered = tile.words and tile_rows >= ORDERED_ROWS
+    if ordered:
+        x = in_words_order(x)
     with on_device(x):
         _gemm_8bit_kernel[(tiles, tile.split)](
             x, codes.view(torch.int8), scales, x if bias is None else bias, x_lora_a, b, out,
@@ -174,8 +180,14 @@ def launch_fused(
             x_lora_a.stride(0), b.stride(0), b.stride(1), out.stride(0), features // scales.shape[0], groups, width,
             codes.dtype == eight_bit.FP8, groups > 1, tile.n, tile_rows, tile.k, tile.split, tile.stages,
             columns % tile.k == 0, bias is not None, ranks, min(64, triton.next_power_of_2(max(ranks, 16))),
-            tile.words, tile.warps, interpreted, num_warps=tile.warps,
+            tile.words, ordered, tile.warps, interpreted, num_warps=tile.warps,
         )  # fmt: skip
+
+
+def in_words_order(x: Tensor) -> Tensor:
+    """x [M, K] with every 64 columns in the order in which a matrix unit meets the codes of words: where 16 codes lie
+    beside each other in memory, and so in one thread, the unit wants two of each thread after two of the one before."""
+    return x.unflatten(1, (-1, 4, 4, 2, 2)).permute(0, 1, 3, 4, 2, 5).reshape(x.shape)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -185,7 +197,7 @@ def _gemm_8bit_kernel(
     shared, groups, width,
     IS_FP8: tl.constexpr, GROUPED: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
     SPLIT: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr, HAS_BIAS: tl.constexpr, RANKS: tl.constexpr,
-    BR: tl.constexpr, WORDS: tl.constexpr, WARPS: tl.constexpr, INTERPRETED: tl.constexpr,
+    BR: tl.constexpr, WORDS: tl.constexpr, ORDERED: tl.constexpr, WARPS: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """out^T [BN, BM] = W [BN, part of K] x^T: the long side of the tile is W's, which a matrix unit wants."""
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
@@ -208,8 +220,11 @@ def _gemm_8bit_kernel(
         word_ptrs = codes_ptr.to(tl.pointer_type(tl.int32)) + (loaded * (stride_codes_n // 4))[:, None]
         word_ptrs += tl.arange(0, 16)[None, :]
         slot = tl.arange(0, 64)
-        order = slot // 2 % 4 * 16 + slot // 16 * 4 + slot // 8 % 2 * 2 + slot % 2
-        order = tl.max_contiguous(tl.multiple_of(order, [2]), [2])
+        if ORDERED:
+            order = slot
+        else:
+            order = slot // 2 % 4 * 16 + slot // 16 * 4 + slot // 8 % 2 * 2 + slot % 2
+            order = tl.max_contiguous(tl.multiple_of(order, [2]), [2])
         ordered_ptrs = x_ptr + (m * stride_x_m)[None, :] + order[:, None]
     for step in tl.range(first, tl.minimum(first + share, steps), num_stages=STAGES):
         column = step * BK

@@ -398,6 +398,10 @@ class Engine:
             allocation.is_asleep = True
         self._kv_cache_is_released = True
 
+    def released_bytes(self) -> int:
+        """Bytes of the KV cache that are released now, and that torch counts all the same."""
+        return sum(allocation.handle[1] for allocation in kv_cache_allocations()) if self._kv_cache_is_released else 0
+
     def _restore_kv_cache(self) -> None:
         if not self._kv_cache_is_released:
             return

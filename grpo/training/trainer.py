@@ -9,7 +9,6 @@ gradients in `learner.py`, what ranks exchange in `ranks.py`.
 from __future__ import annotations
 
 import math
-import resource
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -39,6 +38,7 @@ from grpo.training.dump import dump_folder, gather_batch, write_dump
 from grpo.training.environment import make_sampler, own_rewards
 from grpo.training.evaluation import evaluate
 from grpo.training.learner import UNMEASURED, Learner
+from grpo.training.peak_memory import PeakMemory
 from grpo.training.reference_policy import set_reference
 from grpo.training.rollout_memory import sample_within_memory
 from grpo.training.step_metrics import ScoredGroups, expert_metrics, logged, reward_table, sampling_metrics
@@ -106,6 +106,7 @@ class Trainer:
             ranks=self.ranks,
             notice=self.log.notice,
         )
+        self.peak = PeakMemory(self.session.base.device)
         self.step = self.saved = 0
         self.step_complete = True
         self.accuracies: dict[int, float] = {}
@@ -118,7 +119,9 @@ class Trainer:
             self.restore()
         if self.session.base.device.type == "cuda":
             self.log.status("trying the largest micro-batch")
+            self.peak.note()
             self.learner.probe_memory()
+            self.peak.note(self.session.engine.released_bytes())
         try:
             self.evaluate()
             while self.step < self.max_steps:
@@ -141,12 +144,14 @@ class Trainer:
         taken = self.stream.taken.copy()
         try:
             rollouts, scored = sample_within_memory(lambda: self.sample(step), self.stream, self.session, self.ranks)
+            self.peak.note()
             self.session.engine.release_kv_cache()
             sampled = time.perf_counter()
             trained = self.update(self.trained_on(scored), step)
         except BaseException:
             self.stream.taken = taken
             raise
+        self.peak.note(self.session.engine.released_bytes())
         self.step_complete = False
         sync_seconds = self.session.engine.sync_adapter()
         now = time.perf_counter()
@@ -171,7 +176,7 @@ class Trainer:
             "train_seconds": now - sampled - sync_seconds,
             "sync_seconds": sync_seconds,
             "step_seconds": now - started,
-            "peak_memory_gib": peak_memory_gib(self.session.base.device),
+            "peak_memory_gib": self.peak.gib(),
             **self.rank_metrics(rollouts),
         }
 
@@ -360,10 +365,3 @@ class Trainer:
         summary = {trained: str(saved), "model": self.config.model.name}
         self.log.finish(summary)
         return summary
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """Most memory held so far: allocated on the GPU, or resident in this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -53,6 +53,6 @@ def test_the_fused_product_is_that_of_dequantised_weights_rounded_once(form, til
     launch_fused(x, codes, scales, bias, out, low_rank, tile, interpreted=True)
     assert (out.double() - exact).norm() / exact.norm() < TOLERANCE[dtype]
     assert share_rounded_more_than_once(out, exact) < 0.01
-    few = torch.empty(3, form[0], dtype=dtype)
+    few = torch.empty(3, form[0], dtype=dtype)  # so few that x is put in the order of words as it is loaded
     launch_fused(x[:3], codes, scales, bias, few, LowRank(low_rank.x_lora_a[:3], low_rank.b), tile, interpreted=True)
     assert few.equal(out[:3])

@@ -106,12 +106,13 @@ def test_tiles_decide_bits_by_the_weight_alone():
 
 
 @pytest.mark.parametrize("element", ["bf16", "fp16"])
+@pytest.mark.parametrize("ordered", [False, True])
 @pytest.mark.parametrize("is_fp8", [False, True])
-def test_compiled_for_hopper_decoded_weights_stay_in_registers(is_fp8, element):
+def test_compiled_for_hopper_decoded_weights_stay_in_registers(is_fp8, ordered, element):
     constants = {
-        "groups": 1, "IS_FP8": is_fp8, "GROUPED": False, "BN": 64, "BM": 16, "BK": 128, "SPLIT": 1, "STAGES": 4,
-        "EVEN": True, "HAS_BIAS": False, "RANKS": 0, "BR": 16, "WORDS": True, "WARPS": 4, "INTERPRETED": False,
-        "stride_b_r": 1,
+        "groups": 1, "IS_FP8": is_fp8, "GROUPED": False, "BN": 64, "BM": 32 if ordered else 16, "BK": 128,
+        "SPLIT": 1, "STAGES": 4, "EVEN": True, "HAS_BIAS": False, "RANKS": 0, "BR": 16, "WORDS": True,
+        "ORDERED": ordered, "WARPS": 4, "INTERPRETED": False, "stride_b_r": 1,
     }  # fmt: skip
     pointers = dict.fromkeys(("x_ptr", "bias_ptr", "out_ptr", "x_lora_a_ptr", "b_ptr"), f"*{element}")
     pointers |= {"codes_ptr": "*i8", "scales_ptr": "*fp32", "partial_ptr": "*fp32", "counters_ptr": "*i32"}
@@ -121,6 +122,7 @@ def test_compiled_for_hopper_decoded_weights_stay_in_registers(is_fp8, element):
     loop = next(block for block in blocks if "wgmma.mma_async" in block)
     assert "shfl" not in loop and "st.shared" not in loop, "no value changes its lane"
     assert loop.count("ld.shared.v4.b32") == 4, "codes are read sixteen at once"
+    assert (re.search(r"cp\.async\.\w+\.shared\.global \[[^\]]*\], \[[^\]]*\], 0x4", ptx) is None) == ordered
 
 
 @pytest.mark.timeout(600)

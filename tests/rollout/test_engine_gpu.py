@@ -134,7 +134,9 @@ def test_logprobs_are_those_that_vllm_gives_itself(on_gpu: OnGpu, blocks: int, t
 def test_a_released_kv_cache_is_free_memory_and_comes_back(on_gpu: OnGpu) -> None:
     before = on_gpu.sample(5)
     free = torch.cuda.mem_get_info()[0]
+    assert on_gpu.engine.released_bytes() == 0
     on_gpu.engine.release_kv_cache()
+    assert on_gpu.engine.released_bytes() >= KV_BYTES // 2
     assert torch.cuda.mem_get_info()[0] - free > 0.95 * KV_BYTES
     taken = torch.ones(KV_BYTES // 2, dtype=torch.uint8, device="cuda")
     on_gpu.disagreement(before)
