@@ -5,6 +5,7 @@ Timed inside CUDA graphs: the two products alone at every tile, the whole layer 
 activation, sum) without and with an adapter of rank 16 on every expert, and bf16 weights by torch's grouped_mm.
 
     python -m benchmarks.experts --out benchmarks/results/experts.json
+    python -m benchmarks.experts --counts 32,128 --taken   # by the tiles alone that decoding takes
     TRITON_INTERPRET=1 python -m benchmarks.experts --tiny
 
 Prints a table; the last line is one JSON object.
@@ -134,8 +135,8 @@ def name_of(tile: Tile) -> str:
     return str((tile.n, tile.m, tile.warps, tile.stages, tile.dots))
 
 
-def agreement(experts: Experts, top_k: int) -> dict[str, bool]:
-    """Which tiles compute what torch does, with adapters and without."""
+def agreement(experts: Experts, top_k: int, tiles: tuple[Tile, ...]) -> dict[str, bool]:
+    """Which of `tiles` compute what torch does, with adapters and without."""
     above, below = (
         nf4_experts.first_experts(each, nf4_experts.CHECKED_EXPERTS) for each in (experts.gate_up, experts.down)
     )
@@ -144,7 +145,7 @@ def agreement(experts: Experts, top_k: int) -> dict[str, bool]:
         activated = nf4_experts.agrees(above, top_k, tile, RANK, experts.activation)
         return activated and nf4_experts.agrees(below, top_k, tile, RANK)
 
-    return {name_of(tile): right(tile) for tile in TILES}
+    return {name_of(tile): right(tile) for tile in tiles}
 
 
 def timed(
@@ -173,18 +174,18 @@ def timed(
         "products_us": round(by_tile[tiles.gate_up][0] + by_tile[tiles.down][1], 1),
         "layer_us": whole(None),
         "layer_with_adapters_us": whole(lora),
-        "layer_overlapped_us": overlapped(lambda: whole(None)),
         "parts_us": parts(x, inner, logits, experts, lora, top_k, tiles) | {"router": router_us},
         "bf16_grouped_mm_us": round(dense_time(x, logits, sizes, dense), 1),
         "floor_us": round(hit * 3 * sizes["hidden"] * sizes["inner"] * 0.53125 / BANDWIDTH * 1e6, 1),
         "tiles": [str(tile) for tile in tiles],
+        **({"layer_apart_us": apart(lambda: whole(None))} if len(right) > 1 else {}),
         "by_tile": {name_of(tile): times for tile, times in by_tile.items()},
     }
 
 
-def overlapped(call: Any) -> Any:
-    """`call`() where a kernel may begin before the one in front of it has ended."""
-    with patch.object(cards, "OVERLAPPED_LAUNCHES", True):
+def apart(call: Any) -> Any:
+    """`call`() where no kernel begins before the one in front of it has ended."""
+    with patch.object(cards, "OVERLAPPED_LAUNCHES", False):
         return call()
 
 
@@ -255,46 +256,61 @@ def dense_time(x: Tensor, logits: Tensor, sizes: dict[str, int], dense: tuple[Te
 # The whole
 
 
-def compile_ahead(tiles: tuple[Tile, ...]) -> None:
-    """Compile every tile in processes of their own, which leave them in Triton's cache."""
-    commands = [[sys.executable, "-m", "benchmarks.experts", "--compile", str(number)] for number in range(len(tiles))]
-    running = [subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for command in commands]
-    for process in running:
-        process.wait()
+def compile_ahead(tiles: tuple[Tile, ...]) -> list[subprocess.Popen[bytes]]:
+    """Begin to compile every tile in processes of their own, which leave them in Triton's cache."""
+    numbers = [TILES.index(tile) for tile in tiles]
+    commands = [[sys.executable, "-m", "benchmarks.experts", "--compile", str(number)] for number in numbers]
+    return [subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for command in commands]
 
 
 def compile_tile(tile: Tile, device: str) -> None:
-    """Run both products of `tile` once, with and without adapters."""
+    """Run whatever `tile` is timed with once, with and without adapters."""
     sizes = {**SHAPE, "experts": 16}  # a multiple of 16, for which Triton compiles as for 128
     experts, lora = layer(sizes, device), adapters(sizes, device)
     x, logits = inputs(2, sizes, device)
     for each in (None, lora):
         nf4_experts.decode(x, logits, experts, sizes["top_k"], True, each, DecodeTiles(tile, tile))
+    agreement(experts, sizes["top_k"], (tile,))
 
 
 def kernels(options: argparse.Namespace) -> dict[str, Any]:
-    """Correctness everywhere, times on a GPU."""
+    """Times on a GPU, correctness everywhere."""
     sizes, device = (TINY, "cpu") if options.tiny else (SHAPE, "cuda")
     counts = (1, 3) if options.tiny else tuple(map(int, options.counts.split(",")))
+    tried = (nf4_experts.FEW[0], nf4_experts.MANY[0]) if options.taken else TILES
+    compiling = [] if options.tiny else compile_ahead(tried)
     experts, lora = layer(sizes, device), adapters(sizes, device)
-    taken = None if options.tiny else nf4_experts.find_tiles(experts, sizes["top_k"], RANK)
-    correct = {str(tokens): checked(tokens, sizes, experts, lora, device) for tokens in counts}
-    for tokens, errors in correct.items():
-        print(f"{tokens:>4} sequences: {errors}", flush=True)
-    result: dict[str, Any] = {"benchmark": "experts", "shape": sizes, "correctness": correct}
-    result["tile_taken"] = str(taken)
-    result["tiles_that_agree"] = {} if options.tiny else agreement(experts, sizes["top_k"])
-    write_result(options.out, result)
+    for process in compiling:
+        process.wait()
+    result: dict[str, Any] = {"benchmark": "experts", "shape": sizes}
     if not options.tiny:
-        dense = experts.gate_up.dense(), experts.down.dense()
-        rows = []
-        for tokens in counts:
-            right = [tile for tile in TILES if result["tiles_that_agree"][name_of(tile)]]
-            rows.append(timed(tokens, sizes, experts, lora, dense, right))
-            print({key: value for key, value in rows[-1].items() if key != "by_tile"}, flush=True)
-            result["times"] = rows
-            write_result(options.out, result)
+        time_all(options, experts, lora, counts, result)
+    result["correctness"] = {str(tokens): checked(tokens, sizes, experts, lora, device) for tokens in counts}
+    for tokens, errors in result["correctness"].items():
+        print(f"{tokens:>4} sequences: {errors}", flush=True)
+    write_result(options.out, result)
     return result
+
+
+def time_all(
+    options: argparse.Namespace, experts: Experts, lora: ExpertAdapters, counts: tuple[int, ...], result: dict[str, Any]
+) -> None:
+    """Every count by the tiles that are right, into `result`."""
+    taken = nf4_experts.find_tiles(experts, SHAPE["top_k"], RANK)
+    result["tile_taken"] = str(taken)
+    if not options.taken:
+        result["tiles_that_agree"] = agreement(experts, SHAPE["top_k"], TILES)
+    dense = experts.gate_up.dense(), experts.down.dense()
+    result["times"] = []
+    for tokens in counts:
+        if options.taken:
+            right = [] if taken is None else [taken.of(tokens * SHAPE["top_k"], SHAPE["experts"])]
+        else:
+            right = [tile for tile in TILES if result["tiles_that_agree"][name_of(tile)]]
+        row = timed(tokens, SHAPE, experts, lora, dense, right)
+        print({key: value for key, value in row.items() if key != "by_tile"}, flush=True)
+        result["times"].append(row)
+        write_result(options.out, result)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -302,18 +318,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--tiny", action="store_true", help="small sizes, on the CPU under TRITON_INTERPRET=1")
     parser.add_argument("--counts", default=",".join(map(str, COUNTS)), help="numbers of sequences")
+    parser.add_argument("--taken", action="store_true", help="the tiles alone that decoding takes")
     parser.add_argument("--compile", type=int, metavar="N", help="compile the N-th tile alone")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args(arguments)
     if options.compile is not None:
-        with patch.object(cards, "OVERLAPPED_LAUNCHES", False):
-            compile_tile(TILES[options.compile], "cuda")
+        compile_tile(TILES[options.compile], "cuda")
         return 0
     started = time.monotonic()
-    if not options.tiny:
-        compile_ahead(TILES)
-    with patch.object(cards, "OVERLAPPED_LAUNCHES", False):  # but for `overlapped`
-        result = kernels(options)
+    result = kernels(options)
     result["seconds"] = round(time.monotonic() - started, 1)
     write_result(options.out, result)
     print(json.dumps(result))

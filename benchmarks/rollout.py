@@ -29,7 +29,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common.processes import wait_or_end
+from benchmarks.common.processes import turn, wait_or_end
 
 SYSTEMS = ("ours", "bnb-lora", "bf16-lora", "bf16")
 BARS = {32: {"bnb-lora": 2.0, "bf16-lora": 1.0}, 256: {"bnb-lora": 1.4}}
@@ -57,11 +57,12 @@ def our_rollout(options: argparse.Namespace) -> Callable[[list[list[int]], int, 
     import torch
 
     from benchmarks.common import shared_model as shared
+    from benchmarks.common.decoding import choose
     from benchmarks.common.random_model import RandomSource
     from grpo.config.schema import Lora, Model
     from grpo.model.base_weights import BaseWeights
     from grpo.policy.policy import Policy
-    from grpo.rollout.engine import Engine, EngineSettings, Request, SamplingSettings
+    from grpo.rollout.engine import Engine, EngineSettings
 
     device = torch.device(options.device)
     model = Model(name="random", load_in_4bit=True)
@@ -72,8 +73,14 @@ def our_rollout(options: argparse.Namespace) -> Callable[[list[list[int]], int, 
         max_seq_length=options.prompt_tokens + options.new_tokens,
         max_num_seqs=max(options.counts),
         kv_cache_dtype=options.kv_cache_dtype,
+        attention_backend=choose(options.backend),
     )
-    engine = Engine(base, policy, settings)
+    return sampler_of(Engine(base, policy, settings))
+
+
+def sampler_of(engine: Any) -> Callable[[list[list[int]], int, int], int]:
+    """The same of an engine of ours that runs."""
+    from grpo.rollout.engine import Request, SamplingSettings
 
     def sample(prompts: list[list[int]], new_tokens: int, seed: int) -> int:
         requests = [Request(number, prompt, seed) for number, prompt in enumerate(prompts)]
@@ -91,7 +98,7 @@ def vllm_rollout(options: argparse.Namespace) -> Callable[[list[list[int]], int,
     from vllm.lora.request import LoRARequest
     from vllm.sampling_params import RequestOutputKind
 
-    quantised, lora = options.system == "bnb-lora", options.system != "bf16"
+    quantised, lora, kv = options.system == "bnb-lora", options.system != "bf16", options.peer_kv_gb
     folder = prepare_folder(options)
     arguments: dict[str, Any] = {
         "load_format": "bitsandbytes" if quantised else "dummy",
@@ -103,7 +110,8 @@ def vllm_rollout(options: argparse.Namespace) -> Callable[[list[list[int]], int,
         str(folder), skip_tokenizer_init=True, dtype="bfloat16", max_num_seqs=max(options.counts),
         max_model_len=options.prompt_tokens + options.new_tokens, max_num_batched_tokens=8192,
         logprobs_mode="processed_logprobs", disable_log_stats=True, generation_config="vllm",
-        gpu_memory_utilization=options.peer_memory, **arguments,
+        gpu_memory_utilization=options.peer_memory if kv is None else 0.05,
+        kv_cache_memory_bytes=None if kv is None else int(kv * 1e9), **arguments,
         compilation_config={"cudagraph_capture_sizes": sorted(options.counts)}, enforce_eager=options.enforce_eager,
     )  # fmt: skip
     core = llm.llm_engine
@@ -135,6 +143,12 @@ def one_system(options: argparse.Namespace) -> dict[str, Any]:
     vocabulary = shape_config(options.shape).vocab_size
     found: dict[str, Any] = {"system": options.system, "started_in_s": round(time.time() - started, 1), "rollouts": []}
     found |= {"hardware": hardware(), "versions": versions()}
+    with turn(options.turns):
+        measure_counts(options, sample, vocabulary, found)
+    return found
+
+
+def measure_counts(options: argparse.Namespace, sample: Any, vocabulary: int, found: dict[str, Any]) -> None:
     for count in options.counts:
         try:
             found["rollouts"].append(one_count(options, sample, vocabulary, count))
@@ -143,7 +157,6 @@ def one_system(options: argparse.Namespace) -> dict[str, Any]:
             found.setdefault("errors", {})[str(count)] = f"{type(error).__name__}: {error}"[:300]
         if options.out:
             write(options.out, found)
-    return found
 
 
 def one_count(options: argparse.Namespace, sample: Any, vocabulary: int, count: int) -> dict[str, Any]:
@@ -205,15 +218,25 @@ def prepare_folder(options: argparse.Namespace) -> Path:
     return folder
 
 
-def run_system(options: argparse.Namespace, system: str, ends: float) -> dict[str, Any]:
-    """What a process of its own measures of `system`, and as far as it got if the time was up first."""
-    place = (options.out or options.scratch / "rollout.json").with_suffix(f".{system}.json")
+def place_of(options: argparse.Namespace, system: str) -> Path:
+    """Where the process of `system` writes what it measures."""
+    return (options.out or options.scratch / "rollout.json").with_suffix(f".{system}.json")
+
+
+def start_system(options: argparse.Namespace, system: str) -> subprocess.Popen[bytes]:
+    place = place_of(options, system)
     place.parent.mkdir(parents=True, exist_ok=True)
     place.unlink(missing_ok=True)
     command = [sys.executable, "-m", "benchmarks.rollout", "--system", system, *options.passed, "--out", str(place)]
-    begun = time.monotonic()
     with open(place.with_suffix(".log"), "w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+
+
+def result_of_system(
+    options: argparse.Namespace, system: str, process: subprocess.Popen[bytes], ends: float
+) -> dict[str, Any]:
+    """What the process of `system` measures, and as far as it got if the time was up first."""
+    place, begun = place_of(options, system), time.monotonic()
     said = wait_or_end(process, ends - begun)
     text = place.with_suffix(".log").read_text(errors="replace")
     print("\n".join(line for line in text.splitlines() if line.startswith(system)), flush=True)
@@ -269,6 +292,15 @@ def main() -> int:
     parser.add_argument("--kv-cache-dtype", default="auto", help="ours: auto or fp8")
     parser.add_argument("--peer-memory", type=float, default=0.8, help="gpu_memory_utilization of vLLM's own systems")
     parser.add_argument("--enforce-eager", action="store_true", help="vLLM's own systems without compilation")
+    parser.add_argument(
+        "--peer-kv-gb",
+        type=float,
+        help="KV cache of vLLM's own systems; without, they measure what is left",
+    )
+    parser.add_argument(
+        "--turns", type=Path, metavar="FILE", help="start all systems at once; who has a lock on FILE is measured"
+    )
+    parser.add_argument("--backend", default="auto", help="ours: see benchmarks/common/decoding.py")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--scratch", type=Path, default=Path("/tmp"))
     parser.add_argument("--budget", type=float, default=560, help="seconds for everything")
@@ -281,8 +313,11 @@ def main() -> int:
     options.passed = sys.argv[1:]
     ends = time.monotonic() + options.budget
     systems = joined(options.join) if options.join else {}
-    for system in [] if options.join else options.systems:
-        systems[system] = run_system(options, system, ends)
+    wanted = [] if options.join else options.systems
+    running = {system: start_system(options, system) for system in wanted if options.turns}
+    for system in wanted:
+        process = running.get(system) or start_system(options, system)
+        systems[system] = result_of_system(options, system, process, ends)
         if options.out:
             write(options.out, result_of(options.shape, systems))
     result = result_of(options.shape, systems)

@@ -2,7 +2,8 @@
 
 Every decoder layer's mixer and MLP of the training graph is given what vLLM's was given, so that each difference is of
 that module alone; and, apart, the stream between layers as it comes through all layers before. vLLM has to run without
-CUDA graphs, whose replays call no module. Nothing here loads a model.
+CUDA graphs, whose replays call no module. Of a mixture of experts both have those that sampling chose. Nothing here
+loads a model.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from grpo.policy.policy import Policy
-from grpo.rollout.engine import Engine, Request, SamplingSettings
+from grpo.rollout.engine import Completion, Engine, Request, SamplingSettings
 
 KINDS = ("linear_attn", "self_attn", "conv", "mlp")
 LAYER = re.compile(r"(?:.*\.)?layers\.(\d+)(?:\.(\w+))?")
@@ -48,10 +49,8 @@ def hooked(handles: list[Any]) -> Iterator[None]:
             handle.remove()
 
 
-def vllms(
-    engine: Engine, prompt: list[int], new_tokens: int
-) -> tuple[list[int], list[float], dict[Any, tuple[Tensor, Tensor]]]:
-    """(sampled tokens, their logprobs, (layer, kind) -> what it took and gave at all tokens)."""
+def vllms(engine: Engine, prompt: list[int], new_tokens: int) -> tuple[Completion, dict[Any, tuple[Tensor, Tensor]]]:
+    """(What was sampled, (layer, kind) -> what it took and gave at all tokens)."""
     parts: dict[Any, list[tuple[Tensor, Tensor]]] = defaultdict(list)
 
     def remember(key: tuple[int, str]) -> Any:
@@ -70,15 +69,15 @@ def vllms(
     with hooked(handles):
         (done,) = engine.generate([Request(0, prompt, 7)], SamplingSettings(1.0, new_tokens))
     seen = {key: tuple(torch.cat(both) for both in zip(*calls, strict=True)) for key, calls in parts.items()}
-    return list(done.token_ids), list(done.logprobs), seen  # type: ignore[return-value]
+    return done, seen  # type: ignore[return-value]
 
 
 @torch.no_grad()
 def differences(engine: Engine, policy: Policy, prompt: list[int], new_tokens: int) -> dict[str, Any]:
     """Relative differences: of each kind of module alone (mean over layers, worst layer) and of the stream by depth,
     at given and at sampled tokens; and the mean square of the logprobs' difference."""
-    ids, logprobs, seen = vllms(engine, prompt, new_tokens)
-    given = len(prompt)
+    done, seen = vllms(engine, prompt, new_tokens)
+    ids, routes, given = list(done.token_ids), None if done.routes is None else [done.routes], len(prompt)
     alone: dict[str, dict[str, list[float]]] = defaultdict(lambda: {"given": [], "sampled": []})
     stream: dict[int, tuple[float, float]] = {}
 
@@ -117,13 +116,13 @@ def differences(engine: Engine, policy: Policy, prompt: list[int], new_tokens: i
         module.register_forward_hook(measure(key), with_kwargs=True) for key, module in ours if key[1] == "stream"
     ]
     with hooked(streams):
-        scored = policy.score([prompt], [ids], temperature=1.0).logprobs
+        scored = policy.score([prompt], [ids], temperature=1.0, routes=routes).logprobs
     parts = [(key, module) for key, module in ours if key[1] != "stream" and key in seen]
     handles = [module.register_forward_pre_hook(replace(key), with_kwargs=True) for key, module in parts]
     handles += [module.register_forward_hook(measure(key), with_kwargs=True) for key, module in parts]
     with hooked(handles):
-        policy.score([prompt], [ids], temperature=1.0)
-    gap = scored.double().cpu() - torch.tensor(logprobs, dtype=torch.float64)
+        policy.score([prompt], [ids], temperature=1.0, routes=routes)
+    gap = scored.double().cpu() - torch.tensor(done.logprobs, dtype=torch.float64)
     return {
         "alone": {
             kind: {where: [sum(sizes) / len(sizes), max(sizes)] for where, sizes in both.items()}

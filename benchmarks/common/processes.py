@@ -6,10 +6,13 @@ there is more of it, so that a benchmark that is ended leaves what it has measur
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import json
 import os
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -30,6 +33,17 @@ def wait_or_end(process: subprocess.Popen[bytes], seconds: float) -> str | None:
         return TIME_UP
     finally:
         end(process)
+
+
+@contextmanager
+def turn(file: Path | None) -> Iterator[None]:
+    """Inside, no other process that asks for a turn by the same file has one; without a file at once."""
+    if file is None:
+        yield
+        return
+    with open(file, "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def end(process: subprocess.Popen[bytes]) -> None:

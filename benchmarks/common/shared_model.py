@@ -188,9 +188,10 @@ def rollout_seconds(engine: Engine, count: int, prompt_tokens: int, new_tokens: 
 def throughput(engine: Engine, count: int, prompt_tokens: int, new_tokens: int, repeats: int = 3) -> dict[str, Any]:
     """Tokens a second at `count` sequences: of a whole rollout, and of decoding alone (a one-token rollout taken off).
 
-    Medians over `repeats`, after one rollout that does not count.
+    Medians over `repeats`, after one rollout that does not count, as long as the others: what it meets on its way is
+    compiled then.
     """
-    rollout_seconds(engine, count, prompt_tokens, 8, seed=1)
+    rollout_seconds(engine, count, prompt_tokens, new_tokens, seed=1)
     whole, decoding = [], []
     for repeat in range(repeats):
         prefill, first = rollout_seconds(engine, count, prompt_tokens, 1, seed=100 + repeat)

@@ -21,6 +21,8 @@ from grpo.config.toml import NONE, Location, line_of, split_override, write_valu
 from grpo.errors import UserError
 
 LONGEST_VALUE = 80
+TOO_LARGE = "too_large"
+"""The type of the error of a number that nothing computes with."""
 
 
 def accepts(field: FieldInfo) -> str:
@@ -129,6 +131,8 @@ def explain(
         sentence = f"{key!r} is missing; it has no default"
     elif first["type"] == "value_error":
         sentence = f"[{key}] {first['ctx']['error']}" if key else str(first["ctx"]["error"])
+    elif first["type"] == TOO_LARGE:
+        sentence = f"{key} = {shown(_value_at(path, values))}: {first['msg']}"
     else:
         must = accepts(field) if field else "a table"
         sentence = f"{key} = {shown(_value_at(path, values))}: must be {must}"

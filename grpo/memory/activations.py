@@ -248,15 +248,20 @@ class TrainingMemory:
 
     @property
     def stream_itemsize(self) -> int:
-        """Bytes of a number of the hidden state between layers."""
-        return max(4, self.itemsize) if self.sizes.gated else self.itemsize
+        """Bytes of a number of what layers hand on."""
+        return 4 if self.sizes.float32_stream else self.itemsize
 
     def layer_input(self) -> int:
+        """Bytes of what a layer gets and gives."""
         return self.tokens * self.sizes.hidden * self.stream_itemsize
+
+    def _normed(self) -> int:
+        """Bytes of a norm of it."""
+        return self.tokens * self.sizes.hidden * self.itemsize
 
     def _layer_inputs(self) -> int:
         """Of all layers: the first one's is the embeddings, in the model's dtype."""
-        return (self.sizes.layers - 1) * self.layer_input() + self.tokens * self.sizes.hidden * self.itemsize
+        return (self.sizes.layers - 1) * self.layer_input() + self._normed()
 
     def kept(self, mode: str) -> int:
         """Bytes that all layers keep on the device between their forward and their backward."""
@@ -299,17 +304,17 @@ class TrainingMemory:
     def _head(self, mode: str) -> dict[str, int]:
         """The last norm's input, its output, the rows of it that predict, and their gradients, made with the logits."""
         s = self.sizes
-        rows, normed = (count * s.hidden * self.itemsize for count in (self.predicted, self.tokens))
+        rows = self.predicted * s.hidden * self.itemsize
         before = self.kept(mode) + self.tokens * self._norm_input()
         if s.all_trained:  # logits are made again in the backward pass, and with them both gradients
             again = self.logits() + self._slice(s.vocabulary * s.hidden)
             return {
-                "logits": before + normed + rows + self.logits(),
+                "logits": before + self._normed() + rows + self.logits(),
                 "head backward": before + 2 * rows + again,
             }
         gradients = rows * (1 + self.entropy_gradient)
         return {
-            "logits": before + normed + rows + gradients + self.logits() + self._head_slices(),
+            "logits": before + self._normed() + rows + gradients + self.logits() + self._head_slices(),
             "head backward": before + gradients + rows,
         }
 
@@ -404,7 +409,7 @@ class TrainingMemory:
         before = self.kept(mode) + (again if mode in ("layer", "offload") else 0)
         mlp, freed = 2 * inner + self._packed_weight() + self._weight_gradients(s.inner * s.hidden), 4 * inner
         if self.mlp_kernels:  # the result's gradient and the input's, in 16 bit beside a float32 stream, and a tile
-            narrow = self.tokens * s.hidden * self.itemsize
+            narrow = self._normed()
             mlp, freed = 2 * narrow + self._mlp_tile(mode) + 8 * s.adapter_of_mlp, narrow
             freed += self._gate_and_up() if mode == "none" else 0
         given, kernels = (self.tokens, self.itemsize), self.on_gpu and self.flash and self.itemsize == 2

@@ -62,13 +62,14 @@ class LayerSizes:
     adapter_of_mlp: int
     """Of `adapter`, those of the MLP's."""
     gated: bool = False
-    """What attention gives is multiplied by a gate, norms of plain layers keep their input as it is, and what goes from
-    layer to layer is float32 (Qwen 3.5)."""
+    """What attention gives is multiplied by a gate, and norms of plain layers keep their input as it is (Qwen 3.5)."""
     states: tuple[StateLayers, ...] = ()
     """The layers that are not attention, by their kind."""
     experts: ExpertSizes | None = None
     expert_ranks: tuple[int, int] = (0, 0)
     """Of the adapters on every expert's gate_up and on its down; 0: none."""
+    float32_stream: bool = False
+    """What layers hand on is in float32, whatever they compute in."""
     all_trained: bool = False
     """The weights themselves get gradients; `adapted` names all linear layers then, as those that keep their input."""
 
@@ -105,6 +106,7 @@ class LayerSizes:
             adapter_of_mlp=sum(rank * sum(size) for name, size in first.items() if name.rpartition(".")[2] in MLP),
             experts=expert_sizes(shape),
             expert_ranks=expert_ranks(shape, lora),
+            float32_stream=shape.model_type in OWN_NORMS or family_of(shape.model_type).float32_stream,
             all_trained=lora is None,
         )
 

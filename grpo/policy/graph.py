@@ -18,6 +18,7 @@ from grpo.model.base_weights import BaseWeights
 from grpo.model.decoder_config import DecoderConfig
 from grpo.model.rope import Rotary
 from grpo.policy.experts import install_experts
+from grpo.policy.float32_stream import has_float32_stream, install_float32_stream
 from grpo.policy.gated_attention import install_gated_attention
 from grpo.policy.lora_linear import BaseLinear, LoraLinear
 from grpo.policy.packing import packing_of, remember_packing
@@ -97,6 +98,8 @@ def build_graph(base: BaseWeights) -> nn.Module:
     install_gated_attention(graph, base.config.model_type)
     graph.tie_weights()
     rebuild_buffers(graph, config, base.device, base.dtype)
+    if has_float32_stream(base):
+        install_float32_stream(graph)
     left = [name for name, tensor in [*graph.named_parameters(), *graph.named_buffers()] if tensor.is_meta]
     if left:
         raise UserError(f"{base.source_path}: tensor {left[0]} is missing; pass a complete model")

@@ -1,8 +1,9 @@
-"""Norms and gated activations of a decoding batch by our kernels in vLLM's modules. For vllm_model.py alone.
+"""Norms and gated activations by our kernels in vLLM's modules. For vllm_model.py alone.
 
-They compute what vLLM's compute; but from sm_90 on each is launched while the product in front of it runs, and what
-follows while it runs, which between kernels of a few microseconds is a third of their time. Prompts, other types and
-other forms stay with vLLM.
+In decoding batches they compute what vLLM's compute; but from sm_90 on each is launched while the product in front of
+it runs, and what follows while it runs, which between kernels of a few microseconds is a third of their time. Prompts,
+other types and other forms stay with vLLM. Where the stream between layers is float32, all norms that add to it are
+ours: vLLM's have one type for the stream and for what is computed of it.
 """
 
 from __future__ import annotations
@@ -31,12 +32,32 @@ def serve_between(model: nn.Module) -> int:
     return served
 
 
+def widen_stream(model: nn.Module) -> int:
+    """Let the stream that the layers of `model`, vLLM's, hand on beside their result be float32; how many norms add to
+    it. The first that does makes it of the embedding."""
+    norms = [module for module in model.modules() if type(module) is RMSNorm and module.has_weight]
+    for norm in norms:
+        norm.forward = stream_forward(norm, norm.forward)
+    return len(norms)
+
+
+def stream_forward(norm: nn.Module, theirs: Callable[..., Any]) -> Callable[..., Any]:
+    """A norm's forward where what comes with x is the stream."""
+
+    def forward(x: Tensor, residual: Tensor | None = None) -> Any:
+        if residual is None:
+            return theirs(x)
+        stream = residual_norm.add_to_stream(x, residual, norm.weight, norm.variance_epsilon)
+        return x, stream
+
+    return forward
+
+
 def norm_forward(norm: nn.Module, theirs: Callable[..., Any]) -> Callable[..., Any]:
     """A norm's forward: in place where a residual comes with x, as vLLM's own."""
 
     def forward(x: Tensor, residual: Tensor | None = None) -> Any:
-        few = residual is not None and len(x) <= residual_norm.MOST_ROWS
-        if residual is None or not few or not residual_norm.serves(x, residual, norm.weight):
+        if residual is None or not residual_norm.serves(x, residual, norm.weight):
             return theirs(x, residual)
         residual_norm.add_and_norm(x, residual, norm.weight, norm.variance_epsilon)
         return x, residual

@@ -40,9 +40,10 @@ from grpo.model.config_keys import served_values
 from grpo.model.decoder_config import DecoderConfig
 from grpo.model.layout import pattern_of
 from grpo.model.rope import EVERYWHERE, Rotary
+from grpo.policy.float32_stream import has_float32_stream
 from grpo.policy.full_policy import FullPolicy
 from grpo.rollout.decoding_attention import serve_decoding
-from grpo.rollout.decoding_layers import serve_between
+from grpo.rollout.decoding_layers import serve_between, widen_stream
 from grpo.rollout.experts import SharedExpertsMethod, serve_experts
 from grpo.rollout.lora_buffers import RolloutAdapter
 from grpo.rollout.route_recorder import RouteRecorder
@@ -205,6 +206,8 @@ class SharedLoader(BaseModelLoader):
         if handle.decoding_kernels:
             serve_decoding(model, base.dtype)
             serve_between(model)
+        if has_float32_stream(base):
+            widen_stream(model)
 
 
 @contextmanager

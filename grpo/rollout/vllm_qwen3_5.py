@@ -31,7 +31,6 @@ from vllm.model_executor.models.qwen3_next import Qwen3NextAttention, Qwen3NextS
 from vllm.platforms import current_platform
 
 from grpo.kernels import residual_norm, rms_norm
-from grpo.kernels.launch import unrounded
 from grpo.rollout import vllm_delta_rule, vllm_recurrence_cpu
 from grpo.rollout.vllm_delta_tiles import settle_tiles
 
@@ -79,15 +78,16 @@ class Norm(GemmaRMSNorm):
     """
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """x [..., hidden]; the normed, and where there is a residual float32 [tokens, hidden] the new one. Both may be
-        where they were given."""
+        """x [..., hidden]; the normed, and where there is a residual [tokens, hidden] the new one. Both may be where
+        they were given."""
+        norm = rms_norm.Norm(self.weight, self.variance_epsilon, unit_offset=True)
         if residual is None:
-            return rms_norm.Norm(self.weight, self.variance_epsilon, unit_offset=True).forward(x)
-        if residual_norm.serves(x, residual, self.weight):
-            residual_norm.add_and_norm(x, residual, self.weight, self.variance_epsilon, unit_offset=True)
-            return x, residual
+            return norm.forward(x)
+        if x.element_size() == 2:
+            stream = residual_norm.add_to_stream(x, residual, self.weight, self.variance_epsilon, unit_offset=True)
+            return x, stream
         residual = residual + x
-        return self.forward(residual), residual
+        return norm.forward(residual), residual
 
 
 class GatedDeltaNet(QwenGatedDeltaNetAttention):
@@ -137,7 +137,7 @@ class DecoderLayer(nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None, positions: Tensor) -> tuple[Tensor, Tensor]:
         """x and residual [tokens, hidden]; what is to be added to the residual, and that."""
         if residual is None:
-            residual, x = unrounded(x), self.input_layernorm(x)
+            residual, x = x, self.input_layernorm(x)
         else:
             x, residual = self.input_layernorm(x, residual)
         if hasattr(self, "linear_attn"):

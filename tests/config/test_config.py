@@ -112,6 +112,24 @@ def test_a_number_out_of_range_is_refused(name: str) -> None:
         assert ": must be " in error_of(with_value(name, value)), value
 
 
+NUMBERS = [name for name, field in FIELDS.items() if {"integer", "float"} & toml_types(field.annotation)]
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_number_that_nothing_computes_with_is_refused(name: str) -> None:
+    whole = "float" not in toml_types(FIELDS[name].annotation)
+    for value in (2**63, 10**30) if whole else (1e39, 1.7e308, -1e300, 10**39):
+        error = error_of(with_value(name, value))
+        assert f"{name.split('.')[1]} = {value}: must be " in error and "\n" not in error
+
+
+def test_so_is_one_within_a_table_but_not_among_options_of_others() -> None:
+    assert "lora.alpha_pattern = { q_proj = 1e+39 }: must be a number" in error_of(
+        with_value("lora.alpha_pattern", {"q_proj": 1e39})
+    )
+    assert parse_config(with_value("task.options", {"any": 1e300}), "file.toml")
+
+
 @pytest.mark.parametrize("name", FIELDS)
 def test_a_misspelt_key_is_answered_with_the_nearest_one(name: str) -> None:
     key = name.split(".")[1]

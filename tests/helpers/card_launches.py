@@ -295,14 +295,14 @@ def norms(shape: Shape, dtype: torch.dtype) -> None:
         norm.forward(x)
         if x.ndim == 2:
             rows = x[:40]
-            for stream in {dtype, torch.float32}:
-                residual = torch.empty_like(rows, dtype=stream)
-                residual_norm.launch(rows, residual, norm.weight, 1e-6, unit_offset=shape.unit_offset)
-        for unrounded in {dtype, torch.float32} if x.ndim == 2 else {dtype}:
-            given = torch.empty_like(x, dtype=unrounded)
-            norm.forward(given)
-            for plus in (None, torch.empty_like(given)) if unrounded == dtype else (None,):  # fused layers round sums
-                norm.backward(torch.empty_like(x), given, plus)
+            residual_norm.launch(rows, torch.empty_like(rows), norm.weight, 1e-6)
+            for stream in (torch.empty_like(rows), torch.empty_like(rows, dtype=torch.float32)):
+                residual_norm.add_to_stream(rows, stream, norm.weight, 1e-6, unit_offset=shape.unit_offset)
+            wide_x = torch.empty_like(x, dtype=torch.float32)
+            norm.forward(wide_x)
+            norm.backward(torch.empty_like(x), wide_x)
+        for plus in (None, torch.empty_like(x)):
+            norm.backward(torch.empty_like(x), x, plus)
 
 
 def rotations(shape: Shape, dtype: torch.dtype) -> None:
@@ -346,7 +346,7 @@ def decoding_attention(shape: Shape, dtype: torch.dtype) -> None:
         for given in (None, new):
             decode_attention.launch_decode(
                 query, decode_attention.Cache(*held, *places), 1.0, torch.empty(query.shape, dtype=dtype), given,
-                decode_attention.cut_for(40 * shape.key_value_heads, shape.head, cards.card(query.device)),
+                decode_attention.cut_for(40 * shape.key_value_heads, 1, shape.head, cards.card(query.device)),
             )  # fmt: skip
 
 

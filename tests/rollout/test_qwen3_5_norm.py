@@ -18,11 +18,13 @@ def norm_of(weight: torch.Tensor) -> Norm:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("first", [False, True])
 @pytest.mark.parametrize("rows", [1, 7, 600])
-def test_a_sum_is_kept_as_it_is_and_normed(rows: int, dtype: torch.dtype) -> None:
+def test_a_sum_is_kept_as_it_is_and_normed(rows: int, first: bool, dtype: torch.dtype) -> None:
     weight = torch.randn(96).to(dtype)
     x, residual = torch.randn(rows, 96).to(dtype), torch.randn(rows, 96)
-    total = residual + x
+    residual = residual.to(dtype) if first else residual  # the embedding, as it is
+    total = residual.float() + x.float()
     expected = Reference(weight, 1e-6, unit_offset=True).forward(total)
     normed, carried = norm_of(weight)(x, residual)
     assert carried.dtype == torch.float32 and torch.equal(carried, total)

@@ -21,7 +21,9 @@ def unscaled_yarn(config: DecoderConfig) -> dict[str, Any]:
 
 FAMILIES = {
     "qwen3_moe": Family(
-        models="Qwen 3 with experts: Qwen3-30B-A3B and larger", caveat="a sliding window in all layers or in none"
+        models="Qwen 3 with experts: Qwen3-30B-A3B and larger",
+        caveat="a sliding window in all layers or in none",
+        float32_stream=True,
     ),
     "qwen3_5_moe_text": Family(
         models="Qwen 3.5 with experts: Qwen3.5-35B-A3B, from checkpoints that take images too",
@@ -32,14 +34,14 @@ FAMILIES = {
         mixers={"linear_attention": "linear_attn", "full_attention": "self_attn"},
         norm_adds_one=True,
     ),
-    "olmoe": Family(models="OLMoE", head_of_hidden_size=True),
+    "olmoe": Family(models="OLMoE", head_of_hidden_size=True, float32_stream=True),
     "granitemoe": Family(models="Granite 3 with experts: 1B-A400M, 3B-A800M", head_of_hidden_size=True),
     "granitemoeshared": Family(models="Granite with experts, one of them for all tokens", head_of_hidden_size=True),
     "granitemoe_swa": Family(models="Granite with experts, windows and sinks", sinks=True, head_of_hidden_size=True),
     "flex_olmo": Family(models="FlexOlmo"),
     "mellum": Family(models="Mellum with experts"),
-    "qwen2_moe": Family(models="Qwen1.5-MoE-A2.7B, Qwen2-57B-A14B", head_of_hidden_size=True),
-    "mixtral": Family(models="Mixtral"),
+    "qwen2_moe": Family(models="Qwen1.5-MoE-A2.7B, Qwen2-57B-A14B", head_of_hidden_size=True, float32_stream=True),
+    "mixtral": Family(models="Mixtral", float32_stream=True),
     "gpt_oss": Family(
         models="gpt-oss: 20B and 120B",
         caveat="MXFP4 is kept as it is; attention with sinks",
@@ -49,5 +51,6 @@ FAMILIES = {
         served=unscaled_yarn,
         sinks=True,
         expert_biases=True,
+        float32_stream=True,
     ),
 }

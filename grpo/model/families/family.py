@@ -66,3 +66,6 @@ class Family:
     """What its models have that no graph here computes, and which to use in their place; empty for all others."""
     norm_adds_one: bool = False
     """RMSNorm multiplies by the weight plus one."""
+    float32_stream: bool = False
+    """The stream between layers is in float32 in both graphs, of models in 16 bit: transformers' layers have two plain
+    norms of it and add to it what follows each, and vLLM's hand it from norm to norm."""
