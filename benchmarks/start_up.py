@@ -190,6 +190,7 @@ def fixed_work(options: argparse.Namespace) -> None:
     from benchmarks import whole_step
 
     options.full_finetuning = False
+    options.set = [tuple(text.split("=", 1)) for text in options.set]
     options.prompt, options.completion = (16, 8) if options.shape == "tiny" else (128, 512)
     whole_step.ours_command(options, whole_step.make_work(options), options.scratch)
 
@@ -233,9 +234,12 @@ def main() -> int:
     parser.add_argument("--shape", default="3b")
     parser.add_argument("--steps", type=int, default=1, help="of the fixed work")
     parser.add_argument("--tokens", type=int, default=32768, help="train.tokens_per_micro_batch of the fixed work")
+    parser.add_argument("--caches", type=Path, help="keep Triton's and vLLM's caches here, for a warm start later")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--config", type=Path, help="this configuration instead of the fixed work")
-    parser.add_argument("--set", action="append", default=[], help="as of python -m grpo.train")
+    parser.add_argument(
+        "--set", action="append", default=[], help="as of python -m grpo.train; of the fixed work, as of whole_step"
+    )
     parser.add_argument("--imports", action="store_true", help="import only")
     parser.add_argument("--starts", default="cold,warm", type=lambda text: text.split(","))
     parser.add_argument("--least", type=float, default=0.2, help="seconds from which something is listed")
@@ -262,7 +266,7 @@ def main() -> int:
             if start == "cold":
                 packages = [Path(one) for one in sys.path if one.endswith("-packages") or Path(one, "vllm").is_dir()]
                 result["files_forgotten"] = forget_files([*packages, options.scratch])
-            result["starts"][start] = one_start(options, folder, start, folder / "caches")
+            result["starts"][start] = one_start(options, folder, start, options.caches or folder / "caches")
             show(start, result["starts"][start])
             from benchmarks.common.processes import write_result
 

@@ -46,7 +46,7 @@ from grpo.rollout.vllm_environment import set_environment
 from grpo.run.device_memory import architecture_of, check_weights, fitted_kv_bytes, tower_sizes, with_form
 from grpo.run.importing import uncollected
 from grpo.run.machine import check_machine, resolve_device, version_of
-from grpo.special_tokens import completion_text
+from grpo.special_tokens import completion_texts
 
 if TYPE_CHECKING:
     from grpo.rollout.engine import Engine
@@ -55,6 +55,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("grpo")
 T = TypeVar("T")
+GRAPH_TOKENS = 2048
+"""Of the largest step in which turns begin that is a CUDA graph: some 64 turns, each after a short answer."""
 SMALLER_CACHE = 0.75
 """Of the KV cache with which memory ran out, in the second attempt."""
 LESS_FOR_VLLM = (
@@ -267,7 +269,7 @@ class Session:
     def _start_engine(self, kv_bytes: int | None) -> None:
         check_machine(self.config.model.device)
         self.status("starting vLLM")
-        set_environment()
+        set_environment(prompt_graphs=self.config.environment is not None)
         if self.base.device.type == "cuda" and not self.config.rollout.enforce_eager:
             from grpo.rollout.decoding_kernels import compile_ahead
 
@@ -342,8 +344,12 @@ class Session:
 
     def decode(self, token_ids: list[int]) -> str:
         """Text of a completion as rewards see it."""
+        return self.decode_all([token_ids])[0]
+
+    def decode_all(self, completions: Sequence[list[int]]) -> list[str]:
+        """`decode` of each of `completions`."""
         skip = self.config.rollout.skip_special_tokens
-        return completion_text(token_ids, self.tokenizer, self.stop_token_ids, skip)
+        return completion_texts(completions, self.tokenizer, self.stop_token_ids, skip)
 
     def close(self) -> None:
         """Stop vLLM and let go of the weights: they are freed unless somebody else holds them. May be called twice."""
@@ -426,6 +432,7 @@ def covers(running: EngineNeeds, wanted: EngineNeeds) -> bool:
         max_num_seqs=max(settings.max_num_seqs, wanted_settings.max_num_seqs),
         stop_strings=settings.stop_strings or wanted_settings.stop_strings,
         seed=settings.seed,  # every request has its own
+        graph_tokens=settings.graph_tokens,  # turns begin without them too
     )
     if grown != settings:
         return False
@@ -498,4 +505,5 @@ def engine_settings(config: Config, kv_cache_memory_bytes: int | None) -> Engine
         enforce_eager=rollout.enforce_eager,
         seed=config.train.seed,
         stop_strings=bool(rollout.stop),
+        graph_tokens=0 if config.environment is None else GRAPH_TOKENS,
     )

@@ -14,6 +14,7 @@ from grpo.messages import content_text
 
 logger = logging.getLogger("grpo")
 
+CLEANED_AFTER_ALL = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
 PROBE = "a"
 """A text without special tokens."""
 
@@ -70,5 +71,34 @@ def completion_text(token_ids: Sequence[int], tokenizer: Any, stop_token_ids: Se
     Left out are the tokens that end a completion, that fill up a batch and that begin a sequence; with `skip` every
     special token is.
     """
+    return tokenizer.decode(seen(token_ids, tokenizer, stop_token_ids), skip_special_tokens=skip)
+
+
+def completion_texts(
+    completions: Sequence[Sequence[int]], tokenizer: Any, stop_token_ids: Sequence[int], skip: bool
+) -> list[str]:
+    """`completion_text` of each of `completions`: side by side, where the tokenizer adds nothing to its decoder."""
+    if len(completions) < 2 or not decodes_plainly(tokenizer):
+        return [completion_text(each, tokenizer, stop_token_ids, skip) for each in completions]
+    kept = [seen(each, tokenizer, stop_token_ids) for each in completions]
+    return tokenizer.backend_tokenizer.decode_batch(kept, skip_special_tokens=skip)
+
+
+def seen(token_ids: Sequence[int], tokenizer: Any, stop_token_ids: Sequence[int]) -> list[int]:
+    """`token_ids` that are text, or special tokens that say something."""
     unseen = {*stop_token_ids, tokenizer.pad_token_id, tokenizer.bos_token_id}
-    return tokenizer.decode([token for token in token_ids if token not in unseen], skip_special_tokens=skip)
+    return [token for token in token_ids if token not in unseen]
+
+
+def decodes_plainly(tokenizer: Any) -> bool:
+    """Whether `tokenizer.decode` is that of the tokenizers package, and no white space is cleaned up after it."""
+    from transformers import PreTrainedTokenizerFast as Fast
+
+    kind = type(tokenizer)
+    if not isinstance(tokenizer, Fast) or kind.decode is not Fast.decode or kind._decode is not Fast._decode:
+        return False
+    if not tokenizer.clean_up_tokenization_spaces:
+        return True
+    return type(tokenizer.backend_tokenizer.model).__name__ == "BPE" and not getattr(
+        tokenizer, CLEANED_AFTER_ALL, False
+    )

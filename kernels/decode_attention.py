@@ -37,6 +37,7 @@ LEAST_PROGRAMS = 192
 """Sequences times key-value heads from which the kernel is used: FlashAttention splits fewer over the whole GPU."""
 MOST_CHUNKS = 8
 """Of a sequence of the largest length."""
+FEW_CHUNKS = 2
 HEAD_SIZES = (64, 128, 256)
 LARGEST_GROUP = 16
 """Query heads to a key-value head, at most: rows of one tensor core product."""
@@ -77,12 +78,12 @@ class Cut:
     """Tiles of keys and values that are loaded ahead, and one. Changes no bit."""
 
 
-def cut_for(programs: int, head_size: int, card: Card) -> Cut:
-    """What was fastest on an H200 with heads of 128 and so many programs: few load further ahead, many leave each other
-    room. Larger heads want more registers."""
+def cut_for(programs: int, chunks: int, head_size: int, card: Card) -> Cut:
+    """What was fastest on an H200 with heads of 128 and so many programs of up to `chunks` chunks: few load further
+    ahead, many leave each other room. Larger heads want more registers."""
     if head_size > 128:
         return Cut(warps=4)
-    return Cut(stages=4 if programs <= 8 * card.multiprocessors else 3)
+    return Cut(stages=4 if programs <= 8 * card.multiprocessors and chunks <= FEW_CHUNKS else 3)
 
 
 def decode_attention(query: Tensor, cache: Cache, scale: float, out: Tensor, new: NewToken | None = None) -> None:
@@ -98,7 +99,9 @@ def decode_attention(query: Tensor, cache: Cache, scale: float, out: Tensor, new
     if is_interpreted(query):
         _torch(query, cache, scale, out, new)
     else:
-        cut = cut_for(len(query) * cache.keys.shape[2], query.shape[2], cards.card(query.device))
+        page, kv_heads = cache.keys.shape[1:3]
+        _, chunks = chunks_of(cache.pages.shape[1] * page)
+        cut = cut_for(len(query) * kv_heads, chunks, query.shape[2], cards.card(query.device))
         launch_decode(query, cache, scale, out, new, cut)
 
 

@@ -93,7 +93,7 @@ def warm(job: Job, dtype: torch.dtype, architecture: int) -> None:
         dtype, torch.int32, torch.int32, dtype, dtype, torch.float32, torch.int32, dtype, dtype,
         256, 4096, 4096, 32, 4096, 4096, *byte_tables(dtype), tile.n, tile.m, split, tile.warps, tile.stages,
         tile.dots, ragged, half_tail, bias, ranks, nf4_gemm.ranks_at_once(ranks), False, unit == "mma", pending,
-        tile.whole and split > 1, grid=(1,), num_warps=tile.warps, launch_pdl=pending,
+        grid=(1,), num_warps=tile.warps, launch_pdl=pending,
     )  # fmt: skip
 
 

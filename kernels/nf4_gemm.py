@@ -144,7 +144,7 @@ def launch_gemm(
     assert words.is_contiguous() and scales.is_contiguous(), "groups of 8 rows lie one after the other"
     assert x.stride(1) == 1 and out.stride(1) == 1 and (bias is None or bias.is_contiguous())
     assert x.dtype == absmax.dtype == out.dtype and x.element_size() == 2, "two scales are read as one word"
-    grid = (triton.cdiv(rows, tile.m), triton.cdiv(features, tile.n), 1 if tile.whole else split)
+    grid = (triton.cdiv(rows, tile.m), triton.cdiv(features, tile.n), split)
     scratch, counters = workspace(x.device)
     assert fits(tile, split, rows, features), "the workspace holds every partial sum"
     x_lora_a, b, ranks = (x, x, 0) if low_rank is None else (low_rank.x_lora_a, low_rank.b, low_rank.b.shape[1])
@@ -159,8 +159,7 @@ def launch_gemm(
             rows, features, columns, words.shape[1], x.stride(0), out.stride(0),
             *byte_tables(x.dtype), tile.n, tile.m, split, tile.warps, tile.stages, tile.dots, rows % tile.m != 0,
             columns % nf4.TILE != 0, bias is not None, ranks, ranks_at_once(ranks), interpreted,
-            x.is_cuda and cards.card(x.device).unit == "mma", pending,
-            tile.whole and split > 1, num_warps=tile.warps, launch_pdl=pending,
+            x.is_cuda and cards.card(x.device).unit == "mma", pending, num_warps=tile.warps, launch_pdl=pending,
         )  # fmt: skip
 
 
@@ -175,11 +174,12 @@ def _gemm_kernel(
     rows, features, columns, tiles, stride_x_m, stride_out_m, t0, t1, t2, t3, t4, t5, t6, t7,
     BN: tl.constexpr, BM: tl.constexpr, SPLIT: tl.constexpr, WARPS: tl.constexpr, STAGES: tl.constexpr,
     DOTS: tl.constexpr, RAGGED: tl.constexpr, HALF_TAIL: tl.constexpr, HAS_BIAS: tl.constexpr, RANKS: tl.constexpr,
-    BR: tl.constexpr, INTERPRETED: tl.constexpr, FENCED: tl.constexpr, PENDING: tl.constexpr, WHOLE: tl.constexpr,
+    BR: tl.constexpr, INTERPRETED: tl.constexpr, FENCED: tl.constexpr, PENDING: tl.constexpr,
 ):  # fmt: skip
     """out^T [BN, BM] = W [BN, part of K] x^T. Words: [N / 8, tiles, 8, 16]; scales: pairs, [N / 8, tiles, 8]."""
     if PENDING:
         tl.extra.cuda.gdc_launch_dependents()  # what waits for this at its beginning may be launched
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     WIDTH: tl.constexpr = 128 // DOTS
     n0 = tl.program_id(1) * BN
     last_group = features // 8 - 1
@@ -196,59 +196,9 @@ def _gemm_kernel(
     # of the L2 cache: one row of x then takes longer than sixteen.
     x_mask = (m < rows)[None, :]
     share = tl.cdiv(tiles, SPLIT)
-    if WHOLE:  # as if by a program a part: each part's sum by itself, and then one after another
-        total = _part_sums(
-            word_ptrs, scale_ptrs, x_ptrs, x_mask, k, columns, 0, tl.minimum(share, tiles), t0, t1, t2, t3, t4, t5, t6,
-            t7, BN, BM, WARPS, STAGES, DOTS, RAGGED, HALF_TAIL, INTERPRETED, FENCED,
-        )  # fmt: skip
-        for part in tl.static_range(1, SPLIT):
-            sums = _part_sums(
-                word_ptrs, scale_ptrs, x_ptrs, x_mask, k, columns, part * share, tl.minimum((part + 1) * share, tiles),
-                t0, t1, t2, t3, t4, t5, t6, t7, BN, BM, WARPS, STAGES, DOTS, RAGGED, HALF_TAIL, INTERPRETED, FENCED,
-            )  # fmt: skip
-            if RANKS > 0 and part == SPLIT - 1:
-                if PENDING:
-                    tl.extra.cuda.gdc_wait()
-                sums = add_low_rank(
-                    sums, x_lora_a_ptr, b_ptr, m, n, rows, features, RANKS, RANKS, 1, RANKS, BR, INTERPRETED
-                )  # fmt: skip
-            total += sums
-    else:
-        first = tl.program_id(2) * share
-        total = _part_sums(
-            word_ptrs, scale_ptrs, x_ptrs, x_mask, k, columns, first, tl.minimum(first + share, tiles), t0, t1, t2, t3,
-            t4, t5, t6, t7, BN, BM, WARPS, STAGES, DOTS, RAGGED, HALF_TAIL, INTERPRETED, FENCED,
-        )  # fmt: skip
-        if RANKS > 0:
-            # Here the sums are still where a matrix product wants them, which those read back from memory would not be.
-            if tl.program_id(2) == SPLIT - 1:
-                if PENDING:
-                    tl.extra.cuda.gdc_wait()  # for x_lora_a: until here this ran beside what computes it
-                total = add_low_rank(
-                    total, x_lora_a_ptr, b_ptr, m, n, rows, features, RANKS, RANKS, 1, RANKS, BR, INTERPRETED
-                )  # fmt: skip
-    if SPLIT == 1 or WHOLE:
-        store_rounded(total, out_ptr, bias_ptr, m, n, rows, features, stride_out_m, HAS_BIAS, INTERPRETED)
-    else:
-        tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-        part_ptrs = tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]
-        part_ptrs += partial_ptr + tile * SPLIT * BN * BM
-        if store_part(total, part_ptrs + tl.program_id(2) * BN * BM, counters_ptr + tile, SPLIT):
-            total = sum_parts(part_ptrs, BN * BM, SPLIT)
-            store_rounded(total, out_ptr, bias_ptr, m, n, rows, features, stride_out_m, HAS_BIAS, INTERPRETED)
-            tl.store(counters_ptr + tile, 0)
-
-
-@triton.jit
-def _part_sums(
-    word_ptrs, scale_ptrs, x_ptrs, x_mask, k, columns, first, stop, t0, t1, t2, t3, t4, t5, t6, t7,
-    BN: tl.constexpr, BM: tl.constexpr, WARPS: tl.constexpr, STAGES: tl.constexpr, DOTS: tl.constexpr,
-    RAGGED: tl.constexpr, HALF_TAIL: tl.constexpr, INTERPRETED: tl.constexpr, FENCED: tl.constexpr,
-):  # fmt: skip
-    """float32 [BN, BM]: W times x^T over the tiles of 128 columns from `first` to `stop`."""
-    DTYPE: tl.constexpr = x_ptrs.dtype.element_ty
+    first = tl.program_id(2) * share
     total = tl.zeros([BN, BM], tl.float32)
-    for tile in tl.range(first, stop, num_stages=STAGES):
+    for tile in tl.range(first, tl.minimum(first + share, tiles), num_stages=STAGES):
         word = tl.load(word_ptrs + tile * 128)
         pair = tl.load(scale_ptrs + tile * 8)
         scale0 = (pair & 0xFFFF).to(tl.int16).to(DTYPE, bitcast=True)
@@ -276,7 +226,24 @@ def _part_sums(
                 total,
                 INTERPRETED,
             )
-    return total
+    if RANKS > 0:
+        # Here the sums are still where a matrix product wants them, which those read back from memory would not be.
+        if tl.program_id(2) == SPLIT - 1:
+            if PENDING:
+                tl.extra.cuda.gdc_wait()  # for x_lora_a: until here this ran beside what computes it
+            total = add_low_rank(
+                total, x_lora_a_ptr, b_ptr, m, n, rows, features, RANKS, RANKS, 1, RANKS, BR, INTERPRETED
+            )  # fmt: skip
+    if SPLIT == 1:
+        store_rounded(total, out_ptr, bias_ptr, m, n, rows, features, stride_out_m, HAS_BIAS, INTERPRETED)
+    else:
+        tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+        part_ptrs = tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]
+        part_ptrs += partial_ptr + tile * SPLIT * BN * BM
+        if store_part(total, part_ptrs + tl.program_id(2) * BN * BM, counters_ptr + tile, SPLIT):
+            total = sum_parts(part_ptrs, BN * BM, SPLIT)
+            store_rounded(total, out_ptr, bias_ptr, m, n, rows, features, stride_out_m, HAS_BIAS, INTERPRETED)
+            tl.store(counters_ptr + tile, 0)
 
 
 @triton.jit

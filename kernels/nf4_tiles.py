@@ -52,8 +52,6 @@ class Tile:
     """Depth of the pipeline of loads."""
     dots: int
     """Matrix products per 128 columns: 1 overlaps looking up with multiplying, 2 needs fewer registers."""
-    whole: bool = False
-    """Whether one program goes through all parts of a split K, one after another, instead of a program each."""
 
 
 @dataclass(frozen=True)
@@ -73,9 +71,7 @@ class Plan:
 def fits(tile: Tile, split: int, rows: int, features: int) -> bool:
     """Whether the workspace has room for the partial sums of a product."""
     programs = math.ceil(rows / tile.m) * math.ceil(features / tile.n)
-    return (
-        split == 1 or tile.whole or (programs <= COUNTERS and 4 * programs * split * tile.m * tile.n <= WORKSPACE_BYTES)
-    )
+    return split == 1 or (programs <= COUNTERS and 4 * programs * split * tile.m * tile.n <= WORKSPACE_BYTES)
 
 
 def shared_bytes(tile: Tile, card: Card) -> int:
@@ -93,18 +89,14 @@ def serves(tile: Tile, card: Card) -> bool:
     if card.unit == "none" or tile.n % (16 * tile.warps):
         return False
     if card.unit == "m16n8k8":
-        return (
-            not tile.whole
-            and tile.stages == tile.dots == 1
-            and tile.n * tile.m <= tile.warps * 32 * SUMS_PER_THREAD // 2
-        )
+        return tile.stages == tile.dots == 1 and tile.n * tile.m <= tile.warps * 32 * SUMS_PER_THREAD // 2
     if shared_bytes(tile, card) > card.shared_memory:
         return False
     if card.unit == "tcgen05" and tile.m * tile.n // 128 + 128 // tile.dots > TENSOR_MEMORY:
         return False
     if card.unit == "mma" and tile.n * tile.m > tile.warps * 32 * SUMS_PER_THREAD // 2 and tile.warps == 4:
         return False  # x is in registers too, and the sums would spill
-    return (2 if tile.whole else 1) * tile.n * tile.m <= tile.warps * 32 * SUMS_PER_THREAD
+    return tile.n * tile.m <= tile.warps * 32 * SUMS_PER_THREAD
 
 
 def candidates(card: Card, rows: int) -> list[Tile]:

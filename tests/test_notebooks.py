@@ -19,6 +19,8 @@ from tests.helpers.seeing import save_seeing_chat
 from tests.helpers.tiny_run import save_tiny_chat_model
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+RUN_FIRST = {"first_run", "vision"}
+"""Those that are run for every change: their training is that of text and of images. The others are wide."""
 
 notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS])
 
@@ -59,7 +61,7 @@ def test_committed_notebooks_are_whole_and_have_the_outputs_of_one_run(path: Pat
 @pytest.mark.parametrize(
     "path",
     [
-        pytest.param(path, id=path.stem, marks=[pytest.mark.wide] if "-m grpo.sft" in path.read_text() else [])
+        pytest.param(path, id=path.stem, marks=[] if path.stem in RUN_FIRST else [pytest.mark.wide])
         for path in NOTEBOOKS
     ],
 )

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, processors
 
 from grpo.rewards.tag_count import tag_count
-from grpo.special_tokens import completion_text, leading_tokens
+from grpo.special_tokens import completion_text, completion_texts, decodes_plainly, leading_tokens
 from grpo.tokenizing import tokenize
 from tests.helpers.vocabularies import TEXTS, byte_level, save_tokenizer, sentencepiece
 
@@ -89,6 +89,29 @@ def test_only_what_ends_fills_up_or_begins_is_left_out(data: st.DataObject) -> N
     written = "".join(tokenizer.decode(part) for part in parts if part[0] not in unseen)
     assert completion_text(ids, tokenizer, stops, skip=False) == written
     assert completion_text(ids, tokenizer, stops, skip=True) == tokenizer.decode(ids, skip_special_tokens=True)
+
+
+@given(data=st.data())
+def test_many_are_read_as_each_is(data: st.DataObject) -> None:
+    tokenizer = made_once()
+    assert decodes_plainly(tokenizer)
+    ids = st.lists(st.integers(0, len(tokenizer) - 1), max_size=12)
+    completions, skip = data.draw(st.lists(ids, max_size=5)), data.draw(st.booleans())
+    stops = [tokenizer.eos_token_id]
+    each = [completion_text(one, tokenizer, stops, skip) for one in completions]
+    assert completion_texts(completions, tokenizer, stops, skip) == each
+
+
+def test_a_tokenizer_with_more_to_it_reads_one_by_one(tokenizer: Any) -> None:
+    class Own(type(tokenizer)):  # type: ignore[misc]
+        def _decode(self, *arguments: Any, **options: Any) -> str:
+            return super()._decode(*arguments, **options).upper()
+
+    tokenizer.__class__ = Own
+    assert not decodes_plainly(tokenizer)
+    ids = tokenizer("one two", add_special_tokens=False)["input_ids"]
+    assert completion_texts([ids, ids], tokenizer, [], False) == ["ONE TWO"] * 2
+    assert not decodes_plainly(object())
 
 
 made: list[Any] = []

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, Protocol
 
 from grpo.environments.tool_calls import FORMS, HERMES, Form, read_calls
@@ -19,6 +20,8 @@ from grpo.references import described
 
 Message = dict[str, Any]
 SENTINEL = "\u2063said\u2063"
+KEPT_TEXTS = 256
+"""Texts whose tokens are kept: a group's members open alike, and short answers come again."""
 WITH_IMAGE = " with an image"
 REPLIES = ("yes", "Two lines:\n2 + 3 = 5", "<think>\nhm\n</think>\n\nyes")
 """What an assistant may have said, in the proofs."""
@@ -69,6 +72,7 @@ class Continuer:
         self.tool_parser, self.form = tool_parser, HERMES
         self.most_calls: int | None = None
         """Calls of one turn that the template can show; None: any number."""
+        self._tokens = lru_cache(maxsize=KEPT_TEXTS)(self._tokenise)
         self._doubts: dict[str, str] = {}
         self._longest_token: int | None = None
 
@@ -82,7 +86,10 @@ class Continuer:
             return str(self.tokenizer.apply_chat_template([with_text(message) for message in shown], **options))
 
     def tokens(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return list(self._tokens(text))
+
+    def _tokenise(self, text: str) -> tuple[int, ...]:
+        return tuple(self.tokenizer.encode(text, add_special_tokens=False))
 
     @property
     def longest_token(self) -> int:

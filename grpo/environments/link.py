@@ -1,17 +1,25 @@
 """Messages between the trainer and an environment's process: JSON, each with its length in 8 bytes before it.
 
-What comes out of an environment's process may be anything, so it is never unpickled and its length is limited.
+What comes out of an environment's process may be anything, so it is never unpickled and its length is limited. Tokens
+and logprobs go in to it as bytes in base64, which takes a tenth of the time that their digits do.
 """
 
 from __future__ import annotations
 
+import base64
 import json
 import socket
+from array import array
+from collections.abc import Sequence
 from typing import Any
 
 HEADER = 8
 LARGEST = 64 << 20
 """Bytes of the longest message that is read."""
+
+
+NUMBERS = {"prompt_ids": "i", "completion_ids": "i", "logprobs": "d"}
+"""What of a turn is numbers, and how `array` calls them."""
 
 
 class Garbage(Exception):
@@ -22,6 +30,20 @@ def packed(message: dict[str, Any]) -> bytes:
     """`message` as it goes over a link; halves of characters, which no tokenizer takes, become question marks."""
     body = json.dumps(message, ensure_ascii=False).encode(errors="replace")
     return len(body).to_bytes(HEADER, "big") + body
+
+
+def as_text(name: str, numbers: Sequence[float]) -> str:
+    """`numbers` of a turn as they go over a link."""
+    return base64.b64encode(array(NUMBERS[name], numbers)).decode()
+
+
+def with_numbers(turn: dict[str, Any]) -> dict[str, Any]:
+    """A turn as it came over a link, with its numbers as lists."""
+    return turn | {
+        name: array(kind, base64.b64decode(turn[name])).tolist()
+        for name, kind in NUMBERS.items()
+        if isinstance(turn[name], str)
+    }
 
 
 def send(link: socket.socket, message: dict[str, Any]) -> None:

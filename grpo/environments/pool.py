@@ -91,6 +91,8 @@ class _Episode:
     outgoing: bytearray
     deadline: float | None = None
     """Until when it has to speak; None while it waits for the policy, or for its turn to work."""
+    writes: bool = False
+    """Whether `outgoing` waits for room in the link."""
 
 
 class EnvironmentPool:
@@ -248,7 +250,9 @@ class EnvironmentPool:
             self._hand_out()
 
     def _hand_out(self) -> None:
-        working = sum(one.deadline is not None for one in self._episodes.values())
+        working = 0
+        if len(self._episodes) > self.processes:
+            working = sum(one.deadline is not None for one in self._episodes.values())
         while self._waiting and working < self.processes:
             number, message = self._waiting.popleft()
             if number in self._episodes:
@@ -267,9 +271,11 @@ class EnvironmentPool:
             pass
         except OSError:
             one.outgoing.clear()  # gone, which the fork server tells
-        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if one.outgoing else 0)
-        with contextlib.suppress(KeyError):
-            self._selector.modify(one.link, events, number)
+        if one.writes != bool(one.outgoing):
+            one.writes = bool(one.outgoing)
+            events = selectors.EVENT_READ | (selectors.EVENT_WRITE if one.outgoing else 0)
+            with contextlib.suppress(KeyError):
+                self._selector.modify(one.link, events, number)
 
     def collect(self, seconds: float) -> None:
         """Pass on what there is, after waiting up to `seconds` for something."""

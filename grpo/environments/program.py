@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from grpo.environments.link import receive, send
+from grpo.environments.link import receive, send, with_numbers
 from grpo.environments.pictures import Unreadable, received_row, sent_messages
 from grpo.errors import UserError
 from grpo.references import described, location
@@ -115,7 +115,26 @@ class Sampling:
         Messages that extend those of the turn before continue it; others begin a sample of their own. Raises
         EpisodeOver where no turn fits.
         """
-        return await asyncio.to_thread(self.now, messages, tools, max_tokens)
+        self._ask(messages, tools, max_tokens, None)
+        loop = asyncio.get_running_loop()
+        answered: asyncio.Future[dict[str, Any] | None] = loop.create_future()
+
+        def read() -> None:
+            loop.remove_reader(self._link)
+            try:
+                answer = self._answer()
+            except Exception as error:
+                if not answered.done():
+                    answered.set_exception(error)
+            else:
+                if not answered.done():  # whoever asked may have given up
+                    answered.set_result(answer)
+
+        try:
+            loop.add_reader(self._link, read)  # a thread would take longer to start than all else here
+        except NotImplementedError:
+            return turn_of(await asyncio.to_thread(self._answer))
+        return turn_of(await answered)
 
     def now(
         self,
@@ -126,6 +145,17 @@ class Sampling:
         prompt_ids: Sequence[int] | None = None,
     ) -> Turn:
         """The same, for programs that are not asynchronous. `prompt_ids`: tokens in place of messages."""
+        self._ask(messages, tools, max_tokens, prompt_ids)
+        return turn_of(self._answer())
+
+    def _ask(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Message] | None,
+        max_tokens: int | None,
+        prompt_ids: Sequence[int] | None,
+    ) -> None:
+        """Send what is asked for; until it is answered nothing else is."""
         if self._asked:
             raise RuntimeError("an episode asks for one turn at a time; await the one before")
         self._asked = True
@@ -133,16 +163,27 @@ class Sampling:
             turn = sent_messages(messages, self._images)
             asked = {"turn": turn, "tools": tools and list(tools), "max_tokens": max_tokens}
             send(self._link, asked if prompt_ids is None else {**asked, "prompt_ids": list(prompt_ids)})
-            answer = receive(self._link)
-        except Unreadable as problem:
-            raise BadResult(str(problem)) from None
+        except BaseException as problem:
+            self._asked = False
+            if isinstance(problem, Unreadable):
+                raise BadResult(str(problem)) from None
+            raise
+
+    def _answer(self) -> dict[str, Any] | None:
+        """What the trainer says; None where it is gone."""
+        try:
+            return receive(self._link)
         finally:
             self._asked = False
-        if answer is None:
-            raise SystemExit(0)  # the trainer is gone
-        if "over" in answer:
-            raise EpisodeOver(answer["over"])
-        return Turn(**answer["said"])
+
+
+def turn_of(answer: dict[str, Any] | None) -> Turn:
+    """The turn that the trainer sent. Raises EpisodeOver where none fitted, SystemExit where the trainer is gone."""
+    if answer is None:
+        raise SystemExit(0)
+    if "over" in answer:
+        raise EpisodeOver(answer["over"])
+    return Turn(**with_numbers(answer["said"]))
 
 
 def play(program: Program, start: Mapping[str, Any], link: socket.socket) -> None:

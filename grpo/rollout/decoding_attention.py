@@ -96,12 +96,6 @@ def serve_decoding(model: nn.Module, dtype: torch.dtype) -> int:
     return len(served)
 
 
-def least_sequences(model: nn.Module) -> int:
-    """Of a decoding step in which every layer of `model` that has the kernel uses it; 0 where none has."""
-    served = [each.impl for each in model.modules() if type(getattr(each, "impl", None)) is DecodingImpl]
-    return max((-(-LEAST_PROGRAMS // impl.num_kv_heads) for impl in served), default=0)
-
-
 def plain(impl: FlashAttentionImpl, dtype: torch.dtype) -> bool:
     """Whether a layer asks for nothing that the kernel has not."""
     return (

@@ -33,8 +33,8 @@ from grpo.memory.states import has_states
 from grpo.model.architectures import vllm_class
 from grpo.model.base_weights import BaseWeights
 from grpo.policy.policy import Policy
+from grpo.rollout import prompt_graphs
 from grpo.rollout.attention_backend import OURS, choose_backend, served_by
-from grpo.rollout.decoding_attention import least_sequences
 from grpo.rollout.decoding_kernels import nf4_shapes
 from grpo.rollout.lora_buffers import RolloutAdapter
 from grpo.rollout.route_recorder import RouteRecorder
@@ -44,12 +44,12 @@ from grpo.rollout.vllm_environment import set_environment
 from grpo.rollout.vllm_images import ARGUMENTS as IMAGE_ARGUMENTS
 from grpo.rollout.vllm_images import ImageStore, known_positions
 from grpo.rollout.vllm_model import ADAPTER_KEY, SHARED, AdapterHandle, write_model_folder
-from grpo.rollout.vllm_scheduler import LogprobCollector, OnePassSampler, rollout_scheduler
+from grpo.rollout.vllm_scheduler import ContinuedHasher, LogprobCollector, OnePassSampler, rollout_scheduler
 from grpo.rollout.vllm_start import quick_start, without_searches
-from grpo.run.compile_ahead import capture_sizes
 from grpo.run.machine import version_problem
 from grpo.run.tiles import prepare_tiles
 
+MOST_COMPARED = 256
 STATES = {
     "enable_prefix_caching": False,
     "mamba_ssm_cache_dtype": "float32",
@@ -101,6 +101,11 @@ class Engine:
             self.llm = vllm.LLM(**arguments)
         if on_gpu:
             self._runner.sampler = self.sampler = OnePassSampler(logprobs_mode="processed_logprobs")
+            builders = [group.get_metadata_builder() for group in self._runner._attn_group_iterator()]
+            prompt_graphs.split_as_ever(builders, self.settings.max_num_seqs)
+        core = self.llm.llm_engine.engine_core.engine_core
+        self._hasher = ContinuedHasher(core.request_block_hasher) if core.request_block_hasher is not None else None
+        core.request_block_hasher = self._hasher
         if self.policy is not None:
             self.sync_adapter()
 
@@ -166,11 +171,7 @@ class Engine:
             if settings.release_kv_cache:
                 arguments["enable_cumem_allocator"] = True
             if not settings.enforce_eager:
-                arguments["compilation_config"] = {
-                    "mode": 0,
-                    "cudagraph_mode": "FULL_DECODE_ONLY",
-                    "cudagraph_capture_sizes": capture_sizes(settings.max_num_seqs),
-                }
+                arguments["compilation_config"] = prompt_graphs.compilation(settings.max_num_seqs, self.graph_tokens)
         return arguments
 
     def _backend(self) -> str:
@@ -242,8 +243,10 @@ class Engine:
         *,
         adapter: bool = True,
         kind: RequestOutputKind = RequestOutputKind.FINAL_ONLY,
+        continued: bool = False,
     ) -> None:
         """Prepare for requests that are `add`ed one by one, also while others run. Leave `ending` when all is done.
+        `continued`: some will continue others.
 
         On a GPU `seed` decides all random numbers, by the number of the engine's step and the row in its batch: the
         same requests added before the same steps give the same tokens.
@@ -254,18 +257,21 @@ class Engine:
             torch.cuda.manual_seed(seed)
             self.sampler.begin(sampling, seed)
         self._sampling, self._kind = sampling, kind
+        self._alike: dict[int | None, SamplingParams] = {}
+        """Of requests without a seed of their own, by `max_tokens`."""
         self._open: set[str] = set()
         if self.images is not None:
             self.images.clear()
-        self.collector.begin(deliver_on_finish=kind == RequestOutputKind.FINAL_ONLY and not sampling.stop)
+        at_end = kind == RequestOutputKind.FINAL_ONLY and not sampling.stop
+        # With stop strings a request may have a token more than was given.
+        self.collector.begin(deliver_on_finish=at_end, continued=continued and not sampling.stop)
 
     def add(self, request: Request) -> None:
         """Begin `request`, whose id no other since `begin` has; it is computed from the next step on."""
-        seed = None if self.base.device.type == "cuda" else request.seed
-        params = self._params(self._sampling, seed, self._kind)
-        if request.max_tokens is not None:
-            params.max_tokens = request.max_tokens
+        params = self._params_of(request)
         prompt = self._prompt(request)
+        if self._hasher is not None and request.continues is not None and not request.images:
+            self._hasher.known = self.collector.hashes.pop(str(request.continues), [])
         name = self.llm.llm_engine.add_request(str(request.id), prompt, params)
         self.collector.enter(str(request.id), name)
         self._open.add(str(request.id))
@@ -273,20 +279,33 @@ class Engine:
     def _prompt(self, request: Request) -> dict[str, Any]:
         """A request's prompt as vLLM takes it."""
         if not request.images:
-            return {"prompt_token_ids": list(request.prompt_ids)}
+            return {"type": "token", "prompt_token_ids": list(request.prompt_ids)}
         if self.images is None or self.tower is None:
             raise UserError("a prompt has images, and the model was loaded without its tower; set model.images = true")
         return self.images.request(request.prompt_ids, self.tower.embed(request.images))
 
     @property
     def has_graphs(self) -> bool:
-        """Whether decoding steps are CUDA graphs; a step in which a prompt is read is none."""
+        """Whether decoding steps are CUDA graphs."""
         return self.base.device.type == "cuda" and not self.settings.enforce_eager
 
     @property
-    def least_batch(self) -> int:
-        """Sequences of a decoding step that is computed as those of many are; 1 where none is computed otherwise."""
-        return max(1, min(self.settings.max_num_seqs, least_sequences(self.vllm_model())))
+    def graph_tokens(self) -> int:
+        """Tokens of the largest step with prompts that is a CUDA graph; 0: none is."""
+        config = self.base.config
+        if not self.has_graphs or has_states(config) or self.base.experts or self.images is not None:
+            return 0
+        if not vllm.envs.VLLM_USE_BREAKABLE_CUDAGRAPH:
+            return 0
+        return prompt_graphs.most_tokens(config, self.base.dtype.itemsize, self.settings.graph_tokens)
+
+    @property
+    def compared_batch(self) -> int:
+        """Sequences with which a decoding step launches what the run's largest do: on a GPU kernels and their tiles
+        follow the number of rows. Up to MOST_COMPARED; 1 where they would not share the computation of a prompt."""
+        if self.base.device.type == "cpu" or has_states(self.base.config):
+            return 1
+        return min(self.settings.max_num_seqs, MOST_COMPARED)
 
     @property
     def running(self) -> int:
@@ -342,6 +361,17 @@ class Engine:
             routes = routes[: len(output.prompt_token_ids) + len(token_ids) - 1]
         return Completion(int(output.request_id), token_ids, logprobs[: len(token_ids)], sample.finish_reason, routes)
 
+    def _params_of(self, request: Request) -> SamplingParams:
+        """How to sample `request`. vLLM copies what it is given before it changes any of it."""
+        seed = None if self.base.device.type == "cuda" else request.seed
+        params = self._alike.get(request.max_tokens) if seed is None else None
+        if params is None:
+            params = self._params(self._sampling, seed, self._kind)
+            if request.max_tokens is not None:
+                params.max_tokens = request.max_tokens
+            self._alike[request.max_tokens] = params
+        return params
+
     def _params(self, sampling: SamplingSettings, seed: int | None, kind: RequestOutputKind) -> SamplingParams:
         return SamplingParams(
             n=1,
@@ -359,6 +389,7 @@ class Engine:
             detokenize=bool(sampling.stop),
             skip_special_tokens=sampling.skip_special_tokens,
             output_kind=kind,
+            skip_clone=True,  # a shallow copy will do
         )
 
     def _switch_adapter(self, enabled: bool) -> None:

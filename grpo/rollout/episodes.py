@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from grpo.config.schema import Environment
 from grpo.data import Prompt
 from grpo.environments.continuation import Continuer, Unprovable
+from grpo.environments.link import as_text
 from grpo.environments.pictures import Unreadable, parts_of, read_messages, sent_row, shown_prompt
 from grpo.environments.pool import Asked, Ended, EnvironmentPool, Lost, Said, Scored
 from grpo.environments.tool_calls import assistant_message
@@ -31,8 +32,8 @@ if TYPE_CHECKING:
 
 Message = dict[str, Any]
 CHECK_SECONDS = 0.2
-JOIN_STEPS = 12
-"""A step without a CUDA graph in decoding steps, about: 42 ms to 3.4 for SmolLM2-135M, 64 sequences on an H200."""
+JOIN_STEPS, GRAPH_JOIN_STEPS = 12, 2
+"""Decoding steps that a first step of turns costs, however many, without and with a CUDA graph: SmolLM2-135M, H200."""
 CUT = "\n[cut: {} more characters]"
 
 
@@ -78,6 +79,8 @@ class Thread:
 
     messages: list[Message]
     transcript: Transcript
+    request: int | None = None
+    """The last one that was made for it."""
 
 
 @dataclass
@@ -154,7 +157,7 @@ class EpisodePlayer:
         pool: EnvironmentPool,
         settings: Environment,
         continuer: Continuer,
-        decode: Callable[[list[int]], str],
+        decode: Callable[[Sequence[list[int]]], list[str]],
         *,
         episode_tokens: int,
         max_seq_length: int,
@@ -166,8 +169,8 @@ class EpisodePlayer:
         self.engine, self.pool, self.settings = engine, pool, settings
         self.continuer, self.decode, self.check = continuer, decode, check
         self.episode_tokens, self.max_seq_length, self.max_pixels = episode_tokens, max_seq_length, max_pixels
-        graphs = JOIN_STEPS if engine.has_graphs else 0
-        self.join_steps = graphs if settings.join_steps is None else settings.join_steps
+        graphs = GRAPH_JOIN_STEPS if engine.graph_tokens else JOIN_STEPS
+        self.join_steps = (graphs if engine.has_graphs else 0) if settings.join_steps is None else settings.join_steps
         self.waited = 0.0
 
     def play(
@@ -182,12 +185,11 @@ class EpisodePlayer:
 
         So many `members` of adjacent numbers are a group; those that are scored together come last.
         """
-        self.engine.begin(sampling, starts[0][2] if starts else 0, adapter=adapter)
+        self.engine.begin(sampling, starts[0][2] if starts else 0, adapter=adapter, continued=True)
         self.steps, self.requests = 0, 0
         self.due = {number: 0 for number, _, _ in starts}  # whose program is to speak, and when it is taken up
         self.seen: dict[int, int] = {}  # whose program has spoken, and when; "eager" alone
-        judged = bool(self.pool.facts["rewards"])
-        self.open = {number: Episode(number, seed, judged=judged) for number, _, seed in starts}
+        self.open = {one: Episode(one, seed, judged=bool(self.pool.facts["rewards"])) for one, _, seed in starts}
         self.asking: dict[int, Episode] = {}
         self.unscored: list[Episode] = []
         try:
@@ -201,8 +203,9 @@ class EpisodePlayer:
                         yield from self.admit(self.open[number], self.pool.inbox.pop(number))
                     if self.engine.running:
                         self.steps += 1
-                        for completion in sorted(self.engine.step(), key=lambda one: one.request_id):
-                            self.take(completion)
+                        done = sorted(self.engine.step(), key=lambda one: one.request_id)
+                        for completion, text in zip(done, self.decode([one.token_ids for one in done]), strict=True):
+                            self.take(completion, text)
             yield from self.scored_together(members)
         finally:
             self.pool.sweep()
@@ -220,6 +223,8 @@ class EpisodePlayer:
 
         Those before one that is waited for are taken up meanwhile, which the tokens do not depend on.
         """
+        if not self.due:  # every program waits for its turn
+            return
         self.pool.collect(0)
         idle = not self.engine.running
         if self.settings.schedule == "eager":
@@ -320,7 +325,8 @@ class EpisodePlayer:
         thread.messages = list(asked.messages)
         seed = episode.seed if episode.turns == 0 else sample_seed(episode.seed, episode.turns)
         limit = min(room, self.settings.max_turn_tokens, max(asked.max_tokens or room, 1))
-        self.engine.add(Request(self.requests, transcript.ids, seed, limit, tuple(transcript.images)))
+        self.engine.add(Request(self.requests, transcript.ids, seed, limit, tuple(transcript.images), thread.request))
+        thread.request = self.requests
         self.asking[self.requests] = episode
         self.requests += 1
 
@@ -410,16 +416,14 @@ class EpisodePlayer:
             kept[longest] = int(kept[longest] * 0.9 * most / len(ids))
             episode.cut_observations += 1
 
-    def take(self, completion: Completion) -> None:
-        """A finished turn: keep its tokens and hand it to the program."""
+    def take(self, completion: Completion, text: str) -> None:
+        """A finished turn, whose tokens are `text`: keep its tokens and hand it to the program."""
         episode = self.asking.pop(completion.request_id)
         assert episode.thread is not None
         transcript = episode.thread.transcript
-        prompt_ids = transcript.ids
+        prompt_ids, episode.finish_reason = transcript.ids, completion.finish_reason
         transcript.draw(completion, episode.turns)
         episode.turns += 1
-        episode.finish_reason = completion.finish_reason
-        text = self.decode(completion.token_ids)
         message, malformed = self.message(text, prompt_ids, episode.tools)
         episode.malformed += malformed
         for index, call in enumerate(message.get("tool_calls", ())):
@@ -432,9 +436,9 @@ class EpisodePlayer:
             "finish_reason": completion.finish_reason,
             "last": last,
             "malformed": malformed,
-            "prompt_ids": prompt_ids,
-            "completion_ids": completion.token_ids,
-            "logprobs": completion.logprobs,
+            "prompt_ids": as_text("prompt_ids", prompt_ids),
+            "completion_ids": as_text("completion_ids", completion.token_ids),
+            "logprobs": as_text("logprobs", completion.logprobs),
         }
         self.hand_over(episode, {"said": said})
 

@@ -36,6 +36,8 @@ class Request:
     """None: as the sampling settings say."""
     images: Sequence[Image] = ()
     """Of the prompt, in the order of their placeholders."""
+    continues: int | None = None
+    """The id of a finished request that `prompt_ids` begins with, prompt and completion."""
 
 
 @dataclass(frozen=True)
@@ -91,3 +93,5 @@ class EngineSettings:
     stop_strings: bool = False
     release_kv_cache: bool = False
     """Make `Engine.release_kv_cache` possible, on a GPU."""
+    graph_tokens: int = 0
+    """Steps of up to so many tokens that read prompts are CUDA graphs as well, where the model's are; 0: none."""

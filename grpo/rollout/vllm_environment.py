@@ -7,6 +7,7 @@ nowhere at import. A variable that the user has set stays.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import MutableMapping
 
 from grpo.errors import UserError
@@ -24,10 +25,19 @@ VARIABLES = {
 }
 
 
-def set_environment(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Set what the user has not. Raises UserError for a variable with which weights cannot be shared."""
+PROMPT_GRAPHS = "VLLM_USE_BREAKABLE_CUDAGRAPH"
+"""Makes graphs of steps that read prompts possible (prompt_graphs.py). Read when vLLM's attention is imported."""
+
+
+def set_environment(environment: MutableMapping[str, str] = os.environ, *, prompt_graphs: bool = False) -> None:
+    """Set what the user has not; PROMPT_GRAPHS if it is wanted and not too late.
+
+    Raises UserError for a variable with which weights cannot be shared.
+    """
     for name, value in VARIABLES.items():
         environment.setdefault(name, value)
+    if prompt_graphs and "vllm" not in sys.modules:
+        environment.setdefault(PROMPT_GRAPHS, "1")
     if environment[IN_THIS_PROCESS] != "0":
         raise UserError(
             f"{IN_THIS_PROCESS} = {environment[IN_THIS_PROCESS]!r}: vLLM samples in this process, where the weights "

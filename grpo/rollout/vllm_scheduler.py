@@ -9,6 +9,7 @@ Anything out of the ordinary is left to vLLM's own code.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -53,7 +54,8 @@ class LogprobCollector:
     """What the scheduler gathers for the engine in one call of `generate`, and how it is to hand tokens on.
 
     `deliver_on_finish`: a request's tokens are handed on when it has finished, all at once. `logprobs`: those of the
-    sampled tokens, by vLLM's own name of a request.
+    sampled tokens, by vLLM's own name of a request. `hashes`: where requests are `continued`, those of the blocks of
+    tokens of finished ones, by what the engine calls them.
     """
 
     def __init__(self) -> None:
@@ -61,9 +63,12 @@ class LogprobCollector:
         """Of a mixture of experts."""
         self.begin(deliver_on_finish=False)
 
-    def begin(self, *, deliver_on_finish: bool) -> None:
+    def begin(self, *, deliver_on_finish: bool, continued: bool = False) -> None:
         """Forget every request."""
-        self.deliver_on_finish = deliver_on_finish
+        self.deliver_on_finish, self.continued = deliver_on_finish, continued
+        self.hashes: dict[str, list[bytes]] = {}
+        self.ended: dict[str, list[bytes]] = {}
+        """The same of requests that have not been taken, by vLLM's name."""
         self.logprobs: dict[str, list[float]] = {}
         self.routes: dict[str, Tensor] = {}
         """As in `Completion`, by vLLM's own name of a request."""
@@ -78,7 +83,25 @@ class LogprobCollector:
         """Logprobs of a finished request's tokens, in order, and the experts of those that were fed; possibly of one
         more than it was given."""
         name = self._names.pop(request_id)
+        if name in self.ended:
+            self.hashes[request_id] = self.ended.pop(name)
         return self.logprobs.pop(name), self.routes.pop(name, None)
+
+
+class ContinuedHasher:
+    """vLLM's hashes of the blocks of a request's tokens. Those of the request that it continues are taken over: vLLM
+    would make them again for every turn of a conversation."""
+
+    def __init__(self, hasher: Callable[[Any], list[bytes]]):
+        self._hasher = hasher
+        self.known: list[bytes] = []
+        """Of the first blocks of the request that is made next."""
+
+    def __call__(self, request: Any) -> list[bytes]:
+        if self.known and not request.block_hashes:
+            request.block_hashes.extend(self.known)
+        self.known = []
+        return self._hasher(request)
 
 
 def rollout_scheduler(kind: type, collector: LogprobCollector) -> type:
@@ -109,6 +132,8 @@ def rollout_scheduler(kind: type, collector: LogprobCollector) -> type:
             return outputs
 
         def _free_request(self, request: Any, *arguments: Any, **options: Any) -> Any:
+            if collector.continued and len(request.block_hashes) == request.num_tokens // self.block_size:
+                collector.ended[request.request_id] = request.block_hashes
             if collector.recorder is not None and request.request_id in collector.logprobs:
                 collector.routes[request.request_id] = collector.recorder.routes(self, request)
             return super()._free_request(request, *arguments, **options)

@@ -17,6 +17,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from vllm.platforms import current_platform
 
 SAMPLES = "_dummy_sampler_run"
 
@@ -38,6 +39,8 @@ def without_searches() -> Iterator[None]:
 def quick_start() -> Iterator[None]:
     """Around vllm.LLM(...)."""
     runner = None
+    # vLLM keeps one pool for graphs' memory, which torch has given up with the graphs of an engine that was stopped.
+    type(current_platform)._global_graph_pool = None
     try:
         runner = import_module("vllm.v1.worker.gpu_model_runner").GPUModelRunner
     except (ImportError, AttributeError):  # a vLLM that has it elsewhere starts as it does

@@ -31,6 +31,18 @@ def uncollected() -> Iterator[None]:
             gc.enable()
 
 
+ASKED_LATER = ("is_bnb_available", "is_bnb_4bit_available")
+"""What peft asks when it puts an adapter on a layer, and not when it is imported. It remembers the answer."""
+
+
+def remember_answers() -> None:
+    """Have peft ask now."""
+    for name in ASKED_LATER:
+        ask = getattr(sys.modules.get("peft.import_utils"), name, None)
+        if ask is not None:
+            ask()
+
+
 @contextmanager
 def lean() -> Iterator[None]:
     """Around a command's imports: `uncollected`, and for whoever asks for UNUSED they are not installed.
@@ -46,6 +58,7 @@ def lean() -> Iterator[None]:
     try:
         with uncollected(), patch.object(importlib.util, "find_spec", find_spec):
             yield
+            remember_answers()
     finally:
         for name in unused:
             if sys.modules.get(name) is None:

@@ -162,7 +162,7 @@ def make_player(
         environment,
         config.environment,
         continuer(config, session.tokenizer, session.stop_token_ids, session.image_tokens),
-        session.decode,
+        session.decode_all,
         episode_tokens=config.rollout.max_completion_length,
         max_seq_length=config.max_seq_length,
         max_pixels=config.model.max_pixels,

@@ -81,6 +81,19 @@ class Sampled(NamedTuple):
     routes: Sequence[Tensor | None] | None = None
     """The experts that vLLM chose: which ones rounding decides, and it is not what is compared."""
 
+    def part(self, first: int, last: int) -> Sampled:
+        """The completions from `first` to `last`."""
+        begin, count = sum(map(len, self.tokens[:first])), sum(map(len, self.tokens[first:last]))
+        routes = None if self.routes is None else self.routes[first:last]
+        return self._replace(
+            tokens=self.tokens[first:last], logprobs=self.logprobs[begin : begin + count], routes=routes
+        )
+
+    @property
+    def few(self) -> Sampled:
+        """The first ones: what is not about vLLM's batch is asked of these alone."""
+        return self.part(0, COMPLETIONS)
+
     @property
     def certain(self) -> bool:
         """Whether the model leaves hardly a choice, so that logprobs of 0 say nothing about what computed them."""
@@ -123,10 +136,11 @@ def gate_prompt(session: Session) -> GatePrompt:
 def check_logprobs(session: Session, prompt: GatePrompt) -> None:
     """Raise UserError unless sampled and trained logprobs agree and vLLM follows a move of the adapter."""
     policy, limit = session.policy, tolerance(session)
-    before = sample_with_choice(session, prompt)
-    start = scored(policy, prompt, before)
-    mean_logprob_diff = mean_abs_diff(before.logprobs, start)
+    every = sample_with_choice(session, prompt)
+    mean_logprob_diff = mean_abs_diff(every.logprobs, scored(policy, prompt, every))
     refuse_difference(session, prompt, mean_logprob_diff, limit, "")
+    before = every.few
+    start = scored(policy, prompt, before)
     refuse_scaled_head(session, prompt, before, start)
     least = max(STANDS_OUT * mean_logprob_diff, limit / STANDS_OUT)
     what, others = moved_names(policy)
@@ -140,7 +154,9 @@ def check_logprobs(session: Session, prompt: GatePrompt) -> None:
             f"{least:.3g}, so it cannot be trained; name other lora.target_modules"
         )
     with served_move(session, everywhere(nudge)):
-        after = sample(session, prompt, before.temperature)
+        every = sample(session, prompt, before.temperature)
+        mean_logprob_diff = mean_abs_diff(every.logprobs, scored(policy, prompt, every))
+        after = every.few
         here = scored(policy, prompt, after)
     there = scored(policy, prompt, after)
     effect = here - there
@@ -154,7 +170,7 @@ def check_logprobs(session: Session, prompt: GatePrompt) -> None:
     refuse_difference(
         session,
         prompt,
-        mean_abs_diff(after.logprobs, here),
+        mean_logprob_diff,
         max(limit, float(effect.abs().mean()) / STANDS_OUT),
         "moved ",
     )
@@ -299,8 +315,8 @@ def sample_with_choice(session: Session, prompt: GatePrompt) -> Sampled:
 
 
 def sample(session: Session, prompt: GatePrompt, temperature: float) -> Sampled:
-    """Short completions from vLLM, as many at once as it takes for a decoding step to be one of many."""
-    count = max(COMPLETIONS, session.engine.least_batch)
+    """Short completions from vLLM, as many at once as the run's decoding steps have."""
+    count = COMPLETIONS if prompt.images else max(COMPLETIONS, session.engine.compared_batch)
     requests = [Request(index, prompt.ids, seed=index, images=prompt.images) for index in range(count)]
     sampling = SamplingSettings(temperature=temperature, max_tokens=TOKENS)
     done = sorted(session.engine.generate(requests, sampling), key=lambda completion: completion.request_id)
@@ -311,14 +327,19 @@ def sample(session: Session, prompt: GatePrompt, temperature: float) -> Sampled:
 
 @torch.no_grad()
 def scored(policy: Policy, prompt: GatePrompt, sampled: Sampled) -> Tensor:
-    """The training graph's logprobs of the same tokens, on the CPU."""
-    count = len(sampled.tokens)
+    """The training graph's logprobs of the same tokens, on the CPU; of completions with about as many tokens as the
+    prompt that they share at once."""
+    found, together = [], max(len(prompt.ids), LONGEST_PROMPT // 2) // TOKENS
     with as_in_training(policy):
-        scored = policy.score(
-            [prompt.ids] * count, sampled.tokens, temperature=sampled.temperature, routes=sampled.routes,
-            images=[prompt.images] * count,
-        )  # fmt: skip
-    return scored.logprobs.float().cpu()
+        for first in range(0, len(sampled.tokens), together):
+            part = sampled.part(first, first + together)
+            count = len(part.tokens)
+            logprobs = policy.score(
+                [prompt.ids] * count, part.tokens, temperature=part.temperature, routes=part.routes,
+                images=[prompt.images] * count,
+            ).logprobs  # fmt: skip
+            found.append(logprobs.float().cpu())
+    return torch.cat(found)
 
 
 def mean_abs_diff(one: Tensor, other: Tensor) -> float:

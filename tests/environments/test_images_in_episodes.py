@@ -69,9 +69,9 @@ def start(home: Path, name: str, environment: dict[str, Any], *arguments: str, *
 @pytest.mark.vllm
 def test_a_run_trains_on_what_it_is_shown_between_turns_and_goes_on_bit_for_bit(home: Path) -> None:
     program = {"program": f"{FILE}:shows"}
-    assert start(home, "straight", program, train={"max_steps": 4}) == 0
+    assert start(home, "straight", program, train={"max_steps": 3}) == 0
     metrics = read_metrics(home / "straight")
-    assert [entry["environment/turns"] for entry in metrics] == [3.0] * 4
+    assert [entry["environment/turns"] for entry in metrics] == [3.0] * 3
     assert all(entry["mismatch_logp_max"] < 1e-4 and entry["grad_norm"] > 0 for entry in metrics)
     # Of each prompt's picture and the two that its program draws, those of a group's members alike are encoded once.
     assert all(3 <= entry["images_encoded"] for entry in metrics[:2])
@@ -84,7 +84,7 @@ def test_a_run_trains_on_what_it_is_shown_between_turns_and_goes_on_bit_for_bit(
     assert named <= set(read_run(home / "straight").images)
     slow = {**program, "options": {"delay": 0.05}}
     assert start(home, "resumed", slow, train={"max_steps": 2}, checkpoint={"save_steps": 2}) == 0
-    assert start(home, "resumed", slow, "--resume", train={"max_steps": 4}, checkpoint={"save_steps": 2}) == 0
+    assert start(home, "resumed", slow, "--resume", train={"max_steps": 3}, checkpoint={"save_steps": 2}) == 0
     one, other = (load_file(home / name / "adapter" / "adapter_model.safetensors") for name in ("straight", "resumed"))
     assert one.keys() == other.keys() and all(tensor.equal(other[name]) for name, tensor in one.items())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -179,6 +180,19 @@ def test_many_bad_episodes_leak_nothing(opened: Callable[..., EnvironmentPool]) 
     assert len(os.listdir(f"/proc/{pool._process.pid}/fd")) < 12
 
 
+@pytest.mark.parametrize(("name", "texts"), [("impatient", ["first"]), ("gives_up", ["first", "second"])])
+def test_turns_come_one_at_a_time_and_to_who_asked(
+    opened: Callable[..., EnvironmentPool], name: str, texts: list[str]
+) -> None:
+    pool = opened(name)
+    pool.start(0, ROW, seed=1)
+    for text in texts:
+        assert isinstance(word_of(pool, 0), Asked)
+        time.sleep(0.3)
+        pool.tell(0, turn(text))
+    assert word_of(pool, 0) == Ended(1.0, True, {})
+
+
 HOSTILE = {
     "raises": "raised ValueError",
     "exits": "ended its process with exit code 7",
@@ -230,6 +244,7 @@ def test_hostile_programs_leave_nothing(opened: Callable[..., EnvironmentPool], 
 
 def held(server: psutil.Process) -> list[int]:
     """Descriptors of this process and the fork server, and the memory of both."""
+    gc.collect()  # what other tests left
     ours = psutil.Process()
     return [ours.num_fds(), server.num_fds(), ours.memory_info().rss, server.memory_info().rss]
 

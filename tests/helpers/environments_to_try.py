@@ -32,6 +32,31 @@ def rewrites(row: dict, sample: Any) -> float:
     return len(second.text) / 10
 
 
+async def impatient(row: dict, sample: Any) -> float:
+    """Asks twice at once; the second is refused and the first is answered all the same."""
+    first = asyncio.ensure_future(sample(row["prompt"]))
+    await asyncio.sleep(0)
+    try:
+        await sample(row["prompt"])
+    except RuntimeError as refusal:
+        return float("one turn at a time" in str(refusal) and (await first).text == "first")
+    return 0.0
+
+
+async def gives_up(row: dict, sample: Any) -> float:
+    """Waits for a turn no longer than it likes, and asks for another once that one has come."""
+    try:
+        await asyncio.wait_for(sample(row["prompt"]), 0.05)
+        return 0.0
+    except TimeoutError:
+        pass
+    while True:
+        try:
+            return float((await sample(row["prompt"])).text == "second")
+        except RuntimeError:
+            await asyncio.sleep(0.01)
+
+
 async def raises(row: dict, sample: Any) -> float:
     await sample(row["prompt"])
     raise ValueError("no such luck")

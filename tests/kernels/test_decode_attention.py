@@ -104,7 +104,7 @@ def test_on_the_gpu_every_length_page_and_group_is_right_in_each_row(dtype, head
         pytest.skip("bfloat16")
     lengths = [1, 2, 15, 16, 17, 31, 33, 511, 512, 513, 1023, 1025, 2047, 2049, 4095, 4096, 0]
     query, cache, new = case(lengths, heads, kv_heads, size, dtype, "cuda", longest=4096, page=page)
-    few, many = (decode_attention.cut_for(count, size, cards.card(query.device)) for count in (1, 1 << 20))
+    few, many = (decode_attention.cut_for(count, 1, size, cards.card(query.device)) for count in (1, 1 << 20))
     early = cards.card(query.device).architecture >= 90
     # An output rounded once from weights that were: in bfloat16 eight bits, in float16 eleven.
     limit = 2.0**-7 if dtype == torch.bfloat16 else 2.0**-10

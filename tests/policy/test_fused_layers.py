@@ -233,11 +233,18 @@ def test_the_switch():
 
 
 @pytest.mark.slow
-def test_graph_in_the_interpreter():
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        "(agree and (qwen2 or gemma2 or phi3)) or (near and dtype0 and llama)",
+        pytest.param("(agree and qwen3) or (near and dtype0 and (gemma3_text or phi3))", marks=pytest.mark.wide),
+    ],
+    ids=["few", "more"],
+)
+def test_graph_in_the_interpreter(chosen):
     """Triton reads TRITON_INTERPRET when it is imported, hence a process of its own. The families that differ in what
     they give the kernels: biases, norms, activations, fused weights."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    chosen = "(agree and (qwen or gemma2 or phi3)) or (near and dtype0 and (llama or gemma3_text or phi3))"
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", chosen],
         cwd=ROOT, env=environment, capture_output=True, text=True,

@@ -131,13 +131,3 @@ def test_while_vllm_measures_memory_there_is_no_step():
     assert isinstance(layer.rotary_emb, LateRotary)
     with override_forward_context(SimpleNamespace(attn_metadata=None)):
         assert layer.rotary_emb(None, torch.zeros(1), torch.zeros(1))[0].any()
-
-
-def test_the_gate_asks_for_as_many_sequences_as_every_layer_needs():
-    assert decoding_attention.least_sequences(nn.Sequential(OtherAttention())) == 0, "no layer has the kernel"
-    model = nn.Sequential(LlamaAttention(), OtherAttention(num_kv_heads=6), LlamaAttention(sliding_window=(9, 0)))
-    assert serve_decoding(model, torch.bfloat16) == 2
-    needed = decoding_attention.least_sequences(model)
-    for layer in list(model)[:2]:
-        assert layer.attn.impl.decodes(step(needed))
-    assert not all(layer.attn.impl.decodes(step(needed - 1)) for layer in list(model)[:2])

@@ -133,6 +133,28 @@ def test_every_base_tensor_is_in_memory_once(shared: Shared) -> None:
     assert used == owned
 
 
+@pytest.mark.parametrize("first", [3, 31, 32, 33, 60])
+def test_a_request_that_continues_another_has_the_hashes_and_tokens_of_a_new_one(shared: Shared, first: int) -> None:
+    """The turns of a conversation: what vLLM hashed for one is not hashed again, and is what it would hash."""
+
+    def turns(continued: bool) -> tuple[list[Completion], list[list[bytes]]]:
+        shared.engine.reset_prefix_cache()
+        shared.engine.begin(SamplingSettings(1.0, 20), seed=1, continued=continued)
+        scheduler = shared.engine.llm.llm_engine.engine_core.engine_core.scheduler
+        done: list[Completion] = []
+        hashes, ids, last = [], PROMPT[:first], None
+        with shared.engine.ending():
+            for turn, tokens in enumerate((5, 20, 1, 12)):
+                shared.engine.add(Request(turn, ids, 7 + turn, tokens, continues=last))
+                hashes += [list(request.block_hashes) for request in scheduler.requests.values()]
+                while shared.engine.running:
+                    done += shared.engine.step()
+                ids, last = ids + done[-1].token_ids + PROMPT[turn : turn + 4], turn
+        return done, hashes
+
+    assert turns(True) == turns(False)
+
+
 def test_nothing_moves_and_nothing_changes_while_sampling_and_training(shared: Shared) -> None:
     before = shared.vllm_addresses()
     values = [tensor.clone() for tensor in shared.base.storages()]

@@ -25,6 +25,9 @@ class OnGpu:
         from grpo.model.base_weights import BaseWeights
         from grpo.model.source import open_source
         from grpo.policy.policy import Policy
+        from grpo.rollout.vllm_environment import set_environment
+
+        set_environment(prompt_graphs=True)
         from grpo.rollout.engine import Engine, EngineSettings
 
         save_tiny(folder, "qwen2", tie_word_embeddings=False, num_attention_heads=2, num_key_value_heads=1)
@@ -37,7 +40,7 @@ class OnGpu:
                 weight = layer.lora_B["default"].weight
                 weight.copy_(torch.randn(weight.shape, generator=generator) * 0.1)
         settings = EngineSettings(
-            max_seq_length=160, max_num_seqs=8, kv_cache_memory_bytes=KV_BYTES, release_kv_cache=True
+            max_seq_length=160, max_num_seqs=8, kv_cache_memory_bytes=KV_BYTES, release_kv_cache=True, graph_tokens=1024
         )
         self.engine = Engine(self.base, self.policy, settings)
 

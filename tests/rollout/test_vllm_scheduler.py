@@ -245,3 +245,15 @@ def test_a_token_that_vllm_drops_takes_its_logprob_with_it() -> None:
     step(-2.0, [])  # a part of its tokens computed again
     step(-3.0, [5])
     assert logprobs == {"a": [-0.5, -3.0]}
+
+
+def test_hashes_that_are_known_are_taken_over_once() -> None:
+    from types import SimpleNamespace
+
+    from grpo.rollout.vllm_scheduler import ContinuedHasher
+
+    hasher = ContinuedHasher(lambda request: [f"own {len(request.block_hashes)}".encode()])
+    hasher.known = [b"a", b"b"]
+    first, second = SimpleNamespace(block_hashes=[]), SimpleNamespace(block_hashes=[])
+    assert hasher(first) == [b"own 2"] and first.block_hashes == [b"a", b"b"]
+    assert hasher(second) == [b"own 0"] and second.block_hashes == []

@@ -47,3 +47,12 @@ def test_a_vllm_with_its_runner_elsewhere_starts_as_it_does(monkeypatch: pytest.
     with quick_start():
         assert not gc.isenabled()
     assert gc.isenabled() and gc.collect is collect
+
+
+def test_every_start_has_a_pool_of_its_own_for_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch gives a pool up with the last graph in it, and vLLM keeps its number."""
+    from vllm.platforms import current_platform
+
+    monkeypatch.setattr(type(current_platform), "_global_graph_pool", (0, 1))  # vLLM's name
+    with quick_start():
+        assert type(current_platform)._global_graph_pool is None

@@ -27,6 +27,10 @@ changed = [name for name in before.keys() | os.environ.keys() if before.get(name
 assert gc.isenabled() and not set(UNUSED) & set(sys.modules), sorted(sys.modules)
 has_vllm = "vllm" in sys.modules
 assert importlib.util.find_spec("bitsandbytes") is not None
+import torch
+from peft import LoraConfig, get_peft_model
+get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), LoraConfig(target_modules=["0"]))
+assert not set(UNUSED) & set(sys.modules), "an adapter is put on a layer without them too"
 from bitsandbytes.optim import AdamW8bit
 print(json.dumps({"changed": changed, "vllm": has_vllm}))
 """

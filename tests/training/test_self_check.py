@@ -26,12 +26,12 @@ def model(tmp_path_factory):
     return str(save_first_layers(tmp_path_factory.mktemp("layers"), 6))
 
 
-def session_of(model, targets, dtype, *, rank=8, device="cpu", four_bit=True):
+def session_of(model, targets, dtype, *, rank=8, device="cpu", four_bit=True, sequences=4):
     values = {
         "model": {"name": model, "max_seq_length": 64, "dtype": dtype, "device": device, "load_in_4bit": four_bit},
         "lora": {"r": rank, "lora_alpha": 2 * rank, "target_modules": targets},
         "task": {"name": "arithmetic"},
-        "rollout": {"max_num_seqs": 4, "max_prompt_length": 32, "max_completion_length": 16},
+        "rollout": {"max_num_seqs": sequences, "max_prompt_length": 32, "max_completion_length": 16},
     }
     return open_session(parse_config(values))
 
@@ -60,6 +60,31 @@ def test_a_rollout_with_other_weights_is_a_sentence(model):
         norm = session.base.tensors["model.norm.weight"]
         graph = session.policy.decoder.model.norm
         graph.weight = torch.nn.Parameter(norm * 1.1, requires_grad=False)
+        with pytest.raises(UserError, match="vLLM's logprobs differ from the training graph's by"):
+            check_start(session)
+
+
+@pytest.mark.parametrize("compared", [1, 40])
+def test_a_product_that_is_wrong_with_many_rows_alone_is_found_where_the_batch_is_compared(
+    compared, model, monkeypatch
+):
+    """As a tile that the compiler makes a wrong product of; steps with a prompt have more rows than it is used for."""
+    from grpo.rollout import vllm_model
+
+    right = vllm_model.segment_linear
+
+    def wrong(x, segment, bias, out, low_rank):
+        right(x, segment, bias, out, low_rank)
+        if 32 < len(x) <= 40:
+            out.mul_(-1)
+
+    monkeypatch.setattr(vllm_model, "segment_linear", wrong)
+    with session_of(model, ["q_proj", "v_proj"], "bfloat16", sequences=40) as session:
+        assert session.engine.compared_batch == 1, "on a CPU kernels do not follow the rows"
+        monkeypatch.setattr(type(session.engine), "compared_batch", compared)
+        if compared == 1:
+            check_start(session)
+            return
         with pytest.raises(UserError, match="vLLM's logprobs differ from the training graph's by"):
             check_start(session)
 

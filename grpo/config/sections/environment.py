@@ -60,9 +60,10 @@ class Environment(Section):
     latency_steps: PositiveInt = 16
     """Decoding steps from the end of a turn until its answer is taken up. A slower answer is waited for."""
     join_steps: Annotated[int, Field(ge=0)] | None = None
-    """How many decoding steps the first step of a new turn takes, which all running ones share. While others speak,
-    answers that are due wait for more of them, until together they have waited as long as the others would. Default:
-    12 where decoding has CUDA graphs, which such a step has not, otherwise 0: none waits."""
+    """How many decoding steps the first step of new turns takes, however few they are, which all running turns share.
+    While others speak, answers that are due wait for more of them, until together they have waited as long as the
+    others would. Default: 2 on a GPU, 12 where such steps have no CUDA graphs while decoding has, otherwise 0: none
+    waits."""
     tool_parser: Literal[
         "auto", "hermes", "qwen3_coder", "glm45", "lfm2", "llama3_json", "gemma4", "openai", "deepseek_v3"
     ] = "auto"
