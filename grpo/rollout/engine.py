@@ -270,8 +270,9 @@ class Engine:
         """Begin `request`, whose id no other since `begin` has; it is computed from the next step on."""
         params = self._params_of(request)
         prompt = self._prompt(request)
-        if self._hasher is not None and request.continues is not None and not request.images:
-            self._hasher.known = self.collector.hashes.pop(str(request.continues), [])
+        if self._hasher is not None:
+            known = self.collector.hashes.pop(str(request.continues), [])
+            self._hasher.known = [] if request.images else known
         name = self.llm.llm_engine.add_request(str(request.id), prompt, params)
         self.collector.enter(str(request.id), name)
         self._open.add(str(request.id))
