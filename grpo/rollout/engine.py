@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -299,6 +299,10 @@ class Engine:
         if not vllm.envs.VLLM_USE_BREAKABLE_CUDAGRAPH:
             return 0
         return prompt_graphs.most_tokens(config, self.base.dtype.itemsize, self.settings.graph_tokens)
+
+    def without_graphs(self) -> AbstractContextManager[None]:
+        """Within it hooks on vLLM's modules see every step."""
+        return prompt_graphs.left_out(self._runner.cudagraph_dispatcher) if self.has_graphs else nullcontext()
 
     @property
     def compared_batch(self) -> int:
