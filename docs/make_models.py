@@ -106,19 +106,27 @@ def gate() -> str:
 
 def hybrid() -> str:
     """What benchmarks/hybrid.py measured on a GPU."""
-    operators, modules, *_ = json.loads(HYBRID.read_text(encoding="utf-8"))["rows"]
-    with_adapter, without = (modules[f"agreement{which}"]["mismatch_kl"] for which in ("", " without adapter"))
+    operators, modules, *others = json.loads(HYBRID.read_text(encoding="utf-8"))["rows"]
+    memory = {row["form"]: row for row in next(row["training"] for row in others if row["part"] == "memory")}
+    kl = modules["agreement"]["mismatch_kl"]
 
     def times(name: str) -> str:
         return " and ".join(f"{operators[f'{name} {passes}']['ms']:.3g}" for passes in ("forward", "both"))
+
+    def gigabytes(form: str) -> str:
+        measured, planned = (memory[form][key] / 1e9 for key in ("max_allocated", "predicted"))
+        return f"{measured:.2f} GB (planned {planned:.2f})"
 
     return (
         f"On an H200, of Qwen3.5-4B's sizes and {operators['tokens']:,} tokens, the delta rule takes "
         f"{times('delta kernels')}\n"
         f"ms a layer, forward and with its gradients, of which torch's form takes {times('delta torch')}; convolutions "
-        f"{times('conv')}\nof {times('conv torch')}. The KL of sampled and trained logprobs with random NF4 weights is "
-        f"{with_adapter:.2g} there, with the\nadapter off {without:.2g}; of the training graph and itself, with sums "
-        f"in another order, {modules['own spread']:.2g}\n(benchmarks/results/hybrid.json)."
+        f"{times('conv')}\nof {times('conv torch')}. Of Qwen 3.5, what goes from layer to layer is float32 in both "
+        f"graphs: rounded behind every layer, it is the\nlargest part of what they differ by. The KL of sampled and "
+        f"trained logprobs with random NF4 weights is {kl:.2g}\nthere, and of the training graph and itself, with sums "
+        f"in another order, {modules['own spread']:.2g}.\nA training step of {memory['none']['tokens']:,} tokens takes "
+        f"{gigabytes('none')} where everything is kept, and {gigabytes('layer')} with\nlayers computed again "
+        "(benchmarks/results/hybrid.json)."
     )
 
 

@@ -39,6 +39,11 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def unrounded(x: Tensor) -> Tensor:
+    """x in the type in which sums of it are kept: float32 of 16 bit."""
+    return x.to(accumulation_dtype(x.dtype))
+
+
 def cdiv(number: int, size: int) -> int:
     """number / size, rounded up. Triton's own, which kernels may call too, takes the host microseconds."""
     return -(-number // size)

@@ -3,10 +3,10 @@
     residual <- d(x + residual)        x <- w * d(residual / rms(residual))        d: rounding to the input's dtype
 
 the roundings of rms_norm.py's plain form after a rounded sum, as the training graph has them; or, where the stream
-between layers is kept in float32, after a sum that is not rounded. From sm_90 on it is launched while the product in
-front of it runs, and what follows while it runs.
+between layers is kept in float32, after a sum that is not rounded, and there in the form with a unit offset too. From
+sm_90 on it is launched while the product in front of it runs, and what follows while it runs.
 
-Not here: gradients, Gemma's form.
+Not here: gradients.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from grpo.kernels import cards
 from grpo.kernels.launch import is_interpreted, on_device, round_to, triton_supports, warps
+from grpo.kernels.rms_norm import Norm
 
 MOST_ROWS = 512
 """Of a decoding batch; prompts have more."""
@@ -43,7 +44,7 @@ def add_and_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Non
     x.copy_(weight * (values * torch.rsqrt(values.square().mean(-1, keepdim=True) + eps)).to(x.dtype))
 
 
-def add_to_stream(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+def add_to_stream(x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, unit_offset: bool = False) -> Tensor:
     """x [M, K] becomes the norm of x + residual; returns the sum in float32, `residual` itself if that is float32. x
     and weight [K] are of one dtype of 16 bit, and residual of it or float32."""
     alike = x.ndim == 2 and x.dtype == weight.dtype and residual.dtype in (x.dtype, torch.float32)
@@ -51,14 +52,16 @@ def add_to_stream(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Te
         raise ValueError(f"norm of {x.dtype} {tuple(x.shape)} beside {residual.dtype} {tuple(residual.shape)}")
     total = residual if residual.dtype == torch.float32 else torch.empty(x.shape, dtype=torch.float32, device=x.device)
     if triton_supports(x) and len(x):
-        launch(x, residual, weight, eps, total)
+        launch(x, residual, weight, eps, total, unit_offset=unit_offset)
     elif len(x):
         torch.add(residual.float(), x, out=total)
-        x.copy_(weight * (total * torch.rsqrt(total.square().mean(-1, keepdim=True) + eps)).to(x.dtype))
+        x.copy_(Norm(weight, eps, unit_offset).forward(total))
     return total
 
 
-def launch(x: Tensor, residual: Tensor, weight: Tensor, eps: float, total: Tensor | None = None) -> None:
+def launch(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, total: Tensor | None = None, *, unit_offset: bool = False
+) -> None:
     """The Triton form of `add_and_norm`; of `add_to_stream` with a `total` in float32, which may be residual."""
     total = residual if total is None else total
     rows, columns = x.shape
@@ -68,15 +71,15 @@ def launch(x: Tensor, residual: Tensor, weight: Tensor, eps: float, total: Tenso
     block = triton.next_power_of_2(columns)
     with on_device(x):
         _norm_kernel[(rows,)](
-            x, residual, weight, total, columns, x.stride(0), residual.stride(0), total.stride(0), eps, block,
-            overlapped, is_interpreted(x), num_warps=warps(block), launch_pdl=overlapped,
+            x, residual, weight, total, columns, x.stride(0), residual.stride(0), total.stride(0), eps,
+            unit_offset, block, overlapped, is_interpreted(x), num_warps=warps(block), launch_pdl=overlapped,
         )  # fmt: skip
 
 
 @triton.jit
 def _norm_kernel(
     x_ptr, residual_ptr, weight_ptr, total_ptr, columns, stride_x, stride_residual, stride_total, eps,
-    BLOCK: tl.constexpr, OVERLAPPED: tl.constexpr, INTERPRETED: tl.constexpr,
+    UNIT_OFFSET: tl.constexpr, BLOCK: tl.constexpr, OVERLAPPED: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     column = tl.arange(0, BLOCK)
@@ -93,5 +96,8 @@ def _norm_kernel(
     tl.store(total_ptr + row * stride_total + column, stored, mask=inside)
     value = stored.to(tl.float32)
     unit = value * (1.0 / tl.sqrt(tl.sum(value * value, 0) / columns + eps))
-    result = w * round_to(unit, DTYPE, INTERPRETED).to(tl.float32)
+    if UNIT_OFFSET:
+        result = unit * (1.0 + w)
+    else:
+        result = w * round_to(unit, DTYPE, INTERPRETED).to(tl.float32)
     tl.store(x_ptrs, round_to(result, DTYPE, INTERPRETED), mask=inside)

@@ -3,8 +3,10 @@
     plain:        y = w * d(x / rms(x))           each factor and the product in the input's dtype d
     unit offset:  y = d(x / rms(x) * (1 + w))     all in float32, rounded once (Gemma)
 
-with rms(x) = sqrt(mean(x^2) + eps) in float32. The backward computes rms(x) again: reading a row once more is cheaper
-than keeping anything. Formulas from Zhang and Sennrich, 2019 (arXiv:1910.07467); the roundings are transformers'.
+with rms(x) = sqrt(mean(x^2) + eps) in float32. In a 16-bit model x may be float32, a sum that is not rounded: then d
+rounds to the weight's dtype, and dL/dx is float32. The backward computes rms(x) again: reading a row once more is
+cheaper than keeping anything. Formulas from Zhang and Sennrich, 2019 (arXiv:1910.07467); the roundings are
+transformers'.
 
 The weight is frozen, or its gradient is put where weight_gradient.py says, whenever the backward pass comes by.
 
@@ -13,6 +15,7 @@ Not here: LayerNorm.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -43,7 +46,7 @@ class Norm(NamedTuple):
     """A norm over the last dimension, of `weight`'s length."""
 
     weight: Tensor
-    """[columns], in the dtype of the inputs."""
+    """[columns], in the dtype of y."""
     eps: float
     unit_offset: bool = False
     trained: Tensor | None = None
@@ -51,9 +54,9 @@ class Norm(NamedTuple):
 
     def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """y for x [rows, columns] or [tokens, heads, columns], without autograd. x: any strides but 1 in the last
-        dimension; out: likewise, may be x; None allocates."""
-        out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
-        _check(x, self.weight, out)
+        dimension; out: likewise, in the weight's dtype, may be x; None allocates."""
+        out = torch.empty(x.shape, dtype=self.weight.dtype, device=x.device) if out is None else out
+        _check(x, self.weight, (out,))
         if triton_supports(x):
             launch_forward(x, self, out)
         else:
@@ -63,10 +66,10 @@ class Norm(NamedTuple):
     def backward(
         self, grad: Tensor, x: Tensor, residual_grad: Tensor | None = None, out: Tensor | None = None
     ) -> Tensor:
-        """dL/dx from `grad` = dL/dy, plus `residual_grad`. Shapes and strides as in `forward`; `out` may be any of
-        the inputs."""
+        """dL/dx from `grad` = dL/dy, plus `residual_grad`, both dL/dx in the dtype of x. Shapes and strides as in
+        `forward`; `out` may be any of the inputs that has that dtype."""
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
-        _check(x, self.weight, grad, out, *(() if residual_grad is None else (residual_grad,)))
+        _check(x, self.weight, (grad,), (out, *(() if residual_grad is None else (residual_grad,))))
         if self.trained is not None:
             add_gradient(self.trained, self._weight_gradient(grad, x))
         if triton_supports(x):
@@ -79,8 +82,8 @@ class Norm(NamedTuple):
         values = x.to(accumulation_dtype(x.dtype))
         values = values * torch.rsqrt(values.square().mean(-1, keepdim=True) + self.eps)
         if self.unit_offset:
-            return (values * (1 + self.weight.to(values.dtype))).to(x.dtype)
-        return self.weight * values.to(x.dtype)
+            return (values * (1 + self.weight.to(values.dtype))).to(self.weight.dtype)
+        return self.weight * values.to(self.weight.dtype)
 
     def _torch_backward(self, grad: Tensor, x: Tensor, residual_grad: Tensor | None) -> Tensor:
         values = x.to(accumulation_dtype(x.dtype))
@@ -97,7 +100,7 @@ class Norm(NamedTuple):
             values = rows.to(total.dtype)
             unit = values * torch.rsqrt(values.square().mean(-1, keepdim=True) + self.eps)
             if not self.unit_offset:
-                unit = unit.to(x.dtype)
+                unit = unit.to(self.weight.dtype)
             total += (unit * grads.to(total.dtype)).flatten(0, -2).sum(0)
         return total
 
@@ -122,15 +125,19 @@ class _RMSNorm(torch.autograd.Function):
         return ctx.norm.backward(unit_stride(grad).reshape(-1, columns), x.reshape(-1, columns)).view(x.shape), None
 
 
-def _check(x: Tensor, weight: Tensor, *others: Tensor) -> None:
+def _check(x: Tensor, weight: Tensor, given: Sequence[Tensor], like_x: Sequence[Tensor] = ()) -> None:
+    """Of y's shape and strides: `given` in the weight's dtype, `like_x` in that of x."""
     if x.ndim not in (2, 3) or weight.shape != x.shape[-1:] or x.shape[-1] > MOST_COLUMNS:
         raise ValueError(f"RMSNorm of {tuple(x.shape)} with a weight of {tuple(weight.shape)}")
-    for tensor in (x, *others):
-        if tensor.shape != x.shape or tensor.dtype != x.dtype or tensor.stride(-1) != 1:
-            raise ValueError(
-                f"RMSNorm: {tensor.dtype} {tuple(tensor.shape)} with strides {tensor.stride()} beside "
-                f"{x.dtype} {tuple(x.shape)}; shapes and types must agree and the last stride be 1"
-            )
+    unrounded = x.dtype == torch.float32 and weight.dtype in (torch.bfloat16, torch.float16)
+    for tensors, dtype in (((x,), x.dtype if unrounded else weight.dtype), (given, weight.dtype), (like_x, x.dtype)):
+        for tensor in tensors:
+            if tensor.shape != x.shape or tensor.dtype != dtype or tensor.stride(-1) != 1:
+                raise ValueError(
+                    f"RMSNorm: {tensor.dtype} {tuple(tensor.shape)} with strides {tensor.stride()} beside {x.dtype} "
+                    f"{tuple(x.shape)} and a weight of {weight.dtype}; shapes and types must agree and the last stride "
+                    "be 1"
+                )
 
 
 def _rows(tensor: Tensor) -> tuple[int, int]:

@@ -176,6 +176,11 @@ class Sampling:
         finally:
             self._asked = False
 
+    def settle(self) -> None:
+        """Wait for the answer to a question that was given up: the trainer is told nothing while it is to answer."""
+        if self._asked:
+            self._answer()
+
 
 def turn_of(answer: dict[str, Any] | None) -> Turn:
     """The turn that the trainer sent. Raises EpisodeOver where none fitted, SystemExit where the trainer is gone."""
@@ -188,6 +193,7 @@ def turn_of(answer: dict[str, Any] | None) -> Turn:
 
 def play(program: Program, start: Mapping[str, Any], link: socket.socket) -> None:
     """Play one episode, or score those of a group, and send what came of it, or why nothing did."""
+    sample: Sampling | None = None
     try:
         if "states" in start:
             assert program.score_group is not None
@@ -196,7 +202,8 @@ def play(program: Program, start: Mapping[str, Any], link: socket.socket) -> Non
         else:
             known: set[str] = set()
             row = received_row(start["row"], known)
-            answer = {"end": checked(finished_now(program.run(row, Sampling(link, known), start)))}
+            sample = Sampling(link, known)
+            answer = {"end": checked(finished_now(program.run(row, sample, start)))}
     except EpisodeOver as over:
         answer = {"end": {**checked(None), "over": str(over)}}
     except BadResult as error:
@@ -205,6 +212,8 @@ def play(program: Program, start: Mapping[str, Any], link: socket.socket) -> Non
         answer = {"failed": error_message(error, "raised"), "traceback": traceback.format_exc()[-4000:]}
     sys.stdout.flush()
     sys.stderr.flush()
+    if sample is not None:
+        sample.settle()
     send(link, answer)
 
 

@@ -7,13 +7,12 @@ or allocates. Counted in tokens of one micro-batch; weights, adapter, KV cache a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from grpo.config.schema import Config, Lora
+from grpo.config.schema import Config
 from grpo.kernels.sizes import (
-    ADAPTER_COLUMNS,
     CPU_BLOCK_BYTES,
     EXPERTS_BYTES,
     HEAD_SLICE_BYTES,
@@ -23,26 +22,21 @@ from grpo.kernels.sizes import (
     WEIGHT_SLICE_BYTES,
     largest_tile,
 )
-from grpo.memory.states import StateLayers, has_states, largest_layer, state_layers
-from grpo.model.adapter_layers import adapted_layers, expert_ranks
-from grpo.model.attention_layers import attention_layers
-from grpo.model.expert_sizes import ExpertSizes, expert_sizes
-from grpo.model.families.table import family_of
-from grpo.model.sizes import linear_shapes, mlp_widths
+from grpo.memory.layer_sizes import (
+    DOWN,
+    GATE_UP,
+    MLP,
+    QKV,
+    LayerSizes,
+    has_kernels,
+    has_mlp_kernels,
+    mean_of,
+)
+from grpo.model.expert_sizes import ExpertSizes
 
 CHECKPOINTING_MODES = ("none", "mlp", "layer", "offload")
 """Modes of gradient checkpointing, from the fastest to the one that needs least memory on the device. "mlp", which
-computes gate and up again and keeps the rest, is the kernels' alone."""
-QKV, GATE_UP, DOWN = (
-    ("q_proj", "k_proj", "v_proj", "qkv_proj"),
-    ("gate_proj", "up_proj", "gate_up_proj", "w1", "w3"),
-    ("down_proj", "w2"),
-)
-"""Linear layers that are one product each."""
-NORMED_HEADS = ("qwen3", "gemma3_text", "qwen3_5_text", "qwen3_5_moe_text", "qwen3_moe", "lfm2")
-"""Families that normalise q and k before the rotation."""
-OWN_NORMS = ("qwen3_5_text", "qwen3_5_moe_text")
-"""Families whose plain layers have our norms, which keep their input as it is (grpo/policy/gated_attention.py)."""
+computes gate and up again and keeps the rest, needs the kernels, if only for the MLP."""
 LIBRARIES = 36 << 20
 """Workspaces that cuBLAS takes from torch's allocator on a GPU (32 MiB on Hopper, 8 MiB before)."""
 INDEXED_IN_32_BITS = 2**31 - 1
@@ -72,99 +66,6 @@ def copied_keys(config: Config, tokens: int) -> int:
 
 
 @dataclass(frozen=True)
-class LayerSizes:
-    """Numbers per token in a decoder layer, and what its adapters add."""
-
-    hidden: int
-    inner: int
-    query: int
-    """Heads times head dimension."""
-    key: int
-    """Key-value heads times head dimension."""
-    heads: int
-    head_dim: int
-    layers: int
-    vocabulary: int
-    norms: int
-    """2, or 4 where a norm follows attention and MLP too (Gemma 2 and 3)."""
-    normed_heads: bool
-    """q and k are normalised before the rotation (Qwen 3, Gemma 3)."""
-    input_of_layer: int
-    """Numbers that a layer gets of every token beside the hidden state (Gemma 4)."""
-    adapted: frozenset[str]
-    """Endings of the linear layers that have an adapter."""
-    rank: int
-    adapter: int
-    """Numbers in one layer's A and B."""
-    adapter_b: int
-    """Numbers in one layer's B."""
-    gated: bool = False
-    """What attention gives is multiplied by a gate, and norms of plain layers keep their input as it is (Qwen 3.5)."""
-    states: tuple[StateLayers, ...] = ()
-    """The layers that are not attention, by their kind."""
-    experts: ExpertSizes | None = None
-    expert_ranks: tuple[int, int] = (0, 0)
-    """Of the adapters on every expert's gate_up and on its down; 0: none."""
-    float32_stream: bool = False
-    """What layers hand on is in float32, whatever they compute in."""
-    all_trained: bool = False
-    """The weights themselves get gradients; `adapted` names all linear layers then, as those that keep their input."""
-
-    @classmethod
-    def of(cls, shape: Any, lora: Lora | None, of_all: Callable[[list[int]], int] = max) -> LayerSizes:
-        """Of a plan's Shape or transformers' configuration; every layer as large as one with all adapters there are.
-        `lora` None: all weights are trained. Where layers differ, `of_all` makes one size of theirs: that of the
-        largest, or `mean_of`."""
-        attention = attention_layers(shape).values()
-        adapters = {} if lora is None else adapted_layers(shape, lora)
-        adapted = frozenset(name.rpartition(".")[2] for name in (linear_shapes(shape) if lora is None else adapters))
-        rank = max((adapter.rank for adapter in adapters.values()), default=0)
-        first = {n: s for n, s in linear_shapes(shape).items() if ".layers.0." in n and n.rpartition(".")[2] in adapted}
-        if mixed := has_states(shape):  # of the layer with the most
-            first = largest_layer(shape, adapted)
-        return cls(
-            gated=shape.model_type in OWN_NORMS,
-            states=state_layers(shape, adapted) if mixed else (),
-            hidden=shape.hidden_size,
-            inner=of_all(mlp_widths(shape)),
-            query=of_all([layer.query_heads * layer.head_size for layer in attention]),
-            key=of_all([layer.key_heads * layer.head_size for layer in attention]),
-            heads=shape.num_attention_heads,
-            head_dim=of_all([layer.head_size for layer in attention]),
-            layers=shape.num_hidden_layers,
-            vocabulary=shape.vocab_size,
-            norms=4 if shape.model_type in ("gemma2", "gemma3_text", "gemma4_text") else 2,
-            normed_heads=shape.model_type in NORMED_HEADS,
-            input_of_layer=getattr(shape, "hidden_size_per_layer_input", None) or 0,
-            adapted=adapted,
-            rank=rank,
-            adapter=sum(rank * sum(size) for size in first.values()),
-            adapter_b=sum(rank * size[0] for size in first.values()),
-            experts=expert_sizes(shape),
-            expert_ranks=expert_ranks(shape, lora),
-            float32_stream=family_of(shape.model_type).float32_stream,
-            all_trained=lora is None,
-        )
-
-    def has(self, *endings: str) -> bool:
-        return bool(self.adapted & set(endings))
-
-    def beside(self, endings: Sequence[str]) -> int:
-        """Columns beside a product of linear layers for what their adapters add (kernels/lora_linear.py)."""
-        return -(-self.rank * len(self.adapted & set(endings)) // ADAPTER_COLUMNS) * ADAPTER_COLUMNS
-
-
-def mean_of(sizes: list[int]) -> int:
-    """The mean, rounded up."""
-    return -(-sum(sizes) // len(sizes))
-
-
-def has_kernels(shape: Any) -> bool:
-    """Whether kernels compute what the layers do, as `grpo.policy.fused_layers` asks."""
-    return family_of(shape.model_type).fused_layers
-
-
-@dataclass(frozen=True)
 class TrainingMemory:
     """One micro-batch: sizes of the model, of the batch, and of the arithmetic."""
 
@@ -188,6 +89,8 @@ class TrainingMemory:
     """Whether attention is flash attention's; on a GPU before Ampere it is torch's memory-efficient one."""
     mean_sizes: LayerSizes | None = None
     """Of all layers, where they differ and `sizes` are the largest's."""
+    mlp_kernels: bool = False
+    """Whether layers without `kernels` have them for their MLP."""
 
     @classmethod
     def of(
@@ -196,6 +99,7 @@ class TrainingMemory:
         """Of the largest micro-batch of `config`, or of one of `tokens` tokens."""
         tokens = tokens or max(config.train.tokens_per_micro_batch, config.max_seq_length)
         lora = None if config.model.full_finetuning else config.lora
+        kernels = config.train.kernels != "torch" and on_gpu and not config.lora.lora_dropout
         return cls(
             sizes=LayerSizes.of(shape, lora),
             itemsize=itemsize,
@@ -205,7 +109,8 @@ class TrainingMemory:
             chunk=config.train.logprob_chunk_tokens,
             entropy_gradient=bool(config.loss.entropy_coef),
             on_gpu=on_gpu,
-            kernels=has_kernels(shape) and config.train.kernels != "torch" and on_gpu and not config.lora.lora_dropout,
+            kernels=kernels and has_kernels(shape),
+            mlp_kernels=kernels and has_mlp_kernels(shape),
             packed_weights=config.model.quantized and on_gpu,
             head_on_host=on_gpu and config.model.offload_head,
             flash=flash,
@@ -215,7 +120,8 @@ class TrainingMemory:
     @property
     def modes(self) -> tuple[str, ...]:
         """Those of CHECKPOINTING_MODES that the layers have."""
-        return CHECKPOINTING_MODES if self.kernels else tuple(mode for mode in CHECKPOINTING_MODES if mode != "mlp")
+        kernels = self.kernels or self.mlp_kernels
+        return CHECKPOINTING_MODES if kernels else tuple(mode for mode in CHECKPOINTING_MODES if mode != "mlp")
 
     # What layers keep
 
@@ -231,7 +137,7 @@ class TrainingMemory:
     def kept_by_states(self) -> list[int]:
         """The same of a layer of every kind that has states."""
         s = self.sizes
-        of_mlp = s.rank * len(s.adapted & {*GATE_UP, *DOWN}) * self.itemsize
+        of_mlp = 0 if self.mlp_kernels else s.rank * len(s.adapted & {*MLP}) * self.itemsize
         common = self.tokens * (self._common_per_token() + of_mlp) + self._factors()
         return [common + self.tokens * kind.kept(self.itemsize, s.rank) for kind in s.states]
 
@@ -268,6 +174,7 @@ class TrainingMemory:
         # With a gate: queries and gates as they come from their product, keys, the gates' sigmoid, and the result.
         numbers = s.hidden * s.has(*QKV) + (4 * s.query + s.key if s.gated else 0)
         adapters = len(s.adapted) - max((kind.adapted for kind in s.states), default=0)
+        adapters -= len(s.adapted & {*MLP}) if self.mlp_kernels else 0
         return self._common_per_token() + size + (numbers + s.rank * adapters) * self.itemsize
 
     def _common_per_token(self) -> int:
@@ -278,12 +185,15 @@ class TrainingMemory:
             size += 4 * s.hidden + 4 + 4 * s.input_of_layer * self.itemsize
         if s.experts is not None:
             return size + self._experts_per_token(s.experts)
+        if self.mlp_kernels:
+            return size + (s.hidden + 2 * s.inner + s.beside(GATE_UP)) * self.itemsize
         return size + (s.hidden * s.has(*GATE_UP) + 3 * s.inner + s.inner * s.has(*DOWN)) * self.itemsize
 
     def _norm_input(self) -> int:
         """Bytes that a norm over the hidden state keeps of a token: its input, by transformers' in float32."""
-        own = self.kernels or self.sizes.gated
-        return self.sizes.hidden * self.itemsize if own else 4 * self.sizes.hidden + 4
+        if self.sizes.gated:
+            return self.sizes.hidden * self.stream_itemsize
+        return self.sizes.hidden * self.itemsize if self.kernels else 4 * self.sizes.hidden + 4
 
     def _experts_per_token(self, experts: ExpertSizes) -> int:
         """Gate and up of every row, its place both ways, its expert and weight; the softmax over all experts. With
@@ -319,7 +229,8 @@ class TrainingMemory:
             return 0
         a, b = self._expert_factors()
         if self.itemsize == 2:
-            return (self.sizes.adapter + a + b) * self.itemsize
+            kept = self.sizes.adapter - (self.sizes.adapter_of_mlp if self.mlp_kernels else 0)
+            return (kept + a + b) * self.itemsize
         return (self.sizes.adapter_b + b) * self.itemsize
 
     def _absent_in_first_layer(self) -> int:
@@ -332,16 +243,25 @@ class TrainingMemory:
         return self.tokens * self._norm_input() + (before * self.itemsize if self.itemsize == 2 else 0)
 
     def _gate_and_up(self) -> int:
-        beside = self.sizes.beside(GATE_UP) if self.kernels else 0
+        beside = self.sizes.beside(GATE_UP) if self.kernels or self.mlp_kernels else 0
         return self.tokens * (2 * self.sizes.inner + beside) * self.itemsize
+
+    @property
+    def stream_itemsize(self) -> int:
+        """Bytes of a number of what layers hand on."""
+        return 4 if self.sizes.float32_stream else self.itemsize
 
     def layer_input(self) -> int:
         """Bytes of what a layer gets and gives."""
-        return self.tokens * self.sizes.hidden * (4 if self.sizes.float32_stream else self.itemsize)
+        return self.tokens * self.sizes.hidden * self.stream_itemsize
 
     def _normed(self) -> int:
         """Bytes of a norm of it."""
         return self.tokens * self.sizes.hidden * self.itemsize
+
+    def _layer_inputs(self) -> int:
+        """Of all layers: the first one's is the embeddings, in the model's dtype."""
+        return (self.sizes.layers - 1) * self.layer_input() + self._normed()
 
     def kept(self, mode: str) -> int:
         """Bytes that all layers keep on the device between their forward and their backward."""
@@ -350,9 +270,11 @@ class TrainingMemory:
         if mode == "none":
             return usual._all_layers() - self._absent_in_first_layer() + inputs
         if mode == "mlp":
-            return self.sizes.layers * (usual.kept_by_layer() - usual._gate_and_up()) + inputs
+            return self.kept("none") - self.sizes.layers * usual._gate_and_up()
+        if mode == "layer":
+            return self._layer_inputs() + inputs
         # Offloaded, one is still here when the backward begins, and later one is on its way.
-        return self.layer_input() * (self.sizes.layers if mode == "layer" else 2) + inputs
+        return 2 * self.layer_input() + inputs
 
     def _inputs_of_layers(self) -> int:
         """What all layers get beside the hidden state, made at once: the sum, and its projection's norm in float32."""
@@ -360,7 +282,7 @@ class TrainingMemory:
 
     def on_host(self, mode: str) -> int:
         """Bytes of host memory."""
-        return self.layer_input() * (self.sizes.layers - 1) if mode == "offload" else 0
+        return self._layer_inputs() - self.layer_input() if mode == "offload" else 0
 
     # Peaks
 
@@ -441,19 +363,24 @@ class TrainingMemory:
         beside = self.sizes.beside(endings)
         return (rows + beside) * (columns + beside) * self.itemsize if self.packed_weights or beside else 0
 
+    def _mlp_tile(self, mode: str) -> int:
+        """What the backward of a tile of the kernels' MLP allocates."""
+        s, rows = self.sizes, min(self.tokens, largest_tile(MLP_TILE * MLP_TILES.get(mode, 1)))
+        # Beside the gradient of the product: the normed input and, where adapters multiply with W, a wider gradient.
+        numbers = s.inner + (1 + self._weights_copied) * s.hidden
+        numbers += 0 if mode == "none" else 2 * s.inner + s.beside(GATE_UP)
+        matrices = self._matrix(2 * s.inner, s.hidden, GATE_UP) + self._matrix(s.hidden, s.inner, DOWN)
+        return (
+            rows * numbers * self.itemsize
+            + matrices
+            + self._weight_gradients(2 * s.inner * s.hidden, s.inner * s.hidden)
+        )
+
     def _fused_backward(self, mode: str) -> dict[str, int]:
         s, one = self.sizes, self.layer_input()
         replayed = mode in ("layer", "offload")
         attention = self.kept_by_layer() - self._gate_and_up() - 2 * one
-        tiles = MLP_TILE * MLP_TILES.get(mode, 1), QKV_TILE
-        mlp_rows, qkv_rows = (min(self.tokens, largest_tile(tile)) for tile in tiles)
-        # Beside the gradient of the product: the normed input and, where adapters multiply with W, a wider gradient.
-        mlp_numbers = (
-            s.inner + (1 + self._weights_copied) * s.hidden + (0 if mode == "none" else 2 * s.inner + s.beside(GATE_UP))
-        )
-        mlp_tile = mlp_rows * mlp_numbers * self.itemsize
-        mlp_tile += self._matrix(2 * s.inner, s.hidden, GATE_UP) + self._matrix(s.hidden, s.inner, DOWN)
-        mlp_tile += self._weight_gradients(2 * s.inner * s.hidden, s.inner * s.hidden)
+        mlp_tile, qkv_rows = self._mlp_tile(mode), min(self.tokens, largest_tile(QKV_TILE))
         qkv = s.query + 2 * s.key
         qkv_tile = qkv_rows * (qkv + 2 * s.hidden) * self.itemsize + self._matrix(qkv, s.hidden, QKV)
         qkv_tile += self._weight_gradients(qkv * s.hidden)
@@ -476,9 +403,15 @@ class TrainingMemory:
     def _plain_backward(self, mode: str) -> dict[str, int]:
         s, one = self.sizes, self.layer_input()
         inner, wide = self.tokens * s.inner * self.itemsize, self.tokens * self._norm_input()
-        layer_bytes = self.kept_by_layer()
-        before = self.kept(mode) + (0 if mode == "none" else layer_bytes + one)
+        layer_bytes = self.kept_by_layer() - (self._gate_and_up() if self.mlp_kernels else 0)
+        # What our norm keeps is the layer's input itself, which is in `kept`.
+        again = layer_bytes + (0 if s.gated else one)
+        before = self.kept(mode) + (again if mode in ("layer", "offload") else 0)
         mlp, freed = 2 * inner + self._packed_weight() + self._weight_gradients(s.inner * s.hidden), 4 * inner
+        if self.mlp_kernels:  # the result's gradient and the input's, in 16 bit beside a float32 stream, and a tile
+            narrow = self._normed()
+            mlp, freed = 2 * narrow + self._mlp_tile(mode) + 8 * s.adapter_of_mlp, narrow
+            freed += self._gate_and_up() if mode == "none" else 0
         given, kernels = (self.tokens, self.itemsize), self.on_gpu and self.flash and self.itemsize == 2
         if s.experts is not None:
             mlp, freed = self._experts_backward(s.experts), self.tokens * self._experts_per_token(s.experts)

@@ -83,7 +83,9 @@ class StateLayers:
             return convolution
         # Of the result, and of queries, keys and values, which are then put beside one another.
         gradients = tokens * (self.convolved + self.values) * itemsize
-        return max(convolution + gradients, gradients + self.rule_bytes(tokens, kernels=kernels))
+        # Gone by then: the rule's result, its normed form and gate; there already: the input's gradient by the gate.
+        gone = tokens * (3 * self.values - self.hidden) * itemsize
+        return max(convolution + gradients, gradients + self.rule_bytes(tokens, kernels=kernels)) - gone
 
     def rule_bytes(self, tokens: int, *, kernels: bool) -> int:
         """Of the delta rule's backward: what as many heads take as are computed together."""

@@ -11,11 +11,9 @@ Not here: which layers are recomputed (`activation_checkpointing.py`) and the ke
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -24,19 +22,15 @@ from grpo.kernels.attention import Packing, packed_attention
 from grpo.kernels.glu import glu
 from grpo.kernels.launch import interpreter_enabled
 from grpo.kernels.lora_attention import QkvProjection, lora_qkv
-from grpo.kernels.lora_factors import Adapter
-from grpo.kernels.lora_linear import LinearGroup, lora_linear
+from grpo.kernels.lora_linear import lora_linear
 from grpo.kernels.lora_mlp import GatedMlp, lora_mlp
 from grpo.kernels.rms_norm import Norm, rms_norm
 from grpo.kernels.rope import rope
-from grpo.model.base_weights import BaseWeights, FusedLinear
+from grpo.model.base_weights import BaseWeights
 from grpo.model.decoder_config import DecoderConfig
 from grpo.model.families.table import family_of
-from grpo.policy.lora_linear import ADAPTER, LoraLinear
-from grpo.policy.trained_weights import TrainedLinear
-
-ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
-"""transformers' names of the activations that kernels/glu.py has."""
+from grpo.policy.adapted_linears import ACTIVATIONS, AdaptedLinears, activation_of
+from grpo.policy.fused_mlp import install_fused_mlps
 
 PRODUCTS = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
 """The linear layers of a decoder layer, as vLLM stacks them."""
@@ -50,7 +44,10 @@ def wants_kernels(kernels: str, device: torch.device) -> bool:
 
 
 def install_fused_layers(decoder: nn.Module, base: BaseWeights) -> int:
-    """Replace the layers and the last norm of `decoder`, a causal LM over `base`. Returns how many layers it was."""
+    """Replace the layers and the last norm of `decoder`, a causal LM over `base`, or the MLPs where layers stay as they
+    are. Returns how many layers it was."""
+    if (mlps := install_fused_mlps(decoder, base)) > 0:
+        return mlps
     layers = decoder.model.layers
     replaced = 0
     for index, layer in enumerate(layers):
@@ -66,11 +63,6 @@ def can_fuse(layer: nn.Module, config: DecoderConfig) -> bool:
     """Whether a FusedLayer computes what `layer` does."""
     listed = family_of(config.model_type).fused_layers
     return listed and activation_of(config) in ACTIVATIONS and not getattr(config, "resid_pdrop", 0)
-
-
-def activation_of(config: DecoderConfig) -> str:
-    """transformers' name of the MLP's activation; Gemma's configurations have a key of their own."""
-    return getattr(config, "hidden_activation", None) or config.hidden_act
 
 
 def norm_of(module: nn.Module, config: DecoderConfig) -> Norm:
@@ -90,47 +82,6 @@ class FusedNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.norm)
-
-
-class AdaptedLinears:
-    """The linear modules over one fused layer of the base, with what adapters they have at the moment."""
-
-    def __init__(self, linear: FusedLinear, modules: Sequence[nn.Module]):
-        segments = tuple((segment.weight, segment.absmax) for segment in linear.segments)
-        trained = tuple((module.weight, module.bias) for module in modules if isinstance(module, TrainedLinear))
-        self.frozen = LinearGroup(segments, linear.bias, linear.segments[0].dtype, trained)
-        self.modules = tuple(modules)
-        self.row_ranges = tuple(linear.parts.values())
-
-    def active(self) -> Iterator[tuple[tuple[int, int], LoraLayer, str]]:
-        """(place, module, adapter name) of every adapter that is on."""
-        for rows, module in zip(self.row_ranges, self.modules, strict=True):
-            if isinstance(module, LoraLayer) and not module.disable_adapters:
-                yield from ((rows, module, name) for name in module.active_adapters if name in module.lora_A)
-
-    def adapters(self) -> tuple[list[Adapter], list[Tensor]]:
-        """For the kernels: where each acts, and A, B of each; of disabled ones what they started from in the base."""
-        listed, factors = [], []
-        for (first, rows), module, name in self.active():
-            listed.append(Adapter(first, rows, float(module.scaling[name])))
-            factors += [module.lora_A[name].weight, module.lora_B[name].weight]
-        for (first, rows), module in zip(self.row_ranges, self.modules, strict=True):
-            if isinstance(module, LoraLinear) and module.disable_adapters and module.initial_a is not None:
-                listed.append(Adapter(first, rows, float(module.scaling[ADAPTER])))
-                factors += [module.initial_a, module.initial_b]
-        return listed, factors
-
-    @property
-    def drops(self) -> bool:
-        """Whether dropout acts on an adapter's input: the kernels have none, the modules do."""
-        return any(
-            isinstance(drop := module.lora_dropout[name], nn.Dropout) and drop.p > 0 and drop.training
-            for _, module, name in self.active()
-        )
-
-    def plain(self, x: Tensor) -> Tensor:
-        """All outputs by the modules themselves."""
-        return torch.cat([module(x) for module in self.modules], -1)
 
 
 class FusedLayer(GradientCheckpointingLayer):

@@ -1,8 +1,9 @@
-"""Attention and norms of Qwen 3.5 in the place of transformers' forwards.
+"""Attention, norms and the stream between layers of Qwen 3.5 in the place of transformers' forwards.
 
 What is attended to is multiplied by a gate. transformers rounds the rotation of queries and keys three times; here it
-is rounded once, as vLLM does. Norms keep their input as it is, where transformers' keep it in float32. The modules stay
-transformers', with its names for weights and adapters; only what they do when called is ours.
+is rounded once, as vLLM does. The sum that goes from layer to layer is float32, in both graphs: rounded behind every
+attention and MLP, as transformers rounds it, it is the largest part of what they differ by. Norms keep their input as
+it is. The modules stay transformers', with its names for weights and adapters; only what they do when called is ours.
 """
 
 from __future__ import annotations
@@ -14,15 +15,17 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from grpo.kernels.launch import unrounded
 from grpo.kernels.rms_norm import Norm, rms_norm
 from grpo.kernels.rope import rope
-from grpo.memory.activations import OWN_NORMS
+from grpo.memory.layer_sizes import OWN_NORMS
 
 
 def install_gated_attention(graph: nn.Module, model_type: str) -> None:
     """Let the attention and the norms of `graph`, a causal LM of the family, compute so."""
     if model_type not in OWN_NORMS:
         return
+    graph.model.layers[0].register_forward_pre_hook(keep_unrounded)
     for layer in graph.model.layers:
         norms = [layer.input_layernorm, layer.post_attention_layernorm]
         if hasattr(layer, "self_attn"):
@@ -31,6 +34,12 @@ def install_gated_attention(graph: nn.Module, model_type: str) -> None:
         for norm in norms:
             norm.forward = types.MethodType(frozen_norm, norm)
     graph.model.norm.forward = types.MethodType(frozen_norm, graph.model.norm)
+
+
+def keep_unrounded(layer: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """For the first layer: what it is given, so that all sums with it are what it is."""
+    x, *others = arguments
+    return unrounded(x), *others
 
 
 def frozen_norm(self: Any, x: Tensor) -> Tensor:

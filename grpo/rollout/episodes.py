@@ -228,9 +228,10 @@ class EpisodePlayer:
         self.pool.collect(0)
         idle = not self.engine.running
         if self.settings.schedule == "eager":
-            while idle and not self.pool.inbox:
+            while idle and self.due.keys().isdisjoint(self.pool.inbox):
                 self.wait()
-            self.seen = {number: self.seen.get(number, self.steps) for number in self.pool.inbox}
+            spoken = self.due.keys() & self.pool.inbox.keys()  # without those lost while their turn is sampled
+            self.seen = {number: self.seen.get(number, self.steps) for number in spoken}
             yield from sorted(self.seen) if self.worth_a_join(self.seen.values()) else ()
             return
         if idle and self.due:

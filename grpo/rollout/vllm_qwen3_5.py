@@ -30,7 +30,7 @@ from vllm.model_executor.models.qwen2_moe import Qwen2MoeMLP
 from vllm.model_executor.models.qwen3_next import Qwen3NextAttention, Qwen3NextSparseMoeBlock
 from vllm.platforms import current_platform
 
-from grpo.kernels import rms_norm
+from grpo.kernels import residual_norm, rms_norm
 from grpo.rollout import vllm_delta_rule, vllm_recurrence_cpu
 from grpo.rollout.vllm_delta_tiles import settle_tiles
 
@@ -71,17 +71,23 @@ class KeptWeight(UnquantizedLinearMethod):
 
 
 class Norm(GemmaRMSNorm):
-    """RMSNorm by its weight plus one, as training has it: what is added to the residual is rounded before it is normed.
+    """RMSNorm by its weight plus one. The residual is float32 whatever is computed in, as training has it: rounded
+    behind every layer, it is the largest part of what two graphs in 16 bit differ by.
 
-    vLLM norms the sum as it is before it is rounded, by ten operations of torch where nothing is compiled.
+    vLLM's is ten operations of torch where nothing is compiled.
     """
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """x and residual [..., hidden]; the normed, and where there is a residual the new one."""
-        x = x if residual is None else x + residual
-        rows = x.reshape(-1, x.shape[-1])
-        normed = rms_norm.Norm(self.weight, self.variance_epsilon, unit_offset=True).forward(rows).view(x.shape)
-        return normed if residual is None else (normed, x)
+        """x [..., hidden]; the normed, and where there is a residual [tokens, hidden] the new one. Both may be where
+        they were given."""
+        norm = rms_norm.Norm(self.weight, self.variance_epsilon, unit_offset=True)
+        if residual is None:
+            return norm.forward(x)
+        if x.element_size() == 2:
+            stream = residual_norm.add_to_stream(x, residual, self.weight, self.variance_epsilon, unit_offset=True)
+            return x, stream
+        residual = residual + x
+        return norm.forward(residual), residual
 
 
 class GatedDeltaNet(QwenGatedDeltaNetAttention):

@@ -193,6 +193,23 @@ def test_turns_come_one_at_a_time_and_to_who_asked(
     assert word_of(pool, 0) == Ended(1.0, True, {})
 
 
+@pytest.mark.parametrize("how", ["gives up", "forgets", "raises"])
+def test_a_program_that_ends_before_it_is_answered_has_its_say(
+    opened: Callable[..., EnvironmentPool], how: str
+) -> None:
+    pool = opened("ends_unanswered", how=how)
+    pool.start(0, ROW, seed=1)
+    assert isinstance(word_of(pool, 0), Asked)
+    time.sleep(0.3)
+    pool.collect(0)
+    assert not pool.inbox, "the policy speaks"
+    pool.tell(0, turn("unheard"))
+    said = word_of(pool, 0)
+    assert (
+        isinstance(said, Lost) and "no patience" in said.problem if how == "raises" else said == Ended(0.25, False, {})
+    )
+
+
 HOSTILE = {
     "raises": "raised ValueError",
     "exits": "ended its process with exit code 7",

@@ -297,7 +297,10 @@ def norms(shape: Shape, dtype: torch.dtype) -> None:
             rows = x[:40]
             residual_norm.launch(rows, torch.empty_like(rows), norm.weight, 1e-6)
             for stream in (torch.empty_like(rows), torch.empty_like(rows, dtype=torch.float32)):
-                residual_norm.add_to_stream(rows, stream, norm.weight, 1e-6)
+                residual_norm.add_to_stream(rows, stream, norm.weight, 1e-6, unit_offset=shape.unit_offset)
+            wide_x = torch.empty_like(x, dtype=torch.float32)
+            norm.forward(wide_x)
+            norm.backward(torch.empty_like(x), wide_x)
         for plus in (None, torch.empty_like(x)):
             norm.backward(torch.empty_like(x), x, plus)
 

@@ -57,6 +57,17 @@ async def gives_up(row: dict, sample: Any) -> float:
             await asyncio.sleep(0.01)
 
 
+async def ends_unanswered(row: dict, sample: Any, how: str) -> float:
+    """Ends while a turn is asked for that it no longer wants."""
+    asked = asyncio.ensure_future(sample(row["prompt"]))
+    await asyncio.sleep(0.05)
+    if how == "gives up":
+        asked.cancel()
+    elif how == "raises":
+        raise ValueError("no patience")
+    return 0.25
+
+
 async def raises(row: dict, sample: Any) -> float:
     await sample(row["prompt"])
     raise ValueError("no such luck")

@@ -37,3 +37,15 @@ def test_a_stream_in_float32_is_not_rounded(rows, columns, wide, dtype):
     # Where a root falls on the border between two values of `dtype`, either is right.
     assert (x != expected).float().mean() < 0.01
     torch.testing.assert_close(x, expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("unit_offset", [False, True])
+@pytest.mark.parametrize("wide", [True, False])
+def test_a_stream_in_float32_has_the_bits_of_the_norm_alone(wide, unit_offset, dtype):
+    x, weight = torch.randn(5, 576).to(dtype), torch.randn(576).to(dtype)
+    residual = torch.randn(5, 576).to(torch.float32 if wide else dtype)
+    total = x.float() + residual.float()
+    expected = Norm(weight, 1e-5, unit_offset).forward(total)
+    assert torch.equal(add_to_stream(x, residual, weight, 1e-5, unit_offset=unit_offset), total)
+    assert torch.equal(x, expected)

@@ -41,6 +41,14 @@ def test_on_a_cpu_a_stream_in_float32_is_not_rounded(wide, rows):
     assert torch.equal(stream, total) and torch.equal(x, expected) and (stream is residual) == wide
 
 
+@pytest.mark.parametrize("unit_offset", [False, True])
+def test_on_a_cpu_a_stream_in_float32_is_normed_as_the_training_graph_norms_it(unit_offset):
+    x, residual, weight = torch.randn(4, 96).bfloat16(), torch.randn(4, 96), torch.randn(96).bfloat16()
+    expected = Norm(weight, 1e-6, unit_offset).forward(x + residual)
+    add_to_stream(x, residual, weight, 1e-6, unit_offset=unit_offset)
+    assert torch.equal(x, expected)
+
+
 @pytest.mark.parametrize(("of_x", "of_stream"), [(torch.float32, torch.float32), (torch.bfloat16, torch.float16)])
 def test_a_stream_of_another_type_is_refused(of_x, of_stream):
     x, residual = torch.randn(4, 96).to(of_x), torch.randn(4, 96).to(of_stream)

@@ -58,6 +58,24 @@ def test_norm_and_its_gradient_equal_autograd(shape, unit_offset, dtype, device)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("unit_offset", [False, True])
+def test_norm_of_a_sum_that_is_not_rounded(unit_offset, dtype, device):
+    x = randn(18, 200, dtype=torch.float32, device=device).requires_grad_()
+    norm = Norm(randn(200, dtype=dtype, device=device), EPS, unit_offset)
+    grad, other = randn(18, 200, dtype=dtype, device=device), randn(18, 200, dtype=torch.float32, device=device)
+    result, reference_x = rms_norm(x, norm), wide(x)
+    expected = norm_reference(reference_x, norm)
+    assert result.dtype == dtype
+    assert_close(result, expected, dtype)
+    result.backward(grad)
+    expected.backward(grad.double())
+    assert x.grad.dtype == torch.float32
+    assert_close(x.grad, reference_x.grad, torch.float32)
+    both = norm.backward(grad, x.detach(), other)
+    assert_close(both, reference_x.grad + other.double(), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_norm_rounds_as_transformers_does(family, dtype, device):
     from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm

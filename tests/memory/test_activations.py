@@ -86,7 +86,7 @@ def place(x: Tensor, out: Tensor | None) -> Tensor:
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (graph, fused_layers):
         monkeypatch.setattr(module, "packed_attention", lambda q, k, v, packing, **rest: FlashLike.apply(q, k, v))
-    monkeypatch.setattr(Norm, "forward", lambda self, x, out=None: place(x, out))
+    monkeypatch.setattr(Norm, "forward", lambda self, x, out=None: place(x.to(self.weight.dtype), out))
     monkeypatch.setattr(Norm, "backward", lambda self, grad, x, residual_grad=None, out=None: place(x, out))
     monkeypatch.setattr(lora_attention, "rotate", lambda x, cos, sin, out=None, inverse=False: place(x, out))
     monkeypatch.setattr(lora_mlp, "glu_forward", lambda gate_up, kind, out=None: place(gate_up.chunk(2, 1)[0], out))
@@ -153,7 +153,8 @@ def saved_bytes(policy: Policy) -> int:
 def saved_outside_of_layers(policy: Policy, memory: TrainingMemory) -> int:
     """By the last norm, and by the head: its gradient, and which rows it took."""
     size, hidden = memory.itemsize, memory.sizes.hidden
-    norm = TOKENS * hidden * size if memory.kernels or memory.sizes.gated else TOKENS * (4 * hidden + 4)
+    norm = TOKENS * hidden * (memory.stream_itemsize if memory.kernels or memory.sizes.gated else 4)
+    norm += 0 if memory.kernels or memory.sizes.gated else 4 * TOKENS
     return norm + PREDICTED * hidden * size + 8 * PREDICTED
 
 
@@ -221,21 +222,26 @@ def test_what_layers_of_experts_keep_is_counted_with_adapters_on_them(
     assert found == pytest.approx(memory.kept("none") + rotation, rel=0.005)
 
 
-def test_what_layers_with_states_keep_is_counted(tmp_path: Path, as_on_a_gpu: None) -> None:
+@pytest.mark.parametrize("mlp_kernels", [False, True])
+def test_what_layers_with_states_keep_is_counted(mlp_kernels: bool, tmp_path: Path, as_on_a_gpu: None) -> None:
     kinds = ["linear_attention", "full_attention", "linear_attention"]
     save_family(tmp_path, "qwen3_5_text", **SHAPE, layer_types=kinds)
-    config = settings(tmp_path, False, None)
+    config = settings(tmp_path, mlp_kernels, None)
     base = BaseWeights(open_source(config.model), config.model, device=torch.device("cpu"), dtype=torch.bfloat16)
     policy = Policy(base, config.lora, seed=0)
+    if mlp_kernels:
+        assert fused_layers.install_fused_layers(policy.decoder, base) == 3
     policy.model.train()
     memory = TrainingMemory.of(config, base.config, 2, on_gpu=True, tokens=TOKENS)
+    assert memory.mlp_kernels == mlp_kernels and ("mlp" in memory.modes) == mlp_kernels
     memory = replace(memory, predicted=PREDICTED, keys=TOKENS, kernels=False, packed_weights=False)
     outside = saved_outside_of_layers(policy, memory)
     rotation = 2 * TOKENS * memory.sizes.head_dim // 4 * memory.itemsize  # a quarter of each head is turned
-    for mode, beside in (("none", rotation), ("layer", 0)):
-        policy.recompute_layers(mode)
-        found = saved_bytes(policy) - outside
-        assert found == pytest.approx(memory.kept(mode) + beside, rel=0.005), mode
+    for mode, beside in (("none", rotation), ("mlp", rotation), ("layer", 0)):
+        if mode in memory.modes:
+            policy.recompute_layers(mode)
+            found = saved_bytes(policy) - outside
+            assert found == pytest.approx(memory.kept(mode) + beside, rel=0.005), mode
 
 
 class Allocations(TorchDispatchMode):

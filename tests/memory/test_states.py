@@ -73,5 +73,6 @@ def meta(config: object) -> torch.nn.Module:
 def test_a_hybrid_is_planned_without_its_weights(tmp_path: Path) -> None:
     config = parse_config({"model": {"name": "m"}, "task": {"name": "arithmetic"}, "lora": {"r": 16}})
     planned = plan.plan_memory(config, shape_of(QWEN), 2, on_gpu=True)
-    assert 3.0e9 < planned.weights < 3.3e9 and "mlp" not in planned.peaks
+    assert 3.0e9 < planned.weights < 3.3e9
+    assert planned.peaks["none"] > planned.peaks["mlp"] > planned.peaks["layer"] > planned.peaks["offload"]
     assert planned.kv_one_sequence - planned.kv_spare == pages(shape_of(QWEN), 2, 4096, 16).blocks(768) * 17_301_504

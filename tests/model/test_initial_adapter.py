@@ -22,7 +22,7 @@ from grpo.model.base_weights import BaseWeights
 from grpo.model.fingerprint import Fingerprint
 from grpo.model.initial_adapter import RECORD, ResidualSource, loftq, read_record
 from grpo.model.source import open_source
-from grpo.policy.fused_layers import AdaptedLinears
+from grpo.policy.adapted_linears import AdaptedLinears
 from grpo.policy.policy import Policy
 from grpo.policy.starting_base import starting_source
 from grpo.rollout.lora_buffers import RolloutAdapter

@@ -9,15 +9,16 @@ import pytest
 import torch
 from torch import nn
 
+from grpo.memory.layer_sizes import OWN_NORMS
 from grpo.model.families.table import family_of
 from tests.helpers.families import NEWCOMERS, save_family
 from tests.helpers.family_tail import TAIL
 from tests.helpers.graph_comparison import PROMPTS, load
 
-QUICK = ("qwen3_moe", "gpt_oss")
+QUICK = ("qwen3_moe", "gpt_oss", "qwen3_5_text")
 """`make test-wide` has all."""
-WIDE = [name for name in {**NEWCOMERS, **TAIL} if family_of(name).float32_stream]
-OTHERS = ["granitemoe", "qwen3_5_moe_text"]
+WIDE = [name for name in {**NEWCOMERS, **TAIL} if family_of(name).float32_stream or name in OWN_NORMS]
+OTHERS = ["granitemoe", "smollm3"]
 COMPLETION = [(13 * number) % 150 for number in range(30)]
 
 
@@ -37,6 +38,8 @@ def vllms_streams(model: nn.Module, run: Any) -> list[torch.dtype]:
     """Types of what vLLM's norms get beside the result of a layer's part, and give back, while `run()` runs."""
     from vllm.model_executor.layers.layernorm import RMSNorm
 
+    from grpo.rollout.vllm_qwen3_5 import Norm
+
     seen: list[torch.dtype] = []
 
     def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -46,7 +49,9 @@ def vllms_streams(model: nn.Module, run: Any) -> list[torch.dtype]:
             seen.extend((given.dtype, output[1].dtype))
 
     hooks = [
-        module.register_forward_hook(hook, with_kwargs=True) for module in model.modules() if type(module) is RMSNorm
+        module.register_forward_hook(hook, with_kwargs=True)
+        for module in model.modules()
+        if type(module) in (RMSNorm, Norm)
     ]
     run()
     for each in hooks:
@@ -54,8 +59,8 @@ def vllms_streams(model: nn.Module, run: Any) -> list[torch.dtype]:
     return seen
 
 
-def test_the_families_are_those_of_experts_that_people_train() -> None:
-    assert {"qwen3_moe", "gpt_oss", "olmoe", "mixtral"} <= set(WIDE)
+def test_the_families_are_hybrids_and_those_of_experts_that_people_train() -> None:
+    assert {"qwen3_moe", "gpt_oss", "olmoe", "mixtral", *OWN_NORMS} <= set(WIDE)
 
 
 @pytest.mark.vllm

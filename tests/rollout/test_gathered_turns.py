@@ -1,13 +1,19 @@
-"""When answers begin their turns: the rule on its own, and that it loses little against the best moments."""
+"""When answers begin their turns: the rule on its own, that it loses little against the best moments, and that every
+episode ends, whenever its process is lost."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import nullcontext
 from types import SimpleNamespace
+from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from grpo.environments.pool import Lost
 from grpo.rollout.episodes import EpisodePlayer
 
 
@@ -72,3 +78,74 @@ def test_gathering_pays_where_turns_end_one_by_one(seed: int) -> None:
 def test_turns_of_one_length_are_not_held_up(length: int) -> None:
     lengths = [[length] * 4] * 32
     assert rollout_steps(lengths, 12, gathers=True) == rollout_steps(lengths, 12, gathers=False)
+
+
+class Losing:
+    """A pool and an engine at once: programs answer after a few looks, and some are lost, also while they listen."""
+
+    facts, has_graphs, graph_tokens = {"rewards": []}, True, 2048
+
+    def __init__(self, draw: random.Random):
+        self.draw, self.inbox, self.left, self.slow, self.gone = draw, {}, {}, {}, set()
+
+    def start(self, number: int, row: Any, seed: int) -> None:
+        self.slow[number] = self.draw.randrange(4)
+
+    def tell(self, number: int, message: Any) -> None:
+        if number not in self.gone:
+            self.slow[number] = self.draw.randrange(4)
+
+    def collect(self, seconds: float) -> None:
+        self.inbox |= {number: None for number, looks in self.slow.items() if not looks}
+        self.slow = {number: looks - 1 for number, looks in self.slow.items() if looks}
+        for number in [*self.slow, *self.left]:
+            if self.draw.random() < 0.1 and number not in self.gone:
+                self.gone.add(number)
+                self.slow.pop(number, None)
+                self.inbox[number] = Lost("was killed")
+
+    def step(self) -> list[Any]:
+        self.left = {number: count - 1 for number, count in self.left.items()}
+        done = [number for number, count in self.left.items() if not count]
+        self.left = {number: count for number, count in self.left.items() if count}
+        return [SimpleNamespace(request_id=number, token_ids=[]) for number in done]
+
+    @property
+    def running(self) -> int:
+        return len(self.left)
+
+    def begin(self, *arguments: Any, **options: Any) -> None: ...
+    def sweep(self) -> None: ...
+    def prepare(self, count: int) -> None: ...
+    def ending(self) -> Any:
+        return nullcontext()
+
+
+class Plays(EpisodePlayer):
+    """Turns without tokens; three of them are an episode."""
+
+    def admit(self, episode: Any, said: Any) -> Iterator[Any]:
+        if said is not None or episode.turns == 3:
+            episode.result = said
+            del self.open[episode.number]
+            yield episode
+        else:
+            self.engine.left[episode.number] = self.pool.draw.randint(1, 6)  # type: ignore[attr-defined]
+
+    def take(self, completion: Any, text: str) -> None:
+        episode = self.open[completion.request_id]
+        episode.turns += 1
+        self.hand_over(episode, {})
+
+
+@pytest.mark.parametrize("schedule", ["deterministic", "eager"])
+@given(st.integers(0, 10**6), st.sampled_from([None, 0, 1, 12]))
+@settings(max_examples=50)
+def test_every_episode_ends_once_also_those_that_are_lost(schedule: str, seed: int, join_steps: int | None) -> None:
+    both: Any = Losing(random.Random(seed))
+    how: Any = SimpleNamespace(schedule=schedule, latency_steps=2, join_steps=join_steps)
+    none: Any = None
+    player = Plays(both, both, how, none, lambda all_: [""] * len(all_), episode_tokens=9, max_seq_length=9)
+    played = list(player.play([(number, {}, number) for number in range(12)], none))
+    assert sorted(episode.number for episode in played) == list(range(12))
+    assert {episode.number for episode in played if episode.result is not None} == both.gone
