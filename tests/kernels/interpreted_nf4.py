@@ -117,9 +117,13 @@ def test_shrink_kernel_equals_the_product(rows, columns, ranks, scale, dtype):
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize(("split", "ranks"), [(1, 16), (2, 48)])
-def test_an_adapter_is_added_before_the_result_is_rounded(split, ranks, dtype):
-    rows, features, columns = 17, 72, 192
+@pytest.mark.parametrize(
+    ("split", "ranks", "columns"),
+    [(1, 16, 192), (2, 48, 192), (3, 16, 512), (5, 48, 768), (6, 16, 256), (8, 16, 1152)],
+)
+def test_an_adapter_is_added_before_the_result_is_rounded(split, ranks, columns, dtype):
+    """Also where the last parts of K, whose program adds it, are empty: their first column is behind the last one."""
+    rows, features = 17, 72
     packed, absmax = nf4.allocate(features, columns, dtype, "cpu")
     nf4.quantize_rows(packed, absmax, 0, random_weight(features, columns))
     x, bias = torch.randn(rows, columns).to(dtype), torch.randn(features).to(dtype)
