@@ -77,6 +77,7 @@ class Engine:
         self.collector = LogprobCollector()
         self.between_steps: Callable[[], None] = lambda: None  # may raise, which ends a generation
         self._kv_cache_is_released = False
+        self._kv_bytes: int | None = None
         self._folder = tempfile.TemporaryDirectory(prefix="grpo-model-")
         prepare_class(vllm_class(base.config.model_type))
         write_model_folder(Path(self._folder.name), base, tokenizer if settings.stop_strings else None)
@@ -91,7 +92,8 @@ class Engine:
         self._start()
 
     def _start(self) -> None:
-        self._ran_out = False
+        self._ran_out, self._kv_bytes = False, None
+        self._kv_bytes = self.kv_bytes()
         self.recorder = None
         if self.base.experts and self.policy is not None:
             self.recorder = RouteRecorder(self.base, self.kv_bytes(), self.settings.kv_cache_dtype)
@@ -184,9 +186,12 @@ class Engine:
     def kv_bytes(self) -> int:
         """Size of the KV cache: as set, or what `gpu_memory_utilization` leaves, or enough for every sequence.
 
-        Raises UserError when the GPU's share leaves no room for one sequence of full length.
+        What is left is seen before vLLM starts, whose cache is a part of what is allocated from then on. Raises
+        UserError when the GPU's share leaves no room for one sequence of full length.
         """
         settings = self.settings
+        if self._kv_bytes is not None:
+            return self._kv_bytes
         if settings.kv_cache_memory_bytes is not None:
             return settings.kv_cache_memory_bytes
         if settings.gpu_memory_utilization is None or self.base.device.type == "cpu":

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -361,6 +362,33 @@ def test_stop_strings_end_a_completion(tmp_path: Path) -> None:
             assert engine._params(sampling, 0, RequestOutputKind.FINAL_ONLY).skip_special_tokens is skip
     finally:
         engine.close()
+
+
+def test_what_a_share_of_the_gpu_leaves_is_what_it_left_before_vllm_took_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the cache can be made smaller when memory runs out. The GPU is a stand-in."""
+    from grpo.rollout import engine as module
+
+    allocated = [2 << 30]
+
+    def starts(**arguments: Any) -> None:
+        allocated[0] += engine.kv_bytes()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: allocated[0])
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80 << 30))
+    monkeypatch.setattr(module.vllm, "LLM", starts)
+    engine = Engine.__new__(Engine)
+    engine.base, engine.policy = SimpleNamespace(device=torch.device("cuda"), experts={}), None  # type: ignore[assignment]
+    engine.settings, engine.images = EngineSettings(64, 4, gpu_memory_utilization=0.5), None
+    engine.collector = module.LogprobCollector()
+    monkeypatch.setattr(engine, "kv_bytes_for", lambda sequences: 1 << 20)
+    monkeypatch.setattr(engine, "_arguments", dict)
+    for _ in range(2):  # a start is a new look
+        left = (40 << 30) - allocated[0] - module.VLLM_BUFFERS
+        with pytest.raises(KeyboardInterrupt):
+            engine._start()
+        assert engine.kv_bytes() == left > 0
+        allocated[0] = 10 << 30
 
 
 @pytest.mark.parametrize("version", ["0.25.1", "0.34.0", "1.0.0"])
