@@ -148,21 +148,21 @@ def test_in_16_bit_the_state_is_float32_and_the_result_is_rounded_once() -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kernels", ["delta", "delta_step", "gated_norm", "short_conv"])
-def test_kernels_in_the_interpreter(kernels: str) -> None:
+@pytest.mark.parametrize("kernels", [["delta"], ["delta_step", "gated_norm", "short_conv"]], ids=str)
+def test_kernels_in_the_interpreter(kernels: list[str]) -> None:
     run_in_the_interpreter(kernels)
 
 
 @pytest.mark.wide
 def test_more_trees_in_the_interpreter() -> None:
-    run_in_the_interpreter("delta", "-m", "wide")
+    run_in_the_interpreter(["delta"], "-m", "wide")
 
 
-def run_in_the_interpreter(kernels: str, *options: str) -> None:
+def run_in_the_interpreter(kernels: list[str], *options: str) -> None:
     """Triton reads TRITON_INTERPRET when it is imported, so this needs a process of its own."""
-    file = Path(__file__).with_name(f"interpreted_{kernels}.py")
+    files = [str(Path(__file__).with_name(f"interpreted_{name}.py")) for name in kernels]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file), *options]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, *options]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:]
 

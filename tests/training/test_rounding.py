@@ -58,7 +58,7 @@ def assert_sampled_as_trained(steps):
 def test_the_first_steps_of_an_adapter_show_and_bring_no_mismatch(tmp_path):
     """With a term added to a rounded result, this run's shares are 0.34, 0.56."""
     model = str(save_first_layers(tmp_path / "model", 2))
-    sizes = {"prompts_per_step": 4, "num_generations": 4, "max_completion_length": 48}
+    sizes = {"prompts_per_step": 3, "num_generations": 4, "max_completion_length": 48}
     assert_sampled_as_trained(steps_of_a_run(tmp_path, model, "cpu", ["commas"], max_steps=2, **sizes))
 
 
