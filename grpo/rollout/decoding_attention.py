@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vllm.forward_context import get_forward_context
+from vllm.config import CUDAGraphMode
+from vllm.forward_context import get_forward_context, is_forward_context_available
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
 
@@ -35,6 +36,8 @@ class DecodingImpl(FlashAttentionImpl):
     def decodes(self, metadata: Any) -> bool:
         """Whether the step that `metadata` describes is one for the kernel."""
         if metadata is None or metadata.max_query_len != 1 or metadata.use_cascade or metadata.causal is not True:
+            return False
+        if in_pieces():
             return False
         sequences = metadata.num_actual_tokens
         if sequences * self.num_kv_heads < LEAST_PROGRAMS or sequences > len(metadata.seq_lens):
@@ -77,6 +80,11 @@ def metadata_of(layer_name: str) -> Any:
     """Of the step that runs, for one layer; None while vLLM measures memory."""
     metadata = get_forward_context().attn_metadata
     return metadata.get(layer_name) if isinstance(metadata, dict) else None
+
+
+def in_pieces() -> bool:
+    """Whether the step is pieces of CUDA graphs between layers' attention: rotation was captured in them."""
+    return is_forward_context_available() and get_forward_context().cudagraph_runtime_mode == CUDAGraphMode.PIECEWISE
 
 
 def serve_decoding(model: nn.Module, dtype: torch.dtype) -> int:

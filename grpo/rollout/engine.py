@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -270,8 +270,9 @@ class Engine:
         """Begin `request`, whose id no other since `begin` has; it is computed from the next step on."""
         params = self._params_of(request)
         prompt = self._prompt(request)
-        if self._hasher is not None and request.continues is not None and not request.images:
-            self._hasher.known = self.collector.hashes.pop(str(request.continues), [])
+        if self._hasher is not None:
+            known = self.collector.hashes.pop(str(request.continues), [])
+            self._hasher.known = [] if request.images else known
         name = self.llm.llm_engine.add_request(str(request.id), prompt, params)
         self.collector.enter(str(request.id), name)
         self._open.add(str(request.id))
@@ -298,6 +299,10 @@ class Engine:
         if not vllm.envs.VLLM_USE_BREAKABLE_CUDAGRAPH:
             return 0
         return prompt_graphs.most_tokens(config, self.base.dtype.itemsize, self.settings.graph_tokens)
+
+    def without_graphs(self) -> AbstractContextManager[None]:
+        """Within it hooks on vLLM's modules see every step."""
+        return prompt_graphs.left_out(self._runner.cudagraph_dispatcher) if self.has_graphs else nullcontext()
 
     @property
     def compared_batch(self) -> int:

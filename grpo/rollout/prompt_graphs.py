@@ -10,6 +10,8 @@ vLLM is imported.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from grpo.run.compile_ahead import capture_sizes
@@ -41,6 +43,16 @@ def compilation(max_num_seqs: int, graph_tokens: int) -> dict[str, Any]:
         "cudagraph_mode": "FULL_AND_PIECEWISE" if graph_tokens >= STEPS[0] else "FULL_DECODE_ONLY",
         "cudagraph_capture_sizes": graph_sizes(max_num_seqs, graph_tokens),
     }
+
+
+@contextmanager
+def left_out(dispatcher: Any) -> Iterator[None]:
+    """Within it no step is a graph, so that layers' Python runs: vLLM's `dispatcher` finds none before it is ready."""
+    ready, dispatcher.keys_initialized = dispatcher.keys_initialized, False
+    try:
+        yield
+    finally:
+        dispatcher.keys_initialized = ready
 
 
 def split_as_ever(builders: Any, max_num_seqs: int) -> None:

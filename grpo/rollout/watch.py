@@ -37,8 +37,9 @@ def watched_linears(engine: Engine, prompt: Sequence[int], places: list[int], *,
     ]
     try:
         engine.reset_prefix_cache()
-        for _ in engine.generate([Request(0, list(prompt), seed=0)], SamplingSettings(1.0, max_tokens=1)):
-            pass
+        with engine.without_graphs():
+            for _ in engine.generate([Request(0, list(prompt), seed=0)], SamplingSettings(1.0, max_tokens=1)):
+                pass
     finally:
         for hook in hooks:
             hook.remove()

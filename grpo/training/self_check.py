@@ -320,6 +320,7 @@ def sample(session: Session, prompt: GatePrompt, temperature: float) -> Sampled:
     requests = [Request(index, prompt.ids, seed=index, images=prompt.images) for index in range(count)]
     sampling = SamplingSettings(temperature=temperature, max_tokens=TOKENS)
     done = sorted(session.engine.generate(requests, sampling), key=lambda completion: completion.request_id)
+    session.engine.release_kv_cache()  # where a training step needs its memory, scoring does
     logprobs = [logprob for completion in done for logprob in completion.logprobs]
     routes = [completion.routes for completion in done]
     return Sampled([completion.token_ids for completion in done], torch.tensor(logprobs), temperature, routes)

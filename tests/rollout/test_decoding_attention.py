@@ -8,6 +8,7 @@ from torch import nn
 
 pytest.importorskip("vllm")
 
+from vllm.config import CUDAGraphMode  # noqa: E402
 from vllm.forward_context import override_forward_context  # noqa: E402
 from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl  # noqa: E402
 
@@ -88,6 +89,7 @@ def test_float32_stays_with_vllm():
     assert serve_decoding(nn.Sequential(LlamaAttention()), torch.float32) == 0
 
 
+@pytest.mark.parametrize("mode", [CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL])
 @pytest.mark.parametrize(
     ("metadata", "expected"),
     [
@@ -96,16 +98,17 @@ def test_float32_stays_with_vllm():
         (step(200, num_actual_tokens=201), False),
     ],
 )  # fmt: skip
-def test_rotation_cache_and_attention_agree_on_a_step(metadata, expected, monkeypatch):
+def test_rotation_cache_and_attention_agree_on_a_step(metadata, expected, mode, monkeypatch):
+    expected = expected and mode is not CUDAGraphMode.PIECEWISE
     layer = LlamaAttention()
     serve_decoding(nn.Sequential(layer), torch.bfloat16)
     written = []
     monkeypatch.setattr(FlashAttentionImpl, "do_kv_cache_update", lambda *arguments: written.append(1))
-    context = SimpleNamespace(attn_metadata={layer.attn.layer_name: metadata} if metadata else None)
-    with override_forward_context(context):
+    described = {layer.attn.layer_name: metadata} if metadata else None
+    with override_forward_context(SimpleNamespace(attn_metadata=described, cudagraph_runtime_mode=mode)):
         turned, _ = layer.rotary_emb(None, torch.zeros(2), torch.zeros(2))
         layer.attn.impl.do_kv_cache_update(layer.attn, None, None, None, None)
-    assert layer.attn.impl.decodes(metadata) is expected
+        assert layer.attn.impl.decodes(metadata) is expected
     assert bool(turned.any()) is not expected and bool(written) is not expected
 
 

@@ -89,6 +89,22 @@ def test_a_product_that_is_wrong_with_many_rows_alone_is_found_where_the_batch_i
             check_start(session)
 
 
+def test_nothing_is_scored_while_the_cache_has_memory_that_a_step_would_not_leave_it(model, monkeypatch):
+    with session_of(model, ["q_proj", "v_proj"], "bfloat16") as session:
+        engine, policy, events = session.engine, session.policy, []
+        begin, release, score = engine.begin, engine.release_kv_cache, policy.score
+
+        def noted(event, function):
+            return lambda *arguments, **options: (events.append(event), function(*arguments, **options))[1]
+
+        monkeypatch.setattr(engine, "begin", noted("cache", begin))
+        monkeypatch.setattr(engine, "release_kv_cache", noted("released", release))
+        monkeypatch.setattr(policy, "score", noted("score", score))
+        check_start(session)
+        before = [events[:place][::-1] for place, event in enumerate(events) if event == "score"]
+        assert before and all(next(one for one in past if one != "score") == "released" for past in before)
+
+
 def test_an_adapter_without_any_effect_is_a_sentence(model):
     with session_of(model, ["q_proj"], "float32") as session:
         with torch.no_grad():
