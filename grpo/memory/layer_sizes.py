@@ -106,7 +106,7 @@ class LayerSizes:
             adapter_of_mlp=sum(rank * sum(size) for name, size in first.items() if name.rpartition(".")[2] in MLP),
             experts=expert_sizes(shape),
             expert_ranks=expert_ranks(shape, lora),
-            float32_stream=shape.model_type in OWN_NORMS or family_of(shape.model_type).float32_stream,
+            float32_stream=has_wide_stream(shape),
             all_trained=lora is None,
         )
 
@@ -121,6 +121,11 @@ class LayerSizes:
 def mean_of(sizes: list[int]) -> int:
     """The mean, rounded up."""
     return -(-sum(sizes) // len(sizes))
+
+
+def has_wide_stream(shape: Any) -> bool:
+    """Whether what layers hand on is in float32 in both graphs, whatever they compute in."""
+    return shape.model_type in OWN_NORMS or family_of(shape.model_type).float32_stream
 
 
 def has_kernels(shape: Any) -> bool:

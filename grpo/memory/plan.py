@@ -18,7 +18,7 @@ from grpo.kernels.sizes import RANK_MULTIPLE
 from grpo.memory.activations import TrainingMemory, moment_bytes
 from grpo.memory.full_finetuning import chosen_form, gradient_bytes, state_bytes
 from grpo.memory.kv_groups import KeyPool
-from grpo.memory.layer_sizes import OWN_NORMS
+from grpo.memory.layer_sizes import has_wide_stream
 from grpo.memory.states import has_states, pages
 from grpo.memory.tower import TowerSizes, images_plan
 from grpo.model.adapter_config import takes_from_base
@@ -347,10 +347,10 @@ def sampling_bytes(shape: Any, itemsize: int, length: int, sequences: int) -> in
     """What one step of vLLM takes and gives back: the MLP of a full prefill (the hidden state, the residual, their
     norm, gate, up and their product), or the logits of all sequences."""
     tokens, sizes = max(BATCHED_TOKENS, length), expert_sizes(shape)
-    prefill = tokens * (3 * shape.hidden_size + 3 * shape.intermediate_size) * itemsize
-    if shape.model_type in OWN_NORMS:  # the residual is float32
-        prefill += tokens * shape.hidden_size * (max(4, itemsize) - itemsize)
+    residual = max(4, itemsize) if has_wide_stream(shape) else itemsize
+    hidden = tokens * shape.hidden_size * (2 * itemsize + residual)
+    prefill = hidden + tokens * 3 * shape.intermediate_size * itemsize
     if sizes is not None:  # every token's rows twice, gate and up and their product, and the dequantised matrices
         rows = tokens * sizes.chosen * (2 * sizes.hidden + 3 * sizes.inner) + sizes.matrices[0][0] * sizes.hidden
-        prefill = max(prefill, (tokens * 3 * shape.hidden_size + rows) * itemsize)
+        prefill = max(prefill, hidden + rows * itemsize)
     return max(prefill, SAMPLER_BYTES * sequences * shape.vocab_size)

@@ -15,7 +15,10 @@ from grpo.config.schema import Config, Lora, parse_config
 from grpo.errors import UserError
 from grpo.memory import fit, plan, summary
 from grpo.memory.activations import CHECKPOINTING_MODES, TrainingMemory
+from grpo.memory.layer_sizes import has_wide_stream
 from grpo.model.base_weights import BaseWeights
+from grpo.model.expert_sizes import expert_sizes
+from grpo.model.families.table import listed
 from grpo.model.gguf_header import read_header
 from grpo.model.source import open_source
 from grpo.policy.policy import Policy
@@ -75,6 +78,17 @@ def test_the_kv_cache_holds_every_sequence_in_whole_blocks() -> None:
     assert 32 * plan.layer_token_bytes(LLAMA_8B, 2, "auto") == 131_072
     assert 32 * plan.layer_token_bytes(LLAMA_8B, 2, "fp8") == 65_536
     assert plan.kv_cache_bytes(LLAMA_8B, 2, "auto", 17, 10, 16) == (2 * 10 + 2) * 16 * 131_072
+
+
+@pytest.mark.parametrize("experts", [(0, 0, 0), (64, 8, 1024)])
+@pytest.mark.parametrize("wide", [name for name in listed() if has_wide_stream(replace(LLAMA_8B, model_type=name))])
+def test_a_float32_residual_is_in_the_plan_of_sampling(wide: str, experts: tuple[int, int, int]) -> None:
+    count, chosen, inner = experts
+    sizes = {"num_experts": count, "num_experts_per_tok": chosen, "moe_intermediate_size": inner}
+    shape, narrow = (replace(LLAMA_8B, model_type=name, vocab_size=64, **sizes) for name in (wide, "granitemoe"))
+    more = plan.sampling_bytes(shape, 2, 512, 1) - plan.sampling_bytes(narrow, 2, 512, 1)
+    assert expert_sizes(shape) == expert_sizes(narrow) and more == plan.BATCHED_TOKENS * LLAMA_8B.hidden_size * 2
+    assert plan.sampling_bytes(shape, 4, 512, 1) == plan.sampling_bytes(narrow, 4, 512, 1)
 
 
 def test_a_dry_run_shows_every_part_and_their_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
