@@ -54,7 +54,7 @@ def test_whatever_fails_ahead_is_left_to_the_run(
 
 def test_one_of_several_processes_starts_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[object] = []
-    monkeypatch.setattr("grpo.train.begin", lambda config: asked.append(config) or False)
+    monkeypatch.setattr("grpo.train.begin", lambda config, own_decoding: asked.append(config) or False)
     values = {"model": {"name": "nobody/has-this"}, "task": {"name": "arithmetic"}}
     config = parse_config(values | {"checkpoint": {"output_dir": str(tmp_path)}})
     start_ahead(config, alone=False)
