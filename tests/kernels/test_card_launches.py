@@ -12,11 +12,20 @@ import pytest
 from tests.helpers import card_launches
 from tests.helpers.card_launches import BY_NAME, LAUNCHES, MODELS, MODULES, Shape, hold, kernels_of, pretended
 
+ALIKE = "sm_86"
+"""Has the shared memory and the instructions of sm_89: two models are enough of it but in the long tests."""
+CASES = [
+    pytest.param(
+        card, model,
+        marks=pytest.mark.long if card == ALIKE and model not in ("Llama-3.1-8B", "Gemma-3-4B") else pytest.mark.wide,
+    )
+    for card in BY_NAME
+    for model in MODELS
+]  # fmt: skip
 
-@pytest.mark.wide
+
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("card", BY_NAME)
+@pytest.mark.parametrize(("card", "model"), CASES)
 def test_every_launch_fits_the_card(card, model):
     with pretended(BY_NAME[card]) as collected:
         for dtype in card_launches.dtypes(BY_NAME[card]):
