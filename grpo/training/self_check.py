@@ -137,10 +137,10 @@ def check_logprobs(session: Session, prompt: GatePrompt) -> None:
     """Raise UserError unless sampled and trained logprobs agree and vLLM follows a move of the adapter."""
     policy, limit = session.policy, tolerance(session)
     every = sample_with_choice(session, prompt)
-    mean_logprob_diff = mean_abs_diff(every.logprobs, scored(policy, prompt, every))
-    refuse_difference(session, prompt, mean_logprob_diff, limit, "")
     before = every.few
     start = scored(policy, prompt, before)
+    mean_logprob_diff = mean_abs_diff(every.logprobs, with_rest(policy, prompt, every, start))
+    refuse_difference(session, prompt, mean_logprob_diff, limit, "")
     refuse_scaled_head(session, prompt, before, start)
     least = max(STANDS_OUT * mean_logprob_diff, limit / STANDS_OUT)
     what, others = moved_names(policy)
@@ -155,9 +155,9 @@ def check_logprobs(session: Session, prompt: GatePrompt) -> None:
         )
     with served_move(session, everywhere(nudge)):
         every = sample(session, prompt, before.temperature)
-        mean_logprob_diff = mean_abs_diff(every.logprobs, scored(policy, prompt, every))
         after = every.few
         here = scored(policy, prompt, after)
+        mean_logprob_diff = mean_abs_diff(every.logprobs, with_rest(policy, prompt, every, here))
     there = scored(policy, prompt, after)
     effect = here - there
     followed = float((after.logprobs - there) @ effect / (effect @ effect))
@@ -341,6 +341,12 @@ def scored(policy: Policy, prompt: GatePrompt, sampled: Sampled) -> Tensor:
             ).logprobs  # fmt: skip
             found.append(logprobs.float().cpu())
     return torch.cat(found)
+
+
+def with_rest(policy: Policy, prompt: GatePrompt, every: Sampled, few: Tensor) -> Tensor:
+    """The training graph's logprobs of all completions, `few` being those of the first ones."""
+    rest = every.part(COMPLETIONS, len(every.tokens))
+    return torch.cat([few, scored(policy, prompt, rest)]) if rest.tokens else few
 
 
 def mean_abs_diff(one: Tensor, other: Tensor) -> float:
