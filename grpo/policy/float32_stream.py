@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from grpo.kernels.launch import unrounded
 from grpo.model.base_weights import BaseWeights
 from grpo.model.families.table import family_of
 
@@ -29,15 +30,20 @@ def install_float32_stream(graph: nn.Module) -> None:
     """Let the stream between the layers of `graph`, a causal LM, be float32."""
     for norm in (*(getattr(layer, name) for layer in graph.model.layers for name in NORMS), graph.model.norm):
         norm.forward = types.MethodType(normed, norm)
-    graph.model.layers[0].register_forward_pre_hook(widen)
+    keep_sums_unrounded(graph)
+
+
+def keep_sums_unrounded(graph: nn.Module) -> None:
+    """Let the first layer of `graph` get the embedding unrounded, so that all sums with it are what it is."""
+    graph.model.layers[0].register_forward_pre_hook(given_unrounded)
+
+
+def given_unrounded(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A hook before the first layer."""
+    return unrounded(args[0]), *args[1:]
 
 
 def normed(self: Any, x: Tensor) -> Tensor:
     """A norm of the stream, rounded to the weight's type before its weight and after."""
     unit = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
     return self.weight * unit.to(self.weight.dtype)
-
-
-def widen(layer: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """A hook before the first layer, which gets the embedding."""
-    return args[0].float(), *args[1:]

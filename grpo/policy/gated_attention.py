@@ -15,17 +15,17 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from grpo.kernels.launch import unrounded
 from grpo.kernels.rms_norm import Norm, rms_norm
 from grpo.kernels.rope import rope
 from grpo.memory.layer_sizes import OWN_NORMS
+from grpo.policy.float32_stream import keep_sums_unrounded
 
 
 def install_gated_attention(graph: nn.Module, model_type: str) -> None:
     """Let the attention and the norms of `graph`, a causal LM of the family, compute so."""
     if model_type not in OWN_NORMS:
         return
-    graph.model.layers[0].register_forward_pre_hook(keep_unrounded)
+    keep_sums_unrounded(graph)
     for layer in graph.model.layers:
         norms = [layer.input_layernorm, layer.post_attention_layernorm]
         if hasattr(layer, "self_attn"):
@@ -34,12 +34,6 @@ def install_gated_attention(graph: nn.Module, model_type: str) -> None:
         for norm in norms:
             norm.forward = types.MethodType(frozen_norm, norm)
     graph.model.norm.forward = types.MethodType(frozen_norm, graph.model.norm)
-
-
-def keep_unrounded(layer: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """For the first layer: what it is given, so that all sums with it are what it is."""
-    x, *others = arguments
-    return unrounded(x), *others
 
 
 def frozen_norm(self: Any, x: Tensor) -> Tensor:
