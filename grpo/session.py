@@ -40,7 +40,7 @@ from grpo.policy.keep_16bit import load_base
 from grpo.policy.policy import Policy
 from grpo.policy.starting_base import check_same_start, starting_source
 from grpo.policy.vision_tower import VisionTower
-from grpo.rollout.attention_backend import Served, choose_backend, decodes_by_ours, served_by
+from grpo.rollout.attention_backend import choose_backend, decodes_by_ours, served_by
 from grpo.rollout.types import EngineSettings, SamplingSettings
 from grpo.rollout.vllm_environment import set_environment
 from grpo.run.device_memory import architecture_of, check_weights, fitted_kv_bytes, tower_sizes, with_form
@@ -189,7 +189,8 @@ class Session:
         self.config = config = with_form(config, source.config, device, dtype)
         check_length(config, source.config, source.path)
         if device.type == "cuda":
-            choose_backend(config.rollout.attention_backend, needed(config, source.config, device, dtype))
+            text, cache = source.config.get_text_config(), config.rollout.kv_cache_dtype
+            choose_backend(config.rollout.attention_backend, served_by(text, architecture_of(device), cache, dtype))
         if start_engine:
             kv_bytes = fitted_kv_bytes(config, source.config, device, dtype, tower=tower_sizes(source.vision))
         else:
@@ -273,10 +274,10 @@ class Session:
         if self.base.device.type == "cuda" and not self.config.rollout.enforce_eager:
             from grpo.rollout.decoding_kernels import compile_ahead
 
-            settings = engine_settings(self.config, kv_bytes)
-            served = needed(self.config, self.base.config, self.base.device, self.base.dtype)
+            settings, base = engine_settings(self.config, kv_bytes), self.base
+            served = served_by(base.config, architecture_of(base.device), settings.kv_cache_dtype, base.dtype)
             early = decodes_by_ours(settings.attention_backend, served)
-            compile_ahead(self.base, self.policy, settings.max_num_seqs, early=early)
+            compile_ahead(base, self.policy, settings.max_num_seqs, early=early)
         with uncollected():
             from grpo.rollout.engine import Engine
 
@@ -482,12 +483,6 @@ def check_length(config: Config, model: Any, where: Path) -> None:
                 f"sequences of {length} tokens exceed the {longest} positions of {where}; lower "
                 f"rollout.max_prompt_length or {key}"
             )
-
-
-def needed(config: Config, model: Any, device: torch.device, dtype: torch.dtype) -> Served:
-    """What an attention backend has to serve on a GPU. model: transformers' configuration."""
-    name, architecture = str(dtype).removeprefix("torch."), architecture_of(device)
-    return served_by(model.get_text_config(), architecture, config.rollout.kv_cache_dtype, name)
 
 
 def engine_settings(config: Config, kv_cache_memory_bytes: int | None) -> EngineSettings:

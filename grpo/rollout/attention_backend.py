@@ -55,9 +55,10 @@ class Served:
         return self.kv_cache_dtype == "fp8"
 
 
-def served_by(model: Any, architecture: int, kv_cache_dtype: str, dtype: str) -> Served:
-    """What a backend has to serve for `model`, a decoder's configuration or sizes."""
-    return Served(architecture, kv_cache_dtype, dtype, largest_head(model), family_of(model.model_type).sinks)
+def served_by(model: Any, architecture: int, kv_cache_dtype: str, dtype: Any) -> Served:
+    """What a backend has to serve for `model`, a decoder's configuration or sizes. dtype: torch's, or its name."""
+    name = str(dtype).removeprefix("torch.")
+    return Served(architecture, kv_cache_dtype, name, largest_head(model), family_of(model.model_type).sinks)
 
 
 def choose_backend(wanted: str, served: Served) -> str:

@@ -46,6 +46,7 @@ from grpo.rollout.vllm_images import ImageStore, known_positions
 from grpo.rollout.vllm_model import ADAPTER_KEY, SHARED, AdapterHandle, write_model_folder
 from grpo.rollout.vllm_scheduler import ContinuedHasher, LogprobCollector, OnePassSampler, rollout_scheduler
 from grpo.rollout.vllm_start import quick_start, without_searches
+from grpo.run.device_memory import architecture_of
 from grpo.run.machine import version_problem
 from grpo.run.tiles import prepare_tiles
 
@@ -77,7 +78,6 @@ class Engine:
         self.collector = LogprobCollector()
         self.between_steps: Callable[[], None] = lambda: None  # may raise, which ends a generation
         self._kv_cache_is_released = False
-        self._kv_bytes: int | None = None
         self._folder = tempfile.TemporaryDirectory(prefix="grpo-model-")
         prepare_class(vllm_class(base.config.model_type))
         write_model_folder(Path(self._folder.name), base, tokenizer if settings.stop_strings else None)
@@ -92,8 +92,7 @@ class Engine:
         self._start()
 
     def _start(self) -> None:
-        self._ran_out, self._kv_bytes = False, None
-        self._kv_bytes = self.kv_bytes()
+        self._ran_out, self._kv_bytes = False, self._wanted_kv_bytes()
         self.recorder = None
         if self.base.experts and self.policy is not None:
             self.recorder = RouteRecorder(self.base, self.kv_bytes(), self.settings.kv_cache_dtype)
@@ -178,20 +177,21 @@ class Engine:
 
     def _backend(self) -> str:
         """The attention backend on this GPU."""
-        major, minor = torch.cuda.get_device_capability(self.base.device)
-        dtype = str(self.base.dtype).removeprefix("torch.")
-        served = served_by(self.base.config, 10 * major + minor, self.settings.kv_cache_dtype, dtype)
+        architecture = architecture_of(self.base.device)
+        served = served_by(self.base.config, architecture, self.settings.kv_cache_dtype, self.base.dtype)
         return choose_backend(self.settings.attention_backend, served)
 
     def kv_bytes(self) -> int:
-        """Size of the KV cache: as set, or what `gpu_memory_utilization` leaves, or enough for every sequence.
+        """Size of the KV cache."""
+        return self._kv_bytes
 
-        What is left is seen before vLLM starts, whose cache is a part of what is allocated from then on. Raises
-        UserError when the GPU's share leaves no room for one sequence of full length.
+    def _wanted_kv_bytes(self) -> int:
+        """Its size as set, or what `gpu_memory_utilization` leaves, or enough for every sequence.
+
+        To be asked before vLLM starts, whose cache is a part of what is allocated from then on. Raises UserError when
+        the GPU's share leaves no room for one sequence of full length.
         """
         settings = self.settings
-        if self._kv_bytes is not None:
-            return self._kv_bytes
         if settings.kv_cache_memory_bytes is not None:
             return settings.kv_cache_memory_bytes
         if settings.gpu_memory_utilization is None or self.base.device.type == "cpu":
