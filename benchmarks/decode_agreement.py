@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import shared_model as shared
-from benchmarks.common.decoding import BACKENDS, choose
+from benchmarks.common.decoding import BACKENDS, FewGraphs, choose
 from benchmarks.common.processes import write_result
 from benchmarks.one_copy_mismatch import questions
 from grpo.config.schema import Lora, Model
@@ -37,21 +37,11 @@ from grpo.run.versions import hardware, versions
 SCORED_AT_ONCE = 16
 
 
-class FewGraphs(Engine):
-    """Captures few sizes, which starts sooner."""
-
-    def _arguments(self) -> dict[str, Any]:
-        arguments = super()._arguments()
-        if self.has_graphs:
-            arguments["compilation_config"]["cudagraph_capture_sizes"] = [32, 64, self.settings.max_num_seqs]
-        return arguments
-
-
 def start(backend: str, base: BaseWeights, policy: Policy, options: argparse.Namespace) -> Engine:
     settings = EngineSettings(
         max_seq_length=options.longest, max_num_seqs=options.sequences, attention_backend=choose(backend)
     )
-    return FewGraphs(base, policy, settings)
+    return FewGraphs(base, policy, settings, captured=(32, 64, options.sequences))
 
 
 def rollout(engine: Engine, prompts: list[list[int]], options: argparse.Namespace) -> list[Completion]:

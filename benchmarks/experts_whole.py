@@ -32,7 +32,7 @@ from benchmarks import rollout, rollout_profile
 from benchmarks.common import module_differences
 from benchmarks.common import shared_model as shared
 from benchmarks.common import training_step as steps
-from benchmarks.common.decoding import choose
+from benchmarks.common.decoding import FewGraphs, choose
 from benchmarks.common.processes import turn
 from benchmarks.common.random_model import RandomSource
 from benchmarks.common.timing import free_memory, tried
@@ -42,7 +42,6 @@ from grpo.memory.activations import TrainingMemory
 from grpo.model.base_weights import BaseWeights
 from grpo.policy.packing import packed_row
 from grpo.policy.policy import Policy
-from grpo.rollout.engine import Engine
 from grpo.rollout.types import Completion, EngineSettings, Request, SamplingSettings
 from grpo.run.versions import hardware, versions
 from grpo.training.optim import build_optimizer
@@ -85,18 +84,6 @@ def reset_peak(on_gpu: bool) -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-class FewGraphs(Engine):
-    """Captures the batch sizes that are decoded, and no others: it starts sooner."""
-
-    counts: tuple[int, ...] = ()
-
-    def _arguments(self) -> dict[str, Any]:
-        arguments = super()._arguments()
-        if self.has_graphs:
-            arguments["compilation_config"]["cudagraph_capture_sizes"] = sorted(self.counts)
-        return arguments
-
-
 class Whole:
     """The model, and what is measured of it."""
 
@@ -120,9 +107,9 @@ class Whole:
             attention_backend=choose(options.backend),
             enforce_eager="modules" in options.parts,
         )
-        FewGraphs.counts = tuple(sorted({*options.counts, PROMPTS * GENERATIONS}))
         started = time.perf_counter()
-        self.engine = FewGraphs(self.base, self.policy, self.settings)
+        decoded = (*options.counts, PROMPTS * GENERATIONS)
+        self.engine = FewGraphs(self.base, self.policy, self.settings, captured=decoded)
         self.load |= {"engine_seconds": round(time.perf_counter() - started, 1)}
 
     def memory(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ Prints a tree of what took long, with the seconds of each; the last line is one 
 
 from __future__ import annotations
 
-from benchmarks.common.stack_samples import StackSampler
+from benchmarks.common.stack_samples import StackSampler, phases
 
 SAMPLER = StackSampler()  # before whatever else is imported
 if __name__ == "__main__":
@@ -128,7 +128,7 @@ def child_main(options: argparse.Namespace) -> int:
 
 def timeline(began: float) -> list[dict[str, Any]]:
     """What was done in which order: when it began, and how long it took in all."""
-    order = sorted(SAMPLER.phases(PHASES).items(), key=lambda item: item[1][0])
+    order = sorted(phases(SAMPLER.looks, PHASES).items(), key=lambda item: item[1][0])
     return [{"what": name, "from_s": round(at - began, 1), "s": round(spent, 1)} for name, (at, spent) in order]
 
 

@@ -64,12 +64,6 @@ class StackSampler(threading.Thread):
         self._ends.set()
         self.join()
 
-    def phases(self, marks: dict[str, tuple[str, str]]) -> dict[str, list[float]]:
-        """Phase -> [when it was first seen, its seconds], for marks of phases: (end of a file's name, function; a
-        function's beginning is enough). A look belongs to the first of the marks that is on its stack, the outermost
-        place, the program itself, left out."""
-        return phases(self.looks, marks)
-
     def tree(self, least: float) -> list[dict[str, Any]]:
         """What took at least `least` seconds, with what it called, as lines of a tree in the order of calls."""
         return lines(self.seconds, self.busy, least)
@@ -88,7 +82,9 @@ def stack_of(frame: FrameType | None) -> tuple[Place, ...]:
 def phases(
     looks: list[tuple[float, float, tuple[Place, ...]]], marks: dict[str, tuple[str, str]]
 ) -> dict[str, list[float]]:
-    """As `StackSampler.phases`."""
+    """Phase -> [when it was first seen, its seconds], for marks of phases: (end of a file's name, function; a
+    function's beginning is enough). A look belongs to the first of the marks that is on its stack, the outermost place,
+    the program itself, left out."""
     found: dict[str, list[float]] = {}
     for at, spent, stack in looks:
         names = (
