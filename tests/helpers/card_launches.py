@@ -493,17 +493,3 @@ def tuned_products(shape: Shape, dtype: torch.dtype, card: Card) -> None:
             if nf4_tiles.fits(tile, split, rows, features):
                 x, out = torch.empty(rows, columns, dtype=dtype), torch.empty(rows, features, dtype=dtype)
                 nf4_gemm.launch_fused(x, packed, absmax, None, out, tile, split)
-
-
-def every_launch_fits(card: str, model: str) -> None:
-    """Compile what a model launches on a card, in each type; every kernel there is has to be among it."""
-    with pretended(BY_NAME[card]) as collected:
-        for dtype in dtypes(BY_NAME[card]):
-            for launches in LAUNCHES:
-                launches(MODELS[model], dtype)
-        hold(BY_NAME[card], collected)
-    expected = {name for module in MODULES for name in kernels_of(module)}
-    served = "_gemm_kernel" if BY_NAME[card].architecture == 75 else "_turing_kernel"
-    with_dot = {"_shrink_kernel", "_dense_kernel", "_gemm_8bit_kernel", "_decode_kernel"}
-    absent = {served} | (with_dot if BY_NAME[card].architecture == 75 else set())
-    assert collected.names == expected - absent, "every kernel there is"

@@ -13,6 +13,7 @@ import pytest
 
 from tests.helpers import card_launches
 from tests.helpers.card_launches import BY_NAME, MODELS, Shape, hold, pretended
+from tests.helpers.every_launch import every_launch_fits
 
 ALIKE = "sm_86"
 """Has the shared memory and the instructions of sm_89: two models are enough of it but in the long tests."""
@@ -30,7 +31,7 @@ CASES = [
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize(("card", "model"), CASES)
 def test_every_launch_fits_the_card(card, model):
-    card_launches.every_launch_fits(card, model)
+    every_launch_fits(card, model)
 
 
 @pytest.mark.long

@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.helpers.card_launches import BY_NAME, MODELS, every_launch_fits
+from tests.helpers.card_launches import BY_NAME, MODELS
+from tests.helpers.every_launch import every_launch_fits
 
 
 @pytest.mark.wide

@@ -2,34 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
-from grpo.config.schema import Lora, Model
 from grpo.memory.layer_sizes import OWN_NORMS
-from grpo.model.base_weights import BaseWeights
-from grpo.model.source import open_source
-from grpo.policy.fused_layers import install_fused_layers
-from grpo.policy.policy import Policy
 from tests.helpers.families import save_family
-from tests.policy.test_fused_layers import DEVICES, distance, loss_and_gradients
+from tests.policy.test_fused_layers import DEVICES, build, distance, loss_and_gradients
 
 DENSE = [family for family in OWN_NORMS if "moe" not in family]
-
-
-def build(folder: Path, *, kernels: bool, dtype: torch.dtype = torch.float32, device: str = "cpu", **lora) -> Policy:
-    model = Model(name=str(folder), load_in_4bit=True, dtype=str(dtype).removeprefix("torch."))
-    base = BaseWeights(open_source(model), model, device=torch.device(device), dtype=dtype)
-    policy = Policy(base, Lora(**{"r": 4, "lora_alpha": 8, **lora}), seed=1, kernels="torch")
-    if kernels:
-        assert install_fused_layers(policy.decoder, base) == base.config.num_hidden_layers
-    torch.manual_seed(2)
-    for layer in policy.adapter_layers().values():
-        b = layer.lora_B["default"].weight
-        b.data.copy_(torch.randn(b.shape) * 0.1)
-    return policy
 
 
 @pytest.mark.parametrize("device", DEVICES)
